@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 
 
 class ConfigError(ValueError):
@@ -26,35 +26,43 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class VideoConfig(Section):
-    frames: Count = 12
-    """Frames per video the trainer sees."""
-    height: Count = 16
-    """Rows of a frame in pixels."""
-    width: Count = 16
-    """Columns of a frame in pixels."""
-    fps: Positive | None = None
-    """Resample clips to this rate (nearest frame in time); null takes frames as they come."""
-    short: Literal["error", "repeat"] = "error"
-    """A clip that ends too early: refuse it, or repeat its last frame."""
+    """What a teacher's clip becomes before the trainer sees it."""
+
+    frames: Count = Field(12, description="frames per video the trainer sees")
+    height: Count = Field(16, description="rows of a frame in pixels")
+    width: Count = Field(16, description="columns of a frame in pixels")
+    fps: Positive | None = Field(
+        None,
+        description="resample clips to this rate (nearest frame in time); null: frames as they come",
+    )
+    short: Literal["error", "repeat"] = Field(
+        "error", description="a clip that ends too early: refuse it, or repeat its last frame"
+    )
 
 
 class TeacherConfig(Section):
-    kind: Literal["folder", "simulator"] = "simulator"
-    """folder: read finished videos; simulator: first let a separate process write them."""
-    path: Path | None = None
-    """The teacher's folder; null is <out>/teacher (simulator only)."""
-    manifest: str | None = None
-    """Manifest inside the folder (.jsonl, .csv or .txt); null finds prompts.jsonl, .csv or .txt."""
-    style: Literal["clean", "nuis", "mark", "outline", "noise"] = "nuis"
-    """Simulator: the look of its renderings."""
-    count: Count = 200
-    """Simulator: how many videos it writes."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Simulator: seed of its throws and looks."""
+    """The black box: a folder of finished videos with prompts."""
+
+    kind: Literal["folder", "simulator"] = Field(
+        "simulator",
+        description="folder: read finished videos; simulator: a separate process writes them first",
+    )
+    path: Path | None = Field(
+        None, description="the teacher's folder; null is <out>/teacher (simulator only)"
+    )
+    manifest: str | None = Field(
+        None,
+        description="manifest inside the folder; null finds prompts.jsonl, .csv or .txt",
+    )
+    style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
+        "nuis", description="simulator: the look of its renderings"
+    )
+    count: Count = Field(200, description="simulator: how many videos it writes")
+    seed: Natural = Field(0, description="simulator: seed of its throws and looks")
 
     @model_validator(mode="after")
     def _folder_needs_a_path(self) -> TeacherConfig:
@@ -64,71 +72,173 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    base: Path | None = None
-    """Checkpoint of the pretrained student; null is the one shipped with the package."""
+    """The small causal student and how it samples."""
+
+    checkpoint: str = Field(
+        "base", description="safetensors file of the start weights; 'base' is the shipped one"
+    )
+    steps: list[float] = Field(
+        [1.0, 0.9375, 0.833, 0.625],
+        min_length=1,
+        description="denoising times, descending in (0, 1], first one 1",
+    )
 
 
 class DiscriminatorConfig(Section):
-    backbone: Literal["motion", "scratch", "random"] = "motion"
-    """motion: frozen and pretrained; scratch: trained whole; random: frozen, untrained."""
+    """The prompt-conditioned scorer D(video, prompt) and its optimizer."""
+
+    backbone: Literal["motion", "scratch", "random"] = Field(
+        "motion",
+        description="frozen pretrained motion features, all trained from scratch, or frozen random",
+    )
+    checkpoint: str = Field(
+        "motion", description="safetensors file of the motion backbone; 'motion' is the shipped one"
+    )
+    loss: Literal["bt", "gan"] = Field(
+        "bt", description="Bradley-Terry on prompt-matched pairs, or the vanilla GAN loss"
+    )
+    learning_rate: float = Field(1e-3, ge=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field((0.5, 0.99), description="AdamW betas")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    r1: float = Field(
+        0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
+    )
+    noise: float = Field(
+        0.2, ge=0, description="std of noise on the features (scratch: on the pixels) in training"
+    )
+    random_looks: bool = Field(
+        True, description="re-render both inputs under random contrast, tint and texture"
+    )
+    score_looks: int = Field(4, ge=1, description="looks averaged in a score (1: the video as is)")
+    warmup_steps: int = Field(20, ge=0, description="critic steps before the first student step")
+    steps_per_update: int = Field(1, ge=0, description="critic steps per student step")
 
 
 class AfdConfig(Section):
-    lr: Positive = 1e-4
-    """AdamW learning rate of the student."""
+    """On-policy adversarial flow distillation: advantage, NFT step, old policy, optimizer."""
+
+    samples_per_prompt: int = Field(4, ge=1, description="rollouts per prompt (G)")
+    advantage: Literal["score", "random"] = Field(
+        "score", description="from the discriminator, or random numbers (a control)"
+    )
+    baseline: Literal["batch", "group", "teacher", "ema"] = Field(
+        "group", description="what is subtracted from a score to get its advantage"
+    )
+    normalize: Literal["batch", "group", "none"] = Field(
+        "batch", description="whose standard deviation divides the advantage"
+    )
+    adv_clip: float = Field(2.0, gt=0, description="advantages are clipped to ± this before r")
+    nft_beta: float = Field(1.0, gt=0, description="how far v± lie from v_old towards v_theta")
+    prior_weight: float = Field(1e-4, ge=0, description="weight of |v_theta - v_ref|²")
+    prior_by_r: bool = Field(False, description="weigh the prior of a video by its r")
+    weighting: Literal["x0_adaptive", "velocity"] = Field(
+        "x0_adaptive", description="error in x0 space with adaptive weights, or plain velocity"
+    )
+    timesteps: Literal["student", "uniform"] = Field(
+        "student", description="t from the student's own steps, or uniform"
+    )
+    timestep_per: Literal["video", "chunk"] = Field("chunk", description="one t per video or chunk")
+    draws: int = Field(2, ge=1, description="(t, noise) draws per rollout and update")
+    context: Literal["recompute", "own_context", "shared_context"] = Field(
+        "recompute", description="who computes the clean context of v, and with which gradient"
+    )
+    old: Literal["ema", "current"] = Field(
+        "ema", description="the policy that rolls out and anchors the NFT branches"
+    )
+    old_decay: float = Field(0.95, ge=0, lt=1, description="largest decay of the old policy's EMA")
+    old_decay_slope: float = Field(
+        0.02, ge=0, description="decay at step s is min(old_decay, slope · (s - old_decay_start))"
+    )
+    old_decay_start: int = Field(0, ge=0, description="decay is 0 up to this step")
+    learning_rate: float = Field(1e-4, ge=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    cosine_steps: int = Field(
+        700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
+    )
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
 
 
 class SftConfig(Section):
-    lr: Positive = 1e-4
-    """AdamW learning rate of the student."""
+    """Supervised flow matching on the teacher's videos: the baseline."""
+
+    draws: int = Field(4, ge=1, description="(t, noise) draws per teacher video and update")
+    timesteps: Literal["student", "uniform"] = Field(
+        "student", description="t from the student's own steps, or uniform"
+    )
+    context_noise: float = Field(0.1, ge=0, description="largest noise level of the clean context")
+    learning_rate: float = Field(1e-4, ge=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    cosine_steps: int = Field(
+        700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
+    )
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema_decay: float = Field(0.95, ge=0, lt=1, description="EMA of the evaluated policy")
 
 
 class EvaluationConfig(Section):
-    kind: Literal["physics", "none"] = "physics"
-    """physics: the toy task's exact metrics on held-out seeds; none: no evaluation."""
-    every: Annotated[int, Field(ge=0)] = 50
-    """Evaluate before the first update and after every so many; 0 only at the end."""
-    videos: Count = 576
-    """Held-out videos of the final evaluation."""
-    curve_videos: Count = 144
-    """Held-out videos of each evaluation on the way."""
-    seed: Annotated[int, Field(ge=0)] = 1_000_000
-    """Seed of the held-out noise; the trainer never draws from it."""
-    samples: Annotated[int, Field(ge=0)] = 36
-    """Videos of the final evaluation kept in samples.safetensors."""
+    """Measuring the student on held-out seeds."""
+
+    kind: Literal["physics", "none"] = Field(
+        "physics",
+        description="physics: the toy task's exact metrics on held-out seeds; none: no evaluation",
+    )
+    every: Natural = Field(
+        50,
+        description="evaluate before the first update and after every so many; 0 only at the end",
+    )
+    videos: Count = Field(576, description="held-out videos of the final evaluation")
+    curve_videos: Count = Field(144, description="held-out videos of each evaluation on the way")
+    seed: Natural = Field(
+        1_000_000, description="seed of the held-out noise; the trainer never draws from it"
+    )
+    samples: Natural = Field(
+        36, description="videos of the final evaluation kept in samples.safetensors"
+    )
 
 
 class LoggingConfig(Section):
-    every: Count = 10
-    """Write a line to train.log after every so many updates (metrics.jsonl has every update)."""
-    tensorboard: bool = True
-    """Write TensorBoard event files beside metrics.jsonl."""
-    progress: bool = True
-    """Show a progress bar where there is a terminal."""
+    """What a run writes about itself."""
+
+    every: Count = Field(
+        10,
+        description="a line in train.log after every so many updates (metrics.jsonl has them all)",
+    )
+    tensorboard: bool = Field(
+        True, description="write TensorBoard event files beside metrics.jsonl"
+    )
+    progress: bool = Field(True, description="show a progress bar where there is a terminal")
 
 
 class CheckpointConfig(Section):
-    every: Annotated[int, Field(ge=0)] = 100
-    """Save after every so many updates; 0 only at the end and on Ctrl-C."""
-    keep: Count = 2
-    """How many of the newest checkpoints stay on disk."""
+    """When the whole state of a run is saved."""
+
+    every: Natural = Field(
+        100, description="save after every so many updates; 0 only at the end and on Ctrl-C"
+    )
+    keep: Count = Field(2, description="how many of the newest checkpoints stay on disk")
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    """Name of the run; letters, digits, dot, dash, underscore."""
-    out: Path | None = None
-    """Run folder; null is runs/<name>."""
-    method: Literal["afd", "sft"] = "afd"
-    """afd: on-policy adversarial flow distillation; sft: flow matching on the teacher's videos."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of everything the run draws."""
-    steps: Count = 400
-    """Optimizer updates of the student."""
-    prompts_per_step: Count = 8
-    """Prompts, each with its teacher video, in one update."""
-    threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads; 0 leaves torch's choice."""
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "run", description="name of the run; letters, digits, dot, dash, underscore"
+    )
+    out: Path | None = Field(None, description="run folder; null is runs/<name>")
+    method: Literal["afd", "sft"] = Field(
+        "afd",
+        description="afd: adversarial flow distillation; sft: flow matching on the teacher's videos",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="seed of everything the run draws"
+    )
+    steps: Count = Field(400, description="optimizer updates of the student")
+    prompts_per_step: Count = Field(
+        8, description="prompts, each with its teacher video, in one update"
+    )
+    threads: Natural = Field(0, description="CPU threads; 0 leaves torch's choice")
     video: VideoConfig = VideoConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
