@@ -32,15 +32,16 @@ class Section(BaseModel):
 class VideoConfig(Section):
     """What a teacher's clip becomes before the trainer sees it."""
 
-    frames: Count = Field(12, description="frames per video the trainer sees")
-    height: Count = Field(16, description="rows of a frame in pixels")
-    width: Count = Field(16, description="columns of a frame in pixels")
+    frames: Count = Field(default=12, description="frames per video the trainer sees")
+    height: Count = Field(default=16, description="rows of a frame in pixels")
+    width: Count = Field(default=16, description="columns of a frame in pixels")
     fps: Positive | None = Field(
-        None,
-        description="resample clips to this rate (nearest frame in time); null: frames as they come",
+        default=None,
+        description="resample clips to this rate (nearest frame in time); null: as they come",
     )
     short: Literal["error", "repeat"] = Field(
-        "error", description="a clip that ends too early: refuse it, or repeat its last frame"
+        default="error",
+        description="a clip that ends too early: refuse it, or repeat its last frame",
     )
 
 
@@ -48,21 +49,21 @@ class TeacherConfig(Section):
     """The black box: a folder of finished videos with prompts."""
 
     kind: Literal["folder", "simulator"] = Field(
-        "simulator",
+        default="simulator",
         description="folder: read finished videos; simulator: a separate process writes them first",
     )
     path: Path | None = Field(
-        None, description="the teacher's folder; null is <out>/teacher (simulator only)"
+        default=None, description="the teacher's folder; null is <out>/teacher (simulator only)"
     )
     manifest: str | None = Field(
-        None,
+        default=None,
         description="manifest inside the folder; null finds prompts.jsonl, .csv or .txt",
     )
     style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
-        "nuis", description="simulator: the look of its renderings"
+        default="nuis", description="simulator: the look of its renderings"
     )
-    count: Count = Field(200, description="simulator: how many videos it writes")
-    seed: Natural = Field(0, description="simulator: seed of its throws and looks")
+    count: Count = Field(default=200, description="simulator: how many videos it writes")
+    seed: Natural = Field(default=0, description="simulator: seed of its throws and looks")
 
     @model_validator(mode="after")
     def _folder_needs_a_path(self) -> TeacherConfig:
@@ -75,10 +76,11 @@ class StudentConfig(Section):
     """The small causal student and how it samples."""
 
     checkpoint: str = Field(
-        "base", description="safetensors file of the start weights; 'base' is the shipped one"
+        default="base",
+        description="safetensors file of the start weights; 'base' is the shipped one",
     )
     steps: list[float] = Field(
-        [1.0, 0.9375, 0.833, 0.625],
+        default=[1.0, 0.9375, 0.833, 0.625],
         min_length=1,
         description="denoising times, descending in (0, 1], first one 1",
     )
@@ -88,113 +90,136 @@ class DiscriminatorConfig(Section):
     """The prompt-conditioned scorer D(video, prompt) and its optimizer."""
 
     backbone: Literal["motion", "scratch", "random"] = Field(
-        "motion",
+        default="motion",
         description="frozen pretrained motion features, all trained from scratch, or frozen random",
     )
     checkpoint: str = Field(
-        "motion", description="safetensors file of the motion backbone; 'motion' is the shipped one"
+        default="motion",
+        description="safetensors file of the motion backbone; 'motion' is the shipped one",
     )
     loss: Literal["bt", "gan"] = Field(
-        "bt", description="Bradley-Terry on prompt-matched pairs, or the vanilla GAN loss"
+        default="bt", description="Bradley-Terry on prompt-matched pairs, or the vanilla GAN loss"
     )
-    learning_rate: float = Field(1e-3, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field((0.5, 0.99), description="AdamW betas")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    learning_rate: float = Field(default=1e-3, ge=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field(default=(0.5, 0.99), description="AdamW betas")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
     r1: float = Field(
-        0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
+        default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
     )
     noise: float = Field(
-        0.2, ge=0, description="std of noise on the features (scratch: on the pixels) in training"
+        default=0.2,
+        ge=0,
+        description="std of noise on the features (scratch: on the pixels) in training",
     )
     random_looks: bool = Field(
-        True, description="re-render both inputs under random contrast, tint and texture"
+        default=True, description="re-render both inputs under random contrast, tint and texture"
     )
-    score_looks: int = Field(4, ge=1, description="looks averaged in a score (1: the video as is)")
-    warmup_steps: int = Field(20, ge=0, description="critic steps before the first student step")
-    steps_per_update: int = Field(1, ge=0, description="critic steps per student step")
+    score_looks: int = Field(
+        default=4, ge=1, description="looks averaged in a score (1: the video as is)"
+    )
+    warmup_steps: int = Field(
+        default=20, ge=0, description="critic steps before the first student step"
+    )
+    steps_per_update: int = Field(default=1, ge=0, description="critic steps per student step")
 
 
 class AfdConfig(Section):
     """On-policy adversarial flow distillation: advantage, NFT step, old policy, optimizer."""
 
-    samples_per_prompt: int = Field(4, ge=1, description="rollouts per prompt (G)")
+    samples_per_prompt: int = Field(default=4, ge=1, description="rollouts per prompt (G)")
     advantage: Literal["score", "random"] = Field(
-        "score", description="from the discriminator, or random numbers (a control)"
+        default="score", description="from the discriminator, or random numbers (a control)"
     )
     baseline: Literal["batch", "group", "teacher", "ema"] = Field(
-        "group", description="what is subtracted from a score to get its advantage"
+        default="group", description="what is subtracted from a score to get its advantage"
     )
     normalize: Literal["batch", "group", "none"] = Field(
-        "batch", description="whose standard deviation divides the advantage"
+        default="batch", description="whose standard deviation divides the advantage"
     )
-    adv_clip: float = Field(2.0, gt=0, description="advantages are clipped to ± this before r")
-    nft_beta: float = Field(1.0, gt=0, description="how far v± lie from v_old towards v_theta")
-    prior_weight: float = Field(1e-4, ge=0, description="weight of |v_theta - v_ref|²")
-    prior_by_r: bool = Field(False, description="weigh the prior of a video by its r")
+    adv_clip: float = Field(
+        default=2.0, gt=0, description="advantages are clipped to ± this before r"
+    )
+    nft_beta: float = Field(
+        default=1.0, gt=0, description="how far v± lie from v_old towards v_theta"
+    )
+    prior_weight: float = Field(default=1e-4, ge=0, description="weight of |v_theta - v_ref|²")
+    prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
     weighting: Literal["x0_adaptive", "velocity"] = Field(
-        "x0_adaptive", description="error in x0 space with adaptive weights, or plain velocity"
+        default="x0_adaptive",
+        description="error in x0 space with adaptive weights, or plain velocity",
     )
     timesteps: Literal["student", "uniform"] = Field(
-        "student", description="t from the student's own steps, or uniform"
+        default="student", description="t from the student's own steps, or uniform"
     )
-    timestep_per: Literal["video", "chunk"] = Field("chunk", description="one t per video or chunk")
-    draws: int = Field(2, ge=1, description="(t, noise) draws per rollout and update")
+    timestep_per: Literal["video", "chunk"] = Field(
+        default="chunk", description="one t per video or chunk"
+    )
+    draws: int = Field(default=2, ge=1, description="(t, noise) draws per rollout and update")
     context: Literal["recompute", "own_context", "shared_context"] = Field(
-        "recompute", description="who computes the clean context of v, and with which gradient"
+        default="recompute",
+        description="who computes the clean context of v, and with which gradient",
     )
     old: Literal["ema", "current"] = Field(
-        "ema", description="the policy that rolls out and anchors the NFT branches"
+        default="ema", description="the policy that rolls out and anchors the NFT branches"
     )
-    old_decay: float = Field(0.95, ge=0, lt=1, description="largest decay of the old policy's EMA")
+    old_decay: float = Field(
+        default=0.95, ge=0, lt=1, description="largest decay of the old policy's EMA"
+    )
     old_decay_slope: float = Field(
-        0.02, ge=0, description="decay at step s is min(old_decay, slope · (s - old_decay_start))"
+        default=0.02,
+        ge=0,
+        description="decay at step s is min(old_decay, slope · (s - old_decay_start))",
     )
-    old_decay_start: int = Field(0, ge=0, description="decay is 0 up to this step")
-    learning_rate: float = Field(1e-4, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    old_decay_start: int = Field(default=0, ge=0, description="decay is 0 up to this step")
+    learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
     cosine_steps: int = Field(
-        700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
+        default=700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
     )
-    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
 
 
 class SftConfig(Section):
     """Supervised flow matching on the teacher's videos: the baseline."""
 
-    draws: int = Field(4, ge=1, description="(t, noise) draws per teacher video and update")
+    draws: int = Field(default=4, ge=1, description="(t, noise) draws per teacher video and update")
     timesteps: Literal["student", "uniform"] = Field(
-        "student", description="t from the student's own steps, or uniform"
+        default="student", description="t from the student's own steps, or uniform"
     )
-    context_noise: float = Field(0.1, ge=0, description="largest noise level of the clean context")
-    learning_rate: float = Field(1e-4, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    context_noise: float = Field(
+        default=0.1, ge=0, description="largest noise level of the clean context"
+    )
+    learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
     cosine_steps: int = Field(
-        700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
+        default=700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
     )
-    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    ema_decay: float = Field(0.95, ge=0, lt=1, description="EMA of the evaluated policy")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
 
 
 class EvaluationConfig(Section):
     """Measuring the student on held-out seeds."""
 
     kind: Literal["physics", "none"] = Field(
-        "physics",
+        default="physics",
         description="physics: the toy task's exact metrics on held-out seeds; none: no evaluation",
     )
     every: Natural = Field(
-        50,
+        default=50,
         description="evaluate before the first update and after every so many; 0 only at the end",
     )
-    videos: Count = Field(576, description="held-out videos of the final evaluation")
-    curve_videos: Count = Field(144, description="held-out videos of each evaluation on the way")
+    videos: Count = Field(default=576, description="held-out videos of the final evaluation")
+    curve_videos: Count = Field(
+        default=144, description="held-out videos of each evaluation on the way"
+    )
     seed: Natural = Field(
-        1_000_000, description="seed of the held-out noise; the trainer never draws from it"
+        default=1_000_000, description="seed of the held-out noise; the trainer never draws from it"
     )
     samples: Natural = Field(
-        36, description="videos of the final evaluation kept in samples.safetensors"
+        default=36, description="videos of the final evaluation kept in samples.safetensors"
     )
 
 
@@ -202,43 +227,45 @@ class LoggingConfig(Section):
     """What a run writes about itself."""
 
     every: Count = Field(
-        10,
+        default=10,
         description="a line in train.log after every so many updates (metrics.jsonl has them all)",
     )
     tensorboard: bool = Field(
-        True, description="write TensorBoard event files beside metrics.jsonl"
+        default=True, description="write TensorBoard event files beside metrics.jsonl"
     )
-    progress: bool = Field(True, description="show a progress bar where there is a terminal")
+    progress: bool = Field(
+        default=True, description="show a progress bar where there is a terminal"
+    )
 
 
 class CheckpointConfig(Section):
     """When the whole state of a run is saved."""
 
     every: Natural = Field(
-        100, description="save after every so many updates; 0 only at the end and on Ctrl-C"
+        default=100, description="save after every so many updates; 0 only at the end and on Ctrl-C"
     )
-    keep: Count = Field(2, description="how many of the newest checkpoints stay on disk")
+    keep: Count = Field(default=2, description="how many of the newest checkpoints stay on disk")
 
 
 class RunConfig(Section):
     """One run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "run", description="name of the run; letters, digits, dot, dash, underscore"
+        default="run", description="name of the run; letters, digits, dot, dash, underscore"
     )
-    out: Path | None = Field(None, description="run folder; null is runs/<name>")
+    out: Path | None = Field(default=None, description="run folder; null is runs/<name>")
     method: Literal["afd", "sft"] = Field(
-        "afd",
-        description="afd: adversarial flow distillation; sft: flow matching on the teacher's videos",
+        default="afd",
+        description="afd: adversarial flow distillation, sft: fit the teacher's videos",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="seed of everything the run draws"
+        default=0, description="seed of everything the run draws"
     )
-    steps: Count = Field(400, description="optimizer updates of the student")
+    steps: Count = Field(default=400, description="optimizer updates of the student")
     prompts_per_step: Count = Field(
-        8, description="prompts, each with its teacher video, in one update"
+        default=8, description="prompts, each with its teacher video, in one update"
     )
-    threads: Natural = Field(0, description="CPU threads; 0 leaves torch's choice")
+    threads: Natural = Field(default=0, description="CPU threads; 0 leaves torch's choice")
     video: VideoConfig = VideoConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
