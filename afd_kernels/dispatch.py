@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,13 +21,7 @@ OPS = ("forward_noise", "nft_loss")
 
 _log = logging.getLogger("afd")
 _requested: ContextVar[str | None] = ContextVar("afd_backend", default=None)
-_logged: set[str] = set()
-
-
-def backend_module(op: str, backend: str) -> ModuleType:
-    """The module that implements `op` on `backend`, e.g. afd_kernels.nft_loss.native_impl."""
-    suffix = "" if backend == "reference" else "_impl"
-    return importlib.import_module(f"afd_kernels.{op}.{backend}{suffix}")
+_logged: set[tuple[str, str, str]] = set()
 
 
 @contextmanager
@@ -43,54 +36,52 @@ def use_backend(backend: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def explain(op: str, *tensors: torch.Tensor | None) -> dict[str, str | None]:
-    """For each backend the sentence with which it refuses these inputs, or None where it runs."""
-    return {name: _refusal(op, name, tensors) for name in BACKENDS}
+def explain(op: str, device: str, dtypes: set[torch.dtype]) -> dict[str, str | None]:
+    """For each backend the sentence with which it refuses such inputs, or None where it runs."""
+    return {name: _refusal(op, name, device, dtypes) for name in BACKENDS}
 
 
-def pick(op: str, *tensors: torch.Tensor | None) -> ModuleType:
+def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     """The backend module that runs `op` on these inputs.
 
     Raises:
         RuntimeError: when the requested backend refuses; the message holds every reason.
     """
+    given = [x for x in tensors if x is not None]
+    device, dtypes = given[0].device.type, {x.dtype for x in given}
     requested = _requested.get()
     for name in (requested,) if requested else BACKENDS:
-        reason = _refusal(op, name, tensors)
+        reason = _refusal(op, name, device, dtypes)
         if reason is None:
-            return backend_module(op, name)
-        if not requested and (line := f"{op}: {name} backend not used: {reason}") not in _logged:
-            _logged.add(line)
-            _log.info(line)
-    reasons = "; ".join(f"{n}: {why or 'would run'}" for n, why in explain(op, *tensors).items())
+            return _module(op, name)
+        if not requested and (op, name, reason) not in _logged:
+            _logged.add((op, name, reason))
+            _log.info("%s: %s backend not used: %s", op, name, reason)
+    reasons = "; ".join(
+        f"{name}: {why or 'would run'}" for name, why in explain(op, device, dtypes).items()
+    )
     raise RuntimeError(f"{op}: backend {requested!r} was requested and cannot run it ({reasons})")
 
 
-def report(device: str = "cpu") -> dict[str, dict[str, str]]:
-    """Per op, which backend a plain bfloat16/float32 call on `device` uses, and each refusal."""
-    sample = torch.empty(1, 1, device="meta")
+def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
+    """Per op, the backend chosen on `device` for `dtype`, and every backend's state in words."""
     table: dict[str, dict[str, str]] = {}
     for op in OPS:
-        reasons = {name: backend_module_reason(op, name, device, sample) for name in BACKENDS}
-        chosen = next(name for name, reason in reasons.items() if reason is None)
+        reasons = explain(op, device, {dtype})
+        chosen = next(name for name, why in reasons.items() if why is None)
         table[op] = {"chosen": chosen} | {n: why or "available" for n, why in reasons.items()}
     return table
 
 
-def backend_module_reason(op: str, name: str, device: str, sample: torch.Tensor) -> str | None:
-    """Why `name` cannot run a plain float32 call of `op` on `device`, or None."""
-    return _refusal(op, name, (sample,), device)
+def _module(op: str, backend: str) -> Any:
+    suffix = "" if backend == "reference" else "_impl"
+    return importlib.import_module(f"afd_kernels.{op}.{backend}{suffix}")
 
 
-def _refusal(
-    op: str, name: str, tensors: tuple[torch.Tensor | None, ...], device: str | None = None
-) -> str | None:
+def _refusal(op: str, backend: str, device: str, dtypes: set[torch.dtype]) -> str | None:
     try:
-        module = backend_module(op, name)
+        module = _module(op, backend)
     except ImportError as error:
         return f"cannot import it ({error})"
-    given = [x for x in tensors if x is not None]
-    kind = device or given[0].device.type
-    dtypes = {x.dtype for x in given}
-    refuse: Any = module.refuse
-    return refuse(kind, dtypes)
+    reason: str | None = module.refuse(device, dtypes)
+    return reason

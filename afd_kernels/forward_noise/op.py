@@ -1,0 +1,91 @@
+"""afd::forward_noise: schema, fake, gradient. The public function is afd.ops.forward_noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_kernels import contracts, dispatch, registry
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _forward_noise(
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    schedule: str,
+    schedule_args: list[float],
+    layout: str,
+) -> Tensor:
+    plan = contracts.plan_forward_noise(x0, t, seed, noise, schedule, schedule_args, layout)
+    contracts.check_values(plan, t)
+    backend = dispatch.pick("forward_noise", x0, noise)
+    return backend.forward_noise(
+        x0.contiguous(), t.contiguous(), _contiguous(seed), _contiguous(noise), plan
+    )
+
+
+def _fake(
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    schedule: str,
+    schedule_args: list[float],
+    layout: str,
+) -> Tensor:
+    contracts.plan_forward_noise(x0, t, seed, noise, schedule, schedule_args, layout)
+    return x0.new_empty(x0.shape)
+
+
+def _forward_noise_bwd(
+    grad: Tensor, t: Tensor, schedule: str, schedule_args: list[float], layout: str
+) -> Tensor:
+    plan = contracts.plan_forward_noise(grad, t, None, grad, schedule, schedule_args, layout)
+    backend = dispatch.pick("forward_noise", grad)
+    return backend.forward_noise_bwd(grad.contiguous(), t.contiguous(), plan)
+
+
+def _fake_bwd(
+    grad: Tensor, t: Tensor, schedule: str, schedule_args: list[float], layout: str
+) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x0, t, _seed, noise, ctx.schedule, ctx.schedule_args, ctx.layout = inputs
+    ctx.save_for_backward(t)
+    if noise is not None and noise.requires_grad:
+        raise RuntimeError("noise: got a tensor that requires grad; needed: noise without gradient")
+    if t.requires_grad:
+        raise RuntimeError("t: got a tensor that requires grad; needed: timesteps without gradient")
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (t,) = ctx.saved_tensors
+    grad_x0 = torch.ops.afd.forward_noise_bwd(grad, t, ctx.schedule, ctx.schedule_args, ctx.layout)
+    return grad_x0, None, None, None, None, None, None
+
+
+registry.define(
+    "forward_noise(Tensor x0, Tensor t, Tensor? seed, Tensor? noise, str schedule, "
+    "float[] schedule_args, str layout) -> Tensor",
+    _forward_noise,
+    _fake,
+)
+registry.define(
+    "forward_noise_bwd(Tensor grad, Tensor t, str schedule, float[] schedule_args, str layout) "
+    "-> Tensor",
+    _forward_noise_bwd,
+    _fake_bwd,
+)
+registry.differentiate("forward_noise", _setup_context, _backward)
+registry.refuse_double_backward(
+    "forward_noise_bwd", "afd_kernels.forward_noise.reference.forward_noise"
+)

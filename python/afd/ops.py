@@ -1,0 +1,168 @@
+"""The fused ops of afd. Keyword-only, one torch op per call, differentiable and compilable.
+
+Letters: B batch, C channels, F latent frames, H, W rows and columns, K chunks (K divides F).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import afd_kernels  # noqa: F401 (registers torch.ops.afd.*)
+from afd.schedules import Schedule, resolve
+from afd_kernels.dispatch import explain, report, use_backend
+
+__all__ = ["NftLoss", "draw_seeds", "explain", "forward_noise", "nft_loss", "report", "use_backend"]
+
+Layout = Literal["BCFHW", "BFCHW"]
+
+
+def draw_seeds(batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """One 64-bit noise seed per sample, int64 [batch], drawn from `generator` on its device."""
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator, device=device)
+
+
+def forward_noise(
+    x0: Tensor,
+    t: Tensor,
+    *,
+    schedule: str | Schedule = "rectified_flow",
+    seed: Tensor | None = None,
+    noise: Tensor | None = None,
+    layout: Layout = "BCFHW",
+) -> Tensor:
+    """Noises clean latents: x_t = alpha_t x0 + sigma_t noise (afd_algorithm.md, step 5).
+
+    Args:
+        x0: [B, ...], or [B, C, F, H, W] / [B, F, C, H, W] when t is per chunk or frame;
+            float32, bfloat16, float16 or float64; any strides.
+        t: float32 [B] (per video), [B, K] (per chunk) or [B, F] (per frame), inside the schedule's
+            domain; 0 is clean.
+        schedule: a name ("rectified_flow", "vp_cosine", "vp_linear") or a Schedule.
+        seed: int64 [B]. The noise of sample b is Philox4x32-10 keyed by seed[b], counted by the
+            element's index in the sample: the same on every device, backend and batch split.
+        noise: instead of seed, the noise itself; shape of x0, float32 or x0's dtype.
+        layout: which dimension holds the frames; ignored when t is per video.
+
+    Returns:
+        x_t, shape and dtype of x0. Differentiable once with respect to x0.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed. On an accelerator t outside
+            the domain cannot be seen without a synchronisation and gives NaN.
+    """
+    how = resolve(schedule)
+    return torch.ops.afd.forward_noise(x0, t, seed, noise, how.name, list(how.args), layout)
+
+
+@dataclass(frozen=True)
+class NftLoss:
+    """The loss and what the same pass measured; metrics are float64 [B], or [B, K] by chunk.
+
+    Attributes:
+        loss: scalar, differentiable with respect to v_theta.
+        loss_pos: L+ = mean of the squared error of v+ (in x0 space over w+ when x0_adaptive).
+        loss_neg: L-, likewise for v-.
+        prior: mean of (v_theta - v_ref)^2, times r when prior_by_r; 0 without v_ref.
+        w_pos: the adaptive weight w+ = max(mean |x0+ - x0|, 1e-5); 1 when weighting="velocity".
+        w_neg: w-, likewise.
+        old_deviation: mean of (v_theta - v_old)^2.
+        ref_deviation: mean of (v_theta - v_ref)^2; 0 without v_ref.
+    """
+
+    loss: Tensor
+    loss_pos: Tensor
+    loss_neg: Tensor
+    prior: Tensor
+    w_pos: Tensor
+    w_neg: Tensor
+    old_deviation: Tensor
+    ref_deviation: Tensor
+
+
+def nft_loss(
+    *,
+    v_theta: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None = None,
+    x0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    seed: Tensor | None = None,
+    noise: Tensor | None = None,
+    nft_beta: float,
+    prior_weight: float = 0.0,
+    adv_clip: float = 5.0,
+    weighting: Literal["x0_adaptive", "velocity"] = "x0_adaptive",
+    group: Literal["video", "chunk"] = "video",
+    schedule: str | Schedule = "rectified_flow",
+    layout: Layout = "BCFHW",
+    frame_mask: Tensor | None = None,
+    prior_by_r: bool = False,
+) -> NftLoss:
+    """The DiffusionNFT loss with a prior to the frozen base, in one op (arXiv 2509.16117).
+
+    With v+ = (1 - nft_beta) v_old + nft_beta v_theta, v- = (1 + nft_beta) v_old - nft_beta v_theta
+    and x0+- the clean latents they imply at x_t, "x0_adaptive" is the official code's total
+        adv_clip mean_b[r L+ / nft_beta + (1 - r) L- / nft_beta] + prior_weight mean|v_theta-v_ref|^2
+        L+- = mean (x0+- - x0)^2 / w+-,   w+- = max(mean |x0+- - x0|, 1e-5), a constant;
+    "velocity" is mean[r (v+ - v*)^2 + (1 - r) (v- - v*)^2] plus the same prior. Noise, x_t and v*
+    are regenerated inside; the gradient with respect to v_theta is made in the forward, so a step
+    allocates that gradient and O(B) scalars.
+
+    Args:
+        v_theta: the trained policy's velocity at x_t, [B, ...]; float32, bfloat16 or float16.
+        v_old: the old policy's, shape and dtype of v_theta, without gradient.
+        v_ref: the frozen base's, likewise, or None (then prior_weight must be 0).
+        x0: clean latents, shape of v_theta; may have another dtype than the predictions.
+        t: float32 [B], [B, K] or [B, F], as given to forward_noise.
+        r: float32 [B] or [B, K] in [0, 1]: the optimality weight clamp(A / (2 adv_clip) + .5, 0, 1).
+        seed: int64 [B], as given to forward_noise; or
+        noise: the noise itself, shape of x0, float32 or x0's dtype.
+        nft_beta: mixes the velocities, > 0.
+        prior_weight: weighs the prior (elsewhere called KL beta), >= 0.
+        adv_clip: the bound to which advantages were clipped, > 0.
+        weighting: "x0_adaptive" or "velocity".
+        group: w+- per "video" or per "chunk" (K then comes from r, else from t).
+        schedule: a name or a Schedule.
+        layout: which dimension holds the frames; ignored when everything is per video.
+        frame_mask: bool [B, F]; frames where it is False count for nothing.
+        prior_by_r: weighs each video's (chunk's) prior by its r.
+
+    Returns:
+        NftLoss. `loss` is float32 (float64 for float64 inputs), computed in float32 with float64
+        sums in a fixed order: the same bits every run, for every thread count.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed. On an accelerator t or r
+            outside their range cannot be seen without a synchronisation and give a NaN loss.
+    """
+    how = resolve(schedule)
+    needs_grad = torch.is_grad_enabled() and v_theta.requires_grad
+    loss, metrics, _ = torch.ops.afd.nft_loss(
+        v_theta,
+        v_old,
+        v_ref,
+        x0,
+        t,
+        r,
+        seed,
+        noise,
+        frame_mask,
+        nft_beta,
+        prior_weight,
+        adv_clip,
+        weighting,
+        group,
+        prior_by_r,
+        how.name,
+        list(how.args),
+        layout,
+        needs_grad,
+    )
+    per_video = metrics[:, 0] if group == "video" else metrics
+    return NftLoss(loss, *per_video.unbind(-1))
