@@ -1,0 +1,201 @@
+"""Video files in and out: decode, resample in time, centre-crop, resize; encode.
+
+Shapes: F frames, C = 3 (red, green, blue), H rows, W columns; values in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+class VideoError(ValueError):
+    """A video file cannot be used; the message names the file and says why."""
+
+
+def check_video(path: Path | str) -> None:
+    """Refuse a file that is missing, no video, without frames, or cut off.
+
+    Every packet is read (cheap) but only the first frame is decoded.
+    """
+    path = Path(path)
+    with _opened(path) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise VideoError(f"{path}: has a video stream without a single frame")
+        container.seek(0, stream=stream)
+        packets = sum(1 for packet in container.demux(stream) if packet.size)
+        if packets < stream.frames:
+            raise VideoError(f"{path}: is cut off ({packets} of {stream.frames} frames are there)")
+
+
+def read_video(
+    path: Path | str,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float | None = None,
+    short: Literal["error", "repeat"] = "error",
+) -> Tensor:
+    """Decode to float32 [F, 3, height, width] in [-1, 1].
+
+    Time: frame k is the one shown nearest to k / fps seconds after the first; fps None takes the
+    first F frames as they come. A clip that ends before is refused or its last frame repeated.
+    Space: the largest centred part with the target's shape (after the container's rotation and
+    pixel aspect), then an antialiased bilinear resize.
+    """
+    path = Path(path)
+    if min(frames, height, width) < 1 or (fps is not None and not fps > 0):
+        raise ValueError(
+            f"frames, height, width, fps: got {frames}, {height}, {width}, {fps}; "
+            "all must be positive"
+        )
+    with _opened(path) as (container, stream):
+        aspect = float(stream.sample_aspect_ratio or 1)
+        shown = (  # one decoded full-size frame in memory at a time
+            _fit(*_upright(frame, aspect), height, width)
+            for frame in _frames(path, container, stream, frames, fps)
+        )
+        pictures = list(shown)
+    missing = frames - len(pictures)
+    if missing and short == "error":
+        wanted = f"{frames} frames" + (f" at {fps:g} a second" if fps else "")
+        raise VideoError(
+            f"{path}: is too short, it gives {len(pictures)} of the {wanted} wanted; "
+            "ask for fewer frames, a higher fps, or short=repeat"
+        )
+    pictures += [pictures[-1]] * missing
+    return torch.stack(pictures)
+
+
+def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 18) -> None:
+    """Encode float [F, 3, H, W] in [-1, 1] (H and W even) as h264 yuv420p mp4.
+
+    The file appears under its name only when it is whole. The same input gives the same bytes.
+    """
+    path = Path(path)
+    shape = tuple(video_FCHW.shape)
+    if len(shape) != 4 or shape[0] < 1 or shape[1] != 3 or shape[2] % 2 or shape[3] % 2:
+        raise ValueError(f"video_FCHW: got shape {shape}, needs [F >= 1, 3, even H, even W]")
+    rate = Fraction(fps).limit_denominator(65535)
+    pictures = to_uint8(video_FCHW)
+    partial = path.with_name(path.name + ".partial")
+    with av.open(str(partial), "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = shape[2], shape[3], "yuv420p"
+        stream.options = {"crf": str(crf)}
+        # More threads would make the bytes depend on the machine.
+        stream.codec_context.thread_count = 1
+        for picture in pictures.numpy():
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def to_uint8(video_FCHW: Tensor) -> Tensor:
+    """[..., 3, H, W] in [-1, 1] to uint8 [..., H, W, 3], rounded, values outside clipped."""
+    levels = (video_FCHW.detach().cpu().float() + 1) * 127.5
+    return levels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def from_uint8(video_FHWC: Tensor) -> Tensor:
+    """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in [-1, 1]."""
+    return (video_FHWC.movedim(-1, -3).float() / 127.5 - 1).contiguous()
+
+
+class _opened:
+    """The container and its first video stream; every failure inside becomes a VideoError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> tuple[Any, Any]:
+        if not self.path.is_file():
+            raise VideoError(f"{self.path}: no such file")
+        try:
+            self.container = av.open(str(self.path))
+        except av.FFmpegError as error:
+            raise VideoError(f"{self.path}: cannot be read as a video ({error.strerror})") from None
+        if not self.container.streams.video:
+            self.container.close()
+            raise VideoError(f"{self.path}: has no video stream")
+        stream = self.container.streams.video[0]
+        stream.thread_type = "AUTO"
+        return self.container, stream
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.container.close()
+        if isinstance(error, av.FFmpegError):
+            raise VideoError(f"{self.path}: cannot be decoded ({error.strerror})") from None
+
+
+def _frames(
+    path: Path, container: Any, stream: Any, frames: int, fps: float | None
+) -> Iterator[Any]:
+    """The chosen frames in order, at most `frames` of them."""
+    taken = 0
+    before: tuple[float, Any] | None = None
+    start = 0.0
+    for index, frame in enumerate(container.decode(stream)):
+        if fps is None:
+            yield frame
+            taken += 1
+        else:
+            if frame.time is None:
+                raise VideoError(f"{path}: frame {index} has no presentation time")
+            start = frame.time if before is None else start
+            now = frame.time - start
+            # An earlier frame may still be nearer to the wanted time than this one.
+            while before is not None and taken < frames and taken / fps <= now:
+                wanted = taken / fps
+                yield before[1] if wanted - before[0] <= now - wanted else frame
+                taken += 1
+            before = (now, frame)
+        if taken == frames:
+            return
+    if before is not None and fps is not None:
+        # The last frame stays on screen for its own duration (else for one of the average rate).
+        rate = float(stream.average_rate or stream.guessed_rate or fps)
+        length = float(before[1].duration * before[1].time_base) if before[1].duration else 1 / rate
+        while taken < frames and taken / fps < before[0] + length:
+            yield before[1]
+            taken += 1
+    if taken == 0:
+        raise VideoError(f"{path}: has a video stream without a single frame")
+
+
+def _upright(frame: Any, aspect: float) -> tuple[Tensor, float]:
+    """A decoded frame as float32 [3, H, W] in [-1, 1], turned as the container asks, and the
+    width of its pixels over their height."""
+    pixels = frame.to_ndarray(format="rgb24")
+    quarter_turns = round(frame.rotation / 90) % 4
+    upright = np.ascontiguousarray(np.rot90(pixels, quarter_turns))
+    return from_uint8(torch.from_numpy(upright)), 1 / aspect if quarter_turns % 2 else aspect
+
+
+def _fit(picture_CHW: Tensor, aspect: float, height: int, width: int) -> Tensor:
+    """Centre-crop to the target's shape (pixels are `aspect` times as wide as high) and resize."""
+    rows, columns = picture_CHW.shape[1:]
+    keep_rows = min(rows, max(1, round(columns * aspect * height / width)))
+    keep_columns = min(columns, max(1, round(rows * width / height / aspect)))
+    top, left = (rows - keep_rows) // 2, (columns - keep_columns) // 2
+    crop = picture_CHW[:, top : top + keep_rows, left : left + keep_columns]
+    if crop.shape[1:] == (height, width):
+        return crop.contiguous()
+    resized = interpolate(
+        crop[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized[0].clamp(-1, 1)
