@@ -55,9 +55,9 @@ class TeacherConfig(Section):
     path: Path | None = Field(
         default=None, description="the teacher's folder; null is <out>/teacher (simulator only)"
     )
-    manifest: str | None = Field(
+    manifest: Path | None = Field(
         default=None,
-        description="manifest inside the folder; null finds prompts.jsonl, .csv or .txt",
+        description="which file holds which prompt; null finds prompts.jsonl, .csv, .txt in path",
     )
     style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
         default="nuis", description="simulator: the look of its renderings"

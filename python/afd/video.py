@@ -5,6 +5,7 @@ Shapes: F frames, C = 3 (red, green, blue), H rows, W columns; values in [-1, 1]
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -22,20 +23,31 @@ class VideoError(ValueError):
     """A video file cannot be used; the message names the file and says why."""
 
 
-def check_video(path: Path | str) -> None:
-    """Refuse a file that is missing, no video, without frames, or cut off.
+def check_video(path: Path | str, *, frames: int = 1, fps: float | None = None) -> None:
+    """Refuse a file that is missing, no video, without frames, cut off, or shorter than needed.
 
-    Every packet is read (cheap) but only the first frame is decoded.
+    Every packet is read (cheap) but only the first frame is decoded. `frames` and `fps` as in
+    `read_video`.
     """
     path = Path(path)
     with _opened(path) as (container, stream):
-        first = next(container.decode(stream), None)
-        if first is None:
+        if next(container.decode(stream), None) is None:
             raise VideoError(f"{path}: has a video stream without a single frame")
         container.seek(0, stream=stream)
-        packets = sum(1 for packet in container.demux(stream) if packet.size)
-        if packets < stream.frames:
-            raise VideoError(f"{path}: is cut off ({packets} of {stream.frames} frames are there)")
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        if len(packets) < stream.frames:
+            raise VideoError(
+                f"{path}: is cut off ({len(packets)} of {stream.frames} frames are there)"
+            )
+        if fps is None:
+            there = len(packets)
+        else:
+            shown = [(p.pts, p.duration or 0) for p in packets if p.pts is not None]
+            start = min((pts for pts, _ in shown), default=0)
+            end = max((pts + duration for pts, duration in shown), default=0)
+            there = math.ceil(float((end - start) * stream.time_base) * fps)
+        if there < frames:
+            raise VideoError(_too_short(path, there, frames, fps))
 
 
 def read_video(
@@ -69,11 +81,7 @@ def read_video(
         pictures = list(shown)
     missing = frames - len(pictures)
     if missing and short == "error":
-        wanted = f"{frames} frames" + (f" at {fps:g} a second" if fps else "")
-        raise VideoError(
-            f"{path}: is too short, it gives {len(pictures)} of the {wanted} wanted; "
-            "ask for fewer frames, a higher fps, or short=repeat"
-        )
+        raise VideoError(_too_short(path, len(pictures), frames, fps))
     pictures += [pictures[-1]] * missing
     return torch.stack(pictures)
 
@@ -103,6 +111,14 @@ def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _too_short(path: Path, there: int, frames: int, fps: float | None) -> str:
+    wanted = f"{frames} frames" + (f" at {fps:g} a second" if fps else "")
+    return (
+        f"{path}: is too short, it gives {there} of the {wanted} wanted; "
+        "ask for fewer frames, a higher fps, or short=repeat"
+    )
 
 
 def to_uint8(video_FCHW: Tensor) -> Tensor:
