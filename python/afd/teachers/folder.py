@@ -10,6 +10,7 @@ Manifest formats, by file ending; video paths are relative to the folder and mus
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ _Entries = Iterator[tuple[int, "tuple[str, str] | str"]]
 
 
 def _jsonl(text: str) -> _Entries:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -135,7 +136,7 @@ def _jsonl(text: str) -> _Entries:
 
 
 def _csv(text: str) -> _Entries:
-    rows = csv.DictReader(text.splitlines(keepends=True))
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     if not {"file", "prompt"} <= set(rows.fieldnames or ()):
         yield 1, f"the header is {rows.fieldnames}, needs the columns file and prompt"
         return
@@ -147,7 +148,7 @@ def _csv(text: str) -> _Entries:
 
 
 def _txt(text: str) -> _Entries:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         file, tab, prompt = line.partition("\t")

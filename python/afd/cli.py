@@ -1,0 +1,177 @@
+"""The `afd` command.
+
+Exit codes: 0 done (or done before), 1 the run failed, 2 a mistake in the command, the configuration
+or a file it names, 130 stopped by Ctrl-C with everything saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+import afd
+
+if TYPE_CHECKING:
+    from afd.config import RunConfig
+
+DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:2] == ["teacher", "simulate"]:
+        # The teacher is a black box even here: another process, which reads its own options.
+        command = [sys.executable, "-m", "afd.teachers.simulator", *words[2:]]
+        return subprocess.run(command, check=False).returncode
+    options = _parser().parse_args(words)
+    # Importing torch takes seconds; --help and a mistyped command answer before it.
+    from afd.config import ConfigError
+    from afd.teachers.base import TeacherError
+    from afd.training.checkpoint import CheckpointError
+    from afd.training.loop import TrainingError
+    from afd.video import VideoError
+
+    try:
+        return int(options.run(options))
+    except (ConfigError, TeacherError, VideoError, FileNotFoundError) as error:
+        return _say(MISTAKE, str(error))
+    except (TrainingError, CheckpointError) as error:
+        return _say(FAILED, str(error))
+    except KeyboardInterrupt:
+        return _say(STOPPED, "interrupted; updates after the newest checkpoint are not saved")
+
+
+def _say(code: int, sentence: str) -> int:
+    Console(stderr=True).print(f"[red]afd: error:[/red] {escape(sentence)}", highlight=False)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="afd", description="On-policy adversarial flow distillation."
+    )
+    parser.add_argument("--version", action="version", version=f"afd {afd.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train what a YAML file says, or continue it")
+    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    _takes_overrides(train)
+    train.set_defaults(run=_train)
+
+    resume = commands.add_parser("resume", help="continue a stopped run, bit by bit the same")
+    resume.add_argument("folder", type=Path, metavar="RUN_DIR")
+    _takes_overrides(resume)
+    resume.set_defaults(run=_resume)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run's newest checkpoint again")
+    evaluate.add_argument("folder", type=Path, metavar="RUN_DIR")
+    evaluate.add_argument("--videos", type=int, default=None, help="how many held-out videos")
+    evaluate.set_defaults(run=_evaluate)
+
+    quickstart = commands.add_parser(
+        "quickstart", help="teacher, base, SFT and AFD on a laptop, with a report"
+    )
+    _takes_overrides(quickstart)
+    quickstart.set_defaults(run=_quickstart)
+
+    full = commands.add_parser(
+        "quickstart-full", help="the whole table: teachers x runs x seeds, with controls"
+    )
+    _takes_overrides(full, "also seeds=[0,1,2] and rows=[nuis-sft,...] choose a part")
+    full.set_defaults(run=_quickstart_full)
+
+    report = commands.add_parser("report", help="write report.html of a run or a quickstart")
+    report.add_argument("folder", type=Path, metavar="RUN_DIR")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
+    commands.add_parser(
+        "teacher", help="afd teacher simulate --style S --count N --out DIR --seed K"
+    ).set_defaults(run=_teacher)
+    return parser
+
+
+def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
+    said = "overrides such as afd.nft_beta=0.5 teacher.style=mark"
+    parser.add_argument("overrides", nargs="*", metavar="k=v", help=f"{said}; {more}".rstrip("; "))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from afd.config import load_config
+
+    return _run(load_config(options.config, options.overrides))
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from afd.training.loop import load_run
+
+    return _run(load_run(options.folder, options.overrides))
+
+
+def _run(config: RunConfig) -> int:
+    from afd.training.loop import Outcome, train
+
+    outcome = train(config)
+    if outcome is Outcome.ALREADY_FINISHED:
+        print(f"{config.run_dir} is finished and stays as it is; a new run needs another out=")
+    return STOPPED if outcome is Outcome.STOPPED else DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from afd.training.loop import evaluate_run
+
+    result = evaluate_run(options.folder, options.videos)
+    print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
+    return DONE
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from afd.quickstart import quickstart
+
+    return DONE if quickstart(options.overrides, Console()) else STOPPED
+
+
+def _quickstart_full(options: argparse.Namespace) -> int:
+    from afd.quickstart_full import quickstart_full
+
+    return DONE if quickstart_full(options.overrides, Console()) else STOPPED
+
+
+def _report(options: argparse.Namespace) -> int:
+    from afd.evaluation.report import write_report
+
+    if not options.folder.is_dir():
+        return _say(MISTAKE, f"report: {options.folder} is no folder")
+    print(write_report(options.folder))
+    return DONE
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from afd import doctor
+
+    facts = doctor.inspect()
+    if options.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        doctor.show(facts, Console())
+    return DONE
+
+
+def _teacher(options: argparse.Namespace) -> int:
+    return _say(MISTAKE, "teacher: needs a subcommand: afd teacher simulate --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""`afd quickstart`: a black-box teacher, the base student, SFT and AFD side by side, and a report.
+
+The folder (runs/quickstart, or `out=`) holds teacher/, base/, sft/, afd/ and report.html. Every part
+is finished once; running the command again continues where it stopped and repeats nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from afd.config import RunConfig, make_config, to_yaml
+from afd.evaluation import physics
+from afd.evaluation.report import write_report
+from afd.models.toy import ToyStudent
+from afd.training.evaluate import finite, make_evaluator, write_samples
+from afd.training.logging import log_to
+from afd.training.loop import Outcome, refuse_another_run, train
+from afd.training.teacher import Videos, open_teacher
+
+_log = logging.getLogger("afd")
+COLUMNS = ("phys", "g_mae", "fit_res", "motion", "rend", "adh", "div", "traj_fd")
+
+
+def quickstart(overrides: Sequence[str], console: Console) -> bool:
+    """Run or continue every part; False where Ctrl-C stopped it (all saved)."""
+    config = make_config({"name": "quickstart"}, overrides, origin="afd quickstart")
+    began, root = time.perf_counter(), config.run_dir
+    console.rule("teacher and base student")
+    base(part(config, root, "base"), console)
+    for method in ("sft", "afd"):
+        console.rule({"sft": "supervised fine-tuning", "afd": "AFD"}[method])
+        outcome = train(part(config, root, method), console=console)
+        if outcome is Outcome.STOPPED:
+            console.print("stopped, everything is saved; the same command continues")
+            return False
+        if outcome is Outcome.ALREADY_FINISHED:
+            console.print(f"{root / method} was finished before and stays as it is")
+    console.print(results(root))
+    report = write_report(root)
+    console.print(f"{time.perf_counter() - began:.0f} s in all; open {report}", soft_wrap=True)
+    return True
+
+
+def part(config: RunConfig, root: Path, name: str) -> RunConfig:
+    """The configuration of one part: same teacher folder, own run folder."""
+    method: Literal["afd", "sft"] = "sft" if name == "sft" else "afd"
+    path = config.teacher.path or root / "teacher"
+    teacher = config.teacher.model_copy(update={"path": path})
+    changes = {"name": name, "out": root / name, "method": method, "teacher": teacher}
+    return config.model_copy(update=changes)
+
+
+def base(config: RunConfig, console: Console) -> None:
+    """Measure the untrained student, and the teacher's own videos beside it."""
+    out = config.run_dir
+    refuse_another_run(out, config)
+    if (out / "DONE").exists():
+        console.print(f"{out} was finished before and stays as it is")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with log_to(out / "train.log", console):
+        (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        teacher = open_teacher(config, console)
+        requests, videos = teacher.requests, Videos(teacher, config.video)
+        evaluate = make_evaluator(config, lambda: videos.fetch(requests))
+        lines = []
+        if evaluate is not None:
+            with console.status("teacher videos and base student are measured"):
+                prompts = [request.prompt for request in requests]
+                of_teacher = finite(physics.measure(videos.fetch(requests), prompts))
+                result = evaluate(
+                    ToyStudent.load(config.student.checkpoint), config.evaluation.videos
+                )
+            lines = [_line(config, "teacher", len(requests), of_teacher)]
+            lines.append(_line(config, "base", result.count, result.metrics))
+            write_samples(out / "samples.safetensors", result, config.evaluation.samples)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (out / "evaluation.jsonl").write_text(text, encoding="utf-8")
+        (out / "DONE").write_text("measured\n", encoding="utf-8")
+
+
+def results(root: Path) -> Table:
+    """The final metrics of every finished part."""
+    table = Table("", *COLUMNS, title="held-out seeds", title_justify="left")
+    for name, folder in (("teacher", "base"), ("base", "base"), ("sft", "sft"), ("afd", "afd")):
+        line = final_evaluation(root / folder, name)
+        if line is not None:
+            values = (line["metrics"].get(column) for column in COLUMNS)
+            table.add_row(name, *("" if v is None else f"{v:.3f}" for v in values))
+    return table
+
+
+def final_evaluation(folder: Path, method: str) -> dict[str, Any] | None:
+    """The last line of a part's evaluation.jsonl that measured `method`."""
+    path = folder / "evaluation.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line["method"] == method), None)
+
+
+def _line(config: RunConfig, method: str, count: int, metrics: dict[str, float]) -> dict[str, Any]:
+    return {"step": 0, "seed": config.seed, "method": method, "videos": count, "metrics": metrics}
