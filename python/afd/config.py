@@ -395,13 +395,14 @@ def _explain(detail: dict[str, Any], came_from: dict[str, str], origin: str) -> 
 
 
 def _suggest(key: str) -> str:
-    """The closest known keys (by their last part and as a whole), else all of the section."""
+    """The closest known keys by their last part (the same section first), else the section's."""
     known = known_keys()
+    section, _, end = key.rpartition(".")
 
     def closeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        ends = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
-        return max(whole, ends)
+        other_section, _, other_end = candidate.rpartition(".")
+        near = difflib.SequenceMatcher(None, end, other_end).ratio()
+        return near + 0.05 * (section == other_section)
 
     ranked = sorted(known, key=closeness, reverse=True)
     best = closeness(ranked[0])
@@ -409,8 +410,7 @@ def _suggest(key: str) -> str:
         return (
             "did you mean " + " or ".join(k for k in ranked[:3] if closeness(k) > best - 0.1) + "?"
         )
-    section = key[: key.rfind(".") + 1]
-    siblings = [k for k in known if k.startswith(section) and "." not in k[len(section) :]]
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
     return "known here: " + ", ".join(siblings)
 
 
