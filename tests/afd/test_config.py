@@ -1,0 +1,167 @@
+"""The configuration: what a YAML file and overrides become, and how mistakes are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from afd.config import (
+    ConfigError,
+    RunConfig,
+    differences,
+    known_keys,
+    load_config,
+    make_config,
+    plain,
+    to_yaml,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_empty_file_is_the_default_run(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "")) == RunConfig()
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = written(tmp_path, "steps: 5\nteacher: {style: mark, count: 9}\n")
+    config = load_config(path, ["steps=6", "teacher.count=7", "teacher.count=8"])
+    assert (config.steps, config.teacher.style, config.teacher.count) == (6, "mark", 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("2", 2.0), ("0", 0.0)]
+)
+def test_override_values_are_read_as_numbers(text: str, expected: float) -> None:
+    assert make_config({}, [f"afd.prior_weight={text}"]).afd.prior_weight == expected
+
+
+def test_override_values_may_be_lists_null_and_text_with_equals_signs() -> None:
+    config = make_config({}, ["student.steps=[1.0, 0.5]", "video.fps=null", "out=runs/a=b"])
+    assert config.student.steps == [1.0, 0.5]
+    assert config.video.fps is None
+    assert config.out == Path("runs/a=b")
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("stepz=3", "steps"),
+        ("teacher.stile=nuis", "teacher.style"),
+        ("style=nuis", "teacher.style"),
+        ("afd.nft_bet=1", "afd.nft_beta"),
+        ("nft_beta=1", "afd.nft_beta"),
+    ],
+)
+def test_an_unknown_key_in_an_override_is_named_with_the_closest(
+    override: str, suggestion: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_config({}, [override])
+    key = override.split("=")[0]
+    assert f"override {override!r}: unknown key {key!r}; did you mean {suggestion}" in str(
+        error.value
+    )
+
+
+def test_an_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "discriminator: {backbon: motion}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}: unknown key 'discriminator.backbon'")
+    assert "discriminator.backbone" in str(error.value)
+
+
+def test_a_key_like_no_other_lists_what_is_known_there() -> None:
+    with pytest.raises(ConfigError, match=r"known here: .*teacher\.kind.*teacher\.seed"):
+        make_config({}, ["teacher.qqqqqqqq=1"])
+
+
+def test_every_mistake_is_told_at_once_with_its_own_source(tmp_path: Path) -> None:
+    path = written(tmp_path, "stepz: 3\nmethod: ppo\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["threads=-1"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert any(line.startswith(f"{path}: method is 'ppo'; Input should be 'afd'") for line in lines)
+    assert any(line.startswith("override 'threads=-1': threads is -1;") for line in lines)
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=1", "teacher.=1"])
+def test_an_override_without_key_and_value_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="needs the form key=value"):
+        make_config({}, [override])
+
+
+def test_an_override_below_a_plain_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="teacher is a value, not a section"):
+        make_config({"teacher": 3}, ["teacher.style=mark"])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
+def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError, match=str(path)):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_folder_teacher_without_a_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"needs teacher\.path"):
+        make_config({"teacher": {"kind": "folder"}})
+
+
+def test_the_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    config = make_config({}, ["out=/tmp/x", "teacher.style=mark", "video.fps=8"])
+    assert load_config(written(tmp_path, to_yaml(config))) == config
+
+
+def test_differences_leave_out_what_a_resumed_run_may_change() -> None:
+    one = plain(make_config({}, ["steps=5", "seed=1", "out=a"]))
+    two = plain(make_config({}, ["steps=9", "seed=2", "out=b", "checkpoint.keep=9"]))
+    assert differences(one, two) == ["seed: 1 there, 2 now"]
+
+
+def test_every_value_has_a_description() -> None:
+    def check(section: type[BaseModel]) -> None:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                assert field.annotation.__doc__, name
+                check(field.annotation)
+            else:
+                assert field.description, f"{section.__name__}.{name}"
+
+    check(RunConfig)
+
+
+def test_a_loaded_configuration_cannot_be_changed() -> None:
+    config = make_config({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 3
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_file_loads_and_every_comment_key_exists(path: Path) -> None:
+    load_config(path)
+    keys = set(known_keys())
+    for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        assert key in keys
+        for inner in value if isinstance(value, dict) else ():
+            assert f"{key}.{inner}" in keys
+
+
+def test_the_quickstart_file_is_the_default_run_written_out() -> None:
+    assert load_config(CONFIGS / "quickstart.yaml") == make_config({"name": "quickstart"})
