@@ -1,0 +1,664 @@
+"""nft_loss in Triton: partial sums, an fp64 finalisation per group, the gradient; no atomics.
+
+Letters: B batch, O outer, F frames, I inner, G groups (see contracts.NftPlan); a row is I contiguous
+elements. MATH.md has the algebra and the launches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afd_kernels.contracts import METRICS, NftPlan
+from afd_kernels.forward_noise import triton_impl as noising
+from afd_kernels.forward_noise.triton_impl import lanes_left, schedule_coefficients, tile_of_row
+from afd_kernels.launch_config import device_arch, launch_config
+from afd_kernels.philox_triton import normal_tile
+
+# Columns of the partial sums [B, O * F * tiles, SUMS] fp32: |pos|, pos^2, |neg|, neg^2,
+# (v_theta - v_ref)^2, (v_theta - v_old)^2 and two that pad a row to 32 bytes.
+SUMS = 8
+# Columns of the gradient coefficients [B, F, COEFFICIENTS] fp32: of e, of v_theta - v_old, of
+# v_theta - v_ref, then alpha' and sigma'.
+COEFFICIENTS = 5
+# Rows of partial sums that the finalisation adds side by side; part of the summation order.
+_PARALLEL = 256
+
+
+@triton.jit
+def _load(ptr, lane, inside, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(ptr + lane, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.load(ptr + lane).to(tl.float32)
+
+
+@triton.jit
+def _errors(
+    v_theta_ptr,
+    v_old_ptr,
+    v_ref_ptr,
+    x0_ptr,
+    noise_ptr,
+    seed,
+    first,
+    in_sample,
+    lanes,
+    d_alpha,
+    d_sigma,
+    MASKED: tl.constexpr,
+    QUADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """e = v_old - u, v_theta - v_old and v_theta - v_ref of one tile, fp32 [BLOCK].
+
+    first: the tile's first element in the batch, in_sample: in its sample, both int64.
+    Lanes at and beyond `lanes` are 0 where MASKED; without it all lanes are inside the row.
+    """
+    lane = tl.arange(0, BLOCK)
+    inside = lane < lanes
+    theta = _load(v_theta_ptr + first, lane, inside, MASKED)
+    old = _load(v_old_ptr + first, lane, inside, MASKED)
+    x0 = _load(x0_ptr + first, lane, inside, MASKED)
+    if noise_ptr is None:
+        noise = normal_tile(seed, in_sample, BLOCK, QUADS, VECTOR)
+    else:
+        noise = _load(noise_ptr + first, lane, inside, MASKED)
+    e = tl.fma(noise, -d_sigma, tl.fma(x0, -d_alpha, old))
+    if MASKED:
+        e = tl.where(inside, e, 0.0)
+    from_old = theta - old
+    if v_ref_ptr is None:
+        from_ref = from_old
+    else:
+        from_ref = theta - _load(v_ref_ptr + first, lane, inside, MASKED)
+    return e, from_old, from_ref
+
+
+@triton.jit
+def _add(
+    pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, nft_beta,
+    REF: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile to the six running sums, lane by lane."""
+    pos = tl.fma(from_old, nft_beta, e)
+    neg = tl.fma(from_old, -nft_beta, e)
+    pos_abs += tl.abs(pos)
+    pos_sq = tl.fma(pos, pos, pos_sq)
+    neg_abs += tl.abs(neg)
+    neg_sq = tl.fma(neg, neg, neg_sq)
+    if REF:
+        ref_sq = tl.fma(from_ref, from_ref, ref_sq)
+    old_sq = tl.fma(from_old, from_old, old_sq)
+    return pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq
+
+
+@triton.jit
+def _gradient(e, from_old, from_ref, c_e, c_old, c_ref, REF: tl.constexpr):
+    """pos (e + d) - neg (e - d) + prior (v_theta - v_ref) with d = nft_beta (v_theta - v_old)."""
+    grad = tl.fma(from_old, c_old, e * c_e)
+    if REF:
+        grad = tl.fma(from_ref, c_ref, grad)
+    return grad
+
+
+@triton.jit
+def _valid_frames(mask_ptr, sample, frames, BLOCK: tl.constexpr):
+    """How many frames of the sample count."""
+    if mask_ptr is None:
+        return tl.full((), 0, tl.int64) + frames
+    else:
+        count = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, frames, BLOCK):
+            f = start + tl.arange(0, BLOCK)
+            count += tl.load(mask_ptr + sample * frames + f, mask=f < frames, other=0).to(tl.int64)
+        return tl.sum(count)
+
+
+@triton.jit
+def _coefficients(
+    t, r, valid, w_pos, w_neg, count, batch, nft_beta, prior_weight, adv_clip,
+    ADAPTIVE: tl.constexpr, PRIOR_BY_R: tl.constexpr, SCHEDULE: tl.constexpr,
+    BETA_MIN: tl.constexpr, BETA_MAX: tl.constexpr,
+):  # fmt: skip
+    """Gradient coefficients of e, v_theta - v_old and v_theta - v_ref in fp64, and alpha', sigma'.
+
+    NaN where t or r is out of range: a device value cannot be refused without a synchronisation.
+    """
+    alpha, sigma, d_alpha, d_sigma = schedule_coefficients(t, SCHEDULE, BETA_MIN, BETA_MAX)
+    r = tl.where((r >= 0.0) & (r <= 1.0), r, float("nan")).to(tl.float64)
+    elements = tl.maximum(count, 1).to(tl.float64) * batch
+    common = valid.to(tl.float64) * 2.0 / elements
+    if ADAPTIVE:
+        kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
+        scale = common * kappa * kappa * adv_clip
+    else:
+        # 0 t: the loss does not depend on alpha and sigma, but a wrong t must still show.
+        scale = common * (nft_beta + 0.0 * d_sigma)
+    pos = scale * r / w_pos
+    neg = scale * (1.0 - r) / w_neg
+    prior = common * prior_weight
+    if PRIOR_BY_R:
+        prior = prior * r
+    return pos - neg, (pos + neg) * nft_beta, prior, d_alpha, d_sigma
+
+
+@triton.jit
+def _nft_loss_partials_kernel(
+    v_theta_ptr,
+    v_old_ptr,
+    v_ref_ptr,
+    x0_ptr,
+    t_ptr,
+    r_ptr,
+    seed_ptr,
+    noise_ptr,
+    mask_ptr,
+    partials_ptr,
+    grad_ptr,
+    row_units,
+    rows,
+    frames,
+    tiles,
+    t_chunks,
+    r_chunks,
+    nft_beta,
+    prior_weight,
+    adv_clip,
+    SCHEDULE: tl.constexpr,
+    BETA_MIN: tl.constexpr,
+    BETA_MAX: tl.constexpr,
+    PRIOR_BY_R: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """The six sums of STEPS * BLOCK elements of one row.
+
+    With grad_ptr also their gradient: velocity weighting knows its coefficients beforehand.
+    """
+    sample = tl.program_id(1)
+    block = tl.program_id(0)
+    inner = tl.full((), ROW_ALIGN, tl.int64) * row_units
+    row, start, left = tile_of_row(block, inner, tiles, STEPS * BLOCK, ONE_ROW)
+    frame = row % frames
+    t = tl.load(t_ptr + sample * t_chunks + frame // (frames // t_chunks))
+    if mask_ptr is not None:
+        left = tl.where(tl.load(mask_ptr + sample * frames + frame) != 0, left, 0)
+    c_e = 0.0
+    c_old = 0.0
+    c_ref = 0.0
+    if grad_ptr is None:
+        _, _, d_alpha, d_sigma = schedule_coefficients(t, SCHEDULE, BETA_MIN, BETA_MAX)
+    else:
+        r = tl.load(r_ptr + sample * r_chunks + frame // (frames // r_chunks))
+        per_frame = inner * (rows // frames)
+        count = _valid_frames(mask_ptr, sample, frames, 64) * per_frame
+        e_64, old_64, ref_64, d_alpha, d_sigma = _coefficients(
+            t, r, tl.full((), 1.0, tl.float64), 1.0, 1.0, count, tl.num_programs(1), nft_beta,
+            prior_weight, adv_clip, False, PRIOR_BY_R, SCHEDULE, BETA_MIN, BETA_MAX,
+        )  # fmt: skip
+        c_e = e_64.to(tl.float32)
+        c_old = old_64.to(tl.float32)
+        c_ref = ref_64.to(tl.float32)
+    d_alpha = d_alpha.to(tl.float32)
+    d_sigma = d_sigma.to(tl.float32)
+    seed = 0
+    if noise_ptr is None:
+        seed = tl.load(seed_ptr + sample)
+    in_sample = row.to(tl.int64) * inner + start
+    first = sample.to(tl.int64) * inner * rows + in_sample
+    REF: tl.constexpr = v_ref_ptr is not None
+    QUADS: tl.constexpr = ROW_ALIGN > 1
+
+    pos_abs = tl.zeros((BLOCK,), tl.float32)
+    pos_sq = tl.zeros((BLOCK,), tl.float32)
+    neg_abs = tl.zeros((BLOCK,), tl.float32)
+    neg_sq = tl.zeros((BLOCK,), tl.float32)
+    ref_sq = tl.zeros((BLOCK,), tl.float32)
+    old_sq = tl.zeros((BLOCK,), tl.float32)
+    lane = tl.arange(0, BLOCK)
+    full_steps = tl.where(left < STEPS * BLOCK, left // BLOCK, STEPS).to(tl.int32)
+    for _ in range(full_steps):
+        e, from_old, from_ref = _errors(
+            v_theta_ptr, v_old_ptr, v_ref_ptr, x0_ptr, noise_ptr, seed, first, in_sample, BLOCK,
+            d_alpha, d_sigma, False, QUADS, VECTOR, BLOCK,
+        )  # fmt: skip
+        pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq = _add(
+            pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, nft_beta, REF
+        )
+        if grad_ptr is not None:
+            grad = _gradient(e, from_old, from_ref, c_e, c_old, c_ref, REF)
+            tl.store(grad_ptr + first + lane, grad.to(grad_ptr.dtype.element_ty))
+        first += BLOCK
+        in_sample += BLOCK
+    left -= full_steps.to(tl.int64) * BLOCK
+    if (full_steps < STEPS) & (left > 0):
+        lanes = lanes_left(left, BLOCK)
+        e, from_old, from_ref = _errors(
+            v_theta_ptr, v_old_ptr, v_ref_ptr, x0_ptr, noise_ptr, seed, first, in_sample, lanes,
+            d_alpha, d_sigma, True, QUADS, VECTOR, BLOCK,
+        )  # fmt: skip
+        pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq = _add(
+            pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, nft_beta, REF
+        )
+        if grad_ptr is not None:
+            grad = _gradient(e, from_old, from_ref, c_e, c_old, c_ref, REF)
+            tl.store(grad_ptr + first + lane, grad.to(grad_ptr.dtype.element_ty), mask=lane < lanes)
+    out = partials_ptr + (sample.to(tl.int64) * tl.num_programs(0) + block) * 8
+    tl.store(out, tl.sum(pos_abs))
+    tl.store(out + 1, tl.sum(pos_sq))
+    tl.store(out + 2, tl.sum(neg_abs))
+    tl.store(out + 3, tl.sum(neg_sq))
+    tl.store(out + 4, tl.sum(ref_sq))
+    tl.store(out + 5, tl.sum(old_sq))
+
+
+@triton.jit
+def _nft_loss_finalize_kernel(
+    partials_ptr,
+    t_ptr,
+    r_ptr,
+    mask_ptr,
+    metrics_ptr,
+    losses_ptr,
+    coefficients_ptr,
+    row_units,
+    outer,
+    frames,
+    tiles,
+    t_chunks,
+    r_chunks,
+    nft_beta,
+    prior_weight,
+    adv_clip,
+    ADAPTIVE: tl.constexpr,
+    PRIOR_BY_R: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    BETA_MIN: tl.constexpr,
+    BETA_MAX: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    FRAMES: tl.constexpr,
+    PARALLEL: tl.constexpr,
+):
+    """Metrics, share of the loss and gradient coefficients of one group of frames, in fp64.
+
+    Grid (groups, batch). FRAMES frames and PARALLEL partial sums of each are added side by side,
+    in an order that depends on the launch configuration alone.
+    """
+    sample = tl.program_id(1)
+    group = tl.program_id(0)
+    members = frames // tl.num_programs(0)
+    per_frame = (tl.full((), ROW_ALIGN, tl.int64) * row_units) * outer
+    count = _valid_frames(mask_ptr, sample, frames, 64) * per_frame
+
+    column = tl.arange(0, 8)
+    abs_pos = tl.zeros((), tl.float64)
+    abs_neg = tl.zeros((), tl.float64)
+    sq_pos = tl.zeros((), tl.float64)
+    sq_neg = tl.zeros((), tl.float64)
+    pull_pos = tl.zeros((), tl.float64)
+    pull_neg = tl.zeros((), tl.float64)
+    prior = tl.zeros((), tl.float64)
+    ref_sq = tl.zeros((), tl.float64)
+    old_sq = tl.zeros((), tl.float64)
+    in_group = tl.zeros((), tl.int64)
+    for first in range(0, members, FRAMES):
+        member = first + tl.arange(0, FRAMES)
+        exists = member < members
+        f = group * members + tl.where(exists, member, 0)
+        valid = exists
+        if mask_ptr is not None:
+            valid = exists & (tl.load(mask_ptr + sample * frames + f) != 0)
+        sums = tl.zeros((FRAMES, PARALLEL, 8), tl.float64)
+        for start in range(0, outer * tiles, PARALLEL):
+            k = start + tl.arange(0, PARALLEL)
+            row = (k // tiles)[None, :] * frames + f[:, None]
+            block = (sample.to(tl.int64) * outer * frames + row) * tiles + (k % tiles)[None, :]
+            wanted = valid[:, None] & (k < outer * tiles)[None, :]
+            sums += tl.load(
+                partials_ptr + block[:, :, None] * 8 + column[None, None, :],
+                mask=wanted[:, :, None] & (column < 6)[None, None, :],
+                other=0.0,
+            ).to(tl.float64)
+        total = tl.sum(sums, axis=1)
+        t = tl.load(t_ptr + sample * t_chunks + f // (frames // t_chunks))
+        r = tl.load(r_ptr + sample * r_chunks + f // (frames // r_chunks))
+        r = tl.where((r >= 0.0) & (r <= 1.0), r, float("nan")).to(tl.float64)
+        alpha, sigma, d_alpha, d_sigma = schedule_coefficients(t, SCHEDULE, BETA_MIN, BETA_MAX)
+        # NaN of a t outside the schedule reaches the loss also where the formula does not use t.
+        kappa = 1.0 + 0.0 * d_sigma
+        if ADAPTIVE:
+            kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
+        s1_pos = kappa * _column(total, column, 0)
+        s2_pos = kappa * kappa * _column(total, column, 1)
+        s1_neg = kappa * _column(total, column, 2)
+        s2_neg = kappa * kappa * _column(total, column, 3)
+        ref = _column(total, column, 4)
+        abs_pos += tl.sum(s1_pos)
+        sq_pos += tl.sum(s2_pos)
+        abs_neg += tl.sum(s1_neg)
+        sq_neg += tl.sum(s2_neg)
+        pull_pos += tl.sum(r * s2_pos)
+        pull_neg += tl.sum((1.0 - r) * s2_neg)
+        if PRIOR_BY_R:
+            prior += tl.sum(r * ref)
+        else:
+            prior += tl.sum(ref)
+        ref_sq += tl.sum(ref)
+        old_sq += tl.sum(_column(total, column, 5))
+        in_group += tl.sum(valid.to(tl.int64)) * per_frame
+
+    elements = tl.maximum(in_group, 1).to(tl.float64)
+    w_pos = 1.0 + 0.0 * abs_pos
+    w_neg = 1.0 + 0.0 * abs_neg
+    scale = 1.0
+    if ADAPTIVE:
+        # Not maximum(): it drops a NaN.
+        w_pos = abs_pos / elements
+        w_neg = abs_neg / elements
+        w_pos = tl.where(w_pos < 1e-5, 1e-5, w_pos)
+        w_neg = tl.where(w_neg < 1e-5, 1e-5, w_neg)
+        scale = tl.full((), 1.0, tl.float64) * adv_clip / nft_beta
+    of_sample = tl.maximum(count, 1).to(tl.float64)
+    loss = scale * (pull_pos / w_pos + pull_neg / w_neg) + prior_weight * prior
+    place = sample * tl.num_programs(0) + group
+    tl.store(losses_ptr + place, loss / of_sample)
+    tl.store(metrics_ptr + place * 7, sq_pos / w_pos / elements)
+    tl.store(metrics_ptr + place * 7 + 1, sq_neg / w_neg / elements)
+    tl.store(metrics_ptr + place * 7 + 2, prior / elements)
+    tl.store(metrics_ptr + place * 7 + 3, w_pos)
+    tl.store(metrics_ptr + place * 7 + 4, w_neg)
+    tl.store(metrics_ptr + place * 7 + 5, old_sq / elements)
+    tl.store(metrics_ptr + place * 7 + 6, ref_sq / elements)
+
+    if coefficients_ptr is not None:
+        for first in range(0, members, FRAMES):
+            member = first + tl.arange(0, FRAMES)
+            exists = member < members
+            f = group * members + tl.where(exists, member, 0)
+            valid = exists
+            if mask_ptr is not None:
+                valid = exists & (tl.load(mask_ptr + sample * frames + f) != 0)
+            t = tl.load(t_ptr + sample * t_chunks + f // (frames // t_chunks))
+            r = tl.load(r_ptr + sample * r_chunks + f // (frames // r_chunks))
+            c_e, c_old, c_ref, d_alpha, d_sigma = _coefficients(
+                t, r, valid.to(tl.float64), w_pos, w_neg, count, tl.num_programs(1), nft_beta,
+                prior_weight, adv_clip, ADAPTIVE, PRIOR_BY_R, SCHEDULE, BETA_MIN, BETA_MAX,
+            )  # fmt: skip
+            out = coefficients_ptr + (sample * frames + f) * 5
+            tl.store(out, c_e.to(tl.float32), mask=exists)
+            tl.store(out + 1, c_old.to(tl.float32), mask=exists)
+            tl.store(out + 2, c_ref.to(tl.float32), mask=exists)
+            tl.store(out + 3, d_alpha.to(tl.float32), mask=exists)
+            tl.store(out + 4, d_sigma.to(tl.float32), mask=exists)
+
+
+@triton.jit
+def _column(total, column, index: tl.constexpr):
+    return tl.sum(tl.where(column[None, :] == index, total, 0.0), axis=1)
+
+
+@triton.jit
+def _store_loss(losses_ptr, loss_ptr, groups, batch, BLOCK: tl.constexpr):
+    """The mean over samples of the groups' shares, in a fixed order."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, groups * batch, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        total += tl.load(losses_ptr + k, mask=k < groups * batch, other=0.0)
+    tl.store(loss_ptr, (tl.sum(total) / batch).to(tl.float32))
+
+
+@triton.jit
+def _nft_loss_total_kernel(losses_ptr, loss_ptr, groups, batch, BLOCK: tl.constexpr):
+    _store_loss(losses_ptr, loss_ptr, groups, batch, BLOCK)
+
+
+@triton.jit
+def _nft_loss_grad_kernel(
+    v_theta_ptr,
+    v_old_ptr,
+    v_ref_ptr,
+    x0_ptr,
+    seed_ptr,
+    noise_ptr,
+    mask_ptr,
+    coefficients_ptr,
+    grad_ptr,
+    losses_ptr,
+    loss_ptr,
+    row_units,
+    rows,
+    frames,
+    tiles,
+    groups,
+    ONE_ROW: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient, last tile first: the partial sums left the last tiles in the L2 cache."""
+    batch = tl.num_programs(1)
+    sample = batch - 1 - tl.program_id(1)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    inner = tl.full((), ROW_ALIGN, tl.int64) * row_units
+    row, start, left = tile_of_row(block, inner, tiles, BLOCK, ONE_ROW)
+    frame = row % frames
+    coefficients = coefficients_ptr + (sample * frames + frame) * 5
+    c_e = tl.load(coefficients)
+    c_old = tl.load(coefficients + 1)
+    c_ref = tl.load(coefficients + 2)
+    d_alpha = tl.load(coefficients + 3)
+    d_sigma = tl.load(coefficients + 4)
+    seed = 0
+    if noise_ptr is None:
+        seed = tl.load(seed_ptr + sample)
+    in_sample = row.to(tl.int64) * inner + start
+    first = sample.to(tl.int64) * inner * rows + in_sample
+    lanes = lanes_left(left, BLOCK)
+    seen = lanes
+    if mask_ptr is not None:
+        # A masked frame is not even read: it may hold NaN. Its coefficients are 0.
+        seen = tl.where(tl.load(mask_ptr + sample * frames + frame) != 0, lanes, 0)
+    REF: tl.constexpr = v_ref_ptr is not None
+    e, from_old, from_ref = _errors(
+        v_theta_ptr, v_old_ptr, v_ref_ptr, x0_ptr, noise_ptr, seed, first, in_sample, seen,
+        d_alpha, d_sigma, True, ROW_ALIGN > 1, VECTOR, BLOCK,
+    )  # fmt: skip
+    grad = _gradient(e, from_old, from_ref, c_e, c_old, c_ref, REF)
+    lane = tl.arange(0, BLOCK)
+    tl.store(grad_ptr + first + lane, grad.to(grad_ptr.dtype.element_ty), mask=lane < lanes)
+    if (block == 0) & (sample == 0):
+        _store_loss(losses_ptr, loss_ptr, groups, batch, 256)
+
+
+@triton.jit
+def _nft_loss_scale_kernel(
+    grad_ptr, scale_ptr, out_ptr, elements, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out = grad * scale; in place a scale of exactly 1 touches nothing."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if (not IN_PLACE) | (scale != 1.0):
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        lane = tl.arange(0, BLOCK)
+        inside = lane < lanes_left(elements - first, BLOCK)
+        grad = tl.load(grad_ptr + first + lane, mask=inside).to(tl.float32)
+        tl.store(
+            out_ptr + first + lane, (grad * scale).to(out_ptr.dtype.element_ty), mask=inside
+        )
+
+
+def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
+    """Why Triton cannot run tensors of these dtypes on this kind of device, or None."""
+    return noising.refuse(device, dtypes)
+
+
+def _segments(plan: NftPlan, frame_mask: Tensor | None) -> int:
+    """Runs of frames that share t, r and group; frames themselves where a mask tells them apart."""
+    if frame_mask is not None:
+        return plan.frames
+    return math.lcm(plan.t_chunks, plan.r_chunks, plan.groups)
+
+
+def nft_loss(
+    v_theta: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    x0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    frame_mask: Tensor | None,
+    plan: NftPlan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss fp32 [], metrics fp64 [B, G, 7] and the gradient like v_theta ([0] if not needed)."""
+    noising.check_batch(plan.batch)
+    configs = launch_config("nft_loss", device_arch(x0.device))
+    frames = _segments(plan, frame_mask)
+    inner = plan.inner * (plan.frames // frames)
+    rows = plan.outer * frames
+    align = noising.row_align(inner)
+    adaptive = plan.weighting == "x0_adaptive"
+    schedule = noising.schedule_constants(plan)
+    options = (plan.nft_beta, plan.prior_weight, plan.adv_clip)
+    loads = [x for x in (v_theta, x0, noise) if x is not None]
+    shape = {
+        "ONE_ROW": rows == 1,
+        "ROW_ALIGN": align,
+        "VECTOR": 16 // min(x.element_size() for x in loads),
+    }
+
+    one_pass = configs["partials"]
+    tiles = triton.cdiv(inner, one_pass["block"] * one_pass["steps"])
+    partials = x0.new_empty((plan.batch, rows * tiles, SUMS), dtype=torch.float32)
+    losses = x0.new_empty((plan.batch, plan.groups), dtype=torch.float64)
+    metrics = x0.new_empty((plan.batch, plan.groups, len(METRICS)), dtype=torch.float64)
+    loss = x0.new_empty((), dtype=torch.float32)
+    grad = v_theta.new_empty(v_theta.shape if plan.needs_grad else 0)
+    coefficients = None
+    if adaptive and plan.needs_grad:
+        coefficients = x0.new_empty((plan.batch, frames, COEFFICIENTS), dtype=torch.float32)
+    early_grad = grad if plan.needs_grad and not adaptive else None
+    if early_grad is not None and frame_mask is not None:
+        early_grad.zero_()
+
+    _nft_loss_partials_kernel[(rows * tiles, plan.batch)](
+        v_theta,
+        v_old,
+        v_ref,
+        x0,
+        t,
+        r,
+        seed,
+        noise,
+        frame_mask,
+        partials,
+        early_grad,
+        inner // align,
+        rows,
+        frames,
+        tiles,
+        plan.t_chunks,
+        plan.r_chunks,
+        *options,
+        **schedule,
+        PRIOR_BY_R=plan.prior_by_r,
+        **shape,
+        BLOCK=one_pass["block"],
+        STEPS=one_pass["steps"],
+        num_warps=one_pass["num_warps"],
+        num_stages=one_pass["num_stages"],
+        enable_fp_fusion=False,
+    )
+    side_by_side = min(16, triton.next_power_of_2(frames // plan.groups))
+    _nft_loss_finalize_kernel[(plan.groups, plan.batch)](
+        partials,
+        t,
+        r,
+        frame_mask,
+        metrics,
+        losses,
+        coefficients,
+        inner // align,
+        plan.outer,
+        frames,
+        tiles,
+        plan.t_chunks,
+        plan.r_chunks,
+        *options,
+        ADAPTIVE=adaptive,
+        PRIOR_BY_R=plan.prior_by_r,
+        **schedule,
+        ROW_ALIGN=align,
+        FRAMES=side_by_side,
+        PARALLEL=_PARALLEL // side_by_side,
+        num_warps=configs["finalize"]["num_warps"],
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+    if coefficients is None:
+        _nft_loss_total_kernel[(1,)](
+            losses, loss, plan.groups, plan.batch, BLOCK=256, num_warps=4, enable_fp_fusion=False
+        )
+        return loss, metrics, grad
+    config = configs["grad"]
+    tiles = triton.cdiv(inner, config["block"])
+    _nft_loss_grad_kernel[(rows * tiles, plan.batch)](
+        v_theta,
+        v_old,
+        v_ref,
+        x0,
+        seed,
+        noise,
+        frame_mask,
+        coefficients,
+        grad,
+        losses,
+        loss,
+        inner // align,
+        rows,
+        frames,
+        tiles,
+        plan.groups,
+        **shape,
+        BLOCK=config["block"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        enable_fp_fusion=False,
+    )
+    return loss, metrics, grad
+
+
+def _scale(grad: Tensor, grad_loss: Tensor, out: Tensor) -> None:
+    config = launch_config("nft_loss", device_arch(grad.device))["scale"]
+    _nft_loss_scale_kernel[(triton.cdiv(grad.numel(), config["block"]),)](
+        grad,
+        grad_loss,
+        out,
+        grad.numel(),
+        IN_PLACE=out is grad,
+        BLOCK=config["block"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        enable_fp_fusion=False,
+    )
+
+
+def nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """grad * grad_loss in grad's dtype; grad_loss is a scalar on the device."""
+    out = torch.empty_like(grad)
+    _scale(grad, grad_loss, out)
+    return out
+
+
+def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
+    """The same, into grad."""
+    _scale(grad, grad_loss, grad)
