@@ -1,0 +1,40 @@
+"""Fixtures of every suite. Triton runs interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Must be set before Triton is imported; docs/ENVIRONMENT.md lists it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from afd_kernels.dispatch import BACKENDS, use_backend
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# What can run where; on the CPU Triton means its interpreter.
+PLACES = [(backend, device) for device in DEVICES for backend in BACKENDS]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Runs the test once per (backend, device), with that backend required."""
+    backend, device = request.param
+    if backend == "triton" and device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton runs on the GPU here; the interpreter is for machines without one")
+    with use_backend(backend):
+        yield backend, device
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of golden tensors and real data beside the checkout; not part of the product."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent (golden data lives beside the checkout)")
+    return SHARED

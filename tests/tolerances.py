@@ -1,0 +1,48 @@
+"""The only tolerance table. A comparison is |out - ref| <= atol(dtype) * scale + rtol(dtype) |ref|.
+
+fp32 bounds are a few ulps of fp32 arithmetic; half-precision bounds are half an ulp of the output
+dtype (one rounding of an fp32 result) plus the fp32 bound. docs/NUMERICS.md explains each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_EPS32 = torch.finfo(torch.float32).eps
+
+# Elementwise results: a handful of fp32 roundings, then one rounding to the output dtype.
+ELEMENTWISE_RTOL = {
+    torch.float64: 1e-12,
+    torch.float32: 16 * _EPS32,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+    torch.float16: torch.finfo(torch.float16).eps,
+}
+# Standard normals against their float64 formula: absolute part near zero crossings.
+NORMAL_ATOL = 4e-7
+NORMAL_RTOL = 4 * _EPS32
+# Means over thousands of fp32 terms summed in fp64.
+REDUCTION_RTOL = {torch.float64: 1e-10, torch.float32: 1e-6}
+
+
+def assert_elementwise(out: Tensor, ref: Tensor, scale: float = 1.0) -> None:
+    """Asserts |out - ref| <= tol (|ref| + scale) with the tolerance of out's dtype."""
+    assert out.shape == ref.shape
+    tol = ELEMENTWISE_RTOL[out.dtype]
+    error = (out.double() - ref.double()).abs() - tol * ref.double().abs()
+    worst = error.max().item()
+    floor = min(tol, 16 * _EPS32) * scale
+    assert worst <= floor, f"worst excess error {worst:.3g} > {floor:.3g} ({out.dtype})"
+
+
+def assert_normal(out: Tensor, ref: Tensor) -> None:
+    """Asserts that normals equal their float64 formula to the last few ulps."""
+    error = (out.double() - ref.double()).abs() - NORMAL_RTOL * ref.double().abs()
+    assert error.max().item() <= NORMAL_ATOL
+
+
+def assert_reduced(out: Tensor, ref: Tensor, wide: torch.dtype = torch.float32) -> None:
+    """Asserts that reduced scalars agree to REDUCTION_RTOL of the arithmetic dtype."""
+    torch.testing.assert_close(
+        out.double(), ref.double(), rtol=REDUCTION_RTOL[wide], atol=1e-12, equal_nan=False
+    )
