@@ -11,7 +11,6 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,20 +19,21 @@ BACKENDS = ("native", "triton", "reference")
 OPS = ("forward_noise", "nft_loss")
 
 _log = logging.getLogger("afd")
-_requested: ContextVar[str | None] = ContextVar("afd_backend", default=None)
+# Process-wide, not a ContextVar: autograd runs CUDA backwards on threads of its own.
+_requested: list[str] = []
 _logged: set[tuple[str, str, str]] = set()
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Runs every op of the block on `backend`, or raises where that backend refuses."""
+    """Runs every op of the process on `backend` inside the block, or raises where it refuses."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; needed: one of {', '.join(BACKENDS)}")
-    token = _requested.set(backend)
+    _requested.append(backend)
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.pop()
 
 
 def explain(op: str, device: str, dtypes: set[torch.dtype]) -> dict[str, str | None]:
@@ -49,7 +49,7 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     """
     given = [x for x in tensors if x is not None]
     device, dtypes = given[0].device.type, {x.dtype for x in given}
-    requested = _requested.get()
+    requested = _requested[-1] if _requested else None
     for name in (requested,) if requested else BACKENDS:
         reason = _refusal(op, name, device, dtypes)
         if reason is None:

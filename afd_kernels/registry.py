@@ -36,7 +36,7 @@ def differentiate(
 
 
 def refuse_double_backward(name: str, instead: str) -> None:
-    """Gives `afd::<name>` a derivative that raises: without one, autograd answers silently wrong."""
+    """Gives `afd::<name>` a derivative that raises; without one autograd is silently wrong."""
 
     def backward(_ctx: Any, *_grads: Any) -> Any:
         raise RuntimeError(

@@ -59,7 +59,7 @@ def _fake_bwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x0, t, _seed, noise, ctx.schedule, ctx.schedule_args, ctx.layout = inputs
+    _x0, t, _seed, noise, ctx.schedule, ctx.schedule_args, ctx.layout = inputs
     ctx.save_for_backward(t)
     if noise is not None and noise.requires_grad:
         raise RuntimeError("noise: got a tensor that requires grad; needed: noise without gradient")

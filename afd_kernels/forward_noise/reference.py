@@ -55,7 +55,7 @@ def normal(seed: Tensor, count: int) -> Tensor:
 
 
 def coefficients(schedule: str, args: tuple[float, ...], t: Tensor) -> tuple[Tensor, ...]:
-    """alpha, sigma, alpha', sigma' at t, in t's dtype: x_t = alpha x0 + sigma noise, v = dx_t/dt."""
+    """alpha, sigma, alpha', sigma' at t: x_t = alpha x0 + sigma noise and v = dx_t/dt."""
     if schedule == "rectified_flow":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if schedule == "vp_cosine":

@@ -62,11 +62,14 @@ def _fake(
 
 
 def _nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
-    return dispatch.pick("nft_loss", grad).nft_loss_bwd(grad, grad_loss)
+    return dispatch.pick("nft_loss", grad).nft_loss_bwd(grad.contiguous(), grad_loss.contiguous())
 
 
 def _nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
-    dispatch.pick("nft_loss", grad).nft_loss_bwd_(grad, grad_loss)
+    if not grad.is_contiguous():
+        grad.copy_(_nft_loss_bwd(grad, grad_loss))
+        return
+    dispatch.pick("nft_loss", grad).nft_loss_bwd_(grad, grad_loss.contiguous())
 
 
 _DIFFERENTIABLE = 0  # v_theta; every other input is data
@@ -96,18 +99,16 @@ def _backward(
         if not ctx.needs_grad:
             raise RuntimeError("needs_grad: got False; needed: True to differentiate nft_loss")
         (grad,) = ctx.saved_tensors
-        if _graph_is_kept():
-            grad = torch.ops.afd.nft_loss_bwd(grad, grad_loss)
-        else:
+        if _may_donate(grad):
             torch.ops.afd.nft_loss_bwd_(grad, grad_loss)
+        else:
+            grad = torch.ops.afd.nft_loss_bwd(grad, grad_loss)
     return grad, *(None,) * (len(_ARGUMENTS) - 1)
 
 
-def _graph_is_kept() -> bool:
-    """Whether the saved gradient may be asked for again (retain_graph, or a traced graph)."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+def _may_donate(grad: Tensor) -> bool:
+    """Whether nobody can ask for the saved gradient again: no retain_graph, no tracing."""
+    return type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 _SCHEMA = (

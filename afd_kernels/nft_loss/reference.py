@@ -1,6 +1,6 @@
 """nft_loss in plain PyTorch: any dtype, any device; `loss` is twice differentiable.
 
-Letters: B batch, O outer, F frames, I inner (see contracts.Plan), G groups. MATH.md has the algebra.
+Letters: B batch, O outer, F frames, I inner (see contracts.Plan), G groups. Algebra in MATH.md.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def nft_loss(
 
     With v+ = (1 - nft_beta) v_old + nft_beta v_theta, v- = (1 + nft_beta) v_old - nft_beta v_theta
     and x0+- the clean latents they imply at x_t, "x0_adaptive" is the official code's total
-        adv_clip mean_b[r L+ / nft_beta + (1 - r) L- / nft_beta] + prior_weight mean|v_theta-v_ref|^2
+        adv_clip mean_b[(r L+ + (1 - r) L-) / nft_beta] + prior_weight mean|v_theta - v_ref|^2
         L+- = mean (x0+- - x0)^2 / w+-,   w+- = max(mean |x0+- - x0|, 1e-5), a constant;
     "velocity" is mean[r (v+ - v*)^2 + (1 - r) (v- - v*)^2] plus the same prior. Noise, x_t and v*
     are regenerated inside; the gradient with respect to v_theta is made in the forward, so a step
@@ -120,7 +120,7 @@ def nft_loss(
         v_ref: the frozen base's, likewise, or None (then prior_weight must be 0).
         x0: clean latents, shape of v_theta; may have another dtype than the predictions.
         t: float32 [B], [B, K] or [B, F], as given to forward_noise.
-        r: float32 [B] or [B, K] in [0, 1]: the optimality weight clamp(A / (2 adv_clip) + .5, 0, 1).
+        r: float32 [B] or [B, K] in [0, 1], the optimality weight clamp(A/(2 adv_clip) + .5, 0, 1).
         seed: int64 [B], as given to forward_noise; or
         noise: the noise itself, shape of x0, float32 or x0's dtype.
         nft_beta: mixes the velocities, > 0.
@@ -164,5 +164,5 @@ def nft_loss(
         layout,
         needs_grad,
     )
-    per_video = metrics[:, 0] if group == "video" else metrics
-    return NftLoss(loss, *per_video.unbind(-1))
+    per_group = metrics.squeeze(1) if group == "video" else metrics
+    return NftLoss(loss, *per_group.unbind(-1))
