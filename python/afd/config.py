@@ -148,8 +148,9 @@ class AfdConfig(Section):
         default="x0_adaptive",
         description="error in x0 space with adaptive weights, or plain velocity",
     )
-    timesteps: Literal["student", "uniform"] = Field(
-        default="student", description="t from the student's own steps, or uniform"
+    timesteps: Literal["student", "uniform", "shifted"] = Field(
+        default="student",
+        description="t from the student's own steps, uniform, or shifted towards noise",
     )
     timestep_per: Literal["video", "chunk"] = Field(
         default="chunk", description="one t per video or chunk"
@@ -178,14 +179,20 @@ class AfdConfig(Section):
         default=700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    physics_every: int = Field(
+        default=10,
+        ge=1,
+        description="updates between logs of how far the score ranks by physics (toy prompts only)",
+    )
 
 
 class SftConfig(Section):
     """Supervised flow matching on the teacher's videos: the baseline."""
 
     draws: int = Field(default=4, ge=1, description="(t, noise) draws per teacher video and update")
-    timesteps: Literal["student", "uniform"] = Field(
-        default="student", description="t from the student's own steps, or uniform"
+    timesteps: Literal["student", "uniform", "shifted"] = Field(
+        default="shifted",
+        description="t from the student's own steps, uniform, or shifted towards noise",
     )
     context_noise: float = Field(
         default=0.1, ge=0, description="largest noise level of the clean context"

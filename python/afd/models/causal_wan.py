@@ -91,7 +91,7 @@ def block_mask(
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    # Statistics in float32, then the activation dtype, then the gain: the released order of roundings.
+    # Statistics in float32, then activation dtype, then the gain: the released order of roundings.
     return F.rms_norm(x.float(), (x.shape[-1],), eps=EPS).to(x.dtype) * weight
 
 
@@ -166,7 +166,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Last modulated norm and projection to patches; its modulation uses the bare time embedding."""
+    """Last modulated norm and projection to patches, modulated by the bare time embedding."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class CausalWan(nn.Module):
         return rope_angles(self.config.head_dim, start, frames, rows, cols, device)
 
     def text_kv(self, text_BLE: Tensor) -> list[LayerKV]:
-        """The prompt's keys and values for every layer; every row is attended to, padding included."""
+        """The prompt's keys and values for every layer; padding rows are attended to as well."""
         if text_BLE.shape[1:] != (self.config.text_len, self.config.text_dim):
             raise ValueError(
                 f"text: shape {tuple(text_BLE.shape)} came, "

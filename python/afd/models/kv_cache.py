@@ -42,7 +42,7 @@ class KVCache:
 def allocate(
     cross_kv: list[LayerKV], batch: int, heads: int, head_dim: int, frames: int, tokens: int
 ) -> KVCache:
-    """Empty cache for `frames` frames of `tokens` tokens, like the text keys in dtype and device."""
+    """Empty cache for `frames` frames of `tokens` tokens; dtype and device of the text keys."""
     like = cross_kv[0][0]
 
     def empty() -> Tensor:

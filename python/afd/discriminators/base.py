@@ -1,0 +1,52 @@
+"""What every discriminator offers, and the two losses. B pairs of a teacher and a student video."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Critic(Protocol):
+    """A scorer of finished videos that learns to tell the teacher's from the student's."""
+
+    def score(self, video_BFCHW: Tensor, prompts: list[str]) -> Tensor:
+        """How much each video looks like the teacher's for its prompt, [B]; no gradient."""
+        ...
+
+    def step(
+        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: list[str]
+    ) -> dict[str, float]:
+        """One optimizer step on prompt-matched pairs; returns loss, accuracy and margin."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def bradley_terry_loss(teacher_B: Tensor, student_B: Tensor) -> Tensor:
+    """Mean -log sigmoid(D(teacher) - D(student)) over pairs of one prompt (arXiv 2605.26105)."""
+    return F.softplus(student_B - teacher_B).mean()
+
+
+def gan_loss(teacher_B: Tensor, student_B: Tensor) -> Tensor:
+    """The vanilla GAN loss: each score is a logit of "made by the teacher"."""
+    return F.softplus(-teacher_B).mean() + F.softplus(student_B).mean()
+
+
+LOSSES = {"bt": bradley_terry_loss, "gan": gan_loss}
+
+
+def pair_metrics(teacher_B: Tensor, student_B: Tensor) -> dict[str, float]:
+    """Share of pairs ranked right, and the mean score difference."""
+    margin_B = (teacher_B - student_B).detach()
+    return {"accuracy": float((margin_B > 0).float().mean()), "margin": float(margin_B.mean())}
+
+
+def gradient_penalty(score_B: Tensor, inputs: Tensor) -> Tensor:
+    """R1: mean squared norm of d score / d inputs; keeps the scorer smooth around the teacher."""
+    (gradient,) = torch.autograd.grad(score_B.sum(), inputs, create_graph=True)
+    return gradient.flatten(1).square().sum(1).mean()

@@ -1,0 +1,45 @@
+"""Random looks: the same motion in another picture.
+
+Shape letters: B videos, F frames, C colour channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
+    return (torch.rand(n, generator=generator) * (high - low) + low).view(n, 1, 1, 1, 1)
+
+
+def _field(n: int, height: int, width: int, generator: Generator) -> Tensor:
+    """A static grey texture [n, 1, 1, H, W] of a random coarseness, standard deviation about 1."""
+    cells = int(torch.randint(1, 5, (), generator=generator))
+    rows, columns = -(-height // cells), -(-width // cells)
+    coarse = torch.randn(n, 1, rows, columns, generator=generator)
+    return F.interpolate(coarse, (height, width), mode="nearest").unsqueeze(1)
+
+
+def random_look(video_BFCHW: Tensor, generator: Generator, strength: float = 1.0) -> Tensor:
+    """New contrast, brightness, tint, texture, corner patch and pixel noise, one draw per video.
+
+    A discriminator that sees both sides under random looks cannot tell them apart by the look.
+    """
+    B, _, C, H, W = video_BFCHW.shape
+    gain = 1 + strength * _uniform(B, -0.5, 0.2, generator)
+    lift = strength * _uniform(B, -0.3, 0.5, generator)
+    tint = strength * 0.05 * torch.randn(B, 1, C, 1, 1, generator=generator)
+    grain = strength * _uniform(B, 0.0, 0.25, generator)
+    video = gain * video_BFCHW + lift + tint + grain * _field(B, H, W, generator)
+    size, patched = max(2, H // 5), torch.rand(B, generator=generator) < 0.3 * strength
+    right, bottom = torch.randint(2, (2, B), generator=generator).bool()
+    level = _uniform(B, -1.0, 1.0, generator).view(B, 1, 1, 1)
+    for b in patched.nonzero().flatten().tolist():
+        rows = slice(H - size - 1, H - 1) if bottom[b] else slice(1, 1 + size)
+        columns = slice(W - size - 1, W - 1) if right[b] else slice(1, 1 + size)
+        video[b, :, :, rows, columns] = level[b]
+    noise = strength * _uniform(B, 0.0, 1.0, generator).square() * 0.3
+    video = video + noise * torch.randn(video.shape, generator=generator)
+    return video.clamp(-1, 1)

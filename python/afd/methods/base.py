@@ -1,0 +1,112 @@
+"""What the trainer asks of every method. B videos, F frames, C channels, H x W pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from afd.models.toy import ToyStudent
+
+
+@dataclass
+class Batch:
+    """What one optimizer step is given."""
+
+    step: int  # optimizer step, from 0
+    prompts: list[str]
+    teacher_BFCHW: Tensor  # one finished teacher video per prompt, [-1, 1]
+
+
+class Method(Protocol):
+    """A way to train the student; the trainer calls the three parts of a step in this order."""
+
+    name: str
+    needs_rollout: bool
+    needs_critic: bool
+
+    def rollout(self, batch: Batch) -> None: ...
+
+    def critic_step(self, batch: Batch) -> dict[str, float]: ...
+
+    def student_step(self, batch: Batch) -> dict[str, float]: ...
+
+    def evaluation_policy(self) -> ToyStudent: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def cosine_rate(step: int, steps: int, floor: float = 0.05) -> float:
+    """Learning-rate factor: a cosine from 1 to `floor` over `steps`, then flat."""
+    done = min(1.0, step / steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, current: nn.Module, decay: float) -> None:
+    """average <- decay · average + (1 - decay) · current, in place."""
+    torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
+
+
+def draw_times(
+    kind: str, videos: int, chunks: int, steps: Sequence[float], generator: Generator
+) -> Tensor:
+    """Times float32 [videos, chunks]: from the student's steps, uniform in (0, 1], or shifted.
+
+    "shifted" is 5u / (1 + 4u) of a uniform u: mostly high noise, as Wan students are trained.
+    """
+    shape = (videos, chunks)
+    if kind == "student":
+        index = torch.randint(len(steps), shape, generator=generator)
+        return torch.tensor(steps, dtype=torch.float32)[index]
+    u_BK = 1 - torch.rand(shape, generator=generator)
+    return u_BK if kind == "uniform" else 5 * u_BK / (1 + 4 * u_BK)
+
+
+class StudentOptimizer:
+    """AdamW with a cosine rate and clipped gradients over a student's weights."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        cosine_steps: int,
+        grad_clip: float,
+    ) -> None:
+        self.parameters = list(student.parameters())
+        self.learning_rate, self.cosine_steps = learning_rate, cosine_steps
+        self.grad_clip = grad_clip
+        self.updates = 0
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
+        )
+
+    def step(self, loss: Tensor) -> dict[str, float]:
+        """Backward and one update; returns loss, gradient norm and rate."""
+        rate = self.learning_rate * cosine_rate(self.updates, self.cosine_steps)
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        self.adam.step()
+        self.updates += 1
+        return {
+            "student/loss": float(loss.detach()),
+            "student/grad_norm": float(norm),
+            "student/learning_rate": rate,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adam": self.adam.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        self.updates = state["updates"]

@@ -1,0 +1,171 @@
+"""The laptop-size student: a small causal Wan network on raw pixels, with a fixed text encoder.
+
+Shape letters: B videos, F frames, C colour channels, H x W pixels, K chunks, L text tokens, E text
+channels. Videos are float32 in [-1, 1]; times are in [0, 1] (1 is pure noise).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+
+from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.kv_cache import KVCache, LayerKV
+
+SHIPPED = {"base": "base_student.safetensors", "motion": "motion_backbone.safetensors"}
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """One token per frame: a patch is the whole picture."""
+
+    wan: WanConfig = field(
+        default_factory=lambda: WanConfig(
+            dim=128,
+            num_heads=4,
+            ffn_dim=384,
+            num_layers=3,
+            freq_dim=64,
+            text_dim=32,
+            text_len=6,
+            in_dim=3,
+            out_dim=3,
+            patch=(16, 16),
+            chunk=3,
+        )
+    )
+    frames: int = 12
+    height: int = 16
+    width: int = 16
+    smallest_t: float = 0.05
+
+
+# Words that tell no two sentences apart.
+FILLERS = {"a", "an", "the", "on", "in", "at", "of", "is", "are", "and", "with", "to", "going"}
+
+
+@lru_cache(maxsize=4096)
+def _word(word: str, channels: int) -> Tensor:
+    return torch.randn(channels, generator=Generator().manual_seed(zlib.crc32(word.encode())))
+
+
+def encode_prompts(prompts: list[str], length: int, channels: int) -> Tensor:
+    """A fixed text encoder, [B, length, channels]: word vector plus place vector, zero-padded.
+
+    Each content word has its own random vector, seeded by the word, so any sentence can be encoded
+    and equal words are equal everywhere. Words past `length` are dropped.
+    """
+    text_BLE = torch.zeros(len(prompts), length, channels)
+    for row, prompt in zip(text_BLE, prompts, strict=True):
+        words = [w for w in re.findall(r"[a-z0-9]+", prompt.lower()) if w not in FILLERS]
+        for place, word in enumerate(words[:length]):
+            row[place] = (_word(word, channels) + _word(f"#{place}", channels)) / 2**0.5
+    return text_BLE
+
+
+def checkpoint_path(name: str) -> Path:
+    """A shipped checkpoint by its short name, or any file by its path."""
+    if name in SHIPPED:
+        return Path(str(files("afd") / "assets" / SHIPPED[name]))
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {name} is neither a file nor one of {list(SHIPPED)}")
+    return path
+
+
+class ToyStudent(nn.Module):
+    """A causal video student; the network predicts the clean video, the outside sees velocities."""
+
+    def __init__(self, config: ToyConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or ToyConfig()
+        self.net = CausalWan(self.config.wan)
+        # The released network starts its head at zero; its own prediction is then zero too.
+        nn.init.zeros_(self.net.head.head.weight)
+        nn.init.zeros_(self.net.head.head.bias)
+
+    @property
+    def chunk(self) -> int:
+        return self.config.wan.chunk
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Text embeddings [B, L, E] on the student's device."""
+        wan = self.config.wan
+        device = self.net.patch_embedding.weight.device
+        return encode_prompts(prompts, wan.text_len, wan.text_dim).to(device)
+
+    # --- training ---
+
+    def clean_context(self, x_BFCHW: Tensor, text_BLE: Tensor) -> list[LayerKV]:
+        """What later chunks see of clean frames: keys and values of every layer."""
+        return self.net.clean_context(x_BFCHW, text_BLE)
+
+    def predict_x0(
+        self,
+        x_t_BFCHW: Tensor,
+        t_BK: Tensor,
+        text_BLE: Tensor,
+        context: list[LayerKV] | None = None,
+    ) -> Tensor:
+        """The clean video seen in x_t; t per video [B, 1] or per chunk [B, K]."""
+        t_BF = t_BK.repeat_interleave(x_t_BFCHW.shape[1] // t_BK.shape[1], 1)
+        return self.net(x_t_BFCHW, 1000 * t_BF, text_BLE, context)
+
+    def velocity(
+        self,
+        x_t_BFCHW: Tensor,
+        t_BK: Tensor,
+        text_BLE: Tensor,
+        context: list[LayerKV] | None = None,
+    ) -> Tensor:
+        """Rectified-flow velocity (noise minus video) at x_t, like x_t."""
+        x0_BFCHW = self.predict_x0(x_t_BFCHW, t_BK, text_BLE, context)
+        t_BF = t_BK.repeat_interleave(x_t_BFCHW.shape[1] // t_BK.shape[1], 1)
+        return (x_t_BFCHW - x0_BFCHW) / t_BF.clamp_min(self.config.smallest_t)[
+            ..., None, None, None
+        ]
+
+    # --- streaming ---
+
+    def new_cache(self, text_BLE: Tensor, frames: int) -> KVCache:
+        return self.net.new_cache(text_BLE, frames, self.config.height, self.config.width)
+
+    def denoise(self, x_t_BFCHW: Tensor, t: float, cache: KVCache, start_frame: int) -> Tensor:
+        """The clean chunk seen in the noisy one at frames `start_frame`…"""
+        t_B1 = torch.full((x_t_BFCHW.shape[0], 1), 1000 * t, device=x_t_BFCHW.device)
+        out = self.net.forward_cached(x_t_BFCHW, t_B1, cache, start_frame)
+        assert out is not None
+        return out
+
+    def remember(self, x_BFCHW: Tensor, cache: KVCache, start_frame: int) -> None:
+        """The context pass: later chunks will see this finished chunk."""
+        t_B1 = torch.zeros(x_BFCHW.shape[0], 1, device=x_BFCHW.device)
+        self.net.forward_cached(x_BFCHW, t_B1, cache, start_frame, context_only=True)
+
+    # --- files ---
+
+    def save(self, path: Path, dtype: torch.dtype = torch.float16) -> None:
+        weights = {k: v.detach().to(dtype).contiguous() for k, v in self.state_dict().items()}
+        save_file(weights, path, metadata={"config": json.dumps(asdict(self.config))})
+
+    @classmethod
+    def load(cls, name: str = "base") -> ToyStudent:
+        """From a file written by `save`, or the shipped base student; float32, in train mode."""
+        path = checkpoint_path(name)
+        with safe_open(path, "pt") as opened:
+            metadata: dict[str, Any] = json.loads(opened.metadata()["config"])
+        wan = metadata.pop("wan")
+        student = cls(ToyConfig(WanConfig(**{**wan, "patch": tuple(wan["patch"])}), **metadata))
+        student.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+        return student
