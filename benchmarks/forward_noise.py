@@ -1,0 +1,139 @@
+"""Noising of latents, x_t = alpha x0 + sigma noise: eager PyTorch against afd.ops.forward_noise.
+
+    python benchmarks/forward_noise.py               # 480x832 latents, fp32 and bf16
+    python benchmarks/forward_noise.py --batch 2 --plot
+
+Forward only (the gradient is one scaling). Checked against float64 before it is timed, with the
+noise given, and with the noise drawn (eager, compile) or regenerated from seeds (ours).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# So that it runs from a checkout where nothing is installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+
+from afd import ops
+from afd_kernels.forward_noise.reference import normal
+from benchmarks import official, report, suite
+from benchmarks.suite import OURS, Inputs, Key, Step
+from tests.cases import WAN_480
+
+# Dtype of the latents and of the noise.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Bound of ||x_t - x_t64|| / ||x_t64||: fp32 arithmetic, or one rounding to bf16.
+BOUND = {"fp32": 1e-6, "bf16": 4e-3}
+_EAGER_BYTES = 80  # per element: the reference's Philox words, and the inputs
+
+
+@dataclass(frozen=True)
+class Noising:
+    """One case; `shape` is that of a sample."""
+
+    dtype: str
+    batch: int
+    shape: tuple[int, ...]
+
+    def case(self) -> suite.Case:
+        """As the suite takes it."""
+        numel = self.batch * torch.Size(self.shape).numel()
+        return suite.Case(
+            op="forward_noise",
+            name="rectified_flow",
+            dtype=self.dtype,
+            dtypes={DTYPES[self.dtype]},
+            batch=self.batch,
+            numel=numel,
+            eager_bytes=_EAGER_BYTES * numel,
+            inputs=self.inputs,
+            step=self.step,
+            errors=self.errors,
+            bytes=lambda source: self.bytes(numel, source),
+        )
+
+    def bytes(self, numel: int, source: str) -> tuple[int, int]:
+        """Of one pass, which is the whole algorithm."""
+        streams = 3 if source == "given" else 2
+        one_pass = streams * numel * DTYPES[self.dtype].itemsize
+        return one_pass, one_pass
+
+    def inputs(self, device: str, seed: int) -> Inputs:
+        """Random latents."""
+        generator = torch.Generator(device).manual_seed(seed)
+        shape, dtype = (self.batch, *self.shape), DTYPES[self.dtype]
+
+        def draw() -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        return {
+            "x0": draw(),
+            "noise": draw(),
+            "t": torch.rand(self.batch, generator=generator, device=device),
+            "seed": torch.randint(2**62, (self.batch,), generator=generator, device=device),
+        }
+
+    def step(self, provider: str, source: str) -> Step:
+        """Inputs to x_t."""
+        if provider in OURS:
+            eps = "noise" if source == "given" else "seed"
+
+            def ours(i: Inputs) -> Tensor:
+                with ops.use_backend(provider):
+                    return ops.forward_noise(i["x0"], i["t"], **{eps: i[eps]})
+
+            return ours
+
+        def given(i: Inputs) -> Tensor:
+            return official.noised(i["x0"], i["noise"], i["t"]).to(i["x0"].dtype)
+
+        def drawn(i: Inputs) -> Tensor:
+            return given(i | {"noise": torch.randn(i["x0"].shape, device=i["x0"].device)})
+
+        step = given if source == "given" else drawn
+        return torch.compile(step, dynamic=False, fullgraph=True) if provider == "compile" else step
+
+    def errors(
+        self, inputs: Inputs, steps: dict[Key, Step]
+    ) -> dict[Key, tuple[dict[str, float], float]]:
+        """Relative error of x_t. Eager's own draws have no oracle."""
+        x0, t = inputs["x0"].double(), inputs["t"].double()
+        noise = torch.cat([normal(seed, x0[0].numel()) for seed in inputs["seed"].split(1)])
+        exact = {
+            "given": official.noised(x0, inputs["noise"].double(), t),
+            "seed": official.noised(x0, noise.reshape(x0.shape).double(), t),
+        }
+        found = {}
+        for (provider, source), step in steps.items():
+            if provider in OURS or source == "given":
+                x_t = step(inputs).double()
+                error = (x_t - exact[source]).norm() / exact[source].norm()
+                found[provider, source] = {"x_t": error.item()}, BOUND[self.dtype]
+        return found
+
+
+def cases(args: Any) -> Iterator[suite.Case]:
+    """Every dtype and batch size asked for."""
+    for batch in args.batch:
+        for dtype in args.dtype:
+            yield Noising(dtype, batch, tuple(args.shape)).case()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = report.arguments(__doc__.splitlines()[0], suite.PROVIDERS)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--shape", type=int, nargs="+", default=WAN_480, help="of one sample")
+    args = report.quick(parser.parse_args(argv))
+    suite.run("forward_noise", cases(args), args)
+
+
+if __name__ == "__main__":
+    main()

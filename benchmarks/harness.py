@@ -1,0 +1,191 @@
+"""Times several providers of one computation in one run, beside the machine's own floors.
+
+Interleaved: each repetition runs every provider once, in an order that rotates, so that a change
+of clocks or a busy neighbour hits all of them. Medians and the 20th and 80th percentile.
+
+CPU: wall time of the call. CUDA: events around the call, with the call's launches queued behind a
+spin, so that the time is the device's; the time the host needs to issue the call is reported
+beside it (where it is the larger of the two, the call is bound by launches). Input sets rotate so
+that nothing of the last call's inputs is left in the last-level cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Run = Callable[[int], object]  # called with the index of the input set
+
+_WARM_UP = 2
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds. host_ms is the median time to issue the call (CUDA only)."""
+
+    median_ms: float
+    p20: float
+    p80: float
+    host_ms: float | None
+    reps: int
+
+
+def timed(
+    runs: Mapping[str, Run], device: str, sets: int, reps: int, budget_s: float
+) -> dict[str, Timing]:
+    """Interleaved timing of `runs`: at most `reps` rounds, at least 3, about `budget_s` seconds."""
+    names = list(runs)
+    for _ in range(_WARM_UP):
+        host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in names}
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    issued: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for rep in range(reps):
+            shift = rep % len(names)
+            for name in names[shift:] + names[:shift]:
+                ms, host = _once(runs[name], rep % sets, device, 1.5 * host_s[name] + 2e-4)
+                spent[name].append(ms)
+                issued[name].append(host * 1e3)
+            if rep >= 2 and time.perf_counter() - start > budget_s:
+                break
+    finally:
+        gc.enable()
+    return {name: _timing(spent[name], issued[name], device) for name in names}
+
+
+def _timing(ms: list[float], host_ms: list[float], device: str) -> Timing:
+    p20, median, p80 = _percentiles(ms)
+    host = _percentiles(host_ms)[1] if device == "cuda" else None
+    return Timing(median, p20, p80, host, len(ms))
+
+
+def _percentiles(values: list[float]) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    tenths = quantiles(values, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def _once(run: Run, index: int, device: str, head_start_s: float) -> tuple[float, float]:
+    """Milliseconds of one call, and the seconds the host took to issue it."""
+    if device != "cuda":
+        start = time.perf_counter()
+        run(index)
+        elapsed = time.perf_counter() - start
+        return elapsed * 1e3, elapsed
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    # The spin covers the time to issue the call. 2e9 cycles a second is no less than any clock.
+    torch.cuda._sleep(int(2e9 * head_start_s))
+    first.record()
+    start = time.perf_counter()
+    run(index)
+    issued = time.perf_counter() - start
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last), issued
+
+
+def peak_mib(run: Run, device: str) -> float:
+    """Most memory alive at once during one call, above what was alive before, in MiB.
+
+    CUDA: the caching allocator's peak. CPU: replays the profiler's record of PyTorch's CPU
+    allocator, on every thread. Neither sees what compiled code allocates behind PyTorch's back
+    (our core allocates nothing there beyond a few scalars per tile).
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(0)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / _MIB
+    from torch.profiler import ProfilerActivity, profile
+
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run(0)
+    del result
+    inner: Any = profiler.profiler
+    events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak / _MIB
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler prints a line for each start and stop, from C++, to stderr."""
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what unfused ops read and write: every tensor in and out of every non-view op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.ops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name():
+            self.ops += 1
+            for value in tree_leaves((args, kwargs, out)):
+                if isinstance(value, torch.Tensor):
+                    held = value.untyped_storage().nbytes()  # an expanded tensor is read once
+                    self.bytes += min(held, value.numel() * value.element_size())
+        return out
+
+
+def traffic(run: Run) -> tuple[int, int]:
+    """Bytes and number of ops of one eager call, as Traffic counts them."""
+    with Traffic() as counter:
+        run(0)
+    return counter.bytes, counter.ops
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last-level cache, 32 MiB where a CPU does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    found = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return int(found[-1].read_text().rstrip("K\n")) * 1024 if found else 32 * _MIB
+
+
+def input_sets(bytes_per_set: int, device: str) -> int:
+    """How many input sets to rotate so that each is evicted before its turn comes again."""
+    return 1 + min(7, 2 * cache_bytes(device) // max(bytes_per_set, 1))
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can still be allocated."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

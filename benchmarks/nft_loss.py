@@ -1,0 +1,205 @@
+"""The DiffusionNFT loss, forward and backward: the official formula against afd.ops.nft_loss.
+
+    python benchmarks/nft_loss.py                    # 480x832 latents; fp32, bf16 and mixed
+    python benchmarks/nft_loss.py --batch 2 --plot
+
+Every provider is compared with the float64 formula on inputs it is timed on; one that disagrees
+ends the run. Each is timed with the noise given, and with the noise drawn (eager, compile) or
+regenerated from seeds (ours) in the call; the difference is printed on its own. Eager's time
+includes what the one call of ours replaces: the noising and the trainer's metrics.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# So that it runs from a checkout where nothing is installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+
+from afd import ops
+from afd_kernels.forward_noise.reference import normal
+from benchmarks import official, report, suite
+from benchmarks.suite import OURS, Inputs, Key, Step
+from tests.cases import WAN_480
+
+NFT_BETA, PRIOR_WEIGHT = 0.1, 1e-4
+# Dtypes of the predictions, of the latents and of the noise.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "mixed": (torch.bfloat16, torch.float32, torch.float32),
+}
+# Bounds of ||g - g64|| / ||g64|| and |loss - loss64| / |loss64|: fp32 arithmetic, or one rounding
+# of the gradient to bf16. Eager mixes the velocities in bf16 before it subtracts them.
+BOUND = {"fp32": 1e-5, "bf16": 4e-3, "mixed": 4e-3}
+EAGER_BOUND = {"fp32": 1e-5, "bf16": 5e-2, "mixed": 5e-2}
+_EAGER_BYTES = 250  # per element: what eager holds at its peak, and the inputs
+
+
+@dataclass(frozen=True)
+class Nft:
+    """One case of the loss; `shape` is that of a sample."""
+
+    weighting: str
+    dtype: str
+    batch: int
+    shape: tuple[int, ...]
+
+    def case(self) -> suite.Case:
+        """As the suite takes it."""
+        numel = self.batch * torch.Size(self.shape).numel()
+        return suite.Case(
+            op="nft_loss",
+            name=self.weighting,
+            dtype=self.dtype,
+            dtypes=set(DTYPES[self.dtype]),
+            batch=self.batch,
+            numel=numel,
+            eager_bytes=_EAGER_BYTES * numel,
+            inputs=self.inputs,
+            step=self.step,
+            errors=self.errors,
+            bytes=lambda source: self.bytes(numel, source),
+        )
+
+    def bytes(self, numel: int, source: str) -> tuple[int, int]:
+        """Of one pass, and of the algorithm: the adaptive weights need a pass of their own."""
+        prediction, latent, noise = (dtype.itemsize for dtype in DTYPES[self.dtype])
+        reads = 3 * prediction + latent + (noise if source == "given" else 0)
+        passes = 2 if self.weighting == "x0_adaptive" else 1
+        return numel * (reads + prediction), numel * (passes * reads + prediction)
+
+    def inputs(self, device: str, seed: int) -> Inputs:
+        """Random tensors, a trained policy near the old one."""
+        generator = torch.Generator(device).manual_seed(seed)
+        prediction, latent, noise = DTYPES[self.dtype]
+
+        def draw() -> Tensor:
+            return torch.randn(self.batch, *self.shape, generator=generator, device=device)
+
+        v_old = draw()
+        t, r = torch.rand(2, self.batch, generator=generator, device=device)
+        return {
+            "v_theta": (v_old + 0.1 * draw()).to(prediction).requires_grad_(),
+            "v_old": v_old.to(prediction),
+            "v_ref": (v_old + 0.1 * draw()).to(prediction),
+            "x0": draw().to(latent),
+            "t": 0.05 + 0.9 * t,
+            "r": r,
+            "seed": torch.randint(2**62, (self.batch,), generator=generator, device=device),
+            "noise": draw().to(noise),
+        }
+
+    def step(self, provider: str, source: str) -> Step:
+        """Forward and backward: inputs to (loss, gradient of v_theta)."""
+        if provider in OURS:
+            return self._our_step(provider, source)
+        given = official_loss(self.weighting)
+
+        def drawn(i: Inputs) -> Tensor:
+            # The trainer draws float32 noise whatever the dtype of its latents.
+            return given(i | {"noise": torch.randn(i["x0"].shape, device=i["x0"].device)})
+
+        loss = given if source == "given" else drawn
+        if provider == "compile":
+            loss = torch.compile(loss, dynamic=False, fullgraph=True)
+        return lambda i: _differentiate(loss(i), i)
+
+    def _our_step(self, backend: str, source: str) -> Step:
+        options: dict[str, Any] = {
+            "nft_beta": NFT_BETA,
+            "prior_weight": PRIOR_WEIGHT,
+            "weighting": self.weighting,
+        }
+        eps = "noise" if source == "given" else "seed"
+
+        def step(i: Inputs) -> tuple[Tensor, Tensor]:
+            tensors = {name: i[name] for name in ("v_theta", "v_old", "v_ref", "x0", "t", "r", eps)}
+            with ops.use_backend(backend):
+                return _differentiate(ops.nft_loss(**tensors, **options).loss, i)
+
+        return step
+
+    def errors(
+        self, inputs: Inputs, steps: dict[Key, Step]
+    ) -> dict[Key, tuple[dict[str, float], float]]:
+        """Relative errors of loss and gradient. Eager's own draws have no oracle."""
+        count = inputs["x0"][0].numel()
+        noise = torch.cat([normal(seed, count) for seed in inputs["seed"].split(1)])
+        exact = {
+            "given": self.oracle(inputs),
+            "seed": self.oracle(inputs | {"noise": noise.reshape(inputs["x0"].shape)}),
+        }
+        found = {}
+        for (provider, source), step in steps.items():
+            if provider not in OURS and source == "seed":
+                continue
+            loss, grad = (x.detach().double() for x in step(inputs))
+            loss64, grad64 = exact[source]
+            error = {
+                "loss": ((loss - loss64).abs() / loss64.abs()).item(),
+                "grad": ((grad - grad64).norm() / grad64.norm()).item(),
+            }
+            bound = (BOUND if provider in OURS else EAGER_BOUND)[self.dtype]
+            found[provider, source] = error, bound
+        return found
+
+    def oracle(self, i: Inputs) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of the formula in float64, sample by sample to bound memory."""
+        losses, grads = [], []
+        for b in range(self.batch):
+            one = {name: x[b : b + 1].detach().double() for name, x in i.items() if name != "seed"}
+            one["v_theta"].requires_grad_()
+            loss, grad = _differentiate(official_loss(self.weighting)(one), one)
+            losses.append(loss.detach())
+            grads.append(grad / self.batch)
+        return torch.stack(losses).mean(), torch.cat(grads)
+
+
+def official_loss(weighting: str) -> Callable[[Inputs], Tensor]:
+    """The official formula as a function of inputs that hold the noise."""
+
+    def loss(i: Inputs) -> Tensor:
+        shared: dict[str, Any] = {k: i[k] for k in ("v_theta", "v_old", "v_ref", "x0", "r")}
+        shared |= {"nft_beta": NFT_BETA, "prior_weight": PRIOR_WEIGHT}
+        if weighting == "velocity":
+            return official.velocity_loss(noise=i["noise"], **shared)[0]
+        x_t = official.noised(i["x0"], i["noise"], i["t"])
+        return official.diffusionnft_loss(x_t=x_t, t=i["t"], **shared)[0]
+
+    return loss
+
+
+def _differentiate(loss: Tensor, i: Inputs) -> tuple[Tensor, Tensor]:
+    (grad,) = torch.autograd.grad(loss, i["v_theta"])
+    return loss, grad
+
+
+def cases(args: Any) -> Iterator[suite.Case]:
+    """Every weighting, dtype and batch size asked for."""
+    for batch in args.batch:
+        for dtype in args.dtype:
+            for weighting in args.weighting:
+                yield Nft(weighting, dtype, batch, tuple(args.shape)).case()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = report.arguments(__doc__.splitlines()[0], suite.PROVIDERS)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    weightings = ["x0_adaptive", "velocity"]
+    parser.add_argument("--weighting", nargs="+", choices=weightings, default=weightings)
+    parser.add_argument("--shape", type=int, nargs="+", default=WAN_480, help="of one sample")
+    args = report.quick(parser.parse_args(argv))
+    suite.run("nft_loss", cases(args), args)
+
+
+if __name__ == "__main__":
+    main()
