@@ -1,0 +1,47 @@
+"""forward_noise through the compiled core: csrc/cpu/forward_noise.cpp, csrc/cuda/forward_noise.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afd_kernels import native
+from afd_kernels.contracts import Plan
+
+
+def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
+    """Why the compiled core cannot run this, or None."""
+    return native.refuse(device, dtypes)
+
+
+def _run(
+    name: str, x0: Tensor, t: Tensor, seed: Tensor | None, noise: Tensor | None, plan: Plan
+) -> Tensor:
+    core = native.core()
+    x_t = x0.new_empty(x0.shape)
+    problem = native.describe(core.NoiseProblem(), plan)
+    problem.x0_type = native.type_code(x0.dtype)
+    problem.noise_type = native.type_code(torch.float32 if noise is None else noise.dtype)
+    problem.x0 = native.pointer(x0)
+    problem.t = native.pointer(t)
+    problem.seed = native.pointer(seed)
+    problem.noise = native.pointer(noise)
+    problem.x_t = native.pointer(x_t)
+    if x0.device.type == "cpu":
+        getattr(core, f"{name}_cpu")(problem, torch.get_num_threads())
+    else:
+        with torch.cuda.device(x0.device):
+            getattr(core, f"{name}_cuda")(problem, native.stream(x0))
+    return x_t
+
+
+def forward_noise(
+    x0: Tensor, t: Tensor, seed: Tensor | None, noise: Tensor | None, plan: Plan
+) -> Tensor:
+    """x_t = alpha_t x0 + sigma_t noise, shape and dtype of x0; every tensor contiguous."""
+    return _run("forward_noise", x0, t, seed, noise, plan)
+
+
+def forward_noise_bwd(grad: Tensor, t: Tensor, plan: Plan) -> Tensor:
+    """The gradient with respect to x0: alpha_t grad."""
+    return _run("forward_noise_bwd", grad, t, None, None, plan)

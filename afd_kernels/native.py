@@ -1,0 +1,153 @@
+"""The compiled core `afd_kernels._native`: loaded once, with the reason kept where it is missing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_kernels.contracts import Plan
+
+# The codes of afd::DType and afd::ScheduleKind in csrc/include/afd.
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SCHEDULES = {"rectified_flow": 0, "vp_cosine": 1, "vp_linear": 2}
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("afd_kernels._native"), None
+    except ImportError as error:
+        return None, f"the compiled core cannot be loaded ({error})"
+
+
+_core, _why_missing = _load()
+
+
+def core() -> Any:
+    """The extension module.
+
+    Raises:
+        RuntimeError: where it is missing, with the reason.
+    """
+    if _core is None:
+        raise RuntimeError(_why_missing)
+    return _core
+
+
+def why_missing() -> str | None:
+    """Why there is no compiled core, in one sentence; None where there is one."""
+    return _why_missing
+
+
+def has_cuda() -> bool:
+    """Whether the core was built with nvcc."""
+    return bool(cuda_archs())
+
+
+def cuda_archs() -> list[str]:
+    """Compute capabilities the CUDA code was compiled for, such as ["80", "90", "100"]."""
+    return [] if _core is None else [x for x in _core.cuda_archs.split(",") if x]
+
+
+def isa() -> str | None:
+    """The instruction set in use on this CPU: "baseline", "avx2" or "avx512"; None without core."""
+    return None if _core is None else _core.isa()
+
+
+def isas() -> list[str]:
+    """The instruction sets this CPU can run, narrowest first."""
+    return [] if _core is None else _core.isas()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs the block on one instruction set, in every thread (for tests and benchmarks)."""
+    before = core().isa()
+    if not core().use_isa(name):
+        raise ValueError(f"name: got {name!r}; needed: one of {', '.join(isas())}")
+    try:
+        yield
+    finally:
+        core().use_isa(before)
+
+
+def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
+    """Why the compiled core cannot run on such inputs, in one sentence, or None where it can."""
+    if _core is None:
+        return _why_missing
+    if device == "cuda" and not has_cuda():
+        return "the compiled core was built without nvcc, so it has no CUDA code"
+    if device not in ("cpu", "cuda"):
+        return f"device {device} is neither cpu nor cuda"
+    for dtype in dtypes - set(_TYPES):
+        return f"{str(dtype).removeprefix('torch.')} is not float32, bfloat16 or float16"
+    return None
+
+
+def type_code(dtype: torch.dtype) -> int:
+    """The core's number for a dtype."""
+    return _TYPES[dtype]
+
+
+def pointer(x: Tensor | None) -> int:
+    """The address of a contiguous tensor's first element, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def stream(x: Tensor) -> int:
+    """The current CUDA stream of x's device, as an integer."""
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def describe(problem: Any, plan: Plan) -> Any:
+    """Fills the fields that every op's problem has in common, and returns the problem."""
+    problem.batch = plan.batch
+    problem.outer = plan.outer
+    problem.frames = plan.frames
+    problem.inner = plan.inner
+    problem.t_chunks = plan.t_chunks
+    problem.schedule = _SCHEDULES[plan.schedule]
+    if plan.schedule_args:
+        problem.beta_min, problem.beta_max = plan.schedule_args
+    return problem
+
+
+def philox(counter: list[int], key: tuple[int, int]) -> list[int]:
+    """The four output words of Philox4x32-10 for four counter words and two key words."""
+    return list(core().philox(counter, *key))
+
+
+def normals(seed: int, first: int, count: int) -> Tensor:
+    """Elements first .. first + count - 1 of the noise of `seed`: fp32 [count] on the CPU."""
+    out = torch.empty(count, dtype=torch.float32)
+    core().normals(seed, first, count, out.data_ptr())
+    return out
+
+
+def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = x * factor for a contiguous x and a scalar tensor; in place (out is x) a factor of
+    exactly 1 writes nothing. The factor is read on x's device."""
+    code, count = type_code(x.dtype), x.numel()
+    if x.device.type == "cpu":
+        threads = torch.get_num_threads()
+        core().scale_cpu(code, x.data_ptr(), out.data_ptr(), count, float(factor.detach()), threads)
+        return
+    wide = factor.detach().to(torch.float32)
+    with torch.cuda.device(x.device):
+        core().scale_cuda(code, x.data_ptr(), out.data_ptr(), count, wide.data_ptr(), stream(x))
+
+
+def stream_5r1w(inputs: list[Tensor], out: Tensor, *, non_temporal: bool) -> None:
+    """out = the sum of five fp32 CPU tensors: the memory traffic of nft_loss with given noise.
+
+    The benchmarks' floor; `non_temporal` chooses stores that bypass the caches.
+    """
+    threads = torch.get_num_threads()
+    core().stream_5r1w(
+        [x.data_ptr() for x in inputs], out.data_ptr(), out.numel(), non_temporal, threads
+    )

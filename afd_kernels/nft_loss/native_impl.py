@@ -1,0 +1,81 @@
+"""nft_loss through the compiled core: csrc/cpu/nft_loss.cpp and csrc/cuda/nft_loss.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afd_kernels import native
+from afd_kernels.contracts import METRICS, NftPlan
+
+
+def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
+    """Why the compiled core cannot run this, or None."""
+    return native.refuse(device, dtypes)
+
+
+def nft_loss(
+    v_theta: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    x0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    frame_mask: Tensor | None,
+    plan: NftPlan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss fp32 [], metrics fp64 [B, G, 7], grad like v_theta ([0] when not wanted).
+
+    Every tensor contiguous. Besides the results nothing of the size of a sample is allocated.
+    """
+    core = native.core()
+    loss = torch.empty((), dtype=torch.float32, device=x0.device)
+    metrics = torch.empty(
+        (plan.batch, plan.groups, len(METRICS)), dtype=torch.float64, device=x0.device
+    )
+    grad = v_theta.new_empty(v_theta.shape if plan.needs_grad else (0,))
+    problem = native.describe(core.NftProblem(), plan)
+    problem.r_chunks = plan.r_chunks
+    problem.groups = plan.groups
+    problem.nft_beta = plan.nft_beta
+    problem.prior_weight = plan.prior_weight
+    problem.adv_clip = plan.adv_clip
+    problem.velocity_weighting = plan.weighting == "velocity"
+    problem.prior_by_r = plan.prior_by_r
+    problem.prediction_type = native.type_code(v_theta.dtype)
+    problem.x0_type = native.type_code(x0.dtype)
+    problem.noise_type = native.type_code(torch.float32 if noise is None else noise.dtype)
+    problem.v_theta = native.pointer(v_theta)
+    problem.v_old = native.pointer(v_old)
+    problem.v_ref = native.pointer(v_ref)
+    problem.x0 = native.pointer(x0)
+    problem.t = native.pointer(t)
+    problem.r = native.pointer(r)
+    problem.seed = native.pointer(seed)
+    problem.noise = native.pointer(noise)
+    problem.frame_mask = native.pointer(frame_mask)
+    problem.loss = native.pointer(loss)
+    problem.metrics = native.pointer(metrics)
+    problem.grad = native.pointer(grad) if plan.needs_grad else 0
+    if x0.device.type == "cpu":
+        core.nft_loss_cpu(problem, torch.get_num_threads())
+    else:
+        size = core.nft_loss_workspace(problem)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x0.device)
+        with torch.cuda.device(x0.device):
+            core.nft_loss_cuda(problem, workspace.data_ptr(), native.stream(x0))
+    return loss, metrics, grad
+
+
+def nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """grad * grad_loss, a new tensor."""
+    out = grad.new_empty(grad.shape)
+    native.scale(grad, grad_loss, out)
+    return out
+
+
+def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
+    """grad *= grad_loss; a scale of exactly 1 writes nothing."""
+    native.scale(grad, grad_loss, grad)

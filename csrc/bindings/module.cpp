@@ -1,0 +1,174 @@
+// The only binding file: problems are plain structs, pointers and streams are integers, so this
+// module depends on Python (and CUDA) alone, never on PyTorch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "../cpu/launch.h"
+#include "afd/problem.h"
+#ifdef AFD_WITH_CUDA
+#include "../cuda/launch.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = uintptr_t;
+
+// A field that Python sees as the integer value of a pointer.
+template <class Problem, class T>
+void pointer(py::class_<Problem>& type, const char* name, T* Problem::* field) {
+  type.def_property(
+      name, [field](const Problem& p) { return reinterpret_cast<Pointer>(p.*field); },
+      [field](Problem& p, Pointer value) { p.*field = reinterpret_cast<T*>(value); });
+}
+
+// A field of rows or schedule, shown as the problem's own.
+template <class Problem, class Part, class T>
+void part(py::class_<Problem>& type, const char* name, Part Problem::* owner, T Part::* field) {
+  type.def_property(
+      name, [=](const Problem& p) { return p.*owner.*field; },
+      [=](Problem& p, T value) { p.*owner.*field = value; });
+}
+
+template <class Problem>
+void type_code(py::class_<Problem>& type, const char* name, afd::DType Problem::* field) {
+  type.def_property(
+      name, [field](const Problem& p) { return static_cast<int>(p.*field); },
+      [field](Problem& p, int value) { p.*field = static_cast<afd::DType>(value); });
+}
+
+template <class Problem>
+py::class_<Problem> problem(py::module_& m, const char* name) {
+  py::class_<Problem> type(m, name);
+  type.def(py::init([] { return Problem{}; }));
+  part(type, "batch", &Problem::rows, &afd::Rows::batch);
+  part(type, "outer", &Problem::rows, &afd::Rows::outer);
+  part(type, "frames", &Problem::rows, &afd::Rows::frames);
+  part(type, "inner", &Problem::rows, &afd::Rows::inner);
+  part(type, "t_chunks", &Problem::rows, &afd::Rows::t_chunks);
+  part(type, "schedule", &Problem::schedule, &afd::Schedule::kind);
+  part(type, "beta_min", &Problem::schedule, &afd::Schedule::beta_min);
+  part(type, "beta_max", &Problem::schedule, &afd::Schedule::beta_max);
+  type_code(type, "x0_type", &Problem::x0_type);
+  type_code(type, "noise_type", &Problem::noise_type);
+  pointer(type, "x0", &Problem::x0);
+  pointer(type, "t", &Problem::t);
+  pointer(type, "seed", &Problem::seed);
+  pointer(type, "noise", &Problem::noise);
+  return type;
+}
+
+using Nogil = py::call_guard<py::gil_scoped_release>;
+
+std::vector<std::string> isas() {
+  const char* names[3];
+  const int count = afd::supported_isas(names);
+  return {names, names + count};
+}
+
+std::vector<uint32_t> philox(std::vector<uint32_t> counter, uint32_t key_low, uint32_t key_high) {
+  counter.resize(4);
+  afd::philox4x32_10(counter[0], counter[1], counter[2], counter[3], {key_low, key_high});
+  return counter;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled core of afd_kernels; use it through afd_kernels.native.";
+
+  auto noise = problem<afd::NoiseProblem>(m, "NoiseProblem");
+  pointer(noise, "x_t", &afd::NoiseProblem::x_t);
+
+  using Nft = afd::NftProblem;
+  auto nft = problem<Nft>(m, "NftProblem");
+  nft.def_readwrite("r_chunks", &Nft::r_chunks);
+  nft.def_readwrite("groups", &Nft::groups);
+  nft.def_readwrite("nft_beta", &Nft::nft_beta);
+  nft.def_readwrite("prior_weight", &Nft::prior_weight);
+  nft.def_readwrite("adv_clip", &Nft::adv_clip);
+  nft.def_readwrite("velocity_weighting", &Nft::velocity_weighting);
+  nft.def_readwrite("prior_by_r", &Nft::prior_by_r);
+  type_code(nft, "prediction_type", &Nft::prediction_type);
+  pointer(nft, "v_theta", &Nft::v_theta);
+  pointer(nft, "v_old", &Nft::v_old);
+  pointer(nft, "v_ref", &Nft::v_ref);
+  pointer(nft, "r", &Nft::r);
+  pointer(nft, "frame_mask", &Nft::frame_mask);
+  pointer(nft, "loss", &Nft::loss);
+  pointer(nft, "metrics", &Nft::metrics);
+  pointer(nft, "grad", &Nft::grad);
+
+  m.def("isas", isas, "The instruction sets this CPU can run, narrowest first.");
+  m.def("isa", [] { return std::string(afd::cpu_kernels().name); }, "The one in use.");
+  m.def("use_isa", [](const std::string& name) { return afd::use_isa(name.c_str()); });
+  m.def("philox", philox, "Philox4x32-10 of four counter words.", py::arg("counter"),
+        py::arg("key_low"), py::arg("key_high"));
+  m.def(
+      "normals",
+      [](int64_t seed, int64_t first, int64_t count, Pointer out) {
+        afd::cpu::launch_normals(seed, first, count, reinterpret_cast<float*>(out));
+      },
+      Nogil(), py::arg("seed"), py::arg("first"), py::arg("count"), py::arg("out"));
+  m.def("forward_noise_cpu", afd::cpu::launch_forward_noise, Nogil());
+  m.def("forward_noise_bwd_cpu", afd::cpu::launch_forward_noise_bwd, Nogil());
+  m.def("nft_loss_cpu", afd::cpu::launch_nft_loss, Nogil());
+  m.def(
+      "scale_cpu",
+      [](int type, Pointer in, Pointer out, int64_t count, float factor, int threads) {
+        afd::cpu::launch_scale(static_cast<afd::DType>(type), reinterpret_cast<const void*>(in),
+                               reinterpret_cast<void*>(out), count, factor, threads);
+      },
+      Nogil());
+  m.def(
+      "stream_5r1w",
+      [](const std::vector<Pointer>& in, Pointer out, int64_t count, bool non_temporal,
+         int threads) {
+        const float* arrays[5];
+        for (size_t i = 0; i < 5; ++i) {
+          arrays[i] = reinterpret_cast<const float*>(in.at(i));
+        }
+        afd::cpu::launch_stream_5r1w(arrays, reinterpret_cast<float*>(out), count, non_temporal,
+                                     threads);
+      },
+      Nogil());
+
+  // Where element `position` of sample `sample` lies: the index arithmetic of every kernel.
+  m.def(
+      "locate",
+      [](int64_t outer, int64_t frames, int64_t inner, int64_t sample, int64_t position) {
+        const afd::Rows rows = {sample + 1, outer, frames, inner, 1};
+        return py::make_tuple(afd::element_offset(rows, sample, position),
+                              afd::frame_of_position(rows, position));
+      },
+      "(offset, frame) of an element, for the test of the index arithmetic.");
+
+#ifdef AFD_WITH_CUDA
+  m.attr("cuda_archs") = AFD_CUDA_ARCHS;
+  m.def("forward_noise_cuda", [](const afd::NoiseProblem& p, Pointer stream) {
+    afd::cuda::launch_forward_noise(p, reinterpret_cast<void*>(stream));
+  });
+  m.def("forward_noise_bwd_cuda", [](const afd::NoiseProblem& p, Pointer stream) {
+    afd::cuda::launch_forward_noise_bwd(p, reinterpret_cast<void*>(stream));
+  });
+  m.def("nft_loss_workspace", afd::cuda::nft_loss_workspace, "Bytes of scratch memory.");
+  m.def("nft_loss_cuda", [](const afd::NftProblem& p, Pointer workspace, Pointer stream) {
+    afd::cuda::launch_nft_loss(p, reinterpret_cast<void*>(workspace),
+                               reinterpret_cast<void*>(stream));
+  });
+  m.def("scale_cuda", [](int type, Pointer in, Pointer out, int64_t count, Pointer factor,
+                         Pointer stream) {
+    afd::cuda::launch_scale(static_cast<afd::DType>(type), reinterpret_cast<const void*>(in),
+                            reinterpret_cast<void*>(out), count,
+                            reinterpret_cast<const float*>(factor),
+                            reinterpret_cast<void*>(stream));
+  });
+#else
+  m.attr("cuda_archs") = "";
+#endif
+}

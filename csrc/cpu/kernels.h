@@ -1,0 +1,47 @@
+// What every instruction set provides: loops over a slice (elements begin..end of one sample).
+#pragma once
+
+#include <stdint.h>
+
+#include "afd/nft_math.h"
+
+namespace afd {
+
+struct NoiseCoefficients {
+  float alpha, sigma;
+};
+
+struct CpuKernels {
+  const char* name;
+  // out[0..count) = normals of elements first .. first + count - 1 of the sample with this seed.
+  void (*normals)(int64_t seed, int64_t first, int64_t count, float* out);
+  void (*forward_noise)(const NoiseProblem& p, int64_t sample, int64_t begin, int64_t end,
+                        const NoiseCoefficients* of_frame);
+  // x_t = alpha x0: the gradient of forward_noise.
+  void (*scale_by_frame)(const NoiseProblem& p, int64_t sample, int64_t begin, int64_t end,
+                         const NoiseCoefficients* of_frame);
+  void (*scale)(DType type, const void* in, void* out, int64_t begin, int64_t end, float factor);
+  // Adds the slice's six sums of every frame to sums [frames, 6]. Also writes the gradient when
+  // `with_gradient` (velocity weighting, where the coefficients are known beforehand).
+  void (*nft_sums)(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
+                   const NftCoefficients* of_frame, bool with_gradient, double* sums);
+  void (*nft_gradient)(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
+                       const NftCoefficients* of_frame);
+  // The floor nft_loss is measured against: out = a + b + c + d + e, one element after the other.
+  void (*stream_5r1w)(const float* const in[5], float* out, int64_t begin, int64_t end,
+                      bool non_temporal);
+};
+
+namespace baseline {
+CpuKernels kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+CpuKernels kernels();
+}
+namespace avx512 {
+CpuKernels kernels();
+}
+#endif
+
+}  // namespace afd
