@@ -6,56 +6,56 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from afd_kernels import native
 
 
 @dataclass(frozen=True)
 class Floor:
-    """A stream over memory: its name, the bytes one call moves, and the call (input set index)."""
+    """A stream over memory: the bytes one call moves, and the call (index of the buffer set)."""
 
-    name: str
     bytes: int
     run: Callable[[int], object]
 
 
-def floors(nbytes: int, device: str, sets: int) -> tuple[Floor, Floor]:
-    """A 5-read-1-write stream and a copy that each move about `nbytes` per call.
+def streams(nbytes: int, device: str, sets: int) -> dict[str, Floor]:
+    """Five-read-one-write streams that move about `nbytes` per call: the floor is the fastest.
 
-    The stream is our compiled core's on the CPU and a Triton kernel on CUDA. A CPU without the
-    core gets a 3-read-1-write `torch.addcmul`, and its name says so. The values are ones and
-    zeros-free, so that no machine can shortcut them.
+    CUDA: a Triton kernel. CPU: our compiled core's, with ordinary and with non-temporal stores;
+    without the core `torch.addcmul`, which reads three, and its name says so.
     """
     count = max(nbytes // 24, 1)
-    buffers = [
-        [torch.rand(count, device=device) + 0.5 for _ in range(6)] for _ in range(max(sets, 1))
-    ]
-    flat = [torch.rand(max(nbytes // 8, 1), device=device) + 0.5 for _ in range(2)]
-    copy = Floor("copy", 8 * flat[0].numel(), lambda _: flat[1].copy_(flat[0]))
-    return _stream(buffers, device), copy
-
-
-def _stream(buffers: list[list[torch.Tensor]], device: str) -> Floor:
-    count = buffers[0][0].numel()
+    buffers = [[_random(count, device) for _ in range(6)] for _ in range(sets)]
     if device == "cuda":
         from benchmarks.stream_triton import stream_5r1w
 
-        return Floor(
-            "stream 5R1W (Triton)",
-            24 * count,
-            lambda i: stream_5r1w(buffers[i][:5], buffers[i][5]),
+        return {"5R1W": Floor(24 * count, lambda i: stream_5r1w(buffers[i][:5], buffers[i][5]))}
+    if native.why_missing() is not None:
+
+        def addcmul(i: int) -> Tensor:
+            a, b, c, *_, out = buffers[i]
+            return torch.addcmul(a, b, c, out=out)
+
+        return {"3R1W torch.addcmul": Floor(16 * count, addcmul)}
+
+    def through_core(non_temporal: bool) -> Callable[[int], object]:
+        return lambda i: native.stream_5r1w(
+            buffers[i][:5], buffers[i][5], non_temporal=non_temporal
         )
-    stream = _native_stream()
-    if stream is not None:
-        return Floor("stream 5R1W (native)", 24 * count, lambda i: stream(*buffers[i]))
-    return Floor(
-        "stream 3R1W (torch.addcmul)",
-        16 * count,
-        lambda i: torch.addcmul(buffers[i][0], buffers[i][1], buffers[i][2], out=buffers[i][5]),
-    )
+
+    return {
+        "5R1W": Floor(24 * count, through_core(False)),
+        "5R1W non-temporal": Floor(24 * count, through_core(True)),
+    }
 
 
-def _native_stream() -> Callable[..., object] | None:
-    try:
-        from afd_kernels import native
-    except ImportError:
-        return None
-    return getattr(native, "stream_5r1w", None)
+def copy(nbytes: int, device: str) -> Floor:
+    """A copy that reads and writes about `nbytes` in sum."""
+    count = max(nbytes // 8, 1)
+    source, target = _random(count, device), _random(count, device)
+    return Floor(8 * count, lambda _: target.copy_(source))
+
+
+def _random(count: int, device: str) -> Tensor:
+    return torch.rand(count, device=device)

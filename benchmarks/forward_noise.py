@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 from afd import ops
 from afd_kernels.forward_noise.reference import normal
 from benchmarks import official, report, suite
-from benchmarks.suite import OURS, Inputs, Key, Step
+from benchmarks.suite import OURS, Inputs, Step
 from tests.cases import WAN_480
 
 # Dtype of the latents and of the noise.
@@ -56,7 +56,9 @@ class Noising:
             eager_bytes=_EAGER_BYTES * numel,
             inputs=self.inputs,
             step=self.step,
-            errors=self.errors,
+            exact=self.exact,
+            errors=errors,
+            bound=lambda provider: BOUND[self.dtype],
             bytes=lambda source: self.bytes(numel, source),
         )
 
@@ -84,11 +86,12 @@ class Noising:
     def step(self, provider: str, source: str) -> Step:
         """Inputs to x_t."""
         if provider in OURS:
-            eps = "noise" if source == "given" else "seed"
 
             def ours(i: Inputs) -> Tensor:
+                name = "noise" if source == "given" else "seed"
+                eps: dict[str, Any] = {name: i[name]}
                 with ops.use_backend(provider):
-                    return ops.forward_noise(i["x0"], i["t"], **{eps: i[eps]})
+                    return ops.forward_noise(i["x0"], i["t"], **eps)
 
             return ours
 
@@ -101,23 +104,19 @@ class Noising:
         step = given if source == "given" else drawn
         return torch.compile(step, dynamic=False, fullgraph=True) if provider == "compile" else step
 
-    def errors(
-        self, inputs: Inputs, steps: dict[Key, Step]
-    ) -> dict[Key, tuple[dict[str, float], float]]:
-        """Relative error of x_t. Eager's own draws have no oracle."""
+    def exact(self, inputs: Inputs) -> dict[str, Tensor]:
+        """x_t in float64, with the noise given and with that of the seeds."""
         x0, t = inputs["x0"].double(), inputs["t"].double()
         noise = torch.cat([normal(seed, x0[0].numel()) for seed in inputs["seed"].split(1)])
-        exact = {
+        return {
             "given": official.noised(x0, inputs["noise"].double(), t),
             "seed": official.noised(x0, noise.reshape(x0.shape).double(), t),
         }
-        found = {}
-        for (provider, source), step in steps.items():
-            if provider in OURS or source == "given":
-                x_t = step(inputs).double()
-                error = (x_t - exact[source]).norm() / exact[source].norm()
-                found[provider, source] = {"x_t": error.item()}, BOUND[self.dtype]
-        return found
+
+
+def errors(x_t: Tensor, exact: Tensor) -> dict[str, float]:
+    """Relative error of x_t."""
+    return {"x_t": ((x_t.double() - exact).norm() / exact.norm()).item()}
 
 
 def cases(args: Any) -> Iterator[suite.Case]:

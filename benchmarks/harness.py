@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 Run = Callable[[int], object]  # called with the index of the input set
 
-_WARM_UP = 2
+_MIN_ROUNDS = 3
 _MIB = 2**20
 
 
@@ -45,10 +45,14 @@ class Timing:
 def timed(
     runs: Mapping[str, Run], device: str, sets: int, reps: int, budget_s: float
 ) -> dict[str, Timing]:
-    """Interleaved timing of `runs`: at most `reps` rounds, at least 3, about `budget_s` seconds."""
+    """Interleaved timing of `runs`: at most `reps` rounds, at least 3, about `budget_s` seconds.
+
+    A run that takes more than a tenth of the budget by itself is in the first three rounds only.
+    """
     names = list(runs)
-    for _ in range(_WARM_UP):
-        host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in names}
+    first = {name: _once(runs[name], 0, device, 0.0) for name in names}
+    slow = {name for name in names if first[name][0] > 100 * budget_s}
+    host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in names if name not in slow}
     spent: dict[str, list[float]] = {name: [] for name in names}
     issued: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
@@ -56,13 +60,16 @@ def timed(
     gc.disable()
     try:
         for rep in range(reps):
+            if rep >= _MIN_ROUNDS and time.perf_counter() - start > budget_s:
+                break
             shift = rep % len(names)
             for name in names[shift:] + names[:shift]:
-                ms, host = _once(runs[name], rep % sets, device, 1.5 * host_s[name] + 2e-4)
+                if name in slow and rep >= _MIN_ROUNDS:
+                    continue
+                head_start_s = 0.0 if name in slow else 1.5 * host_s[name] + 2e-4
+                ms, host = _once(runs[name], rep % sets, device, head_start_s)
                 spent[name].append(ms)
                 issued[name].append(host * 1e3)
-            if rep >= 2 and time.perf_counter() - start > budget_s:
-                break
     finally:
         gc.enable()
     return {name: _timing(spent[name], issued[name], device) for name in names}

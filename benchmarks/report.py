@@ -90,6 +90,9 @@ def arguments(description: str, providers: tuple[str, ...]) -> argparse.Argument
     parser.add_argument("--providers", nargs="+", choices=providers, default=list(providers))
     parser.add_argument("--reps", type=int, default=30, help="most repetitions per case")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of timing per case")
+    parser.add_argument(
+        "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, no compile (for CI)")
     parser.add_argument("--plot", action="store_true", help="also writes a PNG")
     parser.add_argument(
@@ -191,7 +194,7 @@ def save(folder: Path, name: str, device: str, rows: list[Row], **more: Any) -> 
     return path
 
 
-def plot(path: Path, title: str, rows: list[Row]) -> None:
+def plot(path: Path, title: str, rows: list[Row]) -> Path:
     """A PNG: median time over batch size, one panel per case and dtype, noise given."""
     import matplotlib
 
@@ -215,3 +218,4 @@ def plot(path: Path, title: str, rows: list[Row]) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    return path

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -170,16 +171,16 @@ def loss_costs(
     """Median milliseconds and peak MiB of each loss, forward and backward, without the model."""
     v_theta, v_old, v_ref = (torch.randn(shape).to(device) for _ in range(3))
     v_theta.requires_grad_()
-    shared = {"v_theta": v_theta, "v_old": v_old, "v_ref": v_ref, "x0": x0, "t": t, "r": r}
-    options = {"nft_beta": NFT_BETA, "prior_weight": PRIOR_WEIGHT}
+    shared: dict[str, Any] = {"v_theta": v_theta, "v_old": v_old, "v_ref": v_ref}
+    shared |= {"x0": x0, "t": t, "r": r, "nft_beta": NFT_BETA, "prior_weight": PRIOR_WEIGHT}
 
     def old_loss(_: int) -> object:
         x_t = official.noised(x0, noise, t)
-        loss, _metrics = official.diffusionnft_loss(**shared, x_t=x_t, **options)
+        loss, _metrics = official.diffusionnft_loss(**shared, x_t=x_t)
         return torch.autograd.grad(loss, v_theta)
 
     def new_loss(_: int) -> object:
-        return torch.autograd.grad(ops.nft_loss(**shared, seed=seed, **options).loss, v_theta)
+        return torch.autograd.grad(ops.nft_loss(**shared, seed=seed).loss, v_theta)
 
     runs: dict[str, harness.Run] = {"before": old_loss, "after": new_loss}
     timings = harness.timed(runs, device, sets=1, reps=10, budget_s=5.0)
