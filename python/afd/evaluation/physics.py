@@ -155,7 +155,7 @@ def measure_each(video_NFCHW: Tensor) -> Physics:
     sideways, sideways_rmse = fit("sideways", track[..., 0])
     clean = render(track, colour_table(colour))
     side = (sideways[:, 0] > SIZE / 2).long()
-    direction = 1 + (sideways[:, 1] > 0.2).long() - (sideways[:, 1] < -0.2).long()
+    direction = 1 + (sideways[:, 1] > 0.25).long() - (sideways[:, 1] < -0.25).long()
     start = (free[:, 1] < -0.25).long()
     return Physics(
         track=track,

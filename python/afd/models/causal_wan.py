@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,9 @@ class CausalWan(nn.Module):
 
     # --- pieces ---
 
+    def _layers(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
     def _patchify(self, x_BFCHW: Tensor) -> tuple[Tensor, int, int]:
         B, frames, C, H, W = x_BFCHW.shape
         if self.config.in_dim != C:
@@ -242,7 +246,7 @@ class CausalWan(nn.Module):
                 f"[B, {self.config.text_len}, {self.config.text_dim}] is needed"
             )
         embedded = self.text_embedding(text_BLE)
-        return [block.cross_attn.key_value(embedded) for block in self.blocks]
+        return [block.cross_attn.key_value(embedded) for block in self._layers()]
 
     # --- training forwards ---
 
@@ -296,7 +300,7 @@ class CausalWan(nn.Module):
         mask = block_mask(
             frames, self.config.chunk, rows * cols, context is not None, x_BFTD.device
         )
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._layers()):
             mods = block.modulations(time_BF6D)
             h_BLD = block.self_input(x_BFTD, mods)
             k_BhLd, v_BhLd = block.self_attn.key_value(h_BLD)
@@ -345,7 +349,7 @@ class CausalWan(nn.Module):
         x_BFTD, rows, cols = self._patchify(x_BFCHW)
         embed_BFD, time_BF6D = self._time(t_BF.expand(B, frames), x_BFTD.dtype)
         rope = self._rope(start_frame, frames, rows, cols, x_BFTD.device)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._layers()):
             mods = block.modulations(time_BF6D)
             h_BLD = block.self_input(x_BFTD, mods)
             k_BhLd, v_BhLd = block.self_attn.key_value(h_BLD)

@@ -125,7 +125,7 @@ def trajectories(
     _, side, direction, start = attributes_N4.unbind(1)
     bounce = torch.full((n,), BOUNCE) if bounce is None else bounce
     x0 = uniform(n, 4.0, 6.0, generator) + 6.0 * side
-    vx = (direction - 1) * uniform(n, 0.4, 0.8, generator)
+    vx = (direction - 1) * uniform(n, 0.5, 0.9, generator)
     dropped, thrown = uniform(n, 3.0, 6.0, generator), uniform(n, 9.5, 12.0, generator)
     y0 = torch.where(start == 0, dropped, thrown)
     rest, up = uniform(n, 0.0, 0.1, generator), uniform(n, -0.9, -0.5, generator)
