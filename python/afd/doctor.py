@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -124,6 +125,7 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _first_line(program: str, flag: str) -> str | None:
     """The first line a program says of itself, or None where it is not on the PATH."""
     path = shutil.which(program, path=_search_path())
@@ -133,6 +135,7 @@ def _first_line(program: str, flag: str) -> str | None:
     return (said.stdout.strip().splitlines() or [path])[0]
 
 
+@functools.cache
 def _nvcc() -> str | None:
     path = shutil.which("nvcc", path=_search_path() + os.pathsep + "/usr/local/cuda/bin")
     if path is None:

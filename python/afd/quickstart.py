@@ -1,6 +1,6 @@
 """`afd quickstart`: a black-box teacher, the base student, SFT and AFD side by side, and a report.
 
-The folder (runs/quickstart, or `out=`) holds teacher/, base/, sft/, afd/ and report.html. Every part
+The folder (runs/quickstart, or `out=`) holds teacher/, base/, sft/, afd/, report.html. Every part
 is finished once; running the command again continues where it stopped and repeats nothing.
 """
 

@@ -94,6 +94,13 @@ def load(path: Path, *, method: str, config: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+def seed_everything(seed: int) -> None:
+    """Seed the process-wide generators; what a method draws for itself has its own."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The process-wide random states (torch CPU and CUDA, numpy, Python), plain enough to save."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

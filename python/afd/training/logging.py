@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+AGREEMENT = "agreement/phys"
 PHASES = ("teacher", "rollout", "critic", "student", "evaluate")
 _log = logging.getLogger("afd")
 
@@ -99,13 +100,30 @@ class Signs:
 
     def __init__(self) -> None:
         self._shown: set[str] = set()
+        self._agreement: float | None = None
+        self._best_agreement = 0.0
 
     def look(self, step: int, metrics: dict[str, float]) -> None:
-        present = dict(signs(metrics))
+        """Judge one update's metrics."""
+        present = dict(signs(metrics)) | self._falling(metrics)
         for name, sentence in present.items():
             if name not in self._shown:
-                _log.warning("step %d: %s", step, sentence)
+                _log.warning("update %d: %s", step, sentence)
         self._shown = set(present)
+
+    def _falling(self, metrics: dict[str, float]) -> dict[str, str]:
+        """The score once ranked by physics and no longer does: the best sign to stop early."""
+        if AGREEMENT in metrics:
+            before = metrics[AGREEMENT] if self._agreement is None else self._agreement
+            self._agreement = 0.8 * before + 0.2 * metrics[AGREEMENT]
+            self._best_agreement = max(self._best_agreement, self._agreement)
+        now = self._agreement
+        if now is None or self._best_agreement < 0.4 or now > 0.2:
+            return {}
+        sentence = (
+            f"correlation of score and physics fell from {self._best_agreement:.2f} to {now:.2f}"
+        )
+        return {"agreement": sentence}
 
 
 def signs(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:

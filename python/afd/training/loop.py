@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
 from afd import doctor
 from afd.config import ConfigError, RunConfig, differences, load_config, plain, to_yaml
@@ -31,6 +31,9 @@ from afd.training.evaluate import Evaluation, make_evaluator, write_samples
 from afd.training.logging import Lines, Signs, Timers, log_to, progress_bar
 from afd.training.stop import stop_request
 from afd.training.teacher import Sampler, Videos, open_teacher
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger("afd")
 
@@ -76,7 +79,7 @@ def train(
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.steps, config.seed)
         for op, state in facts["ops"].items():
             _log.info("op %s runs on backend %s", op, state["chosen"])
-        torch.manual_seed(config.seed)
+        checkpoint.seed_everything(config.seed)
         trainer = Trainer(
             config, method or build_method(config), teacher or open_teacher(config, console)
         )
@@ -120,11 +123,7 @@ class Trainer:
         self._restore()
         self.metrics = Lines(self.out / "metrics.jsonl", self.step)
         self.evaluations = Lines(self.out / "evaluation.jsonl", self.step)
-        self.board = (
-            SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
-            if config.logging.tensorboard
-            else None
-        )
+        self.board = self._open_board() if config.logging.tensorboard else None
 
     def run(self, console: Console) -> Outcome:
         """All remaining updates, then the final evaluation."""
@@ -255,6 +254,12 @@ class Trainer:
         checkpoint.set_random_state(state["random"])
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         _log.info("continuing after update %d from %s", self.step, path)
+
+    def _open_board(self) -> SummaryWriter:
+        # Imported here because it takes seconds, also of a run that does not want it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
 
     def close(self) -> None:
         self.metrics.close()

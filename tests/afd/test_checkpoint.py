@@ -1,0 +1,110 @@
+"""Checkpoints: whole or not there, kept, found, and refused where they do not belong."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from afd.config import ConfigError, make_config, plain
+from afd.training import checkpoint
+from afd.training.checkpoint import CheckpointError
+
+CONFIG = plain(make_config({}))
+
+
+def state(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "method": "afd", "config": CONFIG, "w": torch.full((3,), step), **more}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(7), keep=2)
+    assert path.name == "step_000007"
+    loaded = checkpoint.load(path, method="afd", config=CONFIG)
+    assert torch.equal(loaded["w"], torch.full((3,), 7))
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 20, 300, 1_000_000):
+        checkpoint.save(tmp_path, state(step), keep=2)
+    assert names(tmp_path) == ["step_000300", "step_1000000"]
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert newest.name == "step_1000000"
+
+
+def test_there_is_none_in_an_empty_or_absent_folder(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "absent") is None
+
+
+def test_a_half_written_one_is_not_found_and_is_cleaned_up(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1), keep=3)
+    torn = tmp_path / "step_000002.partial"
+    torn.mkdir()
+    (torn / "state.pt").write_bytes(b"half")
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert newest.name == "step_000001"
+    checkpoint.save(tmp_path, state(3), keep=3)
+    assert names(tmp_path) == ["step_000001", "step_000003"]
+
+
+@pytest.mark.parametrize("file", ["state.pt", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "garbage"])
+def test_a_damaged_one_is_passed_over_and_refused(tmp_path: Path, file: str, damage: str) -> None:
+    checkpoint.save(tmp_path, state(1), keep=3)
+    path = checkpoint.save(tmp_path, state(2), keep=3)
+    whole = (path / file).read_bytes()
+    if damage == "gone":
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"[1, 2]")
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert newest.name == "step_000001"
+    with pytest.raises(CheckpointError, match="step_000002"):
+        checkpoint.load(path, method="afd", config=CONFIG)
+    assert checkpoint.save(tmp_path, state(2), keep=3) == path
+    assert checkpoint.latest(tmp_path) == path
+
+
+def test_saving_a_step_again_leaves_the_whole_one_alone(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), keep=3)
+    before = (path / "state.pt").stat().st_mtime_ns
+    checkpoint.save(tmp_path, state(1), keep=3)
+    assert (path / "state.pt").stat().st_mtime_ns == before
+
+
+def test_one_of_another_configuration_is_refused_with_every_differing_key(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), keep=1)
+    other = plain(make_config({}, ["seed=4", "afd.nft_beta=0.5", "steps=9"]))
+    with pytest.raises(ConfigError) as error:
+        checkpoint.load(path, method="afd", config=other)
+    assert "seed: 0 there, 4 now" in str(error.value)
+    assert "afd.nft_beta: 1.0 there, 0.5 now" in str(error.value)
+    assert "steps" not in str(error.value)
+
+
+def test_one_of_another_method_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), keep=1)
+    with pytest.raises(ConfigError, match="method: 'afd' there, 'sft' now"):
+        checkpoint.load(path, method="sft", config=CONFIG)
+
+
+def test_random_states_come_back_through_a_file(tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    path = checkpoint.save(tmp_path, state(1, random=checkpoint.random_state()), keep=1)
+    first = draw()
+    checkpoint.set_random_state(checkpoint.load(path, method="afd", config=CONFIG)["random"])
+    assert draw() == first
