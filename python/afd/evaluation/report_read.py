@@ -1,0 +1,311 @@
+"""What the report knows: every file of a run folder, read so that a missing or broken one is a
+sentence in the report and never an exception.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from afd.teachers.base import Request, TeacherError
+from afd.teachers.folder import FolderTeacher
+from afd.video import VideoError, read_video, to_uint8
+
+COLUMNS = ("teacher", "base", "afd", "sft")
+LABELS = {"teacher": "Teacher", "base": "Base", "afd": "AFD", "sft": "SFT"}
+
+
+@dataclass(frozen=True)
+class Clips:
+    """uint8 videos [N, F, H, W, 3] with the prompt and the seed of each."""
+
+    videos: np.ndarray
+    prompts: list[str]
+    seeds: list[Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One column of the report. `evaluations` and `updates` are sorted by step, one of a step."""
+
+    name: str
+    folder: Path | None = None
+    finished: bool = False
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    doctor: dict[str, Any] = field(default_factory=dict)
+    clips: Clips | None = None
+    source: FolderTeacher | None = None
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.name]
+
+    @property
+    def is_run(self) -> bool:
+        return self.name in ("afd", "sft")
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts that have a video here."""
+        if self.clips is not None:
+            return self.clips.prompts
+        return [request.prompt for request in self.source.requests] if self.source else []
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The finite numbers of the last evaluation."""
+        return numbers(self.evaluations[-1].get("metrics")) if self.evaluations else {}
+
+    @property
+    def step(self) -> int:
+        """The last update known of."""
+        return max([0, *(int(line["step"]) for line in (self.evaluations + self.updates))])
+
+    @property
+    def when(self) -> datetime | None:
+        """When the part's last file was written."""
+        if self.folder is None:
+            return None
+        names = ("DONE", "evaluation.jsonl", "metrics.jsonl")
+        paths = [self.folder / name for name in names]
+        times = [path.stat().st_mtime for path in paths if path.is_file()]
+        return datetime.fromtimestamp(times[0]) if times else None
+
+
+def read_parts(run_dir: Path) -> dict[str, Part]:
+    """The four columns of a quickstart folder, or of one run's folder."""
+    single = (run_dir / "config.yaml").is_file() or (run_dir / "metrics.jsonl").is_file()
+    if single:
+        run = _part("afd", run_dir)
+        name = str(run.config.get("method") or _method_of(run) or "afd")
+        parts = {n: Part(n) for n in COLUMNS} | {"teacher": _part("teacher", run_dir / "teacher")}
+        if name in ("afd", "sft"):
+            parts[name] = replace(run, name=name)
+    else:
+        parts = {name: _part(name, run_dir / name) for name in COLUMNS}
+    runs = [parts["afd"], parts["sft"]]
+    if parts["teacher"].folder is None:
+        for run in runs:
+            named = run.config.get("teacher")
+            path = named.get("path") if isinstance(named, dict) else None
+            if path and Path(path).is_dir():
+                parts["teacher"] = _part("teacher", Path(path), named.get("manifest"))
+    parts = _route(parts)
+    if not parts["base"].evaluations:
+        # Before its first update a run is the base student.
+        lines = parts["afd"].evaluations[:1] + parts["sft"].evaluations[:1]
+        starts = [line for line in lines if line["step"] == 0]
+        parts["base"] = replace(parts["base"], evaluations=starts[:1])
+    return parts
+
+
+def _part(name: str, folder: Path, manifest: str | None = None) -> Part:
+    if not folder.is_dir():
+        return Part(name)
+    problems: list[str] = []
+    return Part(
+        name,
+        folder,
+        finished=(folder / "DONE").is_file(),
+        evaluations=read_jsonl(folder / "evaluation.jsonl", problems),
+        updates=by_step(read_jsonl(folder / "metrics.jsonl", problems)),
+        config=_read_mapping(folder / "config.yaml", problems),
+        doctor=_read_mapping(folder / "doctor.json", problems),
+        clips=_read_clips(folder / "samples.safetensors", problems),
+        source=_open_teacher(folder, manifest, problems) if name == "teacher" else None,
+        warnings=_read_warnings(folder / "train.log"),
+        problems=problems,
+    )
+
+
+def _open_teacher(folder: Path, manifest: Any, problems: list[str]) -> FolderTeacher | None:
+    try:
+        return FolderTeacher(folder, manifest)
+    except TeacherError as error:
+        problems.append(str(error))
+        return None
+
+
+def _method_of(run: Part) -> str | None:
+    return next((str(line["method"]) for line in run.evaluations if "method" in line), None)
+
+
+def _route(parts: dict[str, Part]) -> dict[str, Part]:
+    """Evaluations go to the column that their method names: base/ may hold the teacher's too."""
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in COLUMNS}
+    for name, part in parts.items():
+        for line in part.evaluations:
+            method = line.get("method")
+            lines[method if method in COLUMNS and not part.is_run else name].append(line)
+    return {name: replace(part, evaluations=by_step(lines[name])) for name, part in parts.items()}
+
+
+def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; lines that are none (a cut-off last one) are skipped."""
+    if not path.is_file():
+        return []
+    found, broken = [], 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if isinstance(line, dict):
+            found.append(line)
+        elif text.strip():
+            broken += 1
+    if broken:
+        problems.append(f"{path.name}: {broken} unreadable line(s) skipped")
+    return found
+
+
+def by_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sorted by step; a resumed run writes some steps twice, the later line counts."""
+    kept: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        step = line.get("step", 0)
+        if isinstance(step, int) and not isinstance(step, bool):
+            kept[step] = {**line, "step": step}
+    return [kept[step] for step in sorted(kept)]
+
+
+def numbers(data: Any) -> dict[str, float]:
+    """The finite numbers of a mapping, whatever else it holds."""
+    if not isinstance(data, dict):
+        return {}
+    return {
+        str(key): float(value)
+        for key, value in data.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping (JSON is YAML), else an empty one."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        problems.append(f"{path.name}: cannot be read ({type(error).__name__})")
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _read_clips(path: Path, problems: list[str]) -> Clips | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="np") as file:
+            videos, extra = file.get_tensor("videos"), file.metadata() or {}
+        prompts = json.loads(extra.get("prompts", "[]"))
+        seeds = json.loads(extra.get("seeds", "[]"))
+    except (SafetensorError, OSError, ValueError) as error:
+        problems.append(f"{path.name}: cannot be read ({error})")
+        return None
+    if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != np.uint8 or not videos.size:
+        problems.append(
+            f"{path.name}: holds {videos.dtype} {videos.shape}, not uint8 [N, F, H, W, 3]"
+        )
+        return None
+    if len(prompts) != len(videos):
+        problems.append(f"{path.name}: {len(videos)} videos but {len(prompts)} prompts")
+        return None
+    return Clips(videos, [str(p) for p in prompts], seeds if len(seeds) == len(videos) else prompts)
+
+
+def _read_warnings(path: Path) -> list[str]:
+    """Distinct warnings of a log, each with the step where it came first and how often it came."""
+    if not path.is_file():
+        return []
+    first: dict[str, str] = {}
+    count: Counter[str] = Counter()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        found = re.search(r"\bWARNING:? (?:step (\d+): )?(.*)", line)
+        if found:
+            first.setdefault(found[2], found[1] or "")
+            count[found[2]] += 1
+    notes = {
+        text: (f"from step {first[text]}" if first[text] else "")
+        + (f", {times} times" if times > 1 else "")
+        for text, times in count.items()
+    }
+    return [f"{text} ({note.strip(', ')})" if note else text for text, note in notes.items()]
+
+
+# --- videos ---
+
+
+def choose_prompts(parts: dict[str, Part], count: int) -> list[str]:
+    """Up to `count` prompts that most columns can show, as unlike each other as can be."""
+    shown = Counter(prompt for part in parts.values() for prompt in set(part.prompts))
+    if not shown:
+        return []
+    most = max(shown.values())
+    order = dict.fromkeys(prompt for part in parts.values() for prompt in part.prompts)
+    left = [prompt for prompt in order if shown[prompt] == most]
+    chosen = [left.pop(0)]
+    while left and len(chosen) < count:
+        unlike = {p: [_unlike(p, other) for other in chosen] for p in left}
+        farthest = max(unlike, key=lambda p: (min(unlike[p]), sum(unlike[p])))
+        left.remove(farthest)
+        chosen.append(farthest)
+    return sorted(chosen, key=list(order).index)
+
+
+def _unlike(a: str, b: str) -> int:
+    return len(set(a.split()) ^ set(b.split()))
+
+
+def pick_videos(parts: dict[str, Part], prompt: str) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Per column the video [F, H, W, 3] of a prompt, from one seed where they share one; or why
+    there is none."""
+    seeds = {
+        name: [s for s, p in zip(part.clips.seeds, part.clips.prompts, strict=True) if p == prompt]
+        for name, part in parts.items()
+        if part.clips is not None and prompt in part.clips.prompts
+    }
+    lists = list(seeds.values())
+    common = [s for s in lists[0] if all(s in other for other in lists)] if lists else []
+    for name, part in parts.items():
+        if name in seeds and part.clips is not None:
+            seed = common[0] if common else seeds[name][0]
+            pairs = list(zip(part.clips.prompts, part.clips.seeds, strict=True))
+            yield name, part.clips.videos[pairs.index((prompt, seed))]
+        elif part.source is not None:
+            yield name, _decode(part.source, _shape(parts), prompt)
+        else:
+            yield name, "no samples yet" if part.folder is not None else "did not run"
+
+
+def _shape(parts: dict[str, Part]) -> dict[str, Any]:
+    """The size in which the trainer saw the teacher's videos (the toy's where no config tells)."""
+    configs = (parts[name].config.get("video") for name in ("afd", "sft"))
+    video = next((config for config in configs if isinstance(config, dict)), {})
+    return {"frames": 12, "height": 16, "width": 16} | {
+        key: video[key] for key in ("frames", "height", "width", "fps") if key in video
+    }
+
+
+def _decode(source: FolderTeacher, shape: dict[str, Any], prompt: str) -> np.ndarray | str:
+    try:
+        path = source.answer(Request(prompt))
+        return to_uint8(read_video(path, short="repeat", **shape)).numpy()
+    except (TeacherError, VideoError, ValueError) as error:
+        return str(error)
