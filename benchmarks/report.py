@@ -107,7 +107,7 @@ def quick(args: argparse.Namespace) -> argparse.Namespace:
     """With --quick: two samples of a tiny odd shape, few repetitions, nothing compiled."""
     if args.quick:
         args.batch, args.shape = [2], (4, 3, 10, 13)
-        args.reps, args.budget = min(args.reps, 5), min(args.budget, 2.0)
+        args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
         args.providers = [name for name in args.providers if name != "compile"]
     return args
 
