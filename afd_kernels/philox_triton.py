@@ -13,8 +13,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _natural_log(u):
-    """ln u: u = 2^e m with m in [2/3, 4/3), ln(1 + f) = f + f^2 (-1/2 + f L(f))."""
+def _radius(word):
+    """sqrt(-2 ln u) with u = (word + 1/2) 2^-32 in (0, 1], rounded once."""
+    u = tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+    # u = 2^e m with m in [2/3, 4/3), split on the bits; ln(1 + f) = f + f^2 (-1/2 + f L(f)).
     bits = u.to(tl.int32, bitcast=True)
     e = (bits - 0x3F2AAAAB) >> 23
     f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -26,14 +28,8 @@ def _natural_log(u):
     p = tl.fma(p, f, 0.3333326578140259)
     p = tl.fma(p, f, -0.5)
     p = tl.fma(p, f * f, f)
-    return tl.fma(e.to(tl.float32), 0.6931471824645996, p)
-
-
-@triton.jit
-def _radius(word):
-    """sqrt(-2 ln u) with u = (word + 1/2) 2^-32 in (0, 1], rounded once."""
-    u = tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
-    return tl.sqrt_rn(_natural_log(u) * -2.0)
+    log = tl.fma(e.to(tl.float32), 0.6931471824645996, p)
+    return tl.sqrt_rn(log * -2.0)
 
 
 @triton.jit
@@ -58,26 +54,22 @@ def _cos_sin(word):
 
 
 @triton.jit
-def _philox_round(c0, c1, c2, c3, k0, k1):
-    # 64-bit products: ptxas makes one IMAD.WIDE of each, where tl.umulhi costs two instructions.
-    wide0 = c0.to(tl.uint64) * 0xD2511F53
-    wide2 = c2.to(tl.uint64) * 0xCD9E8D57
-    c0 = (wide2 >> 32).to(tl.uint32) ^ c1 ^ k0
-    c2 = (wide0 >> 32).to(tl.uint32) ^ c3 ^ k1
-    return c0, wide2.to(tl.uint32), c2, wide0.to(tl.uint32)
-
-
-@triton.jit
 def philox_quads(seed, quad):
     """The four 32-bit words of Philox4x32-10: key = int64 scalar seed, counter = int64 quad [Q]."""
     c0 = quad.to(tl.uint32)
     c1 = (quad >> 32).to(tl.uint32)
-    c2 = tl.zeros_like(c0)
-    c3 = tl.zeros_like(c0)
+    c2 = c0 ^ c0
+    c3 = c2
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0, k1)
+        # 64-bit products: ptxas makes one IMAD.WIDE of each, where tl.umulhi costs two.
+        wide0 = c0.to(tl.uint64) * 0xD2511F53
+        wide2 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (wide2 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = wide2.to(tl.uint32)
+        c2 = (wide0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = wide0.to(tl.uint32)
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3

@@ -30,14 +30,6 @@ _PARALLEL = 256
 
 
 @triton.jit
-def _load(ptr, lane, inside, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(ptr + lane, mask=inside, other=0.0).to(tl.float32)
-    else:
-        return tl.load(ptr + lane).to(tl.float32)
-
-
-@triton.jit
 def _errors(
     v_theta_ptr,
     v_old_ptr,
@@ -51,6 +43,7 @@ def _errors(
     d_alpha,
     d_sigma,
     MASKED: tl.constexpr,
+    ZEROS: tl.constexpr,
     QUADS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,25 +51,31 @@ def _errors(
     """e = v_old - u, v_theta - v_old and v_theta - v_ref of one tile, fp32 [BLOCK].
 
     first: the tile's first element in the batch, in_sample: in its sample, both int64.
-    Lanes at and beyond `lanes` are 0 where MASKED; without it all lanes are inside the row.
+    MASKED reads `lanes` lanes, all without it. The others are 0 where ZEROS, which costs
+    instructions, else undefined.
     """
     lane = tl.arange(0, BLOCK)
-    inside = lane < lanes
-    theta = _load(v_theta_ptr + first, lane, inside, MASKED)
-    old = _load(v_old_ptr + first, lane, inside, MASKED)
-    x0 = _load(x0_ptr + first, lane, inside, MASKED)
+    inside = None
+    other = None
+    if MASKED:
+        inside = lane < lanes
+    if ZEROS:
+        other = 0.0
+    theta = tl.load(v_theta_ptr + first + lane, mask=inside, other=other).to(tl.float32)
+    old = tl.load(v_old_ptr + first + lane, mask=inside, other=other).to(tl.float32)
+    x0 = tl.load(x0_ptr + first + lane, mask=inside, other=other).to(tl.float32)
+    from_old = theta - old
+    from_ref = from_old
+    if v_ref_ptr is not None:
+        ref = tl.load(v_ref_ptr + first + lane, mask=inside, other=other)
+        from_ref = theta - ref.to(tl.float32)
     if noise_ptr is None:
         noise = normal_tile(seed, in_sample, BLOCK, QUADS, VECTOR)
     else:
-        noise = _load(noise_ptr + first, lane, inside, MASKED)
+        noise = tl.load(noise_ptr + first + lane, mask=inside, other=other).to(tl.float32)
     e = tl.fma(noise, -d_sigma, tl.fma(x0, -d_alpha, old))
-    if MASKED:
+    if ZEROS:
         e = tl.where(inside, e, 0.0)
-    from_old = theta - old
-    if v_ref_ptr is None:
-        from_ref = from_old
-    else:
-        from_ref = theta - _load(v_ref_ptr + first, lane, inside, MASKED)
     return e, from_old, from_ref
 
 
@@ -113,7 +112,7 @@ def _valid_frames(mask_ptr, sample, frames, BLOCK: tl.constexpr):
     if mask_ptr is None:
         return tl.full((), 0, tl.int64) + frames
     else:
-        count = tl.zeros((BLOCK,), tl.int64)
+        count = tl.full((BLOCK,), 0, tl.int64)
         for start in range(0, frames, BLOCK):
             f = start + tl.arange(0, BLOCK)
             count += tl.load(mask_ptr + sample * frames + f, mask=f < frames, other=0).to(tl.int64)
@@ -218,18 +217,18 @@ def _nft_loss_partials_kernel(
     REF: tl.constexpr = v_ref_ptr is not None
     QUADS: tl.constexpr = ROW_ALIGN > 1
 
-    pos_abs = tl.zeros((BLOCK,), tl.float32)
-    pos_sq = tl.zeros((BLOCK,), tl.float32)
-    neg_abs = tl.zeros((BLOCK,), tl.float32)
-    neg_sq = tl.zeros((BLOCK,), tl.float32)
-    ref_sq = tl.zeros((BLOCK,), tl.float32)
-    old_sq = tl.zeros((BLOCK,), tl.float32)
+    pos_abs = tl.full((BLOCK,), 0.0, tl.float32)
+    pos_sq = tl.full((BLOCK,), 0.0, tl.float32)
+    neg_abs = tl.full((BLOCK,), 0.0, tl.float32)
+    neg_sq = tl.full((BLOCK,), 0.0, tl.float32)
+    ref_sq = tl.full((BLOCK,), 0.0, tl.float32)
+    old_sq = tl.full((BLOCK,), 0.0, tl.float32)
     lane = tl.arange(0, BLOCK)
     full_steps = tl.where(left < STEPS * BLOCK, left // BLOCK, STEPS).to(tl.int32)
     for _ in range(full_steps):
         e, from_old, from_ref = _errors(
             v_theta_ptr, v_old_ptr, v_ref_ptr, x0_ptr, noise_ptr, seed, first, in_sample, BLOCK,
-            d_alpha, d_sigma, False, QUADS, VECTOR, BLOCK,
+            d_alpha, d_sigma, False, False, QUADS, VECTOR, BLOCK,
         )  # fmt: skip
         pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq = _add(
             pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, nft_beta, REF
@@ -244,7 +243,7 @@ def _nft_loss_partials_kernel(
         lanes = lanes_left(left, BLOCK)
         e, from_old, from_ref = _errors(
             v_theta_ptr, v_old_ptr, v_ref_ptr, x0_ptr, noise_ptr, seed, first, in_sample, lanes,
-            d_alpha, d_sigma, True, QUADS, VECTOR, BLOCK,
+            d_alpha, d_sigma, True, True, QUADS, VECTOR, BLOCK,
         )  # fmt: skip
         pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq = _add(
             pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, nft_beta, REF
@@ -259,6 +258,11 @@ def _nft_loss_partials_kernel(
     tl.store(out + 3, tl.sum(neg_sq))
     tl.store(out + 4, tl.sum(ref_sq))
     tl.store(out + 5, tl.sum(old_sq))
+
+
+@triton.jit
+def _column(values, column, index: tl.constexpr):
+    return tl.sum(tl.where(column == index, values, 0.0))
 
 
 @triton.jit
@@ -300,16 +304,9 @@ def _nft_loss_finalize_kernel(
     count = _valid_frames(mask_ptr, sample, frames, 64) * per_frame
 
     column = tl.arange(0, 8)
-    abs_pos = tl.zeros((), tl.float64)
-    abs_neg = tl.zeros((), tl.float64)
-    sq_pos = tl.zeros((), tl.float64)
-    sq_neg = tl.zeros((), tl.float64)
-    pull_pos = tl.zeros((), tl.float64)
-    pull_neg = tl.zeros((), tl.float64)
-    prior = tl.zeros((), tl.float64)
-    ref_sq = tl.zeros((), tl.float64)
-    old_sq = tl.zeros((), tl.float64)
-    in_group = tl.zeros((), tl.int64)
+    plain = tl.full((8,), 0.0, tl.float64)
+    by_r = tl.full((8,), 0.0, tl.float64)
+    in_group = tl.full((), 0, tl.int64)
     for first in range(0, members, FRAMES):
         member = first + tl.arange(0, FRAMES)
         exists = member < members
@@ -317,7 +314,7 @@ def _nft_loss_finalize_kernel(
         valid = exists
         if mask_ptr is not None:
             valid = exists & (tl.load(mask_ptr + sample * frames + f) != 0)
-        sums = tl.zeros((FRAMES, PARALLEL, 8), tl.float64)
+        sums = tl.full((FRAMES, PARALLEL, 8), 0.0, tl.float64)
         for start in range(0, outer * tiles, PARALLEL):
             k = start + tl.arange(0, PARALLEL)
             row = (k // tiles)[None, :] * frames + f[:, None]
@@ -337,46 +334,41 @@ def _nft_loss_finalize_kernel(
         kappa = 1.0 + 0.0 * d_sigma
         if ADAPTIVE:
             kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
-        s1_pos = kappa * _column(total, column, 0)
-        s2_pos = kappa * kappa * _column(total, column, 1)
-        s1_neg = kappa * _column(total, column, 2)
-        s2_neg = kappa * kappa * _column(total, column, 3)
-        ref = _column(total, column, 4)
-        abs_pos += tl.sum(s1_pos)
-        sq_pos += tl.sum(s2_pos)
-        abs_neg += tl.sum(s1_neg)
-        sq_neg += tl.sum(s2_neg)
-        pull_pos += tl.sum(r * s2_pos)
-        pull_neg += tl.sum((1.0 - r) * s2_neg)
-        if PRIOR_BY_R:
-            prior += tl.sum(r * ref)
-        else:
-            prior += tl.sum(ref)
-        ref_sq += tl.sum(ref)
-        old_sq += tl.sum(_column(total, column, 5))
+        power = tl.where((column & 1)[None, :] == 1, (kappa * kappa)[:, None], kappa[:, None])
+        weighted = total * tl.where((column < 4)[None, :], power, 1.0)
+        plain += tl.sum(weighted, axis=0)
+        by_r += tl.sum(weighted * r[:, None], axis=0)
         in_group += tl.sum(valid.to(tl.int64)) * per_frame
 
     elements = tl.maximum(in_group, 1).to(tl.float64)
-    w_pos = 1.0 + 0.0 * abs_pos
-    w_neg = 1.0 + 0.0 * abs_neg
-    scale = 1.0
+    sq_pos = _column(plain, column, 1)
+    sq_neg = _column(plain, column, 3)
+    pull_pos = _column(by_r, column, 1)
+    pull_neg = sq_neg - _column(by_r, column, 3)
+    ref_sq = _column(plain, column, 4)
+    prior = ref_sq
+    if PRIOR_BY_R:
+        prior = _column(by_r, column, 4)
+    w_pos = tl.full((), 1.0, tl.float64)
+    w_neg = w_pos
+    scale = w_pos
     if ADAPTIVE:
         # Not maximum(): it drops a NaN.
-        w_pos = abs_pos / elements
-        w_neg = abs_neg / elements
+        w_pos = _column(plain, column, 0) / elements
+        w_neg = _column(plain, column, 2) / elements
         w_pos = tl.where(w_pos < 1e-5, 1e-5, w_pos)
         w_neg = tl.where(w_neg < 1e-5, 1e-5, w_neg)
-        scale = tl.full((), 1.0, tl.float64) * adv_clip / nft_beta
-    of_sample = tl.maximum(count, 1).to(tl.float64)
+        scale = scale * adv_clip / nft_beta
+    of_batch = tl.maximum(count, 1).to(tl.float64) * tl.num_programs(1)
     loss = scale * (pull_pos / w_pos + pull_neg / w_neg) + prior_weight * prior
     place = sample * tl.num_programs(0) + group
-    tl.store(losses_ptr + place, loss / of_sample)
+    tl.store(losses_ptr + place, loss / of_batch)
     tl.store(metrics_ptr + place * 7, sq_pos / w_pos / elements)
     tl.store(metrics_ptr + place * 7 + 1, sq_neg / w_neg / elements)
     tl.store(metrics_ptr + place * 7 + 2, prior / elements)
     tl.store(metrics_ptr + place * 7 + 3, w_pos)
     tl.store(metrics_ptr + place * 7 + 4, w_neg)
-    tl.store(metrics_ptr + place * 7 + 5, old_sq / elements)
+    tl.store(metrics_ptr + place * 7 + 5, _column(plain, column, 5) / elements)
     tl.store(metrics_ptr + place * 7 + 6, ref_sq / elements)
 
     if coefficients_ptr is not None:
@@ -402,23 +394,18 @@ def _nft_loss_finalize_kernel(
 
 
 @triton.jit
-def _column(total, column, index: tl.constexpr):
-    return tl.sum(tl.where(column[None, :] == index, total, 0.0), axis=1)
+def _store_loss(losses_ptr, loss_ptr, groups, batch):
+    """Adds up the groups' shares of the loss; one scalar after the other keeps this short."""
+    total = tl.full((), 0.0, tl.float64)
+    for k in range(groups * batch):
+        total += tl.load(losses_ptr + k)
+    tl.store(loss_ptr, total.to(tl.float32))
 
 
 @triton.jit
-def _store_loss(losses_ptr, loss_ptr, groups, batch, BLOCK: tl.constexpr):
-    """The mean over samples of the groups' shares, in a fixed order."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, groups * batch, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        total += tl.load(losses_ptr + k, mask=k < groups * batch, other=0.0)
-    tl.store(loss_ptr, (tl.sum(total) / batch).to(tl.float32))
-
-
-@triton.jit
-def _nft_loss_total_kernel(losses_ptr, loss_ptr, groups, batch, BLOCK: tl.constexpr):
-    _store_loss(losses_ptr, loss_ptr, groups, batch, BLOCK)
+def _nft_loss_total_kernel(losses_ptr, loss_ptr, groups, batch):
+    """The loss, where no gradient kernel runs after the finalisation."""
+    _store_loss(losses_ptr, loss_ptr, groups, batch)
 
 
 @triton.jit
@@ -470,13 +457,13 @@ def _nft_loss_grad_kernel(
     REF: tl.constexpr = v_ref_ptr is not None
     e, from_old, from_ref = _errors(
         v_theta_ptr, v_old_ptr, v_ref_ptr, x0_ptr, noise_ptr, seed, first, in_sample, seen,
-        d_alpha, d_sigma, True, ROW_ALIGN > 1, VECTOR, BLOCK,
+        d_alpha, d_sigma, True, mask_ptr is not None, ROW_ALIGN > 1, VECTOR, BLOCK,
     )  # fmt: skip
     grad = _gradient(e, from_old, from_ref, c_e, c_old, c_ref, REF)
     lane = tl.arange(0, BLOCK)
     tl.store(grad_ptr + first + lane, grad.to(grad_ptr.dtype.element_ty), mask=lane < lanes)
-    if (block == 0) & (sample == 0):
-        _store_loss(losses_ptr, loss_ptr, groups, batch, 256)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        _store_loss(losses_ptr, loss_ptr, groups, batch)
 
 
 @triton.jit
@@ -606,7 +593,7 @@ def nft_loss(
     )
     if coefficients is None:
         _nft_loss_total_kernel[(1,)](
-            losses, loss, plan.groups, plan.batch, BLOCK=256, num_warps=4, enable_fp_fusion=False
+            losses, loss, plan.groups, plan.batch, num_warps=1, enable_fp_fusion=False
         )
         return loss, metrics, grad
     config = configs["grad"]
