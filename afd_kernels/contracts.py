@@ -52,6 +52,11 @@ class NftPlan(Plan):
     needs_grad: bool
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x in row-major memory, which every backend's kernels assume."""
+    return None if x is None else x.contiguous()
+
+
 def _describe(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 

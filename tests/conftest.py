@@ -22,6 +22,14 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PLACES = [(backend, device) for device in DEVICES for backend in BACKENDS]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
 def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """Runs the test once per (backend, device), with that backend required."""

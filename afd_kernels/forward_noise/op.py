@@ -10,10 +10,6 @@ from torch import Tensor
 from afd_kernels import contracts, dispatch, registry
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _forward_noise(
     x0: Tensor,
     t: Tensor,
@@ -27,7 +23,11 @@ def _forward_noise(
     contracts.check_values(plan, t)
     backend = dispatch.pick("forward_noise", x0, noise)
     return backend.forward_noise(
-        x0.contiguous(), t.contiguous(), _contiguous(seed), _contiguous(noise), plan
+        x0.contiguous(),
+        t.contiguous(),
+        contracts.contiguous(seed),
+        contracts.contiguous(noise),
+        plan,
     )
 
 

@@ -15,10 +15,6 @@ from torch import Tensor
 from afd_kernels import contracts, dispatch, registry
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _nft_loss(
     v_theta: Tensor,
     v_old: Tensor,
@@ -35,7 +31,7 @@ def _nft_loss(
     plan = contracts.plan_nft_loss(*tensors, *options)
     contracts.check_values(plan, t, r)
     backend = dispatch.pick("nft_loss", v_theta, x0, noise)
-    return backend.nft_loss(*map(_contiguous, tensors), plan)
+    return backend.nft_loss(*map(contracts.contiguous, tensors), plan)
 
 
 def _fake(

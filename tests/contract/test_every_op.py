@@ -113,9 +113,7 @@ def test_fake_cuda_tensors_pass_without_a_synchronisation(case: Case) -> None:
 def test_mixed_devices_are_refused_by_the_fake_too() -> None:
     with FakeTensorMode():
         x0 = torch.empty(2, 3, device="cuda")
-        with pytest.raises(
-            ValueError, match=r"t: got float32 .2. on cpu; needed: the device of x0"
-        ):
+        with pytest.raises(ValueError, match=r"t: got .* on cpu; needed: the device of x0"):
             ops.forward_noise(x0, torch.empty(2), noise=x0)
 
 
