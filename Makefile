@@ -1,0 +1,69 @@
+# make quickstart | test | check | bench | offline | gpu-check — each sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/include/afd/*.h)
+
+.PHONY: quickstart quickstart-full test check format bench offline gpu-check base motion-backbone \
+        screenshot lock setup clean
+
+quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
+	$(BIN)/afd quickstart $(ARGS)
+
+quickstart-full: setup ## the whole table: every teacher, run and control, three seeds
+	$(BIN)/afd quickstart-full $(ARGS)
+
+test: setup ## every test that needs no GPU; ARGS goes to pytest
+	$(BIN)/python -m pytest tests --ignore tests/offline $(ARGS)
+
+offline: setup ## compile every GPU kernel for every target and hold it to its budget
+	$(BIN)/python -m pytest tests/offline $(ARGS)
+
+check: setup ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: setup ## the benchmarks of this device; tables, JSON and plots in benchmarks/results/
+	$(BIN)/python -m benchmarks.nft_loss --plot
+	$(BIN)/python -m benchmarks.forward_noise --plot
+
+gpu-check: ## build, test and measure on a GPU box with what it has; needs no network
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
+
+base: setup ## make the shipped base student again
+	$(BIN)/python -m afd.pretrain base
+
+motion-backbone: setup ## make the shipped motion backbone again
+	$(BIN)/python -m afd.pretrain motion-backbone
+
+screenshot: setup ## docs/quickstart.png from the last quickstart; needs chromium
+	$(BIN)/python docs/screenshot.py runs/quickstart docs/quickstart.png
+
+lock: setup ## pin every dependency again
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.10 --no-header --no-annotate --extra dev \
+	  pyproject.toml build-requirements.in --output-file requirements.tmp --quiet
+	head -2 requirements.lock > requirements.new
+	grep -v -E '^(nvidia-|cuda-)' requirements.tmp >> requirements.new
+	mv requirements.new requirements.lock
+	rm requirements.tmp
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf build $(VENV) afd_kernels/_native*.so *.egg-info
