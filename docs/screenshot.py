@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -108,11 +109,15 @@ class Browser:
             mobile=width < 600,
         )
         self.send("Page.navigate", url=page.resolve().as_uri())
-        end = time.monotonic() + 30
-        while self.value("document.body?.dataset.ready ?? ''") != "yes":
+        self.wait("document.body?.dataset.ready === 'yes'")
+
+    def wait(self, condition: str, limit_s: float = 30.0) -> None:
+        """Until a JavaScript condition holds; RuntimeError with the complaints if it never does."""
+        end = time.monotonic() + limit_s
+        while not self.value(condition):
             if time.monotonic() > end:
-                raise RuntimeError(f"{page}: not ready after 30 s; {self.complaints}")
-            time.sleep(0.05)
+                raise RuntimeError(f"not so after {limit_s} s: {condition}; {self.complaints}")
+            time.sleep(0.03)
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression is in the page."""
@@ -137,9 +142,11 @@ def browser(program: str) -> Iterator[Browser]:
     their_in, our_out = os.pipe()
     our_in, their_out = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{their_in} 4>&{their_out}', program]
+        move = f"os.dup2({their_in}, 3); os.dup2({their_out}, 4)"
+        start = f"import os, sys; {move}; os.execv(sys.argv[1], sys.argv[1:])"
+        command = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(
-            [*shell, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            [sys.executable, "-c", start, *command],
             pass_fds=(their_in, their_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

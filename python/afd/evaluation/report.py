@@ -23,6 +23,7 @@ from afd.evaluation.report_read import (
     choose_prompts,
     pick_videos,
     read_parts,
+    same_noise,
 )
 
 PROMPTS = 6
@@ -82,6 +83,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "parts": [{"name": n, "label": LABELS[n], "role": ROLES[n]} for n in COLUMNS],
         "rows": rows,
         "frames": frames,
+        "same_noise": same_noise(parts),
         "table": _table(measured),
         "table_note": _table_note(parts),
         "charts": [chart for chart in curves.charts(parts) if chart is not None],

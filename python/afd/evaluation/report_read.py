@@ -227,7 +227,8 @@ def _read_clips(path: Path, problems: list[str]) -> Clips | None:
     if len(prompts) != len(videos):
         problems.append(f"{path.name}: {len(videos)} videos but {len(prompts)} prompts")
         return None
-    return Clips(videos, [str(p) for p in prompts], seeds if len(seeds) == len(videos) else prompts)
+    known = isinstance(seeds, list) and len(seeds) == len(videos)
+    return Clips(videos, [str(p) for p in prompts], seeds if known else [None] * len(videos))
 
 
 def _read_warnings(path: Path) -> list[str]:
@@ -271,6 +272,13 @@ def choose_prompts(parts: dict[str, Part], count: int) -> list[str]:
 
 def _unlike(a: str, b: str) -> int:
     return len(set(a.split()) ^ set(b.split()))
+
+
+def same_noise(parts: dict[str, Part]) -> bool:
+    """Whether the students' samples were drawn from the same known seeds, prompt by prompt."""
+    clips = [part.clips for part in parts.values() if part.clips is not None]
+    pairs = [list(zip(c.prompts, c.seeds, strict=True)) for c in clips]
+    return len(clips) > 1 and None not in clips[0].seeds and all(p == pairs[0] for p in pairs)
 
 
 def pick_videos(parts: dict[str, Part], prompt: str) -> Iterator[tuple[str, np.ndarray | str]]:
