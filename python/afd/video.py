@@ -45,7 +45,7 @@ def check_video(path: Path | str, *, frames: int = 1, fps: float | None = None) 
             shown = [(p.pts, p.duration or 0) for p in packets if p.pts is not None]
             start = min((pts for pts, _ in shown), default=0)
             end = max((pts + duration for pts, duration in shown), default=0)
-            there = math.ceil(float((end - start) * stream.time_base) * fps)
+            there = math.ceil((end - start) * stream.time_base * _rate(fps))
         if there < frames:
             raise VideoError(_too_short(path, there, frames, fps))
 
@@ -95,11 +95,10 @@ def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 
     shape = tuple(video_FCHW.shape)
     if len(shape) != 4 or shape[0] < 1 or shape[1] != 3 or shape[2] % 2 or shape[3] % 2:
         raise ValueError(f"video_FCHW: got shape {shape}, needs [F >= 1, 3, even H, even W]")
-    rate = Fraction(fps).limit_denominator(65535)
     pictures = to_uint8(video_FCHW)
     partial = path.with_name(path.name + ".partial")
     with av.open(str(partial), "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=rate)
+        stream: Any = container.add_stream("libx264", rate=_rate(fps))
         stream.height, stream.width, stream.pix_fmt = shape[2], shape[3], "yuv420p"
         stream.options = {"crf": str(crf)}
         # More threads would make the bytes depend on the machine.
@@ -163,34 +162,42 @@ def _frames(
 ) -> Iterator[Any]:
     """The chosen frames in order, at most `frames` of them."""
     taken = 0
-    before: tuple[float, Any] | None = None
-    start = 0.0
+    before: tuple[Fraction, Any] | None = None
+    start = Fraction(0)
+    # Exact times: a wanted time half-way between two frames must not depend on rounding.
+    step = 1 / _rate(fps) if fps is not None else Fraction(0)
     for index, frame in enumerate(container.decode(stream)):
         if fps is None:
             yield frame
             taken += 1
         else:
-            if frame.time is None:
+            if frame.pts is None:
                 raise VideoError(f"{path}: frame {index} has no presentation time")
-            start = frame.time if before is None else start
-            now = frame.time - start
+            seconds = frame.pts * frame.time_base
+            start = seconds if before is None else start
+            now = seconds - start
             # An earlier frame may still be nearer to the wanted time than this one.
-            while before is not None and taken < frames and taken / fps <= now:
-                wanted = taken / fps
+            while before is not None and taken < frames and taken * step <= now:
+                wanted = taken * step
                 yield before[1] if wanted - before[0] <= now - wanted else frame
                 taken += 1
             before = (now, frame)
         if taken == frames:
             return
-    if before is not None and fps is not None:
+    if before is not None:
         # The last frame stays on screen for its own duration (else for one of the average rate).
-        rate = float(stream.average_rate or stream.guessed_rate or fps)
-        length = float(before[1].duration * before[1].time_base) if before[1].duration else 1 / rate
-        while taken < frames and taken / fps < before[0] + length:
+        length = (before[1].duration or 0) * before[1].time_base
+        length = length or 1 / (stream.average_rate or stream.guessed_rate or 1 / step)
+        while taken < frames and taken * step < before[0] + length:
             yield before[1]
             taken += 1
     if taken == 0:
         raise VideoError(f"{path}: has a video stream without a single frame")
+
+
+def _rate(fps: float) -> Fraction:
+    """Frames per second as the fraction that was meant, such as 30000/1001."""
+    return Fraction(fps).limit_denominator(65535)
 
 
 def _upright(frame: Any, aspect: float) -> tuple[Tensor, float]:
