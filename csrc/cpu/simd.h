@@ -146,48 +146,39 @@ AFD_INLINE Float root(Float x) {
 #endif
 }
 
-// Both halves are exact in float, and so is high * 2^16: one rounding in all.
+// Both halves are exact in float, and so is high * 2^16: one rounding in all, fused or not.
 AFD_INLINE Float unsigned_to_float(Word x) {
 #if defined(__AVX512F__)
   return _mm512_cvtepu32_ps((__m512i)x.v);
+#elif defined(__AVX2__)
+  return madd(signed_to_float(x >> 16), Float(65536.0f), signed_to_float(x & Word(0xFFFFu)));
 #else
   return signed_to_float(x >> 16) * Float(65536.0f) + signed_to_float(x & Word(0xFFFFu));
 #endif
 }
 
-// kLanes / 2 words in 64-bit lanes, for 32 x 32 -> 64 bit products. Only the low half of a lane
-// means anything: the high half holds leftovers that no operation looks at.
-struct WideWord {
-  WideLanes v;
-  AFD_INLINE WideWord() = default;
-  AFD_INLINE WideWord(WideLanes x) : v(x) {}
-  AFD_INLINE explicit WideWord(uint32_t x) : v(WideLanes{} + x) {}
-};
-
-AFD_INLINE WideWord operator^(WideWord a, WideWord b) { return a.v ^ b.v; }
-
-AFD_INLINE void multiply_wide(uint32_t m, WideWord x, WideWord& high, WideWord& low) {
+// The 64-bit products of the low halves of the lanes with m.
+AFD_INLINE WideLanes multiply_low_halves(uint32_t m, WideLanes x) {
 #if defined(__AVX512F__)
-  low.v = (WideLanes)_mm512_mul_epu32(_mm512_set1_epi32(static_cast<int>(m)), (__m512i)x.v);
+  return (WideLanes)_mm512_mul_epu32(_mm512_set1_epi32(static_cast<int>(m)), (__m512i)x);
 #elif defined(__AVX2__)
-  low.v = (WideLanes)_mm256_mul_epu32(_mm256_set1_epi32(static_cast<int>(m)), (__m256i)x.v);
+  return (WideLanes)_mm256_mul_epu32(_mm256_set1_epi32(static_cast<int>(m)), (__m256i)x);
 #elif defined(__SSE2__)
-  low.v = (WideLanes)_mm_mul_epu32(_mm_set1_epi32(static_cast<int>(m)), (__m128i)x.v);
+  return (WideLanes)_mm_mul_epu32(_mm_set1_epi32(static_cast<int>(m)), (__m128i)x);
 #else
-  low.v = (x.v & 0xFFFFFFFFu) * m;
+  return (x & 0xFFFFFFFFu) * m;
 #endif
-  high.v = low.v >> 32;
 }
 
-// Words 0, 2, 4, ... of x come from `even`, words 1, 3, 5, ... from `odd`.
-AFD_INLINE Word interleave(WideWord even, WideWord odd) {
-  const WideLanes shifted = odd.v << 32;
+// Words 0, 2, 4, ... are the low halves of `even`, words 1, 3, 5, ... those of `odd`.
+AFD_INLINE Word interleave(WideLanes even, WideLanes odd) {
+  const WideLanes shifted = odd << 32;
 #if defined(__AVX512F__)
-  return (WordLanes)_mm512_mask_blend_epi32(0xAAAA, (__m512i)even.v, (__m512i)shifted);
+  return (WordLanes)_mm512_mask_blend_epi32(0xAAAA, (__m512i)even, (__m512i)shifted);
 #elif defined(__AVX2__)
-  return (WordLanes)_mm256_blend_epi32((__m256i)even.v, (__m256i)shifted, 0xAA);
+  return (WordLanes)_mm256_blend_epi32((__m256i)even, (__m256i)shifted, 0xAA);
 #else
-  return (WordLanes)((even.v & 0xFFFFFFFFu) | shifted);
+  return (WordLanes)((even & 0xFFFFFFFFu) | shifted);
 #endif
 }
 

@@ -3,6 +3,7 @@
 
 #include "convert.h"
 #include "kernels.h"
+#include "pair.h"
 
 namespace afd::AFD_ISA {
 
@@ -12,27 +13,36 @@ constexpr int kTile = 256;
 // Lane sums are moved to fp64 after at most this many elements.
 constexpr int kRun = 2048;
 
-// Writes the normals of `quads` quads from `quad` on, rounded up to a multiple of kLanes quads.
+// Normals are made in groups of this many elements, two quads per lane.
+constexpr int kGroup = 8 * kLanes;
+
+// Writes the normals of `groups` groups from quad `quad` on, a multiple of 2 * kLanes. Two loops,
+// so that neither is longer than a CPU looks ahead: consecutive groups then overlap.
 // One copy per source file is enough: a call costs nothing beside a tile.
-static __attribute__((noinline)) void fill_normals(PhiloxKey key, uint64_t quad, int quads, float* out) {
+static __attribute__((noinline)) void fill_normals(const PhiloxRounds<WideKey>& rounds,
+                                                   uint32_t quad, int groups, float* out) {
+  WordPair words[kTile / kGroup][4];
   WordLanes lane;
   for (int i = 0; i < kLanes; ++i) {
     lane[i] = quad_of_lane(i);
   }
-  for (int q = 0; q < quads; q += kLanes, quad += kLanes) {
-    const uint32_t low = static_cast<uint32_t>(quad);
-    const WordLanes index = lane + low;
-    // All ones, that is -1, where the low word wrapped around.
-    const WordLanes carry = (WordLanes)(index < low);
-    const WordLanes upper = static_cast<uint32_t>(quad >> 32) - carry;
-    WideWord e0 = (WideLanes)index, e1 = (WideLanes)upper, e2(0u), e3(0u);
-    WideWord o0 = (WideLanes)index >> 32, o1 = (WideLanes)upper >> 32, o2(0u), o3(0u);
-    philox4x32_10(e0, e1, e2, e3, key);
-    philox4x32_10(o0, o1, o2, o3, key);
-    Float n0, n1, n2, n3;
-    box_muller(interleave(e0, o0), interleave(e1, o1), n0, n1);
-    box_muller(interleave(e2, o2), interleave(e3, o3), n2, n3);
-    store_quads(out + 4 * q, n0, n1, n2, n3);
+  for (int g = 0; g < groups; ++g) {
+    const WordLanes index = lane + (quad + static_cast<uint32_t>(g * 2 * kLanes));
+    WideWords c0, c1, c2, c3;
+    philox_of_index(WideWords(WordPair(index, index + static_cast<uint32_t>(kLanes))), rounds, c0,
+                    c1, c2, c3);
+    words[g][0] = narrow(c0);
+    words[g][1] = narrow(c1);
+    words[g][2] = narrow(c2);
+    words[g][3] = narrow(c3);
+  }
+  for (int g = 0; g < groups; ++g) {
+    for (int half = 0; half < 2; ++half) {
+      const auto word = [&](int i) { return half == 0 ? words[g][i].a : words[g][i].b; };
+      FloatPair n0, n1;
+      box_muller(WordPair(word(0), word(2)), WordPair(word(1), word(3)), n0, n1);
+      store_quads(out + g * kGroup + half * kGroup / 2, n0.a, n1.a, n0.b, n1.b);
+    }
   }
 }
 
@@ -46,6 +56,7 @@ class NoiseSource {
       : noise_(noise), is_fp32_(noise_type == DType::kFloat32) {
     if (noise == nullptr) {
       key_ = philox_key(seed[sample]);
+      rounds_ = philox_rounds<WideKey>(key_, 0);
     } else {
       base_ = element_offset(rows, sample, 0);
     }
@@ -53,14 +64,21 @@ class NoiseSource {
 
   // Elements of the tile that starts at `position` of the sample and has at most `wanted`.
   AFD_INLINE int length(int64_t position, int64_t wanted) const {
-    const int64_t most = noise_ == nullptr ? kTile - position % 4 : kTile;
+    const int64_t most = noise_ == nullptr ? kTile - position % kGroup : kTile;
     return static_cast<int>(wanted < most ? wanted : most);
   }
 
   AFD_INLINE const float* tile(int64_t position, int count) {
     if (noise_ == nullptr) {
-      const int skip = static_cast<int>(position % 4);
-      fill_normals(key_, static_cast<uint64_t>(position / 4), (skip + count + 3) / 4, buffer_);
+      const int skip = static_cast<int>(position % kGroup);
+      const uint64_t quad = static_cast<uint64_t>(position / kGroup * (kGroup / 4));
+      const uint32_t upper = static_cast<uint32_t>(quad >> 32);
+      if (upper != upper_) {
+        upper_ = upper;
+        rounds_ = philox_rounds<WideKey>(key_, upper);
+      }
+      fill_normals(rounds_, static_cast<uint32_t>(quad), (skip + count + kGroup - 1) / kGroup,
+                   buffer_);
       return buffer_ + skip;
     }
     if (is_fp32_) {
@@ -86,6 +104,9 @@ class NoiseSource {
   const void* noise_;
   bool is_fp32_;
   PhiloxKey key_{0, 0};
+  // The upper 32 bits of the quad that rounds_ is for.
+  uint32_t upper_ = 0;
+  PhiloxRounds<WideKey> rounds_;
   int64_t base_ = 0;
 };
 

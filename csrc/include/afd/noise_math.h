@@ -20,8 +20,9 @@ template <class F>
 AFD_HD F natural_log(F u) {
   const auto bits = as_bits(u);
   using Word = decltype(as_bits(u));
-  const Word e = shift_right_signed(bits - Word(0x3F2AAAABu), 23);
-  const F f = as_float(bits - (e << 23)) - F(1.0f);
+  const Word above = bits - Word(0x3F2AAAABu);
+  const Word e = shift_right_signed(above, 23);
+  const F f = as_float(bits - (above & Word(0xFF800000u))) - F(1.0f);
   F p = F(0x1.1b0c48p-3f);
   p = madd(p, f, F(-0x1.35b3e2p-3f));
   p = madd(p, f, F(0x1.1f9584p-3f));
@@ -70,10 +71,11 @@ AFD_HD void box_muller(Word radius_word, Word angle_word, F& n0, F& n1) {
   n1 = radius * sine;
 }
 
-// The normals of elements 4 * quad .. 4 * quad + 3 of the sample with this key.
-AFD_HD void normals_of_quad(PhiloxKey key, uint64_t quad, float normal[4]) {
-  uint32_t c0 = static_cast<uint32_t>(quad), c1 = static_cast<uint32_t>(quad >> 32), c2 = 0, c3 = 0;
-  philox4x32_10(c0, c1, c2, c3, key);
+// The normals of elements 4 * quad .. 4 * quad + 3, where quad = upper * 2^32 + index.
+AFD_HD void normals_of_quad(uint32_t index, const PhiloxRounds<uint32_t>& rounds,
+                            float normal[4]) {
+  uint32_t c0, c1, c2, c3;
+  philox_of_index(index, rounds, c0, c1, c2, c3);
   box_muller(c0, c1, normal[0], normal[1]);
   box_muller(c2, c3, normal[2], normal[3]);
 }
