@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = report.arguments(__doc__.splitlines()[0], suite.PROVIDERS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--shape", type=int, nargs="+", default=WAN_480, help="of one sample")
-    args = report.quick(parser.parse_args(argv))
+    args = report.parse(parser, argv)
     suite.run("forward_noise", cases(args), args)
 
 

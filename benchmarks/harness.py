@@ -195,4 +195,10 @@ def free_bytes(device: str) -> int:
     """Memory that can still be allocated."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = (
+        Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else []
+    )
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    if "MemAvailable" in kib:
+        return kib["MemAvailable"] * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

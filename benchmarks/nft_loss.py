@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     weightings = ["x0_adaptive", "velocity"]
     parser.add_argument("--weighting", nargs="+", choices=weightings, default=weightings)
     parser.add_argument("--shape", type=int, nargs="+", default=WAN_480, help="of one sample")
-    args = report.quick(parser.parse_args(argv))
+    args = report.parse(parser, argv)
     suite.run("nft_loss", cases(args), args)
 
 

@@ -86,10 +86,12 @@ def arguments(description: str, providers: tuple[str, ...]) -> argparse.Argument
     """The options every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 32])
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="default 1 2 4 8, and on CUDA 32, as memory allows"
+    )
     parser.add_argument("--providers", nargs="+", choices=providers, default=list(providers))
     parser.add_argument("--reps", type=int, default=30, help="most repetitions per case")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of timing per case")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing per case")
     parser.add_argument(
         "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
     )
@@ -103,8 +105,14 @@ def arguments(description: str, providers: tuple[str, ...]) -> argparse.Argument
     return parser
 
 
-def quick(args: argparse.Namespace) -> argparse.Namespace:
-    """With --quick: two samples of a tiny odd shape, few repetitions, nothing compiled."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parses, and fills in what depends on other options.
+
+    --quick means two samples of a tiny odd shape, few repetitions, nothing compiled.
+    """
+    args = parser.parse_args(argv)
+    if args.batch is None:
+        args.batch = [1, 2, 4, 8, 32] if args.device == "cuda" else [1, 2, 4, 8]
     if args.quick:
         args.batch, args.shape = [2], (4, 3, 10, 13)
         args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
@@ -194,6 +202,10 @@ def save(folder: Path, name: str, device: str, rows: list[Row], **more: Any) -> 
     return path
 
 
+def _panels(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row.case, row.dtype) for row in rows))
+
+
 def plot(path: Path, title: str, rows: list[Row]) -> Path:
     """A PNG: median time over batch size, one panel per case and dtype, noise given."""
     import matplotlib
@@ -202,17 +214,30 @@ def plot(path: Path, title: str, rows: list[Row]) -> Path:
     from matplotlib import pyplot
 
     given = [row for row in rows if row.noise == "given"]
-    panels = list(dict.fromkeys((row.case, row.dtype) for row in given))
+    names, dtypes = (list(dict.fromkeys(column)) for column in zip(*_panels(given), strict=True))
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4 * len(panels), 4), sharey=True, squeeze=False
+        len(names),
+        len(dtypes),
+        figsize=(4 * len(dtypes), 3.5 * len(names)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        mine = [row for row in given if (row.case, row.dtype) == panel]
-        for backend in dict.fromkeys(row.backend for row in mine):
-            line = sorted((row.B, row.median_ms) for row in mine if row.backend == backend)
-            axis.plot(*zip(*line, strict=True), marker="o", label=backend)
-        axis.set(title=" ".join(panel), xlabel="B", xscale="log", yscale="log")
-    axes[0][0].set_ylabel("median ms")
+    batches = sorted({row.B for row in given})
+    for i, name in enumerate(names):
+        for j, dtype in enumerate(dtypes):
+            axis = axes[i][j]
+            mine = [row for row in given if (row.case, row.dtype) == (name, dtype)]
+            for backend in dict.fromkeys(row.backend for row in mine):
+                line = sorted((row.B, row.median_ms) for row in mine if row.backend == backend)
+                axis.plot(*zip(*line, strict=True), marker="o", label=backend)
+            axis.set(title=f"{name} {dtype}", xscale="log", yscale="log")
+            axis.set_xticks(batches, [str(b) for b in batches])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[i][0].set_ylabel("median ms")
+    for axis in axes[-1]:
+        axis.set_xlabel("B")
     axes[0][0].legend()
     figure.suptitle(title)
     figure.tight_layout()

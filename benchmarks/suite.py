@@ -164,7 +164,7 @@ def _steps(case: Case, args: Namespace, results: Results) -> dict[Key, Step]:
         if provider in OURS:
             refusal = ops.explain(case.op, args.device, case.dtypes)[provider]
         if refusal is not None:
-            results.skipped[f"{case} {provider}"] = refusal
+            results.skipped[f"{case.op} {provider}"] = refusal
             continue
         for source in SOURCES:
             steps[provider, source] = case.step(provider, source)

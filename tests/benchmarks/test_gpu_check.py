@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import Section, main, sections
+from benchmarks.gpu_check import OP_TESTS, ROOT, Section, main, sections
 
 
 def python(code: str) -> list[str]:
@@ -102,3 +102,12 @@ def test_results_of_the_benchmarks_are_in_the_summary(tmp_path: Path) -> None:
     summary = (tmp_path / "summary.md").read_text()
     assert re.search(r"\| rectified_flow \| fp32 \| 2 \| given \| eager \| [\d.]+ \|", summary)
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_every_test_that_needs_a_gpu_is_in_a_folder_that_gpu_check_runs() -> None:
+    marked = [p for p in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in p.read_text()]
+    assert marked
+    folders = tuple(f"{folder}/" for folder in OP_TESTS)
+    here = Path(__file__)
+    for path in marked:
+        assert path == here or str(path.relative_to(ROOT)).startswith(folders)
