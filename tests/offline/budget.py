@@ -1,0 +1,191 @@
+"""Compiles kernels for GPUs that are not here and holds their machine code to budgets.json.
+
+    python -m tests.offline.budget            prints the table
+    python -m tests.offline.budget --write    and writes budgets.json anew
+
+Some limits hold always: no stack, no spills, no atomics, 16-byte accesses for streamed data.
+Registers, shared memory and instructions per element are held to what was written last, per
+(kernel, architecture, compiler version).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.offline.launches import ARCHS, CALLS, Call
+from tests.offline.machine_code import Measured
+
+PATH = Path(__file__).with_name("budgets.json")
+WORKERS = 2
+INSTRUCTION_SLACK = 1.03
+WIDE_FRACTION = 0.9
+# Shared memory of one program on the smallest target (gfx942).
+SHARED_LIMIT = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measured kernel and what its launch says about it; `streamed` bytes are per thread."""
+
+    kernel: str  # "nft_loss.bf16.partials"
+    arch: str
+    compiler: str  # "triton 3.9"
+    measured: Measured
+    per_element: float  # instructions of one thread, divided by its elements
+    loaded: float
+    stored: float
+
+    def budget(self) -> dict[str, float]:
+        return {
+            "registers": self.measured.registers,
+            "shared": self.measured.shared,
+            "instructions": round(self.per_element, 2),
+        }
+
+
+def violations(result: Result, budget: dict[str, float] | None) -> list[str]:
+    """Sentences, one per limit that the kernel breaks; the relative ones only with a budget."""
+    m = result.measured
+    found = []
+    for name, value in (("stack bytes", m.stack), ("spills", m.spills), ("atomics", m.atomics)):
+        if value:
+            found.append(f"{name}: {value}, must be 0")
+    if m.shared > SHARED_LIMIT:
+        found.append(f"shared memory: {m.shared} bytes, at most {SHARED_LIMIT}")
+    for name, wide, all_ in (
+        ("loads", m.wide_loaded, result.loaded),
+        ("stores", m.wide_stored, result.stored),
+    ):
+        if all_ and wide / all_ < WIDE_FRACTION:
+            found.append(f"16-byte {name}: {wide} of {all_:g} streamed bytes per thread")
+    if budget is None:
+        return found
+    slack = {"instructions": INSTRUCTION_SLACK}
+    for name, value in result.budget().items():
+        limit = budget[name] * slack.get(name, 1.0)
+        if value > limit:
+            found.append(f"{name}: {value:g}, budget {budget[name]:g}")
+    return found
+
+
+def budgets() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """compiler → architecture → kernel → limits."""
+    table: dict[str, dict[str, dict[str, dict[str, float]]]] = json.loads(PATH.read_text())
+    return table
+
+
+def start(folder: str) -> None:
+    """Prepares a worker: the real compiler instead of the interpreter, and a cache of its own."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+def pool(folder: str) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        WORKERS, multiprocessing.get_context("spawn"), initializer=start, initargs=(folder,)
+    )
+
+
+def compile_call(call: Call, arch: str) -> list[Result]:
+    """Compiles the call's kernels for `arch`; runs in a worker."""
+    from tests.offline.launches import record
+
+    return [
+        compile_launch(launch, f"{call.op}.{call.name}.{name}", arch, call.streaming)
+        for name, launch in record(call, arch).items()
+    ]
+
+
+def compile_launch(launch: Any, name: str, arch: str, streaming: bool = True) -> Result:
+    """Compiles one launch (see launches.Launch) and measures its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tests.offline import machine_code
+
+    names = launch.kernel.arg_names
+    nvidia = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+    source = ASTSource(
+        launch.kernel,
+        {n: launch.types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in launch.constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sorted(launch.aligned)},
+    )
+    loops = "STEPS" in launch.constants
+    compiled = triton.compile(source, target=target, options=launch.options)
+    if nvidia:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        (measured,) = machine_code.of_cubin(compiled.asm["cubin"], str(tool), loops).values()
+    else:
+        measured = machine_code.of_amdgcn(compiled.asm["amdgcn"], loops)
+    threads = launch.options.get("num_warps", 4) * target.warp_size
+    elements = launch.constants.get("BLOCK", threads)
+    return Result(
+        kernel=name,
+        arch=arch,
+        compiler="triton " + ".".join(triton.__version__.split(".")[:2]),
+        measured=measured,
+        per_element=measured.instructions * threads / elements,
+        loaded=launch.loaded / threads if streaming else 0,
+        stored=launch.stored / threads if streaming else 0,
+    )
+
+
+def submit_all(workers: ProcessPoolExecutor) -> dict[tuple[str, str], Future[list[Result]]]:
+    """Every call on every architecture, by ("nft_loss.bf16", "sm_90")."""
+    return {
+        (f"{call.op}.{call.name}", arch): workers.submit(compile_call, call, arch)
+        for call in CALLS
+        for arch in call.archs
+    }
+
+
+def _submit_cuda(workers: ProcessPoolExecutor) -> list[Future[list[Result]]]:
+    from tests.offline import cuda_sources
+
+    if cuda_sources.nvcc() is None:
+        print("no nvcc here: CUDA kernels are not compiled")
+        return []
+    return list(cuda_sources.submit_all(workers).values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write budgets.json anew")
+    write = parser.parse_args().write
+    table = budgets() if PATH.is_file() else {}
+    print(f"{'kernel':34} {'arch':7} {'regs':>5} {'shared':>7} {'instr/elem':>10}  broken limits")
+    with tempfile.TemporaryDirectory() as folder, pool(folder) as workers:
+        futures = [*submit_all(workers).values(), *_submit_cuda(workers)]
+        for future in futures:
+            for result in future.result():
+                kernels = table.setdefault(result.compiler, {}).setdefault(result.arch, {})
+                if write:
+                    kernels[result.kernel] = result.budget()
+                broken = violations(result, kernels.get(result.kernel))
+                m = result.measured
+                print(
+                    f"{result.kernel:34} {result.arch:7} {m.registers:5} {m.shared:7} "
+                    f"{result.per_element:10.2f}  {'; '.join(broken)}",
+                    flush=True,
+                )
+    if write:
+        ordered = {
+            compiler: {arch: archs[arch] for arch in (*ARCHS,) if arch in archs}
+            for compiler, archs in table.items()
+        }
+        PATH.write_text(json.dumps(ordered, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

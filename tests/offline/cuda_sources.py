@@ -1,0 +1,90 @@
+"""Compiles csrc/cuda/*.cu for every target and measures each kernel; no GPU needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+from tests.offline import machine_code
+from tests.offline.budget import Result
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHS = ("sm_80", "sm_90", "sm_100")
+# The flags of CMakeLists.txt that change device code.
+FLAGS = ("-O3", "-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc' / 'include'}")
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc")
+
+
+def cuobjdump() -> str | None:
+    """The CUDA toolkit's, else the one inside Triton."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(bundled) if bundled.is_file() else None
+
+
+def nvcc_version() -> str:
+    """ "nvcc 13.0": code generation is held to budgets of the same compiler only."""
+    compiler = nvcc()
+    assert compiler is not None
+    text = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
+    found = re.search(r"release (\d+\.\d+)", text.stdout)
+    assert found is not None, text.stdout
+    return f"nvcc {found[1]}"
+
+
+def short_name(mangled: str) -> str:
+    """ "nft_loss_grad_kernel<...>" as c++filt would begin it; the template's tail stays mangled."""
+    for size in re.finditer(r"(?<!\d)(\d+)(?=[A-Za-z_])", mangled):
+        name = mangled[size.end() : size.end() + int(size[1])]
+        if name.endswith("_kernel"):
+            tail = mangled[size.end() + int(size[1]) :]
+            template = re.match(r"I(.*?)E+v", tail)
+            return f"{name}<{template[1]}>" if template else name
+    return mangled
+
+
+def compile_source(source: Path, arch: str) -> list[Result]:
+    """Every kernel of one source on one architecture; runs in a worker."""
+    compiler, tool, version = nvcc(), cuobjdump(), nvcc_version()
+    assert compiler is not None
+    assert tool is not None
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        command = [compiler, *FLAGS, f"-arch={arch}", "-cubin", "-o", str(cubin), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        kernels = machine_code.of_cubin(cubin.read_bytes(), tool, loops=False)
+    return [
+        Result(
+            kernel=f"{source.stem}.{short_name(name)}",
+            arch=arch,
+            compiler=version,
+            measured=measured,
+            per_element=measured.instructions,
+            loaded=0,
+            stored=0,
+        )
+        for name, measured in kernels.items()
+    ]
+
+
+def submit_all(workers: ProcessPoolExecutor) -> dict[tuple[str, str], Future[list[Result]]]:
+    """Every source on every architecture, by ("nft_loss", "sm_90")."""
+    return {
+        (source.stem, arch): workers.submit(compile_source, source, arch)
+        for source in SOURCES
+        for arch in ARCHS
+    }

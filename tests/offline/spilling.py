@@ -1,0 +1,37 @@
+"""A kernel that must fail the budget: one warp holds far more values than it has registers."""
+# mypy: ignore-errors
+# (@triton.jit bodies are a language of their own)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tests.offline.budget import Result, compile_launch
+from tests.offline.launches import Launch
+
+
+@triton.jit
+def _spilling_kernel(x_ptr, out_ptr, steps, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    a = tl.load(x_ptr + lane)
+    b = tl.load(x_ptr + BLOCK + lane)
+    for _ in range(steps):
+        # Each needs all of the other, so all stay alive through the loop.
+        a, b = a * 1.5 + b, b * 0.5 + a
+        a = a + tl.sum(b)
+    tl.store(out_ptr + lane, a + b)
+    tl.atomic_add(out_ptr, 1.0)
+
+
+def compile_spilling(arch: str) -> Result:
+    """Compiles the kernel for `arch`; runs in a worker."""
+    launch = Launch(
+        _spilling_kernel,
+        constants={"BLOCK": 8192},
+        types={"x_ptr": "*fp32", "out_ptr": "*fp32", "steps": "i32"},
+        options={"num_warps": 1, "enable_fp_fusion": False},
+        loaded=2 * 8192 * 4,
+        stored=8192 * 4,
+    )
+    return compile_launch(launch, "spilling", arch)

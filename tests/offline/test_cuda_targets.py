@@ -1,0 +1,45 @@
+"""Every CUDA kernel compiles for every target and stays inside its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from tests.offline import budget, cuda_sources
+
+Pending = dict[tuple[str, str], Future[list[budget.Result]]]
+
+
+@pytest.fixture(scope="module")
+def pending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pending]:
+    if cuda_sources.nvcc() is None:
+        pytest.skip("nvcc is not on the path: CUDA sources are compiled where it is")
+    pytest.importorskip("triton", reason="Triton carries the cuobjdump that reads the kernels")
+    folder: Path = tmp_path_factory.mktemp("cuda")
+    with budget.pool(str(folder)) as workers:
+        yield cuda_sources.submit_all(workers)
+
+
+@pytest.mark.parametrize("arch", cuda_sources.ARCHS)
+@pytest.mark.parametrize("source", [path.stem for path in cuda_sources.SOURCES])
+def test_cuda_kernels_stay_inside_their_budget(pending: Pending, source: str, arch: str) -> None:
+    results = pending[source, arch].result()
+    assert results
+    table = budget.budgets()
+    for result in results:
+        limits = table.get(result.compiler, {}).get(arch, {}).get(result.kernel)
+        assert budget.violations(result, limits) == [], result.kernel
+        if result.compiler in table:
+            assert limits, f"{result.kernel}: no budget; run python -m tests.offline.budget --write"
+
+
+@pytest.mark.parametrize("arch", cuda_sources.ARCHS)
+@pytest.mark.parametrize("source", [path.stem for path in cuda_sources.SOURCES])
+def test_cuda_kernels_that_stream_load_16_bytes_at_once(
+    pending: Pending, source: str, arch: str
+) -> None:
+    wide = [result for result in pending[source, arch].result() if result.measured.wide_loaded]
+    assert wide, f"no kernel of {source}.cu on {arch} has a 16-byte load"

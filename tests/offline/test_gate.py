@@ -1,0 +1,42 @@
+"""The budget gate can fail: a kernel that spills is reported, limit by limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.offline import budget
+
+
+def _compile_spilling(arch: str) -> budget.Result:
+    # Imported in the worker: here Triton may be loaded as an interpreter.
+    from tests.offline.spilling import compile_spilling
+
+    return compile_spilling(arch)
+
+
+@pytest.fixture(scope="module")
+def spilling(tmp_path_factory: pytest.TempPathFactory) -> budget.Result:
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    folder: Path = tmp_path_factory.mktemp("triton")
+    with budget.pool(str(folder)) as workers:
+        return workers.submit(_compile_spilling, "sm_90").result()
+
+
+@pytest.mark.parametrize("limit", ["stack bytes", "spills", "atomics", "16-byte loads"])
+def test_the_gate_reports_a_spilling_kernel(spilling: budget.Result, limit: str) -> None:
+    assert any(sentence.startswith(limit) for sentence in budget.violations(spilling, None))
+
+
+@pytest.mark.parametrize("limit", ["registers", "shared", "instructions"])
+def test_the_gate_reports_a_kernel_that_grew(spilling: budget.Result, limit: str) -> None:
+    before = {name: value * 0.95 for name, value in spilling.budget().items()} | {"shared": -1.0}
+    assert any(sentence.startswith(limit) for sentence in budget.violations(spilling, before))
+
+
+def test_the_gate_accepts_growth_within_the_slack(spilling: budget.Result) -> None:
+    before = spilling.budget()
+    before["instructions"] /= 1.02
+    growth = set(budget.violations(spilling, before)) - set(budget.violations(spilling, None))
+    assert growth == set()

@@ -1,0 +1,52 @@
+"""Every Triton kernel that ships compiles for every target and stays inside its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from tests.offline import budget
+from tests.offline.launches import CALLS
+
+Pending = dict[tuple[str, str], Future[list[budget.Result]]]
+
+
+@pytest.fixture(scope="module")
+def pending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pending]:
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    folder: Path = tmp_path_factory.mktemp("triton")
+    with budget.pool(str(folder)) as workers:
+        yield budget.submit_all(workers)
+
+
+@pytest.mark.parametrize(
+    ("call", "arch"),
+    [(f"{call.op}.{call.name}", arch) for call in CALLS for arch in call.archs],
+)
+def test_kernels_stay_inside_their_budget(pending: Pending, call: str, arch: str) -> None:
+    results = pending[call, arch].result()
+    assert results
+    table = budget.budgets()
+    for result in results:
+        limits = table.get(result.compiler, {}).get(arch, {}).get(result.kernel)
+        assert budget.violations(result, limits) == [], result.kernel
+        if result.compiler in table:
+            assert limits, f"{result.kernel}: no budget; run python -m tests.offline.budget --write"
+
+
+def test_budgets_name_only_kernels_that_ship(pending: Pending) -> None:
+    compiled = {
+        (result.compiler, arch, result.kernel)
+        for (_, arch), future in pending.items()
+        for result in future.result()
+    }
+    compiler = next(iter(compiled))[0]
+    written = {
+        (compiler, arch, kernel)
+        for arch, kernels in budget.budgets().get(compiler, {}).items()
+        for kernel in kernels
+    }
+    assert written - compiled == set()
