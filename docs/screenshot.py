@@ -148,6 +148,7 @@ def browser(program: str) -> Iterator[Browser]:
         process = subprocess.Popen(
             [sys.executable, "-c", start, *command],
             pass_fds=(their_in, their_out),
+            env=os.environ | {"TMPDIR": profile},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
