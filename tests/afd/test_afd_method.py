@@ -1,0 +1,237 @@
+"""AFD and SFT: the weights they give, the contexts they use, what they save."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, nn
+
+from afd.config import AfdConfig, DiscriminatorConfig, SftConfig, make_config
+from afd.discriminators.toy import MotionBackbone, ToyCritic
+from afd.methods import Batch, build_method
+from afd.methods.afd import Afd, optimality
+from afd.methods.base import StudentOptimizer, cosine_rate, draw_times, ema_update
+from afd.methods.sft import Sft
+from afd.models.toy import ToyStudent
+from afd.rollout import STEPS
+from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+
+THREE = list(PROMPTS)[::13][:3]
+
+
+@pytest.fixture
+def student() -> ToyStudent:
+    torch.manual_seed(0)
+    student = ToyStudent()
+    nn.init.normal_(student.net.head.head.weight, std=0.05)
+    return student
+
+
+def batch(step: int = 0) -> Batch:
+    generator = Generator().manual_seed(step)
+    return Batch(step, THREE, sample_videos(attribute_table(THREE), "target", "nuis", generator)[0])
+
+
+def afd(student: ToyStudent, seed: int = 0, **settings: Any) -> Afd:
+    critic = ToyCritic(DiscriminatorConfig(backbone="scratch"), seed=seed)
+    config = AfdConfig(**settings)
+    return Afd(copy.deepcopy(student), critic, config, list(STEPS), critic_warmup=1, seed=seed)
+
+
+def step(method: Any, number: int) -> dict[str, float]:
+    given = batch(number)
+    method.rollout(given)
+    return method.critic_step(given) | method.student_step(given)
+
+
+def saved(method: Any) -> dict[str, Any]:
+    """The state as it comes back from a file that may hold tensors and numbers only."""
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# --- r ---
+
+
+def test_a_group_baseline_keeps_the_mean_of_r_at_one_half() -> None:
+    score = torch.tensor([1.0, 2, 3, 4, 10, 20, 30, 40])
+    _, r = optimality(score, 4, AfdConfig(adv_clip=100.0))
+    assert r.view(2, 4).mean(1).tolist() == pytest.approx([0.5, 0.5])
+    assert torch.equal(r.argsort(), torch.tensor([4, 5, 0, 1, 2, 3, 6, 7]))
+
+
+def test_each_baseline_and_each_normalisation_is_its_formula() -> None:
+    score, teacher = torch.tensor([1.0, 3, 5, 11]), torch.tensor([4.0, 4, 6, 6])
+    for baseline, expected in {
+        "group": [-1, 1, -3, 3],
+        "batch": [-4, -2, 0, 6],
+        "teacher": [-3, -1, -1, 5],
+        "ema": [-1, 1, 3, 9],
+    }.items():
+        config = AfdConfig(baseline=baseline, normalize="none")
+        advantage, r = optimality(score, 2, config, teacher_B=teacher, ema=2.0)
+        assert advantage.tolist() == expected
+        assert r.tolist() == [min(1, max(0, a / 4 + 0.5)) for a in expected]
+    by_batch, _ = optimality(score, 2, AfdConfig(normalize="batch"))
+    torch.testing.assert_close(by_batch, torch.tensor([-1.0, 1, -3, 3]) / (5**0.5 + 1e-4))
+    by_group, _ = optimality(score, 2, AfdConfig(normalize="group"))
+    torch.testing.assert_close(by_group, torch.tensor([-1.0, 1, -1, 1]), rtol=1e-3, atol=0)
+
+
+def test_equal_scores_give_one_half() -> None:
+    for normalize in ("batch", "group", "none"):
+        _, r = optimality(torch.full((8,), 3.0), 4, AfdConfig(normalize=normalize))
+        assert r.tolist() == [0.5] * 8
+
+
+def test_the_teacher_baseline_needs_the_teacher() -> None:
+    with pytest.raises(ValueError, match="teacher_B: None came"):
+        optimality(torch.zeros(4), 2, AfdConfig(baseline="teacher"))
+
+
+# --- parts of a step ---
+
+
+def test_times_come_from_the_students_list_or_a_law() -> None:
+    generator = Generator().manual_seed(0)
+    listed = draw_times("student", 500, 4, STEPS, generator)
+    assert listed.dtype == torch.float32
+    assert set(listed.flatten().tolist()) == set(torch.tensor(STEPS).tolist())
+    assert float(draw_times("uniform", 500, 4, (), generator).min()) > 0
+    assert float(draw_times("uniform", 500, 4, (), generator).mean()) == pytest.approx(
+        0.5, abs=0.03
+    )
+    assert float(draw_times("shifted", 500, 4, (), generator).median()) > 0.8
+
+
+def test_the_rate_falls_to_a_twentieth() -> None:
+    assert cosine_rate(0, 700) == 1
+    assert cosine_rate(350, 700) == pytest.approx(0.525)
+    assert cosine_rate(700, 700) == cosine_rate(900, 700) == pytest.approx(0.05)
+
+
+def test_the_average_moves_by_one_minus_the_decay() -> None:
+    average, current = nn.Linear(2, 2), nn.Linear(2, 2)
+    expected = 0.75 * average.weight.detach() + 0.25 * current.weight.detach()
+    ema_update(average, current, 0.75)
+    torch.testing.assert_close(average.weight.detach(), expected)
+
+
+def test_the_optimizer_clips_and_counts() -> None:
+    net = nn.Linear(3, 1)
+    optimizer = StudentOptimizer(net, 1e-3, (0.9, 0.999), 0.0, 10, 1e-6)
+    before = net.weight.detach().clone()
+    metrics = optimizer.step((net(torch.ones(1, 3)) * 1e3).sum())
+    assert metrics["student/grad_norm"] > 1
+    assert optimizer.updates == 1
+    assert not torch.equal(net.weight, before)
+
+
+# --- AFD ---
+
+
+def test_the_warm_up_trains_the_critic_alone(student: ToyStudent) -> None:
+    method = afd(student, adv_clip=100.0)
+    metrics = step(method, 0)
+    assert "student/loss" not in metrics
+    assert {"critic/accuracy", "critic/margin", "student/r_mean"} <= metrics.keys()
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, method.theta.state_dict()[name])
+    metrics = step(method, 1)
+    assert metrics["student/r_mean"] == pytest.approx(0.5)
+    changed = [
+        n for n, v in student.state_dict().items() if (v != method.theta.state_dict()[n]).any()
+    ]
+    assert len(changed) > 60
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, method.ref.state_dict()[name])
+
+
+def test_all_contexts_agree_while_the_three_policies_are_one(student: ToyStudent) -> None:
+    losses = {}
+    for context in ("recompute", "own_context", "shared_context"):
+        method = afd(student, context=context)
+        step(method, 0)
+        losses[context] = step(method, 1)["student/loss"]
+    assert losses["own_context"] == pytest.approx(losses["recompute"], rel=1e-5)
+    assert losses["shared_context"] == pytest.approx(losses["recompute"], rel=1e-4)
+
+
+def test_a_resumed_run_continues_with_the_same_bits(student: ToyStudent) -> None:
+    whole = afd(student, baseline="ema", context="shared_context")
+    for number in range(2):
+        step(whole, number)
+    resumed = afd(student, seed=99, baseline="ema", context="shared_context")
+    resumed.load_state_dict(saved(whole))
+    first, second = step(whole, 2), step(resumed, 2)
+    assert first == second
+    for name, value in whole.old.state_dict().items():
+        assert torch.equal(value, resumed.old.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"advantage": "random"},
+        {"old": "current"},
+        {"timesteps": "uniform", "timestep_per": "video", "weighting": "velocity"},
+        {"baseline": "teacher", "normalize": "group", "prior_by_r": True},
+        {"samples_per_prompt": 1, "baseline": "batch", "prior_weight": 0.0, "draws": 1},
+    ],
+)
+def test_every_option_makes_a_step(student: ToyStudent, settings: dict[str, Any]) -> None:
+    method = afd(student, **settings)
+    for number in range(2):
+        metrics = step(method, number)
+    assert metrics["student/loss"] >= 0
+    assert metrics["student/grad_norm"] > 0
+
+
+def test_old_follows_theta_on_its_schedule(student: ToyStudent) -> None:
+    method = afd(student, old_decay=0.5, old_decay_slope=0.1, old_decay_start=2)
+    assert [method._decay(s) for s in (0, 2, 4, 100)] == pytest.approx([0, 0, 0.2, 0.5])
+    current = afd(student, old="current")
+    for number in range(2):
+        step(current, number)
+    for name, value in current.theta.state_dict().items():
+        assert torch.equal(value, current.old.state_dict()[name])
+
+
+def test_a_step_without_a_rollout_is_refused(student: ToyStudent) -> None:
+    with pytest.raises(RuntimeError, match="no rollouts: call rollout"):
+        afd(student).critic_step(batch())
+
+
+# --- SFT and the factory ---
+
+
+def test_sft_lowers_its_loss_and_resumes_with_the_same_bits(student: ToyStudent) -> None:
+    method = Sft(copy.deepcopy(student), SftConfig(learning_rate=1e-3), list(STEPS))
+    losses = [step(method, 0)["student/loss"] for _ in range(8)]
+    assert losses[-1] < 0.8 * losses[0]
+    resumed = Sft(copy.deepcopy(student), SftConfig(learning_rate=1e-3), list(STEPS), seed=7)
+    resumed.load_state_dict(saved(method))
+    assert step(method, 9) == step(resumed, 9)
+
+
+def test_the_configuration_builds_both_methods(student: ToyStudent, tmp_path: Path) -> None:
+    student.save(tmp_path / "base.safetensors")
+    MotionBackbone().save(tmp_path / "motion.safetensors")
+    for name in ("afd", "sft"):
+        config = make_config(
+            {
+                "method": name,
+                "student": {"checkpoint": str(tmp_path / "base.safetensors")},
+                "discriminator": {"checkpoint": str(tmp_path / "motion.safetensors")},
+            }
+        )
+        method = build_method(config)
+        assert method.name == name
+        assert isinstance(method.evaluation_policy(), ToyStudent)
