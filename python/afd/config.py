@@ -272,7 +272,7 @@ class RunConfig(Section):
     prompts_per_step: Count = Field(
         default=8, description="prompts, each with its teacher video, in one update"
     )
-    threads: Natural = Field(default=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Natural = Field(default=1, description="CPU threads; 0 leaves torch's choice")
     video: VideoConfig = VideoConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
