@@ -104,10 +104,10 @@ class DiscriminatorConfig(Section):
     betas: tuple[float, float] = Field(default=(0.5, 0.99), description="AdamW betas")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
     r1: float = Field(
-        default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
+        default=0.5, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
     )
     noise: float = Field(
-        default=0.2,
+        default=0.5,
         ge=0,
         description="std of noise on the features (scratch: on the pixels) in training",
     )
@@ -157,7 +157,7 @@ class AfdConfig(Section):
     )
     draws: int = Field(default=2, ge=1, description="(t, noise) draws per rollout and update")
     context: Literal["recompute", "own_context", "shared_context"] = Field(
-        default="recompute",
+        default="shared_context",
         description="who computes the clean context of v, and with which gradient",
     )
     old: Literal["ema", "current"] = Field(

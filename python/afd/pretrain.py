@@ -1,8 +1,10 @@
 """Make the two small checkpoints that the package ships.
 
-    python -m afd.pretrain base --out python/afd/assets/base_student.safetensors
-    python -m afd.pretrain motion-backbone --out python/afd/assets/motion_backbone.safetensors
+    python -m afd.pretrain base
+    python -m afd.pretrain motion-backbone
 
+They replace the shipped files in afd/assets, or go to `--out`; a JSON file with the settings and
+the hash is written beside each.
 The base student learns the simulator's source domain (weak gravity). The motion backbone learns to
 read motion under random looks; no clip it sees has a gravity near the teacher's.
 """
@@ -24,7 +26,7 @@ from afd.discriminators.looks import random_look
 from afd.discriminators.toy import MotionBackbone
 from afd.methods.base import draw_times
 from afd.methods.sft import denoising_loss
-from afd.models.toy import ToyConfig, ToyStudent
+from afd.models.toy import ToyConfig, ToyStudent, checkpoint_path
 from afd.teachers.simulator import (
     ATTRIBUTES,
     HIGH,
@@ -159,6 +161,7 @@ def train_motion_backbone(
 
 def record(path: Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Write settings, results and the hash of a checkpoint beside it."""
+    path.chmod(0o644)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     about = {"settings": settings, "results": results, "sha256": digest, "torch": torch.__version__}
     path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
@@ -176,15 +179,18 @@ def main(arguments: list[str] | None = None) -> None:
     motion.add_argument("--batch", type=int, default=40)
     motion.add_argument("--rate", type=float, default=2e-3)
     for command in (base, motion):
-        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--out", type=Path, help="default: the shipped file")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--threads", type=int, default=torch.get_num_threads())
+        command.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    train = train_base if options.what == "base" else train_motion_backbone
-    results = train(options.out, options.steps, options.seed, options.batch, options.rate)
+    train, shipped = train_base, "base"
+    if options.what == "motion-backbone":
+        train, shipped = train_motion_backbone, "motion"
+    out = options.out or checkpoint_path(shipped)
+    results = train(out, options.steps, options.seed, options.batch, options.rate)
     settings = {k: v for k, v in vars(options).items() if k != "out"}
-    record(options.out, settings, results)
+    record(out, settings, results)
 
 
 if __name__ == "__main__":
