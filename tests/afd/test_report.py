@@ -214,6 +214,13 @@ def test_each_may_be_ahead_on_one_thing() -> None:
     assert "AFD is ahead on look and SFT is ahead on physics." in said.paragraph
 
 
+def test_what_both_did_is_said_once() -> None:
+    said = told(AFD, SFT | {"phys": 0.2})
+    start = "Both runs took most of the teacher’s physics; "
+    assert said.title == start + "AFD kept the student’s look, SFT took over the teacher’s look"
+    assert told(AFD, AFD).title.endswith("physics and kept the student’s look")
+
+
 def test_a_run_that_learned_nothing_is_not_praised() -> None:
     assert told({"phys": 0.70}, SFT).title.startswith("AFD left the physics as it was")
     assert told({"phys": 0.90}, SFT).title.startswith("AFD moved away from the teacher’s physics")

@@ -105,10 +105,8 @@ def _keys(part: Part) -> list[str]:
 def _evaluation_chart(parts: dict[str, Part], key: str, title: str, note: str) -> Chart | None:
     series = []
     for part in runs(parts):
-        points = [
-            (line["step"], numbers(line.get("metrics")).get(key)) for line in part.evaluations
-        ]
-        points = [(x, y) for x, y in points if y is not None]
+        found = [(line["step"], numbers(line.get("metrics"))) for line in part.evaluations]
+        points = [(step, values[key]) for step, values in found if key in values]
         x, y = [x for x, _ in points], [y for _, y in points]
         series.append(Series(part.label, part.name, x, y, dots=True))
     references = [
@@ -162,7 +160,8 @@ def charts_note(parts: dict[str, Part]) -> str:
     text = "Dots are evaluations of the averaged student on held-out seeds."
     if width > 1:
         text += f" Thin lines are single updates, thick ones means over {width}."
-    counts = {line.get("videos") for part in runs(parts) for line in part.evaluations} - {None}
+    lines = [line for part in runs(parts) for line in part.evaluations]
+    counts = {int(line["videos"]) for line in lines if isinstance(line.get("videos"), int)}
     if len(counts) > 1:
         text += f" Dots on the way use {min(counts)} videos, the last one {max(counts)}."
     return text

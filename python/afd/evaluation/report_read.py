@@ -102,9 +102,9 @@ def read_parts(run_dir: Path) -> dict[str, Part]:
     if parts["teacher"].folder is None:
         for run in runs:
             named = run.config.get("teacher")
-            path = named.get("path") if isinstance(named, dict) else None
-            if path and Path(path).is_dir():
-                parts["teacher"] = _part("teacher", Path(path), named.get("manifest"))
+            named = named if isinstance(named, dict) else {}
+            if named.get("path") and Path(named["path"]).is_dir():
+                parts["teacher"] = _part("teacher", Path(named["path"]), named.get("manifest"))
     parts = _route(parts)
     if not parts["base"].evaluations:
         # Before its first update a run is the base student.

@@ -85,8 +85,7 @@ def headline(metrics: Metrics, unfinished: dict[str, str]) -> Headline:
             "The students, without the base to compare with",
             f"{_join(told)}; the base student’s evaluation is missing.",
         )
-    said = [_deeds(name, metrics) for name in runs]
-    title = f"{said[0]}; {said[1]}" if len(said) > 1 else said[0]
+    title = _title({name: _deeds(name, metrics) for name in runs})
     sentences = [_physics(runs, metrics), _gravity(runs, metrics), _look(runs, metrics)]
     if len(runs) > 1:
         sentences.append(_compare(metrics))
@@ -95,8 +94,26 @@ def headline(metrics: Metrics, unfinished: dict[str, str]) -> Headline:
     return Headline(title, " ".join(sentence for sentence in sentences if sentence))
 
 
-def _deeds(name: str, metrics: Metrics) -> str:
-    """What one run did to the physics and to the look, in words."""
+def _title(deeds: dict[str, tuple[str, str]]) -> str:
+    """'Both took most of the teacher’s physics; AFD kept the student’s look, SFT ...'"""
+    if len(deeds) == 2:
+        (first, first_look), (second, second_look) = deeds.values()
+        if first == second and first_look and second_look:
+            if first_look == second_look:
+                return f"Both runs {first} and {first_look}"
+            return f"Both runs {first}; AFD {first_look}, SFT {second_look}"
+    told = (
+        f"{LABELS[name]} {physics}" + (f" and {look}" if look else "")
+        for name, (physics, look) in deeds.items()
+    )
+    # Right after "the teacher's physics" the teacher needs no second naming.
+    return "; ".join(told).replace(
+        "s physics and took over the teacher’s", "s physics and took over its"
+    )
+
+
+def _deeds(name: str, metrics: Metrics) -> tuple[str, str]:
+    """What one run did to the physics and to the look, in words (the look's empty if unknown)."""
     base, own, teacher = metrics["base"], metrics[name], metrics.get("teacher", {})
     way = base["phys"] - teacher.get("phys", 0.0)
     gain = (base["phys"] - own["phys"]) / way if way > 0 else 0.0
@@ -108,8 +125,7 @@ def _deeds(name: str, metrics: Metrics) -> str:
         physics = "left the physics as it was"
     else:
         physics = "moved away from the teacher’s physics"
-    look = _look_of(base, own, teacher)
-    return f"{LABELS[name]} {physics}" + (f" and {look}" if look else "")
+    return physics, _look_of(base, own, teacher)
 
 
 def _look_of(base: dict[str, float], own: dict[str, float], teacher: dict[str, float]) -> str:
@@ -120,7 +136,7 @@ def _look_of(base: dict[str, float], own: dict[str, float], teacher: dict[str, f
         return "kept the student’s look"
     foreign = teacher.get("rend", base["rend"]) - base["rend"]
     if foreign > LOOK_KEPT and rise >= 0.5 * foreign:
-        return "took over its look"
+        return "took over the teacher’s look"
     return "lost some of the student’s look"
 
 
