@@ -173,7 +173,9 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
             "(TRITON_INTERPRET=1 runs it on CPU tensors, slowly, for tests)"
         )
     for dtype in sorted(dtypes - set(DTYPES), key=str):
-        return f"triton takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        return (
+            f"triton takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        )
     return None
 
 

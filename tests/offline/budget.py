@@ -1,7 +1,8 @@
 """Compiles kernels for GPUs that are not here and holds their machine code to budgets.json.
 
     python -m tests.offline.budget            prints the table
-    python -m tests.offline.budget --write    and writes budgets.json anew
+    python -m tests.offline.budget --write    and writes what it measured to budgets.json
+    python -m tests.offline.budget nft_loss   only kernels whose name holds "nft_loss"
 
 Some limits hold always: no stack, no spills, no atomics, 16-byte accesses for streamed data.
 Registers, shared memory and instructions per element are held to what was written last, per
@@ -141,12 +142,15 @@ def compile_launch(launch: Any, name: str, arch: str, streaming: bool = True) ->
     )
 
 
-def submit_all(workers: ProcessPoolExecutor) -> dict[tuple[str, str], Future[list[Result]]]:
+def submit_all(
+    workers: ProcessPoolExecutor, only: str = ""
+) -> dict[tuple[str, str], Future[list[Result]]]:
     """Every call on every architecture, by ("nft_loss.bf16", "sm_90")."""
     return {
         (f"{call.op}.{call.name}", arch): workers.submit(compile_call, call, arch)
         for call in CALLS
         for arch in call.archs
+        if only in f"{call.op}.{call.name}"
     }
 
 
@@ -161,16 +165,19 @@ def _submit_cuda(workers: ProcessPoolExecutor) -> list[Future[list[Result]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write budgets.json anew")
-    write = parser.parse_args().write
-    table = budgets() if PATH.is_file() else {}
+    parser.add_argument("only", nargs="?", default="", help='part of a name; "cuda": CUDA sources')
+    parser.add_argument("--write", action="store_true", help="write budgets.json")
+    args = parser.parse_args()
+    table = budgets() if PATH.is_file() and (args.only or not args.write) else {}
     print(f"{'kernel':34} {'arch':7} {'regs':>5} {'shared':>7} {'instr/elem':>10}  broken limits")
     with tempfile.TemporaryDirectory() as folder, pool(folder) as workers:
-        futures = [*submit_all(workers).values(), *_submit_cuda(workers)]
+        futures = [] if args.only == "cuda" else [*submit_all(workers, args.only).values()]
+        if args.only in ("", "cuda"):
+            futures += _submit_cuda(workers)
         for future in futures:
             for result in future.result():
                 kernels = table.setdefault(result.compiler, {}).setdefault(result.arch, {})
-                if write:
+                if args.write:
                     kernels[result.kernel] = result.budget()
                 broken = violations(result, kernels.get(result.kernel))
                 m = result.measured
@@ -179,9 +186,9 @@ def main() -> None:
                     f"{result.per_element:10.2f}  {'; '.join(broken)}",
                     flush=True,
                 )
-    if write:
+    if args.write:
         ordered = {
-            compiler: {arch: archs[arch] for arch in (*ARCHS,) if arch in archs}
+            compiler: {arch: archs[arch] for arch in ARCHS if arch in archs}
             for compiler, archs in table.items()
         }
         PATH.write_text(json.dumps(ordered, indent=1) + "\n")

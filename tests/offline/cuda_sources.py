@@ -45,14 +45,14 @@ def nvcc_version() -> str:
 
 
 def short_name(mangled: str) -> str:
-    """ "nft_loss_grad_kernel<...>" as c++filt would begin it; the template's tail stays mangled."""
-    for size in re.finditer(r"(?<!\d)(\d+)(?=[A-Za-z_])", mangled):
-        name = mangled[size.end() : size.end() + int(size[1])]
-        if name.endswith("_kernel"):
-            tail = mangled[size.end() + int(size[1]) :]
-            template = re.match(r"I(.*?)E+v", tail)
-            return f"{name}<{template[1]}>" if template else name
-    return mangled
+    """ "_nft_loss_fwd_kernel<13__nv_bfloat16Lb1ELb0E>": the name read, its template left mangled."""
+    rest = mangled.removeprefix("_ZN")
+    name = mangled
+    while size := re.match(r"\d+", rest):
+        end = size.end() + int(size[0])
+        name, rest = rest[size.end() : end], rest[end:]
+    template = re.match(r"I(.*)E+v", rest)
+    return f"{name}<{template[1]}>" if template else name
 
 
 def compile_source(source: Path, arch: str) -> list[Result]:

@@ -46,9 +46,7 @@ def of_cubin(cubin: bytes, cuobjdump: str, loops: bool) -> dict[str, Measured]:
     found = {}
     for name, numbers in re.findall(r"Function (\S+):\n\s+(.*)", usage):
         value = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", numbers)}
-        found[name] = _of_sass(
-            listings[name], value["REG"], value["SHARED"], value["STACK"], loops
-        )
+        found[name] = _of_sass(listings[name], value["REG"], value["SHARED"], value["STACK"], loops)
     return found
 
 

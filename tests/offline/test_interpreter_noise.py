@@ -94,3 +94,25 @@ def test_noise_of_an_odd_start_is_a_slice_of_the_same_stream(kernels: ModuleType
     kernels.noise(11, 0, whole, quads=True, vector=4)
     kernels.noise(11, 13, odd, quads=False, vector=4)
     assert torch.equal(whole[13:141], odd)
+
+
+def test_noise_has_the_bits_of_the_compiled_core(kernels: ModuleType) -> None:
+    from afd_kernels.dispatch import explain, use_backend
+
+    refusal = explain("forward_noise", "cpu", {torch.float32})["native"]
+    if refusal:
+        pytest.skip(f"no compiled core: {refusal}")
+    out = torch.empty(4096, device=DEVICE)
+    kernels.noise(-5, 0, out, quads=True, vector=4)
+    with use_backend("native"):
+        # At t = 1 rectified flow is noise alone.
+        native = torch.ops.afd.forward_noise(
+            torch.zeros(1, 4096),
+            torch.ones(1),
+            torch.tensor([-5]),
+            None,
+            "rectified_flow",
+            [],
+            "BCFHW",
+        )
+    assert torch.equal(out.cpu(), native[0])
