@@ -148,7 +148,9 @@ class _opened:
             self.container.close()
             raise VideoError(f"{self.path}: has no video stream")
         stream = self.container.streams.video[0]
-        stream.thread_type = "AUTO"
+        # Starting threads costs more than decoding a small picture.
+        if stream.codec_context.width * stream.codec_context.height >= 256 * 256:
+            stream.thread_type = "AUTO"
         return self.container, stream
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
