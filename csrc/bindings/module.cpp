@@ -161,13 +161,13 @@ PYBIND11_MODULE(_native, m) {
     afd::cuda::launch_nft_loss(p, reinterpret_cast<void*>(workspace),
                                reinterpret_cast<void*>(stream));
   });
-  m.def("scale_cuda", [](int type, Pointer in, Pointer out, int64_t count, Pointer factor,
-                         Pointer stream) {
-    afd::cuda::launch_scale(static_cast<afd::DType>(type), reinterpret_cast<const void*>(in),
-                            reinterpret_cast<void*>(out), count,
-                            reinterpret_cast<const float*>(factor),
-                            reinterpret_cast<void*>(stream));
-  });
+  m.def("scale_cuda",
+        [](int type, Pointer in, Pointer out, int64_t count, Pointer factor, Pointer stream) {
+          afd::cuda::launch_scale(static_cast<afd::DType>(type), reinterpret_cast<const void*>(in),
+                                  reinterpret_cast<void*>(out), count,
+                                  reinterpret_cast<const float*>(factor),
+                                  reinterpret_cast<void*>(stream));
+        });
 #else
   m.attr("cuda_archs") = "";
 #endif

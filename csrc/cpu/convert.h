@@ -65,7 +65,6 @@ AFD_INLINE Word to_f16(Float x) {
 }
 #endif
 
-
 // A block is 16 elements on every instruction set: the lanes over which partial sums run.
 constexpr int kBlock = 16;
 constexpr int kParts = 16 / kLanes;
@@ -74,8 +73,8 @@ AFD_INLINE void store_shorts(uint16_t* p, const Word* x, bool stream) {
 #if defined(__AVX512F__)
   const __m256i packed = _mm512_cvtepi32_epi16((__m512i)x[0].v);
 #elif defined(__AVX2__)
-  const __m256i packed = _mm256_permute4x64_epi64(
-      _mm256_packus_epi32((__m256i)x[0].v, (__m256i)x[1].v), 0xD8);
+  const __m256i packed =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x[0].v, (__m256i)x[1].v), 0xD8);
 #else
   for (int i = 0; i < kParts; ++i) {
     const ShortLanes narrow = __builtin_convertvector(x[i].v, ShortLanes);
@@ -128,9 +127,8 @@ AFD_INLINE void store_block(f16* p, const Float* x, bool stream) {
 #if defined(__AVX512F__)
   const __m256i packed = _mm512_cvtps_ph(x[0].v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
-  const __m256i packed =
-      _mm256_set_m128i(_mm256_cvtps_ph(x[1].v, _MM_FROUND_TO_NEAREST_INT),
-                       _mm256_cvtps_ph(x[0].v, _MM_FROUND_TO_NEAREST_INT));
+  const __m256i packed = _mm256_set_m128i(_mm256_cvtps_ph(x[1].v, _MM_FROUND_TO_NEAREST_INT),
+                                          _mm256_cvtps_ph(x[0].v, _MM_FROUND_TO_NEAREST_INT));
 #else
   Word words[kParts];
   for (int i = 0; i < kParts; ++i) {

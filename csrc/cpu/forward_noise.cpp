@@ -62,9 +62,8 @@ void scale_slice(const X* in, X* out, int64_t begin, int64_t end, float factor) 
 
 void forward_noise(const NoiseProblem& p, int64_t sample, int64_t begin, int64_t end,
                    const NoiseCoefficients* of_frame) {
-  with_type(p.x0_type, [&](auto x) {
-    forward_noise_slice<decltype(x)>(p, sample, begin, end, of_frame);
-  });
+  with_type(p.x0_type,
+            [&](auto x) { forward_noise_slice<decltype(x)>(p, sample, begin, end, of_frame); });
 }
 
 void scale(DType type, const void* in, void* out, int64_t begin, int64_t end, float factor) {

@@ -4,6 +4,7 @@
 // --fmad=false) all instruction sets and GPUs therefore return the same bits.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -32,6 +33,24 @@ AFD_HD float magnitude(float x) {
   return fabsf(x);
 #else
   return __builtin_fabsf(x);
+#endif
+}
+
+// cos and sin of pi x. CUDA's own need no argument reduction, whose slow path lives in local
+// memory.
+AFD_HD double cos_pi(double x) {
+#if defined(__CUDA_ARCH__)
+  return cospi(x);
+#else
+  return cos(3.14159265358979323846 * x);
+#endif
+}
+
+AFD_HD double sin_pi(double x) {
+#if defined(__CUDA_ARCH__)
+  return sinpi(x);
+#else
+  return sin(3.14159265358979323846 * x);
 #endif
 }
 

@@ -8,10 +8,6 @@
 #include "afd/lane.h"
 #include "afd/philox.h"
 
-#if !defined(__CUDACC__)
-#include <math.h>
-#endif
-
 namespace afd {
 
 // ln u for normal u > 0. u = 2^e m with m in [2/3, 4/3); ln(1 + f) = f + f^2 (-1/2 + f L(f)).
@@ -71,15 +67,6 @@ AFD_HD void box_muller(Word radius_word, Word angle_word, F& n0, F& n1) {
   n1 = radius * sine;
 }
 
-// The normals of elements 4 * quad .. 4 * quad + 3, where quad = upper * 2^32 + index.
-AFD_HD void normals_of_quad(uint32_t index, const PhiloxRounds<uint32_t>& rounds,
-                            float normal[4]) {
-  uint32_t c0, c1, c2, c3;
-  philox_of_index(index, rounds, c0, c1, c2, c3);
-  box_muller(c0, c1, normal[0], normal[1]);
-  box_muller(c2, c3, normal[2], normal[3]);
-}
-
 // x_t = alpha x0 + sigma noise.
 template <class F>
 AFD_HD F noised(F x0, F noise, F alpha, F sigma) {
@@ -113,8 +100,8 @@ AFD_HD ScheduleAt schedule_at(Schedule schedule, float t_fp32) {
     return {1.0 - t, t, -1.0, 1.0, t};
   }
   if (schedule.kind == kVpCosine) {
-    at.alpha = cos(0.5 * pi * t);
-    at.sigma = sin(0.5 * pi * t);
+    at.alpha = cos_pi(0.5 * t);
+    at.sigma = sin_pi(0.5 * t);
     at.alpha_dot = -0.5 * pi * at.sigma;
     at.sigma_dot = 0.5 * pi * at.alpha;
   } else {

@@ -73,9 +73,9 @@ AFD_HD void philox_of_index(Word index, const PhiloxRounds<Key>& rounds, Word& c
   c2 = high ^ rounds.high[2];
   multiply_wide(kPhiloxMultiplier2, c1, high, c1);
   c0 = c0 ^ high;
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 7
 #endif
   for (int i = 3; i < 10; ++i) {

@@ -1,0 +1,18 @@
+// The CUDA backend's entry points: whole ops on a stream (a cudaStream_t). Nothing synchronises and
+// nothing is allocated, so all of them can be captured in a CUDA graph. Launch errors throw.
+#pragma once
+
+#include "afd/problem.h"
+
+namespace afd::cuda {
+
+void launch_forward_noise(const NoiseProblem& p, void* stream);
+// x_t = alpha x0, the gradient of forward_noise with respect to x0 (p.x0 holds the incoming one).
+void launch_forward_noise_bwd(const NoiseProblem& p, void* stream);
+int64_t nft_loss_workspace(const NftProblem& p);
+void launch_nft_loss(const NftProblem& p, void* workspace, void* stream);
+// out = in * factor, the factor on the device; in place a factor of exactly 1 touches nothing.
+void launch_scale(DType type, const void* in, void* out, int64_t count, const float* factor,
+                  void* stream);
+
+}  // namespace afd::cuda

@@ -1,0 +1,172 @@
+// Eight neighbouring elements per thread, in fp32 registers: 16-byte accesses where the address
+// allows, one element at a time where it does not.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+
+#include "afd/nft_math.h"
+
+namespace afd::cuda {
+
+constexpr int kPack = 8;
+constexpr int kThreads = 256;
+// Packs of one thread; a block covers this many elements of one row.
+constexpr int kPacksPerThread = 2;
+constexpr int64_t kBlockElements = int64_t{kThreads} * kPack * kPacksPerThread;
+
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(cudaGetErrorString(error));
+  }
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return as_float(uint32_t{x.bits} << 16); }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
+__device__ __forceinline__ void from_float(float x, bf16& y) {
+  y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ __forceinline__ void from_float(float x, f16& y) {
+  y.bits = __half_as_ushort(__float2half_rn(x));
+}
+
+template <class T>
+struct alignas(16) Vector {
+  T at[16 / sizeof(T)];
+};
+
+__device__ __forceinline__ bool aligned(const void* p) {
+  return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
+}
+
+// Elements p[0..count) of a pack, zeros beyond.
+template <class T>
+__device__ __forceinline__ void load_pack(const T* p, int count, float (&x)[kPack]) {
+  constexpr int kWidth = 16 / sizeof(T);
+  if (count == kPack && aligned(p)) {
+#pragma unroll
+    for (int v = 0; v < kPack / kWidth; ++v) {
+      const int4 raw = __ldg(reinterpret_cast<const int4*>(p) + v);
+      Vector<T> vector;
+      memcpy(&vector, &raw, sizeof raw);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        x[v * kWidth + i] = to_float(vector.at[i]);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    x[i] = i < count ? to_float(p[i]) : 0.0f;
+  }
+}
+
+// The same for a type known at run time: the branch is the same for a whole launch, and one kernel
+// serves every combination of prediction and latent types.
+__device__ __forceinline__ void load_pack(DType type, const void* base, int64_t offset, int count,
+                                          float (&x)[kPack]) {
+  if (type == DType::kFloat32) {
+    load_pack(static_cast<const float*>(base) + offset, count, x);
+  } else if (type == DType::kBFloat16) {
+    load_pack(static_cast<const bf16*>(base) + offset, count, x);
+  } else {
+    load_pack(static_cast<const f16*>(base) + offset, count, x);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(T* p, int count, const float (&x)[kPack]) {
+  constexpr int kWidth = 16 / sizeof(T);
+  if (count == kPack && aligned(p)) {
+#pragma unroll
+    for (int v = 0; v < kPack / kWidth; ++v) {
+      Vector<T> vector;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        from_float(x[v * kWidth + i], vector.at[i]);
+      }
+      int4 raw;
+      memcpy(&raw, &vector, sizeof raw);
+      reinterpret_cast<int4*>(p)[v] = raw;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    if (i < count) {
+      from_float(x[i], p[i]);
+    }
+  }
+}
+
+template <int kQuad>
+__device__ __forceinline__ void generate_quad(PhiloxKey key, uint64_t quad, float (&out)[12]) {
+  const uint64_t at = quad + kQuad;
+  const PhiloxRounds<uint32_t> rounds =
+      philox_rounds<uint32_t>(key, static_cast<uint32_t>(at >> 32));
+  uint32_t c0, c1, c2, c3;
+  philox_of_index(static_cast<uint32_t>(at), rounds, c0, c1, c2, c3);
+  box_muller(c0, c1, out[4 * kQuad], out[4 * kQuad + 1]);
+  box_muller(c2, c3, out[4 * kQuad + 2], out[4 * kQuad + 3]);
+}
+
+// Noise of the pack that starts at `position` of the sample: two quads, or three where the pack
+// does not start on one.
+__device__ __forceinline__ void generate_pack(PhiloxKey key, int64_t position,
+                                              float (&noise)[kPack]) {
+  const uint64_t quad = static_cast<uint64_t>(position) / 4;
+  const int skip = static_cast<int>(position % 4);
+  float out[12] = {};
+  generate_quad<0>(key, quad, out);
+  generate_quad<1>(key, quad, out);
+  if (skip != 0) {
+    generate_quad<2>(key, quad, out);
+  }
+  // Constant indices only: an array indexed at run time would live in local memory.
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    noise[i] = skip == 0 ? out[i] : skip == 1 ? out[i + 1] : skip == 2 ? out[i + 2] : out[i + 3];
+  }
+}
+
+// The block of one row: blockIdx.x counts blocks inside rows, blockIdx.y samples.
+struct Place {
+  int64_t sample, row, frame, begin, end;
+};
+
+AFD_HD int64_t blocks_per_row(const Rows& rows) {
+  return (rows.inner + kBlockElements - 1) / kBlockElements;
+}
+
+__device__ __forceinline__ Place place(const Rows& rows, int64_t block, int64_t sample) {
+  const int64_t per_row = blocks_per_row(rows);
+  Place at;
+  at.sample = sample;
+  at.row = block / per_row;
+  at.frame = at.row % rows.frames;
+  at.begin = at.row * rows.inner + block % per_row * kBlockElements;
+  const int64_t row_end = (at.row + 1) * rows.inner;
+  at.end = at.begin + kBlockElements < row_end ? at.begin + kBlockElements : row_end;
+  return at;
+}
+
+// Calls body(position, count) for each pack of this thread.
+template <class Body>
+__device__ __forceinline__ void for_each_pack(const Place& at, Body body) {
+#pragma unroll 1
+  for (int i = 0; i < kPacksPerThread; ++i) {
+    const int64_t position = at.begin + (int64_t{i} * kThreads + threadIdx.x) * kPack;
+    const int64_t left = at.end - position;
+    if (left > 0) {
+      body(position, left < kPack ? static_cast<int>(left) : kPack);
+    }
+  }
+}
+
+}  // namespace afd::cuda
