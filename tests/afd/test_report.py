@@ -168,6 +168,7 @@ def test_an_unfinished_run_is_called_provisional(folder: Path) -> None:
 
 def test_the_folder_of_one_run_has_a_report_too(finished: Path, tmp_path: Path) -> None:
     page = page_of(Path(shutil.copytree(finished / "sft", tmp_path / "mine")))
+    assert "The same prompts, two ways" in page.text  # SFT, and the base of its first evaluation
     assert "AFD: did not run here." in page.text
     assert words.number(SFT["phys"]) in page.text
     assert words.number(BASE["phys"]) in page.text  # the run before its first update
@@ -175,7 +176,7 @@ def test_the_folder_of_one_run_has_a_report_too(finished: Path, tmp_path: Path) 
 
 def test_an_empty_folder_gives_an_honest_page(tmp_path: Path) -> None:
     page = page_of(tmp_path)
-    assert "No student has been measured yet" in page.text
+    assert "No student has been measured here" in page.text
     assert "videos" not in page.ids()
 
 
@@ -212,6 +213,11 @@ def test_afd_behind_with_a_clean_teacher_is_said() -> None:
 def test_each_may_be_ahead_on_one_thing() -> None:
     said = told({"phys": 0.37, "rend": 0.03}, {"phys": 0.23, "rend": 0.19})
     assert "AFD is ahead on look and SFT is ahead on physics." in said.paragraph
+
+
+def test_what_did_not_change_is_said_to_stay() -> None:
+    said = told({"rend": 0.0301}, {"rend": 0.0299})
+    assert "The look error stayed at 0.030 with AFD and SFT (teacher 0.171)." in said.paragraph
 
 
 def test_what_both_did_is_said_once() -> None:

@@ -71,7 +71,8 @@ def _page(run_dir: Path) -> dict[str, Any]:
         for part in parts.values()
         if part.is_run and part.folder is not None and not part.finished
     }
-    rows, frames = _video_rows(parts)
+    shown = [name for name in COLUMNS if parts[name].folder is not None or parts[name].metrics]
+    rows, frames = _video_rows(parts, shown)
     dates = [part.when for part in parts.values() if part.when is not None]
     return {
         "name": run_dir.resolve().name,
@@ -80,11 +81,12 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "basis": _basis(parts),
         "plane": curves.plane(parts),
         "notices": list(_notices(parts, unfinished)),
-        "parts": [{"name": n, "label": LABELS[n], "role": ROLES[n]} for n in COLUMNS],
+        "parts": [{"name": n, "label": LABELS[n], "role": ROLES[n]} for n in shown],
+        "ways": ("", "one way", "two ways", "three ways", "four ways")[len(shown)],
         "rows": rows,
         "frames": frames,
         "same_noise": same_noise(parts),
-        "table": _table(measured),
+        "table": _table(measured, shown),
         "table_note": _table_note(parts),
         "charts": [chart for chart in curves.charts(parts) if chart is not None],
         "charts_note": curves.charts_note(parts),
@@ -133,14 +135,14 @@ def _notices(parts: dict[str, Part], unfinished: dict[str, str]) -> Iterator[str
 # --- videos ---
 
 
-def _video_rows(parts: dict[str, Part]) -> tuple[list[dict[str, Any]], int]:
+def _video_rows(parts: dict[str, Part], shown: list[str]) -> tuple[list[dict[str, Any]], int]:
     """Rows of cells for the template, and the frames of the longest clip."""
     found = {p: dict(pick_videos(parts, p)) for p in choose_prompts(parts, PROMPTS)}
     videos = [v for row in found.values() for v in row.values() if not isinstance(v, str)]
     frames = max([0, *(len(video) for video in videos)])
     rows = []
     for prompt, row in found.items():
-        cells = [_cell(name, row[name], frames) for name in COLUMNS]
+        cells = [_cell(name, row[name], frames) for name in shown]
         rows.append({"prompt": prompt, "cells": cells})
     return (rows if videos else []), frames
 
@@ -167,7 +169,7 @@ def _cell(name: str, video: Any, frames: int) -> dict[str, Any]:
 # --- numbers ---
 
 
-def _table(measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def _table(measured: dict[str, dict[str, float]], shown: list[str]) -> list[dict[str, Any]]:
     """Known metrics first, then whatever else was measured."""
     known = [metric.key for metric in words.METRICS]
     others = sorted({key for values in measured.values() for key in values} - set(known))
@@ -184,7 +186,7 @@ def _table(measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
                 "text": words.number(values[name]) if name in values else "–",
                 "best": name in winners,
             }
-            for name in COLUMNS
+            for name in shown
         ]
         rows.append(
             {

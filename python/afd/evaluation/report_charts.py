@@ -79,9 +79,10 @@ def draw(
         margin = 0.06 * (high - low)
         low, high = low - (margin if low < 0 or not zero else 0.0), high + margin
     xs = [x for s in series for x in s.x]
-    room = 0.07 * (max(xs) - min(xs)) if any(s.end for s in series) else 0.0
+    plane = any(s.end for s in series)
+    left, room = (min(0.0, *xs), 0.07 * max(xs)) if plane else (min(xs), 0.0)
     right = RIGHT - (NAMES if references else 0)
-    across = _Axis(min(xs) - room, max(xs) + room, LEFT, right)
+    across = _Axis(left, max(xs) + room, LEFT, right)
     up = _Axis(low, high, BOTTOM, TOP)
     return Chart(
         title,
@@ -91,7 +92,7 @@ def draw(
         references=_apart(
             [{"label": a, "color": c, "y": up(y), "text": up(y) + 4} for a, c, y in references]
         ),
-        x_ticks=across.ticks(),
+        x_ticks=across.ticks(least=0.0 if plane else 1.0),
         y_ticks=up.ticks(),
         right=right,
         legend=[(s.label, s.color) for s in series if not s.end],
@@ -168,9 +169,9 @@ class _Axis:
         part = (value - self.low) / (self.high - self.low)
         return round(self.start + part * (self.end - self.start), 1)
 
-    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
-        """Round values (1, 2 or 5 times a power of ten apart) with their positions."""
-        rough = (self.high - self.low) / count
+    def ticks(self, count: int = 5, least: float = 0.0) -> list[tuple[float, str]]:
+        """Round values (1, 2 or 5 times a power of ten, at least `least`, apart) and positions."""
+        rough = max((self.high - self.low) / count, least)
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)

@@ -195,7 +195,12 @@ def timing(parts: dict[str, Part]) -> dict[str, Any] | None:
             "total": _seconds(sum(seconds.values())),
             "share": round(100 * sum(seconds.values()) / longest, 2) if longest else 0,
             "parts": [
-                {"phase": p, "index": index[p], "share": round(v, 4), "text": _seconds(v)}
+                {
+                    "phase": p,
+                    "index": index[p],
+                    "share": round(100 * v / sum(seconds.values()), 3),
+                    "text": _seconds(v),
+                }
                 for p in phases
                 if (v := seconds.get(p, 0.0)) > 0
             ],

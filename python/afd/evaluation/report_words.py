@@ -78,7 +78,9 @@ def headline(metrics: Metrics, unfinished: dict[str, str]) -> Headline:
     runs = [name for name in ("afd", "sft") if "phys" in metrics.get(name, {})]
     base = metrics.get("base", {})
     if not runs:
-        return Headline("No student has been measured yet", "The numbers appear here as they come.")
+        return Headline(
+            "No student has been measured here", "This folder holds no student’s evaluation."
+        )
     if "phys" not in base:
         told = [f"{LABELS[r]}’s physics error is {number(metrics[r]['phys'])} px" for r in runs]
         return Headline(
@@ -161,14 +163,16 @@ def _from_to(what: str, key: str, unit: str, runs: list[str], metrics: Metrics) 
     runs = [name for name in runs if key in metrics[name]]
     if key not in metrics["base"] or not runs:
         return ""
-    start = metrics["base"][key]
-    ends = [f"to {number(metrics[name][key])} with {LABELS[name]}" for name in runs]
-    ends[0] = ends[0].replace(" with", f"{unit} with", 1)
-    changes = [metrics[name][key] - start for name in runs]
-    verb = "fell" if max(changes) < 0 else "rose" if min(changes) > 0 else "went"
+    start = number(metrics["base"][key])
     teacher = metrics.get("teacher", {})
     note = f" (teacher {number(teacher[key])})" if key in teacher else ""
-    return f"{what} {verb} from {number(start)} {_join(ends)}{note}."
+    if all(number(metrics[name][key]) == start for name in runs):
+        return f"{what} stayed at {start}{unit} with {_join([LABELS[n] for n in runs])}{note}."
+    ends = [f"to {number(metrics[name][key])} with {LABELS[name]}" for name in runs]
+    ends[0] = ends[0].replace(" with", f"{unit} with", 1)
+    changes = [float(number(metrics[name][key])) - float(start) for name in runs]
+    verb = "fell" if max(changes) < 0 else "rose" if min(changes) > 0 else "went"
+    return f"{what} {verb} from {start} {_join(ends)}{note}."
 
 
 def _compare(metrics: Metrics) -> str:
