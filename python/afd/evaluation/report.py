@@ -76,7 +76,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
     dates = [part.when for part in parts.values() if part.when is not None]
     return {
         "name": run_dir.resolve().name,
-        "date": max(dates).strftime("%-d %B %Y, %H:%M") if dates else "",
+        "date": max(dates).strftime("%d %B %Y, %H:%M").lstrip("0") if dates else "",
         "headline": words.headline(measured, unfinished),
         "basis": _basis(parts),
         "plane": curves.plane(parts),
