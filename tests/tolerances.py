@@ -24,6 +24,12 @@ NORMAL_RTOL = 4 * _EPS32
 # Means over thousands of fp32 terms summed in fp64.
 REDUCTION_RTOL = {torch.float64: 1e-10, torch.float32: 1e-6}
 
+# Relative L2 error of a whole float32 network against the released code's float32 values.
+NETWORK_FORWARD = 1e-5
+NETWORK_GRADIENT = 1e-4
+# The same float32 network evaluated in another order (streamed, split, batched): elementwise.
+NETWORK_REORDERED = {"rtol": 1e-4, "atol": 1e-5}
+
 
 def assert_elementwise(out: Tensor, ref: Tensor, scale: float = 1.0) -> None:
     """Asserts |out - ref| <= tol (|ref| + scale) with the tolerance of out's dtype."""

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from afd.models.causal_wan import CausalWan, WanConfig, block_mask
+from tests.tolerances import NETWORK_FORWARD as FORWARD
+from tests.tolerances import NETWORK_GRADIENT as GRADIENT
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared/golden")
-FORWARD, GRADIENT = 1e-5, 1e-4  # relative L2, float32
 FOLDERS = ["A_small", "B_hd128"]
 
 

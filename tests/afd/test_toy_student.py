@@ -10,9 +10,9 @@ import torch
 from afd.models.toy import ToyConfig, ToyStudent, checkpoint_path, encode_prompts
 from afd.rollout import STEPS, check_steps, rollout, seeded_noise, stream
 from afd.teachers.simulator import PROMPTS
+from tests.tolerances import NETWORK_REORDERED as SAME
 
 SHAPE = (3, 3, 16, 16)
-SAME = {"rtol": 1e-4, "atol": 1e-5}  # float32, sums in another order
 
 
 @pytest.fixture
