@@ -1,4 +1,4 @@
-"""The compiled core `afd_kernels._native`: loaded once, with the reason kept where it is missing."""
+"""The compiled core `afd_kernels._native`: loaded once; where it is missing, the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""forward_noise through the compiled core: csrc/cpu/forward_noise.cpp, csrc/cuda/forward_noise.cu."""
+"""forward_noise through the compiled core (csrc/cpu and csrc/cuda)."""
 
 from __future__ import annotations
 

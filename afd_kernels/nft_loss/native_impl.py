@@ -1,4 +1,4 @@
-"""nft_loss through the compiled core: csrc/cpu/nft_loss.cpp and csrc/cuda/nft_loss.cu."""
+"""nft_loss through the compiled core (csrc/cpu and csrc/cuda)."""
 
 from __future__ import annotations
 

@@ -62,9 +62,11 @@ class NoiseSource {
     }
   }
 
-  // Elements of the tile that starts at `position` of the sample and has at most `wanted`.
+  // Elements of the tile that starts at `position` of the sample and has at most `wanted`. Tiles
+  // end at multiples of kTile: on every instruction set at the same places, and never across a
+  // wrap-around of the lower counter word.
   AFD_INLINE int length(int64_t position, int64_t wanted) const {
-    const int64_t most = noise_ == nullptr ? kTile - position % kGroup : kTile;
+    const int64_t most = kTile - position % kTile;
     return static_cast<int>(wanted < most ? wanted : most);
   }
 
