@@ -1,0 +1,165 @@
+"""The quickstart and the shipped configurations, shrunken: every part runs, once, and is kept."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors import safe_open
+
+from afd.config import ConfigError, load_config
+from afd.quickstart import final_evaluation, quickstart
+from afd.quickstart_full import ROWS, quickstart_full
+from afd.training.loop import Outcome, evaluate_run, train
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "steps=2",
+    "prompts_per_step=2",
+    "teacher.count=36",
+    "afd.samples_per_prompt=2",
+    "discriminator.warmup_steps=1",
+    "evaluation.every=1",
+    "evaluation.videos=36",
+    "evaluation.curve_videos=36",
+    "logging.tensorboard=false",
+]
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def kept(root: Path) -> dict[Path, int]:
+    """When every file but the report was last written."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".html")
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A small quickstart and what it printed."""
+    root, screen = tmp_path_factory.mktemp("quickstart") / "q", console()
+    assert quickstart([f"out={root}", *SMALL], screen)
+    return root, screen.file.getvalue()
+
+
+def test_the_quickstart_leaves_every_part_and_a_report(finished: tuple[Path, str]) -> None:
+    root, _ = finished
+    for part in ("base", "sft", "afd"):
+        assert (root / part / "DONE").is_file()
+        with safe_open(str(root / part / "samples.safetensors"), "pt") as file:
+            assert file.get_tensor("videos").shape == (36, 12, 16, 16, 3)
+            assert len(json.loads(file.metadata()["prompts"])) == 36
+            assert json.loads(file.metadata()["seeds"])[:2] == [1_000_000, 1_000_001]
+    assert "<html" in (root / "report.html").read_text(encoding="utf-8")
+
+
+def test_only_videos_and_prompts_cross_from_the_teacher(finished: tuple[Path, str]) -> None:
+    root, _ = finished
+    assert {path.suffix for path in (root / "teacher").iterdir()} == {".mp4", ".jsonl"}
+    for line in (root / "teacher" / "prompts.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == {"file", "prompt"}
+
+
+def test_every_part_is_measured_on_the_same_held_out_seeds(finished: tuple[Path, str]) -> None:
+    root, screen = finished
+    parts = {"teacher": "base", "base": "base", "sft": "sft", "afd": "afd"}
+    for method, folder in parts.items():
+        line = final_evaluation(root / folder, method)
+        assert line is not None
+        assert line["videos"] == 36
+        assert {"phys", "g_mae", "rend", "adh"} <= set(line["metrics"])
+        assert f"│ {method}" in screen
+    # Before its first update a run is the base student, and says so in the same numbers.
+    base = final_evaluation(root / "base", "base")
+    first = json.loads((root / "sft" / "evaluation.jsonl").read_text().splitlines()[0])
+    assert base is not None
+    assert first["step"] == 0
+    assert first["metrics"]["phys"] == base["metrics"]["phys"]
+
+
+def test_the_quickstart_says_how_long_it_took_and_where_the_report_is(
+    finished: tuple[Path, str],
+) -> None:
+    root, screen = finished
+    assert "s in all; open" in screen
+    assert str(root / "report.html") in screen
+
+
+def test_a_second_quickstart_repeats_nothing(finished: tuple[Path, str]) -> None:
+    root, _ = finished
+    before = kept(root)
+    screen = console()
+    assert quickstart([f"out={root}", *SMALL], screen)
+    assert kept(root) == before
+    assert screen.file.getvalue().count("was finished before and stays as it is") == 3
+
+
+def test_a_quickstart_of_other_settings_does_not_touch_a_finished_one(
+    finished: tuple[Path, str],
+) -> None:
+    root, _ = finished
+    before = kept(root)
+    with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
+        quickstart([f"out={root}", *SMALL, "seed=1"], console())
+    assert kept(root) == before
+
+
+def test_a_finished_run_is_evaluated_again_to_the_same_numbers(finished: tuple[Path, str]) -> None:
+    root, _ = finished
+    before = final_evaluation(root / "sft", "sft")
+    assert before is not None
+    assert evaluate_run(root / "sft").metrics == before["metrics"]
+
+
+def test_the_full_table_runs_chosen_cells_and_skips_finished_ones(tmp_path: Path) -> None:
+    arguments = [f"out={tmp_path}", *SMALL, "seeds=[0,1]", "rows=[clean-sft]"]
+    assert quickstart_full(arguments, console())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["clean-teacher", "base", "clean-sft"]
+    assert set(results["clean-sft"]["seeds"]) == {"0", "1"}
+    assert results["clean-sft"]["std"]["phys"] > 0
+    table = (tmp_path / "results.md").read_text().splitlines()
+    assert table[0].startswith("| run | seeds | s | phys |")
+    assert len(table) == 5
+    before = kept(tmp_path / "clean-sft")
+    assert quickstart_full(arguments, console())
+    assert kept(tmp_path / "clean-sft") == before
+
+
+@pytest.mark.parametrize("choice", ["rows=[nuis-gan]", "rows=nuis-sft", "seeds=3", "seeds=[a]"])
+def test_a_choice_of_cells_that_do_not_exist_is_refused(tmp_path: Path, choice: str) -> None:
+    with pytest.raises(ConfigError, match="needs a list of"):
+        quickstart_full([f"out={tmp_path}", choice], console())
+
+
+def test_every_row_of_the_full_table_is_a_valid_configuration(tmp_path: Path) -> None:
+    from afd.quickstart_full import cell
+
+    for row in ROWS:
+        config = cell(tmp_path, row, 1, [])
+        assert config.method == ("sft" if row.endswith("sft") else "afd")
+        assert config.run_dir == tmp_path / row / "seed1"
+
+
+def test_the_quickstart_file_trains(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [f"out={tmp_path / 'run'}", *SMALL])
+    assert train(config, console=console()) is Outcome.FINISHED
+
+
+def test_the_folder_file_trains_on_real_clips(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    clips = shared / "data" / "videos"
+    config = load_config(
+        "configs/folder.yaml", [f"out={tmp_path / 'run'}", f"teacher.path={clips}"]
+    )
+    assert train(config, console=console()) is Outcome.FINISHED
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == config.steps
+    assert "student/loss" in json.loads(lines[-1])
