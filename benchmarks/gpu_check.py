@@ -76,7 +76,7 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
     configure += [f"-DPython_EXECUTABLE={python}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'afd_kernels'}"]
     return [
-        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 90),
+        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 120),
         Section(
             "tests",
             [
@@ -107,7 +107,7 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
             50,
             needs_gpu=True,
         ),
-        Section("offline", [[*pytest, "tests/offline"]], 60),
+        Section("offline", [[*pytest, "tests/offline"]], 50),
     ]
 
 
@@ -194,14 +194,15 @@ def summarise(out: Path, machine: Machine, outcomes: Sequence[Outcome]) -> None:
     for name in RESULTS:
         path = out / f"{name}.json"
         if f"bench-{name}" in {o.section for o in outcomes} and path.exists():
-            lines += ["", *_result_table(name, json.loads(path.read_text()))]
+            lines += ["", *result_table(name, json.loads(path.read_text()))]
     for o in outcomes:
         if o.status == "failed":
             lines += ["", f"## {o.section}: end of the output", "", "```", o.tail, "```"]
     (out / "summary.md").write_text("\n".join(lines) + "\n")
 
 
-def _result_table(name: str, document: dict[str, Any]) -> list[str]:
+def result_table(name: str, document: dict[str, Any]) -> list[str]:
+    """A benchmark's JSON as lines of Markdown."""
     lines = [f"## {name}", ""]
     lines.append("| case | dtype | B | noise | backend | ms | GB/s | % floor | MiB | speedup |")
     lines.append("| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")

@@ -1,4 +1,7 @@
-"""Rows of a benchmark: what a row holds, the table on screen, the JSON and the plot."""
+"""Rows of a benchmark: what a row holds, the table on screen, the JSON and the plot.
+
+python -m benchmarks.report benchmarks/results/<device>/nft_loss.json    # as Markdown
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -18,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu_check import result_table
 from benchmarks.harness import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,3 +249,9 @@ def plot(path: Path, title: str, rows: list[Row]) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        saved = json.loads(Path(file).read_text())
+        print("\n".join(result_table(saved["name"], saved)))
