@@ -45,7 +45,7 @@ def nvcc_version() -> str:
 
 
 def short_name(mangled: str) -> str:
-    """ "_nft_loss_fwd_kernel<13__nv_bfloat16Lb1ELb0E>": the name read, its template left mangled."""
+    """ "_nft_loss_fwd_kernel<fLb1ELb0EE>": the name read, its template left mangled."""
     rest = mangled.removeprefix("_ZN")
     name = mangled
     while size := re.match(r"\d+", rest):
