@@ -79,8 +79,16 @@ __global__ void __launch_bounds__(kThreads) _nft_loss_fwd_kernel(NftProblem p, v
   }
   __shared__ NftCoefficients c;
   if (threadIdx.x == 0) {
-    c = kSums ? nft_coefficients(p, sample, at.frame, valid_elements(p, sample), 1.0, 1.0)
-              : w.coefficients[sample * p.rows.frames + at.frame];
+    if (kSums && kGrad) {
+      c = nft_coefficients(p, sample, at.frame, valid_elements(p, sample), 1.0, 1.0);
+    } else if (kSums) {
+      // The gradient's coefficients are not known yet, and their divisions are slow.
+      const ScheduleAt s = schedule_of_frame(p.rows, p.schedule, p.t, sample, at.frame);
+      c.alpha_dot = static_cast<float>(s.alpha_dot);
+      c.sigma_dot = static_cast<float>(s.sigma_dot);
+    } else {
+      c = w.coefficients[sample * p.rows.frames + at.frame];
+    }
   }
   __syncthreads();
   const bool counts = frame_counts(p, sample, at.frame);

@@ -106,12 +106,16 @@ __device__ __forceinline__ void store_pack(T* p, int count, const float (&x)[kPa
 }
 
 template <int kQuad>
-__device__ __forceinline__ void generate_quad(PhiloxKey key, uint64_t quad, float (&out)[12]) {
+__device__ __forceinline__ void generate_quad(PhiloxKey key, uint64_t quad,
+                                              PhiloxRounds<uint32_t>& rounds, float (&out)[12]) {
   const uint64_t at = quad + kQuad;
-  const PhiloxRounds<uint32_t> rounds =
-      philox_rounds<uint32_t>(key, static_cast<uint32_t>(at >> 32));
+  const uint32_t index = static_cast<uint32_t>(at);
+  // The rounds hold for one upper word, which changes once in 2^34 elements.
+  if (kQuad == 0 || index == 0) {
+    rounds = philox_rounds<uint32_t>(key, static_cast<uint32_t>(at >> 32));
+  }
   uint32_t c0, c1, c2, c3;
-  philox_of_index(static_cast<uint32_t>(at), rounds, c0, c1, c2, c3);
+  philox_of_index(index, rounds, c0, c1, c2, c3);
   box_muller(c0, c1, out[4 * kQuad], out[4 * kQuad + 1]);
   box_muller(c2, c3, out[4 * kQuad + 2], out[4 * kQuad + 3]);
 }
@@ -122,11 +126,12 @@ __device__ __forceinline__ void generate_pack(PhiloxKey key, int64_t position,
                                               float (&noise)[kPack]) {
   const uint64_t quad = static_cast<uint64_t>(position) / 4;
   const int skip = static_cast<int>(position % 4);
+  PhiloxRounds<uint32_t> rounds;
   float out[12] = {};
-  generate_quad<0>(key, quad, out);
-  generate_quad<1>(key, quad, out);
+  generate_quad<0>(key, quad, rounds, out);
+  generate_quad<1>(key, quad, rounds, out);
   if (skip != 0) {
-    generate_quad<2>(key, quad, out);
+    generate_quad<2>(key, quad, rounds, out);
   }
   // Constant indices only: an array indexed at run time would live in local memory.
 #pragma unroll
