@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(code: int, sentence: str) -> int:
-    Console(stderr=True).print(f"[red]afd: error:[/red] {escape(sentence)}", highlight=False)
+    text = f"[red]afd: error:[/red] {escape(sentence)}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     return code
 
 

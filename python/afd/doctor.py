@@ -10,14 +10,16 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import afd
-from afd_kernels import dispatch
+from afd_kernels import dispatch, native
 
 PACKAGES = (
     "torch", "triton", "numpy", "einops", "rich", "PyYAML", "pydantic", "av", "safetensors",
@@ -25,8 +27,8 @@ PACKAGES = (
 )  # fmt: skip
 # Package, its import name, and what it adds.
 OPTIONAL = (
-    ("flash-attn", "flash_attn", "attention baselines in benchmarks on CUDA", "afd[flash]"),
-    ("xformers", "xformers", "attention baselines in benchmarks on CUDA", "afd[xformers]"),
+    ("flash-attn", "flash_attn", "an attention baseline on CUDA", "afd[flash]"),
+    ("xformers", "xformers", "an attention baseline on CUDA", "afd[xformers]"),
     ("pytest", "pytest", "the test suite", "afd[dev]"),
 )
 COMPILERS = (("c++", "--version"), ("cmake", "--version"), ("ninja", "--version"))
@@ -62,42 +64,52 @@ def inspect() -> dict[str, Any]:
 
 def show(facts: dict[str, Any], console: Console) -> None:
     """The facts of `inspect` for a reader."""
-    cpu, core = facts["cpu"], facts["compiled_core"]
-    console.print(f"afd {facts['afd']}, Python {facts['python']}, {facts['platform']}")
-    console.print(
-        f"CPU: {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}"
-    )
-    for gpu in facts["gpus"]:
-        console.print(f"GPU: {gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}")
-    if not facts["gpus"]:
-        console.print("GPU: none that torch can use")
-    versions = (f"{name} {version or 'missing'}" for name, version in facts["packages"].items())
-    console.print("packages: " + ", ".join(versions))
-    for name, version in facts["compilers"].items():
-        console.print(f"{name}: {version or 'not found'}")
-    console.print(
-        f"compiled core: {core['file']}" if core["present"] else f"compiled core: {core['why']}"
-    )
+    for line in _lines(facts):
+        # Brackets in a sentence (as in pip install 'afd[dev]') are not rich's markup.
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for device, ops in facts["ops_by_device"].items():
         table = Table("op", *dispatch.BACKENDS, title=f"backends on {device}", title_justify="left")
         for op, states in ops.items():
-            cells = (
-                "[bold]runs[/bold]" if name == states["chosen"] else states[name]
-                for name in dispatch.BACKENDS
-            )
-            table.add_row(op, *cells)
+            cells = ("runs" if n == states["chosen"] else states[n] for n in dispatch.BACKENDS)
+            table.add_row(op, *map(escape, cells))
         console.print(table)
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
+    cpu, core = facts["cpu"], facts["compiled_core"]
+    yield f"afd {facts['afd']}, Python {facts['python']}, {facts['platform']}"
+    counts = f"{cpu['cores']} cores, {cpu['threads']} threads"
+    yield f"CPU: {cpu['model']}, {counts}, {cpu['capability']}"
+    for gpu in facts["gpus"]:
+        yield f"GPU: {gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}"
+    if not facts["gpus"]:
+        yield "GPU: none that torch can use"
+    versions = (f"{name} {version or 'missing'}" for name, version in facts["packages"].items())
+    yield "packages: " + ", ".join(versions)
+    for name, version in facts["compilers"].items():
+        yield f"{name}: {version or 'not found'}"
+    if core["present"]:
+        cuda = f"CUDA for sm_{', sm_'.join(core['cuda'])}" if core["cuda"] else "without CUDA"
+        yield f"compiled core: {core['file']}, {core['cpu']} code in use, {cuda}"
+    else:
+        yield f"compiled core: {core['why']}"
     for missing in facts["missing_optional"]:
-        console.print(f"optional: {missing['package']} ({missing['for']}): {missing['install']}")
+        yield f"optional: {missing['package']} ({missing['for']}): {missing['install']}"
 
 
 def _compiled_core() -> dict[str, Any]:
-    try:
-        core = importlib.import_module("afd_kernels._native")
-    except ImportError as error:
-        why = f"absent ({error}); install a C++20 compiler, then: pip install --no-deps -e ."
-        return {"present": False, "why": why}
-    return {"present": True, "file": core.__file__}
+    why = native.why_missing()
+    if why is not None:
+        return {
+            "present": False,
+            "why": f"{why}; with a C++20 compiler, pip install -e . builds it",
+        }
+    return {
+        "present": True,
+        "file": native.core().__file__,
+        "cpu": native.isa(),
+        "cuda": native.cuda_archs(),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,130 @@
+"""The command line: exit codes, what it prints, and mistakes told without a traceback."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+import afd.training.loop
+from afd.cli import main
+from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clips(tmp_path_factory.mktemp("teacher") / "clips")
+
+
+@pytest.fixture
+def written(tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A configuration file for the tiny method, and its run folder."""
+    from afd.config import to_yaml
+
+    monkeypatch.setattr(afd.training.loop, "build_method", lambda config: TinyMethod())
+    out = tmp_path / "run"
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(tiny_config(out, clips)), encoding="utf-8")
+    return path, out
+
+
+def test_train_takes_overrides_and_a_second_time_leaves_it_alone(
+    written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = written
+    assert main(["train", str(path), "steps=2", "checkpoint.every=1"]) == 0
+    assert (out / "DONE").read_text().startswith("2 updates")
+    capsys.readouterr()
+    assert main(["train", str(path), "steps=2", "checkpoint.every=1"]) == 0
+    assert "is finished and stays as it is; a new run needs another out=" in capsys.readouterr().out
+
+
+def test_a_stopped_run_exits_130_and_is_resumed(
+    written: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, out = written
+    stopping = Interrupted(1, signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(afd.training.loop, "build_method", lambda config: stopping)
+        assert main(["train", str(path)]) == 130
+    assert f"continue: afd resume {out}" in (out / "train.log").read_text()
+    assert main(["resume", str(out)]) == 0
+    assert (out / "DONE").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "none.yaml"], "none.yaml: cannot be read"),
+        (["train", "{path}", "stepz=3"], "unknown key 'stepz'; did you mean steps?"),
+        (["train", "{path}", "steps=many"], "steps is 'many'"),
+        (["train", "{path}", "teacher.path=/none"], "teacher folder /none: no such folder"),
+        (["resume", "{out}/none"], "config.yaml: cannot be read"),
+        (["report", "/none"], "report: /none is no folder"),
+        (["evaluate", "{out}/none"], "config.yaml: cannot be read"),
+        (["teacher"], "needs a subcommand: afd teacher simulate"),
+        (["quickstart", "teacher.style=oil"], "teacher.style is 'oil'"),
+        (["quickstart-full", "rows=[none]"], "rows: got ['none']"),
+    ],
+)
+def test_a_mistake_exits_2_with_one_sentence(
+    written: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    told: str,
+) -> None:
+    path, out = written
+    assert main([word.format(path=path, out=out) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+
+
+def test_a_run_that_fails_exits_1(
+    written: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Broken(TinyMethod):
+        def critic_step(self, batch: object) -> dict[str, float]:
+            return {"critic/margin": float("inf")}
+
+    monkeypatch.setattr(afd.training.loop, "build_method", lambda config: Broken())
+    assert main(["train", str(written[0])]) == 1
+    assert "update 1: critic/margin = inf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["doctor", "--jsn"]])
+def test_a_command_that_does_not_exist_exits_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    for command in ("train", "resume", "evaluate", "quickstart", "report", "doctor", "teacher"):
+        assert command in said
+
+
+def test_the_simulated_teacher_is_a_program_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "clips"
+    words = ["teacher", "simulate", "--style", "clean", "--count", "2", "--out", str(out)]
+    assert main([*words, "--seed", "3"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000000.mp4",
+        "000001.mp4",
+        "prompts.jsonl",
+    ]
+    assert main(words) != 0
+
+
+def test_doctor_speaks_to_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["ops"]) == {"forward_noise", "nft_loss"}

@@ -1,0 +1,67 @@
+"""The doctor: what runs here, what does not and why, for readers and for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from afd import doctor
+from afd_kernels import dispatch
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, Any]:
+    return doctor.inspect()
+
+
+def shown(facts: dict[str, Any]) -> str:
+    screen = Console(file=io.StringIO(), width=300)
+    doctor.show(facts, screen)
+    return screen.file.getvalue()
+
+
+def test_the_facts_are_ready_for_json(facts: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_versions_and_devices_are_told(facts: dict[str, Any]) -> None:
+    assert facts["python"] == platform.python_version()
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["cpu"]["cores"] >= 1
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    text = shown(facts)
+    assert torch.__version__ in text
+    assert facts["cpu"]["model"] in text
+
+
+def test_every_op_has_a_backend_and_every_other_backend_its_reason(facts: dict[str, Any]) -> None:
+    text = shown(facts)
+    for op in dispatch.OPS:
+        states = facts["ops"][op]
+        assert states["chosen"] in dispatch.BACKENDS
+        assert states[states["chosen"]] == "available"
+        assert op in text
+    assert set(facts["ops_by_device"]) >= {"cpu"}
+
+
+def test_what_is_missing_is_told_with_the_command_that_brings_it() -> None:
+    facts = doctor.inspect() | {
+        "missing_optional": [{"package": "x", "for": "y", "install": "pip install 'afd[x]'"}],
+        "compilers": {"c++": None},
+        "compiled_core": {"present": False, "why": "absent (no compiler)"},
+    }
+    text = shown(facts)
+    assert "optional: x (y): pip install 'afd[x]'" in text
+    assert "c++: not found" in text
+    assert "compiled core: absent (no compiler)" in text
+
+
+def test_a_program_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._first_line("no-such-program", "--version") is None
+    assert doctor._version("no-such-package") is None
