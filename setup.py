@@ -14,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+NOTE = "_native_missing.txt"
 # An environment that is not activated still has its tools beside its interpreter.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
 
@@ -23,6 +24,9 @@ class BuildCore(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # Read by afd_kernels.native.why_missing.
+        note = (ROOT / "afd_kernels" if self.editable_mode else target.parent) / NOTE
+        note.unlink(missing_ok=True)
         try:
             with tempfile.TemporaryDirectory() as build:
                 self._build(Path(build))
@@ -32,6 +36,8 @@ class BuildCore(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)
             reason = said.strip()[-2000:]
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(reason, encoding="utf-8")
             self.warn(f"afd is installed without its compiled core, because: {reason}")
 
     def _build(self, build: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,14 @@ _SCHEDULES = {"rectified_flow": 0, "vp_cosine": 1, "vp_linear": 2}
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("afd_kernels._native"), None
+    except ModuleNotFoundError:
+        # setup.py leaves the compiler's words there when the build failed.
+        note = Path(__file__).with_name("_native_missing.txt")
+        said = " ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else ""
+        return (
+            None,
+            f"the compiled core was not built ({said or 'build it with: pip install -e .'})",
+        )
     except ImportError as error:
         return None, f"the compiled core cannot be loaded ({error})"
 

@@ -44,7 +44,7 @@ void type_code(py::class_<Problem>& type, const char* name, afd::DType Problem::
 
 template <class Problem>
 py::class_<Problem> problem(py::module_& m, const char* name) {
-  py::class_<Problem> type(m, name);
+  py::class_<Problem> type(m, name, py::module_local());
   type.def(py::init([] { return Problem{}; }));
   part(type, "batch", &Problem::rows, &afd::Rows::batch);
   part(type, "outer", &Problem::rows, &afd::Rows::outer);
