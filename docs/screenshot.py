@@ -111,7 +111,7 @@ class Browser:
         self.send("Page.navigate", url=page.resolve().as_uri())
         self.wait("document.body?.dataset.ready === 'yes'")
 
-    def wait(self, condition: str, limit_s: float = 30.0) -> None:
+    def wait(self, condition: str, limit_s: float = 120.0) -> None:
         """Until a JavaScript condition holds; RuntimeError with the complaints if it never does."""
         end = time.monotonic() + limit_s
         while not self.value(condition):

@@ -71,9 +71,9 @@ DOCTOR = {
     },
 }
 LOG = """2026-01-01 12:00:00,000 INFO afd: 400 updates
-2026-01-01 12:00:05,000 WARNING step 12: discriminator accuracy is 1: its scores say little
-2026-01-01 12:00:09,000 WARNING step 31: discriminator accuracy is 1: its scores say little
-2026-01-01 12:00:10,000 WARNING step 40: r is near 0: the discriminator may be too strong
+2026-01-01 12:00:05,000 WARNING update 12: discriminator accuracy is 1: its scores say little
+2026-01-01 12:00:09,000 WARNING update 31: discriminator accuracy is 1: its scores say little
+2026-01-01 12:00:10,000 WARNING update 40: r is near 0: the discriminator may be too strong
 """
 
 

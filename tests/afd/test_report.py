@@ -101,7 +101,7 @@ def test_everything_from_the_files_is_escaped(folder: Path) -> None:
     videos = np.zeros((1, 12, 16, 16, 3), np.uint8)
     for part in ("base", "sft", "afd"):
         save_file({"videos": videos}, folder / part / "samples.safetensors", metadata)
-    (folder / "afd/train.log").write_text(f"WARNING step 1: {evil}\n", encoding="utf-8")
+    (folder / "afd/train.log").write_text(f"WARNING update 1: {evil}\n", encoding="utf-8")
     (folder / "afd/config.yaml").write_text(json.dumps({evil: evil}), encoding="utf-8")
     doctor = {"afd": evil, "ops": {evil: {"chosen": evil}}}
     (folder / "afd/doctor.json").write_text(json.dumps(doctor), encoding="utf-8")
@@ -257,8 +257,8 @@ def test_a_step_written_twice_counts_once_with_its_later_line() -> None:
 
 def test_warnings_come_once_with_their_count(folder: Path) -> None:
     said = read_parts(folder)["afd"].warnings
-    assert said[0].endswith("its scores say little (from step 12, 2 times)")
-    assert said[1].endswith("too strong (from step 40)")
+    assert said[0].endswith("its scores say little (from update 12, 2 times)")
+    assert said[1].endswith("too strong (from update 40)")
 
 
 def test_the_prompts_shown_are_unlike_each_other(folder: Path) -> None:

@@ -97,6 +97,6 @@ def test_an_error_in_a_page_and_a_request_are_noticed(tmp_path: Path) -> None:
 def test_the_screenshot_script_makes_a_small_picture(report: Path, tmp_path: Path) -> None:
     png = tmp_path / "quickstart.png"
     command = [sys.executable, str(SCRIPT), str(report.parent), str(png)]
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert png.stat().st_size < screenshot.LIMIT_BYTES

@@ -10,6 +10,10 @@ from afd.evaluation.report_charts import Chart, Series, draw, window
 from afd.evaluation.report_read import LABELS, Part, numbers
 
 CURVES = ("phys", "rend", "g_mae", "traj_fd")
+DEVIATIONS = (
+    ("student/ref_deviation", "the base", "base"),
+    ("student/old_deviation", "its own average", "afd"),
+)
 # Phases in the trainer's order; what lies between them is "other".
 PHASES = ("teacher", "rollout", "critic", "student", "evaluate", "other")
 
@@ -82,6 +86,13 @@ def charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
     yield _update_chart(
         parts, "Discriminator loss", "", (("critic/loss", "discriminator", "teacher"),)
     )
+    yield _update_chart(
+        parts,
+        "How far the student is from",
+        "mean squared difference of velocities",
+        DEVIATIONS,
+        zero=True,
+    )
     sft = (("student/loss", "student", "sft"),)
     yield _update_chart(parts, "SFT loss", "", sft, run="sft")
 
@@ -139,7 +150,7 @@ def _update_chart(
 def more_charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
     """Every logged key that has no chart of its own."""
     shown = {"student/loss", "student/r_mean", "student/r_at_0", "student/r_at_1"}
-    shown |= {"critic/accuracy", "critic/margin", "critic/loss"}
+    shown |= {key for key, _, _ in DEVIATIONS} | {"critic/accuracy", "critic/margin", "critic/loss"}
     shown |= {key for key, _, _ in _agreements(parts)}
     for part in runs(parts):
         for key in _keys(part):
@@ -228,12 +239,12 @@ def timing(parts: dict[str, Part]) -> dict[str, Any] | None:
 
 
 def _time_cells(seconds: float, updates: int) -> tuple[str, str]:
-    return (
-        (_seconds(seconds), f"{1000 * seconds / max(updates, 1):.1f} ms") if seconds else ("–", "–")
-    )
+    return (_seconds(seconds), _seconds(seconds / max(updates, 1))) if seconds else ("–", "–")
 
 
 def _seconds(value: float) -> str:
     if value >= 100:
         return f"{int(value) // 60} min {int(value) % 60:02d} s"
-    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+    if value >= 1:
+        return f"{value:.1f} s"
+    return f"{1000 * value:.0f} ms" if value >= 0.01 else f"{1000 * value:.1f} ms"

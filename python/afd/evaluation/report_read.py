@@ -238,12 +238,12 @@ def _read_warnings(path: Path) -> list[str]:
     first: dict[str, str] = {}
     count: Counter[str] = Counter()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        found = re.search(r"\bWARNING:? (?:step (\d+): )?(.*)", line)
+        found = re.search(r"\bWARNING:? (?:(?:step|update) (\d+): )?(.*)", line)
         if found:
             first.setdefault(found[2], found[1] or "")
             count[found[2]] += 1
     notes = {
-        text: (f"from step {first[text]}" if first[text] else "")
+        text: (f"from update {first[text]}" if first[text] else "")
         + (f", {times} times" if times > 1 else "")
         for text, times in count.items()
     }

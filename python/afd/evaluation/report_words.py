@@ -12,7 +12,8 @@ Metrics = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Metric:
-    """`better`: "lower", "higher" or "teacher" (the closer to the teacher's value, the better)."""
+    """`better`: "lower", "higher", "teacher" (the closer to the teacher's value, the better), or
+    "far" (only too near is bad, so there is no best)."""
 
     key: str
     name: str
@@ -32,12 +33,13 @@ METRICS = (
     Metric("motion", "Motion", "teacher"),
     Metric("adh", "Prompt kept", "higher"),
     Metric("div", "Diversity", "teacher"),
-    Metric("nn", "Nearest in training", "teacher"),
+    Metric("nn", "Nearest in training", "far"),
 )
 DIRECTION = {
     "lower": "lower is better",
     "higher": "higher is better",
     "teacher": "best like the teacher’s",
+    "far": "near 0 is memorised",
 }
 
 # The look counts as kept up to this rise of `rend`, and values this close (relative) as equal:
@@ -61,7 +63,11 @@ def number(value: float) -> str:
 def best(metric: Metric, values: dict[str, float]) -> set[str]:
     """The columns but the teacher's whose printed value is the best one; none without a rival."""
     own = {name: value for name, value in values.items() if name != "teacher"}
-    if len(own) < 2 or (metric.better == "teacher" and "teacher" not in values):
+    if (
+        len(own) < 2
+        or metric.better == "far"
+        or (metric.better == "teacher" and "teacher" not in values)
+    ):
         return set()
     badness = {
         "lower": lambda value: value,
