@@ -104,10 +104,10 @@ class DiscriminatorConfig(Section):
     betas: tuple[float, float] = Field(default=(0.5, 0.99), description="AdamW betas")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
     r1: float = Field(
-        default=0.5, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
+        default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
     )
     noise: float = Field(
-        default=0.5,
+        default=0.2,
         ge=0,
         description="std of noise on the features (scratch: on the pixels) in training",
     )
@@ -118,9 +118,9 @@ class DiscriminatorConfig(Section):
         default=4, ge=1, description="looks averaged in a score (1: the video as is)"
     )
     warmup_steps: int = Field(
-        default=20, ge=0, description="critic steps before the first student step"
+        default=30, ge=0, description="critic steps before the first student step"
     )
-    steps_per_update: int = Field(default=1, ge=0, description="critic steps per student step")
+    steps_per_update: int = Field(default=2, ge=0, description="critic steps per student step")
 
 
 class AfdConfig(Section):
