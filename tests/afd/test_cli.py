@@ -59,7 +59,7 @@ def test_a_stopped_run_exits_130_and_is_resumed(
     ("words", "told"),
     [
         (["train", "none.yaml"], "none.yaml: cannot be read"),
-        (["train", "{path}", "stepz=3"], "unknown key 'stepz'; did you mean steps?"),
+        (["train", "{path}", "stepz=3"], "unknown key 'stepz'; did you mean steps"),
         (["train", "{path}", "steps=many"], "steps is 'many'"),
         (["train", "{path}", "teacher.path=/none"], "teacher folder /none: no such folder"),
         (["resume", "{out}/none"], "config.yaml: cannot be read"),
