@@ -175,13 +175,13 @@ def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def by_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sorted by step; a resumed run writes some steps twice, the later line counts."""
-    kept: dict[int, dict[str, Any]] = {}
+    """Sorted by step; of two lines of one step and method the later counts."""
+    kept: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:
         step = line.get("step", 0)
         if isinstance(step, int) and not isinstance(step, bool):
-            kept[step] = {**line, "step": step}
-    return [kept[step] for step in sorted(kept)]
+            kept[step, str(line.get("method", ""))] = {**line, "step": step}
+    return sorted(kept.values(), key=lambda line: line["step"])
 
 
 def numbers(data: Any) -> dict[str, float]:
