@@ -28,10 +28,10 @@ def compile_spilling(arch: str) -> Result:
     """Compiles the kernel for `arch`; runs in a worker."""
     launch = Launch(
         _spilling_kernel,
-        constants={"BLOCK": 8192},
+        constants={"BLOCK": 4096},
         types={"x_ptr": "*fp32", "out_ptr": "*fp32", "steps": "i32"},
         options={"num_warps": 1, "enable_fp_fusion": False},
-        loaded=2 * 8192 * 4,
-        stored=8192 * 4,
+        loaded=2 * 4096 * 4,
+        stored=4096 * 4,
     )
     return compile_launch(launch, "spilling", arch)

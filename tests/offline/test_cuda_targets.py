@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future
-from pathlib import Path
+from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 
@@ -14,13 +12,10 @@ Pending = dict[tuple[str, str], Future[list[budget.Result]]]
 
 
 @pytest.fixture(scope="module")
-def pending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pending]:
+def pending(workers: ProcessPoolExecutor) -> Pending:
     if cuda_sources.nvcc() is None:
         pytest.skip("nvcc is not on the path: CUDA sources are compiled where it is")
-    pytest.importorskip("triton", reason="Triton carries the cuobjdump that reads the kernels")
-    folder: Path = tmp_path_factory.mktemp("cuda")
-    with budget.pool(str(folder)) as workers:
-        yield cuda_sources.submit_all(workers)
+    return cuda_sources.submit_all(workers)
 
 
 @pytest.mark.parametrize("arch", cuda_sources.ARCHS)

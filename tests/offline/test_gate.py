@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -17,11 +17,8 @@ def _compile_spilling(arch: str) -> budget.Result:
 
 
 @pytest.fixture(scope="module")
-def spilling(tmp_path_factory: pytest.TempPathFactory) -> budget.Result:
-    pytest.importorskip("triton", reason="Triton is not installed here")
-    folder: Path = tmp_path_factory.mktemp("triton")
-    with budget.pool(str(folder)) as workers:
-        return workers.submit(_compile_spilling, "sm_90").result()
+def spilling(workers: ProcessPoolExecutor) -> budget.Result:
+    return workers.submit(_compile_spilling, "sm_90").result()
 
 
 @pytest.mark.parametrize("limit", ["stack bytes", "spills", "atomics", "16-byte loads"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future
-from pathlib import Path
+from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 
@@ -15,11 +13,8 @@ Pending = dict[tuple[str, str], Future[list[budget.Result]]]
 
 
 @pytest.fixture(scope="module")
-def pending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pending]:
-    pytest.importorskip("triton", reason="Triton is not installed here")
-    folder: Path = tmp_path_factory.mktemp("triton")
-    with budget.pool(str(folder)) as workers:
-        yield budget.submit_all(workers)
+def pending(workers: ProcessPoolExecutor) -> Pending:
+    return budget.submit_all(workers)
 
 
 @pytest.mark.parametrize(
