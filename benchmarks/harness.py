@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -55,12 +55,12 @@ def timed(
     host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in names if name not in slow}
     spent: dict[str, list[float]] = {name: [] for name in names}
     issued: dict[str, list[float]] = {name: [] for name in names}
-    start = time.perf_counter()
+    start = perf_counter()
     gc.collect()
     gc.disable()
     try:
         for rep in range(reps):
-            if rep >= _MIN_ROUNDS and time.perf_counter() - start > budget_s:
+            if rep >= _MIN_ROUNDS and perf_counter() - start > budget_s:
                 break
             shift = rep % len(names)
             for name in names[shift:] + names[:shift]:
@@ -92,18 +92,18 @@ def _percentiles(values: list[float]) -> tuple[float, float, float]:
 def _once(run: Run, index: int, device: str, head_start_s: float) -> tuple[float, float]:
     """Milliseconds of one call, and the seconds the host took to issue it."""
     if device != "cuda":
-        start = time.perf_counter()
+        start = perf_counter()
         run(index)
-        elapsed = time.perf_counter() - start
+        elapsed = perf_counter() - start
         return elapsed * 1e3, elapsed
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     # The spin covers the time to issue the call. 2e9 cycles a second is no less than any clock.
     torch.cuda._sleep(int(2e9 * head_start_s))
     first.record()
-    start = time.perf_counter()
+    start = perf_counter()
     run(index)
-    issued = time.perf_counter() - start
+    issued = perf_counter() - start
     last.record()
     torch.cuda.synchronize()
     return first.elapsed_time(last), issued

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,12 +102,25 @@ def test_providers_are_interleaved_and_the_order_rotates() -> None:
     assert {t.reps for t in timings.values()} == {4}
 
 
-def test_a_slow_provider_runs_three_rounds_and_the_others_go_on() -> None:
-    runs = {"slow": lambda _: time.sleep(0.25), "fast": lambda _: None}
+def test_a_slow_provider_runs_three_rounds_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+
+    def takes(seconds: float) -> harness.Run:
+        def run(_: int) -> None:
+            nonlocal now
+            now += seconds
+
+        return run
+
+    monkeypatch.setattr(harness, "perf_counter", lambda: now)
+    runs = {"slow": takes(0.25), "fast": takes(0.01)}
     timings = harness.timed(runs, "cpu", sets=1, reps=9, budget_s=2.0)
     assert timings["slow"].reps == 3
     assert timings["fast"].reps == 9
-    assert timings["slow"].median_ms >= 250
+    assert timings["slow"].median_ms == pytest.approx(250)
+    assert timings["fast"].median_ms == pytest.approx(10)
 
 
 def test_peak_memory_sees_temporaries_that_are_gone_when_the_call_returns() -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import OP_TESTS, ROOT, Section, main, sections
+from benchmarks import gpu_check
+from benchmarks.gpu_check import OP_TESTS, ROOT, Machine, Section, main, sections
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares a test the process that asks torch what is here."""
+    monkeypatch.setattr(gpu_check, "probe", lambda: Machine("here", "a machine", False))
 
 
 def python(code: str) -> list[str]:
@@ -22,12 +29,13 @@ def outcomes(out: Path) -> dict[str, dict[str, str]]:
     return {outcome["section"]: outcome for outcome in listed}
 
 
+@pytest.mark.usefixtures("machine")
 def test_a_failing_section_is_reported_and_the_others_still_run(tmp_path: Path) -> None:
     check = [
         Section("good", [python("print('fine')")], 60),
         Section("bad", [python("print('why it broke'); raise SystemExit(3)")], 60),
         Section("absent", [["no-such-program"]], 60),
-        Section("after", [python("import afd_kernels, benchmarks, afd")], 60),
+        Section("after", [python("import benchmarks, afd")], 60),
     ]
     assert main(["--out", str(tmp_path)], check) == 1
     found = outcomes(tmp_path)
@@ -46,12 +54,14 @@ def test_a_failing_section_is_reported_and_the_others_still_run(tmp_path: Path) 
     assert log.index("fine") < log.index("why it broke")
 
 
+@pytest.mark.usefixtures("machine")
 def test_every_command_of_a_section_runs_even_if_the_first_fails(tmp_path: Path) -> None:
     commands = [python("raise SystemExit(1)"), python("print('second ran')")]
     assert main(["--out", str(tmp_path)], [Section("both", commands, 60)]) == 1
     assert "second ran" in (tmp_path / "gpu-check.log").read_text()
 
 
+@pytest.mark.usefixtures("machine")
 def test_a_section_is_stopped_at_its_limit_with_its_children(tmp_path: Path) -> None:
     alive = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(8); pathlib.Path({str(alive)!r}).touch()"
@@ -73,12 +83,14 @@ def test_sections_that_need_a_gpu_are_skipped_with_the_reason(tmp_path: Path) ->
     assert "| sanitizer | skipped | 0 | no CUDA device |" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.usefixtures("machine")
 def test_a_missing_tool_skips_the_section_that_needs_it(tmp_path: Path) -> None:
     check = [Section("sanitizer", [["no-such-tool"]], 5, needs_tool="no-such-tool")]
     assert main(["--out", str(tmp_path)], check) == 0
     assert outcomes(tmp_path)["sanitizer"]["note"] == "no-such-tool is not on the PATH"
 
 
+@pytest.mark.usefixtures("machine")
 def test_an_unknown_section_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,13 +103,14 @@ def test_the_limits_add_up_to_less_than_ten_minutes(tmp_path: Path) -> None:
     assert sum(section.limit_s for section in sections(tmp_path, tmp_path)) < 600
 
 
+@pytest.mark.usefixtures("machine")
 def test_results_of_the_benchmarks_are_in_the_summary(tmp_path: Path) -> None:
     code = (
         "import sys; from benchmarks import forward_noise; forward_noise.main(['--device', 'cpu', "
         f"'--quick', '--providers', 'eager', '--dtype', 'fp32', '--out', {str(tmp_path)!r}])"
     )
     assert (
-        main(["--out", str(tmp_path)], [Section("bench-forward_noise", [python(code)], 120)]) == 0
+        main(["--out", str(tmp_path)], [Section("bench-forward_noise", [python(code)], 500)]) == 0
     )
     summary = (tmp_path / "summary.md").read_text()
     assert re.search(r"\| rectified_flow \| fp32 \| 2 \| given \| eager \| [\d.]+ \|", summary)
