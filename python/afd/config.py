@@ -117,6 +117,10 @@ class DiscriminatorConfig(Section):
     score_looks: int = Field(
         default=4, ge=1, description="looks averaged in a score (1: the video as is)"
     )
+    beginnings: bool = Field(
+        default=True,
+        description="also rank by the first quarters of a clip, before a bounce can hide the fall",
+    )
     warmup_steps: int = Field(
         default=30, ge=0, description="critic steps before the first student step"
     )

@@ -116,3 +116,21 @@ def test_without_looks_a_score_has_no_randomness(random_motion: str) -> None:
     scorer = critic(random_looks=False, checkpoint=random_motion)
     clean = videos("target")
     assert torch.equal(scorer.score(clean, TWENTY), scorer.score(clean, TWENTY))
+
+
+def test_a_beginning_hides_what_comes_later() -> None:
+    scorer = critic(backbone="scratch", random_looks=False)
+    one = videos("target")
+    other = one.clone()
+    other[:, 6:] = videos("source")[:, 6:]
+    halves = torch.full((20,), 2)
+    assert torch.equal(scorer._beginning(one, halves), scorer._beginning(other, halves))
+    assert not torch.equal(scorer._beginning(one, halves + 1), scorer._beginning(other, halves + 1))
+    assert torch.equal(scorer._beginning(one, halves + 2), one)
+
+
+def test_a_shared_look_is_the_same_for_all() -> None:
+    same = videos("target")[:1].repeat(5, 1, 1, 1, 1)
+    for seed in range(6):
+        looked = random_look(same, Generator().manual_seed(seed), shared=True)
+        assert torch.equal(looked, looked[:1].expand_as(looked))

@@ -22,24 +22,28 @@ def _field(n: int, height: int, width: int, generator: Generator) -> Tensor:
     return F.interpolate(coarse, (height, width), mode="nearest").unsqueeze(1)
 
 
-def random_look(video_BFCHW: Tensor, generator: Generator, strength: float = 1.0) -> Tensor:
+def random_look(
+    video_BFCHW: Tensor, generator: Generator, strength: float = 1.0, shared: bool = False
+) -> Tensor:
     """New contrast, brightness, tint, texture, corner patch and pixel noise, one draw per video.
 
     A discriminator that sees both sides under random looks cannot tell them apart by the look.
+    `shared`: one draw for all videos, so that they can be compared under the same look.
     """
-    B, _, C, H, W = video_BFCHW.shape
-    gain = 1 + strength * _uniform(B, -0.5, 0.2, generator)
-    lift = strength * _uniform(B, -0.3, 0.5, generator)
-    tint = strength * 0.05 * torch.randn(B, 1, C, 1, 1, generator=generator)
-    grain = strength * _uniform(B, 0.0, 0.25, generator)
-    video = gain * video_BFCHW + lift + tint + grain * _field(B, H, W, generator)
-    size, patched = max(2, H // 5), torch.rand(B, generator=generator) < 0.3 * strength
-    right, bottom = torch.randint(2, (2, B), generator=generator).bool()
-    level = _uniform(B, -1.0, 1.0, generator).view(B, 1, 1, 1)
-    for b in patched.nonzero().flatten().tolist():
-        rows = slice(H - size - 1, H - 1) if bottom[b] else slice(1, 1 + size)
-        columns = slice(W - size - 1, W - 1) if right[b] else slice(1, 1 + size)
-        video[b, :, :, rows, columns] = level[b]
-    noise = strength * _uniform(B, 0.0, 1.0, generator).square() * 0.3
-    video = video + noise * torch.randn(video.shape, generator=generator)
+    B, frames, C, H, W = video_BFCHW.shape
+    n = 1 if shared else B
+    gain = 1 + strength * _uniform(n, -0.5, 0.2, generator)
+    lift = strength * _uniform(n, -0.3, 0.5, generator)
+    tint = strength * 0.05 * torch.randn(n, 1, C, 1, 1, generator=generator)
+    grain = strength * _uniform(n, 0.0, 0.25, generator)
+    video = gain * video_BFCHW + lift + tint + grain * _field(n, H, W, generator)
+    size, patched = max(2, H // 5), torch.rand(n, generator=generator) < 0.3 * strength
+    right, bottom = torch.randint(2, (2, n), generator=generator).bool()
+    level = _uniform(n, -1.0, 1.0, generator).flatten().tolist()
+    for i in patched.nonzero().flatten().tolist():
+        rows = slice(H - size - 1, H - 1) if bottom[i] else slice(1, 1 + size)
+        columns = slice(W - size - 1, W - 1) if right[i] else slice(1, 1 + size)
+        video[slice(None) if shared else i, ..., rows, columns] = level[i]
+    noise = strength * _uniform(n, 0.0, 1.0, generator).square() * 0.3
+    video = video + noise * torch.randn(n, frames, C, H, W, generator=generator)
     return video.clamp(-1, 1)

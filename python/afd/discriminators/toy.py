@@ -142,19 +142,32 @@ class ToyCritic:
             weight_decay=config.weight_decay,
         )
 
-    def _look(self, video_BFCHW: Tensor) -> Tensor:
+    def _look(self, video_BFCHW: Tensor, shared: bool = False) -> Tensor:
         if not self.config.random_looks:
             return video_BFCHW
-        return random_look(video_BFCHW, self.generator)
+        return random_look(video_BFCHW, self.generator, shared=shared)
 
     def _text(self, prompts: list[str]) -> Tensor:
         return encode_prompts(prompts, TEXT_LEN, TEXT_DIM).flatten(1)
+
+    def _beginning(self, inputs: Tensor, quarters_B: Tensor) -> Tensor:
+        """Blank everything after the given number of quarters of each clip."""
+        frames = inputs.shape[1]
+        seen_BF = torch.arange(frames) * 4 < quarters_B[:, None] * frames
+        return inputs * seen_BF.view(*seen_BF.shape, *[1] * (inputs.ndim - 2))
 
     @torch.no_grad()
     def score(self, video_BFCHW: Tensor, prompts: list[str]) -> Tensor:
         text_BE = self._text(prompts)
         looks = self.config.score_looks if self.config.random_looks else 1
-        scores = [self.net(self.net.inputs(self._look(video_BFCHW)), text_BE) for _ in range(looks)]
+        quarters = (4, 3, 2, 1) if self.config.beginnings else (4,)
+        scores = []
+        # All videos under the same looks: what a look adds to the score cancels in the advantage.
+        for _ in range(looks):
+            inputs = self.net.inputs(self._look(video_BFCHW, shared=True))
+            for count in quarters:
+                seen = self._beginning(inputs, torch.full((len(inputs),), count))
+                scores.append(self.net(seen, text_BE))
         return torch.stack(scores).mean(0)
 
     def step(
@@ -164,7 +177,11 @@ class ToyCritic:
         teacher = self._noisy(self.net.inputs(self._look(teacher_BFCHW)))
         student = self._noisy(self.net.inputs(self._look(student_BFCHW)))
         teacher.requires_grad_(self.config.r1 > 0)
-        teacher_B, student_B = self.net(teacher, text_BE), self.net(student, text_BE)
+        quarters_B = torch.full((len(teacher),), 4)
+        if self.config.beginnings:
+            quarters_B = torch.randint(1, 5, (len(teacher),), generator=self.generator)
+        teacher_B = self.net(self._beginning(teacher, quarters_B), text_BE)
+        student_B = self.net(self._beginning(student, quarters_B), text_BE)
         loss = LOSSES[self.config.loss](teacher_B, student_B)
         total = loss
         if self.config.r1 > 0:
