@@ -357,14 +357,14 @@ def _nft_loss_finalize_kernel(
     loss = scale * (pull_pos / w_pos + pull_neg / w_neg) + prior_weight * prior
     place = sample * tl.num_programs(0) + group
     tl.store(losses_ptr + place, loss / of_batch)
-    out = metrics_ptr + place * METRICS
-    tl.store(out, sq_pos / w_pos / elements)
-    tl.store(out + 1, sq_neg / w_neg / elements)
-    tl.store(out + 2, prior / elements)
-    tl.store(out + 3, w_pos)
-    tl.store(out + 4, w_neg)
-    tl.store(out + 5, _column(plain, column, 5) / elements)
-    tl.store(out + 6, ref_sq / elements)
+    columns = metrics_ptr + place * METRICS
+    tl.store(columns, sq_pos / w_pos / elements)
+    tl.store(columns + 1, sq_neg / w_neg / elements)
+    tl.store(columns + 2, prior / elements)
+    tl.store(columns + 3, w_pos)
+    tl.store(columns + 4, w_neg)
+    tl.store(columns + 5, _column(plain, column, 5) / elements)
+    tl.store(columns + 6, ref_sq / elements)
 
     if coefficients_ptr is not None:
         for first in range(0, members, FRAMES):
