@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -15,8 +14,7 @@ from afd.teachers.base import Request, TeacherError
 from afd.teachers.folder import FolderTeacher
 from afd.training.teacher import Videos
 from afd.video import write_video
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.afd.clips import make_clip_folder
 
 
 @pytest.fixture
@@ -162,15 +160,7 @@ def test_each_file_is_decoded_once(clips: Path) -> None:
     assert torch.equal(videos.fetch(teacher.requests), first)
 
 
-def test_the_shipped_manifest_is_the_real_clips_table(shared: Path) -> None:
-    videos = shared / "data" / "videos"
-    with (videos / "pairs.csv").open(encoding="utf-8", newline="") as file:
-        expected = [
-            (Path(row[path]).name, row["prompt"])
-            for row in csv.DictReader(file)
-            for path in ("path_A", "path_B")
-        ]
-    with (CONFIGS / "folder.csv").open(encoding="utf-8", newline="") as file:
-        assert [(row["file"], row["prompt"]) for row in csv.DictReader(file)] == expected
-    teacher = FolderTeacher(videos, CONFIGS / "folder.csv", frames=12, fps=8)
+def test_reads_a_folder_of_real_clips(tmp_path: Path, shared: Path) -> None:
+    teacher = FolderTeacher(make_clip_folder(shared, tmp_path / "clips"), frames=12, fps=8)
     assert len(teacher.requests) == 6
+    assert len({request.prompt for request in teacher.requests}) == 3

@@ -14,6 +14,7 @@ from afd.config import ConfigError, load_config
 from afd.quickstart import final_evaluation, quickstart
 from afd.quickstart_full import ROWS, quickstart_full
 from afd.training.loop import Outcome, evaluate_run, train
+from tests.afd.clips import make_clip_folder
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -155,7 +156,7 @@ def test_the_folder_file_trains_on_real_clips(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    clips = shared / "data" / "videos"
+    clips = make_clip_folder(shared, tmp_path / "clips")
     config = load_config(
         "configs/folder.yaml", [f"out={tmp_path / 'run'}", f"teacher.path={clips}"]
     )

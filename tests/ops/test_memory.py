@@ -24,7 +24,8 @@ import sys, torch
 from afd import ops
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
-dtype, leaf, noise_given = getattr(torch, sys.argv[1]), sys.argv[2] == "leaf", sys.argv[3] == "noise"
+dtype, leaf = getattr(torch, sys.argv[1]), sys.argv[2] == "leaf"
+noise_given = sys.argv[3] == "noise"
 torch.set_num_threads(2)
 def step(count):
     g = torch.Generator().manual_seed(0)
