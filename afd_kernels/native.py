@@ -108,6 +108,14 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def threads(x: Tensor) -> int:
+    """How many threads a pass over x deserves: torch's setting, one for a small x.
+
+    Results do not depend on it; waking a thread costs as much as tens of thousands of elements.
+    """
+    return min(torch.get_num_threads(), 1 + x.numel() // 32768)
+
+
 def stream(x: Tensor) -> int:
     """The current CUDA stream of x's device, as an integer."""
     return torch.cuda.current_stream(x.device).cuda_stream
@@ -143,8 +151,8 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
     exactly 1 writes nothing. The factor is read on x's device."""
     code, count = type_code(x.dtype), x.numel()
     if x.device.type == "cpu":
-        threads = torch.get_num_threads()
-        core().scale_cpu(code, x.data_ptr(), out.data_ptr(), count, float(factor.detach()), threads)
+        value = float(factor.detach())
+        core().scale_cpu(code, x.data_ptr(), out.data_ptr(), count, value, threads(x))
         return
     wide = factor.detach().to(torch.float32)
     with torch.cuda.device(x.device):
@@ -156,7 +164,6 @@ def stream_5r1w(inputs: list[Tensor], out: Tensor, *, non_temporal: bool) -> Non
 
     The benchmarks' floor; `non_temporal` chooses stores that bypass the caches.
     """
-    threads = torch.get_num_threads()
     core().stream_5r1w(
-        [x.data_ptr() for x in inputs], out.data_ptr(), out.numel(), non_temporal, threads
+        [x.data_ptr() for x in inputs], out.data_ptr(), out.numel(), non_temporal, threads(out)
     )

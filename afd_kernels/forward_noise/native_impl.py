@@ -28,7 +28,7 @@ def _run(
     problem.noise = native.pointer(noise)
     problem.x_t = native.pointer(x_t)
     if x0.device.type == "cpu":
-        getattr(core, f"{name}_cpu")(problem, torch.get_num_threads())
+        getattr(core, f"{name}_cpu")(problem, native.threads(x0))
     else:
         with torch.cuda.device(x0.device):
             getattr(core, f"{name}_cuda")(problem, native.stream(x0))

@@ -60,7 +60,7 @@ def nft_loss(
     problem.metrics = native.pointer(metrics)
     problem.grad = native.pointer(grad) if plan.needs_grad else 0
     if x0.device.type == "cpu":
-        core.nft_loss_cpu(problem, torch.get_num_threads())
+        core.nft_loss_cpu(problem, native.threads(x0))
     else:
         size = core.nft_loss_workspace(problem)
         workspace = torch.empty(size, dtype=torch.uint8, device=x0.device)
