@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/include/afd/*.h)
 
 .PHONY: quickstart quickstart-full test check format bench offline gpu-check base motion-backbone \
-        screenshot lock setup clean
+        screenshot readme lock setup clean
 
 quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
 	$(BIN)/afd quickstart $(ARGS)
@@ -47,6 +47,9 @@ motion-backbone: setup ## make the shipped motion backbone again
 
 screenshot: setup ## docs/quickstart.png from the last quickstart; needs chromium
 	$(BIN)/python docs/screenshot.py runs/quickstart docs/quickstart.png
+
+readme: setup ## fill README's tables from the last quickstart and benchmarks
+	$(BIN)/python -m docs.fill_readme
 
 lock: setup ## pin every dependency again
 	$(BIN)/python -m pip install --quiet uv

@@ -1,0 +1,68 @@
+"""Writes the measured tables of README.md between their markers: `make readme`.
+
+The quickstart's from runs/quickstart, the benchmarks' from benchmarks/results/<device>/*.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from afd.quickstart import COLUMNS, final_evaluation
+from benchmarks.gpu_check import result_table
+from benchmarks.report import device_name
+
+ROOT = Path(__file__).parents[1]
+MEANING = {
+    "phys": "distance in pixels to the best trajectory of the teacher's physics",
+    "g_mae": "error of the fitted gravity",
+    "motion": "pixels per frame",
+    "rend": "distance to the student's own look",
+    "adh": "share of videos with every attribute of the prompt",
+    "traj_fd": "Fréchet distance of trajectories to the teacher's",
+}
+
+
+def quickstart_table(root: Path) -> str:
+    """The final metrics of teacher, base, SFT and AFD, with their provenance."""
+    columns = [c for c in COLUMNS if c in MEANING]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, folder in (("teacher", "base"), ("base", "base"), ("sft", "sft"), ("afd", "afd")):
+        line = final_evaluation(root / folder, name)
+        if line is None:
+            raise SystemExit(f"{root / folder}: no evaluation of {name}; run `make quickstart`")
+        values = " | ".join(f"{line['metrics'][c]:.3f}" for c in columns)
+        lines.append(f"| {name.upper() if name in ('sft', 'afd') else name} | {values} |")
+    spent = {m: (root / m / "DONE").read_text().strip() for m in ("sft", "afd")}
+    meanings = "; ".join(f"`{c}`: {MEANING[c]}" for c in columns)
+    lines += [
+        "",
+        f"{meanings}. Held-out seeds, one training seed ({line['seed']}), teacher look `nuis`. SFT: "
+        f"{spent['sft']}; AFD: {spent['afd']} ({device_name('cpu')}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}).",
+    ]
+    return "\n".join(lines)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers of `name` replaced."""
+    pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = fill(readme.read_text(), "quickstart", quickstart_table(ROOT / "runs" / "quickstart"))
+    results = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+    saved = [json.loads(path.read_text()) for path in results]
+    tables = "\n\n".join("\n".join(result_table(one["name"], one)) for one in saved)
+    readme.write_text(fill(text, "benchmarks", tables))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
