@@ -21,26 +21,31 @@ from afd.config import ConfigError, RunConfig, make_config
 from afd.quickstart import COLUMNS, base, final_evaluation
 from afd.training.loop import Outcome, train
 
-SCRATCH, MOTION = "discriminator.backbone=scratch", "discriminator.backbone=motion"
-RANDOM = "discriminator.backbone=random"
+MOTION, RANDOM = "discriminator.backbone=motion", "discriminator.backbone=random"
+# The plain discriminator: whole clips as they look, no help from outside.
+SCRATCH = [
+    "discriminator.backbone=scratch",
+    "discriminator.random_looks=false",
+    "discriminator.beginnings=false",
+]
 # Row name: overrides. Its first word is the teacher's look.
 ROWS: dict[str, list[str]] = {
     "nuis-sft": ["method=sft"],
-    "nuis-afd-scratch": [SCRATCH],
+    "nuis-afd-scratch": SCRATCH,
     "nuis-afd-motion": [MOTION],
     "mark-sft": ["method=sft"],
-    "mark-afd-scratch": [SCRATCH],
+    "mark-afd-scratch": SCRATCH,
     "mark-afd-motion": [MOTION],
     "outline-sft": ["method=sft"],
     "outline-afd-motion": [MOTION],
     "noise-sft": ["method=sft"],
     "noise-afd-motion": [MOTION],
     "clean-sft": ["method=sft"],
-    "clean-afd-scratch": [SCRATCH],
+    "clean-afd-scratch": SCRATCH,
     "clean-afd-motion": [MOTION],
     # Controls: no signal, and a frozen backbone that was never trained.
     "nuis-control-random-advantage": [MOTION, "afd.advantage=random"],
-    "clean-control-random-advantage": [SCRATCH, "afd.advantage=random"],
+    "clean-control-random-advantage": [*SCRATCH, "afd.advantage=random"],
     "nuis-control-random-backbone": [RANDOM],
 }
 SIGNS = ("critic/margin", "critic/accuracy", "agreement/phys")
