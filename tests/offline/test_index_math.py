@@ -45,7 +45,7 @@ def _intermediate(op: str, kind: str) -> dict[str, str]:
 
 
 def _narrow_offsets(ir: str) -> list[str]:
-    """Additions to a pointer to streamed data whose offset could overflow 32 bits."""
+    """Where an offset into streamed data could overflow: a 32-bit one, or one widened too late."""
     values = dict(re.findall(r"^\s*(%[\w#]+) = (.*)$", ir, re.M))
     found = []
     for base, offset, kind in re.findall(r"tt\.addptr (%\w+), (%\w+) : (\S+ ?\S*)", ir):
@@ -53,6 +53,9 @@ def _narrow_offsets(ir: str) -> list[str]:
         is_lane = "tt.make_range" in values.get(offset, "") or "splat" in values.get(offset, "")
         if streamed and re.search(r", (i32|tensor<\d+xi32>)", kind) and not is_lane:
             found.append(f"{base} + {offset}: {kind}")
+    for wide, narrow in re.findall(r"(%\w+) = arith\.extsi (%\w+) : i32 to i64", ir):
+        if "arith.muli" in values.get(narrow, ""):
+            found.append(f"{wide} widens {narrow} after multiplying")
     return found
 
 
@@ -66,6 +69,17 @@ def test_offsets_into_huge_tensors_are_64_bits_wide(
     for name, ir in kernels.items():
         assert re.search(r"tt\.addptr .*!tt\.ptr<bf16>, i64", ir), f"{name} has no 64-bit offset"
         assert _narrow_offsets(ir) == [], name
+
+
+@pytest.mark.parametrize(
+    "ir",
+    [
+        "  %1 = tt.addptr %x_ptr, %0 : !tt.ptr<bf16>, i32",
+        "  %0 = arith.muli %a, %b : i32\n  %1 = arith.extsi %0 : i32 to i64",
+    ],
+)
+def test_a_32_bit_offset_is_found(ir: str) -> None:
+    assert len(_narrow_offsets(ir)) == 1
 
 
 @pytest.mark.parametrize(
