@@ -178,6 +178,15 @@ def test_a_sign_is_logged_once_until_it_goes_away(caplog: pytest.LogCaptureFixtu
     ]
 
 
+def test_one_perfect_batch_is_no_sign_but_a_hundred_are(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Signs()
+    with caplog.at_level(logging.WARNING, logger="afd"):
+        for step, accuracy in enumerate([1.0, 0.9] * 50 + [1.0] * 100):
+            watch.look(step, {"critic/accuracy": accuracy})
+    assert len(caplog.records) == 1
+    assert int(caplog.records[0].getMessage().split()[1].rstrip(":")) > 100
+
+
 def test_a_score_that_stops_ranking_by_physics_is_told(caplog: pytest.LogCaptureFixture) -> None:
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):

@@ -100,16 +100,24 @@ class Signs:
 
     def __init__(self) -> None:
         self._shown: set[str] = set()
+        self._accuracy = 0.5
         self._agreement: float | None = None
         self._best_agreement = 0.0
 
     def look(self, step: int, metrics: dict[str, float]) -> None:
         """Judge one update's metrics."""
-        present = dict(signs(metrics)) | self._falling(metrics)
+        present = dict(signs(metrics | self._smooth_accuracy(metrics))) | self._falling(metrics)
         for name, sentence in present.items():
             if name not in self._shown:
                 _log.warning("update %d: %s", step, sentence)
         self._shown = set(present)
+
+    def _smooth_accuracy(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The accuracy over the last tens of updates; a single batch is often all right."""
+        if "critic/accuracy" not in metrics:
+            return {}
+        self._accuracy = 0.95 * self._accuracy + 0.05 * metrics["critic/accuracy"]
+        return {"critic/accuracy": self._accuracy}
 
     def _falling(self, metrics: dict[str, float]) -> dict[str, str]:
         """The score once ranked by physics and no longer does: the best sign to stop early."""
@@ -135,7 +143,7 @@ def signs(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
     margin, zero_std = value("critic/margin"), value("student/zero_std_groups")
     if margin > 5:
         yield "margin", f"discriminator margin {margin:.1f} is above 5: it may rank a shortcut"
-    if value("critic/accuracy") >= 0.999:
+    if value("critic/accuracy") >= 0.995:
         yield "accuracy", "discriminator accuracy is 1: its scores say little about the student"
     if value("student/r_mean") > 0.9 or value("student/r_at_1") > 0.5:
         yield "r high", "r is near 1: the student may be fooling a discriminator that is too slow"
