@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/include/afd/*.h)
+SOURCES := $(wildcard $(addprefix csrc/,*/*.cpp */*.cu */*.cuh */*.h include/afd/*.h))
 
 .PHONY: quickstart quickstart-full test check format bench offline gpu-check base motion-backbone \
         screenshot readme lock setup clean

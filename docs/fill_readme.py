@@ -42,8 +42,8 @@ def quickstart_table(root: Path) -> str:
     meanings = "; ".join(f"`{c}`: {MEANING[c]}" for c in columns)
     lines += [
         "",
-        f"{meanings}. Held-out seeds, one training seed ({line['seed']}), teacher look `nuis`. SFT: "
-        f"{spent['sft']}; AFD: {spent['afd']} ({device_name('cpu')}, Python "
+        f"{meanings}. Held-out seeds, one training seed ({line['seed']}), teacher look `nuis`. "
+        f"SFT: {spent['sft']}; AFD: {spent['afd']} ({device_name('cpu')}, Python "
         f"{platform.python_version()}, torch {torch.__version__}).",
     ]
     return "\n".join(lines)
