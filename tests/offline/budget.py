@@ -1,7 +1,8 @@
 """Compiles kernels for GPUs that are not here and holds their machine code to budgets.json.
 
     python -m tests.offline.budget            prints the table
-    python -m tests.offline.budget --write    and writes what it measured to budgets.json
+    python -m tests.offline.budget --write    and writes what it measured to budgets.json,
+                                              beside what other compiler versions wrote
     python -m tests.offline.budget nft_loss   only kernels whose name holds "nft_loss"
 
 Some limits hold always: no stack, no spills, no atomics, 16-byte accesses for streamed data.
@@ -168,7 +169,8 @@ def main() -> None:
     parser.add_argument("only", nargs="?", default="", help='part of a name; "cuda": CUDA sources')
     parser.add_argument("--write", action="store_true", help="write budgets.json")
     args = parser.parse_args()
-    table = budgets() if PATH.is_file() and (args.only or not args.write) else {}
+    table = budgets() if PATH.is_file() else {}
+    fresh: set[str] = set()
     print(f"{'kernel':34} {'arch':7} {'regs':>5} {'shared':>7} {'instr/elem':>10}  broken limits")
     with tempfile.TemporaryDirectory() as folder, pool(folder) as workers:
         futures = [] if args.only == "cuda" else [*submit_all(workers, args.only).values()]
@@ -176,6 +178,10 @@ def main() -> None:
             futures += _submit_cuda(workers)
         for future in futures:
             for result in future.result():
+                if args.write and not args.only and result.compiler not in fresh:
+                    # A full write forgets kernels that are gone, of the compilers present.
+                    fresh.add(result.compiler)
+                    table[result.compiler] = {}
                 kernels = table.setdefault(result.compiler, {}).setdefault(result.arch, {})
                 if args.write:
                     kernels[result.kernel] = result.budget()
@@ -189,7 +195,7 @@ def main() -> None:
     if args.write:
         ordered = {
             compiler: {arch: archs[arch] for arch in ARCHS if arch in archs}
-            for compiler, archs in table.items()
+            for compiler, archs in sorted(table.items())
         }
         PATH.write_text(json.dumps(ordered, indent=1) + "\n")
 
