@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from afd.quickstart import COLUMNS, final_evaluation
-from benchmarks.gpu_check import result_table
 from benchmarks.report import device_name
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +48,35 @@ def quickstart_table(root: Path) -> str:
     return "\n".join(lines)
 
 
+def benchmark_table(path: Path) -> str:
+    """Eager, torch.compile and ours side by side, with provenance, from one saved benchmark."""
+    saved = json.loads(path.read_text())
+    found = {(r["dtype"], r["B"], r["noise"], r["backend"]): r for r in saved["rows"]}
+    lines = [
+        "| inputs | B | noise | eager ms | compile ms | afd ms | × eager | × compile | "
+        "% of stream | MiB eager → afd |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for dtype, batch, noise in dict.fromkeys(key[:3] for key in found):
+        eager, compiled, ours = (
+            found[dtype, batch, noise, backend] for backend in ("eager", "compile", "native")
+        )
+        ms = [r["median_ms"] for r in (eager, compiled, ours)]
+        lines.append(
+            f"| {dtype} | {batch} | {noise} | {ms[0]:.1f} | {ms[1]:.1f} | {ms[2]:.1f} | "
+            f"{ms[0] / ms[2]:.0f} | {ms[1] / ms[2]:.1f} | {ours['pct_of_floor']:.0f} | "
+            f"{eager['peak_mib']:.0f} → {ours['peak_mib']:.0f} |"
+        )
+    about = saved["environment"]
+    lines += [
+        "",
+        f"`python benchmarks/{path.stem}.py`, {about['device_name']}, {about['threads']} threads, "
+        f"torch {about['versions']['torch']}, {about['date'][:10]}, commit {about['commit'][:9]}; "
+        f"all rows of this and more in `{path.relative_to(ROOT)}`.",
+    ]
+    return "\n".join(lines)
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
@@ -58,9 +86,8 @@ def fill(text: str, name: str, content: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "quickstart", quickstart_table(ROOT / "runs" / "quickstart"))
-    results = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
-    saved = [json.loads(path.read_text()) for path in results]
-    tables = "\n\n".join("\n".join(result_table(one["name"], one)) for one in saved)
+    results = sorted((ROOT / "benchmarks" / "results").glob("*/nft_loss.json"))
+    tables = "\n\n".join(benchmark_table(path) for path in results)
     readme.write_text(fill(text, "benchmarks", tables))
 
 
