@@ -11,7 +11,7 @@ import triton.language as tl
 from afd_kernels.forward_noise.triton_impl import INTERPRETED, tile_of_row
 from afd_kernels.philox_triton import normal_tile, philox_quads
 
-__all__ = ["INTERPRETED", "noise", "place", "words"]
+__all__ = ["INTERPRETED", "fma_rounds_once", "noise", "place", "words"]
 
 
 @triton.jit
@@ -38,6 +38,18 @@ def _place_kernel(block_ptr, inner_ptr, tiles, out_ptr, TILE: tl.constexpr, ONE_
     tl.store(out_ptr, row.to(tl.int64))
     tl.store(out_ptr + 1, start)
     tl.store(out_ptr + 2, left)
+
+
+@triton.jit
+def _fma_kernel(ab_ptr, c_ptr, out_ptr):
+    tl.store(out_ptr, tl.fma(tl.load(ab_ptr), tl.load(ab_ptr), tl.load(c_ptr)))
+
+
+def fma_rounds_once(device: str) -> bool:
+    """Whether fma is one here: every GPU's is, that of Triton 3.7's interpreter is not."""
+    a, c, out = torch.tensor([[1 + 2.0**-12], [-1 - 2.0**-11], [0.0]], device=device)
+    _fma_kernel[(1,)](a, c, out, enable_fp_fusion=False)
+    return out.item() == 2.0**-24
 
 
 def noise(seed: int, start: int, out: torch.Tensor, quads: bool, vector: int) -> None:
