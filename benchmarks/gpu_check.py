@@ -76,7 +76,7 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
     configure += [f"-DPython_EXECUTABLE={python}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'afd_kernels'}"]
     return [
-        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 120),
+        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 90),
         Section(
             "tests",
             [
@@ -89,7 +89,7 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
         Section(
             "sanitizer",
             [[*sanitizer, "--tool", tool, *drive] for tool in ("memcheck", "racecheck")],
-            90,
+            80,
             needs_gpu=True,
             needs_tool="compute-sanitizer",
             # Every tensor its own allocation: an access past its end is then one that is seen.
@@ -98,7 +98,7 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
         Section(
             "bench-nft_loss",
             [[python, "benchmarks/nft_loss.py", *batches, *bench, "--deadline", "110"]],
-            150,
+            140,
             needs_gpu=True,
         ),
         Section(
@@ -107,7 +107,7 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
             50,
             needs_gpu=True,
         ),
-        Section("offline", [[*pytest, "tests/offline"]], 50),
+        Section("offline", [[*pytest, "tests/offline"]], 100),
     ]
 
 

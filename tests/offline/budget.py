@@ -26,7 +26,7 @@ from tests.offline.launches import ARCHS, CALLS, Call
 from tests.offline.machine_code import Measured
 
 PATH = Path(__file__).with_name("budgets.json")
-WORKERS = 2
+WORKERS = min(8, os.cpu_count() or 1)
 INSTRUCTION_SLACK = 1.03
 WIDE_FRACTION = 0.9
 # Shared memory of one program on the smallest target (gfx942).

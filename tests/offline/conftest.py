@@ -1,4 +1,4 @@
-"""The two compiling processes that all offline tests share."""
+"""The compiling processes that all offline tests share."""
 
 from __future__ import annotations
 
