@@ -194,64 +194,51 @@ def check_batch(batch: int) -> None:
         raise ValueError(f"x0: got a batch of {batch}; needed: at most {MAX_BATCH} for triton")
 
 
+def _launch(
+    kernel: triton.runtime.JITFunction,
+    part: str,
+    x: Tensor,
+    sources: tuple[Tensor | None, ...],
+    plan: Plan,
+    **constants: int,
+) -> Tensor:
+    """The kernel's answer for x and what else it reads, with the shape and dtype of x."""
+    check_batch(plan.batch)
+    out = torch.empty_like(x)
+    # Frames that share t are neighbours in memory: one longer row.
+    frames, inner = plan.t_chunks, plan.inner * (plan.frames // plan.t_chunks)
+    config = launch_config("forward_noise", device_arch(x.device))[part]
+    tiles = triton.cdiv(inner, config["block"])
+    rows = plan.outer * frames
+    align = row_align(inner)
+    kernel[(rows * tiles, plan.batch)](
+        x,
+        *sources,
+        out,
+        inner // align,
+        rows,
+        frames,
+        tiles,
+        **schedule_constants(plan),
+        **constants,
+        ONE_ROW=rows == 1,
+        ROW_ALIGN=align,
+        BLOCK=config["block"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        enable_fp_fusion=False,
+    )
+    return out
+
+
 def forward_noise(
     x0: Tensor, t: Tensor, seed: Tensor | None, noise: Tensor | None, plan: Plan
 ) -> Tensor:
     """x_t with the shape and dtype of x0; tensors contiguous, t [B] or [B, K] fp32."""
-    check_batch(plan.batch)
-    out = torch.empty_like(x0)
-    # Frames that share t are neighbours in memory: one longer row.
-    frames, inner = plan.t_chunks, plan.inner * (plan.frames // plan.t_chunks)
-    config = launch_config("forward_noise", device_arch(x0.device))["fwd"]
-    tiles = triton.cdiv(inner, config["block"])
-    rows = plan.outer * frames
-    align = row_align(inner)
-    _forward_noise_fwd_kernel[(rows * tiles, plan.batch)](
-        x0,
-        t,
-        seed,
-        noise,
-        out,
-        inner // align,
-        rows,
-        frames,
-        tiles,
-        **schedule_constants(plan),
-        ONE_ROW=rows == 1,
-        ROW_ALIGN=align,
-        VECTOR=16 // x0.element_size(),
-        BLOCK=config["block"],
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-        enable_fp_fusion=False,
-    )
-    return out
+    vector = 16 // x0.element_size()
+    return _launch(_forward_noise_fwd_kernel, "fwd", x0, (t, seed, noise), plan, VECTOR=vector)
 
 
 def forward_noise_bwd(grad: Tensor, t: Tensor, plan: Plan) -> Tensor:
     """The gradient with respect to x0, alpha_t grad, with the shape and dtype of grad."""
-    check_batch(plan.batch)
-    out = torch.empty_like(grad)
-    # Frames that share t are neighbours in memory: one longer row.
-    frames, inner = plan.t_chunks, plan.inner * (plan.frames // plan.t_chunks)
-    config = launch_config("forward_noise", device_arch(grad.device))["bwd"]
-    tiles = triton.cdiv(inner, config["block"])
-    rows = plan.outer * frames
-    align = row_align(inner)
-    _forward_noise_bwd_kernel[(rows * tiles, plan.batch)](
-        grad,
-        t,
-        out,
-        inner // align,
-        rows,
-        frames,
-        tiles,
-        **schedule_constants(plan),
-        ONE_ROW=rows == 1,
-        ROW_ALIGN=align,
-        BLOCK=config["block"],
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-        enable_fp_fusion=False,
-    )
-    return out
+    return _launch(_forward_noise_bwd_kernel, "bwd", grad, (t,), plan)
