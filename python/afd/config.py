@@ -127,7 +127,19 @@ class DiscriminatorConfig(Section):
     steps_per_update: int = Field(default=2, ge=0, description="critic steps per student step")
 
 
-class AfdConfig(Section):
+class StudentOptimizerConfig(Section):
+    """How every method updates the student."""
+
+    learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
+    cosine_steps: int = Field(
+        default=700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
+    )
+    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+
+
+class AfdConfig(StudentOptimizerConfig):
     """On-policy adversarial flow distillation: advantage, NFT step, old policy, optimizer."""
 
     samples_per_prompt: int = Field(default=4, ge=1, description="rollouts per prompt (G)")
@@ -176,13 +188,6 @@ class AfdConfig(Section):
         description="decay at step s is min(old_decay, slope · (s - old_decay_start))",
     )
     old_decay_start: int = Field(default=0, ge=0, description="decay is 0 up to this step")
-    learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
-    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
-    cosine_steps: int = Field(
-        default=700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
-    )
-    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     physics_every: int = Field(
         default=10,
         ge=1,
@@ -190,7 +195,7 @@ class AfdConfig(Section):
     )
 
 
-class SftConfig(Section):
+class SftConfig(StudentOptimizerConfig):
     """Supervised flow matching on the teacher's videos: the baseline."""
 
     draws: int = Field(default=4, ge=1, description="(t, noise) draws per teacher video and update")
@@ -201,13 +206,6 @@ class SftConfig(Section):
     context_noise: float = Field(
         default=0.1, ge=0, description="largest noise level of the clean context"
     )
-    learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
-    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
-    cosine_steps: int = Field(
-        default=700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
-    )
-    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
 
 

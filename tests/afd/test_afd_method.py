@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from afd.config import AfdConfig, DiscriminatorConfig, SftConfig, make_config
+from afd.config import (
+    AfdConfig,
+    DiscriminatorConfig,
+    SftConfig,
+    StudentOptimizerConfig,
+    make_config,
+)
 from afd.discriminators.toy import MotionBackbone, ToyCritic
 from afd.methods import Batch, build_method
 from afd.methods.afd import Afd, optimality
@@ -126,7 +132,10 @@ def test_the_average_moves_by_one_minus_the_decay() -> None:
 
 def test_the_optimizer_clips_and_counts() -> None:
     net = nn.Linear(3, 1)
-    optimizer = StudentOptimizer(net, 1e-3, (0.9, 0.999), 0.0, 10, 1e-6)
+    config = StudentOptimizerConfig(
+        learning_rate=1e-3, weight_decay=0.0, cosine_steps=10, grad_clip=1e-6
+    )
+    optimizer = StudentOptimizer(net, config)
     before = net.weight.detach().clone()
     metrics = optimizer.step((net(torch.ones(1, 3)) * 1e3).sum())
     assert metrics["student/grad_norm"] > 1

@@ -90,14 +90,7 @@ class Afd:
         self.ref = copy.deepcopy(student).requires_grad_(False)
         self.generator = Generator().manual_seed(seed)
         self.score_average: float | None = None
-        self.optimizer = StudentOptimizer(
-            student,
-            config.learning_rate,
-            config.betas,
-            config.weight_decay,
-            config.cosine_steps,
-            config.grad_clip,
-        )
+        self.optimizer = StudentOptimizer(student, config)
         self._rollouts: Rollouts | None = None
 
     # --- one step ---

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from afd.config import StudentOptimizerConfig
 from afd.models.toy import ToyStudent
 
 
@@ -72,30 +73,24 @@ def draw_times(
 class StudentOptimizer:
     """AdamW with a cosine rate and clipped gradients over a student's weights."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        cosine_steps: int,
-        grad_clip: float,
-    ) -> None:
+    def __init__(self, student: nn.Module, config: StudentOptimizerConfig) -> None:
+        self.config = config
         self.parameters = list(student.parameters())
-        self.learning_rate, self.cosine_steps = learning_rate, cosine_steps
-        self.grad_clip = grad_clip
         self.updates = 0
         self.adam = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
+            self.parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
         )
 
     def step(self, loss: Tensor) -> dict[str, float]:
         """Backward and one update; returns loss, gradient norm and rate."""
-        rate = self.learning_rate * cosine_rate(self.updates, self.cosine_steps)
+        rate = self.config.learning_rate * cosine_rate(self.updates, self.config.cosine_steps)
         self.adam.param_groups[0]["lr"] = rate
         self.adam.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.adam.step()
         self.updates += 1
         return {

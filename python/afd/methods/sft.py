@@ -55,14 +55,7 @@ class Sft:
         self.theta = student
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.generator = Generator().manual_seed(seed)
-        self.optimizer = StudentOptimizer(
-            student,
-            config.learning_rate,
-            config.betas,
-            config.weight_decay,
-            config.cosine_steps,
-            config.grad_clip,
-        )
+        self.optimizer = StudentOptimizer(student, config)
 
     def rollout(self, batch: Batch) -> None:
         """Nothing: the videos are the teacher's."""
