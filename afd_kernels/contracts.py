@@ -57,24 +57,26 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _describe(value: Tensor) -> str:
+def describe(value: Tensor) -> str:
+    """dtype, shape and device of a tensor, in words."""
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
-def _require(ok: bool, argument: str, got: object, needed: str) -> None:
+def require(ok: bool, argument: str, got: object, needed: str) -> None:
+    """Raises ValueError naming the argument, what came and what is needed, unless `ok`."""
     if not ok:
-        shown = _describe(got) if isinstance(got, Tensor) else repr(got)
+        shown = describe(got) if isinstance(got, Tensor) else repr(got)
         raise ValueError(f"{argument}: got {shown}; needed: {needed}")
 
 
 def _check_one_of(argument: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, argument, value, "one of " + ", ".join(map(repr, allowed)))
+    require(value in allowed, argument, value, "one of " + ", ".join(map(repr, allowed)))
 
 
 def _check_sample(x0: Tensor) -> None:
-    _require(x0.dtype in FLOATS, "x0", x0, "float32, bfloat16, float16 or float64")
-    _require(x0.ndim >= 2, "x0", x0, "at least 2 dimensions, the first is the batch")
-    _require(x0.numel() > 0, "x0", x0, "at least one sample with at least one element")
+    require(x0.dtype in FLOATS, "x0", x0, "float32, bfloat16, float16 or float64")
+    require(x0.ndim >= 2, "x0", x0, "at least 2 dimensions, the first is the batch")
+    require(x0.numel() > 0, "x0", x0, "at least one sample with at least one element")
 
 
 def _check_source(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> None:
@@ -82,24 +84,24 @@ def _check_source(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> None
         got = "neither" if seed is None else "both"
         raise ValueError(f"seed, noise: got {got}; needed: exactly one of them")
     if seed is not None:
-        _require(seed.dtype == torch.int64, "seed", seed, f"int64 [{x0.shape[0]}]")
-        _require(seed.shape == x0.shape[:1], "seed", seed, f"int64 [{x0.shape[0]}], one per sample")
-        _require(seed.device == x0.device, "seed", seed, f"the device of x0, {x0.device}")
+        require(seed.dtype == torch.int64, "seed", seed, f"int64 [{x0.shape[0]}]")
+        require(seed.shape == x0.shape[:1], "seed", seed, f"int64 [{x0.shape[0]}], one per sample")
+        require(seed.device == x0.device, "seed", seed, f"the device of x0, {x0.device}")
     if noise is not None:
-        _require(noise.shape == x0.shape, "noise", noise, f"the shape of x0, {list(x0.shape)}")
-        _require(
+        require(noise.shape == x0.shape, "noise", noise, f"the shape of x0, {list(x0.shape)}")
+        require(
             noise.dtype in (torch.float32, x0.dtype),
             "noise",
             noise,
             f"float32 or the dtype of x0, {x0.dtype}",
         )
-        _require(noise.device == x0.device, "noise", noise, f"the device of x0, {x0.device}")
+        require(noise.device == x0.device, "noise", noise, f"the device of x0, {x0.device}")
 
 
 def _frame_count(x0: Tensor, layout: str, why: str) -> int:
     if x0.ndim != 5:
         raise ValueError(
-            f"x0: got {_describe(x0)}; needed: 5 dimensions {layout}, because {why} is per frame "
+            f"x0: got {describe(x0)}; needed: 5 dimensions {layout}, because {why} is per frame "
             f"or per chunk"
         )
     return x0.shape[layout.index("F")]
@@ -108,15 +110,15 @@ def _frame_count(x0: Tensor, layout: str, why: str) -> int:
 def _check_per_frame(x0: Tensor, name: str, value: Tensor, layout: str) -> int:
     """Checks t or r ([B] or [B, K]) and returns K."""
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    _require(
+    require(
         value.dtype in (torch.float32, wide),
         name,
         value,
         "float32 (half precision merges timesteps)",
     )
-    _require(value.device == x0.device, name, value, f"the device of x0, {x0.device}")
+    require(value.device == x0.device, name, value, f"the device of x0, {x0.device}")
     batch = x0.shape[0]
-    _require(
+    require(
         value.ndim in (1, 2) and value.shape[0] == batch,
         name,
         value,
@@ -126,7 +128,7 @@ def _check_per_frame(x0: Tensor, name: str, value: Tensor, layout: str) -> int:
         return 1
     frames = _frame_count(x0, layout, name)
     chunks = value.shape[1]
-    _require(
+    require(
         chunks > 0 and frames % chunks == 0,
         name,
         value,
@@ -147,10 +149,10 @@ def _rows(x0: Tensor, layout: str, per_video: bool) -> tuple[int, int, int]:
 def _check_schedule(schedule: str, args: list[float]) -> None:
     _check_one_of("schedule", schedule, tuple(SCHEDULES))
     if schedule != "vp_linear":
-        _require(not args, "schedule_args", args, f"none for {schedule}")
+        require(not args, "schedule_args", args, f"none for {schedule}")
         return
     ok = len(args) == 2 and 0 < args[0] <= args[1]
-    _require(ok, "schedule_args", args, "(beta_min, beta_max) with 0 < beta_min <= beta_max")
+    require(ok, "schedule_args", args, "(beta_min, beta_max) with 0 < beta_min <= beta_max")
 
 
 def plan_forward_noise(
@@ -215,18 +217,18 @@ def plan_nft_loss(
     _check_one_of("weighting", weighting, WEIGHTINGS)
     _check_one_of("group", group, GROUPS)
     _check_schedule(schedule, schedule_args)
-    _require(v_theta.dtype in FLOATS, "v_theta", v_theta, "float32, bfloat16, float16 or float64")
+    require(v_theta.dtype in FLOATS, "v_theta", v_theta, "float32, bfloat16, float16 or float64")
     for name, value in (("v_theta", v_theta), ("v_old", v_old), ("v_ref", v_ref)):
         if value is None:
             continue
-        _require(value.shape == x0.shape, name, value, f"the shape of x0, {list(x0.shape)}")
-        _require(value.device == x0.device, name, value, f"the device of x0, {x0.device}")
-        _require(value.dtype == v_theta.dtype, name, value, f"v_theta's dtype, {v_theta.dtype}")
+        require(value.shape == x0.shape, name, value, f"the shape of x0, {list(x0.shape)}")
+        require(value.device == x0.device, name, value, f"the device of x0, {x0.device}")
+        require(value.dtype == v_theta.dtype, name, value, f"v_theta's dtype, {v_theta.dtype}")
     _check_source(x0, seed, noise)
-    _require(0 < nft_beta < float("inf"), "nft_beta", nft_beta, "a finite number > 0")
-    _require(0 < adv_clip < float("inf"), "adv_clip", adv_clip, "a finite number > 0")
-    _require(0 <= prior_weight < float("inf"), "prior_weight", prior_weight, "a finite number >= 0")
-    _require(
+    require(0 < nft_beta < float("inf"), "nft_beta", nft_beta, "a finite number > 0")
+    require(0 < adv_clip < float("inf"), "adv_clip", adv_clip, "a finite number > 0")
+    require(0 <= prior_weight < float("inf"), "prior_weight", prior_weight, "a finite number >= 0")
+    require(
         v_ref is not None or prior_weight == 0,
         "prior_weight",
         prior_weight,
@@ -239,18 +241,18 @@ def plan_nft_loss(
         groups = r_chunks if r_chunks > 1 else t_chunks
         if groups == 1 and max(t.ndim, r.ndim) == 1:
             raise ValueError(
-                f"group: got 'chunk' with t {_describe(t)} and r {_describe(r)}; needed: t or r of "
+                f"group: got 'chunk' with t {describe(t)} and r {describe(r)}; needed: t or r of "
                 f"shape [{x0.shape[0]}, chunks], which says how many chunks there are"
             )
     if frame_mask is not None:
         frames = _frame_count(x0, layout, "frame_mask")
-        _require(
+        require(
             frame_mask.dtype == torch.bool and frame_mask.shape == (x0.shape[0], frames),
             "frame_mask",
             frame_mask,
             f"bool [{x0.shape[0]}, {frames}]",
         )
-        _require(frame_mask.device == x0.device, "frame_mask", frame_mask, f"on {x0.device}")
+        require(frame_mask.device == x0.device, "frame_mask", frame_mask, f"on {x0.device}")
     per_video = frame_mask is None and t_chunks == r_chunks == 1
     outer, frames, inner = _rows(x0, layout, per_video)
     return NftPlan(

@@ -7,6 +7,7 @@ and logs each reason once.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Iterator
@@ -15,21 +16,29 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("native", "triton", "reference")
-OPS = ("forward_noise", "nft_loss")
+# Every op's backends, in the order in which they are tried.
+_FUSED = ("native", "triton", "reference")
+OPS: dict[str, tuple[str, ...]] = {"forward_noise": _FUSED, "nft_loss": _FUSED}
+BACKENDS = ("native", "library", "triton", "reference")
 
 _log = logging.getLogger("afd")
 # Process-wide, not a ContextVar: autograd runs CUDA backwards on threads of its own.
-_requested: list[str] = []
+_requested: list[tuple[str, tuple[str, ...]]] = []
 _logged: set[tuple[str, str, str]] = set()
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Runs every op of the process on `backend` inside the block, or raises where it refuses."""
+def use_backend(backend: str, *ops: str) -> Iterator[None]:
+    """Runs `ops` (every op of the process if none is named) on `backend` inside the block.
+
+    Where the backend refuses, the op raises. Of nested requests for an op the innermost counts.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; needed: one of {', '.join(BACKENDS)}")
-    _requested.append(backend)
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"ops: got {op!r}; needed: one of {', '.join(OPS)}")
+    _requested.append((backend, ops))
     try:
         yield
     finally:
@@ -38,7 +47,7 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def explain(op: str, device: str, dtypes: set[torch.dtype]) -> dict[str, str | None]:
     """For each backend the sentence with which it refuses such inputs, or None where it runs."""
-    return {name: _refusal(op, name, device, dtypes) for name in BACKENDS}
+    return {name: _refusal(op, name, device, frozenset(dtypes)) for name in OPS[op]}
 
 
 def pick(op: str, *tensors: torch.Tensor | None) -> Any:
@@ -48,9 +57,9 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
         RuntimeError: when the requested backend refuses; the message holds every reason.
     """
     given = [x for x in tensors if x is not None]
-    device, dtypes = given[0].device.type, {x.dtype for x in given}
-    requested = _requested[-1] if _requested else None
-    for name in (requested,) if requested else BACKENDS:
+    device, dtypes = given[0].device.type, frozenset(x.dtype for x in given)
+    requested = next((b for b, ops in reversed(_requested) if not ops or op in ops), None)
+    for name in (requested,) if requested else OPS[op]:
         reason = _refusal(op, name, device, dtypes)
         if reason is None:
             return _module(op, name)
@@ -58,7 +67,7 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
             _logged.add((op, name, reason))
             _log.info("%s: %s backend not used: %s", op, name, reason)
     reasons = "; ".join(
-        f"{name}: {why or 'would run'}" for name, why in explain(op, device, dtypes).items()
+        f"{name}: {why or 'would run'}" for name, why in explain(op, device, set(dtypes)).items()
     )
     raise RuntimeError(f"{op}: backend {requested!r} was requested and cannot run it ({reasons})")
 
@@ -73,15 +82,19 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str,
     return table
 
 
+@functools.cache
 def _module(op: str, backend: str) -> Any:
     suffix = "" if backend == "reference" else "_impl"
     return importlib.import_module(f"afd_kernels.{op}.{backend}{suffix}")
 
 
-def _refusal(op: str, backend: str, device: str, dtypes: set[torch.dtype]) -> str | None:
+@functools.cache
+def _refusal(op: str, backend: str, device: str, dtypes: frozenset[torch.dtype]) -> str | None:
+    if backend not in OPS[op]:
+        return f"{op} has no {backend} backend"
     try:
         module = _module(op, backend)
     except ImportError as error:
         return f"cannot import it ({error})"
-    reason: str | None = module.refuse(device, dtypes)
+    reason: str | None = module.refuse(device, set(dtypes))
     return reason

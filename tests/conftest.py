@@ -13,13 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from afd_kernels.dispatch import BACKENDS, use_backend
+from afd_kernels.dispatch import OPS, explain, use_backend
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-# What can run where; on the CPU Triton means its interpreter.
-PLACES = [(backend, device) for device in DEVICES for backend in BACKENDS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,12 +28,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `place` runs once per backend of its file's op and per device.
+
+    The op is the module's OP, or nft_loss, whose backends are those of every fused op.
+    """
+    if "place" in metafunc.fixturenames:
+        backends = OPS[getattr(metafunc.module, "OP", "nft_loss")]
+        places = [(backend, device) for device in DEVICES for backend in backends]
+        metafunc.parametrize("place", places, ids="-".join, indirect=True)
+
+
+@pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """Runs the test once per (backend, device), with that backend required."""
+    """Runs the test on one (backend, device), with that backend required.
+
+    On the CPU Triton means its interpreter.
+    """
     backend, device = request.param
     if backend == "triton" and device == "cpu" and torch.cuda.is_available():
         pytest.skip("Triton runs on the GPU here; the interpreter is for machines without one")
+    op = getattr(request.module, "OP", "nft_loss")
+    refusal = explain(op, device, {torch.float32})[backend]
+    if refusal and "CUDA kernel" in refusal:
+        pytest.skip(refusal)
     with use_backend(backend):
         yield backend, device
 

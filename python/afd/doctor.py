@@ -70,7 +70,9 @@ def show(facts: dict[str, Any], console: Console) -> None:
     for device, ops in facts["ops_by_device"].items():
         table = Table("op", *dispatch.BACKENDS, title=f"backends on {device}", title_justify="left")
         for op, states in ops.items():
-            cells = ("runs" if n == states["chosen"] else states[n] for n in dispatch.BACKENDS)
+            cells = (
+                "runs" if n == states["chosen"] else states.get(n, "-") for n in dispatch.BACKENDS
+            )
             table.add_row(op, *map(escape, cells))
         console.print(table)
 
