@@ -18,7 +18,13 @@ import torch
 
 # Every op's backends, in the order in which they are tried.
 _FUSED = ("native", "triton", "reference")
-OPS: dict[str, tuple[str, ...]] = {"forward_noise": _FUSED, "nft_loss": _FUSED}
+OPS: dict[str, tuple[str, ...]] = {
+    "forward_noise": _FUSED,
+    "nft_loss": _FUSED,
+    "block_attention": ("library", "triton", "reference"),
+    "qk_norm_rope": _FUSED,
+    "adaln": _FUSED,
+}
 BACKENDS = ("native", "library", "triton", "reference")
 
 _log = logging.getLogger("afd")

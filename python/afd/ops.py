@@ -1,6 +1,7 @@
 """The fused ops of afd. Keyword-only, one torch op per call, differentiable and compilable.
 
-Letters: B batch, C channels, F latent frames, H, W rows and columns, K chunks (K divides F).
+Letters: B batch, C channels, F latent frames, H, W rows and columns, K chunks (K divides F);
+L query tokens, N key tokens, h heads, d channels of a head.
 """
 
 from __future__ import annotations
@@ -13,9 +14,25 @@ from torch import Tensor
 
 import afd_kernels  # noqa: F401 (registers torch.ops.afd.*)
 from afd.schedules import Schedule, resolve
+from afd_kernels.block_attention import intervals as intervals
+from afd_kernels.block_attention.intervals import Intervals as Intervals
 from afd_kernels.dispatch import explain, report, use_backend
 
-__all__ = ["NftLoss", "draw_seeds", "explain", "forward_noise", "nft_loss", "report", "use_backend"]
+__all__ = [
+    "Intervals",
+    "NftLoss",
+    "adaln",
+    "block_attention",
+    "draw_seeds",
+    "explain",
+    "forward_noise",
+    "intervals",
+    "nft_loss",
+    "qk_norm_rope",
+    "qk_norm_rope_append_",
+    "report",
+    "use_backend",
+]
 
 Layout = Literal["BCFHW", "BFCHW"]
 
@@ -166,3 +183,172 @@ def nft_loss(
     )
     per_group = metrics.squeeze(1) if group == "video" else metrics
     return NftLoss(loss, *per_group.unbind(-1))
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    *,
+    k_context: Tensor | None = None,
+    v_context: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in which a block of queries attends at most two contiguous intervals of keys.
+
+    softmax(scale q k^T) v over each query's keys only: no mask, no padding, no concatenation.
+    Block-causal training, windows with a sink, teacher forcing and the cached rollout are all
+    Intervals; afd.ops.intervals builds them.
+
+    Args:
+        q: [B, L, h, d], float32, bfloat16, float16 or float64. q, k, v and the context may be
+            slices of larger tensors (a fused QKV projection, a cache): only the last dimension
+            must be contiguous for them to be used where they lie.
+        k: [B, N, h, d], q's dtype.
+        v: [B, N, h, d], likewise.
+        intervals: which keys each query attends, in tokens, over the keys [k_context | k].
+        k_context: [B, Nc, h, d], keys that come before k without being copied beside it; no
+            interval may cross from them into k. None: there are none.
+        v_context: [B, Nc, h, d], likewise.
+        scale: of the scores, > 0; None: d^-1/2.
+
+    Returns:
+        out [B, L, h, d], contiguous, q's dtype; 0 for a query without keys.
+        lse [B, h, L] float32 (float64 for float64): the natural logarithm of the sum of
+        exp(scale q k^T), -inf for a query without keys; not differentiable.
+        Differentiable once with respect to q, k, v and the context. Gradients of keys that need
+        none (k, v, or the context) are not computed.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed.
+    """
+    return torch.ops.afd.block_attention(
+        q,
+        k,
+        v,
+        k_context,
+        v_context,
+        intervals.flat(),
+        intervals.streams,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """RMS-normalises queries and keys over all heads' channels, then turns them by RoPE.
+
+    With r = 1 / sqrt(mean over the token's h·d channels of q² + eps), channels (2j, 2j+1) of
+    q · r · weight_q are turned as one complex number by (cos, sin) of pair j. float32 arithmetic,
+    rounded once (the released code rounds three times; student_wan.md, sections 1 and 6).
+
+    Args:
+        q: [B, L, h, d], d even; float32, bfloat16, float16 or float64. Slices of a fused
+            projection are read in place: only a token's h·d channels must be contiguous.
+        k: like q.
+        weight_q: the gain [h·d], q's dtype or float32.
+        weight_k: likewise.
+        rope: float32 [1 or B, L, d/2, 2], cos and sin of each token's angles.
+        eps: added to the mean square.
+
+    Returns:
+        q_out, k_out: [B, L, h, d], contiguous, in q's dtype. Differentiable once with respect to
+        q, k and the weights; the weights' gradients are float32 sums in a fixed order.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed.
+    """
+    return torch.ops.afd.qk_norm_rope(q, k, weight_q, weight_k, rope, eps)
+
+
+def qk_norm_rope_append_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rope: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    *,
+    tokens_per_frame: int,
+    sink_frames: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """qk_norm_rope that writes k_out and v into a ring of frames and returns q_out.
+
+    The cache holds S / tokens_per_frame frames: the first `sink_frames` stay, the rest are a ring.
+    Frame f goes to slot frame f if f < sink_frames, else to
+    sink_frames + (f - sink_frames) mod (capacity - sink_frames). Nothing else is touched.
+
+    Args:
+        q, k, weight_q, weight_k, rope, eps: as in qk_norm_rope; L = frames · tokens_per_frame.
+        v: [B, L, h, d], copied as it is.
+        k_cache: [B, S, h, d], contiguous, q's dtype; written.
+        v_cache: likewise.
+        position: int64 [1] or [B] on q's device, the absolute frame of each stream's first token:
+            read on the device, so that a CUDA graph can replay.
+        tokens_per_frame: divides L and S.
+        sink_frames: frames that are never overwritten; the ring must hold the L tokens at once.
+
+    Returns:
+        q_out [B, L, h, d], contiguous. Not differentiable: call it under torch.no_grad.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed. On an accelerator a negative
+            position cannot be seen without a synchronisation and gives NaN.
+    """
+    return torch.ops.afd.qk_norm_rope_append_(
+        q,
+        k,
+        v,
+        weight_q,
+        weight_k,
+        rope,
+        k_cache,
+        v_cache,
+        position,
+        tokens_per_frame,
+        sink_frames,
+        eps,
+    )
+
+
+def adaln(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    scale_offset: float = 1.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Gated residual, LayerNorm and per-frame modulation in one pass (student_wan.md, section 1).
+
+    x_out = x + gate · branch and h = LN(x_out) · (scale_offset + scale) + shift. LN is over D,
+    without affine, and reads x_out as rounded to x's dtype: what the next residual reads.
+
+    Args:
+        x: the residual stream [B, L, D]; float32, bfloat16, float16 or float64.
+        branch: what is added, like x, or None.
+        gate: [1 or B, F, D] with F dividing L: one row per frame of L/F tokens; None means 1.
+        scale: likewise, or [D] for all tokens. gate, scale and shift are in x's dtype or float32;
+            slices of a [B, F, 6, D] table are read in place.
+        shift: like scale.
+        scale_offset: 1 for a modulation, 0 for the weight and bias of an affine LayerNorm.
+        eps: added to the variance.
+
+    Returns:
+        x_out (x itself when branch is None) and h: [B, L, D], contiguous, in x's dtype.
+        Differentiable once with respect to every tensor; sums over tokens are float32, in a fixed
+        order.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed.
+    """
+    x_out, h = torch.ops.afd.adaln(x, branch, gate, scale, shift, scale_offset, eps)
+    return (x if branch is None else x_out), h

@@ -17,6 +17,8 @@ from tests.cases import BASE, CASES, Case
 Place = tuple[str, str]
 
 NAMES = ("forward_noise", "forward_noise_bwd", "nft_loss", "nft_loss_bwd", "nft_loss_bwd_")
+# Checked in test_attention.py: their backends are others.
+ATTENTION = ("block_attention", "block_attention_bwd")
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -67,8 +69,8 @@ def test_every_registered_op_is_checked_here() -> None:
         for n in torch._C._dispatch_get_all_op_names()
         if n.startswith("afd::")
     }
-    assert registered == set(NAMES)
-    assert set(dispatch.OPS) == {"forward_noise", "nft_loss"}
+    assert registered == {*NAMES, *ATTENTION}
+    assert set(dispatch.OPS) == {"forward_noise", "nft_loss", "block_attention"}
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -1,0 +1,93 @@
+"""Checks of block_attention on metadata only, so that fakes share them.
+
+Letters: B streams, L queries, N keys, Nc keys of the context, h heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from torch import Tensor
+
+from afd_kernels.block_attention.intervals import Intervals
+from afd_kernels.contracts import FLOATS, require
+
+
+def plan_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    flat: list[int],
+    streams: int,
+    scale: float,
+) -> Intervals:
+    """Checks the arguments of the op and returns its intervals.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed.
+    """
+    require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
+    require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d], none of them 0")
+    batch, queries, heads, width = q.shape
+    if (k_context is None) != (v_context is None):
+        got = "only " + ("v_context" if k_context is None else "k_context")
+        raise ValueError(f"k_context, v_context: got {got}; needed: both or neither")
+    pairs = [("k", k, "v", v)]
+    if k_context is not None and v_context is not None:
+        pairs.append(("k_context", k_context, "v_context", v_context))
+    for key_name, key, value_name, value in pairs:
+        require(
+            key.ndim == 4 and (key.shape[0], *key.shape[2:]) == (batch, heads, width),
+            key_name,
+            key,
+            f"[{batch}, N, {heads}, {width}] to go with q",
+        )
+        require(
+            value.shape == key.shape,
+            value_name,
+            value,
+            f"the shape of {key_name}, {list(key.shape)}",
+        )
+        for name, x in ((key_name, key), (value_name, value)):
+            require(x.dtype == q.dtype, name, x, f"the dtype of q, {q.dtype}")
+            require(x.device == q.device, name, x, f"the device of q, {q.device}")
+    require(
+        math.isfinite(scale) and scale > 0, "scale", scale, "a finite number > 0 (or None: d^-1/2)"
+    )
+    require(streams in (1, batch), "intervals", f"{streams} streams", f"1 or {batch}, B of q")
+    intervals = Intervals.from_flat(flat, streams)
+    require(
+        intervals.queries == queries,
+        "intervals",
+        f"rows for {intervals.queries} queries",
+        f"{queries}, L of q",
+    )
+    # int(): traced with symbolic sizes, key counts become constants as the intervals are.
+    border = 0 if k_context is None else int(k_context.shape[1])
+    _check_keys(intervals, border, border + int(k.shape[1]))
+    return intervals
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_keys(intervals: Intervals, border: int, keys: int) -> None:
+    for stream in intervals.rows:
+        for row in stream:
+            for low, high in (row[2:4], row[4:6]):
+                require(high <= keys, "intervals", row, f"keys below {keys}, those given")
+                require(
+                    high <= border or low >= border or low == high,
+                    "intervals",
+                    row,
+                    f"no interval across key {border}, where the context ends",
+                )
+
+
+def rowwise(x: Tensor) -> Tensor:
+    """x itself where a head's channels are neighbours in memory, else a contiguous copy.
+
+    Slices of a fused QKV projection or of a cache, and expanded batches, stay where they are.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()

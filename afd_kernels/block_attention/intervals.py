@@ -1,0 +1,284 @@
+"""Which keys a block of queries attends: at most two contiguous intervals. Builders name the cases.
+
+Builders count in frames and take the tokens of one frame; an Intervals counts in tokens. Keys are
+numbered over the virtual concatenation [context | k] of afd.ops.block_attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from afd_kernels.contracts import require
+
+# (q0, q1, a0, a1, b0, b1): queries [q0, q1) attend keys [a0, a1) and [b0, b1).
+Row: TypeAlias = tuple[int, int, int, int, int, int]
+
+_WIDTH = 6
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Rows of queries with the keys they attend; hashable, so it can key a cache.
+
+    Attributes:
+        rows: one tuple of Row per stream, or one for all streams alike. The rows of a stream cover
+            its queries in order without gaps. An empty interval is (0, 0); [a0, a1) is empty only
+            where [b0, b1) is, and ends before it begins.
+
+    Raises:
+        ValueError: naming the row that breaks this.
+    """
+
+    rows: tuple[tuple[Row, ...], ...]
+
+    def __post_init__(self) -> None:
+        require(bool(self.rows), "rows", self.rows, "the rows of at least one stream")
+        for stream in self.rows:
+            require(bool(stream), "rows", stream, "at least one row per stream")
+            end = 0
+            for row in stream:
+                _check_row(row, end)
+                end = row[1]
+        ends = {stream[-1][1] for stream in self.rows}
+        require(len(ends) == 1, "rows", sorted(ends), "as many queries in every stream")
+
+    @property
+    def streams(self) -> int:
+        """How many streams have rows of their own; 1 where all are alike."""
+        return len(self.rows)
+
+    @property
+    def queries(self) -> int:
+        """L, the queries of a stream."""
+        return self.rows[0][-1][1]
+
+    @property
+    def keys(self) -> int:
+        """One past the last key that any query attends."""
+        return max(max(row[3], row[5]) for stream in self.rows for row in stream)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key it attends, over the streams in `rows` (4 h d flop each)."""
+        return sum(
+            (q1 - q0) * (a1 - a0 + b1 - b0)
+            for stream in self.rows
+            for q0, q1, a0, a1, b0, b1 in stream
+        )
+
+    def flat(self) -> list[int]:
+        """Every number in order, as the op takes them; a row with q0 = 0 opens a stream."""
+        return [number for stream in self.rows for row in stream for number in row]
+
+    @staticmethod
+    def from_flat(flat: Sequence[int], streams: int) -> Intervals:
+        """The inverse of `flat`.
+
+        Raises:
+            ValueError: where the numbers are not the rows of `streams` streams.
+        """
+        return _from_flat(tuple(map(int, flat)), streams)
+
+    def mask(self, keys: int, device: torch.device | str = "cpu") -> Tensor:
+        """Dense bool [streams, queries, keys], True where attended; for oracles, not for ops."""
+        mask = torch.zeros(self.streams, self.queries, keys, dtype=torch.bool, device=device)
+        for stream, rows in enumerate(self.rows):
+            for q0, q1, a0, a1, b0, b1 in rows:
+                mask[stream, q0:q1, a0:a1] = True
+                mask[stream, q0:q1, b0:b1] = True
+        return mask
+
+
+def _check_row(row: Row, start: int) -> None:
+    q0, q1, a0, a1, b0, b1 = row
+    require(q0 == start < q1, "rows", row, f"queries [{start}, q1) with q1 > {start}")
+    for low, high in ((a0, a1), (b0, b1)):
+        require(
+            0 <= low < high or low == high == 0,
+            "rows",
+            row,
+            "keys [low, high) with 0 <= low < high, or (0, 0) for none",
+        )
+    require(
+        b1 == 0 or 0 < a1 <= b0, "rows", row, "a second interval only after the end of the first"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _from_flat(flat: tuple[int, ...], streams: int) -> Intervals:
+    require(len(flat) % _WIDTH == 0, "intervals", flat, f"{_WIDTH} numbers per row")
+    found: list[list[Row]] = []
+    for i in range(0, len(flat), _WIDTH):
+        q0, q1, a0, a1, b0, b1 = flat[i : i + _WIDTH]
+        if q0 == 0:
+            found.append([])
+        require(bool(found), "intervals", flat, "rows that begin with query 0")
+        found[-1].append((q0, q1, a0, a1, b0, b1))
+    require(len(found) == streams, "intervals", f"{len(found)} streams", f"{streams} streams")
+    return Intervals(tuple(tuple(rows) for rows in found))
+
+
+def _row(queries: tuple[int, int], *keys: tuple[int, int], tokens: int) -> Row:
+    """A row from frames: empty intervals dropped, meeting ones joined."""
+    kept = [(low, high) for low, high in keys if high > low]
+    if len(kept) == 2 and kept[0][1] == kept[1][0]:
+        kept = [(kept[0][0], kept[1][1])]
+    kept += [(0, 0)] * (2 - len(kept))
+    (q0, q1), (a0, a1), (b0, b1) = ((tokens * low, tokens * high) for low, high in (queries, *kept))
+    return q0, q1, a0, a1, b0, b1
+
+
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        require(value >= 1, name, value, "an integer >= 1")
+
+
+def _chunks(frames: int, chunk: int, independent_first_frame: bool) -> list[tuple[int, int]]:
+    """[start, end) of every chunk; the last end is not cut off at `frames`."""
+    first = 1 if independent_first_frame else chunk
+    starts = [0, *range(first, frames, chunk)]
+    return [(start, start + (first if start == 0 else chunk)) for start in starts]
+
+
+def causal(
+    frames: int,
+    chunk: int,
+    tokens: int,
+    *,
+    independent_first_frame: bool = False,
+    window: int | None = None,
+) -> Intervals:
+    """Block-causal training: a chunk attends itself and every earlier one (student_wan.md, 4).
+
+    Args:
+        frames: F, query and key frames.
+        chunk: frames of a chunk.
+        tokens: tokens of a frame.
+        independent_first_frame: the first chunk is one frame.
+        window: attends only the `window` frames before the end of the chunk, as the released
+            training mask does (no sink); >= chunk. None: all.
+    """
+    _check(frames=frames, chunk=chunk, tokens=tokens)
+    require(window is None or window >= chunk, "window", window, f"None or >= chunk, {chunk}")
+    return Intervals(
+        (
+            tuple(
+                _row(
+                    (start, min(end, frames)),
+                    (0 if window is None else max(0, end - window), min(end, frames)),
+                    tokens=tokens,
+                )
+                for start, end in _chunks(frames, chunk, independent_first_frame)
+            ),
+        )
+    )
+
+
+def windowed(
+    frames: int,
+    chunk: int,
+    tokens: int,
+    *,
+    window: int,
+    sink: int = 0,
+    independent_first_frame: bool = False,
+) -> Intervals:
+    """What a stream with a rolling cache attends, for all chunks in one pass.
+
+    A chunk attends the first `sink` frames and the `window - sink` frames before its own end, its
+    own included. Neither needs to be a multiple of the chunk.
+
+    Args:
+        frames: F, query and key frames.
+        chunk: frames of a chunk.
+        tokens: tokens of a frame.
+        window: frames a query attends at most, sink included; >= sink + chunk.
+        sink: frames from the start that stay; >= 0.
+        independent_first_frame: the first chunk is one frame.
+    """
+    _check(frames=frames, chunk=chunk, tokens=tokens)
+    require(sink >= 0, "sink", sink, "an integer >= 0")
+    require(window >= sink + chunk, "window", window, f">= sink + chunk, {sink + chunk}")
+    rows = []
+    for start, end in _chunks(frames, chunk, independent_first_frame):
+        end = min(end, frames)
+        recent = max(0, end - (window - sink))
+        if recent <= sink:
+            rows.append(_row((start, end), (0, end), tokens=tokens))
+        else:
+            rows.append(_row((start, end), (0, sink), (recent, end), tokens=tokens))
+    return Intervals((tuple(rows),))
+
+
+def teacher_forcing(frames: int, chunk: int, tokens: int) -> Intervals:
+    """Queries and keys [clean | noisy], 2 F frames.
+
+    Clean chunk i attends clean chunks <= i; noisy chunk i attends clean chunks < i and itself.
+
+    Args:
+        frames: F, frames of each half.
+        chunk: frames of a chunk.
+        tokens: tokens of a frame.
+    """
+    (clean,) = causal(frames, chunk, tokens).rows
+    (noisy,) = noisy_half(frames, chunk, tokens).rows
+    shift = frames * tokens
+    return Intervals(((*clean, *((q0 + shift, q1 + shift, *keys) for q0, q1, *keys in noisy)),))
+
+
+def noisy_half(frames: int, chunk: int, tokens: int) -> Intervals:
+    """The noisy queries of `teacher_forcing` alone: F frames of queries, keys [clean | noisy].
+
+    Args:
+        frames: F, frames of each half.
+        chunk: frames of a chunk.
+        tokens: tokens of a frame.
+    """
+    _check(frames=frames, chunk=chunk, tokens=tokens)
+    rows = []
+    for start, end in _chunks(frames, chunk, False):
+        end = min(end, frames)
+        rows.append(_row((start, end), (0, start), (frames + start, frames + end), tokens=tokens))
+    return Intervals((tuple(rows),))
+
+
+def cache(valid: int | Sequence[int], queries: int, tokens: int = 1) -> Intervals:
+    """Every query attends the valid slots of a cache: keys [0, valid).
+
+    Softmax does not see the order of keys, so a ring needs no roll; only what was never written is
+    left out.
+
+    Args:
+        valid: slots written, for all streams; or one number per stream.
+        queries: query slots.
+        tokens: tokens of a slot.
+    """
+    _check(queries=queries, tokens=tokens)
+    counts = (valid,) if isinstance(valid, int) else tuple(valid)
+    for count in counts:
+        require(count >= 0, "valid", valid, "slots >= 0")
+    return Intervals(tuple((_row((0, queries), (0, count), tokens=tokens),) for count in counts))
+
+
+def after_context(context: int, queries: int, tokens: int = 1) -> Intervals:
+    """One chunk after a context of its own tensor: keys [context | chunk], all attended.
+
+    Like `cache(context + queries, queries)`, but in two intervals that meet at the border, as
+    k_context and k in different memory need.
+
+    Args:
+        context: slots of the context; may be 0.
+        queries: slots of the chunk, queries and keys.
+        tokens: tokens of a slot.
+    """
+    _check(queries=queries, tokens=tokens)
+    require(context >= 0, "context", context, "slots >= 0")
+    border, end, last = context * tokens, (context + queries) * tokens, queries * tokens
+    keys = (0, border, border, end) if context else (0, end, 0, 0)
+    return Intervals((((0, last, *keys),),))

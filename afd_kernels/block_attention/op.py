@@ -1,0 +1,154 @@
+"""afd::block_attention: schema, fake, gradient. The public function is afd.ops.block_attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_kernels import dispatch, registry
+from afd_kernels.block_attention.contract import plan_block_attention, rowwise
+from afd_kernels.contracts import require
+
+
+def _rowwise(x: Tensor | None) -> Tensor | None:
+    return None if x is None else rowwise(x)
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    flat: list[int],
+    streams: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    tensors = (q, k, v, k_context, v_context)
+    intervals = plan_block_attention(*tensors, flat, streams, scale)
+    backend = dispatch.pick("block_attention", q)
+    return backend.block_attention(*map(_rowwise, tensors), intervals, scale)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    flat: list[int],
+    streams: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    plan_block_attention(q, k, v, k_context, v_context, flat, streams, scale)
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=_wide(q))
+
+
+def _block_attention_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    flat: list[int],
+    streams: int,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    tensors = (q, k, v, k_context, v_context)
+    intervals = plan_block_attention(*tensors, flat, streams, scale)
+    _check_saved(grad_out, q, out, lse)
+    backend = dispatch.pick("block_attention", q)
+    wanted = (needs[0], needs[1], needs[2] and k_context is not None)
+    grads = backend.block_attention_bwd(
+        rowwise(grad_out),
+        *map(_rowwise, tensors),
+        rowwise(out),
+        lse.contiguous(),
+        intervals,
+        scale,
+        wanted,
+    )
+    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    flat: list[int],
+    streams: int,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    plan_block_attention(q, k, v, k_context, v_context, flat, streams, scale)
+    _check_saved(grad_out, q, out, lse)
+    wanted = (needs[0], needs[1], needs[1], needs[2], needs[2])
+    return tuple(
+        x.new_empty(x.shape) if need and x is not None else q.new_empty(0)
+        for x, need in zip((q, k, v, k_context, v_context), wanted, strict=True)
+    )
+
+
+def _check_saved(grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    for name, x in (("grad_out", grad_out), ("out", out)):
+        require(x.shape == q.shape, name, x, f"the shape of q, {list(q.shape)}")
+        require(x.dtype == q.dtype, name, x, f"the dtype of q, {q.dtype}")
+    batch, queries, heads, _ = q.shape
+    ok = lse.shape == (batch, heads, queries) and lse.dtype == _wide(q)
+    require(ok, "lse", lse, f"{_wide(q)} [{batch}, {heads}, {queries}]")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.flat, ctx.streams, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    if grad_out is None:
+        return (None,) * len(wanted)
+    needs = (wanted[0], wanted[1] or wanted[2], wanted[3] or wanted[4])
+    grads = torch.ops.afd.block_attention_bwd(
+        grad_out, *ctx.saved_tensors, ctx.flat, ctx.streams, ctx.scale, needs
+    )
+    kept = (g if want else None for g, want in zip(grads, wanted[:5], strict=True))
+    return *kept, None, None, None
+
+
+registry.define(
+    "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_context, Tensor? v_context, "
+    "int[] intervals, int streams, float scale) -> (Tensor out, Tensor lse)",
+    _block_attention,
+    _fake,
+)
+registry.define(
+    "block_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? k_context, "
+    "Tensor? v_context, Tensor out, Tensor lse, int[] intervals, int streams, float scale, "
+    "bool[3] needs) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_context, Tensor dv_context)",
+    _block_attention_bwd,
+    _fake_bwd,
+)
+registry.differentiate("block_attention", _setup_context, _backward)
+registry.refuse_double_backward(
+    "block_attention_bwd", "afd_kernels.block_attention.reference.block_attention"
+)
