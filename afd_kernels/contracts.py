@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -67,6 +68,20 @@ def require(ok: bool, argument: str, got: object, needed: str) -> None:
     if not ok:
         shown = describe(got) if isinstance(got, Tensor) else repr(got)
         raise ValueError(f"{argument}: got {shown}; needed: {needed}")
+
+
+def expect(
+    argument: str,
+    value: Tensor,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    beside: Tensor,
+) -> None:
+    """Requires a shape, one of `dtypes` and the device of `beside`; formats words only to raise."""
+    if value.shape == shape and value.dtype in dtypes and value.device == beside.device:
+        return
+    kinds = " or ".join(dict.fromkeys(str(x).removeprefix("torch.") for x in dtypes))
+    require(False, argument, value, f"{kinds} {list(shape)} on {beside.device}")
 
 
 def _check_one_of(argument: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,0 +1,76 @@
+"""What adaln accepts: one door for every backend and for the fakes.
+
+Letters: B streams, L tokens, D width, F frames of a modulation (F divides L; 1 or B streams).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from afd_kernels.contracts import FLOATS, expect, require
+
+
+def _check_modulation(name: str, value: Tensor, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Checks [1 or B, F, D] with F dividing L."""
+    batch, tokens, width = x.shape
+    streams, frames = value.shape[:2] if value.ndim == 3 else (1, 1)
+    streams = batch if streams == batch else 1
+    expect(name, value, (streams, frames, width), dtypes, x)
+    require(
+        frames > 0 and tokens % frames == 0,
+        name,
+        value,
+        f"[1 or {batch}, F, {width}] with F dividing the {tokens} tokens of x",
+    )
+
+
+def check(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None
+) -> None:
+    """Checks the metadata of adaln (the backward has no shift).
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed.
+    """
+    require(x.dtype in FLOATS, "x", x, "float32, bfloat16, float16 or float64")
+    require(x.ndim == 3 and x.numel() > 0, "x", x, "[B, L, D], none of them 0")
+    if branch is not None:
+        expect("branch", branch, x.shape, (x.dtype,), x)
+    allowed = (x.dtype, torch.float32)
+    if gate is not None:
+        require(branch is not None, "gate", gate, "None when there is no branch to be gated")
+        _check_modulation("gate", gate, x, allowed)
+    if scale.ndim == 1:
+        expect("scale", scale, x.shape[2:], allowed, x)
+    else:
+        _check_modulation("scale", scale, x, allowed)
+    if shift is not None:
+        expect("shift", shift, scale.shape, (scale.dtype,), x)
+
+
+def check_bwd(
+    grad_x_out: Tensor | None,
+    grad_h: Tensor,
+    x_out: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+) -> None:
+    """Checks the metadata of adaln_bwd."""
+    check(x_out, branch, gate, scale, None)
+    expect("grad_h", grad_h, x_out.shape, (x_out.dtype,), x_out)
+    if grad_x_out is not None:
+        expect("grad_x_out", grad_x_out, x_out.shape, (x_out.dtype,), x_out)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x itself if its last dimension is contiguous, else a contiguous copy."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def per_frame(value: Tensor) -> Tensor:
+    """A modulation as [streams, frames, D]; [D] is one frame for every stream."""
+    return value if value.ndim == 3 else value[None, None]

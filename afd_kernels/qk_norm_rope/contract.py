@@ -1,0 +1,112 @@
+"""What qk_norm_rope accepts: one door for every backend and for the fakes.
+
+Letters: B streams, L tokens, h heads, d channels of a head, P rope tables (1 or B), S cache slots,
+T tokens per frame.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afd_kernels.contracts import FLOATS, expect, require
+
+
+def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor) -> None:
+    """Checks the metadata of qk_norm_rope.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed.
+    """
+    require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
+    require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d], none of them 0")
+    batch, tokens, heads, width = q.shape
+    require(width % 2 == 0, "q", q, "an even d: RoPE turns pairs of channels")
+    expect("k", k, q.shape, (q.dtype,), q)
+    expect("weight_q", weight_q, (heads * width,), (q.dtype, torch.float32), q)
+    expect("weight_k", weight_k, (heads * width,), (weight_q.dtype,), q)
+    tables = batch if rope.ndim and rope.shape[0] == batch else 1
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    expect("rope", rope, (tables, tokens, width // 2, 2), (torch.float32, wide), q)
+
+
+def check_bwd(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rope: Tensor,
+) -> None:
+    """Checks the metadata of qk_norm_rope_bwd."""
+    check(q, k, weight_q, weight_k, rope)
+    expect("grad_q", grad_q, q.shape, (q.dtype,), q)
+    expect("grad_k", grad_k, q.shape, (q.dtype,), q)
+
+
+def check_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rope: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    tokens_per_frame: int,
+    sink_frames: int,
+) -> None:
+    """Checks the metadata of qk_norm_rope_append_; the position's value is not looked at."""
+    check(q, k, weight_q, weight_k, rope)
+    expect("v", v, q.shape, (q.dtype,), q)
+    batch, tokens, heads, width = q.shape
+    slots = k_cache.shape[1] if k_cache.ndim == 4 else 0
+    expect("k_cache", k_cache, (batch, slots, heads, width), (q.dtype,), q)
+    expect("v_cache", v_cache, (batch, slots, heads, width), (q.dtype,), q)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        require(
+            cache.is_contiguous(), name, cache, "a contiguous buffer, which is written in place"
+        )
+    streams = batch if position.ndim and position.shape[0] == batch else 1
+    expect("position", position, (streams,), (torch.int64,), q)
+    require(
+        tokens_per_frame > 0 and tokens % tokens_per_frame == 0 and slots % tokens_per_frame == 0,
+        "tokens_per_frame",
+        tokens_per_frame,
+        f"a divisor of the {tokens} tokens and of the {slots} slots of the cache",
+    )
+    frames, capacity = tokens // tokens_per_frame, slots // tokens_per_frame
+    require(
+        0 <= sink_frames <= capacity - frames,
+        "sink_frames",
+        sink_frames,
+        f"between 0 and {capacity - frames}: of the cache's {capacity} frames the ring behind the "
+        f"sink must hold the {frames} that come at once",
+    )
+    if torch.is_grad_enabled():
+        for name, x in (
+            ("q", q),
+            ("k", k),
+            ("v", v),
+            ("weight_q", weight_q),
+            ("weight_k", weight_k),
+        ):
+            require(not x.requires_grad, name, x, "no gradient (torch.no_grad): a cache keeps none")
+
+
+def check_position(position: Tensor) -> None:
+    """Refuses negative frames; CPU only, on an accelerator looking would synchronise."""
+    if position.device.type == "cpu" and min(position.tolist()) < 0:
+        raise ValueError(f"position: got {position.tolist()}; needed: frames >= 0")
+
+
+def packed(x: Tensor) -> Tensor:
+    """x [.., m, n] itself if a token's m·n numbers are contiguous, else a contiguous copy.
+
+    Token and batch strides stay as they are: a slice of a fused projection is not copied.
+    """
+    last, rows = x.stride(-1), x.stride(-2)
+    is_packed = last == 1 and (rows == x.shape[-1] or x.shape[-2] == 1)
+    return x if is_packed else x.contiguous()

@@ -1,0 +1,148 @@
+"""afd::qk_norm_rope and afd::qk_norm_rope_append_: schemas, fakes, gradient.
+
+The public functions are in afd.ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_kernels import contracts, dispatch, registry
+from afd_kernels.qk_norm_rope.contract import (
+    check,
+    check_append,
+    check_bwd,
+    check_position,
+    packed,
+)
+
+
+def _table(rope: Tensor) -> Tensor:
+    """The table with each stream's numbers contiguous."""
+    return rope if rope[0].is_contiguous() else rope.contiguous()
+
+
+def _qk_norm_rope(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    check(q, k, weight_q, weight_k, rope)
+    weights = weight_q.contiguous(), weight_k.contiguous()
+    backend = dispatch.pick("qk_norm_rope", q, weight_q, rope)
+    return backend.qk_norm_rope(packed(q), packed(k), *weights, _table(rope), eps)
+
+
+def _fake(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    check(q, k, weight_q, weight_k, rope)
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _qk_norm_rope_bwd(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rope: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_bwd(grad_q, grad_k, q, k, weight_q, weight_k, rope)
+    weights = weight_q.contiguous(), weight_k.contiguous()
+    backend = dispatch.pick("qk_norm_rope", q, weight_q, rope)
+    rows = map(packed, (grad_q, grad_k, q, k))
+    return backend.qk_norm_rope_bwd(*rows, *weights, _table(rope), eps)
+
+
+def _fake_bwd(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rope: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_bwd(grad_q, grad_k, q, k, weight_q, weight_k, rope)
+    return tuple(x.new_empty(x.shape) for x in (q, k, weight_q, weight_k))  # type: ignore[return-value]
+
+
+def _qk_norm_rope_append_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rope: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    tokens_per_frame: int,
+    sink_frames: int,
+    eps: float,
+) -> Tensor:
+    tensors = (q, k, v, weight_q, weight_k, rope, k_cache, v_cache, position)
+    check_append(*tensors, tokens_per_frame, sink_frames)
+    check_position(position)
+    backend = dispatch.pick("qk_norm_rope", q, weight_q, rope)
+    return backend.qk_norm_rope_append_(
+        packed(q),
+        packed(k),
+        packed(v),
+        weight_q.contiguous(),
+        weight_k.contiguous(),
+        _table(rope),
+        k_cache,
+        v_cache,
+        position.contiguous(),
+        tokens_per_frame,
+        sink_frames,
+        eps,
+    )
+
+
+def _fake_append_(
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, *rest: Any
+) -> Tensor:
+    check_append(q, k, v, weight_q, weight_k, *rest[:-1])
+    return q.new_empty(q.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    contracts.require(
+        not tensors[-1].requires_grad, "rope", tensors[-1], "a table without gradient"
+    )
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.afd.qk_norm_rope_bwd(grad_q, grad_k, *ctx.saved_tensors, ctx.eps)
+    return *grads, None, None
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor rope"
+registry.define(
+    f"qk_norm_rope({_INPUTS}, float eps) -> (Tensor q_out, Tensor k_out)", _qk_norm_rope, _fake
+)
+registry.define(
+    f"qk_norm_rope_bwd(Tensor grad_q, Tensor grad_k, {_INPUTS}, float eps) "
+    "-> (Tensor dq, Tensor dk, Tensor dweight_q, Tensor dweight_k)",
+    _qk_norm_rope_bwd,
+    _fake_bwd,
+)
+registry.define(
+    "qk_norm_rope_append_(Tensor q, Tensor k, Tensor v, Tensor weight_q, Tensor weight_k, "
+    "Tensor rope, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, int tokens_per_frame, "
+    "int sink_frames, float eps) -> Tensor",
+    _qk_norm_rope_append_,
+    _fake_append_,
+    mutates=True,
+)
+registry.differentiate("qk_norm_rope", _setup_context, _backward)
+registry.refuse_double_backward("qk_norm_rope_bwd", "afd_kernels.qk_norm_rope.reference.norm_rope")
