@@ -1,26 +1,58 @@
 """Streaming generation: chunk by chunk, few denoising steps each, with a key/value cache.
 
-Shape letters: B videos, F frames, C channels, H x W pixels, c frames of one chunk.
+One path for every student, from the toy to Wan: what differs is behind `Student`. Shape letters:
+B videos, F frames, C channels, H x W latent size, c frames of one chunk, L text tokens, E text
+channels. Latents are [B, F, C, H, W].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from afd import ops
 from afd.models.kv_cache import KVCache
-from afd.models.toy import ToyStudent
+from afd.models.student import Level, Student
+from afd.schedules import check_steps, renoise
+from afd_kernels.contracts import require
 
+__all__ = [
+    "STEPS",
+    "Layout",
+    "NoiseSource",
+    "check_steps",
+    "chunk_layout",
+    "counted_noise",
+    "rollout",
+    "seeded_noise",
+    "stream",
+    "stream_layout",
+]
 STEPS = (1.0, 0.9375, 0.833, 0.625)
 # (chunk, step) -> standard normal noise [B, c, C, H, W]; step 0 is the chunk's initial noise.
 NoiseSource = Callable[[int, int], Tensor]
+# First frame and number of frames of every chunk.
+Layout = tuple[tuple[int, int], ...]
+
+
+def chunk_layout(frames: int, chunk: int, *, first_alone: bool = False) -> Layout:
+    """Chunks of `chunk` frames; with `first_alone` the first frame is a chunk of its own.
+
+    Raises:
+        ValueError: when the frames do not divide into chunks.
+    """
+    alone = int(first_alone and chunk > 1)
+    needed = f"1 + a multiple of the chunk {chunk}" if alone else f"a multiple of the chunk {chunk}"
+    require(frames > 0 and (frames - alone) % chunk == 0, "frames", frames, needed)
+    starts = range(alone, frames, chunk)
+    return ((0, 1),) * alone + tuple((start, chunk) for start in starts)
 
 
 def seeded_noise(seeds: Sequence[int] | Tensor, shape: tuple[int, ...]) -> NoiseSource:
-    """Noise from one generator per video, so a video does not depend on its batch."""
+    """Noise on the CPU from one generator per video, so a video does not depend on its batch."""
     generators = [Generator().manual_seed(int(seed)) for seed in seeds]
 
     def draw(chunk: int, step: int) -> Tensor:
@@ -29,21 +61,64 @@ def seeded_noise(seeds: Sequence[int] | Tensor, shape: tuple[int, ...]) -> Noise
     return draw
 
 
-def check_steps(steps: Sequence[float]) -> None:
-    if not steps or steps[0] != 1.0 or any(b >= a for a, b in pairwise(steps)):
-        raise ValueError(f"steps: {list(steps)} came, times falling from 1 are needed")
-    if steps[-1] <= 0:
-        raise ValueError(f"steps: the last is {steps[-1]}, more than 0 is needed")
+def counted_noise(
+    seeds: Sequence[int],
+    layout: Layout,
+    draws: int,
+    frame_shape: tuple[int, int, int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> NoiseSource:
+    """Noise that depends on (seed of the video, chunk, step) and on nothing else.
+
+    Not on the batch, the device, or what was drawn before: every draw is a Philox stream of its
+    own (`afd.ops.forward_noise`). All keys are on the device before the first draw, so drawing
+    never waits for it. `draws` is the largest number of steps of a chunk.
+    """
+    keys_KSB = torch.tensor(
+        [
+            [[_key(seed, chunk, step) for seed in seeds] for step in range(draws)]
+            for chunk in range(len(layout))
+        ],
+        dtype=torch.int64,
+    ).to(device)
+    pure_B = torch.ones(len(seeds), device=device)
+    blanks = {
+        count: torch.zeros(len(seeds), count, *frame_shape, device=device, dtype=dtype)
+        for count in {count for _, count in layout}
+    }
+
+    def draw(chunk: int, step: int) -> Tensor:
+        blank = blanks[layout[chunk][1]]
+        return ops.forward_noise(blank, pure_B, seed=keys_KSB[chunk, step], layout="BFCHW")
+
+    return draw
 
 
-@torch.no_grad()
+def _key(seed: int, chunk: int, step: int) -> int:
+    """A 64-bit key (as int64) that mixes the three; SplitMix64's finalizer (Steele et al. 2014)."""
+    key = 0
+    for word in (seed, chunk, step):
+        key = (key + word + 0x9E3779B97F4A7C15) % 2**64
+        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
+        key ^= key >> 31
+    return key - 2**64 if key >= 2**63 else key
+
+
 def stream(
-    student: ToyStudent,
+    student: Student,
     text_BLE: Tensor,
     noise: NoiseSource,
     *,
     frames: int | None = None,
     steps: Sequence[float] = STEPS,
+    first_steps: Sequence[float] | None = None,
+    prefix_BFCHW: Tensor | None = None,
+    switches: Mapping[int, Tensor] | None = None,
+    context_noise: float = 0.0,
+    remember_last: bool = False,
     cache: KVCache | None = None,
 ) -> Iterator[Tensor]:
     """Yield finished chunks [B, c, C, H, W] one after another.
@@ -51,29 +126,118 @@ def stream(
     Each chunk starts as noise and is denoised at the times of `steps`: predict the clean chunk,
     mix it with fresh noise for the next time; the last prediction is the result. A context pass
     then puts the finished chunk into the cache; after the last chunk nothing would read it.
-    Pass a `cache` (from `student.new_cache`) to read the context afterwards.
+    Between chunks only the cache is kept, and nothing in the loop waits for the device.
+
+    Args:
+        text_BLE: embeddings of the prompts (`student.encode`).
+        noise: where the noise comes from; its chunks follow `stream_layout`.
+        frames: length of the video, prefix included; default the student's training length. With a
+            window (of the student's configuration) only the sink and the newest frames are kept.
+        steps: the list of every chunk, in the student's units (`student.levels`).
+        first_steps: the list of the first chunk that is generated, where it differs.
+        prefix_BFCHW: finished latents that begin the video: they are remembered at time 0 and come
+            out again as its first chunks. Whole chunks, or a single frame.
+        switches: from this chunk on (a chunk of the layout) these prompts' embeddings.
+        context_noise: the time the context pass is told, on the 0-1000 scale; the latents of the
+            pass stay clean.
+        remember_last: also do the context pass of the last chunk, to read the cache afterwards.
+        cache: where to keep the context (`student.new_cache`), to read it afterwards.
+
+    Raises:
+        ValueError: naming the argument, what came and what is needed; before the first chunk.
     """
-    check_steps(steps)
-    frames = frames or student.config.frames
-    if frames % student.chunk:
-        raise ValueError(
-            f"frames: {frames} came, a multiple of the chunk {student.chunk} is needed"
-        )
-    cache = cache or student.new_cache(text_BLE, frames)
-    for chunk, start in enumerate(range(0, frames, student.chunk)):
-        x_t = noise(chunk, 0)
-        for step, t in enumerate(steps):
-            x0 = student.denoise(x_t, t, cache, start)
-            if step + 1 < len(steps):
-                next_t = steps[step + 1]
-                x_t = (1 - next_t) * x0 + next_t * noise(chunk, step + 1)
+    frames = student.frames if frames is None else frames
+    given = 0 if prefix_BFCHW is None else prefix_BFCHW.shape[1]
+    layout = stream_layout(student, frames, given)
+    if prefix_BFCHW is not None:
+        _check_prefix(student, prefix_BFCHW, len(text_BLE), layout)
+    for chunk, text in (switches or {}).items():
+        require(0 <= chunk < len(layout), "switches", chunk, f"a chunk in [0, {len(layout)})")
+        require(text.shape == text_BLE.shape, "switches", text, f"{list(text_BLE.shape)}")
+    levels = student.levels(steps)
+    plan = _Plan(
+        layout=layout,
+        first=levels if first_steps is None else student.levels(first_steps),
+        levels=levels,
+        clean_11=Level.at(0.0, 0.0, student.device).t_11,
+        context_11=Level.at(context_noise, 0.0, student.device).t_11,
+        switches=dict(switches or {}),
+        remember_last=remember_last,
+    )
+    cache = student.new_cache(text_BLE, frames) if cache is None else cache
+    return _chunks(student, cache, noise, plan, prefix_BFCHW)
+
+
+def stream_layout(student: Student, frames: int, prefix_frames: int = 0) -> Layout:
+    """The chunks of a stream: with one prefix frame (an image) that frame is a chunk of its own."""
+    alone = student.independent_first_frame or prefix_frames == 1
+    return chunk_layout(frames, student.chunk, first_alone=alone)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything of a stream that is known before its first chunk."""
+
+    layout: Layout
+    first: list[Level]
+    levels: list[Level]
+    clean_11: Tensor
+    context_11: Tensor
+    switches: dict[int, Tensor]
+    remember_last: bool
+
+
+@torch.no_grad()
+def _chunks(
+    student: Student, cache: KVCache, noise: NoiseSource, plan: _Plan, prefix: Tensor | None
+) -> Iterator[Tensor]:
+    given = 0 if prefix is None else prefix.shape[1]
+    for chunk, (start, count) in enumerate(plan.layout):
+        if chunk in plan.switches:
+            student.switch_text(cache, plan.switches[chunk])
+        if prefix is not None and start < given:
+            x0, t_11 = prefix[:, start : start + count], plan.clean_11
+        else:
+            levels = plan.first if start == given else plan.levels
+            x0, t_11 = _denoised(student, cache, noise, levels, chunk, start), plan.context_11
         yield x0
-        if start + student.chunk < frames:
-            student.remember(x0, cache, start)
+        if chunk + 1 < len(plan.layout) or plan.remember_last:
+            student.remember(x0, t_11, cache, start)
+
+
+def _denoised(
+    student: Student,
+    cache: KVCache,
+    noise: NoiseSource,
+    levels: list[Level],
+    chunk: int,
+    start: int,
+) -> Tensor:
+    x_t = noise(chunk, 0)
+    for step, level in enumerate(levels):
+        x0 = student.denoise(x_t, level, cache, start)
+        if step + 1 < len(levels):
+            x_t = renoise(x0, noise(chunk, step + 1), levels[step + 1].sigma)
+    return x0
+
+
+def _check_prefix(student: Student, prefix: Tensor, batch: int, layout: Layout) -> None:
+    ends = [start + count for start, count in layout[:-1]]
+    shape = f"[{batch}, P, {', '.join(map(str, student.frame_shape))}]"
+    require(
+        prefix.shape == (batch, prefix.shape[1], *student.frame_shape)
+        and prefix.device == student.device,
+        "prefix",
+        prefix,
+        f"{shape} on {student.device}",
+    )
+    require(
+        prefix.shape[1] in ends, "prefix", prefix, f"{shape} with P one of {ends}, whole chunks"
+    )
 
 
 def rollout(
-    student: ToyStudent,
+    student: Student,
     prompts: list[str],
     seeds: Sequence[int] | Tensor,
     *,
@@ -84,12 +248,10 @@ def rollout(
     """Whole videos [B, F, C, H, W], one per prompt and seed."""
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds: {len(seeds)} came for {len(prompts)} prompts")
-    toy = student.config
-    shape = (student.chunk, toy.wan.in_dim, toy.height, toy.width)
     videos = []
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
-        noise = seeded_noise(seeds[part], shape)
+        noise = seeded_noise(seeds[part], (student.chunk, *student.frame_shape))
         text = student.encode(prompts[part])
         videos.append(torch.cat(list(stream(student, text, noise, frames=frames, steps=steps)), 1))
     return torch.cat(videos)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -131,6 +132,14 @@ class ShiftedFlow:
     def training_weight(self, t: Tensor) -> Tensor:
         """The loss weight at each time, float32 like t."""
         return _on(self, t.device)[2][self.nearest(t)]
+
+
+def check_steps(steps: Sequence[float], first: float = 1.0) -> None:
+    """Refuse a list that does not fall from `first`, pure noise, to above 0."""
+    if not steps or steps[0] != first or any(b >= a for a, b in pairwise(steps)):
+        raise ValueError(f"steps: {list(steps)} came, times falling from {first:g} are needed")
+    if steps[-1] <= 0:
+        raise ValueError(f"steps: the last is {steps[-1]}, more than 0 is needed")
 
 
 @lru_cache(maxsize=16)

@@ -104,7 +104,7 @@ def test_bad_steps_frames_and_seeds_are_refused(student: ToyStudent) -> None:
         with pytest.raises(ValueError, match="steps: "):
             check_steps(steps)
     text = student.encode(["a"])
-    with pytest.raises(ValueError, match="frames: 10 came, a multiple of the chunk 3"):
+    with pytest.raises(ValueError, match="frames: got 10; needed: a multiple of the chunk 3"):
         next(stream(student, text, seeded_noise([1], SHAPE), frames=10))
     with pytest.raises(ValueError, match="seeds: 1 came for 2 prompts"):
         rollout(student, ["a", "b"], [1])

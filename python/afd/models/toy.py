@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -21,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.kv_cache import KVCache, LayerKV
+from afd.models.kv_cache import LayerKV
+from afd.models.student import Level, Student
+from afd.schedules import check_steps
 
 SHIPPED = {"base": "base_student.safetensors", "motion": "motion_backbone.safetensors"}
 
@@ -84,26 +87,21 @@ def checkpoint_path(name: str) -> Path:
     return path
 
 
-class ToyStudent(nn.Module):
+class ToyStudent(Student):
     """A causal video student; the network predicts the clean video, the outside sees velocities."""
 
     def __init__(self, config: ToyConfig | None = None) -> None:
-        super().__init__()
-        self.config = config or ToyConfig()
-        self.net = CausalWan(self.config.wan)
+        config = config or ToyConfig()
+        super().__init__(CausalWan(config.wan))
+        self.config = config
         # The released network starts its head at zero; its own prediction is then zero too.
         nn.init.zeros_(self.net.head.head.weight)
         nn.init.zeros_(self.net.head.head.bias)
 
-    @property
-    def chunk(self) -> int:
-        return self.config.wan.chunk
-
     def encode(self, prompts: list[str]) -> Tensor:
         """Text embeddings [B, L, E] on the student's device."""
         wan = self.config.wan
-        device = self.net.patch_embedding.weight.device
-        return encode_prompts(prompts, wan.text_len, wan.text_dim).to(device)
+        return encode_prompts(prompts, wan.text_len, wan.text_dim).to(self.device)
 
     # --- training ---
 
@@ -136,22 +134,24 @@ class ToyStudent(nn.Module):
             ..., None, None, None
         ]
 
-    # --- streaming ---
+    # --- streaming (the rest is in Student) ---
 
-    def new_cache(self, text_BLE: Tensor, frames: int) -> KVCache:
-        return self.net.new_cache(text_BLE, frames, self.config.height, self.config.width)
+    @property
+    def frames(self) -> int:
+        return self.config.frames
 
-    def denoise(self, x_t_BFCHW: Tensor, t: float, cache: KVCache, start_frame: int) -> Tensor:
-        """The clean chunk seen in the noisy one at frames `start_frame`…"""
-        t_B1 = torch.full((x_t_BFCHW.shape[0], 1), 1000 * t, device=x_t_BFCHW.device)
-        out = self.net.forward_cached(x_t_BFCHW, t_B1, cache, start_frame)
-        assert out is not None
-        return out
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        return self.config.wan.in_dim, self.config.height, self.config.width
 
-    def remember(self, x_BFCHW: Tensor, cache: KVCache, start_frame: int) -> None:
-        """The context pass: later chunks will see this finished chunk."""
-        t_B1 = torch.zeros(x_BFCHW.shape[0], 1, device=x_BFCHW.device)
-        self.net.forward_cached(x_BFCHW, t_B1, cache, start_frame, context_only=True)
+    def levels(self, steps: Sequence[float]) -> list[Level]:
+        """Steps are times falling from 1 to more than 0; a time is its own noise level."""
+        check_steps(steps)
+        return [Level.at(1000 * t, t, self.device) for t in steps]
+
+    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float) -> Tensor:
+        """The output is the clean chunk itself."""
+        return out_BFCHW
 
     # --- files ---
 

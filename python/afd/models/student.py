@@ -1,0 +1,106 @@
+"""What the rollout knows of a student, and what all students do alike.
+
+Shape letters: B videos, F frames, C channels, H x W latent size, L text tokens, E text channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from afd.models.causal_wan import CausalWan
+from afd.models.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Level:
+    """One denoising step.
+
+    Attributes:
+        t_11: what the network is told, float32 [1, 1] on its device, on the 0-1000 scale. A tensor
+            made before the loop: making it in the loop would wait for the device.
+        sigma: how much of the chunk is noise, in [0, 1].
+    """
+
+    t_11: Tensor
+    sigma: float
+
+    @classmethod
+    def at(cls, t: float, sigma: float, device: torch.device) -> Level:
+        return cls(torch.tensor([[t]], dtype=torch.float32, device=device), sigma)
+
+
+class Student(nn.Module, ABC):
+    """A causal video student: a `CausalWan` and what its output, its steps and its text mean."""
+
+    def __init__(self, net: CausalWan) -> None:
+        super().__init__()
+        self.net = net
+
+    # --- what differs ---
+
+    @property
+    @abstractmethod
+    def frames(self) -> int:
+        """Frames of a video of the training length."""
+
+    @property
+    @abstractmethod
+    def frame_shape(self) -> tuple[int, int, int]:
+        """C, H, W of a frame."""
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Text embeddings [B, L, E] on the student's device."""
+
+    @abstractmethod
+    def levels(self, steps: Sequence[float]) -> list[Level]:
+        """The denoising steps of a list in the student's own units; refuses a wrong list."""
+
+    @abstractmethod
+    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float) -> Tensor:
+        """The clean chunk that the network's output at x_t means."""
+
+    # --- what is alike ---
+
+    @property
+    def chunk(self) -> int:
+        """Frames denoised together."""
+        return self.net.config.chunk
+
+    @property
+    def independent_first_frame(self) -> bool:
+        """Whether the first frame is a chunk of its own."""
+        return bool(getattr(self.net.config, "independent_first_frame", False))
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.net.patch_embedding.weight.dtype
+
+    def new_cache(self, text_BLE: Tensor, frames: int) -> KVCache:
+        """An empty cache for streams of up to `frames` frames with these prompts."""
+        return self.net.new_cache(text_BLE, frames, *self.frame_shape[1:])
+
+    def switch_text(self, cache: KVCache, text_BLE: Tensor) -> None:
+        """Put another prompt's keys and values where the cache holds the last one's."""
+        for old, new in zip(cache.cross_kv, self.net.text_kv(text_BLE), strict=True):
+            for kept, value in zip(old, new, strict=True):
+                kept.copy_(value)
+
+    def denoise(self, x_t_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> Tensor:
+        """The clean chunk seen in the noisy one at frames `start_frame` and on."""
+        out = self.net.forward_cached(x_t_BFCHW, level.t_11, cache, start_frame)
+        assert out is not None
+        return self.x0_from_output(out, x_t_BFCHW, level.sigma)
+
+    def remember(self, x_BFCHW: Tensor, t_11: Tensor, cache: KVCache, start_frame: int) -> None:
+        """The context pass: later chunks will see this chunk, told to be at time t."""
+        self.net.forward_cached(x_BFCHW, t_11, cache, start_frame, context_only=True)

@@ -1,0 +1,223 @@
+"""The stream: its order of calls, its noise, prompts that change, videos that begin with others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.wan import WanStudent
+from afd.rollout import chunk_layout, counted_noise, rollout, stream, stream_layout
+from tests.tolerances import NETWORK_FORWARD
+from tests.tolerances import NETWORK_REORDERED as SAME
+
+SIZES: dict[str, Any] = {
+    "dim": 48,
+    "num_heads": 2,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "freq_dim": 16,
+    "text_dim": 12,
+    "text_len": 5,
+    "in_dim": 4,
+    "out_dim": 4,
+}
+FOUR, TWO = (1000, 750, 500, 250), (1000, 500)
+
+
+def make_student(**sizes: Any) -> WanStudent:
+    torch.manual_seed(0)
+    net = CausalWan(WanConfig(**{**SIZES, "chunk": 2, **sizes})).requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return WanStudent(net, height=4, width=6, frames=6)
+
+
+@pytest.fixture(scope="module")
+def student() -> WanStudent:
+    return make_student()
+
+
+@pytest.fixture(scope="module")
+def text() -> Tensor:
+    return torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(7))
+
+
+def noise_of(student: WanStudent, seeds: list[int], frames: int = 6, prefix: int = 0) -> Any:
+    layout = stream_layout(student, frames, prefix)
+    return counted_noise(seeds, layout, 4, student.frame_shape)
+
+
+def video(student: WanStudent, text: Tensor, seeds: list[int], **options: Any) -> Tensor:
+    options = {"steps": TWO, "frames": 6} | options
+    prefix = options.get("prefix_BFCHW")
+    given = 0 if prefix is None else prefix.shape[1]
+    noise = noise_of(student, seeds, options["frames"], given)
+    return torch.cat(list(stream(student, text, noise, **options)), 1)
+
+
+class Spy:
+    """Every call of the network: (frames from, frames to, time, context only)."""
+
+    def __init__(self, student: WanStudent, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[int, int, float, bool]] = []
+        forward = student.net.forward_cached
+
+        def watched(x: Tensor, t: Tensor, cache: Any, start: int, **options: Any) -> Any:
+            seen = (start, start + x.shape[1], round(float(t[0, 0]), 3))
+            self.calls.append((*seen, options.get("context_only", False)))
+            return forward(x, t, cache, start, **options)
+
+        monkeypatch.setattr(student.net, "forward_cached", watched)
+
+
+def test_a_chunk_is_denoised_then_remembered_and_the_last_one_is_not(
+    student: WanStudent, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(student, monkeypatch)
+    video(student, text, [1, 2], frames=4, steps=FOUR)
+    times = (1000.0, 937.5, 833.333, 625.0)
+    steps = [[(start, start + 2, t, False) for t in times] for start in (0, 2)]
+    assert spy.calls == [*steps[0], (0, 2, 0.0, True), *steps[1]]
+    spy.calls.clear()
+    video(student, text, [1, 2], frames=4, steps=[1000], remember_last=True, context_noise=7.0)
+    assert spy.calls[-1] == (2, 4, 7.0, True)
+
+
+def test_the_first_chunk_may_take_more_steps(
+    student: WanStudent, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(student, monkeypatch)
+    video(student, text, [1, 2], frames=4, steps=[1000], first_steps=FOUR)
+    assert [call[:2] for call in spy.calls if not call[3]] == [(0, 2)] * 4 + [(2, 4)]
+
+
+@pytest.mark.parametrize("case", ["A_small", "B_hd128"])
+def test_the_rollout_is_the_released_one(shared: Path, case: str) -> None:
+    folder = shared / "golden" / case
+    sizes = json.loads((folder / "config.json").read_text())
+    golden = load_file(folder / "rollout.safetensors")
+    names = ("dim", "num_heads", "ffn_dim", "num_layers", "freq_dim", "text_dim", "text_len")
+    config = WanConfig(**{name: sizes[name] for name in names}, chunk=sizes["chunk"])
+    net = CausalWan(config).requires_grad_(False)
+    net.load_state_dict(load_file(folder / "weights.safetensors"))
+    student = WanStudent(net, height=sizes["H"], width=sizes["W"])
+    drawn = iter(sorted(name for name in golden if name.startswith("renoise.")))
+    first = golden["noise"].split(config.chunk, 1)
+
+    def noise(chunk: int, step: int) -> Tensor:
+        return golden[next(drawn)].view_as(first[0]) if step else first[chunk]
+
+    options: dict[str, Any] = {"frames": golden["noise"].shape[1], "steps": sizes["steps"]}
+    out = torch.cat(list(stream(student, golden["context"], noise, **options)), 1)
+    error = (out - golden["latents"]).norm() / golden["latents"].norm()
+    assert error < NETWORK_FORWARD
+
+
+def test_the_layout_names_every_frame_once() -> None:
+    assert chunk_layout(6, 3) == ((0, 3), (3, 3))
+    assert chunk_layout(7, 3, first_alone=True) == ((0, 1), (1, 3), (4, 3))
+    assert chunk_layout(3, 1, first_alone=True) == ((0, 1), (1, 1), (2, 1))
+    with pytest.raises(ValueError, match="frames: got 7; needed: a multiple of the chunk 3"):
+        chunk_layout(7, 3)
+    with pytest.raises(ValueError, match="frames: got 6; needed: 1 \\+ a multiple of the chunk 3"):
+        chunk_layout(6, 3, first_alone=True)
+
+
+def test_noise_depends_on_seed_chunk_and_step_alone() -> None:
+    layout = ((0, 1), (1, 2), (3, 2))
+    together = counted_noise([3, 4, 5], layout, 2, (4, 2, 3))
+    alone = counted_noise([4], layout, 2, (4, 2, 3))
+    draws = [(chunk, step) for chunk in range(3) for step in range(2)]
+    for chunk, step in reversed(draws):
+        drawn = together(chunk, step)
+        assert drawn.shape == (3, layout[chunk][1], 4, 2, 3)
+        assert torch.equal(drawn[1:2], alone(chunk, step))
+        assert torch.equal(drawn, together(chunk, step))
+    first = {round(float(alone(*draw).flatten()[0]), 6) for draw in draws}
+    assert len(first) == len(draws)
+
+
+def test_noise_is_standard_normal_in_the_dtype_asked_for() -> None:
+    draw = counted_noise([0], ((0, 8),), 1, (16, 32, 32), dtype=torch.bfloat16)(0, 0)
+    assert draw.dtype == torch.bfloat16
+    assert abs(draw.float().mean()) < 0.01
+    assert abs(draw.float().std() - 1) < 0.01
+
+
+def test_a_video_does_not_depend_on_its_batch(student: WanStudent, text: Tensor) -> None:
+    together = video(student, text, [8, 9])
+    torch.testing.assert_close(together[1:], video(student, text[1:], [9]), **SAME)
+
+
+def test_a_longer_stream_begins_like_a_shorter_one(student: WanStudent, text: Tensor) -> None:
+    long = video(student, text, [1, 2], frames=10)
+    assert long.shape[1] == 10
+    torch.testing.assert_close(long[:, :6], video(student, text, [1, 2]), **SAME)
+
+
+def test_another_prompt_changes_the_chunks_from_its_own_on(
+    student: WanStudent, text: Tensor
+) -> None:
+    plain = video(student, text, [1, 2])
+    switched = video(student, text, [1, 2], switches={1: text.flip(0)})
+    torch.testing.assert_close(switched[:, :2], plain[:, :2], rtol=0, atol=0)
+    assert (switched[:, 2:4] - plain[:, 2:4]).abs().max() > 1e-3
+    from_start = video(student, text, [1, 2], switches={0: text.flip(0)})
+    torch.testing.assert_close(from_start, video(student, text.flip(0), [1, 2]), **SAME)
+
+
+def test_a_prefix_is_remembered_clean_and_comes_out_again(
+    student: WanStudent, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = video(student, text, [1, 2])
+    spy = Spy(student, monkeypatch)
+    continued = video(student, text, [1, 2], prefix_BFCHW=whole[:, :4], context_noise=5.0)
+    assert spy.calls[:2] == [(0, 2, 0.0, True), (2, 4, 0.0, True)]
+    assert torch.equal(continued[:, :4], whole[:, :4])
+    torch.testing.assert_close(continued[:, 4:], whole[:, 4:], **SAME)
+
+
+def test_an_image_is_a_chunk_of_its_own(
+    student: WanStudent, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = torch.randn(2, 1, 4, 4, 6, generator=torch.Generator().manual_seed(3))
+    spy = Spy(student, monkeypatch)
+    out = video(student, text, [1, 2], frames=5, steps=[1000], prefix_BFCHW=image, first_steps=TWO)
+    ranges = [(call[:2], call[3]) for call in spy.calls]
+    middle = [((1, 3), False), ((1, 3), False), ((1, 3), True)]
+    assert ranges == [((0, 1), True), *middle, ((3, 5), False)]
+    assert out.shape[1] == 5
+    assert torch.equal(out[:, :1], image)
+
+
+def test_whole_videos_need_a_seed_each(student: WanStudent) -> None:
+    with pytest.raises(ValueError, match="seeds: 1 came for 2 prompts"):
+        rollout(student, ["a", "b"], [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"frames": 7}, "frames: got 7; needed: a multiple of the chunk 2"),
+        ({"steps": (750, 500)}, "steps: .* falling from 1000"),
+        ({"steps": (1000, 333.3)}, "steps: got 333.3; needed: whole numbers"),
+        ({"switches": {3: torch.zeros(2, 5, 12)}}, r"switches: got 3; needed: a chunk in \[0, 3\)"),
+        ({"switches": {1: torch.zeros(1, 5, 12)}}, r"switches: got float32 \[1, 5, 12\]"),
+        ({"prefix_BFCHW": torch.zeros(2, 3, 4, 4, 6)}, r"prefix: .* P one of \[2, 4\]"),
+        ({"prefix_BFCHW": torch.zeros(2, 6, 4, 4, 6)}, r"prefix: .* P one of \[2, 4\]"),
+        ({"prefix_BFCHW": torch.zeros(1, 2, 4, 4, 6)}, r"prefix: got .*; needed: \[2, P, 4, 4, 6"),
+    ],
+)
+def test_a_mistake_is_told_before_the_first_chunk(
+    student: WanStudent, text: Tensor, options: dict[str, Any], told: str
+) -> None:
+    noise = noise_of(student, [1, 2])
+    with pytest.raises(ValueError, match=told):
+        stream(student, text, noise, **{"steps": TWO, **options})
