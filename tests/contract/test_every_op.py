@@ -17,8 +17,11 @@ from tests.cases import BASE, CASES, Case
 Place = tuple[str, str]
 
 NAMES = ("forward_noise", "forward_noise_bwd", "nft_loss", "nft_loss_bwd", "nft_loss_bwd_")
-# Checked in test_attention.py: their backends are others.
-ATTENTION = ("block_attention", "block_attention_bwd")
+# Checked in files of their own, because they run on other backends or devices.
+ELSEWHERE = {
+    *("block_attention", "block_attention_bwd"),  # test_attention.py
+    *("qk_norm_rope", "qk_norm_rope_bwd", "qk_norm_rope_append_", "adaln", "adaln_bwd"),
+}
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -69,8 +72,10 @@ def test_every_registered_op_is_checked_here() -> None:
         for n in torch._C._dispatch_get_all_op_names()
         if n.startswith("afd::")
     }
-    assert registered == {*NAMES, *ATTENTION}
-    assert set(dispatch.OPS) == {"forward_noise", "nft_loss", "block_attention"}
+    assert registered == {*NAMES, *ELSEWHERE}
+    assert set(dispatch.OPS) == {
+        name for name in registered if "_bwd" not in name and name[-1] != "_"
+    }
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
