@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig, block_mask
+from afd.models.causal_wan import CausalWan, WanConfig
+from afd.ops import intervals
 from tests.tolerances import NETWORK_FORWARD as FORWARD
 from tests.tolerances import NETWORK_GRADIENT as GRADIENT
 
@@ -119,13 +120,12 @@ def test_every_cached_call_equals_the_released_code(folder: str) -> None:
             latents.append(x)
     assert error(torch.cat(latents, 1), golden["latents"]) <= FORWARD
     for layer, (k, v) in enumerate(cache.self_kv):
-        assert error(k.transpose(1, 2), golden[f"final.kv.{layer}.k"]) <= FORWARD
-        assert error(v.transpose(1, 2), golden[f"final.kv.{layer}.v"]) <= FORWARD
+        assert error(k, golden[f"final.kv.{layer}.k"]) <= FORWARD
+        assert error(v, golden[f"final.kv.{layer}.v"]) <= FORWARD
 
 
 def test_the_mask_is_the_released_one() -> None:
     golden = load("A_small", "train_causal")["frame_mask"]
-    assert torch.equal(block_mask(12, 3, 1, False, torch.device("cpu")), golden)
+    assert torch.equal(intervals.causal(12, 3, 1).mask(12)[0], golden)
     both = load("A_small", "teacher_forcing")["frame_mask"]
-    assert torch.equal(block_mask(12, 3, 1, True, torch.device("cpu")), both[12:])
-    assert not both[:12, 12:].any()
+    assert torch.equal(intervals.teacher_forcing(12, 3, 1).mask(24)[0], both)

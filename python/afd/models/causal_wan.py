@@ -7,22 +7,34 @@ Source: Wan2.1 as used by Self-Forcing and Causal-Forcing (arXiv 2506.08009).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from afd.models.kv_cache import KVCache, LayerKV, allocate
-
-EPS = 1e-6
+from afd import ops
+from afd.models.kv_cache import KVCache, LayerKV
+from afd.models.rope import rope_table
+from afd.models.wan_block import EPS, Block, Head, TimeTable
+from afd.ops import Intervals, intervals
+from afd_kernels.contracts import require
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of the network; the defaults are Wan2.1-T2V-1.3B with 3-frame chunks."""
+    """Sizes of the network and of its memory; defaults: Wan2.1-T2V-1.3B with 3-frame chunks.
+
+    Attributes:
+        chunk: frames denoised together.
+        window: frames that a query sees at most, its own chunk and the sink included; None: all.
+        sink: frames from the start that the window never loses. The released training mask has
+            none; with one, training sees what a stream sees.
+        independent_first_frame: the first chunk is one frame.
+    """
 
     dim: int = 1536
     num_heads: int = 12
@@ -35,6 +47,9 @@ class WanConfig:
     out_dim: int = 16
     patch: tuple[int, int] = (2, 2)
     chunk: int = 3
+    window: int | None = None
+    sink: int = 0
+    independent_first_frame: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -47,140 +62,59 @@ class WanConfig:
             raise ValueError(f"x: a frame of {height}x{width} does not divide into {self.patch}")
         return rows, cols
 
-
-@lru_cache(maxsize=256)
-def rope_angles(
-    head_dim: int, start: int, frames: int, rows: int, cols: int, device: torch.device
-) -> Tensor:
-    """Unit complex numbers [frames·rows·cols, head_dim/2] (complex64) of frames from `start` on.
-
-    The pairs are split over time, row and column; every axis has its own ladder of frequencies.
-    Angles are computed in float64, as the reference does: float32 loses them at far frames.
-    """
-    pairs = head_dim // 2
-    split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    angles = []
-    for axis, (count, size) in enumerate(zip(split, (frames, rows, cols), strict=True)):
-        position = torch.arange(size, dtype=torch.float64) + (start if axis == 0 else 0)
-        ladder = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-        shape = [1, 1, 1, count]
-        shape[axis] = size
-        angles.append(torch.outer(position, ladder).view(shape).expand(frames, rows, cols, count))
-    theta = torch.cat(angles, dim=-1).reshape(frames * rows * cols, pairs)
-    return torch.polar(torch.ones_like(theta), theta).to(torch.complex64).to(device)
-
-
-def rotate(x_BhLd: Tensor, rope_Lp: Tensor) -> Tensor:
-    """Turn interleaved channel pairs by the table's angles, in float32."""
-    pairs = torch.view_as_complex(x_BhLd.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope_Lp).flatten(-2).to(x_BhLd.dtype)
-
-
-@lru_cache(maxsize=64)
-def block_mask(
-    frames: int, chunk: int, tokens: int, with_clean: bool, device: torch.device
-) -> Tensor:
-    """True where a query token may see a key token: [F·T, F·T], or [F·T, 2·F·T] with clean keys.
-
-    Without clean keys, a chunk sees itself and the past. With them (teacher forcing), noisy queries
-    see the *clean* frames of earlier chunks, then the noisy frames of their own chunk.
-    """
-    chunk_F = torch.arange(frames, device=device) // chunk
-    query, key = chunk_F[:, None], chunk_F[None, :]
-    mask = torch.cat([key < query, key == query], dim=1) if with_clean else key <= query
-    return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-
-
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    # Statistics in float32, then activation dtype, then the gain: the released order of roundings.
-    return F.rms_norm(x.float(), (x.shape[-1],), eps=EPS).to(x.dtype) * weight
-
-
-def _modulated_norm(x_BFTD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    normed = F.layer_norm(x_BFTD, (x_BFTD.shape[-1],), eps=EPS)
-    return torch.addcmul(shift, normed, 1 + scale)
-
-
-class Gain(nn.Module):
-    """The gain of an RMS norm over all channels."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-
-class Attention(nn.Module):
-    """Projections shared by self- and cross-attention; keys and queries are RMS-normed over D."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.heads = config.num_heads
-        self.q, self.k = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_q, self.norm_k = Gain(dim), Gain(dim)
-
-    def _split(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def query(self, x_BLD: Tensor) -> Tensor:
-        return self._split(_rms_norm(self.q(x_BLD), self.norm_q.weight))
-
-    def key_value(self, x_BLD: Tensor) -> LayerKV:
-        k_BLD = _rms_norm(self.k(x_BLD), self.norm_k.weight)
-        return self._split(k_BLD), self._split(self.v(x_BLD))
-
-    def attend(self, q_BhLd: Tensor, kv: LayerKV, mask: Tensor | None = None) -> Tensor:
-        out_BhLd = F.scaled_dot_product_attention(q_BhLd, *kv, attn_mask=mask)
-        return self.o(out_BhLd.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Modulated self-attention, cross-attention to the prompt, modulated feed-forward."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-        self.self_attn = Attention(config)
-        self.norm3 = nn.LayerNorm(dim, eps=EPS)
-        self.cross_attn = Attention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
+    def sight(self, frames: int, tokens: int) -> Intervals:
+        """What each chunk sees in one pass over all frames."""
+        first = self.independent_first_frame
+        if self.window is None or not self.sink:
+            return intervals.causal(
+                frames, self.chunk, tokens, independent_first_frame=first, window=self.window
+            )
+        return intervals.windowed(
+            frames,
+            self.chunk,
+            tokens,
+            window=self.window,
+            sink=self.sink,
+            independent_first_frame=first,
         )
 
-    def modulations(self, time_BF6D: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale, gate of attention, then of the feed-forward, each [B, F, 1, D]."""
-        return (self.modulation + time_BF6D).unsqueeze(3).unbind(2)
 
-    def self_input(self, x_BFTD: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
-        return _modulated_norm(x_BFTD, mods[0], mods[1]).flatten(1, 2)
+@dataclass(frozen=True)
+class _Pass:
+    """What self-attention of one pass looks at.
 
-    def finish(
-        self, x_BFTD: Tensor, attended_BLD: Tensor, mods: tuple[Tensor, ...], text_kv: LayerKV
-    ) -> Tensor:
-        """Everything after self-attention."""
-        x_BFTD = torch.addcmul(x_BFTD, mods[2], attended_BLD.view_as(x_BFTD))
-        q_BhLd = self.cross_attn.query(self.norm3(x_BFTD.flatten(1, 2)))
-        x_BFTD = x_BFTD + self.cross_attn.attend(q_BhLd, text_kv).view_as(x_BFTD)
-        return torch.addcmul(x_BFTD, mods[5], self.ffn(_modulated_norm(x_BFTD, mods[3], mods[4])))
+    Attributes:
+        rope: table of the pass's tokens.
+        intervals: keys of each query.
+        context: per layer, keys and values before the pass's own; or
+        cache: where the pass writes its own, and reads everything from.
+        keys_only: nothing of the last layer is wanted but keys and values.
+        last: (tokens, frames, intervals): in the last layer only what follows is asked.
+    """
+
+    rope: Tensor
+    intervals: Intervals
+    context: list[LayerKV] | None = None
+    cache: KVCache | None = None
+    keys_only: bool = False
+    last: tuple[int, int, Intervals] | None = None
 
 
-class Head(nn.Module):
-    """Last modulated norm and projection to patches, modulated by the bare time embedding."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-        self.head = nn.Linear(config.dim, config.out_dim * config.patch[0] * config.patch[1])
-
-    def forward(self, x_BFTD: Tensor, embed_BFD: Tensor) -> Tensor:
-        shift, scale = (self.modulation + embed_BFD.unsqueeze(2)).unsqueeze(3).unbind(2)
-        return self.head(_modulated_norm(x_BFTD, shift, scale))
+def sinusoid(t: Tensor, channels: int) -> Tensor:
+    """(cos, sin) of t times a ladder of frequencies, float64 [..., channels]."""
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
+    angle = t.double().unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 class CausalWan(nn.Module):
-    """The network. Videos are [B, F, C, H, W]; times are [B, F] on the 0-1000 scale."""
+    """The network. Videos are [B, F, C, H, W]; times are [B, F] or [B, 1] on the 0-1000 scale.
+
+    Attributes:
+        checkpoint_blocks: training passes keep only what lies between blocks, and compute the rest
+            again in the backward.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -189,6 +123,7 @@ class CausalWan(nn.Module):
                 f"config: dim {config.dim} needs num_heads ({config.num_heads}) heads of even width"
             )
         self.config = config
+        self.checkpoint_blocks = False
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, kernel_size=(1, *config.patch), stride=(1, *config.patch)
@@ -202,6 +137,30 @@ class CausalWan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        self.compile_blocks(False)
+
+    # --- switches ---
+
+    def compile_blocks(self, enabled: bool = True, **options: Any) -> None:
+        """Compile what lies around self-attention, once for all layers (regional compilation).
+
+        Attention and the cache stay outside: they are ops already, and their lengths change from
+        chunk to chunk while these shapes do not. `options` go to torch.compile.
+        """
+        self._before: Callable[..., Any] = Block.before
+        self._after: Callable[..., Any] = Block.after
+        if enabled:
+            self._before = torch.compile(Block.before, **options)
+            self._after = torch.compile(Block.after, **options)
+
+    def fuse_projections(self) -> None:
+        """Make q, k and v of self-attention one product where no gradient is taken.
+
+        Their parameters become slices of one memory, in place; names stay. Moving, casting or
+        copying the network separates them again.
+        """
+        for block in self._layers():
+            block.self_attn.fuse()
 
     # --- pieces ---
 
@@ -209,34 +168,29 @@ class CausalWan(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def _patchify(self, x_BFCHW: Tensor) -> tuple[Tensor, int, int]:
+        """Tokens [B, L, D], frame by frame, row by row; and rows, columns."""
         B, frames, C, H, W = x_BFCHW.shape
         if self.config.in_dim != C:
             raise ValueError(f"x: {C} channels came, the network takes {self.config.in_dim}")
         rows, cols = self.config.grid(H, W)
         ph, pw = self.config.patch
-        patches = x_BFCHW.view(B, frames, C, rows, ph, cols, pw).permute(0, 1, 3, 5, 2, 4, 6)
+        patches = x_BFCHW.reshape(B, frames, C, rows, ph, cols, pw).permute(0, 1, 3, 5, 2, 4, 6)
         weight = self.patch_embedding.weight.flatten(1)
-        x_BFTD = F.linear(
-            patches.reshape(B, frames, rows * cols, -1), weight, self.patch_embedding.bias
-        )
-        return x_BFTD, rows, cols
+        patches_BLP = patches.reshape(B, frames * rows * cols, -1)
+        return F.linear(patches_BLP, weight, self.patch_embedding.bias), rows, cols
 
-    def _unpatchify(self, y_BFTP: Tensor, rows: int, cols: int) -> Tensor:
-        B, frames = y_BFTP.shape[:2]
+    def _unpatchify(self, y_BLP: Tensor, rows: int, cols: int) -> Tensor:
         ph, pw = self.config.patch
-        y = y_BFTP.view(B, frames, rows, cols, ph, pw, self.config.out_dim)
-        return y.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, frames, -1, rows * ph, cols * pw)
+        y = y_BLP.unflatten(-1, (ph, pw, self.config.out_dim)).unflatten(1, (-1, rows, cols))
+        return y.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-    def _time(self, t_BF: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Time embedding [B, F, D] and block modulation [B, F, 6, D]."""
-        half = self.config.freq_dim // 2
-        exponent = torch.arange(half, dtype=torch.float64, device=t_BF.device) / half
-        angle = t_BF.double().unsqueeze(-1) * 10000.0**-exponent
-        embed_BFD = self.time_embedding(torch.cat([angle.cos(), angle.sin()], -1).to(dtype))
-        return embed_BFD, self.time_projection(embed_BFD).unflatten(-1, (6, -1))
-
-    def _rope(self, start: int, frames: int, rows: int, cols: int, device: torch.device) -> Tensor:
-        return rope_angles(self.config.head_dim, start, frames, rows, cols, device)
+    def time_table(self, t_BF: Tensor) -> TimeTable:
+        """Time embedding and every block's modulation at times [B, F], of which both may be 1."""
+        embed_BFD = self.time_embedding(
+            sinusoid(t_BF, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
+        )
+        time_BF6D = self.time_projection(embed_BFD).unflatten(-1, (6, -1))
+        return TimeTable(embed_BFD, [block.modulation + time_BF6D for block in self._layers()])
 
     def text_kv(self, text_BLE: Tensor) -> list[LayerKV]:
         """The prompt's keys and values for every layer; padding rows are attended to as well."""
@@ -246,9 +200,134 @@ class CausalWan(nn.Module):
                 f"[B, {self.config.text_len}, {self.config.text_dim}] is needed"
             )
         embedded = self.text_embedding(text_BLE)
-        return [block.cross_attn.key_value(embedded) for block in self._layers()]
+        return [block.cross_attn.text_kv(embedded) for block in self._layers()]
 
-    # --- training forwards ---
+    def _rope(self, rows: int, cols: int, *ranges: range) -> Tensor:
+        device = self.patch_embedding.weight.device
+        frame_F = torch.cat([torch.arange(r.start, r.stop, device=device) for r in ranges])
+        return rope_table(self.config.head_dim, frame_F, rows, cols)
+
+    # --- one pass through the layers ---
+
+    def _layer(
+        self,
+        i: int,
+        how: _Pass,
+        x_BLD: Tensor,
+        branch_BLD: Tensor | None,
+        gate_BFD: Tensor | None,
+        mods_BF6D: Tensor,
+        text_kv: LayerKV,
+    ) -> tuple[Tensor, Tensor | None, Tensor, LayerKV]:
+        """Block i: the open residual (x, branch, gate) after it, and its own keys and values."""
+        block, last = self._layers()[i], i + 1 == len(self.blocks)
+        x_BLD, q, k, v = self._before(block, x_BLD, branch_BLD, gate_BFD, mods_BF6D)
+        norms = block.self_attn.norm_q.weight, block.self_attn.norm_k.weight
+        k_context = v_context = None
+        if how.cache is None:
+            q, k = ops.qk_norm_rope(q, k, *norms, how.rope, eps=EPS)
+            if how.context is not None:
+                k_context, v_context = how.context[i]
+        else:
+            q = ops.qk_norm_rope_append_(
+                q,
+                k,
+                v,
+                *norms,
+                how.rope,
+                *how.cache.self_kv[i],
+                how.cache.position,
+                tokens_per_frame=how.cache.tokens_per_frame,
+                sink_frames=how.cache.sink,
+                eps=EPS,
+            )
+            k, v = how.cache.view(i)
+        if last and how.keys_only:
+            return x_BLD, None, mods_BF6D, (k, v)
+        seen = how.intervals
+        if last and how.last is not None:
+            tokens, frames, seen = how.last
+            x_BLD, q, mods_BF6D = x_BLD[:, tokens:], q[:, tokens:], mods_BF6D[:, frames:]
+        attended, _ = ops.block_attention(q, k, v, seen, k_context=k_context, v_context=v_context)
+        x_BLD, branch_BLD = self._after(block, x_BLD, attended, mods_BF6D, text_kv)
+        return x_BLD, branch_BLD, mods_BF6D[:, :, 5], (k, v)
+
+    def _run(
+        self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: _Pass
+    ) -> tuple[Tensor | None, list[LayerKV]]:
+        """All layers and the head: patches [B, L, P] (None if keys_only), keys and values."""
+        branch_BLD: Tensor | None = None
+        gate_BFD: Tensor | None = None
+        own: list[LayerKV] = []
+        for i in range(len(self.blocks)):
+            args = (i, how, x_BLD, branch_BLD, gate_BFD, times.mods[i], text_kv[i])
+            if self.checkpoint_blocks and torch.is_grad_enabled() and how.cache is None:
+                out = checkpoint(self._layer, *args, use_reentrant=False)
+            else:
+                out = self._layer(*args)
+            x_BLD, branch_BLD, gate_BFD, kv = out
+            own.append(kv)
+        if how.keys_only:
+            return None, own
+        embed_BFD = times.embed_BFD
+        if how.last is not None and embed_BFD.shape[1] > 1:
+            embed_BFD = embed_BFD[:, how.last[1] :]
+        return self.head(x_BLD, branch_BLD, gate_BFD, embed_BFD), own
+
+    def _text(self, text: Tensor | list[LayerKV]) -> list[LayerKV]:
+        return self.text_kv(text) if isinstance(text, Tensor) else text
+
+    # --- training passes ---
+
+    def forward(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        text: Tensor | list[LayerKV],
+        context: list[LayerKV] | None = None,
+        *,
+        clean_BFCHW: Tensor | None = None,
+        clean_t_BF: Tensor | None = None,
+    ) -> Tensor:
+        """Block-causal prediction for all frames at once, [B, F, out, H, W].
+
+        Teacher forcing, where a chunk sees the earlier ones clean:
+        - `clean_BFCHW` (with the noise level `clean_t_BF`, default 0): clean and noisy frames in
+          one pass, gradients also through the clean half (mode `recompute`);
+        - `context` from `clean_context`: the noisy half alone. Made without gradient it is mode
+          `own_context`, made by another network `shared_context`.
+
+        Args:
+            x_BFCHW: noisy frames.
+            t_BF: their times, [B, F] or [B, 1].
+            text: embeddings [B, text_len, text_dim], or the result of `text_kv`.
+        """
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        frames, tokens, chunk = x_BFCHW.shape[1], rows * cols, self.config.chunk
+        span = range(frames)
+        if clean_BFCHW is not None:
+            require(context is None, "context", "a list", "None where clean_BFCHW is given")
+            require(
+                clean_BFCHW.shape == x_BFCHW.shape, "clean_BFCHW", clean_BFCHW, "the shape of x"
+            )
+            self._check_teacher_forcing()
+            half = intervals.noisy_half(frames, chunk, tokens)
+            how = _Pass(
+                self._rope(rows, cols, span, span),
+                intervals.teacher_forcing(frames, chunk, tokens),
+                last=(frames * tokens, frames, half),
+            )
+            x_BLD = torch.cat([self._patchify(clean_BFCHW)[0], x_BLD], 1)
+            t_BF = torch.cat([_times(clean_t_BF, x_BFCHW), _times(t_BF, x_BFCHW)], 1)
+        elif context is not None:
+            self._check_teacher_forcing()
+            half = intervals.noisy_half(frames, chunk, tokens)
+            how = _Pass(self._rope(rows, cols, span), half, context)
+        else:
+            how = _Pass(self._rope(rows, cols, span), self.config.sight(frames, tokens))
+        y_BLP, _ = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
+        assert y_BLP is not None
+        return self._unpatchify(y_BLP, rows, cols)
 
     def clean_context(
         self, x_BFCHW: Tensor, text: Tensor | list[LayerKV], t_BF: Tensor | None = None
@@ -258,73 +337,60 @@ class CausalWan(nn.Module):
         Clean frames never see noisy ones, so this half of teacher forcing is a pass of its own; of
         the last layer only keys and values are needed. `t_BF` is the context's noise level (0).
         """
-        context: list[LayerKV] = []
-        self._run(x_BFCHW, self._times(x_BFCHW, t_BF), text, collect=context)
-        return context
-
-    def forward(
-        self,
-        x_BFCHW: Tensor,
-        t_BF: Tensor,
-        text: Tensor | list[LayerKV],
-        context: list[LayerKV] | None = None,
-    ) -> Tensor:
-        """Block-causal prediction for all frames at once, [B, F, out, H, W].
-
-        With `context` (from `clean_context`), earlier chunks are seen clean: teacher forcing.
-        `text`: embeddings [B, text_len, text_dim], or the result of `text_kv`.
-        """
-        out = self._run(x_BFCHW, self._times(x_BFCHW, t_BF), text, context=context)
-        assert out is not None
-        return out
-
-    def _times(self, x_BFCHW: Tensor, t_BF: Tensor | None) -> Tensor:
-        B, frames = x_BFCHW.shape[:2]
-        if t_BF is None:
-            return x_BFCHW.new_zeros(B, frames, dtype=torch.float32)
-        return t_BF.expand(B, frames)
-
-    def _run(
-        self,
-        x_BFCHW: Tensor,
-        t_BF: Tensor,
-        text: Tensor | list[LayerKV],
-        context: list[LayerKV] | None = None,
-        collect: list[LayerKV] | None = None,
-    ) -> Tensor | None:
-        x_BFTD, rows, cols = self._patchify(x_BFCHW)
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
         frames = x_BFCHW.shape[1]
-        embed_BFD, time_BF6D = self._time(t_BF, x_BFTD.dtype)
-        text_kv = self.text_kv(text) if isinstance(text, Tensor) else text
-        rope = self._rope(0, frames, rows, cols, x_BFTD.device)
-        mask = block_mask(
-            frames, self.config.chunk, rows * cols, context is not None, x_BFTD.device
+        how = _Pass(
+            self._rope(rows, cols, range(frames)),
+            self.config.sight(frames, rows * cols),
+            keys_only=True,
         )
-        for i, block in enumerate(self._layers()):
-            mods = block.modulations(time_BF6D)
-            h_BLD = block.self_input(x_BFTD, mods)
-            k_BhLd, v_BhLd = block.self_attn.key_value(h_BLD)
-            kv = (rotate(k_BhLd, rope), v_BhLd)
-            if collect is not None:
-                collect.append(kv)
-                if i + 1 == len(self.blocks):
-                    return None
-            if context is not None:
-                kv = (torch.cat([context[i][0], kv[0]], 2), torch.cat([context[i][1], kv[1]], 2))
-            q_BhLd = rotate(block.self_attn.query(h_BLD), rope)
-            x_BFTD = block.finish(
-                x_BFTD, block.self_attn.attend(q_BhLd, kv, mask), mods, text_kv[i]
-            )
-        return self._unpatchify(self.head(x_BFTD, embed_BFD), rows, cols)
+        if t_BF is None:
+            t_BF = x_BFCHW.new_zeros(1, 1, dtype=torch.float32)
+        return self._run(x_BLD, self.time_table(t_BF), self._text(text), how)[1]
+
+    def forward_over(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        text: Tensor | list[LayerKV],
+        context: list[LayerKV] | None,
+        start_frame: int,
+    ) -> tuple[Tensor, list[LayerKV]]:
+        """One chunk with gradients over a given past: the trained step of self-forcing.
+
+        The chunk sees itself and all of `context` (None: no past). Gradients reach the context if
+        it carries any: detached values stop there, `straight_through` lets them pass to the keys
+        of another pass. Returns the prediction [B, F, out, H, W] and the chunk's own keys and
+        values, both differentiable; nothing is written anywhere.
+        """
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        past = 0 if context is None else context[0][0].shape[1]
+        how = _Pass(
+            self._rope(rows, cols, range(start_frame, start_frame + x_BFCHW.shape[1])),
+            intervals.after_context(past, x_BLD.shape[1]),
+            context if past else None,
+        )
+        y_BLP, own = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
+        assert y_BLP is not None
+        return self._unpatchify(y_BLP, rows, cols), own
+
+    def _check_teacher_forcing(self) -> None:
+        ok = self.config.window is None and not self.config.independent_first_frame
+        require(ok, "config", self.config, "no window and no independent first frame (context)")
 
     # --- streaming ---
 
-    def new_cache(self, text_BLE: Tensor, frames: int, height: int, width: int) -> KVCache:
-        """An empty cache for streams of up to `frames` frames with these prompts."""
-        rows, cols = self.config.grid(height, width)
-        heads, head_dim = self.config.num_heads, self.config.head_dim
-        cross_kv = self.text_kv(text_BLE)
-        return allocate(cross_kv, text_BLE.shape[0], heads, head_dim, frames, rows * cols)
+    def new_cache(
+        self, text: Tensor | list[LayerKV], frames: int | None, height: int, width: int
+    ) -> KVCache:
+        """An empty cache for streams of `frames` frames with these prompts.
+
+        With a window in the configuration it holds that many frames and the stream may go on
+        (`frames` None: without end); else it holds all of `frames`.
+        """
+        window, sink = self.config.window, self.config.sink
+        grid = self.config.grid(height, width)
+        return KVCache(self._text(text), frames, *grid, window=window, sink=sink)
 
     def forward_cached(
         self,
@@ -338,25 +404,38 @@ class CausalWan(nn.Module):
 
         Full attention inside the chunk; its keys and values overwrite its slots in the cache.
         `context_only`: only the cache is wanted, so the end of the last layer is left out.
-        No gradients: the cache is written in place.
+        `t_BF`: [B, F], [B, 1] or [1, 1]; what it means to each layer is computed once per tensor,
+        so pass the same one again. No gradients: the cache is written in place.
         """
-        B, frames = x_BFCHW.shape[:2]
-        if start_frame + frames > cache.frames:
-            raise ValueError(
-                f"start_frame: frames {start_frame} to {start_frame + frames} do not fit a cache "
-                f"of {cache.frames}"
-            )
-        x_BFTD, rows, cols = self._patchify(x_BFCHW)
-        embed_BFD, time_BF6D = self._time(t_BF.expand(B, frames), x_BFTD.dtype)
-        rope = self._rope(start_frame, frames, rows, cols, x_BFTD.device)
-        for i, block in enumerate(self._layers()):
-            mods = block.modulations(time_BF6D)
-            h_BLD = block.self_input(x_BFTD, mods)
-            k_BhLd, v_BhLd = block.self_attn.key_value(h_BLD)
-            kv = cache.write(i, rotate(k_BhLd, rope), v_BhLd, start_frame * rows * cols)
-            if context_only and i + 1 == len(self.blocks):
-                return None
-            q_BhLd = rotate(block.self_attn.query(h_BLD), rope)
-            attended = block.self_attn.attend(q_BhLd, kv)
-            x_BFTD = block.finish(x_BFTD, attended, mods, cache.cross_kv[i])
-        return self._unpatchify(self.head(x_BFTD, embed_BFD), rows, cols)
+        cache.seek(start_frame, x_BFCHW.shape[1])
+        return self.streamed(x_BFCHW, self.streaming_times(t_BF, cache), cache, context_only)
+
+    @torch.no_grad()
+    def streaming_times(self, t_BF: Tensor, cache: KVCache) -> TimeTable:
+        """The modulation at a step value, computed once for a cache."""
+        table = cache.known_time(t_BF)
+        if table is None:
+            table = self.time_table(t_BF)
+            cache.keep_time(t_BF, table)
+        return table
+
+    @torch.no_grad()
+    def streamed(
+        self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context_only: bool = False
+    ) -> Tensor | None:
+        """`forward_cached` at the chunk the cache has been put to; depends on no host value."""
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        how = _Pass(
+            cache.rope(x_BFCHW.shape[1]),
+            intervals.cache(cache.valid, x_BLD.shape[1]),
+            cache=cache,
+            keys_only=context_only,
+        )
+        y_BLP, _ = self._run(x_BLD, times, cache.cross_kv, how)
+        return None if y_BLP is None else self._unpatchify(y_BLP, rows, cols)
+
+
+def _times(t_BF: Tensor | None, x_BFCHW: Tensor) -> Tensor:
+    """Times [B, F]; 0 where none are given."""
+    shape = x_BFCHW.shape[:2]
+    return x_BFCHW.new_zeros(shape, dtype=torch.float32) if t_BF is None else t_BF.expand(shape)
