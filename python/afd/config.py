@@ -12,21 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+from afd.section import Count, Natural, Positive, Section
+from afd.teachers.config import TeacherConfig
 
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message says which key, what came and what is needed."""
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class VideoConfig(Section):
@@ -43,33 +36,6 @@ class VideoConfig(Section):
         default="error",
         description="a clip that ends too early: refuse it, or repeat its last frame",
     )
-
-
-class TeacherConfig(Section):
-    """The black box: a folder of finished videos with prompts."""
-
-    kind: Literal["folder", "simulator"] = Field(
-        default="simulator",
-        description="folder: read finished videos; simulator: a separate process writes them first",
-    )
-    path: Path | None = Field(
-        default=None, description="the teacher's folder; null is <out>/teacher (simulator only)"
-    )
-    manifest: Path | None = Field(
-        default=None,
-        description="which file holds which prompt; null finds prompts.jsonl, .csv, .txt in path",
-    )
-    style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
-        default="nuis", description="simulator: the look of its renderings"
-    )
-    count: Count = Field(default=200, description="simulator: how many videos it writes")
-    seed: Natural = Field(default=0, description="simulator: seed of its throws and looks")
-
-    @model_validator(mode="after")
-    def _folder_needs_a_path(self) -> TeacherConfig:
-        if self.kind == "folder" and self.path is None:
-            raise ValueError("teacher.kind=folder needs teacher.path, the folder with the videos")
-        return self
 
 
 class StudentConfig(Section):
@@ -298,7 +264,7 @@ class RunConfig(Section):
 
 # A resumed run may differ from its checkpoint here and nowhere else: none of these changes a number
 # of the updates already made.
-FREE_KEYS = ("name", "out", "steps", "logging", "checkpoint")
+FREE_KEYS = ("name", "out", "steps", "logging", "checkpoint", "teacher.fetch")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -357,7 +323,8 @@ def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two plain configurations outside FREE_KEYS, one sentence a key."""
     a, b = dict(flatten(old)), dict(flatten(new))
-    keys = [k for k in sorted(a.keys() | b.keys()) if k.split(".")[0] not in FREE_KEYS]
+    free = tuple(f"{key}." for key in FREE_KEYS)
+    keys = [k for k in sorted(a.keys() | b.keys()) if not f"{k}.".startswith(free)]
     absent = "(absent)"
     return [
         f"{k}: {a.get(k, absent)!r} there, {b.get(k, absent)!r} now"
