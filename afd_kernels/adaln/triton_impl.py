@@ -1,0 +1,300 @@
+"""adaln in Triton: one program per token holds its row in registers.
+
+Letters: B streams, L tokens, D width (CHANNELS), F frames of a modulation [1 or B, F, D].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afd_kernels.forward_noise.triton_impl import check_batch, refuse
+from afd_kernels.launch_config import device_arch, launch_config
+from afd_kernels.reduce_triton import sum_rows
+
+__all__ = ["adaln", "adaln_bwd", "refuse"]
+
+
+@triton.jit
+def _load(ptr, lane, CHANNELS: tl.constexpr):
+    return tl.load(ptr + lane, mask=lane < CHANNELS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _normalise(x, inside, eps, CHANNELS: tl.constexpr):
+    """LN without affine of a row whose lanes outside are 0, and its inverse deviation."""
+    centred = tl.where(inside, x - tl.sum(x) / CHANNELS, 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred) / CHANNELS + eps)
+    return centred * inverse, inverse
+
+
+@triton.jit
+def _adaln_fwd_kernel(
+    x_ptr,
+    branch_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    x_out_ptr,
+    h_ptr,
+    x_batch,
+    x_token,
+    branch_batch,
+    branch_token,
+    gate_batch,
+    gate_frame,
+    scale_batch,
+    scale_frame,
+    shift_batch,
+    shift_frame,
+    gate_tokens,
+    scale_tokens,
+    scale_offset,
+    eps,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (L, B); gate_tokens and scale_tokens are the tokens that share a modulation."""
+    token = tl.program_id(0).to(tl.int64)
+    stream = tl.program_id(1).to(tl.int64)
+    out = (stream * tl.num_programs(0) + token) * CHANNELS
+    lane = tl.arange(0, BLOCK)
+    inside = lane < CHANNELS
+    x = _load(x_ptr + stream * x_batch + token * x_token, lane, CHANNELS)
+    if branch_ptr is not None:
+        branch = _load(branch_ptr + stream * branch_batch + token * branch_token, lane, CHANNELS)
+        if gate_ptr is not None:
+            frame = tl.program_id(0) // gate_tokens
+            branch *= _load(gate_ptr + stream * gate_batch + frame * gate_frame, lane, CHANNELS)
+        x_out = (x + branch).to(x_out_ptr.dtype.element_ty)
+        tl.store(x_out_ptr + out + lane, x_out, mask=inside)
+        # The normalisation reads what the next residual will read.
+        x = x_out.to(tl.float32)
+    normed, _ = _normalise(x, inside, eps, CHANNELS)
+    frame = tl.program_id(0) // scale_tokens
+    scale = _load(scale_ptr + stream * scale_batch + frame * scale_frame, lane, CHANNELS)
+    shift = _load(shift_ptr + stream * shift_batch + frame * shift_frame, lane, CHANNELS)
+    h = normed * (scale + scale_offset) + shift
+    tl.store(h_ptr + out + lane, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _adaln_bwd_kernel(
+    grad_x_out_ptr,
+    grad_h_ptr,
+    x_out_ptr,
+    branch_ptr,
+    gate_ptr,
+    scale_ptr,
+    dx_ptr,
+    dbranch_ptr,
+    partials_ptr,
+    grad_x_out_batch,
+    grad_x_out_token,
+    grad_h_batch,
+    grad_h_token,
+    x_out_batch,
+    x_out_token,
+    branch_batch,
+    branch_token,
+    gate_batch,
+    gate_frame,
+    scale_batch,
+    scale_frame,
+    tokens,
+    segment,
+    blocks,
+    gate_tokens,
+    scale_tokens,
+    scale_offset,
+    eps,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Grid (segments · blocks, B): up to TOKENS tokens that share gate, scale and shift.
+
+    A segment is a run of tokens with one modulation of each kind. Each program leaves the partial
+    sums of dscale, dshift and dgate, fp32 [3, D].
+    """
+    stream = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) // blocks * segment
+    first = start + tl.program_id(0) % blocks * TOKENS
+    last = tl.minimum(first + TOKENS, start + segment)
+    lane = tl.arange(0, BLOCK)
+    inside = lane < CHANNELS
+    frame = start // scale_tokens
+    scale = _load(scale_ptr + stream * scale_batch + frame * scale_frame, lane, CHANNELS)
+    scale += scale_offset
+    if gate_ptr is not None:
+        frame = start // gate_tokens
+        gate = _load(gate_ptr + stream * gate_batch + frame * gate_frame, lane, CHANNELS)
+        dgate = tl.full((BLOCK,), 0.0, tl.float32)
+    dscale = tl.full((BLOCK,), 0.0, tl.float32)
+    dshift = tl.full((BLOCK,), 0.0, tl.float32)
+    token = first.to(tl.int64)
+    for _ in range(first, last):
+        x = _load(x_out_ptr + stream * x_out_batch + token * x_out_token, lane, CHANNELS)
+        grad = _load(grad_h_ptr + stream * grad_h_batch + token * grad_h_token, lane, CHANNELS)
+        normed, inverse = _normalise(x, inside, eps, CHANNELS)
+        dscale += grad * normed
+        dshift += grad
+        grad *= scale
+        mean = tl.sum(grad) / CHANNELS
+        along = tl.sum(grad * normed) / CHANNELS
+        dx = inverse * (grad - mean - normed * along)
+        if grad_x_out_ptr is not None:
+            row = stream * grad_x_out_batch + token * grad_x_out_token
+            dx += _load(grad_x_out_ptr + row, lane, CHANNELS)
+        out = (stream * tokens + token) * CHANNELS + lane
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if gate_ptr is not None:
+            row = stream * branch_batch + token * branch_token
+            dgate += dx * _load(branch_ptr + row, lane, CHANNELS)
+            tl.store(dbranch_ptr + out, (dx * gate).to(dbranch_ptr.dtype.element_ty), mask=inside)
+        token += 1
+    row = stream * tl.num_programs(0) + tl.program_id(0)
+    partials_ptr += row * 3 * CHANNELS
+    tl.store(partials_ptr + lane, dscale, mask=inside)
+    tl.store(partials_ptr + CHANNELS + lane, dshift, mask=inside)
+    if gate_ptr is not None:
+        tl.store(partials_ptr + 2 * CHANNELS + lane, dgate, mask=inside)
+
+
+@triton.jit
+def _adaln_reduce_kernel(
+    partials_ptr,
+    out_ptr,
+    streams,
+    run,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Grid (blocks of COLUMNS channels, F, 1 or B): the gradient of one row of a modulation.
+
+    It is the sum of `run` partial rows of each of `streams` streams.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < CHANNELS
+    frame = tl.program_id(1)
+    total = tl.full((COLUMNS,), 0.0, tl.float32)
+    for s in range(streams):
+        row = ((tl.program_id(2) + s).to(tl.int64) * tl.num_programs(1) + frame) * run
+        rows_ptr = partials_ptr + row * 3 * CHANNELS
+        total += sum_rows(rows_ptr, run, 3 * CHANNELS, column, inside, ROWS, COLUMNS)
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + frame
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * CHANNELS + column, out, mask=inside)
+
+
+def _strides(value: Tensor | None) -> tuple[int, int]:
+    """Distance of streams and of tokens (frames), 0 where one row serves all."""
+    if value is None:
+        return 0, 0
+    streams, rows = (0 if n == 1 else value.stride(i) for i, n in enumerate(value.shape[:2]))
+    return streams, rows
+
+
+def _rows(x: Tensor, config: dict[str, int]) -> dict[str, int | bool]:
+    """Launch constants of kernels that hold whole rows of D channels in registers."""
+    block = triton.next_power_of_2(x.shape[-1])
+    return {
+        "CHANNELS": x.shape[-1],
+        "BLOCK": block,
+        "num_warps": max(1, min(16, block // (32 * config["per_thread"]))),
+        "num_stages": config["num_stages"],
+        "enable_fp_fusion": True,
+    }
+
+
+def adaln(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    scale_offset: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x_out ([0] without a branch) and h; modulations [1 or B, F, D], channels contiguous."""
+    check_batch(x.shape[0])
+    config = launch_config("adaln", device_arch(x.device))["fwd"]
+    tokens = x.shape[1]
+    x_out, h = x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+    inputs = (x, branch, gate, scale, shift)
+    _adaln_fwd_kernel[(tokens, x.shape[0])](
+        *inputs,
+        x_out,
+        h,
+        *(stride for value in inputs for stride in _strides(value)),
+        tokens if gate is None else tokens // gate.shape[1],
+        tokens // scale.shape[1],
+        scale_offset,
+        eps,
+        **_rows(x, config),
+    )
+    return x_out, h
+
+
+def adaln_bwd(
+    grad_x_out: Tensor | None,
+    grad_h: Tensor,
+    x_out: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    scale_offset: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbranch, dgate (both [0] without a gate), dscale, dshift."""
+    batch, tokens, channels = x_out.shape
+    check_batch(batch)
+    configs = launch_config("adaln", device_arch(x_out.device))
+    block_tokens, reduce = configs["bwd"]["tokens"], configs["reduce"]
+    segments = math.lcm(scale.shape[1], 1 if gate is None else gate.shape[1])
+    segment = tokens // segments
+    blocks = triton.cdiv(segment, block_tokens)
+    dx, dbranch = x_out.new_empty(x_out.shape), x_out.new_empty(0 if gate is None else x_out.shape)
+    partials = x_out.new_empty((batch, segments * blocks, 3, channels), dtype=torch.float32)
+    inputs = (grad_x_out, grad_h, x_out, branch if gate is not None else None, gate, scale)
+    _adaln_bwd_kernel[(segments * blocks, batch)](
+        *inputs,
+        dx,
+        dbranch,
+        partials,
+        *(stride for value in inputs for stride in _strides(value)),
+        tokens,
+        segment,
+        blocks,
+        tokens if gate is None else tokens // gate.shape[1],
+        tokens // scale.shape[1],
+        scale_offset,
+        eps,
+        **_rows(x_out, configs["bwd"]),
+        TOKENS=block_tokens,
+    )
+
+    def reduced(index: int, like: Tensor) -> Tensor:
+        streams, frames, _ = like.shape
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        _adaln_reduce_kernel[(triton.cdiv(channels, reduce["columns"]), frames, streams)](
+            partials[0, 0, index],
+            out,
+            batch // streams,
+            segments // frames * blocks,
+            CHANNELS=channels,
+            ROWS=reduce["rows"],
+            COLUMNS=reduce["columns"],
+            num_warps=reduce["num_warps"],
+            num_stages=reduce["num_stages"],
+            enable_fp_fusion=True,
+        )
+        return out
+
+    dgate = x_out.new_empty(0) if gate is None else reduced(2, gate)
+    return dx, dbranch, dgate, reduced(0, scale), reduced(1, scale)
