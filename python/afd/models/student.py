@@ -75,7 +75,7 @@ class Student(nn.Module, ABC):
     @property
     def independent_first_frame(self) -> bool:
         """Whether the first frame is a chunk of its own."""
-        return bool(getattr(self.net.config, "independent_first_frame", False))
+        return self.net.config.independent_first_frame
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,66 @@
+"""Floors: their parts, what they grow with, and what they say of the full-size rollout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from afd.models.causal_wan import CausalWan, WanConfig
+from benchmarks import hardware
+from benchmarks.hardware import Machine, chunk_seconds, pass_work, rollout_seconds
+
+H200 = Machine(4.3e12, 788e12)  # copy and bf16 product, as measured on one
+
+
+def test_the_arithmetic_of_a_pass_is_that_of_its_products() -> None:
+    config = WanConfig(dim=32, num_heads=2, ffn_dim=48, num_layers=2, text_len=5, text_dim=8)
+    with torch.device("meta"):
+        block = CausalWan(config).blocks[0]
+    products = [m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+    weights = sum(linear.weight.numel() for linear in products)
+    # The prompt's keys and values are made once per prompt, not in every pass.
+    weights -= 2 * config.dim**2
+    work = pass_work(config, tokens=7, keys=21, batch=3, itemsize=4)
+    assert work.linear_flop == 2 * config.num_layers * weights * 3 * 7
+    assert work.attention_flop == config.num_layers * 3 * 4 * 7 * (21 + 5) * config.dim
+
+
+def test_the_full_size_video_is_990_tflop_and_bound_by_arithmetic() -> None:
+    config, flop = WanConfig(), 0.0
+    for chunk in range(1, 8):
+        work = pass_work(config, 4680, 4680 * chunk, 1, 2)
+        flop += 5 * work.flop
+        assert work.flop / H200.matmul > work.bytes / H200.bandwidth
+    assert flop == pytest.approx(990e12, rel=0.01)
+    # Without the last context pass.
+    assert rollout_seconds(H200, config, 1560, 21, 4) == pytest.approx(
+        1.327 * (1 - 0.041), rel=0.01
+    )
+
+
+def test_a_window_bounds_the_floor_of_later_chunks() -> None:
+    whole, windowed = WanConfig(), replace(WanConfig(), window=9)
+    assert rollout_seconds(H200, windowed, 1560, 21, 4) < rollout_seconds(H200, whole, 1560, 21, 4)
+    longer = [rollout_seconds(H200, windowed, 1560, frames, 4) for frames in (21, 24, 27)]
+    assert longer[2] - longer[1] == pytest.approx(longer[1] - longer[0])
+
+
+def test_a_slower_machine_has_a_higher_floor() -> None:
+    floor = chunk_seconds(H200, WanConfig(), 4680, 9360, 5)
+    assert chunk_seconds(Machine(1e12, 788e12), WanConfig(), 4680, 9360, 5) > floor
+    assert chunk_seconds(Machine(4.3e12, 400e12), WanConfig(), 4680, 9360, 5) > floor
+
+
+def test_the_machine_at_hand_can_be_measured() -> None:
+    machine = Machine.measured("cpu", torch.float32, seconds=0.01)
+    assert 1e8 < machine.bandwidth < 1e13
+    assert 1e8 < machine.matmul < 1e15
+
+
+def test_rates_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    hardware.main(["--bandwidth", "4.3e12", "--matmul", "788e12", "--batch", "1"])
+    said = capsys.readouterr().out
+    assert "4300.0 GB/s, 788 TFLOP/s" in said
+    assert "frames per second" in said
