@@ -108,6 +108,11 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def rows(x: Tensor) -> tuple[int, int, int]:
+    """A tensor [B, L, ...] for the core, each token contiguous: address, strides of B and of L."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
 def threads(x: Tensor) -> int:
     """How many threads a pass over x deserves: torch's setting, one for a small x.
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -18,6 +19,7 @@ namespace py = pybind11;
 namespace {
 
 using Pointer = uintptr_t;
+using Nogil = py::call_guard<py::gil_scoped_release>;
 
 // A field that Python sees as the integer value of a pointer.
 template <class Problem, class T>
@@ -63,7 +65,95 @@ py::class_<Problem> problem(py::module_& m, const char* name) {
   return type;
 }
 
-using Nogil = py::call_guard<py::gil_scoped_release>;
+// Token rows as Python sees them: (pointer, batch stride, token stride).
+template <class Problem>
+void rows(py::class_<Problem>& type, const char* name, afd::TokenRows Problem::* field) {
+  type.def_property(name, nullptr,
+                    [field](Problem& p, std::tuple<Pointer, int64_t, int64_t> value) {
+                      const auto [data, batch, token] = value;
+                      p.*field = {reinterpret_cast<const void*>(data), batch, token};
+                    });
+}
+
+// Frame rows: (pointer, type, batch stride, frame stride, batches, frames).
+void rows(py::class_<afd::AdalnProblem>& type, const char* name,
+          afd::FrameRows afd::AdalnProblem::* field) {
+  using Value = std::tuple<Pointer, int, int64_t, int64_t, int64_t, int64_t>;
+  type.def_property(name, nullptr, [field](afd::AdalnProblem& p, Value value) {
+    const auto [data, code, batch, frame, batches, frames] = value;
+    p.*field = {reinterpret_cast<const void*>(data),
+                static_cast<afd::DType>(code),
+                batch,
+                frame,
+                batches,
+                frames};
+  });
+}
+
+void define_qk_norm_rope(py::module_& m) {
+  using Problem = afd::QkNormRopeProblem;
+  py::class_<Problem> type(m, "QkNormRopeProblem", py::module_local());
+  type.def(py::init([] { return Problem{}; }));
+  type.def_readwrite("batch", &Problem::batch);
+  type.def_readwrite("tokens", &Problem::tokens);
+  type.def_readwrite("heads", &Problem::heads);
+  type.def_readwrite("head_dim", &Problem::head_dim);
+  type.def_readwrite("eps", &Problem::eps);
+  type.def_readwrite("rope_batch", &Problem::rope_batch);
+  type.def_readwrite("positions", &Problem::positions);
+  type.def_readwrite("slots", &Problem::slots);
+  type.def_readwrite("tokens_per_frame", &Problem::tokens_per_frame);
+  type.def_readwrite("sink_frames", &Problem::sink_frames);
+  type_code(type, "type", &Problem::type);
+  type_code(type, "weight_type", &Problem::weight_type);
+  rows(type, "q", &Problem::q);
+  rows(type, "k", &Problem::k);
+  rows(type, "v", &Problem::v);
+  rows(type, "grad_q", &Problem::grad_q);
+  rows(type, "grad_k", &Problem::grad_k);
+  pointer(type, "weight_q", &Problem::weight_q);
+  pointer(type, "weight_k", &Problem::weight_k);
+  pointer(type, "rope", &Problem::rope);
+  pointer(type, "q_out", &Problem::q_out);
+  pointer(type, "k_out", &Problem::k_out);
+  pointer(type, "k_cache", &Problem::k_cache);
+  pointer(type, "v_cache", &Problem::v_cache);
+  pointer(type, "position", &Problem::position);
+  pointer(type, "dq", &Problem::dq);
+  pointer(type, "dk", &Problem::dk);
+  pointer(type, "dweight_q", &Problem::dweight_q);
+  pointer(type, "dweight_k", &Problem::dweight_k);
+  m.def("qk_norm_rope_cpu", afd::cpu::launch_qk_norm_rope, Nogil());
+  m.def("qk_norm_rope_bwd_cpu", afd::cpu::launch_qk_norm_rope_bwd, Nogil());
+}
+
+void define_adaln(py::module_& m) {
+  using Problem = afd::AdalnProblem;
+  py::class_<Problem> type(m, "AdalnProblem", py::module_local());
+  type.def(py::init([] { return Problem{}; }));
+  type.def_readwrite("batch", &Problem::batch);
+  type.def_readwrite("tokens", &Problem::tokens);
+  type.def_readwrite("channels", &Problem::channels);
+  type.def_readwrite("scale_offset", &Problem::scale_offset);
+  type.def_readwrite("eps", &Problem::eps);
+  type_code(type, "type", &Problem::type);
+  rows(type, "x", &Problem::x);
+  rows(type, "branch", &Problem::branch);
+  rows(type, "gate", &Problem::gate);
+  rows(type, "scale", &Problem::scale);
+  rows(type, "shift", &Problem::shift);
+  rows(type, "grad_x_out", &Problem::grad_x_out);
+  rows(type, "grad_h", &Problem::grad_h);
+  pointer(type, "x_out", &Problem::x_out);
+  pointer(type, "h", &Problem::h);
+  pointer(type, "dx", &Problem::dx);
+  pointer(type, "dbranch", &Problem::dbranch);
+  pointer(type, "dgate", &Problem::dgate);
+  pointer(type, "dscale", &Problem::dscale);
+  pointer(type, "dshift", &Problem::dshift);
+  m.def("adaln_cpu", afd::cpu::launch_adaln, Nogil());
+  m.def("adaln_bwd_cpu", afd::cpu::launch_adaln_bwd, Nogil());
+}
 
 std::vector<std::string> isas() {
   const char* names[3];
@@ -103,6 +193,9 @@ PYBIND11_MODULE(_native, m) {
   pointer(nft, "loss", &Nft::loss);
   pointer(nft, "metrics", &Nft::metrics);
   pointer(nft, "grad", &Nft::grad);
+
+  define_qk_norm_rope(m);
+  define_adaln(m);
 
   m.def("isas", isas, "The instruction sets this CPU can run, narrowest first.");
   m.def("isa", [] { return std::string(afd::cpu_kernels().name); }, "The one in use.");

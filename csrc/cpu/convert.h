@@ -145,4 +145,19 @@ AFD_INLINE void store_block(f16* p, const Float* x, bool stream) {
 #endif
 }
 
+// Non-temporal stores need whole aligned vectors.
+AFD_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
+// Calls body(zero of the element type) for the type a DType names.
+template <class Body>
+AFD_INLINE void with_type(DType type, Body body) {
+  if (type == DType::kFloat32) {
+    body(float{});
+  } else if (type == DType::kBFloat16) {
+    body(bf16{});
+  } else {
+    body(f16{});
+  }
+}
+
 }  // namespace afd::AFD_ISA

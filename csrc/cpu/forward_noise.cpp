@@ -60,6 +60,8 @@ void scale_slice(const X* in, X* out, int64_t begin, int64_t end, float factor) 
   }
 }
 
+}  // namespace
+
 void forward_noise(const NoiseProblem& p, int64_t sample, int64_t begin, int64_t end,
                    const NoiseCoefficients* of_frame) {
   with_type(p.x0_type,
@@ -107,21 +109,6 @@ void stream_5r1w(const float* const in[5], float* out, int64_t begin, int64_t en
   for (; i < end; ++i) {
     out[i] = in[0][i] + in[1][i] + in[2][i] + in[3][i] + in[4][i];
   }
-}
-
-}  // namespace
-
-// In nft_loss.cpp.
-void nft_sums(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
-              const NftCoefficients* of_frame, bool with_gradient, double* sums);
-void nft_gradient(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
-                  const NftCoefficients* of_frame);
-
-#define AFD_NAME_OF(x) #x
-#define AFD_NAME(x) AFD_NAME_OF(x)
-CpuKernels kernels() {
-  return {AFD_NAME(AFD_ISA), normals,      forward_noise, scale_by_frame, scale,
-          nft_sums,          nft_gradient, stream_5r1w};
 }
 
 }  // namespace afd::AFD_ISA

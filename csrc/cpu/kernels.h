@@ -1,9 +1,11 @@
-// What every instruction set provides: loops over a slice (elements begin..end of one sample).
+// What every instruction set provides: loops over a slice (elements begin..end of one sample, or
+// tokens).
 #pragma once
 
 #include <stdint.h>
 
 #include "afd/nft_math.h"
+#include "afd/norm_problem.h"
 
 namespace afd {
 
@@ -30,7 +32,25 @@ struct CpuKernels {
   // The floor nft_loss is measured against: out = a + b + c + d + e, one element after the other.
   void (*stream_5r1w)(const float* const in[5], float* out, int64_t begin, int64_t end,
                       bool non_temporal);
+
+  // Tokens begin .. end - 1, counted through the batch; `stream`: results bypass the caches. A
+  // scratch row is as long as a token's channels, rounded up to whole blocks.
+  void (*qk_norm_rope)(const QkNormRopeProblem& p, int64_t begin, int64_t end, bool stream,
+                       float* scratch);
+  // Writes the tokens' share of the weights' gradients.
+  void (*qk_norm_rope_bwd)(const QkNormRopeProblem& p, int64_t begin, int64_t end, bool stream,
+                           float* scratch, float* dweight_q, float* dweight_k);
+  // Tokens begin .. end - 1 of a sample, which share their rows of gate, scale and shift.
+  void (*adaln)(const AdalnProblem& p, int64_t sample, int64_t begin, int64_t end, bool stream,
+                float* scratch);
+  // Writes the tokens' share of the modulation's gradients (of the gate's unless null).
+  void (*adaln_bwd)(const AdalnProblem& p, int64_t sample, int64_t begin, int64_t end, bool stream,
+                    float* scratch, float* dgate, float* dscale, float* dshift);
 };
+
+// How many scratch rows they need.
+constexpr int64_t kQkNormRopeScratch = 4, kQkNormRopeBwdScratch = 8;
+constexpr int64_t kAdalnScratch = 5, kAdalnBwdScratch = 11;
 
 namespace baseline {
 CpuKernels kernels();

@@ -2,12 +2,9 @@
 // the result does not depend on the number of threads.
 #include "launch.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <vector>
 
+#include "huge_pages.h"
 #include "isa.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -33,23 +30,8 @@ struct Slices {
   int64_t end(int64_t i) const { return (i + 1) * length < total ? (i + 1) * length : total; }
 };
 
-// A fresh result of tens of megabytes costs a page fault per 4 KiB, at batch 8 as much time as the
-// whole loss. Asking for huge pages is a hint: where it is refused nothing changes.
-void hint_huge_pages(void* result, const Rows& rows, DType type) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 4096;
-  constexpr uintptr_t kWorthwhile = uintptr_t{8} << 20;
-  const uintptr_t size = type == DType::kFloat32 ? 4 : 2;
-  const uintptr_t bytes = static_cast<uintptr_t>(rows.batch * elements_per_sample(rows)) * size;
-  if (result != nullptr && bytes >= kWorthwhile) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(result);
-    const uintptr_t begin = (at + kPage - 1) / kPage * kPage;
-    const uintptr_t end = (at + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#else
-  (void)result, (void)rows, (void)type;
-#endif
+int64_t bytes_of(const Rows& rows, DType type) {
+  return rows.batch * elements_per_sample(rows) * size_of(type);
 }
 
 std::vector<NoiseCoefficients> noise_coefficients(const NoiseProblem& p) {
@@ -83,19 +65,19 @@ void launch_normals(int64_t seed, int64_t first, int64_t count, float* out) {
 }
 
 void launch_forward_noise(const NoiseProblem& p, int threads) {
-  hint_huge_pages(p.x_t, p.rows, p.x0_type);
+  hint_huge_pages(p.x_t, bytes_of(p.rows, p.x0_type));
   for_each_slice(p, threads, cpu_kernels().forward_noise);
 }
 
 void launch_forward_noise_bwd(const NoiseProblem& p, int threads) {
-  hint_huge_pages(p.x_t, p.rows, p.x0_type);
+  hint_huge_pages(p.x_t, bytes_of(p.rows, p.x0_type));
   for_each_slice(p, threads, cpu_kernels().scale_by_frame);
 }
 
 void launch_nft_loss(const NftProblem& p, int threads) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t frames = p.rows.frames;
-  hint_huge_pages(p.grad, p.rows, p.prediction_type);
+  hint_huge_pages(p.grad, bytes_of(p.rows, p.prediction_type));
   const Slices slices(elements_per_sample(p.rows));
   // With velocity weighting the gradient's coefficients are known before the sums: one pass.
   const bool one_pass = p.velocity_weighting && p.grad != nullptr;

@@ -1,7 +1,7 @@
 // The CPU backend's entry points: whole ops, on at most `threads` threads.
 #pragma once
 
-#include "afd/problem.h"
+#include "afd/norm_problem.h"
 
 namespace afd::cpu {
 
@@ -15,5 +15,11 @@ void launch_scale(DType type, const void* in, void* out, int64_t count, float fa
 // out = a + b + c + d + e over `count` floats: the memory traffic of nft_loss with given noise.
 void launch_stream_5r1w(const float* const in[5], float* out, int64_t count, bool non_temporal,
                         int threads);
+
+// Both forms, into results or into a cache.
+void launch_qk_norm_rope(const QkNormRopeProblem& p, int threads);
+void launch_qk_norm_rope_bwd(const QkNormRopeProblem& p, int threads);
+void launch_adaln(const AdalnProblem& p, int threads);
+void launch_adaln_bwd(const AdalnProblem& p, int threads);
 
 }  // namespace afd::cpu

@@ -146,6 +146,37 @@ AFD_INLINE Float root(Float x) {
 #endif
 }
 
+// Lanes 2j and 2j + 1 change places, both become lane 2j, both become lane 2j + 1.
+AFD_INLINE Float swap_pairs(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_permute_ps(x.v, 0xB1);
+#elif defined(__AVX2__)
+  return _mm256_permute_ps(x.v, 0xB1);
+#else
+  return FloatLanes{x.v[1], x.v[0], x.v[3], x.v[2]};
+#endif
+}
+
+AFD_INLINE Float evens_twice(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_moveldup_ps(x.v);
+#elif defined(__AVX2__)
+  return _mm256_moveldup_ps(x.v);
+#else
+  return FloatLanes{x.v[0], x.v[0], x.v[2], x.v[2]};
+#endif
+}
+
+AFD_INLINE Float odds_twice(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_movehdup_ps(x.v);
+#elif defined(__AVX2__)
+  return _mm256_movehdup_ps(x.v);
+#else
+  return FloatLanes{x.v[1], x.v[1], x.v[3], x.v[3]};
+#endif
+}
+
 // Both halves are exact in float, and so is high * 2^16: one rounding in all, fused or not.
 AFD_INLINE Float unsigned_to_float(Word x) {
 #if defined(__AVX512F__)

@@ -128,19 +128,4 @@ AFD_INLINE void for_each_run(const Rows& rows, int64_t begin, int64_t end, Run r
   }
 }
 
-// Non-temporal stores need whole aligned vectors.
-AFD_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
-
-// Calls body(zero of the element type) for the type a DType names.
-template <class Body>
-AFD_INLINE void with_type(DType type, Body body) {
-  if (type == DType::kFloat32) {
-    body(float{});
-  } else if (type == DType::kBFloat16) {
-    body(bf16{});
-  } else {
-    body(f16{});
-  }
-}
-
 }  // namespace afd::AFD_ISA

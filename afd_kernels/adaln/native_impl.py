@@ -1,0 +1,99 @@
+"""adaln through the compiled core (csrc/cpu). Letters as in contract.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_kernels import native
+
+
+def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
+    """Why the compiled core cannot run this, or None."""
+    if device == "cuda":
+        return "the compiled core has no CUDA kernel for adaln"
+    return native.refuse(device, dtypes)
+
+
+def _modulation(value: Tensor) -> tuple[int, int, int, int, int, int]:
+    batches, frames, _ = value.shape
+    return (
+        value.data_ptr(),
+        native.type_code(value.dtype),
+        value.stride(0),
+        value.stride(1),
+        batches,
+        frames,
+    )
+
+
+def _problem(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    scale_offset: float,
+    eps: float,
+) -> Any:
+    problem = native.core().AdalnProblem()
+    problem.batch, problem.tokens, problem.channels = x.shape
+    problem.type = native.type_code(x.dtype)
+    problem.scale_offset = scale_offset
+    problem.eps = eps
+    problem.x = native.rows(x)
+    if branch is not None:
+        problem.branch = native.rows(branch)
+    if gate is not None:
+        problem.gate = _modulation(gate)
+    problem.scale = _modulation(scale)
+    return problem
+
+
+def adaln(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    scale_offset: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x_out ([0] without a branch) and h, contiguous; every input may be strided but for D."""
+    problem = _problem(x, branch, gate, scale, scale_offset, eps)
+    problem.shift = _modulation(shift)
+    x_out, h = x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+    problem.x_out = 0 if branch is None else x_out.data_ptr()
+    problem.h = h.data_ptr()
+    native.core().adaln_cpu(problem, native.threads(x))
+    return x_out, h
+
+
+def adaln_bwd(
+    grad_x_out: Tensor | None,
+    grad_h: Tensor,
+    x_out: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    scale_offset: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbranch, dgate (both [0] without a gate), dscale and dshift; sums over tokens in fp32."""
+    problem = _problem(x_out, branch, gate, scale, scale_offset, eps)
+    problem.grad_h = native.rows(grad_h)
+    if grad_x_out is not None:
+        problem.grad_x_out = native.rows(grad_x_out)
+    dx = x_out.new_empty(x_out.shape)
+    dscale, dshift = (torch.empty(scale.shape, dtype=torch.float32) for _ in range(2))
+    dbranch = x_out.new_empty(0)
+    dgate = torch.empty(0 if gate is None else gate.shape, dtype=torch.float32)
+    if gate is not None:
+        dbranch = x_out.new_empty(x_out.shape)
+        problem.dbranch, problem.dgate = dbranch.data_ptr(), dgate.data_ptr()
+    problem.dx, problem.dscale = dx.data_ptr(), dscale.data_ptr()
+    problem.dshift = dshift.data_ptr()
+    native.core().adaln_bwd_cpu(problem, native.threads(x_out))
+    like = x_out if gate is None else gate
+    return dx, dbranch, dgate.to(like.dtype), dscale.to(scale.dtype), dshift.to(scale.dtype)
