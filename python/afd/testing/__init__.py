@@ -1,0 +1,1 @@
+"""Checks that a user can run: whether this installation computes what the released code does."""
