@@ -64,7 +64,11 @@ def _adaln_fwd_kernel(
     out = (stream * tl.num_programs(0) + token) * CHANNELS
     lane = tl.arange(0, BLOCK)
     inside = lane < CHANNELS
+    # Every load before the first sum: behind its barrier they would wait.
     x = _load(x_ptr + stream * x_batch + token * x_token, lane, CHANNELS)
+    frame = tl.program_id(0) // scale_tokens
+    scale = _load(scale_ptr + stream * scale_batch + frame * scale_frame, lane, CHANNELS)
+    shift = _load(shift_ptr + stream * shift_batch + frame * shift_frame, lane, CHANNELS)
     if branch_ptr is not None:
         branch = _load(branch_ptr + stream * branch_batch + token * branch_token, lane, CHANNELS)
         if gate_ptr is not None:
@@ -75,9 +79,6 @@ def _adaln_fwd_kernel(
         # The normalisation reads what the next residual will read.
         x = x_out.to(tl.float32)
     normed, _ = _normalise(x, inside, eps, CHANNELS)
-    frame = tl.program_id(0) // scale_tokens
-    scale = _load(scale_ptr + stream * scale_batch + frame * scale_frame, lane, CHANNELS)
-    shift = _load(shift_ptr + stream * shift_batch + frame * shift_frame, lane, CHANNELS)
     h = normed * (scale + scale_offset) + shift
     tl.store(h_ptr + out + lane, h.to(h_ptr.dtype.element_ty), mask=inside)
 
@@ -140,6 +141,13 @@ def _adaln_bwd_kernel(
     for _ in range(first, last):
         x = _load(x_out_ptr + stream * x_out_batch + token * x_out_token, lane, CHANNELS)
         grad = _load(grad_h_ptr + stream * grad_h_batch + token * grad_h_token, lane, CHANNELS)
+        if grad_x_out_ptr is not None:
+            row = stream * grad_x_out_batch + token * grad_x_out_token
+            residual = _load(grad_x_out_ptr + row, lane, CHANNELS)
+        if gate_ptr is not None:
+            branch = _load(
+                branch_ptr + stream * branch_batch + token * branch_token, lane, CHANNELS
+            )
         normed, inverse = _normalise(x, inside, eps, CHANNELS)
         dscale += grad * normed
         dshift += grad
@@ -148,13 +156,11 @@ def _adaln_bwd_kernel(
         along = tl.sum(grad * normed) / CHANNELS
         dx = inverse * (grad - mean - normed * along)
         if grad_x_out_ptr is not None:
-            row = stream * grad_x_out_batch + token * grad_x_out_token
-            dx += _load(grad_x_out_ptr + row, lane, CHANNELS)
+            dx += residual
         out = (stream * tokens + token) * CHANNELS + lane
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if gate_ptr is not None:
-            row = stream * branch_batch + token * branch_token
-            dgate += dx * _load(branch_ptr + row, lane, CHANNELS)
+            dgate += dx * branch
             tl.store(dbranch_ptr + out, (dx * gate).to(dbranch_ptr.dtype.element_ty), mask=inside)
         token += 1
     row = stream * tl.num_programs(0) + tl.program_id(0)

@@ -31,17 +31,15 @@ def _inverse_rms(x, eps, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _norm_rope(
-    x_ptr, weight_ptr, out_ptr, cos, sin, poison, eps, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One row: out = RoPE(x · inverse rms · weight) + poison."""
-    lane = tl.arange(0, BLOCK)
-    inside = lane < CHANNELS
-    x = tl.load(x_ptr + lane, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)
+def _load(ptr, lane, CHANNELS: tl.constexpr):
+    return tl.load(ptr + lane, mask=lane < CHANNELS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_rope(x, weight, cos, sin, poison, eps, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: RoPE(x · inverse rms · weight), NaN where poison is."""
     even, odd = _pairs(x * (_inverse_rms(x, eps, CHANNELS) + poison) * weight, BLOCK)
-    out = tl.interleave(even * cos - odd * sin, even * sin + odd * cos)
-    tl.store(out_ptr + lane, out.to(out_ptr.dtype.element_ty), mask=inside)
+    return tl.interleave(even * cos - odd * sin, even * sin + odd * cos)
 
 
 @triton.jit
@@ -74,34 +72,34 @@ def _qk_norm_rope_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (L, B). With v_ptr, k_out and v_out are caches, written at the slot of the frame."""
-    token = tl.program_id(0)
     stream = tl.program_id(1).to(tl.int64)
-    row = stream * tl.num_programs(0) + token
+    token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < CHANNELS
+    # Every load before the first sum: behind its barrier they would wait.
+    q = _load(q_ptr + stream * q_batch + token * q_token, lane, CHANNELS)
+    k = _load(k_ptr + stream * k_batch + token * k_token, lane, CHANNELS)
+    weight_q = _load(weight_q_ptr, lane, CHANNELS)
+    weight_k = _load(weight_k_ptr, lane, CHANNELS)
+    angles = rope_ptr + stream * rope_batch + token * WIDTH
+    cos, sin = _pairs(tl.load(angles + lane % WIDTH, mask=inside, other=0.0), BLOCK)
+    row = stream * tl.num_programs(0) + token
+    k_row = row
     poison = 0.0
-    if v_ptr is None:
-        k_row = row
-    else:
+    if v_ptr is not None:
+        v = tl.load(v_ptr + stream * v_batch + token * v_token + lane, mask=inside)
         first = tl.load(position_ptr + stream * position_batch)
         # A negative frame cannot be refused without a synchronisation: it becomes NaN.
         poison = tl.where(first < 0, float("nan"), 0.0)
-        frame = tl.maximum(first, 0) + token // frame_tokens
+        frame = tl.maximum(first, 0) + tl.program_id(0) // frame_tokens
         frame = tl.where(frame < sink, frame, sink + (frame - sink) % ring)
-        k_row = stream * slots + frame * frame_tokens + token % frame_tokens
-        v = tl.load(v_ptr + stream * v_batch + token.to(tl.int64) * v_token + lane, mask=inside)
+        k_row = stream * slots + frame * frame_tokens + tl.program_id(0) % frame_tokens
         tl.store(v_out_ptr + k_row * CHANNELS + lane, v, mask=inside)
-    token = token.to(tl.int64)
-    angles = rope_ptr + stream * rope_batch + token * WIDTH
-    cos, sin = _pairs(tl.load(angles + lane % WIDTH, mask=inside, other=0.0), BLOCK)
-    _norm_rope(
-        q_ptr + stream * q_batch + token * q_token, weight_q_ptr, q_out_ptr + row * CHANNELS,
-        cos, sin, poison, eps, CHANNELS, BLOCK,
-    )  # fmt: skip
-    _norm_rope(
-        k_ptr + stream * k_batch + token * k_token, weight_k_ptr, k_out_ptr + k_row * CHANNELS,
-        cos, sin, poison, eps, CHANNELS, BLOCK,
-    )  # fmt: skip
+    q = _norm_rope(q, weight_q, cos, sin, poison, eps, CHANNELS, BLOCK)
+    k = _norm_rope(k, weight_k, cos, sin, poison, eps, CHANNELS, BLOCK)
+    element = q_out_ptr.dtype.element_ty
+    tl.store(q_out_ptr + row * CHANNELS + lane, q.to(element), mask=inside)
+    tl.store(k_out_ptr + k_row * CHANNELS + lane, k.to(element), mask=inside)
 
 
 @triton.jit
@@ -112,12 +110,12 @@ def _rows_bwd(
     """dx of tokens [first, last) of a stream, and their share of the gain's gradient in fp32."""
     lane = tl.arange(0, BLOCK)
     inside = lane < CHANNELS
-    weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)
+    weight = _load(weight_ptr, lane, CHANNELS)
     share = tl.full((BLOCK,), 0.0, tl.float32)
     token = first.to(tl.int64)
     for _ in range(first, last):
-        x = tl.load(x_ptr + token * x_token + lane, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + token * grad_token + lane, mask=inside, other=0.0).to(tl.float32)
+        x = _load(x_ptr + token * x_token, lane, CHANNELS)
+        grad = _load(grad_ptr + token * grad_token, lane, CHANNELS)
         angles = rope_ptr + token * WIDTH + lane % WIDTH
         cos, sin = _pairs(tl.load(angles, mask=inside, other=0.0), BLOCK)
         even, odd = _pairs(grad, BLOCK)
