@@ -1,0 +1,227 @@
+"""block_attention in Triton: launches the kernels of triton_fwd.py and triton_bwd.py (see MATH.md).
+
+Letters: B streams, L queries, N keys, Nc keys of the context, h heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from afd_kernels.block_attention.intervals import Intervals
+from afd_kernels.block_attention.tiles import key_table, query_table
+from afd_kernels.block_attention.triton_bwd import (
+    LOG2_E,
+    _block_attention_dkdv_kernel,
+    _block_attention_dq_kernel,
+)
+from afd_kernels.block_attention.triton_fwd import _block_attention_fwd_kernel
+from afd_kernels.contracts import require
+from afd_kernels.forward_noise import triton_impl as noising
+from afd_kernels.launch_config import device_arch, launch_config
+
+# A head of more channels does not fit the registers beside its scores.
+MAX_CHANNELS = 128
+# Matrix instructions take 16 channels at least.
+MIN_CHANNELS = 16
+
+
+def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
+    """Why Triton cannot run tensors of these dtypes on this kind of device, or None."""
+    return noising.refuse(device, dtypes)
+
+
+def _config(part: str, q: Tensor) -> tuple[dict[str, int], dict[str, object]]:
+    """Tile sizes and constants of one kernel; chosen by dtype and head width."""
+    width = max(MIN_CHANNELS, triton.next_power_of_2(q.shape[-1]))
+    kind = "fp32" if q.dtype == torch.float32 else "64" if width <= 64 else "128"
+    config = launch_config("block_attention", device_arch(q.device))[f"{part}_{kind}"]
+    return config, {
+        "D": q.shape[-1],
+        "BLOCK_D": width,
+        "BLOCK_M": config["block_m"],
+        "BLOCK_N": config["block_n"],
+        "WIDEN": noising.INTERPRETED and q.dtype == torch.bfloat16,
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+        # One rounding in scores * scale - max, as the exponential wants it.
+        "enable_fp_fusion": True,
+    }
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Of batch, token and head of each; an expanded batch has stride 0."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _sources(
+    k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None, intervals: Intervals
+) -> tuple[tuple[Tensor, ...], int, dict[str, object]]:
+    """K, V and their context as the kernels take them, where k begins, and what is layout."""
+    context = k_context is not None and k_context.shape[1] > 0
+    two = any(row[5] for stream in intervals.rows for row in stream)
+    constants = {"CONTEXT": context, "SIDES": 2 if two else 1}
+    if not context:
+        return (k, v, k, v), 0, constants
+    return (k, v, k_context, v_context), k_context.shape[1], constants
+
+
+def _check(q: Tensor) -> None:
+    require(
+        q.shape[-1] <= MAX_CHANNELS,
+        "q",
+        q,
+        f"at most {MAX_CHANNELS} channels per head for triton",
+    )
+
+
+def _copies(intervals: Intervals, batch: int) -> int:
+    """Streams that share one table: all, or none where each has rows of its own."""
+    return batch if intervals.streams == 1 else 1
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    intervals: Intervals,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out like q and lse fp32 [B, h, L]; the last dimension of every tensor is contiguous."""
+    _check(q)
+    batch, queries, heads, _ = q.shape
+    sources, border, layout = _sources(k, v, k_context, v_context, intervals)
+    config, constants = _config("fwd", q)
+    table = query_table(intervals, config["block_m"], q.device)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    _block_attention_fwd_kernel[(table.count, heads, _copies(intervals, batch))](
+        q,
+        *sources,
+        out,
+        lse,
+        table.rows,
+        *_strides(q, *sources),
+        queries,
+        border,
+        scale * LOG2_E.value,
+        **layout,
+        **constants,
+    )
+    return out, lse
+
+
+def block_attention_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    intervals: Intervals,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, k_context and v_context; None where `needs` (q, k, context) says no."""
+    _check(q)
+    out = out.contiguous()
+    delta = None
+    if needs[1] or needs[2]:
+        delta = torch.empty_like(lse)
+    dq = None
+    if needs[0]:
+        dq = _launch_dq(grad_out, q, k, v, k_context, v_context, out, lse, delta, intervals, scale)
+    elif delta is not None:
+        torch.sum((grad_out.float() * out.float()).transpose(1, 2), -1, out=delta)
+    border = 0 if k_context is None else k_context.shape[1]
+    own = context = (None, None)
+    if needs[1]:
+        own = _launch_dkdv(grad_out, q, k, v, lse, delta, border, intervals, scale)
+    if needs[2]:
+        context = _launch_dkdv(grad_out, q, k_context, v_context, lse, delta, 0, intervals, scale)
+    return dq, *own, *context
+
+
+def _launch_dq(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor | None,
+    intervals: Intervals,
+    scale: float,
+) -> Tensor:
+    """dQ; fills delta [B, h, L], rowsum(grad_out out), where it is given."""
+    batch, queries, heads, _ = q.shape
+    sources, border, layout = _sources(k, v, k_context, v_context, intervals)
+    config, constants = _config("dq", q)
+    table = query_table(intervals, config["block_m"], q.device)
+    dq = q.new_empty(q.shape)
+    _block_attention_dq_kernel[(table.count, heads, _copies(intervals, batch))](
+        q,
+        *sources,
+        grad_out,
+        out,
+        lse,
+        delta,
+        dq,
+        table.rows,
+        *_strides(q, *sources, grad_out),
+        queries,
+        border,
+        scale,
+        scale * LOG2_E.value,
+        **layout,
+        **constants,
+    )
+    return dq
+
+
+def _launch_dkdv(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    first: int,
+    intervals: Intervals,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """dK and dV of one source, whose keys are [first, first + N) of the intervals'."""
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    if keys == 0:
+        return dk, dv
+    config, constants = _config("dkdv", q)
+    blocks = (config["block_n"], config["block_m"])
+    table = key_table(intervals, first, first + keys, *blocks, q.device)
+    _block_attention_dkdv_kernel[(table.count, heads, _copies(intervals, batch))](
+        q,
+        k,
+        v,
+        grad_out,
+        lse,
+        delta,
+        dk,
+        dv,
+        table.rows,
+        table.walk,
+        *_strides(q, k, v, grad_out),
+        queries,
+        keys,
+        scale,
+        scale * LOG2_E.value,
+        **constants,
+    )
+    return dk, dv
