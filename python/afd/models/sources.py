@@ -1,0 +1,30 @@
+"""Where a pipeline's parts are: a local folder, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
+    """`source` itself where it is a path; else the hub's copy of those folders of a pipeline.
+
+    The hub is asked only for a name like `owner/name` that is no local path. Raises
+    FileNotFoundError, saying what is `needed`, where neither has it.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    reason = "there is no such path"
+    if isinstance(source, str) and _HUB_NAME.fullmatch(source):
+        # Imported here: most runs have local folders.
+        from huggingface_hub import snapshot_download
+
+        try:
+            wanted = [f"{part}/*" for part in parts]
+            return Path(snapshot_download(source, allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            reason = f"there is no such path, and the hub said: {error}"
+    raise FileNotFoundError(f"{parts[0]}: got {source}; needed: {needed} ({reason})")

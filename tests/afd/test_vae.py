@@ -1,0 +1,202 @@
+"""The video autoencoder and its streaming decode, against diffusers' own, on small models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from afd.models.vae import VideoVAE
+from tests.tolerances import NETWORK_REORDERED
+
+# student_wan.md section 7: the released statistics of Wan2.1's latents.
+MEAN = """-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508
+          .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 -.2921"""
+STD = """2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743
+         3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 2.8251 1.9160"""
+
+
+def model(seed: int = 0, **settings: Any) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(seed)
+    return AutoencoderKLWan(base_dim=8, **settings).eval()
+
+
+def latent(frames: int, batch: int = 2, height: int = 3, width: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(frames)
+    return torch.randn(batch, frames, 16, height, width, generator=generator)
+
+
+@torch.no_grad()
+def whole_decode(vae: Any, latent_BFCHW: Tensor) -> Tensor:
+    """diffusers' own decode of the whole latent."""
+    mean, std = (
+        torch.tensor(v).view(16, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    z_BFCHW = (latent_BFCHW.float() * std + mean).to(vae.dtype)
+    return vae.decode(z_BFCHW.transpose(1, 2)).sample.transpose(1, 2)
+
+
+def test_the_statistics_are_those_of_the_released_latents() -> None:
+    config = model().config
+    assert config.latents_mean == [float(x) for x in MEAN.split()]
+    assert config.latents_std == [float(x) for x in STD.split()]
+    assert VideoVAE(model()).scale == (4, 8)
+
+
+def in_chunks(vae: VideoVAE, latent_BFCHW: Tensor, chunks: list[int]) -> Tensor:
+    decoder = vae.stream()
+    video = [decoder(chunk_BFCHW) for chunk_BFCHW in latent_BFCHW.split(chunks, dim=1)]
+    assert [v.shape[1] for v in video] == [4 * n - 3 * (i == 0) for i, n in enumerate(chunks)]
+    return torch.cat(video, dim=1)
+
+
+def test_a_decode_is_diffusers_decode() -> None:
+    vae = VideoVAE(model())
+    whole = vae.decode(latent(5))
+    assert whole.shape == (2, 17, 3, 24, 16)
+    torch.testing.assert_close(whole, whole_decode(vae.model, latent(5)), **NETWORK_REORDERED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_decode_to_the_very_frames_of_one_whole_decode(dtype: torch.dtype) -> None:
+    vae = VideoVAE(model().to(dtype))
+    latent_BFCHW = latent(4, batch=1)
+    whole = vae.decode(latent_BFCHW)
+    for chunks in ([3, 1], [1, 3], [1, 1, 1, 1]):
+        assert torch.equal(in_chunks(vae, latent_BFCHW, chunks), whole), chunks
+
+
+def test_interleaved_streams_do_not_mix() -> None:
+    vae = VideoVAE(model())
+    one, other = latent(4), latent(5)[:, :4]
+    decoders = vae.stream(), vae.stream()
+    frames: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for f in range(4):
+        for decoder, source, out in zip(decoders, (one, other), frames, strict=True):
+            out.append(decoder(source[:, f : f + 1]))
+            vae.encode(torch.zeros(1, 1, 3, 8, 8))  # diffusers' own cache is another one
+    assert torch.equal(torch.cat(frames[0], 1), vae.decode(one))
+    assert torch.equal(torch.cat(frames[1], 1), vae.decode(other))
+
+
+def test_memory_does_not_grow_with_the_stream() -> None:
+    decoder = VideoVAE(model()).stream()
+    held = []
+    for _ in range(6):
+        decoder(latent(1))
+        held.append(decoder.cache_bytes)
+    assert len(set(held[2:])) == 1
+
+
+def test_latents_are_the_normalised_posterior_mean() -> None:
+    vae = VideoVAE(model())
+    video_BFCHW = torch.rand(2, 9, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    got = vae.encode(video_BFCHW)
+    assert got.shape == (2, 3, 16, 2, 3)
+    posterior = vae.model.encode(video_BFCHW.transpose(1, 2)).latent_dist
+    mean, std = (torch.tensor([float(x) for x in v.split()]).view(16, 1, 1) for v in (MEAN, STD))
+    assert torch.equal(got, (posterior.mean.transpose(1, 2) - mean) / std)
+
+
+def test_decoded_pixels_stay_in_range_and_pass_gradients_to_the_latent() -> None:
+    vae = VideoVAE(model())
+    latent_BFCHW = (20 * latent(3)).requires_grad_()
+    video_BFCHW = vae.decode(latent_BFCHW)
+    assert video_BFCHW.abs().max() <= 1
+    video_BFCHW.square().mean().backward()
+    assert latent_BFCHW.grad is not None
+    assert latent_BFCHW.grad.abs().sum() > 0
+    assert all(p.grad is None for p in vae.model.parameters())
+
+
+@pytest.mark.parametrize("folder", ["wan/vae", "alone"])
+def test_a_diffusers_folder_loads(tmp_path: Path, folder: str) -> None:
+    original = model()
+    original.save_pretrained(tmp_path / folder)
+    vae = VideoVAE.load(tmp_path / folder.split("/")[0])
+    assert torch.equal(vae.decode(latent(3)), VideoVAE(original).decode(latent(3)))
+    half = VideoVAE.load(tmp_path / folder, dtype=torch.bfloat16)
+    assert half.decode(latent(2)).dtype == torch.bfloat16
+
+
+def test_what_a_file_lacks_is_not_drawn_at_random(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["decoder.conv_out.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"decoder\.conv_out\.weight.*needed: weights"):
+        VideoVAE.load(tmp_path)
+
+
+def original_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of Wan2.1_VAE.pth: numbered layers, where diffusers' have words."""
+    norm = {
+        "norm1": "residual.0",
+        "conv1": "residual.2",
+        "norm2": "residual.3",
+        "conv2": "residual.6",
+    }
+    resnet = {**norm, "conv_shortcut": "shortcut"}
+    fixed = {"quant_conv": "conv1", "post_quant_conv": "conv2", "conv_in": "conv1"}
+    fixed |= {"norm_out": "head.0", "conv_out": "head.2"}
+    named = {}
+    for name, tensor in state.items():
+        part, *rest = name.split(".")
+        match rest:
+            case [leaf]:
+                new = f"{fixed[part]}.{leaf}"
+            case ["mid_block", "attentions", "0", *tail]:
+                new = ".".join([part, "middle.1", *tail])
+            case ["mid_block", "resnets", i, layer, leaf]:
+                new = f"{part}.middle.{2 * int(i)}.{norm[layer]}.{leaf}"
+            case ["down_blocks", i, layer, leaf] if layer in resnet:
+                new = f"{part}.downsamples.{i}.{resnet[layer]}.{leaf}"
+            case ["down_blocks", i, *tail]:
+                new = ".".join([part, "downsamples", i, *tail])
+            case ["up_blocks", i, "resnets", j, layer, leaf]:
+                new = f"{part}.upsamples.{4 * int(i) + int(j)}.{resnet[layer]}.{leaf}"
+            case ["up_blocks", i, "upsamplers", "0", *tail]:
+                new = ".".join([part, "upsamples", str(4 * int(i) + 3), *tail])
+            case [layer, leaf]:
+                new = f"{part}.{fixed[layer]}.{leaf}"
+            case _:
+                raise AssertionError(name)
+        named[new] = tensor
+    return named
+
+
+def test_the_original_file_loads(tmp_path: Path) -> None:
+    original = model()
+    torch.save(original_names(original.state_dict()), tmp_path / "Wan2.1_VAE.pth")
+    for source in (tmp_path, tmp_path / "Wan2.1_VAE.pth"):
+        vae = VideoVAE.load(source)
+        assert torch.equal(vae.decode(latent(2)), VideoVAE(original).decode(latent(2)))
+
+
+def test_bad_input_is_named() -> None:
+    vae = VideoVAE(model())
+    with pytest.raises(ValueError, match=r"video: got .*needed: \[B, 1 \+ a multiple of 4"):
+        vae.encode(torch.zeros(1, 4, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"latent: got .*needed: \[B, F, 16, H, W\]"):
+        vae.decode(torch.zeros(1, 4, 3, 16, 16))
+    decoder = vae.stream()
+    decoder(latent(1))
+    with pytest.raises(ValueError, match=r"latent: got .*\[B, H, W\] = \(2, 3, 2\)"):
+        decoder(latent(1, batch=1))
+    with pytest.raises(ValueError, match=r"Wan2\.2.*needed: the autoencoder of Wan2\.1"):
+        VideoVAE(model(patch_size=2, in_channels=12, out_channels=12))
+
+
+def test_unknown_sources_say_what_is_accepted(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds none; needed: a diffusers Wan folder"):
+        VideoVAE.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no such path"):
+        VideoVAE.load(tmp_path / "absent")
