@@ -26,6 +26,7 @@ __all__ = [
     "check_steps",
     "chunk_layout",
     "counted_noise",
+    "denoise_chunk",
     "rollout",
     "seeded_noise",
     "stream",
@@ -159,8 +160,8 @@ def stream(
         layout=layout,
         first=levels if first_steps is None else student.levels(first_steps),
         levels=levels,
-        clean_11=Level.at(0.0, 0.0, student.device).t_11,
-        context_11=Level.at(context_noise, 0.0, student.device).t_11,
+        clean=Level.at(0.0, 0.0, student.device),
+        context=Level.at(context_noise, 0.0, student.device),
         switches=dict(switches or {}),
         remember_last=remember_last,
     )
@@ -181,8 +182,8 @@ class _Plan:
     layout: Layout
     first: list[Level]
     levels: list[Level]
-    clean_11: Tensor
-    context_11: Tensor
+    clean: Level
+    context: Level
     switches: dict[int, Tensor]
     remember_last: bool
 
@@ -196,16 +197,18 @@ def _chunks(
         if chunk in plan.switches:
             student.switch_text(cache, plan.switches[chunk])
         if prefix is not None and start < given:
-            x0, t_11 = prefix[:, start : start + count], plan.clean_11
+            x0, level = prefix[:, start : start + count], plan.clean
         else:
             levels = plan.first if start == given else plan.levels
-            x0, t_11 = _denoised(student, cache, noise, levels, chunk, start), plan.context_11
+            x0 = denoise_chunk(student, cache, noise, levels, chunk, start)
+            level = plan.context
         yield x0
         if chunk + 1 < len(plan.layout) or plan.remember_last:
-            student.remember(x0, t_11, cache, start)
+            student.remember(x0, level, cache, start)
 
 
-def _denoised(
+@torch.no_grad()
+def denoise_chunk(
     student: Student,
     cache: KVCache,
     noise: NoiseSource,
@@ -213,6 +216,10 @@ def _denoised(
     chunk: int,
     start: int,
 ) -> Tensor:
+    """One chunk at frames `start` and on, [B, c, C, H, W]; what the cache holds of it is not clean.
+
+    `Student.remember` makes it so.
+    """
     x_t = noise(chunk, 0)
     for step, level in enumerate(levels):
         x0 = student.denoise(x_t, level, cache, start)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.wan import WanStudent
@@ -221,3 +222,61 @@ def test_a_mistake_is_told_before_the_first_chunk(
     noise = noise_of(student, [1, 2])
     with pytest.raises(ValueError, match=told):
         stream(student, text, noise, **{"steps": TWO, **options})
+
+
+def test_graphs_are_refused_where_there_is_no_cuda_device(student: WanStudent) -> None:
+    with pytest.raises(ValueError, match="cuda_graphs: got 'cpu'; needed: a network on a CUDA"):
+        student.use_graphs()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 4])
+def test_replayed_passes_are_the_launched_ones(text: Tensor, window: int | None) -> None:
+    student = make_student(window=window, sink=1 if window else 0).to("cuda")
+    layout = stream_layout(student, 12)
+    noise = counted_noise([1, 2], layout, 2, student.frame_shape, device="cuda")
+    options: dict[str, Any] = {"frames": 12, "steps": TWO}
+    text = text.to("cuda")
+    launched = torch.cat(list(stream(student, text, noise, **options)), 1)
+    student.use_graphs()
+    cache = student.new_cache(text, 12)
+    for _ in range(2):
+        replayed = torch.cat(list(stream(student, text, noise, cache=cache, **options)), 1)
+        torch.testing.assert_close(replayed, launched, **SAME)
+
+
+@pytest.mark.gpu
+def test_nothing_in_the_loop_waits_for_the_device(text: Tensor) -> None:
+    student = make_student(window=4, sink=1).to("cuda")
+    layout = stream_layout(student, 12)
+    noise = counted_noise([1, 2], layout, 2, student.frame_shape, device="cuda")
+    chunks = stream(student, text.to("cuda"), noise, frames=12, steps=TWO)
+    next(chunks)  # kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(chunks)) == 5
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Watch(TorchDispatchMode):
+    """Ops that would make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_back_in_the_loop(text: Tensor) -> None:
+    student = make_student(window=4, sink=1)
+    chunks = stream(student, text, noise_of(student, [1, 2], 12), frames=12, steps=TWO)
+    next(chunks)
+    with Watch() as watch:
+        assert len(list(chunks)) == 5
+    assert watch.waits == []

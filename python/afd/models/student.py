@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from afd.models.causal_wan import CausalWan
+from afd.models.graphs import GraphedPasses
 from afd.models.kv_cache import KVCache
 
 
@@ -21,17 +22,19 @@ class Level:
     """One denoising step.
 
     Attributes:
-        t_11: what the network is told, float32 [1, 1] on its device, on the 0-1000 scale. A tensor
-            made before the loop: making it in the loop would wait for the device.
+        t: what the network is told, on the 0-1000 scale.
         sigma: how much of the chunk is noise, in [0, 1].
+        t_11: t as float32 [1, 1] on the network's device. Made before the loop, as making it in the
+            loop would wait for the device; the network knows its modulation by this tensor.
     """
 
-    t_11: Tensor
+    t: float
     sigma: float
+    t_11: Tensor
 
     @classmethod
     def at(cls, t: float, sigma: float, device: torch.device) -> Level:
-        return cls(torch.tensor([[t]], dtype=torch.float32, device=device), sigma)
+        return cls(t, sigma, torch.tensor([[t]], dtype=torch.float32, device=device))
 
 
 class Student(nn.Module, ABC):
@@ -40,6 +43,7 @@ class Student(nn.Module, ABC):
     def __init__(self, net: CausalWan) -> None:
         super().__init__()
         self.net = net
+        self._graphs: GraphedPasses | None = None
 
     # --- what differs ---
 
@@ -95,12 +99,23 @@ class Student(nn.Module, ABC):
             for kept, value in zip(old, new, strict=True):
                 kept.copy_(value)
 
+    def use_graphs(self, enabled: bool = True) -> None:
+        """Replay streaming passes as CUDA graphs; call it again after an update of the weights."""
+        self._graphs = GraphedPasses(self.net) if enabled else None
+
     def denoise(self, x_t_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> Tensor:
         """The clean chunk seen in the noisy one at frames `start_frame` and on."""
-        out = self.net.forward_cached(x_t_BFCHW, level.t_11, cache, start_frame)
+        out = self._pass(x_t_BFCHW, level, cache, start_frame, context=False)
         assert out is not None
         return self.x0_from_output(out, x_t_BFCHW, level.sigma)
 
-    def remember(self, x_BFCHW: Tensor, t_11: Tensor, cache: KVCache, start_frame: int) -> None:
-        """The context pass: later chunks will see this chunk, told to be at time t."""
-        self.net.forward_cached(x_BFCHW, t_11, cache, start_frame, context_only=True)
+    def remember(self, x_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> None:
+        """The context pass: later chunks will see this chunk as it is, told to be at the level."""
+        self._pass(x_BFCHW, level, cache, start_frame, context=True)
+
+    def _pass(
+        self, x_BFCHW: Tensor, level: Level, cache: KVCache, start: int, context: bool
+    ) -> Tensor | None:
+        if self._graphs is not None:
+            return self._graphs(x_BFCHW, level.t, level.t_11, cache, start, context)
+        return self.net.forward_cached(x_BFCHW, level.t_11, cache, start, context_only=context)

@@ -1,0 +1,408 @@
+"""The streaming rollout: chunks per second against the same network written plainly.
+
+    python benchmarks/rollout.py                 # CPU: toy size, and dim 256 at three latent sizes
+    python benchmarks/rollout.py --device cuda   # 480x832, 1.3 B random weights in bfloat16
+
+What is timed is a chunk of a stream that goes on: its denoising steps and its context pass, with
+the noise given and the window (where the case has one) full, so that every chunk makes the window
+move on. Providers take turns in one run. Before anything is timed, every provider streams the same
+video from the same noise: one that disagrees with eager in float32 is not timed and fails the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# So that it runs from a checkout where nothing is installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+
+from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.kv_cache import cache_bytes
+from afd.models.toy import ToyConfig
+from afd.models.wan import WanStudent
+from afd.rollout import denoise_chunk
+from benchmarks import harness, report
+from benchmarks.eager_wan import EagerWan, denoised
+from benchmarks.hardware import Machine, chunk_seconds, pass_work
+
+PROVIDERS = ("eager", "ours", "compile", "graph")
+STEPS = (1000, 750, 500, 250)
+# Relative L2 error of a video of several chunks between two float32 orders of the same sums;
+# bfloat16's own error is about 1e-2, and it grows from chunk to chunk.
+BOUND = {"fp32": 1e-4, "bf16": 0.2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HOW = (
+    "ms: median of one chunk (denoising steps and context pass); FPS: video frames, four per "
+    "latent frame; floor: hardware.py's, from the copy bandwidth and the product rate measured in "
+    "this run; GB: what the algorithm moves per chunk; traffic: what the provider's ops read and "
+    "write, counted; syncs: calls that make the host wait for the device, per chunk; cache: bytes "
+    "held, and what the formula says; peak: allocated above that during a chunk."
+)
+_SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network and stream. `frames`: cache of a stream without window."""
+
+    name: str
+    wan: WanConfig
+    height: int
+    width: int
+    frames: int
+    dtype: str = "fp32"
+
+    @property
+    def frame_tokens(self) -> int:
+        rows, cols = self.wan.grid(self.height, self.width)
+        return rows * cols
+
+    @property
+    def kept(self) -> int:
+        """Frames that a chunk of the timed part sees, itself included."""
+        return self.frames if self.wan.window is None else self.wan.window
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case; times in milliseconds per chunk."""
+
+    case: str
+    provider: str
+    dtype: str
+    B: int
+    tokens: int
+    keys: int
+    median_ms: float
+    p20: float
+    p80: float
+    host_ms: float | None
+    reps: int
+    chunks_per_s: float
+    fps: float
+    floor_ms: float
+    gflop: float
+    gb: float
+    traffic_gb: float
+    ops: int
+    syncs: int
+    cache_mib: float
+    formula_mib: float
+    peak_mib: float
+    error: float
+    speedup: float | None
+
+
+class Stream:
+    """A provider's endless stream: `next()` makes the next chunk, from the same noise for all.
+
+    Without a window the last chunk is made again and again: later ones would need a larger cache.
+    """
+
+    def __init__(self, case: Case, batch: int, student: WanStudent, provider: str) -> None:
+        self.case, self.batch, self.student = case, batch, student
+        self.start = 0
+        device, wan = student.device, case.wan
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (batch, wan.chunk, *student.frame_shape)
+        self.noise = [
+            torch.randn(shape, generator=generator, device=device).to(student.dtype) for _ in STEPS
+        ]
+        text = torch.randn(
+            (batch, wan.text_len, wan.text_dim), generator=generator, device=device
+        ).to(student.dtype)
+        self.levels = student.levels(STEPS)
+        self.clean = student.levels(STEPS)[-1].at(0.0, 0.0, device)
+        self.eager: EagerWan | None = None
+        if provider == "eager":
+            self.eager = EagerWan(wan, student.net.state_dict())
+            self.cache: Any = self.eager.new_cache(
+                text, case.frames, case.frame_tokens, wan.window, wan.sink
+            )
+        else:
+            self.cache = student.new_cache(text, case.frames)
+
+    def next(self) -> Tensor:
+        start = self.start
+        if self.case.wan.window is not None or start + 2 * self.case.wan.chunk <= self.case.frames:
+            self.start += self.case.wan.chunk
+        if self.eager is not None:
+            times = tuple(level.t for level in self.levels)
+            return denoised(self.eager, self.cache, self.noise, times, start, self.student.schedule)
+        x0 = denoise_chunk(
+            self.student, self.cache, lambda _, step: self.noise[step], self.levels, 0, start
+        )
+        self.student.remember(x0, self.clean, self.cache, start)
+        return x0
+
+    @property
+    def cache_bytes(self) -> int:
+        if self.eager is None:
+            return int(self.cache.bytes)
+        held = [x for layer in self.cache.layers for x in (layer.k, layer.v)]
+        held += [x for kv in self.cache.text for x in kv]
+        return sum(x.numel() * x.element_size() for x in held)
+
+
+class Counter(TorchDispatchMode):
+    """Ops of a chunk, what they read and write, and which of them make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic = harness.Traffic()
+        self.syncs = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = self.traffic.__torch_dispatch__(func, types, args, kwargs)
+        name = func.overloadpacket.__name__
+        moved = [x.device.type for x in (*args, out) if isinstance(x, Tensor)]
+        across = name in ("_to_copy", "copy_") and len(set(moved)) > 1
+        self.syncs += name in _SYNCS or across
+        return out
+
+
+def make_student(case: Case, device: str, provider: str) -> WanStudent:
+    """Random weights, the same for every provider; all parameters matter."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = CausalWan(case.wan)
+    for parameter in net.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+    net = net.to(DTYPES[case.dtype]).requires_grad_(False)
+    if provider != "eager":
+        net.fuse_projections()
+    if provider == "compile":
+        net.compile_blocks()
+    student = WanStudent(net, height=case.height, width=case.width, frames=case.frames)
+    if provider == "graph":
+        student.use_graphs()
+    return student
+
+
+def measure(
+    case: Case, batch: int, machine: Machine, args: Any
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows of the providers that agree, and why others were not timed."""
+    streams, failed = {}, {}
+    videos: dict[str, Tensor] = {}
+    fill = -(-case.kept // case.wan.chunk) + 2
+    for provider in args.providers:
+        try:
+            student = make_student(case, args.device, provider)
+            stream = Stream(case, batch, student, provider)
+            videos[provider] = torch.cat([stream.next() for _ in range(fill)], 1).float().cpu()
+        except Exception as error:  # one that breaks must not take the others' numbers along
+            failed[f"{case.name} {provider}"] = f"{type(error).__name__}: {error}"
+            continue
+        streams[provider] = stream
+    expected = videos.get("eager", next(iter(videos.values())))
+    errors = {name: _distance(video, expected) for name, video in videos.items()}
+    for name, distance in errors.items():
+        if not distance <= BOUND[case.dtype]:
+            failed[f"{case.name} {name}"] = f"relative error {distance:.2g} against eager"
+            del streams[name]
+    runs: dict[str, harness.Run] = {name: _chunk(stream) for name, stream in streams.items()}
+    timings = harness.timed(runs, args.device, 1, args.reps, args.budget)
+    rows = []
+    eager_ms = timings["eager"].median_ms if "eager" in timings else None
+    for name, stream in streams.items():
+        timing = timings[name]
+        rows.append(
+            Row(
+                case=case.name,
+                provider=name,
+                dtype=case.dtype,
+                B=batch,
+                median_ms=timing.median_ms,
+                p20=timing.p20,
+                p80=timing.p80,
+                host_ms=timing.host_ms,
+                reps=timing.reps,
+                chunks_per_s=1e3 * batch / timing.median_ms,
+                fps=4e3 * batch * case.wan.chunk / timing.median_ms,
+                speedup=None if eager_ms is None else eager_ms / timing.median_ms,
+                error=errors[name],
+                **_work(case, batch, machine),
+                **_counted(case, batch, stream, args.device),
+            )
+        )
+    return rows, failed
+
+
+def _chunk(stream: Stream) -> harness.Run:
+    return lambda _: stream.next()
+
+
+def _distance(out: Tensor, expected: Tensor) -> float:
+    return float((out - expected).norm() / expected.norm())
+
+
+def _work(case: Case, batch: int, machine: Machine) -> dict[str, Any]:
+    tokens = case.wan.chunk * case.frame_tokens
+    keys, passes = case.kept * case.frame_tokens, len(STEPS) + 1
+    itemsize = DTYPES[case.dtype].itemsize
+    work = pass_work(case.wan, tokens, keys, batch, itemsize)
+    floor = chunk_seconds(machine, case.wan, tokens, keys, passes, batch, itemsize)
+    return {
+        "tokens": tokens,
+        "keys": keys,
+        "floor_ms": 1e3 * floor,
+        "gflop": passes * work.flop / 1e9,
+        "gb": passes * work.bytes / 1e9,
+    }
+
+
+def _counted(case: Case, batch: int, stream: Stream, device: str) -> dict[str, Any]:
+    with Counter() as counter:
+        stream.next()
+    wan, slots = case.wan, case.kept * case.frame_tokens
+    formula = cache_bytes(wan.num_layers, batch, slots, wan.text_len, wan.dim, DTYPES[case.dtype])
+    return {
+        "traffic_gb": counter.traffic.bytes / 1e9,
+        "ops": counter.traffic.ops,
+        "syncs": counter.syncs,
+        "cache_mib": stream.cache_bytes / 2**20,
+        "formula_mib": formula / 2**20,
+        "peak_mib": harness.peak_mib(_chunk(stream), device),
+    }
+
+
+def cases(args: Any) -> Iterator[Case]:
+    """On a GPU the released size; else sizes that a CPU can do."""
+    small = WanConfig(dim=256, num_heads=4, ffn_dim=1024, num_layers=2, text_dim=64, text_len=128)
+    windowed = replace(small, window=9, sink=3)
+    if args.quick:
+        tiny = replace(windowed, dim=48, num_heads=2, ffn_dim=64, text_len=8, text_dim=16)
+        yield Case("quick", tiny, 4, 6, 9)
+        yield Case("quick, no window", replace(tiny, window=None, sink=0), 4, 6, 6)
+        return
+    if args.device == "cuda":
+        whole = WanConfig()
+        yield Case("480x832, 21 frames", whole, 60, 104, 21, "bf16")
+        yield Case(
+            "480x832, window 9, sink 3", replace(whole, window=9, sink=3), 60, 104, 21, "bf16"
+        )
+        return
+    toy = ToyConfig()
+    yield Case("toy", toy.wan, toy.height, toy.width, toy.frames)
+    yield Case("dim 256, 8x8, window 9, sink 3", windowed, 8, 8, 21)
+    yield Case("dim 256, 16x16, window 9, sink 3", windowed, 16, 16, 21)
+    yield Case("dim 256, 16x28, window 9, sink 3", windowed, 16, 28, 21)
+    yield Case("dim 256, 16x16, 21 frames", small, 16, 16, 21)
+
+
+def show(rows: list[Row]) -> None:
+    """The table of one case."""
+    first = rows[0]
+    title = f"{first.case}: {first.tokens} tokens see {first.keys}, {first.dtype}, B={first.B}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("provider", no_wrap=True)
+    names = ("ms a chunk", "p20", "p80", "host ms", "chunks/s", "FPS", "x floor", "GFLOP", "GB")
+    more = ("traffic GB", "ops", "syncs", "cache MiB", "formula", "peak MiB", "error", "speedup")
+    for name in names + more:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        numbers = (row.median_ms, row.p20, row.p80, row.host_ms, row.chunks_per_s, row.fps)
+        held = (row.cache_mib, row.formula_mib, row.peak_mib)
+        table.add_row(
+            row.provider,
+            *map(_number, (*numbers, row.median_ms / row.floor_ms, row.gflop, row.gb)),
+            *map(_number, (row.traffic_gb, row.ops, row.syncs, *held)),
+            f"{row.error:.1e}",
+            _number(row.speedup),
+        )
+    Console(width=None if Console().is_terminal else 200).print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def save(folder: Path, device: str, machine: Machine, rows: list[Row], failed: Any) -> Path:
+    """Writes <folder>/rollout.json and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rollout.json"
+    document = {
+        "name": "rollout",
+        "environment": report.environment(device),
+        "how": HOW,
+        "machine": asdict(machine),
+        "failed": failed,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
+    parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--reps", type=int, default=30, help="most repetitions per case")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing per case")
+    parser.add_argument(
+        "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, no compile (for CI)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the JSON; --quick writes none by itself"
+    )
+    args = parser.parse_args(argv)
+    if args.providers is None:
+        args.providers = list(PROVIDERS) if args.device == "cuda" else ["eager", "ours", "compile"]
+    if args.quick:
+        args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
+        args.providers = [name for name in args.providers if name != "compile"]
+    if args.out is None and not args.quick:
+        args.out = report.ROOT / "benchmarks" / "results" / report.device_slug(args.device)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    machine = Machine.measured(args.device, dtype, 0.02 if args.quick else 0.5)
+    print(f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.matmul / 1e12:.3g} TFLOP/s")
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    started = time.monotonic()
+    for case in cases(args):
+        for batch in args.batch:
+            if args.case not in case.name or time.monotonic() - started > args.deadline:
+                continue
+            new, broken = measure(case, batch, machine, args)
+            torch._dynamo.reset()
+            failed |= broken
+            rows += new
+            if new:
+                show(new)
+    print(HOW)
+    if args.out is not None and rows:
+        print(f"wrote {save(args.out, args.device, machine, rows, failed)}")
+    for what, why in failed.items():
+        print(f"FAILED {what}: {why}")
+    if failed or not rows:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
