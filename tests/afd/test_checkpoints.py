@@ -307,10 +307,23 @@ def test_unknown_paths_and_layouts_say_what_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"got \[\]; needed: one \.safetensors file or index"):
         load_checkpoint(tmp_path)
-    for name in ("cut.pt", "cut.safetensors"):
-        (tmp_path / name).write_bytes(b"PK not really")
-        with pytest.raises(ValueError, match=r"damaged|cannot be read"):
-            load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+def test_damaged_files_are_refused_whatever_the_unpickler_raises(
+    tmp_path: Path, zipped: bool
+) -> None:
+    path = tmp_path / "cut.pt"
+    held = {"generator": network().state_dict()}
+    torch.save(held, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in (0, 1, 40, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="it is damaged, or holds other things"):
+            load_checkpoint(path, **REST)
+    (tmp_path / "cut.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="it cannot be read"):
+        load_checkpoint(tmp_path / "cut.safetensors", **REST)
 
 
 def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path) -> None:

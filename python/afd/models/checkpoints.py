@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
 import zipfile
@@ -208,8 +207,8 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
         held = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # damaged bytes make an unpickler raise anything
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
             f"checkpoint {path}: it is damaged, or holds other things than tensors, which are not "
             f"unpickled because they could run code ({reason})"

@@ -38,7 +38,9 @@ class VideoVAE:
         )
         self.model = model.eval().requires_grad_(False)
         self.scale = int(config.scale_factor_temporal), int(config.scale_factor_spatial)
-        self._mean_std = config.latents_mean, config.latents_std
+        # On the device once: a stream must not wait for a copy at every chunk.
+        statistics = [config.latents_mean, config.latents_std]
+        self._mean_std = torch.tensor(statistics, device=model.device).view(2, -1, 1, 1)
 
     @classmethod
     def load(
@@ -90,15 +92,11 @@ class VideoVAE:
         return (latent_BFCHW.float() * std + mean).to(self.model.dtype)
 
     def _statistics(self, latent_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
-        channels = len(self._mean_std[0])
-        needed = f"[B, F, {channels}, H, W]"
+        channels = self._mean_std.shape[1]
         right = latent_BFCHW.ndim == 5 and latent_BFCHW.shape[2] == channels
-        require(right, "latent", latent_BFCHW, needed)
-        mean, std = (
-            torch.tensor(values, device=latent_BFCHW.device).view(-1, 1, 1)
-            for values in self._mean_std
-        )
-        return mean, std
+        require(right, "latent", latent_BFCHW, f"[B, F, {channels}, H, W]")
+        mean_C11, std_C11 = self._mean_std
+        return mean_C11, std_C11
 
 
 class StreamingDecoder:
