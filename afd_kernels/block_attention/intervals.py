@@ -229,7 +229,8 @@ def teacher_forcing(frames: int, chunk: int, tokens: int) -> Intervals:
     (clean,) = causal(frames, chunk, tokens).rows
     (noisy,) = noisy_half(frames, chunk, tokens).rows
     shift = frames * tokens
-    return Intervals(((*clean, *((q0 + shift, q1 + shift, *keys) for q0, q1, *keys in noisy)),))
+    moved = tuple((q0 + shift, q1 + shift, a0, a1, b0, b1) for q0, q1, a0, a1, b0, b1 in noisy)
+    return Intervals((clean + moved,))
 
 
 def noisy_half(frames: int, chunk: int, tokens: int) -> Intervals:

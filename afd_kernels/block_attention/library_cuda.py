@@ -1,0 +1,251 @@
+"""Attention libraries on CUDA, behind one interface; imported only where they are asked for.
+
+Forward: FlashAttention 3 or 4 where installed, cuDNN, PyTorch's flash attention, xformers.
+Backward: of these only the ones that can be told to add in a fixed order, which PyTorch's cuDNN
+cannot. Tensors [B, l, h, d], lse fp32 [B, h, l] in natural logarithms, so one library's forward
+goes with another's backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _transposed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.transpose(1, 2) for x in tensors)
+
+
+@functools.cache
+def _import(module: str) -> tuple[Any, str | None]:
+    """The module, or why it cannot be used."""
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        return None, f"{top} is not installed"
+    try:
+        return importlib.import_module(module), None
+    except Exception as error:  # an extension built for another torch raises anything
+        return None, f"cannot import {module} ({error})"
+
+
+class Flash3:
+    """FlashAttention 3 (`flash_attn_interface`, built from the flash-attention repository)."""
+
+    name = "FlashAttention 3"
+    module = "flash_attn_interface"
+    majors = (9,)
+    widest = 256
+
+    def missing(self) -> str | None:
+        return _import(self.module)[1]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _import(self.module)[0]._flash_attn_forward(q, k, v, softmax_scale=scale)
+        return out, lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        keys: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        _import(self.module)[0]._flash_attn_backward(
+            *(grad_out, q, k, v, out, lse.contiguous()),
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            softmax_scale=scale,
+            deterministic=True,
+        )
+        return dq, dk, dv
+
+
+class Flash4:
+    """FlashAttention 4 (`flash_attn.cute`, PyPI's flash-attn-4)."""
+
+    name = "FlashAttention 4"
+    module = "flash_attn.cute.interface"
+    # Consumer Blackwell (12) has no deterministic backward there.
+    majors = (9, 10, 11)
+    widest = 128
+
+    def missing(self) -> str | None:
+        return _import(self.module)[1]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _import(self.module)[0]._flash_attn_fwd(
+            q, k, v, softmax_scale=scale, return_lse=True
+        )
+        return out, lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        keys: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dq, dk, dv, *_ = _import(self.module)[0]._flash_attn_bwd(
+            *(q, k, v, out, grad_out, lse.contiguous()), softmax_scale=scale, deterministic=True
+        )
+        return dq, dk, dv
+
+
+class Cudnn:
+    """cuDNN through PyTorch; forward only, because its backward there adds in no fixed order."""
+
+    name = "cuDNN"
+    majors = (9, 10, 11, 12)
+    widest = 128
+
+    def missing(self) -> str | None:
+        version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        return None if version and version >= 90000 else f"cuDNN 9 is needed, torch has {version}"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *_transposed(q, k, v), None, True, scale=scale
+        )
+        return out.transpose(1, 2), lse.reshape(lse.shape[:3])
+
+
+class AtenFlash:
+    """The flash attention inside PyTorch (FlashAttention 2)."""
+
+    name = "aten flash"
+    majors = (8, 9, 10, 11, 12)
+    widest = 256
+
+    def missing(self) -> str | None:
+        built = torch.backends.cuda.is_flash_attention_available()
+        return None if built else "this torch was built without flash attention"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            *_transposed(q, k, v), scale=scale
+        )
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        keys: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # The state of a dropout that is not used.
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        with _deterministic():
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                *_transposed(grad_out, q, k, v, out),
+                lse.contiguous(),
+                *(None, None, q.shape[1], k.shape[1], 0.0, False, seed, seed[0]),
+                scale=scale,
+            )
+        dq, dk, dv = _transposed(*grads)
+        return dq, dk, dv
+
+
+class Xformers:
+    """xformers' memory-efficient attention, where PyTorch has none of its own; forward only."""
+
+    name = "xformers"
+    module = "xformers.ops.fmha"
+    majors = (7, 8, 9, 10, 11, 12)
+    widest = 256
+
+    def missing(self) -> str | None:
+        return _import(self.module)[1]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = _import(self.module)[0].memory_efficient_attention_forward_requires_grad(
+            q, k, v, scale=scale
+        )
+        # Some of its kernels round the length of lse up.
+        return out, lse[..., : q.shape[1]]
+
+
+ORDER = (Flash3(), Flash4(), Cudnn(), AtenFlash(), Xformers())
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """PyTorch's kernels in a fixed order of addition, without filling every new tensor with NaN."""
+    fill = torch._C._get_deterministic_fill_uninitialized_memory()
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before, warn_only=warn)
+        torch._C._set_deterministic_fill_uninitialized_memory(fill)
+
+
+def reasons(major: int, head_dim: int, *, backward: bool = False) -> dict[str, str | None]:
+    """For each library why it cannot take heads of this width on compute capability `major`.x."""
+    return {library.name: _reason(library, major, head_dim, backward) for library in ORDER}
+
+
+def _reason(library: Any, major: int, head_dim: int, backward: bool) -> str | None:
+    if backward and not hasattr(library, "backward"):
+        return "its backward adds in no fixed order"
+    if major not in library.majors:
+        return f"not for compute capability {major}.x"
+    if head_dim % 8 or head_dim > library.widest:
+        return f"head_dim {head_dim} is not a multiple of 8 up to {library.widest}"
+    missing: str | None = library.missing()
+    return missing
+
+
+@functools.cache
+def first(major: int, head_dim: int, backward: bool = False) -> Any | None:
+    """The first library in ORDER without a reason against it, or None."""
+    for library in ORDER:
+        if _reason(library, major, head_dim, backward) is None:
+            return library
+    return None
+
+
+def major(device: torch.device | None = None) -> int:
+    """The first number of the device's compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def refuse(dtypes: set[torch.dtype]) -> str | None:
+    """Why no library runs these dtypes on CUDA here, or None; heads of 128 channels."""
+    for dtype in sorted(dtypes - set(_HALF), key=str):
+        name = str(dtype).removeprefix("torch.")
+        return f"attention libraries on CUDA take bfloat16 and float16, not {name}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "on ROCm the Triton kernels run"
+    if first(major(), 128) is not None:
+        return None
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons(major(), 128).items())
+    return f"no attention library ({why})"

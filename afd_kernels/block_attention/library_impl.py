@@ -1,0 +1,382 @@
+"""block_attention by calling an attention library once per interval.
+
+Where a block of queries has two intervals, the two answers are merged by their LSE; the backward of
+an interval takes the merged output and LSE and is then exact (MATH.md). Nothing is masked and no
+keys are copied: every call gets views. Letters: B streams, L queries, N keys, h heads, d channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from afd_kernels.block_attention import library_cuda
+from afd_kernels.block_attention.intervals import Intervals, Row
+from afd_kernels.block_attention.library_cpu import CpuFlash
+
+_CPU = CpuFlash()
+_HALF = (torch.bfloat16, torch.float16)
+# Widest head of the Triton kernels.
+_TRITON_WIDEST = 128
+
+
+class Library(Protocol):
+    """Softmax attention of every query with every key; tensors [B, l, h, d], lse fp32 [B, h, l]."""
+
+    name: str
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        ...
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        keys: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """dq and, where `keys`, dk and dv, given the out and lse over all keys of the queries."""
+        ...
+
+
+def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
+    """Why no library can run tensors of these dtypes on this kind of device, or None."""
+    if torch.float64 in dtypes:
+        return "attention libraries do not take float64"
+    if device == "cpu":
+        return None
+    if device != "cuda":
+        return f"there is no attention library for {device}"
+    return library_cuda.refuse(dtypes)
+
+
+def chosen(device: torch.device | str, head_dim: int = 128) -> tuple[str, str]:
+    """Names of what runs the forward and the full backward on `device`, for explanations."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _CPU.name, _CPU.name
+    names = []
+    for backward in (False, True):
+        runs = _cuda(device, head_dim, backward)
+        names.append(getattr(runs, "name", runs.__name__.rpartition(".")[2]))
+    return names[0], names[1]
+
+
+def _cuda(device: torch.device, head_dim: int, backward: bool, keys: bool = True) -> Any:
+    """The library, or this op's backend module, that runs heads of this width on a GPU.
+
+    Own kernels go first where no key needs a gradient, and before PyTorch's flash attention 2: they
+    are deterministic without its cost, and dq alone is three matrix products instead of five.
+    """
+    library = library_cuda.first(library_cuda.major(device), head_dim, backward)
+    own = _backend("triton_impl") if head_dim <= _TRITON_WIDEST else None
+    if library is None:
+        return own or _backend("reference")
+    newest = isinstance(library, (library_cuda.Flash3, library_cuda.Flash4))
+    return own if backward and own and not (newest and keys) else library
+
+
+@functools.cache
+def _backend(name: str) -> Any | None:
+    """Another backend of this op, or None where it cannot be imported or refuses CUDA tensors."""
+    try:
+        module = importlib.import_module(f"afd_kernels.block_attention.{name}")
+    except ImportError:
+        return None
+    return module if module.refuse("cuda", set(_HALF)) is None else None
+
+
+class Part(NamedTuple):
+    """Blocks of queries, one after another, that attend as many keys each.
+
+    Block i: queries [q0 + i queries, + queries), keys [k0 + i step, + keys) of one source.
+    """
+
+    q0: int
+    queries: int
+    blocks: int
+    context: bool
+    k0: int
+    keys: int
+    step: int
+
+
+class Plan(NamedTuple):
+    """What one stream needs: blocks without keys, first intervals, second intervals."""
+
+    empty: tuple[tuple[int, int], ...]
+    first: tuple[Part, ...]
+    second: tuple[Part, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(rows: tuple[Row, ...], border: int, join: bool) -> Plan:
+    """The calls for the rows of a stream; neighbours of equal size are one call where `join`."""
+    empty = tuple((row[0], row[1]) for row in rows if row[3] == 0)
+    firsts = [_part(row, row[2], row[3], border) for row in rows if row[3]]
+    seconds = [_part(row, row[4], row[5], border) for row in rows if row[5]]
+    if join:
+        firsts, seconds = _join(firsts), _join(seconds)
+    return Plan(empty, tuple(firsts), tuple(seconds))
+
+
+def _part(row: Row, low: int, high: int, border: int) -> Part:
+    context = high <= border
+    start = low if context else low - border
+    return Part(row[0], row[1] - row[0], 1, context, start, high - low, 0)
+
+
+def _join(parts: list[Part]) -> list[Part]:
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if last is not None and _continues(last, part):
+            step = part.k0 - last.k0 if last.blocks == 1 else last.step
+            joined[-1] = last._replace(blocks=last.blocks + 1, step=step)
+        else:
+            joined.append(part)
+    return joined
+
+
+def _continues(last: Part, part: Part) -> bool:
+    """Whether `part` is the next block of `last`: same sizes, same source, same step of keys."""
+    step = part.k0 - last.k0 if last.blocks == 1 else last.step
+    return (
+        part.q0 == last.q0 + last.blocks * last.queries
+        and (part.queries, part.keys, part.context) == (last.queries, last.keys, last.context)
+        and step > 0
+        and part.k0 == last.k0 + last.blocks * step
+    )
+
+
+def _blocks(x_BNhd: Tensor, start: int, length: int, count: int, step: int) -> Tensor:
+    """View [count, length, h, d] of blocks that begin every `step` tokens; B = 1 if count > 1."""
+    if count == 1:
+        return x_BNhd.narrow(1, start, length)
+    _, token, head, channel = x_BNhd.stride()
+    return x_BNhd.as_strided(
+        (count, length, *x_BNhd.shape[2:]),
+        (step * token, token, head, channel),
+        x_BNhd.storage_offset() + start * token,
+    )
+
+
+def _lse_blocks(lse_BhL: Tensor, part: Part) -> Tensor:
+    """View [count, h, queries] of the queries of a part."""
+    if part.blocks == 1:
+        return lse_BhL.narrow(2, part.q0, part.queries)
+    _, head, token = lse_BhL.stride()
+    return lse_BhL.as_strided(
+        (part.blocks, lse_BhL.shape[1], part.queries),
+        (part.queries * token, head, token),
+        lse_BhL.storage_offset() + part.q0 * token,
+    )
+
+
+class _Keys(NamedTuple):
+    """k and v, or gradients of theirs, of both sources."""
+
+    k: Tensor | None
+    v: Tensor | None
+    k_context: Tensor | None
+    v_context: Tensor | None
+
+    def stream(self, index: slice) -> _Keys:
+        return _Keys(*(None if x is None else x[index] for x in self))
+
+    def source(self, context: bool) -> tuple[Tensor, Tensor]:
+        k, v = (self.k_context, self.v_context) if context else (self.k, self.v)
+        assert k is not None
+        assert v is not None
+        return k, v
+
+    def blocks(self, part: Part) -> tuple[Tensor, Tensor]:
+        k, v = self.source(part.context)
+        at = (part.k0, part.keys, part.blocks, part.step)
+        return _blocks(k, *at), _blocks(v, *at)
+
+
+def _streams(intervals: Intervals, batch: int, border: int) -> Iterator[tuple[slice, Plan]]:
+    for index, rows in enumerate(intervals.rows):
+        alone = intervals.streams > 1 or batch == 1
+        at = slice(index, index + 1) if intervals.streams > 1 else slice(None)
+        yield at, plan(rows, border, alone)
+
+
+def _queries(x_BLhd: Tensor, part: Part) -> Tensor:
+    return _blocks(x_BLhd, part.q0, part.queries, part.blocks, part.queries)
+
+
+def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Merges another set of keys into out [B, l, h, d] and lse [B, h, l], in place, in fp32.
+
+    Where neither saw a key, out is 0 and lse -inf.
+    """
+    top = torch.maximum(lse, other_lse)
+    top = top.masked_fill(top == -torch.inf, 0)
+    mine, theirs = (lse - top).exp(), (other_lse - top).exp()
+    total = mine + theirs
+    lse.copy_(top + total.log())
+    share = (theirs / total.clamp(min=torch.finfo(total.dtype).tiny)).transpose(1, 2)[..., None]
+    if out.dtype == torch.float32:
+        out.lerp_(other, share)
+    else:
+        out.copy_(torch.lerp(out.float(), other.float(), share))
+
+
+def forward(
+    library: Library,
+    q: Tensor,
+    sources: _Keys,
+    intervals: Intervals,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, L, h, d] contiguous and lse fp32 [B, h, L] contiguous."""
+    batch, queries, heads, _ = q.shape
+    border = 0 if sources.k_context is None else sources.k_context.shape[1]
+    streams = list(_streams(intervals, batch, border))
+    at, only = streams[0]
+    if len(streams) == len(only.first) == 1 and not only.second and only.first[0].blocks == 1:
+        # One block, one interval, as in a rollout: the library's answer is the answer.
+        (part,) = only.first
+        if part.queries == queries:
+            out, lse = library.forward(q, *sources.blocks(part), scale)
+            return out.contiguous(), lse.contiguous()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    for at, work in streams:
+        query, keys, out_, lse_ = q[at], sources.stream(at), out[at], lse[at]
+        for low, high in work.empty:
+            out_[:, low:high].zero_()
+            lse_[..., low:high].fill_(-torch.inf)
+        for part in work.first:
+            part_out, part_lse = library.forward(_queries(query, part), *keys.blocks(part), scale)
+            _queries(out_, part).copy_(part_out)
+            _lse_blocks(lse_, part).copy_(part_lse)
+        for part in work.second:
+            answer = library.forward(_queries(query, part), *keys.blocks(part), scale)
+            merge_(_queries(out_, part), _lse_blocks(lse_, part), *answer)
+    return out, lse
+
+
+def backward(
+    library: Library,
+    grad_out: Tensor,
+    q: Tensor,
+    sources: _Keys,
+    out: Tensor,
+    lse: Tensor,
+    intervals: Intervals,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv, dk_context, dv_context; None where not needed."""
+    border = 0 if sources.k_context is None else sources.k_context.shape[1]
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs[0] else None
+    # Keys get a share from every block that attends them: added up in fp32, in order.
+    wanted = (needs[1], needs[1], needs[2], needs[2])
+    grads = _Keys(
+        *(
+            x.new_zeros(x.shape, dtype=torch.float32) if want and x is not None else None
+            for x, want in zip(sources, wanted, strict=True)
+        )
+    )
+    for at, work in _streams(intervals, q.shape[0], border):
+        grad, query, keys, out_, lse_ = grad_out[at], q[at], sources.stream(at), out[at], lse[at]
+        dq_ = None if dq is None else dq[at]
+        if dq_ is not None:
+            for low, high in work.empty:
+                dq_[:, low:high].zero_()
+        for part in (*work.first, *work.second):
+            key_grads = needs[2 if part.context else 1]
+            if dq_ is None and not key_grads:
+                continue
+            part_dq, part_dk, part_dv = library.backward(
+                _queries(grad, part),
+                _queries(query, part),
+                *keys.blocks(part),
+                _queries(out_, part),
+                _lse_blocks(lse_, part),
+                scale,
+                key_grads,
+            )
+            if dq_ is not None:
+                target = _queries(dq_, part)
+                target.add_(part_dq) if part in work.second else target.copy_(part_dq)
+            if key_grads:
+                assert part_dk is not None
+                assert part_dv is not None
+                _add(grads.stream(at).source(part.context), (part_dk, part_dv), part)
+    done = (None if g is None else g.to(q.dtype) for g in grads)
+    return dq, *done
+
+
+def _add(totals: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor], part: Part) -> None:
+    """Adds the blocks' shares to the keys they belong to."""
+    for total, share in zip(totals, shares, strict=True):
+        if part.step >= part.keys or part.blocks == 1:
+            _blocks(total, part.k0, part.keys, part.blocks, part.step).add_(share)
+            continue
+        for i, one in enumerate(share):  # overlapping windows: one after the other
+            total[0, part.k0 + i * part.step :][: part.keys].add_(one)
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    intervals: Intervals,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, L, h, d] in q's dtype and lse fp32 [B, h, L]."""
+    library: Any = _CPU
+    if q.device.type != "cpu":
+        library = _cuda(q.device, q.shape[-1], backward=False)
+        if isinstance(library, ModuleType):
+            return library.block_attention(q, k, v, k_context, v_context, intervals, scale)
+    return forward(library, q, _Keys(k, v, k_context, v_context), intervals, scale)
+
+
+def block_attention_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    intervals: Intervals,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv, dk_context, dv_context in q's dtype; None where not needed."""
+    sources = _Keys(k, v, k_context, v_context)
+    if q.device.type != "cpu":
+        library = _cuda(q.device, q.shape[-1], backward=True, keys=needs[1] or needs[2])
+        if isinstance(library, ModuleType):
+            return library.block_attention_bwd(
+                grad_out, q, *sources, out, lse, intervals, scale, needs
+            )
+        return backward(library, grad_out, q, sources, out, lse, intervals, scale, needs)
+    if q.dtype in _HALF:
+        # PyTorch's CPU kernel is an order of magnitude slower in half precision than in float32.
+        sources = _Keys(*(None if x is None else x.float() for x in sources))
+        grad_out, query, out = (x.float() for x in (grad_out, q, out))
+    else:
+        query = q
+    grads = backward(_CPU, grad_out, query, sources, out, lse, intervals, scale, needs)
+    return tuple(None if g is None else g.to(q.dtype) for g in grads)
