@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from copy import copy
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -12,24 +16,39 @@ import torch
 
 from afd.models.text import TextEncoder, clean_prompt
 
-WORDS = ["<pad>", "</s>", "<unk>", "a", "ball", "red", "falls", "on", "the", "table", "b", "l"]
+PIECES = ["▁", "▁a", "▁ball", "▁red", "▁falls", "▁on", "▁the", "▁table", "1", "b", "l", "."]
+VOCABULARY = ["<pad>", "</s>", "<unk>", *PIECES]
 LENGTH = 16
 PROMPTS = ["a red ball falls on the table", "the ball", ""]
 
 
-def tokenizer() -> Any:
-    """A word tokenizer that, as UMT5's, ends every prompt with </s> and pads at the right."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+def save_tokenizer(folder: Path) -> Path:
+    """A small tokenizer in the layout of google/umt5-xxl: unigrams, normalised, ended by </s>."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    scores = [(piece, -float(i)) for i, piece in enumerate(VOCABULARY)]
+    words = Tokenizer(models.Unigram(scores, unk_id=2))
+    words.normalizer = normalizers.NFKC()
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     words.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    words.add_special_tokens(VOCABULARY[:3])
+    folder.mkdir(parents=True, exist_ok=True)
+    words.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    return folder
+
+
+@cache
+def tokenizer() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    with TemporaryDirectory() as folder:
+        return PreTrainedTokenizerFast.from_pretrained(save_tokenizer(Path(folder)))
 
 
 def model(seed: int = 0) -> Any:
@@ -37,7 +56,7 @@ def model(seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = UMT5Config(
-        vocab_size=len(WORDS), d_model=24, d_kv=4, d_ff=40, num_layers=3, num_heads=5
+        vocab_size=len(VOCABULARY), d_model=24, d_kv=4, d_ff=40, num_layers=3, num_heads=5
     )
     return UMT5EncoderModel(config).eval()
 
@@ -48,7 +67,7 @@ def encoder(**settings: Any) -> TextEncoder:
 
 def diffusers_folder(folder: Path) -> Path:
     model().save_pretrained(folder / "text_encoder")
-    tokenizer().save_pretrained(folder / "tokenizer")
+    save_tokenizer(folder / "tokenizer")
     return folder
 
 
@@ -74,7 +93,7 @@ def test_rows_past_the_prompt_are_zero_and_the_rest_is_the_encoders() -> None:
         length = words + 1  # and </s>
         assert torch.all(row_LE[length:] == 0)
         assert torch.all(row_LE[:length].abs().sum(-1) > 0)
-    ids = torch.tensor([[8, 4, 1]])
+    ids = torch.tensor([[9, 5, 1]])
     with torch.no_grad():
         alone_LE = text.model(ids).last_hidden_state[0]
     torch.testing.assert_close(out_BLE[1, :3], alone_LE)
@@ -107,12 +126,18 @@ def test_a_diffusers_folder_loads(tmp_path: Path) -> None:
     assert TextEncoder.load(folder, text_len=LENGTH).encode(PROMPTS).dtype == torch.bfloat16
 
 
+def test_the_tokenizer_file_is_run_as_it_is_written(tmp_path: Path) -> None:
+    text = TextEncoder.load(diffusers_folder(tmp_path), text_len=LENGTH)
+    ids = text.tokenizer("a ① ball.")["input_ids"]
+    assert [VOCABULARY[i] for i in ids] == ["▁a", "▁", "1", "▁ball", ".", "</s>"]
+
+
 def test_a_transformers_folder_loads_with_its_tokenizer_inside_or_apart(tmp_path: Path) -> None:
     model().save_pretrained(tmp_path / "umt5")
-    tokenizer().save_pretrained(tmp_path / "words")
+    save_tokenizer(tmp_path / "words")
     options: Any = {"dtype": torch.float32, "text_len": LENGTH}
     apart = TextEncoder.load(tmp_path / "umt5", tokenizer=tmp_path / "words", **options)
-    tokenizer().save_pretrained(tmp_path / "umt5")
+    save_tokenizer(tmp_path / "umt5")
     inside = TextEncoder.load(tmp_path / "umt5", **options)
     expected = encoder().encode(PROMPTS)
     assert torch.equal(apart.encode(PROMPTS), expected)
@@ -139,7 +164,7 @@ def test_the_original_wan_folder_loads(tmp_path: Path) -> None:
                 name = name.replace(ours, theirs)
             held[name] = tensor
     torch.save(held, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
-    tokenizer().save_pretrained(tmp_path / "google" / "umt5-xxl")
+    save_tokenizer(tmp_path / "google" / "umt5-xxl")
     text = TextEncoder.load(tmp_path, dtype=torch.float32, text_len=LENGTH)
     assert torch.equal(text.encode(PROMPTS), encoder().encode(PROMPTS))
     assert text.model.shared.weight is text.model.encoder.embed_tokens.weight
@@ -188,7 +213,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     model().save_pretrained(tmp_path / "text_encoder")
     with pytest.raises(FileNotFoundError, match=r"tokenizer: .* is no folder"):
         TextEncoder.load(tmp_path)
-    left = tokenizer()
+    left = copy(tokenizer())
     left.padding_side = "left"
     with pytest.raises(ValueError, match="pads at the right"):
         TextEncoder(model(), left)

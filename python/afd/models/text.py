@@ -78,15 +78,13 @@ class TextEncoder:
         `dtype` is what the encoder computes in. Raises FileNotFoundError for an unknown layout,
         ValueError where weights are missing.
         """
-        from transformers import AutoTokenizer
-
         weights, words = _find(local_copy(source, ("text_encoder", "tokenizer"), LAYOUTS))
         words = words if tokenizer is None else Path(tokenizer)
         if not words.is_dir():
             raise FileNotFoundError(f"tokenizer: {words} is no folder; needed: {LAYOUTS}")
         read = _load_original if weights.is_file() else _load_transformers
         model = read(weights, dtype, device)
-        return cls(model, AutoTokenizer.from_pretrained(words), text_len=text_len, batch=batch)
+        return cls(model, _load_tokenizer(words), text_len=text_len, batch=batch)
 
     @property
     def text_dim(self) -> int:
@@ -130,6 +128,15 @@ def _find(path: Path) -> tuple[Path, Path]:
     if (path / "config.json").is_file():
         return path, path
     raise FileNotFoundError(f"text_encoder: {path} holds none; needed: {LAYOUTS}")
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # tokenizer.json as it is written: transformers 5 makes a T5 tokenizer anew from its vocabulary
+    # and leaves out normalisation that the file asks for.
+    exact = (folder / "tokenizer.json").is_file()
+    return (PreTrainedTokenizerFast if exact else AutoTokenizer).from_pretrained(folder)
 
 
 def _load_transformers(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
