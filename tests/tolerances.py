@@ -24,9 +24,18 @@ NORMAL_RTOL = 4 * _EPS32
 # Means over thousands of fp32 terms summed in fp64.
 REDUCTION_RTOL = {torch.float64: 1e-10, torch.float32: 1e-6}
 
+# Attention: root mean square error over that of the answer (or over 0.1, where inputs of size 1
+# cancel); a rounding per output, per probability and per merge, as ELEMENTWISE_RTOL counts them.
+ATTENTION_RTOL = ELEMENTWISE_RTOL
+ATTENTION_FLOOR = 0.1
+# Its LSE is float32 whatever the inputs: absolute, for scores of a few units.
+ATTENTION_LSE = 2e-5
+
 # Relative L2 error of a whole float32 network against the released code's float32 values.
 NETWORK_FORWARD = 1e-5
 NETWORK_GRADIENT = 1e-4
+# A float64 network against golden values that were rounded to float32, relative L2.
+NETWORK_FLOAT64 = 5e-7
 # The same float32 network evaluated in another order (streamed, split, batched): elementwise.
 NETWORK_REORDERED = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -45,6 +54,16 @@ def assert_normal(out: Tensor, ref: Tensor) -> None:
     """Asserts that normals equal their float64 formula to the last few ulps."""
     error = (out.double() - ref.double()).abs() - NORMAL_RTOL * ref.double().abs()
     assert error.max().item() <= NORMAL_ATOL
+
+
+def assert_attention(out: Tensor, ref: Tensor) -> None:
+    """Asserts that attention's output or a gradient of it equals the float64 one by its rms."""
+    assert out.shape == ref.shape
+    if ref.numel() == 0:
+        return
+    error, size = out.double() - ref.double(), ref.double().square().mean().sqrt().item()
+    worst = error.square().mean().sqrt().item() / max(size, ATTENTION_FLOOR)
+    assert worst <= ATTENTION_RTOL[out.dtype], f"relative rms error {worst:.3g} ({out.dtype})"
 
 
 def assert_reduced(out: Tensor, ref: Tensor, wide: torch.dtype = torch.float32) -> None:

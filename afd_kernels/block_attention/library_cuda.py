@@ -156,13 +156,14 @@ class AtenFlash:
         scale: float,
         keys: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        # The state of a dropout that is not used.
+        # The state of a dropout that is not used, in the shapes the forward returns.
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        offset = torch.empty((), dtype=torch.uint64, device=q.device)
         with _deterministic():
             grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 *_transposed(grad_out, q, k, v, out),
                 lse.contiguous(),
-                *(None, None, q.shape[1], k.shape[1], 0.0, False, seed, seed[0]),
+                *(None, None, q.shape[1], k.shape[1], 0.0, False, seed, offset),
                 scale=scale,
             )
         dq, dk, dv = _transposed(*grads)
