@@ -1,7 +1,13 @@
-"""A student's streaming passes as CUDA graphs: one launch instead of some hundred per pass."""
+"""A student's streaming passes as CUDA graphs: one launch instead of some hundred per pass.
+
+What changes between replays lies in memory that stays where it is: the chunk, the modulation of its
+time, the position and its rotary table. A graph is then known by how much of the cache is in use,
+so there is one per chunk index and kind of pass, and a single one for all chunks of a full ring.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,65 +19,101 @@ from afd.models.kv_cache import KVCache
 from afd.models.wan_block import TimeTable
 from afd_kernels.contracts import require
 
+# Runs before a capture: libraries make their handles and kernels are compiled, which may not be
+# captured. They write to the cache what the replay writes again.
+WARMUPS = 2
+
 
 @dataclass(frozen=True)
-class _Captured:
-    graph: Any
-    out: Tensor | None
+class _Recorded:
+    """One pass with its inputs and its output in fixed memory."""
+
+    x_BFCHW: Tensor
+    times: TimeTable
+    out_BFCHW: Tensor | None
+    replay: Callable[[], Any]
 
 
-class GraphedPasses:
-    """Captures each pass of one cache at its first use and replays it from then on.
+class FixedPasses:
+    """`CausalWan.forward_cached` with every input in fixed memory; a replay runs the pass again.
 
-    A pass is known by the chunk's shape, its time, how much of the cache is in use, and whether it
-    is a context pass: with a window these are few however long the stream, and streams that reuse
-    the cache (`KVCache.reset`) reuse the graphs. Another cache starts anew. The weights' modulation
-    at each time is kept with the graphs, so make a new object after an update of the weights.
-
-    An output is overwritten by the next replay of the same pass.
+    What `GraphedPasses` does without the graphs, so it also runs where there are none. Another
+    cache starts anew; a cache that is reset keeps its passes. The weights are read where they lie:
+    after an update in place only `KVCache.reset` is needed.
     """
 
     def __init__(self, net: CausalWan) -> None:
-        device = net.patch_embedding.weight.device
-        require(device.type == "cuda", "cuda_graphs", str(device), "a network on a CUDA device")
         self._net = net
-        self._pool = torch.cuda.graph_pool_handle()
         self._cache: KVCache | None = None
-        self._graphs: dict[tuple[Any, ...], _Captured] = {}
-        self._times: dict[float, TimeTable] = {}
-        self._inputs: dict[tuple[int, ...], Tensor] = {}
+        self._recorded: dict[tuple[Any, ...], _Recorded] = {}
+
+    @property
+    def count(self) -> int:
+        """Passes recorded for the present cache."""
+        return len(self._recorded)
 
     @torch.no_grad()
     def __call__(
-        self, x_BFCHW: Tensor, t: float, t_11: Tensor, cache: KVCache, start: int, context: bool
+        self, x_BFCHW: Tensor, t_11: Tensor, cache: KVCache, start: int, context: bool
     ) -> Tensor | None:
-        """`CausalWan.forward_cached` at time t (`t_11` on the device)."""
+        """As `forward_cached`; the result is memory of its own."""
         if cache is not self._cache:
-            self._graphs.clear()
+            self._recorded.clear()
             self._cache = cache
         cache.seek(start, x_BFCHW.shape[1])
-        shape = tuple(x_BFCHW.shape)
-        # Every pass of a shape reads the same memory; its replay is ordered after the copy.
-        x = self._inputs.setdefault(shape, torch.empty_like(x_BFCHW))
-        x.copy_(x_BFCHW)
-        if t not in self._times:
-            self._times[t] = self._net.time_table(t_11)
-        key = (shape, t, cache.valid, context)
-        if key not in self._graphs:
-            self._graphs[key] = self._captured(x, self._times[t], cache, context)
-        captured = self._graphs[key]
-        captured.graph.replay()
-        return captured.out
+        times = self._net.streaming_times(t_11, cache)
+        key = (cache.valid, x_BFCHW.shape, times.embed_BFD.shape, context)
+        if key not in self._recorded:
+            own = TimeTable(times.embed_BFD.clone(), [mods.clone() for mods in times.mods])
+            self._recorded[key] = self._record(x_BFCHW.clone(), own, cache, context)
+        recorded = self._recorded[key]
+        recorded.x_BFCHW.copy_(x_BFCHW)
+        torch._foreach_copy_(_tensors(recorded.times), _tensors(times))
+        recorded.replay()
+        # The next replay overwrites the output, and a student may hand it out as a finished chunk.
+        return None if recorded.out_BFCHW is None else recorded.out_BFCHW.clone()
 
-    def _captured(self, x: Tensor, times: TimeTable, cache: KVCache, context: bool) -> _Captured:
-        # Kernels are compiled and libraries make their handles in a first pass, which may not be
-        # captured. It writes to the cache what the replay writes again.
+    def _record(
+        self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context: bool
+    ) -> _Recorded:
+        out = self._net.streamed(x_BFCHW, times, cache, context)
+
+        def replay() -> None:
+            again = self._net.streamed(x_BFCHW, times, cache, context)
+            if out is not None and again is not None:
+                out.copy_(again)
+
+        return _Recorded(x_BFCHW, times, out, replay)
+
+
+class GraphedPasses(FixedPasses):
+    """`FixedPasses` whose passes are captured at their first use and replayed from then on.
+
+    Raises:
+        ValueError: where the network is not on a CUDA device.
+    """
+
+    def __init__(self, net: CausalWan) -> None:
+        super().__init__(net)
+        device = net.patch_embedding.weight.device
+        require(device.type == "cuda", "cuda_graphs", str(device), "a network on a CUDA device")
+        # Replays never overlap, so all graphs share the memory of their intermediates.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def _record(
+        self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context: bool
+    ) -> _Recorded:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._net.streamed(x, times, cache, context)
+            for _ in range(WARMUPS):
+                self._net.streamed(x_BFCHW, times, cache, context)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            out = self._net.streamed(x, times, cache, context)
-        return _Captured(graph, out)
+            out = self._net.streamed(x_BFCHW, times, cache, context)
+        return _Recorded(x_BFCHW, times, out, graph.replay)
+
+
+def _tensors(times: TimeTable) -> list[Tensor]:
+    return [times.embed_BFD, *times.mods]

@@ -100,7 +100,7 @@ class Student(nn.Module, ABC):
                 kept.copy_(value)
 
     def use_graphs(self, enabled: bool = True) -> None:
-        """Replay streaming passes as CUDA graphs; call it again after an update of the weights."""
+        """Replay streaming passes as CUDA graphs; weights may change in place between streams."""
         self._graphs = GraphedPasses(self.net) if enabled else None
 
     def denoise(self, x_t_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> Tensor:
@@ -117,5 +117,5 @@ class Student(nn.Module, ABC):
         self, x_BFCHW: Tensor, level: Level, cache: KVCache, start: int, context: bool
     ) -> Tensor | None:
         if self._graphs is not None:
-            return self._graphs(x_BFCHW, level.t, level.t_11, cache, start, context)
+            return self._graphs(x_BFCHW, level.t_11, cache, start, context)
         return self.net.forward_cached(x_BFCHW, level.t_11, cache, start, context_only=context)
