@@ -56,7 +56,7 @@ class TestTheReleasedMasks:
 
 
 def rolling(frames: int, chunk: int, window: int, sink: int) -> Tensor:
-    """What a rolling cache holds, chunk by chunk: a list of frames, oldest after the sink evicted."""
+    """What a rolling cache holds, chunk by chunk; the oldest after the sink goes."""
     mask = torch.zeros(frames, frames, dtype=torch.bool)
     held: list[int] = []
     for start in range(0, frames, chunk):
