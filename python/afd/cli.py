@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TrainingError, CheckpointError) as error:
         return _say(FAILED, str(error))
     except KeyboardInterrupt:
-        return _say(STOPPED, "interrupted; updates after the newest checkpoint are not saved")
+        return _say(STOPPED, "interrupted; what was not finished is not saved")
 
 
 def _say(code: int, sentence: str) -> int:
@@ -89,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _takes_overrides(full, "also seeds=[0,1,2] and rows=[nuis-sft,...] choose a part")
     full.set_defaults(run=_quickstart_full)
+
+    sample = commands.add_parser(
+        "sample", help="stream videos of prompts from a student's checkpoint into mp4 files"
+    )
+    sample.add_argument("--config", type=Path, required=True, metavar="CONFIG.yaml")
+    sample.add_argument(
+        "--dry-run", action="store_true", help="say what it would do and hold; load nothing"
+    )
+    said = "overrides such as checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
+    sample.add_argument("overrides", nargs="*", metavar="k=v", help=said)
+    sample.set_defaults(run=_sample)
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
     report.add_argument("folder", type=Path, metavar="RUN_DIR")
@@ -148,6 +159,19 @@ def _quickstart_full(options: argparse.Namespace) -> int:
     from afd.quickstart_full import quickstart_full
 
     return DONE if quickstart_full(options.overrides, Console()) else STOPPED
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from afd.config import load_config
+    from afd.sample import dry_run, sample
+    from afd.sample_config import SampleConfig
+
+    config = load_config(options.config, options.overrides, SampleConfig)
+    if options.dry_run:
+        dry_run(config, Console())
+    else:
+        sample(config, Console())
+    return DONE
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -20,6 +20,9 @@ from afd.teachers.config import TeacherConfig
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message says which key, what came and what is needed."""
+
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class VideoConfig(Section):
@@ -267,8 +270,16 @@ class RunConfig(Section):
 FREE_KEYS = ("name", "out", "steps", "logging", "checkpoint", "teacher.fetch")
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+@overload
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig: ...
+@overload
+def load_config(path: Path | str, overrides: Sequence[str], kind: type[Kind]) -> Kind: ...
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), kind: type[Section] = RunConfig
+) -> Section:
     """Read a YAML file, apply `dotted.key=value` overrides (values are YAML), check everything.
+
+    `kind` is the root section, RunConfig where none is named.
 
     Raises ConfigError naming the key, what came, what is needed and where it came from.
     """
@@ -283,21 +294,32 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"config {path}: holds {type(data).__name__}, needs keys and values")
-    return make_config(data, overrides, origin=str(path))
+    return make_config(data, overrides, str(path), kind)
 
 
+@overload
 def make_config(
     data: dict[str, Any], overrides: Sequence[str] = (), origin: str = "configuration"
-) -> RunConfig:
+) -> RunConfig: ...
+@overload
+def make_config(
+    data: dict[str, Any], overrides: Sequence[str], origin: str, kind: type[Kind]
+) -> Kind: ...
+def make_config(
+    data: dict[str, Any],
+    overrides: Sequence[str] = (),
+    origin: str = "configuration",
+    kind: type[Section] = RunConfig,
+) -> Section:
     """Check plain data (as YAML gives it) plus overrides. `origin` names it in errors."""
     data = _copy(data)
     came_from: dict[str, str] = {}
     for override in overrides:
         came_from[_apply(data, override)] = f"override {override!r}"
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(dict(detail), came_from, origin) for detail in error.errors()]
+        lines = [_explain(dict(detail), came_from, origin, kind) for detail in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -359,20 +381,22 @@ def _apply(data: dict[str, Any], override: str) -> str:
     return ".".join(parts)
 
 
-def _explain(detail: dict[str, Any], came_from: dict[str, str], origin: str) -> str:
+def _explain(
+    detail: dict[str, Any], came_from: dict[str, str], origin: str, kind: type[Section]
+) -> str:
     """One line for one pydantic error."""
     key = ".".join(str(part) for part in detail["loc"])
     source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
     if detail["type"] == "extra_forbidden":
-        return f"{source}: unknown key {key!r}; {_suggest(key)}"
+        return f"{source}: unknown key {key!r}; {_suggest(key, kind)}"
     if detail["type"] == "value_error":
         return f"{source}: {detail['msg'].removeprefix('Value error, ')}"
     return f"{source}: {key} is {detail['input']!r}; {detail['msg']}"
 
 
-def _suggest(key: str) -> str:
+def _suggest(key: str, kind: type[Section]) -> str:
     """The closest known keys by their last part (the same section first), else the section's."""
-    known = known_keys()
+    known = known_keys(kind)
     section, _, end = key.rpartition(".")
 
     def closeness(candidate: str) -> float:
@@ -390,9 +414,9 @@ def _suggest(key: str) -> str:
     return "known here: " + ", ".join(siblings)
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of RunConfig, sections included."""
-    return list(_keys(RunConfig, ""))
+def known_keys(kind: type[Section] = RunConfig) -> list[str]:
+    """Every dotted key of a root section, sections included."""
+    return list(_keys(kind, ""))
 
 
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -10,13 +10,15 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import av
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from afd_kernels.contracts import require
 
 
 class VideoError(ValueError):
@@ -110,6 +112,95 @@ def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+class VideoWriter:
+    """An mp4 that is written while its frames are still being made.
+
+    Frames go to <path>.partial, which any player can show at any time; `close` makes it an ordinary
+    mp4 under its own name. As a context manager an error leaves no file.
+    """
+
+    def __init__(
+        self, path: Path | str, *, fps: float, crf: int = 18, comment: str | None = None
+    ) -> None:
+        """`comment` is kept in the file; `read_comment` reads it."""
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._rate, self._crf, self._comment = _rate(fps), crf, comment
+        # Each frame is a fragment that is on disk when the frame is encoded.
+        options = {
+            "movflags": "frag_every_frame+empty_moov+default_base_moof",
+            "flush_packets": "1",
+        }
+        self._container: Any = av.open(str(self.partial), "w", format="mp4", options=options)
+        self._stream: Any = None
+        self.frames = 0
+
+    def append(self, video_FHWC: Tensor) -> None:
+        """Encode uint8 [F, H, W, 3] (H and W even, the same in every call) as h264 yuv420p."""
+        shape = tuple(video_FHWC.shape)
+        even = len(shape) == 4 and shape[3] == 3 and shape[1] % 2 == shape[2] % 2 == 0
+        require(
+            even and video_FHWC.dtype == torch.uint8,
+            "video_FHWC",
+            video_FHWC,
+            "uint8 [F, even H, even W, 3]",
+        )
+        if self._stream is None:
+            self._stream = self._container.add_stream("libx264", rate=self._rate)
+            self._stream.height, self._stream.width = shape[1], shape[2]
+            self._stream.pix_fmt = "yuv420p"
+            # No frame waits for later ones. A fixed count of threads gives the same bytes anywhere.
+            self._stream.options = {"crf": str(self._crf), "tune": "zerolatency"}
+            self._stream.codec_context.thread_count = 4
+        for picture in video_FHWC.numpy():
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            self._container.mux(self._stream.encode(frame))
+        self.frames += shape[0]
+
+    def close(self) -> None:
+        """Finish the file; it appears under its name whole or not at all."""
+        require(self.frames > 0, "frames", self.frames, "at least one frame before close")
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        whole = self.path.with_name(self.path.name + ".whole")
+        with (
+            av.open(str(self.partial), format="mp4") as source,
+            av.open(str(whole), "w", format="mp4", options={"movflags": "faststart"}) as target,
+        ):
+            if self._comment is not None:
+                target.metadata["comment"] = self._comment
+            copied: Any = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = copied
+                    target.mux(packet)
+        with whole.open("rb") as file:
+            os.fsync(file.fileno())
+        whole.replace(self.path)
+        self.partial.unlink()
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self._container.close()
+        for suffix in (".partial", ".whole"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def read_comment(path: Path | str) -> str | None:
+    """The comment in a video file, or None."""
+    with _opened(Path(path)) as (container, _):
+        return cast("str | None", container.metadata.get("comment"))
 
 
 def _too_short(path: Path, there: int, frames: int, fps: float | None) -> str:

@@ -109,7 +109,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     said = capsys.readouterr().out
-    for command in ("train", "resume", "evaluate", "quickstart", "report", "doctor", "teacher"):
+    for command in ("train", "resume", "evaluate", "quickstart", "sample", "report", "doctor"):
         assert command in said
 
 

@@ -1,0 +1,446 @@
+"""`afd sample`: prompts in, mp4 files out while the stream is still running.
+
+Shape letters: B videos, F frames, C channels, H x W size, L text tokens, E text channels.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from afd.config import ConfigError
+from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.checkpoints import infer_config, load_checkpoint, read_weights
+from afd.models.kv_cache import KVCache, cache_bytes
+from afd.models.student import Student
+from afd.models.text import TextEncoder
+from afd.models.toy import ToyStudent
+from afd.models.vae import VideoVAE
+from afd.models.wan import WanStudent
+from afd.recorder import Recorder
+from afd.rollout import Layout, chunk_layout, counted_noise, stream, stream_layout
+from afd.sample_config import SampleConfig
+from afd.sample_jobs import Job, read_jobs
+from afd.schedules import ShiftedFlow
+from afd.video import VideoError, read_comment, read_video
+
+
+class Codec(Protocol):
+    """Video [B, F, 3, H, W] in [-1, 1] to latents and back."""
+
+    def encode(self, video_BFCHW: Tensor) -> Tensor: ...
+
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        """A decoder of one batch of streams, called chunk by chunk."""
+        ...
+
+
+class Pixels:
+    """The toy's: its latents are the pixels."""
+
+    def encode(self, video_BFCHW: Tensor) -> Tensor:
+        return video_BFCHW
+
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        return lambda latent_BFCHW: latent_BFCHW
+
+
+@dataclass
+class Pipeline:
+    """Everything loaded; `texts` holds prompts' embeddings on the CPU without their zero rows."""
+
+    student: Student
+    codec: Codec
+    texts: dict[str, Tensor]
+    caches: dict[int, KVCache] = field(default_factory=dict)
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, L, E] on the student's device."""
+        wan = self.student.net.config
+        text_BLE = torch.zeros(len(prompts), wan.text_len, wan.text_dim, dtype=self.student.dtype)
+        for row_LE, prompt in zip(text_BLE, prompts, strict=True):
+            known = self.texts[prompt]
+            row_LE[: len(known)] = known
+        return text_BLE.to(self.student.device)
+
+    def cache(self, text_BLE: Tensor, frames: int) -> KVCache:
+        """One cache per batch size, its memory used by one batch after another."""
+        known = self.caches.get(len(text_BLE))
+        if known is None:
+            known = self.caches[len(text_BLE)] = self.student.new_cache(text_BLE, frames)
+        else:
+            known.reset(self.student.net.text_kv(text_BLE))
+        return known
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a run did: files written, files that were there, and the times of every chunk."""
+
+    written: list[Path]
+    skipped: int
+    chunk_seconds: list[float]
+
+
+def sample(config: SampleConfig, console: Console) -> Sampled:
+    """Stream every video that is not there yet into `config.out`.
+
+    Raises:
+        ConfigError: the configuration or a file it names is wrong, or `out` holds a video of the
+            same name that was made from something else.
+    """
+    if config.out is None:
+        raise ConfigError("out: not given; needed: a folder for the mp4 files")
+    if config.checkpoint is None:
+        raise ConfigError("checkpoint: not given; needed: the student's weights")
+    jobs = read_jobs(config)
+    layout = _layout(config, jobs)
+    for job in jobs:
+        for chunk, _ in job.switches:
+            if chunk >= len(layout(job)):
+                raise ConfigError(
+                    f"prompts: {job.name} switches at chunk {chunk}; it has {len(layout(job))}"
+                )
+    todo = [job for job in jobs if not _finished(job, config)]
+    if len(todo) < len(jobs):
+        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already")
+    result = Sampled([], len(jobs) - len(todo), [])
+    if not todo:
+        return result
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    pipeline = load(config, sorted({prompt for job in todo for prompt in job.prompts}))
+    config.out.mkdir(parents=True, exist_ok=True)
+    with _progress(console, todo, layout) as advance:
+        for batch in _batches(todo, config):
+            started = time.monotonic()
+            recorder = _record(pipeline, config, batch, advance)
+            seconds = [b - a for a, b in pairwise([started, *recorder.times])]
+            result.written.extend(recorder.paths)
+            result.chunk_seconds.extend(seconds)
+            console.print(_told(config, batch, seconds), highlight=False, soft_wrap=True)
+    return result
+
+
+def _record(
+    pipeline: Pipeline, config: SampleConfig, batch: list[Job], advance: Callable[[], None]
+) -> Recorder:
+    """Stream one batch into its files."""
+    student = pipeline.student
+    frames = config.latent_frames
+    prefix = _prefix(pipeline, config, batch)
+    layout = stream_layout(student, frames, 0 if prefix is None else prefix.shape[1])
+    draws = max(len(config.steps), len(config.first_chunk_steps or ()))
+    noise = counted_noise(
+        [job.seed for job in batch],
+        layout,
+        draws,
+        student.frame_shape,
+        device=student.device,
+        dtype=student.dtype,
+    )
+    changes = sorted({chunk for job in batch for chunk, _ in job.switches})
+    text_BLE = pipeline.text([job.prompt_at(0) for job in batch])
+    chunks = stream(
+        student,
+        text_BLE,
+        noise,
+        frames=frames,
+        steps=config.steps,
+        first_steps=config.first_chunk_steps,
+        prefix_BFCHW=prefix,
+        switches={c: pipeline.text([job.prompt_at(c) for job in batch]) for c in changes},
+        context_noise=config.context_noise,
+        cache=pipeline.cache(text_BLE, frames),
+    )
+    assert config.out is not None
+    comments = [json.dumps(job.record(config), ensure_ascii=False) for job in batch]
+    paths = [config.out / f"{job.name}.mp4" for job in batch]
+    decode = pipeline.codec.stream()
+    with torch.no_grad(), Recorder(paths, comments, config.fps, config.crf, advance) as recorder:
+        for chunk_BFCHW in chunks:
+            recorder.put(decode(chunk_BFCHW))
+    return recorder
+
+
+# --- what there is to do ---
+
+
+def _finished(job: Job, config: SampleConfig) -> bool:
+    assert config.out is not None
+    path = config.out / f"{job.name}.mp4"
+    if not path.exists():
+        return False
+    try:
+        there = json.loads(read_comment(path) or "null")
+    except (VideoError, json.JSONDecodeError):
+        there = None
+    wanted = job.record(config)
+    if there == wanted:
+        return True
+    told = (
+        "it does not say from what" if not isinstance(there, dict) else _difference(there, wanted)
+    )
+    raise ConfigError(f"out: {path} was made from something else ({told}); use another folder")
+
+
+def _difference(there: dict[str, object], wanted: dict[str, object]) -> str:
+    def flat(record: dict[str, object]) -> dict[str, object]:
+        settings = record.get("settings")
+        more = settings if isinstance(settings, dict) else {}
+        return {key: value for key, value in {**record, **more}.items() if key != "settings"}
+
+    a, b = flat(there), flat(wanted)
+    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return "; ".join(f"{key}: {a.get(key)!r} there, {b.get(key)!r} now" for key in keys)
+
+
+def _prefix_frames(config: SampleConfig, job: Job) -> int:
+    """Latent frames that begin the video."""
+    if job.image is not None:
+        return 1
+    if job.video is None:
+        return 0
+    if config.prefix_frames is None:
+        return config.chunk
+    return 1 + (config.prefix_frames - 1) // config.scale[0]
+
+
+def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
+    """The chunks of a job, checked before anything is loaded."""
+
+    def layout(job: Job) -> Layout:
+        given = _prefix_frames(config, job)
+        alone = config.independent_first_frame or given == 1
+        try:
+            chunks = chunk_layout(config.latent_frames, config.chunk, first_alone=alone)
+        except ValueError as error:
+            raise ConfigError(f"{config.frames} frames are {error} (latent frames)") from None
+        ends = [start + count for start, count in chunks[:-1]]
+        if given and given not in ends:
+            raise ConfigError(
+                f"prefix_frames: got {given} latent frames for {job.name}; needed: one of {ends}"
+            )
+        return chunks
+
+    for job in jobs:
+        layout(job)
+    return layout
+
+
+def _batches(jobs: list[Job], config: SampleConfig) -> Iterator[list[Job]]:
+    """Jobs that can be streamed together: the same number of frames given."""
+    groups: dict[int, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(_prefix_frames(config, job), []).append(job)
+    for group in groups.values():
+        for first in range(0, len(group), config.batch):
+            yield group[first : first + config.batch]
+
+
+def _prefix(pipeline: Pipeline, config: SampleConfig, batch: list[Job]) -> Tensor | None:
+    """Latents [B, P, C, H, W] that begin the batch's videos."""
+    latent_frames = _prefix_frames(config, batch[0])
+    if latent_frames == 0:
+        return None
+    frames = 1 + (latent_frames - 1) * config.scale[0]
+    videos = [
+        read_video(
+            path,
+            frames=frames,
+            height=config.height,
+            width=config.width,
+            # Its time matters: the video goes on from it.
+            fps=None if job.image is not None else config.fps,
+        )
+        for job in batch
+        if (path := job.prefix) is not None
+    ]
+    student = pipeline.student
+    with torch.no_grad():
+        return pipeline.codec.encode(torch.stack(videos).to(student.device)).to(student.dtype)
+
+
+# --- loading ---
+
+
+def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
+    """The student, its autoencoder and the prompts' embeddings.
+
+    The text encoder is loaded first and let go before the network comes: it is the largest part.
+    """
+    assert config.checkpoint is not None
+    device = config.torch_device
+    if config.student == "toy":
+        toy = ToyStudent.load(config.checkpoint).to(device, config.torch_dtype)
+        toy = toy.requires_grad_(False)
+        _matches_toy(config, toy)
+        student: Student = toy
+        codec: Codec = Pixels()
+        texts = {prompt: toy.encode([prompt])[0].cpu() for prompt in prompts}
+        toy.net.config = replace(toy.net.config, window=config.window, sink=config.sink)
+    else:
+        if not Path(config.checkpoint).exists():
+            raise ConfigError(f"checkpoint: {config.checkpoint} does not exist")
+        texts = _encoded(config, prompts, device)
+        net = load_checkpoint(
+            config.checkpoint,
+            ema=config.ema,
+            dtype=config.torch_dtype,
+            device=device,
+            head_dim=config.head_dim,
+            **config.network,
+        )
+        height, width = config.latent_size
+        student = WanStudent(
+            net.requires_grad_(False),
+            height=height,
+            width=width,
+            schedule=ShiftedFlow(config.shift),
+        )
+        codec = VideoVAE.load(
+            config.vae or config.pretrained, dtype=config.torch_vae_dtype, device=device
+        )
+    student.eval()
+    student.net.fuse_projections()
+    if config.compile:
+        student.net.compile_blocks()
+    if config.cuda_graphs:
+        student.use_graphs()
+    return Pipeline(student, codec, texts)
+
+
+def _matches_toy(config: SampleConfig, toy: ToyStudent) -> None:
+    size = (toy.config.height, toy.config.width, toy.chunk)
+    if (config.height, config.width, config.chunk) != size:
+        raise ConfigError(
+            f"height, width, chunk: got {config.height}, {config.width}, {config.chunk}; "
+            f"needed: {', '.join(map(str, size))}, those of the checkpoint"
+        )
+
+
+def _encoded(config: SampleConfig, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    encoder = TextEncoder.load(
+        config.text_encoder or config.pretrained,
+        tokenizer=config.tokenizer,
+        dtype=config.torch_dtype,
+        device=device,
+        text_len=config.text_len,
+    )
+    texts = {}
+    for prompt in prompts:
+        text_LE = encoder.encode([prompt])[0].cpu()
+        texts[prompt] = text_LE[: _used(text_LE)].clone()
+    return texts
+
+
+def _used(text_LE: Tensor) -> int:
+    """Rows up to the last that is not zero."""
+    rows = text_LE.any(-1).nonzero()
+    return int(rows[-1]) + 1 if len(rows) else 0
+
+
+# --- what is told ---
+
+
+def _told(config: SampleConfig, batch: list[Job], seconds: list[float]) -> str:
+    names = batch[0].name if len(batch) == 1 else f"{batch[0].name} … {batch[-1].name}"
+    rate = len(batch) * config.frames / sum(seconds)
+    return (
+        f"{names}: {config.frames} frames, first chunk after {seconds[0]:.2f} s, "
+        f"then {median(seconds[1:] or seconds):.2f} s a chunk, {rate:.1f} frames a second"
+    )
+
+
+@contextmanager
+def _progress(
+    console: Console, jobs: list[Job], layout: Callable[[Job], Layout]
+) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn("chunks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    total = sum(len(layout(job)) for job in jobs)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("chunks", total=total)
+        yield lambda: progress.advance(task)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a batch holds by formula: nothing is allocated to know them."""
+
+    parameters: int
+    weights: int
+    cache: int
+    latents: int
+    kept_frames: int
+
+
+def memory(config: SampleConfig) -> Memory:
+    """What the network, its cache, and the latents and noise of a chunk take.
+
+    Sizes of a Wan network come from the checkpoint where it exists, else they are the released
+    1.3 B ones.
+    """
+    wan = _network(config)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in CausalWan(wan).parameters())
+    height, width = config.latent_size
+    rows, cols = wan.grid(height, width)
+    frames = config.latent_frames
+    kept = frames if wan.window is None else min(frames, wan.window)
+    dtype = config.torch_dtype
+    cache = cache_bytes(
+        wan.num_layers, config.batch, kept * rows * cols, wan.text_len, wan.dim, dtype
+    )
+    # What goes in, fresh noise, and what comes out.
+    latents = 3 * config.batch * wan.chunk * wan.in_dim * height * width * dtype.itemsize
+    return Memory(parameters, parameters * dtype.itemsize, cache, latents, kept)
+
+
+def _network(config: SampleConfig) -> WanConfig:
+    if config.student == "toy":
+        toy = ToyStudent.load(config.checkpoint or "base")
+        _matches_toy(config, toy)
+        return replace(toy.net.config, window=config.window, sink=config.sink)
+    if config.checkpoint is not None and Path(config.checkpoint).exists():
+        weights, written = read_weights(config.checkpoint, ema=config.ema)
+        found = infer_config(weights, written, head_dim=config.head_dim)
+        return replace(found, **config.network)
+    return WanConfig(**config.network)
+
+
+def dry_run(config: SampleConfig, console: Console) -> Memory:
+    """Say what `sample` would do and hold, without loading or allocating it."""
+    jobs = read_jobs(config) if config.prompts else []
+    layout = _layout(config, jobs)
+    chunks = layout(jobs[0] if jobs else Job("video", "", 0, config.image, config.video))
+    held = memory(config)
+    steps, first = len(config.steps), len(config.first_chunk_steps or config.steps)
+    generated = len(chunks) - (config.image is not None or config.video is not None)
+    passes = first + (generated - 1) * steps + len(chunks) - 1
+    gib = 2**30
+    lines = [
+        f"videos      {len(jobs)}, {config.batch} at a time",
+        f"video       {config.frames} frames of {config.height}x{config.width}; "
+        f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes",
+        f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB {config.dtype}",
+        f"cache       {held.cache / gib:.3f} GiB: {held.kept_frames} frames and the prompt, "
+        f"keys and values of every layer",
+        f"latents     {held.latents / 2**20:.3f} MiB: a chunk's input, noise and result",
+        f"together    {(held.weights + held.cache + held.latents) / gib:.3f} GiB, and the "
+        f"activations of one chunk and the autoencoder; the text encoder is gone by then",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    return held
