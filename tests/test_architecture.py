@@ -56,6 +56,7 @@ def test_kernels_and_ops_run_on_a_bare_gpu_box(path: Path) -> None:
         "matplotlib",
         "diffusers",
         "transformers",
+        "peft",
         "ftfy",
         "huggingface_hub",
     }
