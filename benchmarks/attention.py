@@ -1,0 +1,471 @@
+"""Attention over intervals of keys: afd.ops.block_attention against masks, flex and libraries.
+
+    python benchmarks/attention.py                  # CPU: small shapes, float32
+    python benchmarks/attention.py --device cuda    # the shapes of 480x832 in bfloat16
+
+Cases: a rollout's chunk over its cache, a window with a sink, block-causal training, teacher
+forcing, and the noisy half alone after a context without gradient. Providers take turns in one run
+with a matrix product, whose rate is the floor. Each is first compared with a float64 softmax on one
+head; one that disagrees is not timed and fails the run. What cannot run here is listed with why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# So that it runs from a checkout where nothing is installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+
+from afd import ops
+from afd.ops import Intervals, intervals
+from benchmarks import harness, report
+
+PROVIDERS = (
+    "dense mask",
+    "flex",
+    "sdpa per block",
+    "flash-attn per block",
+    "xformers per block",
+    "ours",
+    "library",
+    "triton",
+)
+OURS = {"ours": None, "library": "library", "triton": "triton"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Relative L2 error against float64; bfloat16 rounds probabilities, outputs and their gradients.
+BOUND = {"fp32": 1e-5, "bf16": 2e-2}
+HOW = (
+    "ms: median of one call (forward and backward where the case says so), p20 and p80; TFLOP/s: "
+    "2 d flop per head for every pair of a query and a key that the intervals name and every "
+    "product of the pass (forward 2, backward 5, or 3 where only dq is needed), the same count for "
+    "every provider; % floor: of the rate of a matrix product timed in the same run; peak: "
+    "allocated during the call above what was alive before, mask and inputs not counted; speedup: "
+    "over the dense mask."
+)
+
+Tensors = dict[str, Tensor]
+Step = Callable[[Tensors], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Intervals at one shape; `context` keys come first and take no gradient."""
+
+    name: str
+    rows: Intervals
+    heads: int
+    width: int
+    dtype: str
+    backward: bool = False
+    context: int = 0
+    batch: int = 1
+
+    @property
+    def flop(self) -> float:
+        """Of the pass: two products forward; five backward, or three where only dq is needed."""
+        per_pair = 2.0 * self.heads * self.width * self.batch
+        if not self.backward:
+            return 2 * per_pair * self.rows.pairs
+        known = sum(
+            (q1 - q0) * (high - low)
+            for stream in self.rows.rows
+            for q0, q1, a0, a1, b0, b1 in stream
+            for low, high in ((a0, a1), (b0, b1))
+            if high <= self.context
+        )
+        return per_pair * (7 * (self.rows.pairs - known) + 5 * known)
+
+    def tensors(self, device: str, seed: int) -> Tensors:
+        """q, k and v of all keys, the incoming gradient."""
+        g = torch.Generator(device).manual_seed(seed)
+        queries, keys = self.rows.queries, self.rows.keys
+        lengths = {"q": queries, "k": keys, "v": keys, "grad": queries}
+        return {
+            name: torch.randn(self.batch, n, self.heads, self.width, generator=g, device=device).to(
+                DTYPES[self.dtype]
+            )
+            for name, n in lengths.items()
+        }
+
+    def step(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
+        """attend(q, k, v) over all keys as a pass: (out,) or (out, dq, dk, dv).
+
+        Where there is a context, dk and dv are those of the keys after it.
+        """
+
+        def forward(i: Tensors) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (attend(i["q"], i["k"], i["v"]),)
+
+        def both(i: Tensors) -> tuple[Tensor, ...]:
+            q, k, v = (i[name].detach().requires_grad_() for name in "qkv")
+            out = attend(q, k, v)
+            dq, dk, dv = torch.autograd.grad(out, (q, k, v), i["grad"])
+            return out, dq, dk[:, self.context :], dv[:, self.context :]
+
+        return both if self.backward else forward
+
+    def our_step(self, backend: str | None) -> Step:
+        """The same through afd.ops, the context given as a slice without gradient."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, ...]) -> Tensor:
+            names = dict(zip(("k_context", "v_context"), past, strict=False))
+            if backend is None:
+                return ops.block_attention(q, k, v, self.rows, **names)[0]
+            with ops.use_backend(backend):
+                return ops.block_attention(q, k, v, self.rows, **names)[0]
+
+        def step(i: Tensors) -> tuple[Tensor, ...]:
+            past = tuple(i[name][:, : self.context] for name in "kv" if self.context)
+            q, k, v = i["q"], i["k"][:, self.context :], i["v"][:, self.context :]
+            if not self.backward:
+                with torch.no_grad():
+                    return (attend(q, k, v, past),)
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            out = attend(q, k, v, past)
+            return out, *_grad(backend, out, (q, k, v), i["grad"])
+
+        return step
+
+
+def _grad(
+    backend: str | None, out: Tensor, wanted: tuple[Tensor, ...], grad: Tensor
+) -> tuple[Tensor, ...]:
+    if backend is None:
+        return torch.autograd.grad(out, wanted, grad)
+    with ops.use_backend(backend):
+        return torch.autograd.grad(out, wanted, grad)
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """On a GPU the shapes of 480x832; else shapes that a CPU can do."""
+    if args.quick:
+        yield Case("rollout, chunk 2", intervals.cache(2, 1, 8), 2, 16, "fp32")
+        yield Case("causal training", intervals.causal(4, 2, 8), 2, 16, "fp32", True)
+        noisy = intervals.noisy_half(4, 2, 8)
+        yield Case("noisy half", noisy, 2, 16, "fp32", True, context=32)
+        return
+    cuda = args.device == "cuda"
+    heads, dtype = 12, "bf16" if cuda else "fp32"
+    width = 128 if cuda else 64
+    chunk, chunks, tokens = (3, 7, 1560) if cuda else (1, 6, 256)
+    frames = chunk * chunks
+    for batch in (1, 2) if cuda else (1,):
+        for i in (1, (chunks + 1) // 2, chunks):
+            seen = intervals.cache(i * chunk, chunk, tokens)
+            name = f"rollout, chunk {i}"
+            yield Case(name, seen, heads, width, dtype, batch=batch)
+    window = intervals.windowed(frames, chunk, tokens, window=3 * chunk, sink=chunk)
+    yield Case("window 3 with sink 1", window, heads, width, dtype)
+    causal = intervals.causal(frames, chunk, tokens)
+    yield Case("causal training", causal, heads, width, dtype, True)
+    half = frames if cuda else 3
+    forcing = intervals.teacher_forcing(half, chunk, tokens)
+    yield Case("teacher forcing, forward", forcing, heads, width, dtype)
+    yield Case("teacher forcing", forcing, heads, width, dtype, True)
+    noisy = intervals.noisy_half(half, chunk, tokens)
+    yield Case("noisy half", noisy, heads, width, dtype, True, context=half * tokens)
+
+
+def steps(case: Case, args: argparse.Namespace, absent: dict[str, list[str]]) -> dict[str, Step]:
+    """The steps of every provider that runs here; in `absent` why others do not, and where."""
+    found = {}
+    for name in args.providers:
+        why = _why_absent(name, case, args)
+        if why is None:
+            found[name] = _step(name, case, args.device)
+        else:
+            absent.setdefault(f"{name}: {why}", []).append(case.name)
+    return found
+
+
+def _why_absent(name: str, case: Case, args: argparse.Namespace) -> str | None:
+    backend = OURS.get(name)
+    if backend is not None:
+        return ops.explain("block_attention", args.device, {DTYPES[case.dtype]})[backend]
+    if name == "flex":
+        if args.quick:
+            return "--quick compiles nothing"
+        if args.device == "cpu" and case.backward:
+            return "flex_attention has no backward on the CPU"
+    for package in ("flash-attn", "xformers"):
+        if name.startswith(package):
+            if args.device != "cuda":
+                return f"{package} needs a CUDA device"
+            if importlib.util.find_spec(package.replace("-", "_")) is None:
+                return f"{package} is not installed"
+    return None
+
+
+def _step(name: str, case: Case, device: str) -> Step:
+    if name in OURS:
+        return case.our_step(OURS[name])
+    if name == "dense mask":
+        mask = case.rows.mask(case.rows.keys, device)[:, None]
+        return case.step(lambda q, k, v: _sdpa(q, k, v, mask))
+    if name == "flex":
+        return case.step(_flex(case, device))
+    if name == "sdpa per block":
+        return case.step(_per_block(case, _sdpa))
+    if name.startswith("flash-attn"):
+        from flash_attn import flash_attn_func
+
+        return case.step(_per_block(case, flash_attn_func))
+    from xformers.ops import memory_efficient_attention
+
+    return case.step(_per_block(case, memory_efficient_attention))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _per_block(
+    case: Case, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What one would write around a library: a call per block, its keys concatenated."""
+    (rows,) = case.rows.rows
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for q0, q1, a0, a1, b0, b1 in rows:
+            keys, values = k[:, a0:a1], v[:, a0:a1]
+            if b1:
+                keys = torch.cat((keys, k[:, b0:b1]), 1)
+                values = torch.cat((values, v[:, b0:b1]), 1)
+            outs.append(attend(q[:, q0:q1], keys, values))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+    return run
+
+
+def _flex(case: Case, device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    (rows,) = case.rows.rows
+    bounds = torch.tensor([row[2:] for row in rows for _ in range(row[0], row[1])], device=device)
+    a0, a1, b0, b1 = bounds.T.contiguous()
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return ((j >= a0[i]) & (j < a1[i])) | ((j >= b0[i]) & (j < b1[i]))
+
+    blocks = create_block_mask(
+        seen, None, None, case.rows.queries, case.rows.keys, device=device, _compile=True
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=blocks).transpose(1, 2)
+
+    return run
+
+
+def oracle(case: Case, i: Tensors) -> tuple[Tensor, ...]:
+    """The pass in float64 on the first head, block by block."""
+    one = {name: x[:, :, :1].double() for name, x in i.items()}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("blhd,bnhd->bhln", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
+
+    return tuple(x.detach() for x in case.step(_per_block(case, attend))(one))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case. Times in milliseconds."""
+
+    case: str
+    provider: str
+    dtype: str
+    B: int
+    queries: int
+    keys: int
+    backward: bool
+    median_ms: float
+    p20: float
+    p80: float
+    host_ms: float | None
+    reps: int
+    tflops: float
+    pct_of_floor: float
+    peak_mib: float
+    error: float  # the worst relative L2 error against float64, measured before the timing
+    speedup: float | None
+
+
+def measure(
+    case: Case, args: argparse.Namespace, absent: dict[str, list[str]], failed: dict[str, str]
+) -> list[Row]:
+    """Rows of the providers that run and agree with float64."""
+    given = case.tensors(args.device, 0)
+    nbytes = sum(x.numel() * x.element_size() for x in given.values())
+    count = harness.input_sets(nbytes, args.device)
+    sets = [given, *(case.tensors(args.device, seed) for seed in range(1, count))]
+    errors = _checked(case, given, steps(case, args, absent), failed)
+    runs = {name: _on(step, sets) for name, (step, _) in errors.items()}
+    side = 8192 if args.device == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=args.device).to(DTYPES[case.dtype]) for _ in "ab")
+    timings = harness.timed(
+        runs | {"matmul": lambda _: a @ b}, args.device, count, args.reps, args.budget
+    )
+    floor = 2 * side**3 / timings["matmul"].median_ms / 1e9
+    print(f"{case.name}: matrix product {floor:.3g} TFLOP/s")
+    dense = timings.get("dense mask")
+    rows = []
+    for name, run in runs.items():
+        timing = timings[name]
+        rate = case.flop / timing.median_ms / 1e9
+        rows.append(
+            Row(
+                case=case.name,
+                provider=name,
+                dtype=case.dtype,
+                B=case.batch,
+                queries=case.rows.queries,
+                keys=case.rows.keys,
+                backward=case.backward,
+                median_ms=timing.median_ms,
+                p20=timing.p20,
+                p80=timing.p80,
+                host_ms=timing.host_ms,
+                reps=timing.reps,
+                tflops=rate,
+                pct_of_floor=100 * rate / floor,
+                peak_mib=harness.peak_mib(run, args.device),
+                error=errors[name][1],
+                speedup=None if dense is None else dense.median_ms / timing.median_ms,
+            )
+        )
+    return rows
+
+
+def _on(step: Step, sets: list[Tensors]) -> harness.Run:
+    return lambda index: step(sets[index])
+
+
+def _checked(
+    case: Case, given: Tensors, found: dict[str, Step], failed: dict[str, str]
+) -> dict[str, tuple[Step, float]]:
+    """The steps that run and agree with float64 on the first head, with their errors."""
+    kept = {}
+    exact = oracle(case, given)
+    for name, step in found.items():
+        try:
+            output = step(given)
+        except Exception as error:  # a provider that breaks must not take the others along
+            failed[f"{case.name}, {name}"] = f"{type(error).__name__}: {error}"
+            continue
+        error = max(_distance(x, y) for x, y in zip(output, exact, strict=True))
+        if error <= BOUND[case.dtype]:
+            kept[name] = (step, error)
+        else:  # NaN comes here too
+            failed[f"{case.name}, {name}"] = f"relative error {error:.3g} is above the bound"
+    return kept
+
+
+def _distance(out: Tensor, exact: Tensor) -> float:
+    return float((out[:, :, :1].detach().double() - exact).norm() / exact.norm())
+
+
+def show(rows: list[Row]) -> None:
+    """The table of one case."""
+    first = rows[0]
+    what = "forward and backward" if first.backward else "forward"
+    title = f"{first.case}: {first.queries} x {first.keys}, {first.dtype}, B={first.B}, {what}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("provider", no_wrap=True)
+    for name in ("ms", "p20", "p80", "host ms", "TFLOP/s", "% floor", "peak MiB", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("speedup", justify="right", no_wrap=True)
+    for row in rows:
+        numbers = (row.median_ms, row.p20, row.p80, row.host_ms, row.tflops, row.pct_of_floor)
+        table.add_row(
+            row.provider,
+            *map(_number, (*numbers, row.peak_mib)),
+            f"{row.error:.1e}",
+            _number(row.speedup),
+        )
+    Console(width=None if Console().is_terminal else 200).print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def save(folder: Path, device: str, rows: list[Row], **more: Any) -> Path:
+    """Writes <folder>/attention.json and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "attention.json"
+    document = {"name": "attention", "environment": report.environment(device), "how": HOW} | more
+    document["rows"] = [asdict(row) for row in rows]
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--reps", type=int, default=30, help="most repetitions per case")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing per case")
+    parser.add_argument(
+        "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, no compile (for CI)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the JSON; --quick writes none by itself"
+    )
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
+    if args.out is None and not args.quick:
+        args.out = report.ROOT / "benchmarks" / "results" / report.device_slug(args.device)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    rows: list[Row] = []
+    absent: dict[str, list[str]] = {}
+    failed: dict[str, str] = {}
+    started = time.monotonic()
+    for case in cases(args):
+        if args.case not in case.name or time.monotonic() - started > args.deadline:
+            continue
+        new = measure(case, args, absent, failed)
+        torch._dynamo.reset()
+        rows += new
+        if new:
+            show(new)
+    print(HOW)
+    if args.out is not None and rows:
+        print(f"wrote {save(args.out, args.device, rows, absent=absent, failed=failed)}")
+    for what, where in absent.items():
+        print(f"absent {what} ({'; '.join(where)})")
+    for what, why in failed.items():
+        print(f"FAILED {what}: {why}")
+    if failed or not rows:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The attention benchmark runs in small, checks what it times and counts what intervals name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from afd.ops import intervals
+from benchmarks import attention
+from tests.benchmarks.test_benchmarks import run
+
+
+def test_a_row_per_case_and_provider_that_runs_here(tmp_path: Path) -> None:
+    document, printed = run("attention", tmp_path)
+    rows = document["rows"]
+    keys = {(row["case"], row["provider"]) for row in rows}
+    assert len(keys) == len(rows) == 3 * 4
+    assert {name for _, name in keys} == {"dense mask", "sdpa per block", "ours", "library"}
+    for row in rows:
+        assert 0 < row["p20"] <= row["median_ms"] <= row["p80"]
+        assert row["error"] < attention.BOUND["fp32"]
+        assert row["tflops"] > 0
+        assert row["pct_of_floor"] > 0
+        assert row["peak_mib"] > 0
+        assert (row["speedup"] == 1) == (row["provider"] == "dense mask")
+    assert any("needs a CUDA device" in reason for reason in document["absent"])
+    assert not document["failed"]
+    assert "absent flex: --quick compiles nothing" in printed
+
+
+def test_work_is_counted_by_pairs_and_products() -> None:
+    rows = intervals.noisy_half(4, 2, 3)
+    forward = attention.Case("", rows, heads=2, width=8, dtype="fp32")
+    both = attention.Case("", rows, heads=2, width=8, dtype="fp32", backward=True)
+    apart = attention.Case("", rows, heads=2, width=8, dtype="fp32", backward=True, context=12)
+    known, own = 6 * 6, 2 * 6 * 6
+    assert rows.pairs == known + own
+    product = 2 * 2 * 8
+    assert forward.flop == 2 * product * (known + own)
+    assert both.flop == 7 * product * (known + own)
+    assert apart.flop == product * (5 * known + 7 * own)
+
+
+def test_a_provider_that_disagrees_with_float64_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(attention.BOUND, "fp32", 1e-12)
+    with pytest.raises(SystemExit):
+        attention.main(["--quick", "--device", "cpu", "--providers", "ours"])
+    assert "FAILED causal training, ours: relative error" in capsys.readouterr().out
+
+
+def test_providers_agree_where_a_block_has_two_intervals() -> None:
+    rows = intervals.windowed(6, 1, 4, window=3, sink=1)
+    case = attention.Case("", rows, heads=2, width=8, dtype="fp32", backward=True)
+    given = case.tensors("cpu", 0)
+    exact = attention.oracle(case, given)
+    for name in ("dense mask", "sdpa per block", "ours"):
+        output = attention._step(name, case, "cpu")(given)
+        for x, y in zip(output, exact, strict=True):
+            assert torch.allclose(x[:, :, :1].double(), y, atol=1e-5)
