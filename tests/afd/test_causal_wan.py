@@ -6,10 +6,12 @@ All modes are one network, so a stream must equal the one pass that sees the sam
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from afd.models.causal_wan import CausalWan, WanConfig
@@ -196,6 +198,47 @@ def test_fused_projections_are_the_same_parameters() -> None:
     wide.blocks[0].self_attn.q.weight.data.mul_(0.5)  # type: ignore[union-attr]
     back = wide.float()
     torch.testing.assert_close(streamed(back, x, t.expand(2, 3), [3])[0], plain, **SAME)
+
+
+def test_fused_projections_give_way_to_adapters_and_assigned_weights(tmp_path: Path) -> None:
+    net, other = tiny(), tiny(num_layers=2)
+    x, t = video(net, 3), torch.zeros(2, 3)
+    net.fuse_projections()
+    save_file(net.state_dict(), tmp_path / "slices.safetensors")
+    torch.nn.init.normal_(other.blocks[1].self_attn.v.weight)  # type: ignore[union-attr,arg-type]
+    net.load_state_dict(other.state_dict(), assign=True)
+    expected = streamed(other, x, t, [3])[0]
+    torch.testing.assert_close(streamed(net, x, t, [3])[0], expected, **SAME)
+    net.load_state_dict(load_file(tmp_path / "slices.safetensors"))
+    net.fuse_projections()
+    plain = streamed(net, x, t, [3])[0]
+    attention = net.blocks[0].self_attn
+    attention.q = torch.nn.Sequential(attention.q, torch.nn.Tanh())  # type: ignore[union-attr,arg-type]
+    assert not torch.allclose(streamed(net, x, t, [3])[0], plain)
+
+
+def test_a_stream_far_beyond_frame_1023_is_like_one_at_the_start() -> None:
+    """The released code's table of positions ends there. What a query sees is relative to it."""
+    net = tiny(num_layers=1, window=6)
+    t, outs = torch.full((1, 1), 500.0), []
+    for start in (0, 1020, 10**6):
+        cache = net.new_cache(text(net), None, HEIGHT, WIDTH)
+        cache.start = cache.end = start
+        for step in range(0, 12, 3):
+            out = net.forward_cached(video(net, 3, seed=step), t, cache, start + step)
+        assert out is not None
+        outs.append(out)
+    # A million radians are known to 1e-10 in float64; the rest is float32's rounding.
+    torch.testing.assert_close(outs[1], outs[0], **SAME)
+    torch.testing.assert_close(outs[2], outs[0], **SAME)
+
+
+def test_streams_run_in_inference_mode() -> None:
+    net, t = tiny(window=6), torch.full((1, 1), 500.0)
+    expected = streamed(net, video(net, 9), t.expand(2, 9), [3, 3, 3])[0]
+    with torch.inference_mode():
+        out = streamed(net, video(net, 9), t.expand(2, 9), [3, 3, 3])[0]
+    assert torch.equal(out, expected)
 
 
 def test_two_compiled_pieces_serve_all_layers_chunks_and_copies() -> None:

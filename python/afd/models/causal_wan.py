@@ -380,6 +380,7 @@ class CausalWan(nn.Module):
 
     # --- streaming ---
 
+    @torch.no_grad()
     def new_cache(
         self, text: Tensor | list[LayerKV], frames: int | None, height: int, width: int
     ) -> KVCache:

@@ -59,8 +59,8 @@ class Attention(nn.Module):
         self.q, self.k = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_q, self.norm_k = Gain(dim), Gain(dim)
-        # Weight [3D, D] and bias [3D] whose slices are q, k and v; None: three projections.
-        self._fused: tuple[Tensor, Tensor] | None = None
+        # Weight [3D, D] and bias [3D] whose slices are q, k and v, and those slices' parameters.
+        self._fused: tuple[Tensor, Tensor, list[Tensor | None]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters are memory of their own; the slices would be of the original's.
@@ -72,13 +72,32 @@ class Attention(nn.Module):
 
     def fuse(self) -> None:
         """Let q, k and v be slices of one memory, so that one product makes all three."""
-        linears = (self.q, self.k, self.v)
-        if all(type(linear) is nn.Linear for linear in linears):
-            weight = torch.cat([linear.weight.data for linear in linears])
-            bias = torch.cat([linear.bias.data for linear in linears])
-            for linear, w, b in zip(linears, weight.chunk(3), bias.chunk(3), strict=True):
-                linear.weight.data, linear.bias.data = w, b
-            self._fused = (weight, bias)
+        parameters = self._slices()
+        if parameters:
+            weight, bias = (
+                torch.cat([p.data for p in parameters[i::2] if p is not None]) for i in (0, 1)
+            )
+            parts = zip(weight.chunk(3), bias.chunk(3), strict=True)
+            for parameter, part in zip(
+                parameters, (p for pair in parts for p in pair), strict=True
+            ):
+                assert parameter is not None
+                parameter.data = part
+            self._fused = (weight, bias, parameters)
+
+    def _slices(self) -> list[Tensor | None]:
+        """Weight and bias of q, k and v; empty where one is no plain projection (an adapter's)."""
+        linears = [self._modules[name] for name in "qkv"]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return []
+        return [x for m in linears if m is not None for x in m._parameters.values()]
+
+    def _is_fused(self) -> bool:
+        # Adapters wrap projections and loaders may assign parameters: then the slices are stale.
+        if self._fused is None or torch.is_grad_enabled():
+            return False
+        now = self._slices()
+        return bool(now) and all(a is b for a, b in zip(now, self._fused[2], strict=True))
 
     def split(self, x_BLD: Tensor) -> Tensor:
         """[B, L, h, d] view."""
@@ -86,9 +105,10 @@ class Attention(nn.Module):
 
     def project(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw q, k, v, each [B, L, h, d]: not normed, not rotated."""
-        if self._fused is None or torch.is_grad_enabled():
-            return self.split(self.q(x_BLD)), self.split(self.k(x_BLD)), self.split(self.v(x_BLD))
-        q_BLD, k_BLD, v_BLD = F.linear(x_BLD, *self._fused).chunk(3, -1)
+        if self._fused is not None and self._is_fused():
+            q_BLD, k_BLD, v_BLD = F.linear(x_BLD, *self._fused[:2]).chunk(3, -1)
+        else:
+            q_BLD, k_BLD, v_BLD = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         return self.split(q_BLD), self.split(k_BLD), self.split(v_BLD)
 
     def text_kv(self, text_BLD: Tensor) -> LayerKV:
