@@ -109,9 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
 
-    commands.add_parser(
-        "teacher", help="afd teacher simulate --style S --count N --out DIR --seed K"
-    ).set_defaults(run=_teacher)
+    teacher = commands.add_parser("teacher", help="fill a teacher's folder and look at it")
+    teacher.set_defaults(run=_teacher)
+    verbs = teacher.add_subparsers(dest="verb", metavar="VERB")
+    verbs.add_parser("simulate", help="write simulated videos: --style S --count N --out DIR")
+    fetch = verbs.add_parser("fetch", help="buy every video of a paid teacher beforehand")
+    status = verbs.add_parser("status", help="what a paid teacher's folder holds and has cost")
+    status.add_argument("--json", action="store_true", help="for programs")
+    for verb in (fetch, status):
+        verb.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        _takes_overrides(verb)
     return parser
 
 
@@ -195,7 +202,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _teacher(options: argparse.Namespace) -> int:
-    return _say(MISTAKE, "teacher: needs a subcommand: afd teacher simulate --help")
+    if options.verb is None:
+        needed = "simulate, fetch or status"
+        return _say(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
+    from afd.config import load_config
+    from afd.teachers import command
+
+    config = load_config(options.config, options.overrides)
+    if options.verb == "status":
+        return command.status(config, Console(), as_json=options.json)
+    whole = command.fetch(config, Console())
+    return STOPPED if whole is None else DONE if whole else FAILED
 
 
 if __name__ == "__main__":

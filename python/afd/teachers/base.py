@@ -16,6 +16,10 @@ class TeacherError(ValueError):
     """A teacher cannot be used; the message lists every reason at once."""
 
 
+class Unanswered(TeacherError):
+    """One request has no video and gets none in this run; other requests may."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One question to the teacher. `draw` numbers repeated questions with the same prompt."""
@@ -33,5 +37,6 @@ class Teacher(Protocol):
         ...
 
     def answer(self, request: Request) -> Path:
-        """The finished video for a request; raises TeacherError if there is none."""
+        """The finished video for a request. Raises Unanswered if this one has none, TeacherError
+        if the teacher cannot go on."""
         ...

@@ -154,7 +154,9 @@ class Trainer:
         """The whole algorithm at a glance: ask, roll out, train the critic, train the student."""
         method = self.method
         with timers("teacher"):
-            requests = self.sampler.draw(self.config.prompts_per_step)
+            count = self.config.prompts_per_step
+            ahead = (self.config.steps - self.step - 1) * count
+            requests = self.videos.draw(self.sampler, count, ahead)
             prompts = [request.prompt for request in requests]
             batch = Batch(self.step, prompts, self.videos.fetch(requests))
         if method.needs_rollout:

@@ -10,22 +10,33 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from afd.config import RunConfig, VideoConfig
-from afd.teachers.base import Request, Teacher, TeacherError
+from afd.teachers.base import Request, Teacher, TeacherError, Unanswered
+from afd.teachers.config import API_KINDS
 from afd.teachers.folder import FolderTeacher
 from afd.video import from_uint8, read_video, to_uint8
 
+if TYPE_CHECKING:
+    from afd.teachers.api import ApiTeacher
+
+# Requests offered for prefetching at a time; the teacher takes as many as it wants.
+AHEAD = 256
 _log = logging.getLogger("afd")
 
 
-def open_teacher(config: RunConfig, console: Console | None = None) -> FolderTeacher:
-    """The teacher a configuration asks for; a simulator first writes its folder, once."""
+def open_teacher(config: RunConfig, console: Console | None = None) -> Teacher:
+    """The teacher a configuration asks for; a simulator first writes its folder, once.
+
+    A paid service answers from its folder and buys what is missing (docs/TEACHERS.md).
+    """
+    if config.teacher.kind in API_KINDS:
+        return open_api_teacher(config)
     if config.teacher.kind == "simulator":
         _simulate(config, console or Console())
     video = config.video
@@ -35,6 +46,16 @@ def open_teacher(config: RunConfig, console: Console | None = None) -> FolderTea
     )
     _log.info("teacher %s: %d videos", teacher.folder, len(teacher.requests))
     return teacher
+
+
+def open_api_teacher(config: RunConfig) -> ApiTeacher:
+    """The paid service of a configuration."""
+    # Only who buys needs the HTTP client.
+    from afd.teachers.api import ApiTeacher
+
+    video = config.video
+    frames = video.frames if video.short == "error" else 1
+    return ApiTeacher(config.teacher, config.teacher_dir, frames=frames, fps=video.fps)
 
 
 class Sampler:
@@ -60,6 +81,10 @@ class Sampler:
             drawn.append(self._requests[self._order[self._position]])
             self._position += 1
         return drawn
+
+    def peek(self, count: int) -> list[Request]:
+        """What the next draw gives, as far as this round goes."""
+        return [self._requests[i] for i in self._order[self._position : self._position + count]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"round": self._round, "position": self._position, "of": len(self._requests)}
@@ -88,6 +113,30 @@ class Videos:
         self._teacher = teacher
         self._video = video
         self._decoded: dict[Request, Tensor] = {}
+
+    def draw(self, sampler: Sampler, count: int, ahead: int = 0) -> list[Request]:
+        """The sampler's next `count` requests that have an answer.
+
+        Requests without one are skipped and logged; TeacherError if none is left. `ahead`: how
+        many more will be drawn at most; a teacher that takes long begins with them now.
+        """
+        prefetch = getattr(self._teacher, "prefetch", None)
+        drawn: list[Request] = []
+        skipped = 0
+        while len(drawn) < count:
+            if prefetch is not None:
+                prefetch(sampler.peek(min(AHEAD, count - len(drawn) + ahead)))
+            request = sampler.draw(1)[0]
+            try:
+                self._teacher.answer(request)
+            except Unanswered as reason:
+                skipped += 1
+                _log.warning("skipped: %s", reason)
+                if skipped > len(self._teacher.requests):
+                    raise TeacherError(f"no request has an answer, the last: {reason}") from None
+            else:
+                drawn.append(request)
+        return drawn
 
     def fetch(self, requests: Sequence[Request]) -> Tensor:
         """float32 [P, F, 3, H, W] in [-1, 1], one video per request."""

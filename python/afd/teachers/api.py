@@ -1,0 +1,294 @@
+"""A paid service as a teacher: answers from its folder, buys what is missing, in the background.
+
+Importing this needs no network and no key; the first purchase does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import hashlib
+import io
+import json
+import logging
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afd.teachers.ark import Ark
+from afd.teachers.base import Request, TeacherError, Unanswered
+from afd.teachers.config import TeacherConfig
+from afd.teachers.fal import Fal
+from afd.teachers.fetch import Engine
+from afd.teachers.http import Http, Secret
+from afd.teachers.ledger import NAME, Ledger
+from afd.teachers.openai import OpenAI
+from afd.teachers.provider import Order, Provider
+from afd.video import check_video
+
+PROVIDERS: dict[str, type[Provider]] = {"ark": Ark, "openai": OpenAI, "fal": Fal}
+# Said by other parts of the configuration, or by the core.
+RESERVED = ("model", "prompt", "content", "seed", "callback_url")
+_log = logging.getLogger("afd")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a folder stands; money in USD."""
+
+    spent_usd: float
+    budget_usd: float
+    under_way: int
+    limit: int
+
+
+class ApiTeacher:
+    """The Teacher of kinds ark, openai and fal."""
+
+    def __init__(
+        self, config: TeacherConfig, folder: Path, *, frames: int = 1, fps: float | None = None
+    ) -> None:
+        """`folder`: where the videos and the ledger are kept. `frames`, `fps`: what will be read of
+        each video (as `video.check_video`), so that the first one too short stops the buying."""
+        api = config.api
+        assert api.model is not None
+        assert api.prompts is not None
+        self.folder, self.config = folder, config
+        self.provider = PROVIDERS[config.kind](api.base_url)
+        wrong = [name for name in RESERVED if name in api.options]
+        if wrong:
+            raise TeacherError(
+                f"teacher.api.options: {', '.join(wrong)} is said elsewhere "
+                "(teacher.api.model, teacher.api.prompts, teacher.seed)"
+            )
+        suffix = {"prompt_suffix": api.prompt_suffix} if api.prompt_suffix else {}
+        parameters = {**self.provider.defaults(), **api.options, **suffix}
+        self.price_usd = _price(config, self.provider, parameters)
+        send_seed = self.provider.seeded if api.send_seed is None else api.send_seed
+        prompts = read_prompts(api.prompts)
+        self._requests = [Request(prompt, n) for n in range(api.draws) for prompt in prompts]
+        self._orders = {
+            request: Order(
+                provider=config.kind,
+                model=api.model,
+                prompt=request.prompt,
+                parameters=parameters,
+                seed=_seed(config.seed, request),
+                draw=request.draw,
+                send_seed=send_seed,
+            )
+            for request in self._requests
+        }
+        self.about = {"provider": config.kind, "model": api.model, "parameters": parameters}
+        self._ledger = Ledger(folder, self.about)
+        # A process that died may have left its last videos out.
+        self._ledger.write_manifest()
+        self._reads = frames, fps
+        self._asked: dict[Request, Future[Path]] = {}
+        self._worker: _Worker | None = None
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """Every prompt, once per draw; also those that turn out to be rejected, so that the order
+        a sampler gives them does not depend on what the provider does."""
+        return self._requests
+
+    def answer(self, request: Request) -> Path:
+        """The video, bought first if it is not there; blocks until then.
+
+        Raises Unanswered if this request has none (rejected, in doubt, stuck), TeacherError if
+        nothing more can be bought (budget, account, configuration).
+        """
+        return self.start(request).result()
+
+    def prefetch(self, requests: Sequence[Request]) -> None:
+        """These are asked next, in this order: start buying the first that are missing."""
+        waiting = 0
+        for request in requests:
+            if waiting >= self.config.fetch.prefetch:
+                return
+            waiting += not self.start(request).done()
+
+    def progress(self) -> Progress:
+        """For those who watch."""
+        limiter = self._worker.engine.limiter if self._worker else None
+        return Progress(
+            spent_usd=self._ledger.spent_usd(),
+            budget_usd=self.config.fetch.budget_usd,
+            under_way=limiter.under_way if limiter else 0,
+            limit=int(limiter.limit) if limiter else self.config.fetch.concurrency,
+        )
+
+    def close(self) -> None:
+        """Stop the background thread. Submits on their way are awaited and written down; tasks run
+        on at the provider, and the next teacher on this folder collects them."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+        self._ledger.close()
+
+    def start(self, request: Request) -> Future[Path]:
+        """The answer as a future; for a caller that waits for many."""
+        known = self._asked.get(request)
+        if known is not None:
+            return known
+        order = self._orders.get(request)
+        if order is None:
+            raise TeacherError(f"teacher {self.config.kind}: was not configured for {request}")
+        future: Future[Path] = Future()
+        row = self._ledger.latest(order.key)
+        path = self.folder / order.file
+        if row is not None and row.state == "done" and path.is_file():
+            future.set_result(path)
+        elif row is not None and row.kind == "content" and not self.config.fetch.retry_rejected:
+            future.set_exception(Unanswered(f"{request.prompt!r} was rejected: {row.reason}"))
+        else:
+            if self._worker is None:
+                self._worker = _Worker(self)
+                # Without a close(), the thread still ends with the teacher or the process.
+                weakref.finalize(self, self._worker.stop)
+            future = self._worker.run(self._worker.engine.obtain(order))
+        self._asked[request] = future
+        return future
+
+
+class _Worker:
+    """A thread with an event loop, the engine in it, and everything the engine owns."""
+
+    def __init__(self, teacher: ApiTeacher) -> None:
+        provider, config, folder = teacher.provider, teacher.config.fetch, teacher.folder
+        secret = Secret.from_environment(provider.key_variable)
+        if secret.hide(json.dumps(teacher.about)) != json.dumps(teacher.about):
+            raise TeacherError("teacher.api holds the API key; it belongs in the environment only")
+        frames, fps = teacher._reads
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="afd teacher", daemon=True)
+        self._thread.start()
+
+        async def build() -> tuple[Http, Ledger, Engine]:
+            http = Http(provider.base_url, provider.trusted, secret, provider.key_scheme, config)
+            ledger = Ledger(folder)
+            return (
+                http,
+                ledger,
+                Engine(
+                    provider,
+                    http,
+                    ledger,
+                    config,
+                    teacher.price_usd,
+                    lambda path: check_video(path, frames=frames, fps=fps),
+                ),
+            )
+
+        try:
+            self._http, self._ledger, self.engine = self.run(build()).result()
+        except BaseException:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            raise
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def stop(self) -> None:
+        """Idempotent."""
+        if not self._thread.is_alive():
+            return
+        self.run(self._end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        await self.engine.settle()
+        mine = asyncio.current_task()
+        others = [task for task in asyncio.all_tasks() if task is not mine]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        self.engine.close()
+        self._ledger.close()
+        await self._http.__aexit__(None, None, None)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a .txt (one a line), .jsonl or .csv (field `prompt`) file, each once."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TeacherError(f"teacher.api.prompts {path}: cannot be read ({error})") from None
+    prompts: list[str] = []
+    if path.suffix == ".txt":
+        prompts = [line.strip() for line in text.split("\n")]
+    elif path.suffix == ".csv":
+        prompts = [(row.get("prompt") or "").strip() for row in _csv(path, text)]
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                prompts.append(_prompt(path, number, line))
+    else:
+        raise TeacherError(f"teacher.api.prompts {path}: needs the ending .txt, .jsonl or .csv")
+    there = [prompt for prompt in prompts if prompt]
+    once = list(dict.fromkeys(there))
+    if not once:
+        raise TeacherError(f"teacher.api.prompts {path}: holds no prompt")
+    if len(once) < len(there):
+        _log.warning("%s: %d prompts came again and count once", path, len(there) - len(once))
+    return once
+
+
+def _csv(path: Path, text: str) -> list[dict[str, str]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    if "prompt" not in (rows.fieldnames or ()):
+        raise TeacherError(f"teacher.api.prompts {path}: the header needs the column prompt")
+    return list(rows)
+
+
+def _prompt(path: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    if not isinstance(prompt, str):
+        raise TeacherError(f'teacher.api.prompts {path}: line {number} needs {{"prompt": "..."}}')
+    return prompt.strip()
+
+
+def _seed(seed: int, request: Request) -> int:
+    """31 bits that differ between prompts and draws: what every provider takes, and a mark."""
+    mixed = hashlib.sha256(f"{seed}\n{request.draw}\n{request.prompt}".encode()).digest()
+    return int.from_bytes(mixed[:4], "big") & 0x7FFFFFFF
+
+
+def _price(config: TeacherConfig, provider: Provider, parameters: dict[str, Any]) -> float:
+    """USD one video is expected to cost."""
+    fetch = config.fetch
+    assert fetch.price_usd is not None
+    if fetch.price_per == "video":
+        return fetch.price_usd
+    if fetch.price_per == "million_tokens":
+        if fetch.units is None:
+            raise TeacherError(
+                "teacher.fetch.price_per=million_tokens needs teacher.fetch.units, the tokens of "
+                "one video (Seedance: width x height x frames per second x seconds / 1024)"
+            )
+        return fetch.price_usd * fetch.units / 1e6
+    seconds = fetch.units or provider.seconds(parameters)
+    if seconds is None:
+        raise TeacherError(
+            "teacher.fetch.price_per=second needs the length: teacher.fetch.units in seconds, or "
+            "the provider's own field in teacher.api.options"
+        )
+    return fetch.price_usd * seconds
+
+
+__all__ = ["NAME", "PROVIDERS", "ApiTeacher", "Progress", "read_prompts"]
