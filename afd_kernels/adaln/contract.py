@@ -17,14 +17,10 @@ def _check_modulation(name: str, value: Tensor, x: Tensor, dtypes: Sequence[torc
     """Checks [1 or B, F, D] with F dividing L."""
     batch, tokens, width = x.shape
     streams, frames = value.shape[:2] if value.ndim == 3 else (1, 1)
-    streams = batch if streams == batch else 1
-    expect(name, value, (streams, frames, width), dtypes, x)
-    require(
-        frames > 0 and tokens % frames == 0,
-        name,
-        value,
-        f"[1 or {batch}, F, {width}] with F dividing the {tokens} tokens of x",
-    )
+    expect(name, value, (batch if streams == batch else 1, frames, width), dtypes, x)
+    if not frames or tokens % frames:
+        needed = f"[1 or {batch}, F, {width}] with F dividing the {tokens} tokens of x"
+        require(False, name, value, needed)
 
 
 def check(

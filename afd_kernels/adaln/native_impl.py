@@ -63,7 +63,7 @@ def adaln(
     """x_out ([0] without a branch) and h, contiguous; every input may be strided but for D."""
     problem = _problem(x, branch, gate, scale, scale_offset, eps)
     problem.shift = _modulation(shift)
-    x_out, h = x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+    x_out, h = x.new_empty(0) if branch is None else native.empty_like(x), native.empty_like(x)
     problem.x_out = 0 if branch is None else x_out.data_ptr()
     problem.h = h.data_ptr()
     native.core().adaln_cpu(problem, native.threads(x))
@@ -85,12 +85,12 @@ def adaln_bwd(
     problem.grad_h = native.rows(grad_h)
     if grad_x_out is not None:
         problem.grad_x_out = native.rows(grad_x_out)
-    dx = x_out.new_empty(x_out.shape)
+    dx = native.empty_like(x_out)
     dscale, dshift = (torch.empty(scale.shape, dtype=torch.float32) for _ in range(2))
     dbranch = x_out.new_empty(0)
     dgate = torch.empty(0 if gate is None else gate.shape, dtype=torch.float32)
     if gate is not None:
-        dbranch = x_out.new_empty(x_out.shape)
+        dbranch = native.empty_like(x_out)
         problem.dbranch, problem.dgate = dbranch.data_ptr(), dgate.data_ptr()
     problem.dx, problem.dscale = dx.data_ptr(), dscale.data_ptr()
     problem.dshift = dshift.data_ptr()

@@ -71,28 +71,16 @@ def check_append(
         )
     streams = batch if position.ndim and position.shape[0] == batch else 1
     expect("position", position, (streams,), (torch.int64,), q)
-    require(
-        tokens_per_frame > 0 and tokens % tokens_per_frame == 0 and slots % tokens_per_frame == 0,
-        "tokens_per_frame",
-        tokens_per_frame,
-        f"a divisor of the {tokens} tokens and of the {slots} slots of the cache",
-    )
-    frames, capacity = tokens // tokens_per_frame, slots // tokens_per_frame
-    require(
-        0 <= sink_frames <= capacity - frames,
-        "sink_frames",
-        sink_frames,
-        f"between 0 and {capacity - frames}: of the cache's {capacity} frames the ring behind the "
-        f"sink must hold the {frames} that come at once",
-    )
+    if tokens_per_frame <= 0 or tokens % tokens_per_frame or slots % tokens_per_frame:
+        needed = f"a divisor of the {tokens} tokens and of the {slots} slots of the cache"
+        require(False, "tokens_per_frame", tokens_per_frame, needed)
+    free = slots // tokens_per_frame - tokens // tokens_per_frame
+    if not 0 <= sink_frames <= free:
+        needed = f"between 0 and {free}: the ring behind the sink must hold the frames of one call"
+        require(False, "sink_frames", sink_frames, needed)
     if torch.is_grad_enabled():
-        for name, x in (
-            ("q", q),
-            ("k", k),
-            ("v", v),
-            ("weight_q", weight_q),
-            ("weight_k", weight_k),
-        ):
+        named = {"q": q, "k": k, "v": v, "weight_q": weight_q, "weight_k": weight_k}
+        for name, x in named.items():
             require(not x.requires_grad, name, x, "no gradient (torch.no_grad): a cache keeps none")
 
 

@@ -37,7 +37,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """q_out and k_out [B, L, h, d], contiguous; q and k may be strided over B and L."""
     problem = _problem(q, k, weight_q, weight_k, rope, eps)
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = native.empty_like(q), native.empty_like(k)
     problem.q_out, problem.k_out = q_out.data_ptr(), k_out.data_ptr()
     native.core().qk_norm_rope_cpu(problem, native.threads(q))
     return q_out, k_out
@@ -56,7 +56,7 @@ def qk_norm_rope_bwd(
     """The gradients of q, k [B, L, h, d] and of the weights [D], summed over tokens in fp32."""
     problem = _problem(q, k, weight_q, weight_k, rope, eps)
     problem.grad_q, problem.grad_k = native.rows(grad_q), native.rows(grad_k)
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    dq, dk = native.empty_like(q), native.empty_like(k)
     dweight_q, dweight_k = (torch.empty(weight_q.shape, dtype=torch.float32) for _ in range(2))
     problem.dq, problem.dk = dq.data_ptr(), dk.data_ptr()
     problem.dweight_q, problem.dweight_k = dweight_q.data_ptr(), dweight_k.data_ptr()
@@ -80,7 +80,7 @@ def qk_norm_rope_append_(
 ) -> Tensor:
     """q_out; k_out and v go to the slots of their frames."""
     problem = _problem(q, k, weight_q, weight_k, rope, eps)
-    q_out = q.new_empty(q.shape)
+    q_out = native.empty_like(q)
     problem.q_out = q_out.data_ptr()
     problem.v = native.rows(v)
     problem.k_cache, problem.v_cache = k_cache.data_ptr(), v_cache.data_ptr()

@@ -22,7 +22,7 @@ from afd_kernels.qk_norm_rope.contract import (
 
 def _table(rope: Tensor) -> Tensor:
     """The table with each stream's numbers contiguous."""
-    return rope if rope[0].is_contiguous() else rope.contiguous()
+    return rope if rope.is_contiguous() or rope[0].is_contiguous() else rope.contiguous()
 
 
 def _qk_norm_rope(
