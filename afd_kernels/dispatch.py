@@ -84,8 +84,16 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str,
     for op in OPS:
         reasons = explain(op, device, {dtype})
         chosen = next(name for name, why in reasons.items() if why is None)
-        table[op] = {"chosen": chosen} | {n: why or "available" for n, why in reasons.items()}
+        table[op] = {"chosen": chosen}
+        for name, why in reasons.items():
+            table[op][name] = why or _available(op, name, device, dtype)
     return table
+
+
+def _available(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    """ "available", and what a backend that itself has a choice would run."""
+    describe = getattr(_module(op, backend), "describe", None)
+    return "available" if describe is None else f"available: {describe(device, dtype)}"
 
 
 @functools.cache

@@ -29,9 +29,49 @@ def plan_block_attention(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
+    if (k_context is None) != (v_context is None) or not (
+        _fits(q, k, v) and (k_context is None or _fits(q, k_context, v_context))
+    ):
+        _explain(q, k, v, k_context, v_context)
+    require(
+        math.isfinite(scale) and scale > 0, "scale", scale, "a finite number > 0 (or None: d^-1/2)"
+    )
+    batch, queries = q.shape[:2]
+    if streams not in (1, batch):
+        require(False, "intervals", f"{streams} streams", f"1 or {batch}, B of q")
+    intervals = Intervals.from_flat(flat, streams)
+    if intervals.queries != queries:
+        got = f"rows for {intervals.queries} queries"
+        require(False, "intervals", got, f"{queries}, L of q")
+    # int(): traced with symbolic sizes, key counts become constants as the intervals are.
+    border = 0 if k_context is None else int(k_context.shape[1])
+    _check_keys(intervals, border, border + int(k.shape[1]))
+    return intervals
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
+    """Whether k and v go with q; in words only where they do not, because this runs every call."""
+    if v is None or q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        return False
+    batch, _, heads, width = q.shape
+    return (
+        q.numel() > 0
+        and k.shape[0] == batch
+        and k.shape[2] == heads
+        and k.shape[3] == width
+        and q.dtype in FLOATS
+        and k.dtype == q.dtype == v.dtype
+        and k.device == q.device == v.device
+    )
+
+
+def _explain(
+    q: Tensor, k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None
+) -> None:
+    """Raises for the first tensor that does not go with the others."""
     require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
     require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d], none of them 0")
-    batch, queries, heads, width = q.shape
+    batch, _, heads, width = q.shape
     if (k_context is None) != (v_context is None):
         got = "only " + ("v_context" if k_context is None else "k_context")
         raise ValueError(f"k_context, v_context: got {got}; needed: both or neither")
@@ -54,21 +94,6 @@ def plan_block_attention(
         for name, x in ((key_name, key), (value_name, value)):
             require(x.dtype == q.dtype, name, x, f"the dtype of q, {q.dtype}")
             require(x.device == q.device, name, x, f"the device of q, {q.device}")
-    require(
-        math.isfinite(scale) and scale > 0, "scale", scale, "a finite number > 0 (or None: d^-1/2)"
-    )
-    require(streams in (1, batch), "intervals", f"{streams} streams", f"1 or {batch}, B of q")
-    intervals = Intervals.from_flat(flat, streams)
-    require(
-        intervals.queries == queries,
-        "intervals",
-        f"rows for {intervals.queries} queries",
-        f"{queries}, L of q",
-    )
-    # int(): traced with symbolic sizes, key counts become constants as the intervals are.
-    border = 0 if k_context is None else int(k_context.shape[1])
-    _check_keys(intervals, border, border + int(k.shape[1]))
-    return intervals
 
 
 @functools.lru_cache(maxsize=4096)

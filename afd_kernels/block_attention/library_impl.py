@@ -61,25 +61,28 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     return library_cuda.refuse(dtypes)
 
 
-def chosen(device: torch.device | str, head_dim: int = 128) -> tuple[str, str]:
-    """Names of what runs the forward and the full backward on `device`, for explanations."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return _CPU.name, _CPU.name
-    names = []
-    for backward in (False, True):
-        runs = _cuda(device, head_dim, backward)
-        names.append(getattr(runs, "name", runs.__name__.rpartition(".")[2]))
-    return names[0], names[1]
+def describe(device: str, dtype: torch.dtype) -> str:
+    """Which library runs the forward and which the full backward, for heads of 128 channels."""
+    if device == "cpu":
+        return f"forward and backward {_CPU.name}"
+    capability = library_cuda.major()
+    forward, backward = (pick(capability, 128, backward=b) for b in (False, True))
+    return f"forward {_name(forward)}, backward {_name(backward)}"
 
 
-def _cuda(device: torch.device, head_dim: int, backward: bool, keys: bool = True) -> Any:
+def _name(runs: Any) -> str:
+    if isinstance(runs, ModuleType):
+        return runs.__name__.rpartition(".")[2].removesuffix("_impl")
+    return str(runs.name)
+
+
+def pick(major: int, head_dim: int, *, backward: bool, keys: bool = True) -> Any:
     """The library, or this op's backend module, that runs heads of this width on a GPU.
 
-    Own kernels go first where no key needs a gradient, and before PyTorch's flash attention 2: they
-    are deterministic without its cost, and dq alone is three matrix products instead of five.
+    Own kernels run the backward where no key needs a gradient (dq alone is three matrix products
+    instead of five), and in place of PyTorch's flash attention 2, whose fixed order is slow.
     """
-    library = library_cuda.first(library_cuda.major(device), head_dim, backward)
+    library = library_cuda.first(major, head_dim, backward)
     own = _backend("triton_impl") if head_dim <= _TRITON_WIDEST else None
     if library is None:
         return own or _backend("reference")
@@ -160,10 +163,14 @@ def _continues(last: Part, part: Part) -> bool:
     )
 
 
+def _tokens(x_BNhd: Tensor, start: int, length: int) -> Tensor:
+    return x_BNhd if length == x_BNhd.shape[1] else x_BNhd.narrow(1, start, length)
+
+
 def _blocks(x_BNhd: Tensor, start: int, length: int, count: int, step: int) -> Tensor:
     """View [count, length, h, d] of blocks that begin every `step` tokens; B = 1 if count > 1."""
     if count == 1:
-        return x_BNhd.narrow(1, start, length)
+        return _tokens(x_BNhd, start, length)
     _, token, head, channel = x_BNhd.stride()
     return x_BNhd.as_strided(
         (count, length, *x_BNhd.shape[2:]),
@@ -243,19 +250,20 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, h, d] contiguous and lse fp32 [B, h, L] contiguous."""
-    batch, queries, heads, _ = q.shape
     border = 0 if sources.k_context is None else sources.k_context.shape[1]
-    streams = list(_streams(intervals, batch, border))
-    at, only = streams[0]
-    if len(streams) == len(only.first) == 1 and not only.second and only.first[0].blocks == 1:
-        # One block, one interval, as in a rollout: the library's answer is the answer.
-        (part,) = only.first
-        if part.queries == queries:
-            out, lse = library.forward(q, *sources.blocks(part), scale)
+    if len(intervals.rows) == len(intervals.rows[0]) == 1:
+        ((_, _, low, high, _, more),) = intervals.rows[0]
+        if high and not more:
+            # One block, one interval, as in a rollout: the library's answer is the answer.
+            k, v = sources.source(high <= border)
+            start, count = low if high <= border else low - border, high - low
+            k, v = _tokens(k, start, count), _tokens(v, start, count)
+            out, lse = library.forward(q, k, v, scale)
             return out.contiguous(), lse.contiguous()
+    batch, queries, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    for at, work in streams:
+    for at, work in _streams(intervals, batch, border):
         query, keys, out_, lse_ = q[at], sources.stream(at), out[at], lse[at]
         for low, high in work.empty:
             out_[:, low:high].zero_()
@@ -344,7 +352,7 @@ def block_attention(
     """out [B, L, h, d] in q's dtype and lse fp32 [B, h, L]."""
     library: Any = _CPU
     if q.device.type != "cpu":
-        library = _cuda(q.device, q.shape[-1], backward=False)
+        library = pick(library_cuda.major(q.device), q.shape[-1], backward=False)
         if isinstance(library, ModuleType):
             return library.block_attention(q, k, v, k_context, v_context, intervals, scale)
     return forward(library, q, _Keys(k, v, k_context, v_context), intervals, scale)
@@ -366,7 +374,8 @@ def block_attention_bwd(
     """dq, dk, dv, dk_context, dv_context in q's dtype; None where not needed."""
     sources = _Keys(k, v, k_context, v_context)
     if q.device.type != "cpu":
-        library = _cuda(q.device, q.shape[-1], backward=True, keys=needs[1] or needs[2])
+        keys = needs[1] or needs[2]
+        library = pick(library_cuda.major(q.device), q.shape[-1], backward=True, keys=keys)
         if isinstance(library, ModuleType):
             return library.block_attention_bwd(
                 grad_out, q, *sources, out, lse, intervals, scale, needs

@@ -31,6 +31,8 @@ OPTIONAL = (
     ("xformers", "xformers", "an attention baseline on CUDA", "afd[xformers]"),
     ("pytest", "pytest", "the test suite", "afd[dev]"),
 )
+# What training and rollout run in; attention libraries take nothing wider on a GPU.
+USUAL = {"cpu": torch.float32, "cuda": torch.bfloat16}
 COMPILERS = (("c++", "--version"), ("cmake", "--version"), ("ninja", "--version"))
 
 
@@ -53,7 +55,7 @@ def inspect() -> dict[str, Any]:
         | {"nvcc": _nvcc()},
         "compiled_core": _compiled_core(),
         "ops": dispatch.report("cpu"),
-        "ops_by_device": {device: dispatch.report(device) for device in devices},
+        "ops_by_device": {device: dispatch.report(device, USUAL[device]) for device in devices},
         "missing_optional": [
             {"package": package, "for": purpose, "install": f"pip install '{extra}'"}
             for package, module, purpose, extra in OPTIONAL
@@ -71,7 +73,10 @@ def show(facts: dict[str, Any], console: Console) -> None:
         table = Table("op", *dispatch.BACKENDS, title=f"backends on {device}", title_justify="left")
         for op, states in ops.items():
             cells = (
-                "runs" if n == states["chosen"] else states.get(n, "-") for n in dispatch.BACKENDS
+                states[n].replace("available", "runs", 1)
+                if n == states["chosen"]
+                else states.get(n, "-")
+                for n in dispatch.BACKENDS
             )
             table.add_row(op, *map(escape, cells))
         console.print(table)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from afd import ops
 from afd.ops import Intervals, intervals, use_backend
-from afd_kernels.block_attention import library_cuda, library_impl, reference
+from afd_kernels.block_attention import reference
 from afd_kernels.block_attention.contract import rowwise
 from tests.tolerances import ATTENTION_LSE, assert_attention
 
@@ -380,99 +380,3 @@ def test_float64_goes_to_the_reference() -> None:
     reasons = ops.explain(OP, "cpu", {torch.float64})
     assert reasons["reference"] is None
     assert "float64" in reasons["library"]
-
-
-class TestTheLibraryPath:
-    """How intervals become calls, apart from who answers them."""
-
-    def test_merging_equals_attention_over_both(self) -> None:
-        case = Case("both", intervals.cache(11, 5))
-        q, k, v = (x.detach() for x in case.tensors())
-        whole, whole_lse = attend(case, [q, k, v])
-        out, lse = attend(Case("a", intervals.cache(4, 5)), [q, k[:, :4], v[:, :4]])
-        rest = attend(Case("b", intervals.cache(7, 5)), [q, k[:, 4:], v[:, 4:]])
-        library_impl.merge_(out, lse, *rest)
-        assert_attention(out, whole.double())
-        assert_lse(lse, whole_lse.double())
-
-    @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-    def test_merging_with_nothing_changes_nothing(self, dtype: torch.dtype) -> None:
-        out, lse = torch.randn(1, 3, 2, 8).to(dtype), torch.randn(1, 2, 3)
-        none, minus = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
-        kept, kept_lse = out.clone(), lse.clone()
-        library_impl.merge_(kept, kept_lse, none, minus)
-        assert torch.equal(kept, out)
-        assert torch.equal(kept_lse, lse)
-        other, other_lse = none.clone(), minus.clone()
-        library_impl.merge_(other, other_lse, out, lse)
-        assert torch.equal(other, out)
-        assert torch.equal(other_lse, lse)
-        library_impl.merge_(none, minus, torch.zeros_like(out), torch.full_like(lse, -torch.inf))
-        assert not none.any()
-        assert (minus == -torch.inf).all()
-
-    def test_merging_bears_any_size_of_lse(self) -> None:
-        out, lse = torch.ones(1, 1, 1, 8), torch.full((1, 1, 1), 1e4)
-        library_impl.merge_(out, lse, torch.zeros(1, 1, 1, 8), torch.full((1, 1, 1), -1e4))
-        assert torch.equal(out, torch.ones(1, 1, 1, 8))
-        assert lse.item() == 1e4
-
-    def test_blocks_of_equal_size_are_one_call(self) -> None:
-        (rows,) = intervals.teacher_forcing(8, 2, 5).rows
-        work = library_impl.plan(rows, 0, True)
-        (selves,) = work.second
-        assert (selves.blocks, selves.queries, selves.keys, selves.step) == (3, 10, 10, 10)
-        assert len(library_impl.plan(rows, 0, False).second) == 3
-
-    def test_joined_calls_answer_as_single_ones(self) -> None:
-        case = Case("joined", intervals.windowed(9, 1, 5, window=3, sink=1))
-        two = Case("single", case.intervals, batch=2)
-        tensors = case.tensors()
-        doubled = [x.detach().expand(2, -1, -1, -1).clone().requires_grad_() for x in tensors]
-        out, both = attend(case, tensors)[0], attend(two, doubled)[0]
-        assert torch.allclose(both[:1], out, atol=1e-6)
-        grads = torch.autograd.grad(out.square().sum(), tensors)
-        twice = torch.autograd.grad(both.square().sum(), doubled)
-        for one, pair in zip(grads, twice, strict=True):
-            assert torch.allclose(pair[:1], one, atol=1e-5)
-
-    def test_on_cuda_each_library_says_why_not(self) -> None:
-        assert "not a multiple of 8" in str(library_cuda.reasons(9, 36)["cuDNN"])
-        assert "not for compute capability 8.x" in str(library_cuda.reasons(8, 64)["cuDNN"])
-        assert "no fixed order" in str(library_cuda.reasons(9, 64, backward=True)["cuDNN"])
-        assert "bfloat16 and float16, not float32" in str(library_cuda.refuse({torch.float32}))
-
-    def test_on_the_cpu_the_library_is_named(self) -> None:
-        assert library_impl.chosen("cpu") == ("aten flash for CPU", "aten flash for CPU")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("library", library_cuda.ORDER, ids=lambda x: x.name)
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_every_library_present_equals_the_oracle(library: object, case: Case) -> None:
-    tensors = [x.detach() for x in case.tensors("cuda", torch.bfloat16)]
-    reason = library_cuda.reasons(library_cuda.major(), case.width)[library.name]
-    if reason is not None:
-        pytest.skip(reason)
-    sources = library_impl._Keys(*tensors[1:3], *(tensors[3:] or (None, None)))
-    scale = case.width**-0.5
-    out, lse = library_impl.forward(library, tensors[0], sources, case.intervals, scale)
-    wanted = [x.clone().requires_grad_() for x in tensors]
-    ref, ref_lse = oracle(case, wanted)
-    assert_attention(out, ref.detach())
-    assert_lse(lse, ref_lse.detach(), tensors[0].dtype)
-    if not hasattr(library, "backward"):
-        return
-    grad = torch.ones_like(out)
-    arguments = (library, grad, tensors[0], sources, out, lse, case.intervals, scale)
-    grads = library_impl.backward(*arguments, (True, True, True))
-    again = library_impl.backward(*arguments, (True, True, True))
-    expected = torch.autograd.grad(ref, wanted, grad.double())
-    for got, same, x in zip(grads, again, expected, strict=False):
-        assert_attention(got, x.double())
-        assert torch.equal(got, same)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_choice_is_named() -> None:
-    assert all(library_impl.chosen("cuda"))

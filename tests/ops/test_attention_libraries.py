@@ -1,0 +1,143 @@
+"""block_attention's library path: how intervals become calls, who answers them, how they merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from afd import ops
+from afd.ops import intervals
+from afd_kernels.block_attention import library_cuda, library_impl
+from tests.ops.test_block_attention import FEW, HALVES, OP, Case, assert_lse, attend, oracle
+from tests.tolerances import assert_attention
+
+
+@pytest.fixture(autouse=True)
+def _library() -> Iterator[None]:
+    with ops.use_backend("library", OP):
+        yield
+
+
+def test_merging_equals_attention_over_both() -> None:
+    case = Case("both", intervals.cache(11, 5))
+    q, k, v = (x.detach() for x in case.tensors())
+    whole, whole_lse = attend(case, [q, k, v])
+    out, lse = attend(Case("a", intervals.cache(4, 5)), [q, k[:, :4], v[:, :4]])
+    rest = attend(Case("b", intervals.cache(7, 5)), [q, k[:, 4:], v[:, 4:]])
+    library_impl.merge_(out, lse, *rest)
+    assert_attention(out, whole.double())
+    assert_lse(lse, whole_lse.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_merging_with_nothing_changes_nothing(dtype: torch.dtype) -> None:
+    out, lse = torch.randn(1, 3, 2, 8).to(dtype), torch.randn(1, 2, 3)
+    none, minus = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
+    kept, kept_lse = out.clone(), lse.clone()
+    library_impl.merge_(kept, kept_lse, none, minus)
+    assert torch.equal(kept, out)
+    assert torch.equal(kept_lse, lse)
+    other, other_lse = none.clone(), minus.clone()
+    library_impl.merge_(other, other_lse, out, lse)
+    assert torch.equal(other, out)
+    assert torch.equal(other_lse, lse)
+    library_impl.merge_(none, minus, torch.zeros_like(out), torch.full_like(lse, -torch.inf))
+    assert not none.any()
+    assert (minus == -torch.inf).all()
+
+
+def test_merging_bears_any_size_of_lse() -> None:
+    out, lse = torch.ones(1, 1, 1, 8), torch.full((1, 1, 1), 1e4)
+    library_impl.merge_(out, lse, torch.zeros(1, 1, 1, 8), torch.full((1, 1, 1), -1e4))
+    assert torch.equal(out, torch.ones(1, 1, 1, 8))
+    assert lse.item() == 1e4
+
+
+def test_blocks_of_equal_size_are_one_call() -> None:
+    (rows,) = intervals.teacher_forcing(8, 2, 5).rows
+    work = library_impl.plan(rows, 0, True)
+    (selves,) = work.second
+    assert (selves.blocks, selves.queries, selves.keys, selves.step) == (3, 10, 10, 10)
+    assert len(library_impl.plan(rows, 0, False).second) == 3
+
+
+def test_joined_calls_answer_as_single_ones() -> None:
+    case = Case("joined", intervals.windowed(9, 1, 5, window=3, sink=1))
+    two = Case("single", case.intervals, batch=2)
+    tensors = case.tensors()
+    doubled = [x.detach().expand(2, -1, -1, -1).clone().requires_grad_() for x in tensors]
+    out, both = attend(case, tensors)[0], attend(two, doubled)[0]
+    assert torch.allclose(both[:1], out, atol=1e-6)
+    grads = torch.autograd.grad(out.square().sum(), tensors)
+    twice = torch.autograd.grad(both.square().sum(), doubled)
+    for one, pair in zip(grads, twice, strict=True):
+        assert torch.allclose(pair[:1], one, atol=1e-5)
+
+
+def test_on_cuda_each_library_says_why_not() -> None:
+    assert "not a multiple of 8" in str(library_cuda.reasons(9, 36)["cuDNN"])
+    assert "not for compute capability 8.x" in str(library_cuda.reasons(8, 64)["cuDNN"])
+    assert "no fixed order" in str(library_cuda.reasons(9, 64, backward=True)["cuDNN"])
+    assert "bfloat16 and float16, not float32" in str(library_cuda.refuse({torch.float32}))
+
+
+def test_the_library_is_named() -> None:
+    assert "aten flash for CPU" in ops.report("cpu")[OP]["library"]
+
+
+def test_on_a_gpu_the_newest_library_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs(*present: type, head_dim: int = 128, keys: bool = True) -> tuple[str, str]:
+        for library in library_cuda.ORDER:
+            gone = None if type(library) in present else "absent"
+            monkeypatch.setattr(type(library), "missing", lambda self, why=gone: why)
+        library_cuda.first.cache_clear()
+        found = (
+            library_impl.pick(9, head_dim, backward=False),
+            library_impl.pick(9, head_dim, backward=True, keys=keys),
+        )
+        library_cuda.first.cache_clear()
+        return tuple(library_impl._name(x) for x in found)
+
+    flash3, flash4, cudnn, aten, _ = (type(library) for library in library_cuda.ORDER)
+    assert runs(flash3, flash4, cudnn, aten) == ("FlashAttention 3",) * 2
+    assert runs(flash4, cudnn, aten) == ("FlashAttention 4",) * 2
+    assert runs(flash3, keys=False) == ("FlashAttention 3", "triton")
+    assert runs(cudnn, aten) == ("cuDNN", "triton")
+    assert runs(aten) == ("aten flash", "triton")
+    assert runs(aten, head_dim=256) == ("aten flash", "aten flash")
+    assert runs() == ("triton", "triton")
+    assert runs(head_dim=256) == ("reference", "reference")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", library_cuda.ORDER, ids=lambda x: x.name)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_every_library_present_equals_the_oracle(library: object, case: Case) -> None:
+    tensors = [x.detach() for x in case.tensors("cuda", torch.bfloat16)]
+    reason = library_cuda.reasons(library_cuda.major(), case.width)[library.name]
+    if reason is not None:
+        pytest.skip(reason)
+    sources = library_impl._Keys(*tensors[1:3], *(tensors[3:] or (None, None)))
+    scale = case.width**-0.5
+    out, lse = library_impl.forward(library, tensors[0], sources, case.intervals, scale)
+    wanted = [x.clone().requires_grad_() for x in tensors]
+    ref, ref_lse = oracle(case, wanted)
+    assert_attention(out, ref.detach())
+    assert_lse(lse, ref_lse.detach(), tensors[0].dtype)
+    if not hasattr(library, "backward"):
+        return
+    grad = torch.ones_like(out)
+    arguments = (library, grad, tensors[0], sources, out, lse, case.intervals, scale)
+    grads = library_impl.backward(*arguments, (True, True, True))
+    again = library_impl.backward(*arguments, (True, True, True))
+    expected = torch.autograd.grad(ref, wanted, grad.double())
+    for got, same, x in zip(grads, again, expected, strict=False):
+        assert_attention(got, x.double())
+        assert torch.equal(got, same)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_choice_is_named() -> None:
+    assert "forward" in library_impl.describe("cuda", torch.bfloat16)
