@@ -37,6 +37,22 @@ def _import(module: str) -> tuple[Any, str | None]:
         return None, f"cannot import {module} ({error})"
 
 
+def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out and lse by PyTorch's cuDNN attention."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *_transposed(q, k, v), None, True, scale=scale
+    )
+    return out.transpose(1, 2), lse.reshape(lse.shape[:3])
+
+
+def aten_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out and lse by the flash attention inside PyTorch."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        *_transposed(q, k, v), scale=scale
+    )
+    return out.transpose(1, 2), lse
+
+
 class Flash3:
     """FlashAttention 3 (`flash_attn_interface`, built from the flash-attention repository)."""
 
@@ -122,10 +138,11 @@ class Cudnn:
         return None if version and version >= 90000 else f"cuDNN 9 is needed, torch has {version}"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *_transposed(q, k, v), None, True, scale=scale
-        )
-        return out.transpose(1, 2), lse.reshape(lse.shape[:3])
+        q_Bhld, k_Bhld, v_Bhld = _transposed(q, k, v)
+        asked = torch.backends.cuda.SDPAParams(q_Bhld, k_Bhld, v_Bhld, None, 0.0, False, False)
+        # Not every shape suits every version of cuDNN, and a user may have switched it off.
+        run = cudnn if torch.backends.cuda.can_use_cudnn_attention(asked) else aten_flash
+        return run(q, k, v, scale)
 
 
 class AtenFlash:
@@ -140,10 +157,7 @@ class AtenFlash:
         return None if built else "this torch was built without flash attention"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            *_transposed(q, k, v), scale=scale
-        )
-        return out.transpose(1, 2), lse
+        return aten_flash(q, k, v, scale)
 
     def backward(
         self,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afd import ops
 from afd.ops import intervals
@@ -81,6 +83,22 @@ def test_on_cuda_each_library_says_why_not() -> None:
     assert "not for compute capability 8.x" in str(library_cuda.reasons(8, 64)["cuDNN"])
     assert "no fixed order" in str(library_cuda.reasons(9, 64, backward=True)["cuDNN"])
     assert "bfloat16 and float16, not float32" in str(library_cuda.refuse({torch.float32}))
+
+
+@pytest.mark.parametrize("forward", [library_cuda.cudnn, library_cuda.aten_flash])
+def test_calls_into_pytorch_fit_its_schemas(forward: Callable[..., Any]) -> None:
+    """On fake CUDA tensors: arguments, shapes, layouts; numbers need a GPU."""
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(2, n, 3, 64, device="cuda", dtype=torch.bfloat16) for n in (12, 20, 20)
+        )
+        out, lse = forward(q, k, v, 0.125)
+        assert (out.shape, out.is_contiguous()) == (q.shape, True)
+        assert (lse.shape, lse.dtype) == ((2, 3, 12), torch.float32)
+        grads = library_cuda.AtenFlash().backward(out, q, k, v, out, lse, 0.125, True)
+        for x, grad in zip((q, k, v), grads, strict=True):
+            assert (grad.shape, grad.is_contiguous()) == (x.shape, True)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_library_is_named() -> None:
