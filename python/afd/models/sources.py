@@ -23,7 +23,7 @@ def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            wanted = [f"{part}/*" for part in parts]
+            wanted = [name for part in parts for name in (part, f"{part}/*")]
             return Path(snapshot_download(source, allow_patterns=wanted))
         except (OSError, ValueError) as error:
             reason = f"there is no such path, and the hub said: {error}"

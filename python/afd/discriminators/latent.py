@@ -1,0 +1,140 @@
+"""A small discriminator on latents, for those without VideoAlign.
+
+Shape letters: B videos, F latent frames, C latent channels, H x W latent cells, N cells that are
+left after the convolutions, L text tokens, E text channels, D channels of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from afd.discriminators.base import LOSSES, pair_metrics
+from afd.discriminators.config import LatentConfig
+from afd.discriminators.optimizer import CriticOptimizer, matched_pieces
+from afd_kernels.contracts import require
+
+# Prompts to embeddings [B, L, E], zero behind a prompt's end: `TextEncoder.encode`, for instance.
+Encode = Callable[[Sequence[str]], Tensor]
+
+
+class LatentScorer(nn.Module):
+    """Space-time convolutions, then every cell reads the prompt.
+
+    Every layer is spectrally normalised: a bounded slope keeps scores of nearly equal latents
+    nearly equal, so that a few lucky cells cannot drive the advantage to its limits.
+    """
+
+    def __init__(self, channels: int, text_dim: int, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        require(width % heads == 0, "width", width, f"a multiple of {heads}")
+        # Space is halved three times and time twice: neighbours differ little in either.
+        sizes = ((channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
+        self.convs = nn.ModuleList(
+            spectral_norm(nn.Conv3d(i, o, 3, stride=(time, 2, 2), padding=1))
+            for i, o, time in sizes
+        )
+        self.heads, dim = heads, 4 * width
+        self.query = spectral_norm(nn.Linear(dim, dim))
+        self.key = spectral_norm(nn.Linear(text_dim, dim))
+        self.value = spectral_norm(nn.Linear(text_dim, dim))
+        self.mix = spectral_norm(nn.Linear(3 * dim, dim))
+        self.out = spectral_norm(nn.Linear(dim, 1))
+        # What the text channels are multiplied with; their size is the encoder's choice.
+        self.text_norm = nn.LayerNorm(text_dim, elementwise_affine=False)
+
+    def forward(self, latent_BFCHW: Tensor, text_BLE: Tensor) -> Tensor:
+        """Scores [B]."""
+        x = latent_BFCHW.transpose(1, 2)
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.2)
+        cell_BND = x.flatten(2).transpose(1, 2)
+        heard_BND = self._read(cell_BND, text_BLE)
+        # The product lets the prompt decide what counts in a cell, not only add to it (FiLM).
+        both = torch.cat([cell_BND, heard_BND, cell_BND * heard_BND], 2)
+        pooled_BD = F.leaky_relu(self.mix(both), 0.2).mean(1)
+        return self.out(pooled_BD).squeeze(1)
+
+    def _read(self, cell_BND: Tensor, text_BLE: Tensor) -> Tensor:
+        """What each cell finds in the prompt; rows of zeros are padding."""
+        used_BL = text_BLE.abs().sum(2) > 0
+        # An empty prompt is a prompt too: its first row is always looked at.
+        used_BL = torch.cat([torch.ones_like(used_BL[:, :1]), used_BL[:, 1:]], 1)
+        text_BLE = self.text_norm(text_BLE)
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query(cell_BND), self.key(text_BLE), self.value(text_BLE))
+        )
+        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=used_BL[:, None, None])
+        return heard.transpose(1, 2).flatten(2)
+
+
+class LatentCritic:
+    """A `LatentScorer` with its optimizer (see `Critic`).
+
+    Its videos are latents [B, F, C, H, W].
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        config: LatentConfig,
+        *,
+        channels: int = 16,
+        text_dim: int = 4096,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        """`encode`: the prompts' embeddings [B, L, text_dim]; it gets no gradient."""
+        self.encode, self.config, self.device = encode, config, torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = LatentScorer(channels, text_dim, config.width).to(device)
+        self.optimizer = CriticOptimizer(self.net.parameters(), config)
+
+    def differentiable_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the latents, for a generator's loss."""
+        with torch.no_grad():
+            text_BLE = self.encode(prompts).to(self.device, torch.float32)
+        return self.net(latent_BFCHW.to(self.device, torch.float32), text_BLE)
+
+    @torch.no_grad()
+    def score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B]; no gradient. Scoring changes nothing: the norms' estimates stand still."""
+        self.net.eval()
+        parts = matched_pieces(latent_BFCHW, prompts, self.config.micro_batch)
+        return torch.cat([self.differentiable_score(latent_BFCHW[p], prompts[p]) for p in parts])
+
+    def step(
+        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
+    ) -> dict[str, float]:
+        """One update on prompt-matched pairs; returns loss, accuracy, margin and gradient norm."""
+        alike = teacher_BFCHW.shape == student_BFCHW.shape
+        require(alike, "student_BFCHW", student_BFCHW, f"shape {tuple(teacher_BFCHW.shape)}")
+        self.optimizer.clear()
+        total, seen = 0.0, []
+        parts = matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch)
+        for i, part in enumerate(parts):
+            # One estimate of the norms per update, whatever the size of the pieces.
+            self.net.train(i == 0)
+            both = torch.cat([teacher_BFCHW[part], student_BFCHW[part]]).detach()
+            teacher_B, student_B = self.differentiable_score(both, [*prompts[part]] * 2).chunk(2)
+            loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / len(prompts)
+            loss.backward()
+            total += float(loss.detach())
+            seen.append(torch.stack([teacher_B, student_B]).detach())
+        self.net.eval()
+        norm = self.optimizer.step()
+        return {"loss": total, "grad_norm": norm, **pair_metrics(*torch.cat(seen, 1))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,140 @@
+"""VideoAlign as an online discriminator: the released reward model, learning on.
+
+The language model gets a fresh LoRA and the reward head is trained; nothing else changes. With the
+LoRA off and the original head it is still the untouched VideoAlign, by which motion quality is
+judged independently of what was learnt here.
+Shape letters: B videos, F frames, C colours, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afd.discriminators.base import LOSSES, pair_metrics
+from afd.discriminators.config import VideoAlignConfig
+from afd.discriminators.optimizer import CriticOptimizer, matched_pieces
+from afd.discriminators.videoalign_model import VideoAlign, rewards
+from afd_kernels.contracts import require
+
+# The linears of the decoder layers: never the vision tower, the embedding or the head.
+TARGETS = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+
+
+class VideoAlignCritic:
+    """A VideoAlign that learns to rank the teacher's videos above the student's (see `Critic`).
+
+    Videos are pixels in [-1, 1]; both sides go through the same preprocessing.
+    """
+
+    def __init__(
+        self,
+        scorer: VideoAlign,
+        config: VideoAlignConfig,
+        *,
+        video_fps: float = 16.0,
+        seed: int = 0,
+    ) -> None:
+        """Takes the scorer over: its language model gets the LoRA. `video_fps`: of all videos."""
+        from peft import LoraConfig, get_peft_model
+
+        require(video_fps > 0, "video_fps", video_fps, "a positive rate")
+        self.scorer, self.config, self.video_fps = scorer, config, video_fps
+        lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=TARGETS, bias="none"
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # peft makes the adapters float32 whatever the network is.
+            self.adapted: Any = get_peft_model(scorer.network, lora)
+        self.head_OD = nn.Parameter(scorer.head_OD.clone())
+        if config.gradient_checkpointing:
+            # The first is transformers' newer name of the second.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(name for name in names if hasattr(scorer.network, name))
+            getattr(scorer.network, enable)({"use_reentrant": False})
+        # Only checkpointing looks at the mode: there is no dropout.
+        scorer.network.train(config.gradient_checkpointing)
+        self.optimizer = CriticOptimizer(self.trained().values(), config)
+
+    def trained(self) -> dict[str, Tensor]:
+        """What is trained, by name: the LoRA and the head."""
+        named = self.scorer.network.named_parameters()
+        return {name: p for name, p in named if p.requires_grad} | {"rm_head.weight": self.head_OD}
+
+    # --- scores ---
+
+    def differentiable_score(self, video_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the videos, for a generator's loss.
+
+        Roundings to 8 bits pass the gradient through. The discriminator's own weights get gradients
+        as well; its next `step` clears them.
+        """
+        hidden_B3D = self.scorer.states(video_BFCHW, prompts, self.video_fps)
+        ratings_B3 = rewards(hidden_B3D, self.head_OD)
+        return ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1)
+
+    @torch.no_grad()
+    def score(self, video_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B]; no gradient."""
+        size = self.config.micro_batch
+        return torch.cat(
+            [
+                self.differentiable_score(video_BFCHW[part], prompts[part])
+                for part in matched_pieces(video_BFCHW, prompts, size)
+            ]
+        )
+
+    def released_ratings(
+        self, video_BFCHW: Tensor, prompts: Sequence[str], *, normalised: bool = True
+    ) -> dict[str, Tensor]:
+        """VQ, MQ, TA and their sum Overall, [B] each, of VideoAlign as it was released."""
+        with self.adapted.disable_adapter():
+            return self.scorer.ratings(
+                video_BFCHW,
+                prompts,
+                video_fps=self.video_fps,
+                normalised=normalised,
+                micro_batch=self.config.micro_batch,
+            )
+
+    # --- learning ---
+
+    def step(
+        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
+    ) -> dict[str, float]:
+        """One update on prompt-matched pairs; returns loss, accuracy, margin and gradient norm."""
+        alike = teacher_BFCHW.shape == student_BFCHW.shape
+        require(alike, "student_BFCHW", student_BFCHW, f"shape {tuple(teacher_BFCHW.shape)}")
+        self.optimizer.clear()
+        total, seen = 0.0, []
+        for part in matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch):
+            # In one pass, so that padding and rounding are the same for both.
+            both = torch.cat([teacher_BFCHW[part], student_BFCHW[part]]).detach()
+            teacher_B, student_B = self.differentiable_score(both, [*prompts[part]] * 2).chunk(2)
+            loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / len(prompts)
+            loss.backward()
+            total += float(loss.detach())
+            seen.append(torch.stack([teacher_B, student_B]).detach())
+        norm = self.optimizer.step()
+        return {"loss": total, "grad_norm": norm, **pair_metrics(*torch.cat(seen, 1))}
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was trained and the optimizer; the released weights stay in their file."""
+        trained = {name: value.detach().clone() for name, value in self.trained().items()}
+        return {"trained": trained, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        held, ours = state["trained"], self.trained()
+        shapes = {name: tuple(value.shape) for name, value in held.items()}
+        same = shapes == {name: tuple(value.shape) for name, value in ours.items()}
+        require(same, "state", f"{len(held)} tensors", "the LoRA and head of this rank and model")
+        for name, value in ours.items():
+            value.copy_(held[name])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,144 @@
+"""From a video to VideoAlign's input: frame sampling, resize, rounding, normalisation, patches.
+
+The rules are the released model's (KwaiVGI/VideoAlign, `vision_process.py`, and Qwen2-VL's image
+processor); everything runs on the video's device and has gradients with respect to its pixels.
+Shape letters: B videos, F frames, N chosen frames, C = 3 colours, H x W pixels, P patches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from afd_kernels.contracts import require
+
+PATCH, MERGE, TEMPORAL = 14, 2, 2
+FACTOR = PATCH * MERGE
+# Numbers per patch: colours x temporal patch x rows x columns.
+PATCH_DIM = 3 * TEMPORAL * PATCH * PATCH
+MIN_PIXELS = 128 * FACTOR * FACTOR
+MIN_FRAMES, MAX_FRAMES = 4, 768
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def frame_indices(
+    total: int, video_fps: float, *, fps: float = 2.0, count: int | None = None
+) -> Tensor:
+    """Which frames of a clip of `total` are looked at: int64 [N], evenly spaced, both ends in.
+
+    N is the clip's length at `fps`, at least 4 (as far as the clip has them) and even; `count` asks
+    for a number of frames instead, made even, and is only cut where the clip has fewer.
+    """
+    require(total >= 1, "total", total, "at least one frame")
+    if count is None:
+        require(video_fps > 0 and fps > 0, "video_fps, fps", (video_fps, fps), "positive rates")
+        most = min(MAX_FRAMES, total) // 2 * 2
+        wanted = min(max(total / video_fps * fps, MIN_FRAMES), most)
+    else:
+        require(count >= 1, "count", count, "a positive number of frames")
+        wanted = count
+    chosen = min(round(wanted / 2) * 2, total)
+    return torch.linspace(0, total - 1, chosen).round().long()
+
+
+def smart_resize(
+    height: int, width: int, max_pixels: int, *, min_pixels: int = MIN_PIXELS
+) -> tuple[int, int]:
+    """Rows and columns after the resize: multiples of 28 with about the frame's shape and an area
+    between the limits. Small frames are enlarged. Below a `max_pixels` of 28 x 28 a side may be 0.
+    """
+    require(min(height, width) >= 1, "height, width", (height, width), "positive sizes")
+    rows, columns = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (math.floor(s / shrink / FACTOR) * FACTOR for s in (height, width))
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(s * grow / FACTOR) * FACTOR for s in (height, width))
+    return rows, columns
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Whole numbers whose gradient is that of x: rounding has none of its own."""
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
+
+
+def resize(frames: Tensor, rows: int, columns: int) -> Tensor:
+    """Antialiased bicubic resize of levels 0..255, [..., 3, H, W] -> whole levels as float32."""
+    levels = frames.float()
+    if levels.shape[-2:] != (rows, columns):
+        flat = levels.flatten(0, -4)
+        flat = interpolate(
+            flat, (rows, columns), mode="bicubic", align_corners=False, antialias=True
+        )
+        levels = flat.unflatten(0, levels.shape[:-3])
+    return _rounded(levels.clamp(0, 255))
+
+
+def patchify(frames_BNCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised patches of levels 0..255, float32 [P, 1176], and the grid (t, h, w) of each video,
+    int64 [B, 3] on the CPU. Rows run over t, then blocks of 2 x 2 patches; columns over colour,
+    temporal pair, row and column.
+    """
+    B, count, colours, height, width = frames_BNCHW.shape
+    even = count % TEMPORAL == 0 and height % FACTOR == 0 and width % FACTOR == 0
+    require(
+        colours == 3 and even and min(count, height, width) > 0,
+        "frames_BNCHW",
+        frames_BNCHW,
+        f"[B, even N, 3, H, W] with H and W multiples of {FACTOR}",
+    )
+    mean, std = (frames_BNCHW.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
+    normal = (frames_BNCHW / 255 - mean) / std
+    t, h, w = count // TEMPORAL, height // PATCH, width // PATCH
+    cells = normal.view(B, t, TEMPORAL, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
+    patches = cells.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(B * t * h * w, PATCH_DIM)
+    return patches, torch.tensor([[t, h, w]] * B)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How videos become patches; the same for the teacher's and the student's.
+
+    Attributes:
+        fps: rate at which frames are looked at.
+        count: number of frames instead, where given.
+        max_pixels: largest area of a resized frame.
+    """
+
+    fps: float = 2.0
+    count: int | None = None
+    max_pixels: int = 448 * 448
+
+    def __call__(self, video_BFCHW: Tensor, video_fps: float) -> tuple[Tensor, Tensor]:
+        """Patches [P, 1176] and grid [B, 3] (see `patchify`) of videos in [-1, 1]."""
+        shape = tuple(video_BFCHW.shape)
+        require(
+            len(shape) == 5 and shape[2] == 3 and min(shape) > 0,
+            "video_BFCHW",
+            video_BFCHW,
+            "[B, F, 3, H, W] in [-1, 1]",
+        )
+        chosen_N = frame_indices(shape[1], video_fps, fps=self.fps, count=self.count)
+        require(
+            len(chosen_N) % TEMPORAL == 0,
+            "video_BFCHW",
+            f"{shape[1]} frames, of which {len(chosen_N)} would be taken",
+            "an even number of frames to take, two for each temporal patch",
+        )
+        rows, columns = smart_resize(shape[3], shape[4], self.max_pixels)
+        require(
+            min(rows, columns) > 0,
+            "max_pixels",
+            self.max_pixels,
+            f"room for a block of {FACTOR} x {FACTOR} pixels in frames of {shape[3]} x {shape[4]}",
+        )
+        video_BNCHW = video_BFCHW[:, chosen_N.to(video_BFCHW.device)].float()
+        # To the 8 bits of a decoded file first: neither side may be told by its finer levels.
+        levels = _rounded(((video_BNCHW + 1) * 127.5).clamp(0, 255))
+        return patchify(resize(levels, rows, columns))
