@@ -42,11 +42,24 @@ def matmul(a, b, acc, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def at(ptr, batch, token, head, stride_b, stride_t, stride_h, UNIT: tl.constexpr):
+    """The first channel of a head. UNIT divides the strides, so that wide loads can be proved."""
+    place = batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t
+    return ptr + (place + head.to(tl.int64) * stride_h) * UNIT
+
+
+@triton.jit
+def spread(rows, channels, stride_t, UNIT: tl.constexpr):
+    """Offsets of a tile's elements from its first."""
+    return rows.to(tl.int64)[:, None] * (tl.full((), UNIT, tl.int64) * stride_t) + channels[None, :]
+
+
+@triton.jit
 def place_side(
-    tile_ptr, side, k_ptr, v_ptr, context_k_ptr, context_v_ptr, batch, head,
+    tile_ptr, side, k_ptr, v_ptr, ck_ptr, cv_ptr, batch, head,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     ck_stride_b, ck_stride_t, ck_stride_h, cv_stride_b, cv_stride_t, cv_stride_h,
-    context_keys, CONTEXT: tl.constexpr,
+    context_keys, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Where the tile's interval `side` begins in K and V, their token strides, and its length.
 
@@ -54,26 +67,17 @@ def place_side(
     """
     first = tl.load(tile_ptr + 3 + 2 * side)
     length = tl.load(tile_ptr + 4 + 2 * side) - first
-    batch = batch.to(tl.int64)
-    if CONTEXT:
-        if first < context_keys:
-            k_at = context_k_ptr + batch * ck_stride_b + head * ck_stride_h
-            v_at = context_v_ptr + batch * cv_stride_b + head * cv_stride_h
-            k_step = ck_stride_t
-            v_step = cv_stride_t
-        else:
-            k_at = k_ptr + batch * k_stride_b + head * k_stride_h
-            v_at = v_ptr + batch * v_stride_b + head * v_stride_h
-            k_step = k_stride_t
-            v_step = v_stride_t
-            first -= context_keys
+    if first < context_keys:
+        k_at = at(ck_ptr, batch, first, head, ck_stride_b, ck_stride_t, ck_stride_h, UNIT)
+        v_at = at(cv_ptr, batch, first, head, cv_stride_b, cv_stride_t, cv_stride_h, UNIT)
+        k_step = ck_stride_t
+        v_step = cv_stride_t
     else:
-        k_at = k_ptr + batch * k_stride_b + head * k_stride_h
-        v_at = v_ptr + batch * v_stride_b + head * v_stride_h
+        first -= context_keys
+        k_at = at(k_ptr, batch, first, head, k_stride_b, k_stride_t, k_stride_h, UNIT)
+        v_at = at(v_ptr, batch, first, head, v_stride_b, v_stride_t, v_stride_h, UNIT)
         k_step = k_stride_t
         v_step = v_stride_t
-    k_at += first.to(tl.int64) * k_step
-    v_at += first.to(tl.int64) * v_step
     return k_at, v_at, k_step, v_step, length
 
 
@@ -99,12 +103,12 @@ def _attend(
 
 @triton.jit
 def _block_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, context_k_ptr, context_v_ptr, out_ptr, lse_ptr, tiles_ptr,
+    q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, out_ptr, lse_ptr, tiles_ptr,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h, ck_stride_b, ck_stride_t, ck_stride_h,
     cv_stride_b, cv_stride_t, cv_stride_h, queries, context_keys, scale_log2,
-    CONTEXT: tl.constexpr, SIDES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, heads, streams that share the table): tiles of a head are neighbours in L2."""
     tile_ptr = tiles_ptr + tl.program_id(0) * QUERY_COLUMNS
@@ -113,36 +117,35 @@ def _block_attention_fwd_kernel(
     first = tl.load(tile_ptr + 1)
     left = tl.load(tile_ptr + 2) - first
     rows = tl.arange(0, BLOCK_M)
-    keys = tl.arange(0, BLOCK_N).to(tl.int64)
+    keys = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     columns = channels < D
     PAD: tl.constexpr = D < BLOCK_D
 
-    q_at = q_ptr + batch.to(tl.int64) * q_stride_b + head * q_stride_h
-    q_at += first.to(tl.int64) * q_stride_t
-    q_offsets = rows.to(tl.int64)[:, None] * q_stride_t + channels[None, :]
+    q_at = at(q_ptr, batch, first, head, q_stride_b, q_stride_t, q_stride_h, UNIT)
+    q_offsets = spread(rows, channels, q_stride_t, UNIT)
     q = load_rows(q_at, q_offsets, rows, columns, left, True, PAD)
 
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
-    for side in tl.range(SIDES, num_stages=1):
+    for side in tl.range(2, num_stages=1):
         k_at, v_at, k_step, v_step, length = place_side(
-            tile_ptr, side, k_ptr, v_ptr, context_k_ptr, context_v_ptr, batch, head,
+            tile_ptr, side, k_ptr, v_ptr, ck_ptr, cv_ptr, batch, head,
             k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
             ck_stride_b, ck_stride_t, ck_stride_h, cv_stride_b, cv_stride_t, cv_stride_h,
-            context_keys, CONTEXT,
+            context_keys, UNIT,
         )  # fmt: skip
-        k_offsets = keys[:, None] * k_step + channels[None, :]
-        v_offsets = keys[:, None] * v_step + channels[None, :]
+        k_offsets = spread(keys, channels, k_step, UNIT)
+        v_offsets = spread(keys, channels, v_step, UNIT)
         full = length // BLOCK_N
         for _ in range(full):
             highest, total, acc = _attend(
                 q, k_at, v_at, k_offsets, v_offsets, keys, columns, BLOCK_N, highest, total, acc,
                 scale_log2, False, PAD, WIDEN,
             )  # fmt: skip
-            k_at += tl.full((), BLOCK_N, tl.int64) * k_step
-            v_at += tl.full((), BLOCK_N, tl.int64) * v_step
+            k_at += tl.full((), BLOCK_N * UNIT, tl.int64) * k_step
+            v_at += tl.full((), BLOCK_N * UNIT, tl.int64) * v_step
         rest = length - full * BLOCK_N
         if rest > 0:
             highest, total, acc = _attend(
@@ -158,7 +161,7 @@ def _block_attention_fwd_kernel(
     heads = tl.num_programs(1)
     row = batch.to(tl.int64) * queries + first
     out_at = out_ptr + (row * heads + head) * D
-    out_offsets = rows.to(tl.int64)[:, None] * (heads * D) + channels[None, :]
+    out_offsets = spread(rows, channels, heads, D)
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_at + out_offsets, out, mask=inside[:, None] & columns[None, :])
     lse_at = lse_ptr + (batch.to(tl.int64) * heads + head) * queries + first
