@@ -67,7 +67,7 @@ class Service:
     """The server and its books. `polls`: looks until a task is done."""
 
     def __init__(self, video: bytes) -> None:
-        self.video, self.polls = video, 1
+        self.video, self.polls, self.page = video, 1, 100
         self.jobs: dict[str, Job] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.faults: dict[str, list[Fault]] = defaultdict(list)
@@ -272,7 +272,11 @@ class Exchange(BaseHTTPRequestHandler):
                 self.told(job) | {"created_at": int(job.created), "prompt": job.prompt}
                 for job in jobs
             ]
-            self.say(200, {"object": "list", "data": items, "has_more": False})
+            numbers = [item["id"] for item in items]
+            start = numbers.index(self.query["after"]) + 1 if "after" in self.query else 0
+            end = start + self.service.page
+            more = {"has_more": end < len(items), "last_id": (numbers[:end] or [None])[-1]}
+            self.say(200, {"object": "list", "data": items[start:end]} | more)
         else:
             items = [
                 {
@@ -285,7 +289,10 @@ class Exchange(BaseHTTPRequestHandler):
                 for job in jobs
                 if self.query.get("request_id") in (None, job.number)
             ]
-            self.say(200, {"items": items, "has_more": False})
+            start = int(self.query.get("cursor", 0))
+            end = start + self.service.page
+            more = {"has_more": end < len(items), "next_cursor": str(end)}
+            self.say(200, {"items": items[start:end]} | more)
 
 
 # Faults.

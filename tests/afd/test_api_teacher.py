@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +449,38 @@ def test_bills_above_the_estimate_raise_the_next_estimate(service: Service, tmp_
     got = buy("ark", service, tmp_path, prompts=8, concurrency=1, budget_usd=3.2, **tokens)
     assert sum(isinstance(path, Path) for path in got) == 3
     assert spent(tmp_path) == pytest.approx(3.0)
+
+
+def test_a_file_that_was_deleted_is_fetched_again_without_paying(
+    wire: str, service: Service, tmp_path: Path
+) -> None:
+    one(wire, service, tmp_path).unlink()
+    one(wire, service, tmp_path).write_bytes(VIDEO[:-100])
+    one(wire, service, tmp_path)
+    assert len(service.jobs) == 1
+
+
+def test_a_list_of_many_pages_is_read_to_its_end(
+    wire: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lost task is on the last page; the service gives two at a time."""
+    monkeypatch.setattr("afd.teachers.ark.PAGE", 2)
+    service.page = 2
+    service.script("submit", lost)
+    config = paid_config(wire, service, tmp_path)
+    teacher = teacher_of(config)
+    future = teacher.start(teacher.requests[0])
+    while not service.jobs:
+        time.sleep(0.001)
+    (job,) = service.jobs.values()
+    for number in range(2, 8):
+        other = replace(job, number=f"{wire}-{number}", asked=dict(job.asked))
+        other.asked |= {"prompt": "x", "seed": 1, "execution_expires_after": 90_000}
+        service.jobs[other.number] = other
+    assert future.result().read_bytes() == VIDEO
+    assert future.exception() is None
+    teacher.close()
+    assert len(service.jobs) == 7
 
 
 def test_a_folder_bought_for_something_else_is_refused(service: Service, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class ApiTeacher:
         future: Future[Path] = Future()
         row = self._ledger.latest(order.key)
         path = self.folder / order.file
-        if row is not None and row.state == "done" and path.is_file():
+        if row is not None and row.holds(path):
             future.set_result(path)
         elif row is not None and row.kind == "content" and not self.config.fetch.retry_rejected:
             future.set_exception(Unanswered(f"{request.prompt!r} was rejected: {row.reason}"))

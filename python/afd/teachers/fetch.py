@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -37,30 +38,30 @@ class Limiter:
     def __init__(self, ceiling: int) -> None:
         self.ceiling, self.limit = ceiling, float(ceiling)
         self.under_way = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._paused_until = 0.0
-        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def enter(self) -> None:
-        """Wait for a place."""
-        while True:
-            pause = self._paused_until - time.monotonic()
-            if pause > 0:
-                await asyncio.sleep(pause)
-            elif self.under_way < int(self.limit):
-                self.under_way += 1
-                return
-            else:
-                self._changed.clear()
-                await self._changed.wait()
+        """Wait for a place; first come, first served."""
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        self._admit()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self.leave()
+            raise
 
     def leave(self) -> None:
         self.under_way -= 1
-        self._changed.set()
+        self._admit()
 
     def accepted(self) -> None:
         """A submit went through: one more place per round."""
         self.limit = min(float(self.ceiling), self.limit + 1.0 / self.limit)
-        self._changed.set()
+        self._admit()
 
     def throttled(self, pause_s: float) -> None:
         """429: half the places, and nobody enters for a while. Once per pause."""
@@ -69,6 +70,23 @@ class Limiter:
             self.limit = max(1.0, min(self.limit, self.under_way) / 2)
             _log.info("the provider throttles: at most %d videos under way", int(self.limit))
         self._paused_until = max(self._paused_until, now + pause_s)
+
+    def _admit(self) -> None:
+        pause_s = self._paused_until - time.monotonic()
+        if pause_s > 0:
+            if self._timer is None:
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(pause_s, self._resume)
+            return
+        while self._waiting and self.under_way < int(self.limit):
+            place = self._waiting.popleft()
+            if not place.done():
+                self.under_way += 1
+                place.set_result(None)
+
+    def _resume(self) -> None:
+        self._timer = None
+        self._admit()
 
 
 class Engine:
@@ -101,22 +119,22 @@ class Engine:
 
         Raises Unanswered if this one cannot be had now, TeacherError if nothing more is bought.
         """
-        while not self._claims.take(order.key):
-            # Another process is at it; it ends or dies, and either frees the claim.
-            await asyncio.sleep(self.config.poll_s)
-        try:
+        while True:
             await self.limiter.enter()
             try:
-                return await self._work(order)
+                if self._claims.take(order.key):
+                    try:
+                        return await self._work(order)
+                    finally:
+                        self._claims.release(order.key)
+            except TeacherError as error:
+                if not isinstance(error, Unanswered):
+                    self.fatal = self.fatal or error
+                raise
             finally:
                 self.limiter.leave()
-        except Unanswered:
-            raise
-        except TeacherError as error:
-            self.fatal = self.fatal or error
-            raise
-        finally:
-            self._claims.release(order.key)
+            # Another process is at it; it ends or dies, and either frees the claim.
+            await asyncio.sleep(self.config.poll_s)
 
     async def settle(self) -> None:
         """Wait until every submit on its way is answered and written down."""
@@ -132,7 +150,7 @@ class Engine:
                 await asyncio.sleep(self._pause_s(attempt))
             row = self.ledger.latest(order.key)
             path = self.ledger.folder / order.file
-            if row is not None and row.state == "done" and path.is_file():
+            if row is not None and row.holds(path):
                 return path
             if path.is_file() and (saved := await self._lying(path)) is not None:
                 if row is not None and row.state == "running":
@@ -230,6 +248,8 @@ class Engine:
         while True:
             tries += 1
             partial = False
+            # Of the moment before the list is asked for: it must be younger than that.
+            settled = time.time() >= row.asked_at + self.config.settle_s
             try:
                 if self.config.idempotency_header is not None:
                     return await self._ask(order, row)
@@ -244,7 +264,6 @@ class Engine:
                         _log.info("found the task %s of a submit without an answer", task["id"])
                         return found
                 alike = [task["id"] for task in seen.lookalikes if task["id"] not in taken]
-                settled = time.time() >= row.asked_at + self.config.settle_s
                 if settled and seen.complete and not alike:
                     self.ledger.end(row, "refused", "retryable", "never arrived", paid=False)
                     return None
@@ -255,7 +274,8 @@ class Engine:
                     raise self._stop(failure.reason) from None
                 why = failure.reason
             patience_s = self.config.deadline_s if partial else self.config.settle_s
-            if time.time() >= row.asked_at + patience_s and tries >= min(2, self.config.tries):
+            late = time.time() >= row.asked_at + patience_s
+            if settled and late and tries >= min(2, self.config.tries):
                 break
             await asyncio.sleep(self._pause_s(tries))
         self._doubt(order, row, f"a submit got no answer and is in doubt ({why})")

@@ -138,7 +138,7 @@ class Http:
             return False
 
     async def call(self, method: str, url: str, **content: Any) -> Reply:
-        """One API exchange; `url` may start at base_url. Redirects are not followed.
+        """One API exchange; a `url` with a leading / is below base_url. Redirects are not followed.
 
         `content`: json, params, files, headers as httpx takes them. Every HTTP status gives a
         Reply; Failure only where there was no whole answer.
@@ -153,7 +153,7 @@ class Http:
         return await self._bounded(self._save(url, path, max_bytes), self._config.download_s)
 
     async def _call(self, method: str, url: str, content: dict[str, Any]) -> Reply:
-        target = self._checked(url if "://" in url else self.base_url + url)
+        target = self._checked(self.base_url + url if url.startswith("/") else url)
         request = self._client.build_request(method, target, **content)
         response = await self._client.send(
             request, stream=True, auth=self._auth, follow_redirects=False

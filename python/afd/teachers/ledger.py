@@ -73,8 +73,11 @@ class Row:
     task: Task | None
     price_usd: float
     asked_at: float
-    file: str | None
     bytes: int | None
+
+    def holds(self, path: Path) -> bool:
+        """Whether this submit's video lies there, as long as it was."""
+        return self.state == "done" and path.is_file() and path.stat().st_size == self.bytes
 
 
 class Ledger:
