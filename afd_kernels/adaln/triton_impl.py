@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_kernels.forward_noise.triton_impl import check_batch, refuse
+from afd_kernels.contracts import require
+from afd_kernels.forward_noise.triton_impl import MAX_BATCH, refuse
 from afd_kernels.launch_config import device_arch, launch_config
 from afd_kernels.reduce_triton import sum_rows
 
 __all__ = ["adaln", "adaln_bwd", "refuse"]
+
+MANY = f"at most {MAX_BATCH} streams for triton"
 
 
 @triton.jit
@@ -66,13 +69,13 @@ def _adaln_fwd_kernel(
     inside = lane < CHANNELS
     # Every load before the first sum: behind its barrier they would wait.
     x = _load(x_ptr + stream * x_batch + token * x_token, lane, CHANNELS)
-    frame = tl.program_id(0) // scale_tokens
+    frame = (tl.program_id(0) // scale_tokens).to(tl.int64)
     scale = _load(scale_ptr + stream * scale_batch + frame * scale_frame, lane, CHANNELS)
     shift = _load(shift_ptr + stream * shift_batch + frame * shift_frame, lane, CHANNELS)
     if branch_ptr is not None:
         branch = _load(branch_ptr + stream * branch_batch + token * branch_token, lane, CHANNELS)
         if gate_ptr is not None:
-            frame = tl.program_id(0) // gate_tokens
+            frame = (tl.program_id(0) // gate_tokens).to(tl.int64)
             branch *= _load(gate_ptr + stream * gate_batch + frame * gate_frame, lane, CHANNELS)
         x_out = (x + branch).to(x_out_ptr.dtype.element_ty)
         tl.store(x_out_ptr + out + lane, x_out, mask=inside)
@@ -128,11 +131,11 @@ def _adaln_bwd_kernel(
     last = tl.minimum(first + TOKENS, start + segment)
     lane = tl.arange(0, BLOCK)
     inside = lane < CHANNELS
-    frame = start // scale_tokens
+    frame = (start // scale_tokens).to(tl.int64)
     scale = _load(scale_ptr + stream * scale_batch + frame * scale_frame, lane, CHANNELS)
     scale += scale_offset
     if gate_ptr is not None:
-        frame = start // gate_tokens
+        frame = (start // gate_tokens).to(tl.int64)
         gate = _load(gate_ptr + stream * gate_batch + frame * gate_frame, lane, CHANNELS)
         dgate = tl.full((BLOCK,), 0.0, tl.float32)
     dscale = tl.full((BLOCK,), 0.0, tl.float32)
@@ -181,21 +184,23 @@ def _adaln_reduce_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Grid (blocks of COLUMNS channels, F, 1 or B): the gradient of one row of a modulation.
+    """Grid (F, blocks of COLUMNS channels, 1 or B): the gradient of one row of a modulation.
 
     It is the sum of `run` partial rows of each of `streams` streams.
     """
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    frame = tl.program_id(0)
+    frames = tl.num_programs(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < CHANNELS
-    frame = tl.program_id(1)
+    out_row = tl.program_id(2).to(tl.int64) * frames + frame
     total = tl.full((COLUMNS,), 0.0, tl.float32)
-    for s in range(streams):
-        row = ((tl.program_id(2) + s).to(tl.int64) * tl.num_programs(1) + frame) * run
+    row = out_row * run
+    for _ in range(streams):
         rows_ptr = partials_ptr + row * 3 * CHANNELS
         total += sum_rows(rows_ptr, run, 3 * CHANNELS, column, inside, ROWS, COLUMNS)
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + frame
+        row += frames * run
     out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * CHANNELS + column, out, mask=inside)
+    tl.store(out_ptr + out_row * CHANNELS + column, out, mask=inside)
 
 
 def _strides(value: Tensor | None) -> tuple[int, int]:
@@ -228,7 +233,7 @@ def adaln(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """x_out ([0] without a branch) and h; modulations [1 or B, F, D], channels contiguous."""
-    check_batch(x.shape[0])
+    require(x.shape[0] <= MAX_BATCH, "x", x, MANY)
     config = launch_config("adaln", device_arch(x.device))["fwd"]
     tokens = x.shape[1]
     x_out, h = x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
@@ -259,7 +264,7 @@ def adaln_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch, dgate (both [0] without a gate), dscale, dshift."""
     batch, tokens, channels = x_out.shape
-    check_batch(batch)
+    require(batch <= MAX_BATCH, "x_out", x_out, MANY)
     configs = launch_config("adaln", device_arch(x_out.device))
     block_tokens, reduce = configs["bwd"]["tokens"], configs["reduce"]
     segments = math.lcm(scale.shape[1], 1 if gate is None else gate.shape[1])
@@ -288,7 +293,7 @@ def adaln_bwd(
     def reduced(index: int, like: Tensor) -> Tensor:
         streams, frames, _ = like.shape
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        _adaln_reduce_kernel[(triton.cdiv(channels, reduce["columns"]), frames, streams)](
+        _adaln_reduce_kernel[(frames, triton.cdiv(channels, reduce["columns"]), streams)](
             partials[0, 0, index],
             out,
             batch // streams,

@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_kernels.forward_noise.triton_impl import check_batch, refuse
+from afd_kernels.contracts import require
+from afd_kernels.forward_noise.triton_impl import MAX_BATCH, refuse
 from afd_kernels.launch_config import device_arch, launch_config
 from afd_kernels.reduce_triton import sum_rows
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_append_", "qk_norm_rope_bwd", "refuse"]
+
+MANY = f"at most {MAX_BATCH} streams for triton"
 
 
 @triton.jit
@@ -234,7 +237,7 @@ def _forward(
     eps: float,
 ) -> Tensor:
     """Launches the forward; `slots` are slots, tokens of a frame, sink frames and ring frames."""
-    check_batch(q.shape[0])
+    require(q.shape[0] <= MAX_BATCH, "q", q, MANY)
     config = launch_config("qk_norm_rope", device_arch(q.device))["fwd"]
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _qk_norm_rope_fwd_kernel[(q.shape[1], q.shape[0])](
@@ -302,7 +305,7 @@ def qk_norm_rope_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and the weights."""
     batch, tokens, heads, width = q.shape
-    check_batch(batch)
+    require(batch <= MAX_BATCH, "q", q, MANY)
     configs = launch_config("qk_norm_rope", device_arch(q.device))
     block_tokens, reduce = configs["bwd"]["tokens"], configs["reduce"]
     blocks, channels = triton.cdiv(tokens, block_tokens), heads * width
