@@ -239,6 +239,7 @@ def test_streams_run_in_inference_mode() -> None:
     with torch.inference_mode():
         out = streamed(net, video(net, 9), t.expand(2, 9), [3, 3, 3])[0]
     assert torch.equal(out, expected)
+    assert not expected.is_inference()
 
 
 def test_two_compiled_pieces_serve_all_layers_chunks_and_copies() -> None:

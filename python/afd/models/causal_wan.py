@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from afd import ops
 from afd.models.kv_cache import KVCache, LayerKV
 from afd.models.rope import rope_table
-from afd.models.wan_block import EPS, Block, Head, TimeTable
+from afd.models.wan_block import EPS, Block, Head, Modulation, TimeTable
 from afd.ops import Intervals, intervals
 from afd_kernels.contracts import require
 
@@ -182,7 +182,8 @@ class CausalWan(nn.Module):
     def _unpatchify(self, y_BLP: Tensor, rows: int, cols: int) -> Tensor:
         ph, pw = self.config.patch
         y = y_BLP.unflatten(-1, (ph, pw, self.config.out_dim)).unflatten(1, (-1, rows, cols))
-        return y.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        y = y.permute(0, 1, 6, 2, 4, 3, 5)
+        return y.reshape(*y.shape[:3], rows * ph, cols * pw)
 
     def time_table(self, t_BF: Tensor) -> TimeTable:
         """Time embedding and every block's modulation at times [B, F], of which both may be 1."""
@@ -216,12 +217,12 @@ class CausalWan(nn.Module):
         x_BLD: Tensor,
         branch_BLD: Tensor | None,
         gate_BFD: Tensor | None,
-        mods_BF6D: Tensor,
+        mods: Modulation,
         text_kv: LayerKV,
     ) -> tuple[Tensor, Tensor | None, Tensor, LayerKV]:
         """Block i: the open residual (x, branch, gate) after it, and its own keys and values."""
         block, last = self._layers()[i], i + 1 == len(self.blocks)
-        x_BLD, q, k, v = self._before(block, x_BLD, branch_BLD, gate_BFD, mods_BF6D)
+        x_BLD, q, k, v = self._before(block, x_BLD, branch_BLD, gate_BFD, mods)
         norms = block.self_attn.norm_q.weight, block.self_attn.norm_k.weight
         k_context = v_context = None
         if how.cache is None:
@@ -243,14 +244,15 @@ class CausalWan(nn.Module):
             )
             k, v = how.cache.view(i)
         if last and how.keys_only:
-            return x_BLD, None, mods_BF6D, (k, v)
+            return x_BLD, None, mods[5], (k, v)
         seen = how.intervals
         if last and how.last is not None:
             tokens, frames, seen = how.last
-            x_BLD, q, mods_BF6D = x_BLD[:, tokens:], q[:, tokens:], mods_BF6D[:, frames:]
+            x_BLD, q = x_BLD[:, tokens:], q[:, tokens:]
+            mods = tuple(part[:, frames:] for part in mods)
         attended, _ = ops.block_attention(q, k, v, seen, k_context=k_context, v_context=v_context)
-        x_BLD, branch_BLD = self._after(block, x_BLD, attended, mods_BF6D, text_kv)
-        return x_BLD, branch_BLD, mods_BF6D[:, :, 5], (k, v)
+        x_BLD, branch_BLD = self._after(block, x_BLD, attended, mods, text_kv)
+        return x_BLD, branch_BLD, mods[5], (k, v)
 
     def _run(
         self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: _Pass
@@ -260,7 +262,7 @@ class CausalWan(nn.Module):
         gate_BFD: Tensor | None = None
         own: list[LayerKV] = []
         for i in range(len(self.blocks)):
-            args = (i, how, x_BLD, branch_BLD, gate_BFD, times.mods[i], text_kv[i])
+            args = (i, how, x_BLD, branch_BLD, gate_BFD, times.layers[i], text_kv[i])
             if self.checkpoint_blocks and torch.is_grad_enabled() and how.cache is None:
                 out = checkpoint(self._layer, *args, use_reentrant=False)
             else:
@@ -420,20 +422,25 @@ class CausalWan(nn.Module):
             cache.keep_time(t_BF, table)
         return table
 
-    @torch.no_grad()
     def streamed(
         self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context_only: bool = False
     ) -> Tensor | None:
         """`forward_cached` at the chunk the cache has been put to; depends on no host value."""
-        x_BLD, rows, cols = self._patchify(x_BFCHW)
-        how = _Pass(
-            cache.rope(x_BFCHW.shape[1]),
-            intervals.cache(cache.valid, x_BLD.shape[1]),
-            cache=cache,
-            keys_only=context_only,
-        )
-        y_BLP, _ = self._run(x_BLD, times, cache.cross_kv, how)
-        return None if y_BLP is None else self._unpatchify(y_BLP, rows, cols)
+        # Autograd in between costs the host more time per op than some ops take.
+        with torch.inference_mode():
+            x_BLD, rows, cols = self._patchify(x_BFCHW)
+            how = _Pass(
+                cache.rope(x_BFCHW.shape[1]),
+                intervals.cache(cache.valid, x_BLD.shape[1]),
+                cache=cache,
+                keys_only=context_only,
+            )
+            y_BLP, _ = self._run(x_BLD, times, cache.cross_kv, how)
+        if y_BLP is None:
+            return None
+        # Rearranged out here: autograd may save it, so it must not be an inference tensor.
+        out = self._unpatchify(y_BLP, rows, cols)
+        return out.clone() if out.is_inference() else out
 
 
 def _times(t_BF: Tensor | None, x_BFCHW: Tensor) -> Tensor:

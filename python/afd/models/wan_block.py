@@ -7,7 +7,7 @@ Shape letters: B batch, F frames, L tokens, D model width, h heads, d head chann
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,17 +23,25 @@ if TYPE_CHECKING:
 EPS = 1e-6
 
 
+# Shift, scale, gate of attention, then of the feed-forward, each [B, F, D].
+Modulation = tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class TimeTable:
     """What one set of times does to every layer.
 
     Attributes:
         embed_BFD: the time embedding, which modulates the head; B and F may be 1.
-        mods: per layer [B, F, 6, D]: shift, scale, gate of attention, then of the feed-forward.
+        mods: per layer [B, F, 6, D]; `layers` are its slices.
     """
 
     embed_BFD: Tensor
     mods: list[Tensor]
+    layers: list[Modulation] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", [mods.unbind(2) for mods in self.mods])
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor) -> Tensor:
@@ -101,7 +109,7 @@ class Attention(nn.Module):
 
     def split(self, x_BLD: Tensor) -> Tensor:
         """[B, L, h, d] view."""
-        return x_BLD.unflatten(-1, (self.heads, -1))
+        return x_BLD.view(*x_BLD.shape[:2], self.heads, -1)
 
     def project(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw q, k, v, each [B, L, h, d]: not normed, not rotated."""
@@ -141,18 +149,17 @@ class Block(nn.Module):
         )
 
     def before(
-        self, x_BLD: Tensor, branch_BLD: Tensor | None, gate_BFD: Tensor | None, mods_BF6D: Tensor
+        self, x_BLD: Tensor, branch_BLD: Tensor | None, gate_BFD: Tensor | None, mods: Modulation
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Closes the residual; returns x [B, L, D] and raw q, k, v [B, L, h, d]."""
-        shift, scale = mods_BF6D[:, :, 0], mods_BF6D[:, :, 1]
-        x_BLD, h_BLD = ops.adaln(x_BLD, branch_BLD, gate_BFD, scale, shift, eps=EPS)
+        x_BLD, h_BLD = ops.adaln(x_BLD, branch_BLD, gate_BFD, mods[1], mods[0], eps=EPS)
         return x_BLD, *self.self_attn.project(h_BLD)
 
     def after(
-        self, x_BLD: Tensor, attended_BLhd: Tensor, mods_BF6D: Tensor, text_kv: LayerKV
+        self, x_BLD: Tensor, attended_BLhd: Tensor, mods: Modulation, text_kv: LayerKV
     ) -> tuple[Tensor, Tensor]:
         """Everything after self-attention; returns x and the feed-forward's branch, gate mods 5."""
-        _, _, gate_sa, shift_ff, scale_ff, _ = mods_BF6D.unbind(2)
+        _, _, gate_sa, shift_ff, scale_ff, _ = mods
         branch = self.self_attn.o(attended_BLhd.flatten(2))
         weight, bias = self.norm3.weight, self.norm3.bias
         x_BLD, h_BLD = ops.adaln(x_BLD, branch, gate_sa, weight, bias, scale_offset=0.0, eps=EPS)

@@ -175,9 +175,9 @@ class _Taps:
 
         self.net.get_submodule(module).register_forward_hook(keep)
 
-    def _after(self, block: Block, x: Tensor, attended: Tensor, mods: Tensor, text: Any) -> Any:
+    def _after(self, block: Block, x: Tensor, attended: Tensor, mods: Any, text: Any) -> Any:
         x_BLD, branch_BLD = block.after(x, attended, mods, text)
-        gate_BLD = mods[:, :, 5].repeat_interleave(x_BLD.shape[1] // mods.shape[1], 1)
+        gate_BLD = mods[5].repeat_interleave(x_BLD.shape[1] // mods[5].shape[1], 1)
         index = next(i for i, other in enumerate(self.net.blocks) if other is block)
         self.seen[f"blocks.{index}"] = (x_BLD + gate_BLD * branch_BLD).detach()
         return x_BLD, branch_BLD
