@@ -4,7 +4,8 @@ The same network and weights, one PyTorch op after another: a projection each fo
 in separate steps, rotary positions as float64 complex numbers from a table that is put together
 for every call, a cache whose indices are tensors and whose content is moved when the window is
 full, modulation and gates as ops of their own. The whole network runs in the context pass as well.
-The text MLP runs once per prompt, as in ours.
+The text MLP runs once per prompt, as in ours, or (`embeds_text`) in every call, although what it
+feeds is cached: so does the released code, which hands the prompt to each call.
 
 Shape letters: B videos, F frames, L tokens, S cache slots, D width, h heads, d head channels.
 """
@@ -37,19 +38,22 @@ class Layer:
 
 @dataclass
 class Cache:
-    """Of all layers; `text` holds keys and values of the prompt, each [B, L, h, d]."""
+    """Of all layers; `text` holds keys and values of the prompt `prompt`, each [B, L, h, d]."""
 
     layers: list[Layer]
     text: list[tuple[Tensor, Tensor]]
     sink_tokens: int
     windowed: bool
+    prompt: Tensor
 
 
 class EagerWan:
     """The network as functions of the weights of a `CausalWan` (its state dict)."""
 
-    def __init__(self, config: WanConfig, weights: Mapping[str, Tensor]) -> None:
-        self.config = config
+    def __init__(
+        self, config: WanConfig, weights: Mapping[str, Tensor], *, embeds_text: bool = False
+    ) -> None:
+        self.config, self.embeds_text = config, embeds_text
         self.w = {name: value.detach() for name, value in weights.items()}
         pairs = config.head_dim // 2
         self.split = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
@@ -73,8 +77,7 @@ class EagerWan:
         self, text_BLE: Tensor, frames: int, tokens: int, window: int | None = None, sink: int = 0
     ) -> Cache:
         """Room for `window` frames of `tokens` tokens, or for `frames` where there is no window."""
-        embedded = self.linear("text_embedding.0", text_BLE)
-        embedded = self.linear("text_embedding.2", F.gelu(embedded, approximate="tanh"))
+        embedded = self.embed(text_BLE)
         layers, text = [], []
         slots = (frames if window is None else window) * tokens
         shape = (len(text_BLE), slots, self.config.num_heads, self.config.head_dim)
@@ -84,11 +87,17 @@ class EagerWan:
             text.append((self.heads(k_BLD), self.heads(self.linear(f"{name}.v", embedded))))
             ends = [torch.zeros(1, dtype=torch.int64, device=embedded.device) for _ in range(2)]
             layers.append(Layer(embedded.new_zeros(shape), embedded.new_zeros(shape), *ends))
-        return Cache(layers, text, sink * tokens, window is not None)
+        return Cache(layers, text, sink * tokens, window is not None, text_BLE)
+
+    def embed(self, text_BLE: Tensor) -> Tensor:
+        embedded = self.linear("text_embedding.0", text_BLE)
+        return self.linear("text_embedding.2", F.gelu(embedded, approximate="tanh"))
 
     @torch.no_grad()
     def forward(self, x_BFCHW: Tensor, t_BF: Tensor, cache: Cache, start_frame: int) -> Tensor:
         """The network's output for one chunk at frames `start_frame` and on, like x."""
+        if self.embeds_text:
+            self.embed(cache.prompt)
         B, frames, _, H, W = x_BFCHW.shape
         ph, pw = self.config.patch
         grid = (frames, H // ph, W // pw)
