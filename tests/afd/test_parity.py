@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,23 @@ def test_missing_and_extra_weights_are_errors(copy: Path) -> None:
     weights.pop("head.modulation")
     save_file(weights, copy / "weights.safetensors")
     assert "head.modulation" in next(run_folder(copy)).line()
+
+
+def test_a_folder_without_weights_is_no_success(copy: Path) -> None:
+    (copy / "weights.safetensors").unlink()
+    (report,) = run_folder(copy)
+    assert "no weights.safetensors" in report.line()
+    assert not report.ok
+
+
+def test_the_command_runs_as_its_docstring_says(copy: Path) -> None:
+    for path in copy.glob("*.safetensors"):
+        if path.stem not in ("weights", "rollout_rolling"):
+            path.unlink()
+    command = [sys.executable, "-m", "afd.testing.parity", str(copy), "--dtype", "float64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("1 files, 0 failed\n")
 
 
 def test_an_empty_folder_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
