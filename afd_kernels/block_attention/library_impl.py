@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -116,28 +117,59 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one stream needs: blocks without keys, first intervals, second intervals."""
+    """What one stream needs: blocks without keys, first intervals, second intervals.
+
+    `by_keys` covers the same pairs by segments of keys, each with the queries that attend it.
+    """
 
     empty: tuple[tuple[int, int], ...]
     first: tuple[Part, ...]
     second: tuple[Part, ...]
+    by_keys: tuple[Part, ...]
+
+    def backward(self, keys: bool, context_keys: bool) -> list[Part]:
+        """The parts of a backward in which k or the context may need gradients.
+
+        By keys where that takes no more calls: dq is then what is added up, one tensor, not two.
+        """
+        parts = []
+        for context, wanted in ((False, keys), (True, context_keys)):
+            rows = [part for part in (*self.first, *self.second) if part.context == context]
+            segments = [part for part in self.by_keys if part.context == context]
+            parts += segments if wanted and len(segments) <= len(rows) else rows
+        return parts
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(rows: tuple[Row, ...], border: int, join: bool) -> Plan:
     """The calls for the rows of a stream; neighbours of equal size are one call where `join`."""
     empty = tuple((row[0], row[1]) for row in rows if row[3] == 0)
-    firsts = [_part(row, row[2], row[3], border) for row in rows if row[3]]
-    seconds = [_part(row, row[4], row[5], border) for row in rows if row[5]]
+    firsts = [_part(row[:2], row[2], row[3], border) for row in rows if row[3]]
+    seconds = [_part(row[:2], row[4], row[5], border) for row in rows if row[5]]
     if join:
         firsts, seconds = _join(firsts), _join(seconds)
-    return Plan(empty, tuple(firsts), tuple(seconds))
+    return Plan(empty, tuple(firsts), tuple(seconds), tuple(_by_keys(rows, border)))
 
 
-def _part(row: Row, low: int, high: int, border: int) -> Part:
+def _part(queries: tuple[int, int], low: int, high: int, border: int) -> Part:
     context = high <= border
     start = low if context else low - border
-    return Part(row[0], row[1] - row[0], 1, context, start, high - low, 0)
+    return Part(queries[0], queries[1] - queries[0], 1, context, start, high - low, 0)
+
+
+def _by_keys(rows: tuple[Row, ...], border: int) -> Iterator[Part]:
+    """A part per segment of keys between two ends of intervals and run of rows that attend it."""
+    ends = sorted({border, *(end for row in rows for end in row[2:])})
+    for low, high in itertools.pairwise(ends):
+        runs: list[tuple[int, int]] = []
+        for q0, q1, a0, a1, b0, b1 in rows:
+            if not (a0 <= low < high <= a1 or b0 <= low < high <= b1):
+                continue
+            if runs and runs[-1][1] == q0:
+                q0 = runs.pop()[0]
+            runs.append((q0, q1))
+        for queries in runs:
+            yield _part(queries, low, high, border)
 
 
 def _join(parts: list[Part]) -> list[Part]:
@@ -291,43 +323,35 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, dk_context, dv_context; None where not needed."""
     border = 0 if sources.k_context is None else sources.k_context.shape[1]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs[0] else None
-    # Keys get a share from every block that attends them: added up in fp32, in order.
-    wanted = (needs[1], needs[1], needs[2], needs[2])
-    grads = _Keys(
-        *(
-            x.new_zeros(x.shape, dtype=torch.float32) if want and x is not None else None
-            for x, want in zip(sources, wanted, strict=True)
-        )
+    # Queries and keys get a share from every part that holds them: added up in fp32, in order.
+    wanted = (needs[0], needs[1], needs[1], needs[2], needs[2])
+    dq, *key_grads = (
+        x.new_zeros(x.shape, dtype=torch.float32) if want and x is not None else None
+        for x, want in zip((q, *sources), wanted, strict=True)
     )
+    grads = _Keys(*key_grads)
     for at, work in _streams(intervals, q.shape[0], border):
-        grad, query, keys, out_, lse_ = grad_out[at], q[at], sources.stream(at), out[at], lse[at]
-        dq_ = None if dq is None else dq[at]
-        if dq_ is not None:
-            for low, high in work.empty:
-                dq_[:, low:high].zero_()
-        for part in (*work.first, *work.second):
-            key_grads = needs[2 if part.context else 1]
-            if dq_ is None and not key_grads:
+        keys, totals = sources.stream(at), grads.stream(at)
+        for part in work.backward(needs[1], needs[2]):
+            key_grads_too = needs[2 if part.context else 1]
+            if dq is None and not key_grads_too:
                 continue
             part_dq, part_dk, part_dv = library.backward(
-                _queries(grad, part),
-                _queries(query, part),
+                _queries(grad_out[at], part),
+                _queries(q[at], part),
                 *keys.blocks(part),
-                _queries(out_, part),
-                _lse_blocks(lse_, part),
+                _queries(out[at], part),
+                _lse_blocks(lse[at], part),
                 scale,
-                key_grads,
+                key_grads_too,
             )
-            if dq_ is not None:
-                target = _queries(dq_, part)
-                target.add_(part_dq) if part in work.second else target.copy_(part_dq)
-            if key_grads:
+            if dq is not None:
+                _queries(dq[at], part).add_(part_dq)
+            if key_grads_too:
                 assert part_dk is not None
                 assert part_dv is not None
-                _add(grads.stream(at).source(part.context), (part_dk, part_dv), part)
-    done = (None if g is None else g.to(q.dtype) for g in grads)
-    return dq, *done
+                _add(totals.source(part.context), (part_dk, part_dv), part)
+    return tuple(None if g is None else g.to(q.dtype) for g in (dq, *grads))
 
 
 def _add(totals: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor], part: Part) -> None:

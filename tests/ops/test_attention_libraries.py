@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afd import ops
-from afd.ops import intervals
+from afd.ops import Intervals, intervals
 from afd_kernels.block_attention import library_cuda, library_impl
-from tests.ops.test_block_attention import FEW, HALVES, OP, Case, assert_lse, attend, oracle
+from tests.ops.test_block_attention import (
+    FEW,
+    HALVES,
+    OP,
+    Case,
+    assert_lse,
+    attend,
+    oracle,
+    random_rows,
+)
 from tests.tolerances import assert_attention
 
 
@@ -63,6 +73,31 @@ def test_blocks_of_equal_size_are_one_call() -> None:
     (selves,) = work.second
     assert (selves.blocks, selves.queries, selves.keys, selves.step) == (3, 10, 10, 10)
     assert len(library_impl.plan(rows, 0, False).second) == 3
+
+
+def test_a_backward_goes_by_keys_where_that_takes_no_more_calls() -> None:
+    (rows,) = intervals.causal(6, 2, 5).rows
+    work = library_impl.plan(rows, 0, True)
+    runs = [(part.q0, part.queries, part.k0, part.keys) for part in work.backward(True, False)]
+    assert runs == [(0, 30, 0, 10), (10, 20, 10, 10), (20, 10, 20, 10)]
+    assert work.backward(False, False) == [*work.first, *work.second]
+    (rows,) = intervals.teacher_forcing(8, 2, 5).rows
+    work = library_impl.plan(rows, 0, True)
+    assert len(work.by_keys) > len(work.backward(True, False)) == len(work.first) + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=random_rows())
+def test_by_keys_or_by_rows_the_pairs_are_the_same(drawn: tuple[int, int, Intervals]) -> None:
+    _, border, case = drawn
+    for stream, mask in zip(case.rows, case.mask(case.keys).long(), strict=True):
+        work = library_impl.plan(stream, border, False)
+        for parts in ((*work.first, *work.second), work.by_keys):
+            counted = torch.zeros_like(mask)
+            for part in parts:
+                low = part.k0 + (0 if part.context else border)
+                counted[part.q0 : part.q0 + part.queries, low : low + part.keys] += 1
+            assert torch.equal(counted, mask)
 
 
 def test_joined_calls_answer_as_single_ones() -> None:

@@ -17,7 +17,7 @@ from afd import ops
 from afd.ops import Intervals, intervals, use_backend
 from afd_kernels.block_attention import reference
 from afd_kernels.block_attention.contract import rowwise
-from tests.tolerances import ATTENTION_LSE, assert_attention
+from tests.tolerances import ATTENTION_FLOOR, ATTENTION_LSE, assert_attention
 
 Place = tuple[str, str]
 
@@ -108,7 +108,7 @@ def assert_lse(lse: Tensor, ref: Tensor, inputs: torch.dtype = torch.float32) ->
     assert ((lse[seen].double() - ref[seen]).abs() <= ATTENTION_LSE[inputs]).all()
 
 
-def check(case: Case, tensors: list[Tensor]) -> None:
+def check(case: Case, tensors: list[Tensor], floor: float = ATTENTION_FLOOR) -> None:
     """Output, LSE and every gradient against the oracle's."""
     out, lse = attend(case, tensors)
     ref, ref_lse = oracle(case, tensors)
@@ -120,7 +120,7 @@ def check(case: Case, tensors: list[Tensor]) -> None:
     grads = torch.autograd.grad(out, tensors, grad)
     refs = torch.autograd.grad(ref, tensors, grad.double())
     for got, expected in zip(grads, refs, strict=True):
-        assert_attention(got, expected)
+        assert_attention(got, expected, floor)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -327,7 +327,8 @@ def test_any_intervals(backend: str, drawn: tuple[int, int, Intervals], seed: in
     spare = keys - max(rows.keys - border, 1)
     case = Case("drawn", rows, width=8, batch=rows.streams, context=border, spare=max(spare, 0))
     with use_backend(backend):
-        check(case, case.tensors(seed=seed))
+        # One key, and the gradient of its score is a difference of numbers of size 1 that is 0.
+        check(case, case.tensors(seed=seed), floor=1.0)
 
 
 def test_flex_attention_agrees() -> None:
