@@ -230,6 +230,17 @@ def test_the_released_code_normalises_the_same(place: Place, shared: Path) -> No
     assert_elementwise(out.flatten(2).cpu(), units["rms.out"], scale=4.0)
 
 
+def test_one_rounding_is_closer_than_the_released_ones(place: Place, shared: Path) -> None:
+    units = load_file(shared / "golden" / "units.safetensors")
+    x = units["rms.x"].bfloat16().unflatten(-1, (6, 32)).to(place[1])
+    weight = units["rms.w"].bfloat16().to(place[1])
+    still = torch.tensor([1.0, 0.0], device=place[1]).expand(1, x.shape[1], 16, 2)
+    out, _ = ops.qk_norm_rope(x, x, weight, weight, still)
+    exact = oracle(x, weight, still).flatten(2).cpu()
+    ours = (out.flatten(2).cpu() - exact).norm()
+    assert ours < (units["rms.out_bf16"] - exact).norm()
+
+
 def slot_of(frame: int, capacity: int, sink: int) -> int:
     """Where the ring keeps a frame."""
     return frame if frame < sink else sink + (frame - sink) % (capacity - sink)
