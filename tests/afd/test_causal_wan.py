@@ -6,6 +6,7 @@ All modes are one network, so a stream must equal the one pass that sees the sam
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.kv_cache import KVCache
+from afd.models.wan_block import Block
 from afd.ops import intervals
 from tests.afd.tiny_wan import HEIGHT, TOKENS, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_REORDERED as SAME
@@ -150,6 +152,23 @@ def test_a_chunk_over_a_given_past_equals_the_stream_and_takes_gradients_to_it()
     assert all(grad.any() for grad in torch.autograd.grad(flow.square().sum(), leaves))
     first, _ = net.forward_over(x[:, :3], t, text(net), None, 0)
     torch.testing.assert_close(first, out[:, :3], **SAME)
+
+
+def test_a_pass_without_gradient_lets_go_of_every_layer_s_keys_and_values() -> None:
+    """Those of all layers together are as large as a clip's cache."""
+    net, values, alive = tiny(num_layers=6), [], []
+
+    def before(block: Block, *rest: Any) -> Any:
+        alive.append(sum(value() is not None for value in values))
+        out = block.before(*rest)
+        values.append(weakref.ref(out[3]))
+        return out
+
+    net._before = before
+    with torch.no_grad():
+        net(video(net, 6), torch.zeros(1, 1), text(net))
+    assert len(alive) == 6
+    assert max(alive) == 1
 
 
 @pytest.mark.parametrize("teacher_forced", [False, True])

@@ -88,6 +88,7 @@ class _Pass:
         intervals: keys of each query.
         context: per layer, keys and values before the pass's own; or
         cache: where the pass writes its own, and reads everything from.
+        keep: the pass's own keys and values are wanted afterwards; else a layer's are let go.
         keys_only: nothing of the last layer is wanted but keys and values.
         last: (tokens, frames, intervals): in the last layer only what follows is asked.
     """
@@ -96,6 +97,7 @@ class _Pass:
     intervals: Intervals
     context: list[LayerKV] | None = None
     cache: KVCache | None = None
+    keep: bool = False
     keys_only: bool = False
     last: tuple[int, int, Intervals] | None = None
 
@@ -257,7 +259,7 @@ class CausalWan(nn.Module):
     def _run(
         self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: _Pass
     ) -> tuple[Tensor | None, list[LayerKV]]:
-        """All layers and the head: patches [B, L, P] (None if keys_only), keys and values."""
+        """All layers and the head: patches [B, L, P] (None if keys_only), kept keys and values."""
         branch_BLD: Tensor | None = None
         gate_BFD: Tensor | None = None
         own: list[LayerKV] = []
@@ -268,7 +270,8 @@ class CausalWan(nn.Module):
             else:
                 out = self._layer(*args)
             x_BLD, branch_BLD, gate_BFD, kv = out
-            own.append(kv)
+            if how.keep:
+                own.append(kv)
         if how.keys_only:
             return None, own
         embed_BFD = times.embed_BFD
@@ -344,6 +347,7 @@ class CausalWan(nn.Module):
         how = _Pass(
             self._rope(rows, cols, range(frames)),
             self.config.sight(frames, rows * cols),
+            keep=True,
             keys_only=True,
         )
         if t_BF is None:
@@ -371,6 +375,7 @@ class CausalWan(nn.Module):
             self._rope(rows, cols, range(start_frame, start_frame + x_BFCHW.shape[1])),
             intervals.after_context(past, x_BLD.shape[1]),
             context if past else None,
+            keep=True,
         )
         y_BLP, own = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
         assert y_BLP is not None
