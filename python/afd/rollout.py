@@ -15,7 +15,9 @@ from torch import Generator, Tensor
 
 from afd import ops
 from afd.models.kv_cache import KVCache
+from afd.models.self_forcing import self_forced
 from afd.models.student import Level, Student
+from afd.models.wan import WanStudent
 from afd.schedules import check_steps, renoise
 from afd_kernels.contracts import require
 
@@ -23,12 +25,15 @@ __all__ = [
     "STEPS",
     "Layout",
     "NoiseSource",
+    "SelfForced",
     "check_steps",
     "chunk_layout",
     "counted_noise",
     "denoise_chunk",
+    "draw_exits",
     "rollout",
     "seeded_noise",
+    "self_forcing_rollout",
     "stream",
     "stream_layout",
 ]
@@ -75,7 +80,7 @@ def counted_noise(
 
     Not on the batch, the device, or what was drawn before: every draw is a Philox stream of its
     own (`afd.ops.forward_noise`). All keys are on the device before the first draw, so drawing
-    never waits for it. `draws` is the largest number of steps of a chunk.
+    never waits for it. `draws` is the largest number of draws of a chunk, one a step.
     """
     keys_KSB = torch.tensor(
         [
@@ -262,3 +267,79 @@ def rollout(
         text = student.encode(prompts[part])
         videos.append(torch.cat(list(stream(student, text, noise, frames=frames, steps=steps)), 1))
     return torch.cat(videos)
+
+
+@dataclass(frozen=True)
+class SelfForced:
+    """A rollout with gradients.
+
+    Attributes:
+        x_BFCHW: its latents; the exit steps' predictions, which carry the gradient.
+        t_from, t_to: the list's values at the exit and after it (0 after the last), unwarped, where
+            a trainer's own times are bounded by them.
+    """
+
+    x_BFCHW: Tensor
+    t_from: float
+    t_to: float
+
+
+def draw_exits(
+    chunks: int,
+    steps: Sequence[float],
+    generator: Generator,
+    *,
+    first_steps: Sequence[float] | None = None,
+    same: bool = True,
+) -> list[int]:
+    """The step of every chunk that takes the gradient, uniform over its list.
+
+    `same`: one draw for all chunks; with a list of its own the first chunk has a draw of its own.
+    """
+    lists = [steps] * chunks
+    if first_steps is not None:
+        lists[0] = first_steps
+    exits = [int(torch.randint(len(one), (), generator=generator)) for one in lists]
+    start = 0 if first_steps is None else 1
+    return exits[:start] + exits[start : start + 1] * (chunks - start) if same else exits
+
+
+def self_forcing_rollout(
+    student: WanStudent,
+    text_BLE: Tensor,
+    noise: NoiseSource,
+    exits: Sequence[int],
+    *,
+    steps: Sequence[float],
+    first_steps: Sequence[float] | None = None,
+    leak: bool = False,
+    frames_with_gradient: int | None = None,
+) -> SelfForced:
+    """A stream as `stream` makes it, left at each chunk's exit step, which takes the gradient.
+
+    The noise is the stream's: a chunk's step s reads noise(chunk, s), and its context pass, which
+    sees the slightly noised result, the draw after its exit step (so a list of n steps may need
+    n + 1 draws). `afd.models.self_forcing` says the rest.
+
+    Args:
+        exits: the exit step of every chunk (`draw_exits`); their number is that of the chunks.
+    """
+    levels = student.levels(steps)
+    lists = [[level.t for level in levels]] * len(exits)
+    if first_steps is not None:
+        lists[0] = [level.t for level in student.levels(first_steps)]
+    # Between two steps of each chunk, then its context pass; the last chunk has none.
+    order = iter([(c, s) for c, leave in enumerate(exits) for s in range(1, leave + 2)])
+    x_BFCHW = self_forced(
+        student.net,
+        text_BLE,
+        torch.cat([noise(chunk, 0) for chunk in range(len(exits))], 1),
+        lists,
+        exits,
+        lambda: noise(*next(order)),
+        schedule=student.schedule,
+        leak=leak,
+        frames_with_gradient=frames_with_gradient,
+    )
+    after = [*steps[1:], 0.0]
+    return SelfForced(x_BFCHW, steps[exits[-1]], after[exits[-1]])

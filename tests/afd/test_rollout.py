@@ -14,8 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.wan import WanStudent
-from afd.rollout import chunk_layout, counted_noise, rollout, stream, stream_layout
-from tests.tolerances import NETWORK_FORWARD
+from afd.rollout import (
+    chunk_layout,
+    counted_noise,
+    draw_exits,
+    rollout,
+    self_forcing_rollout,
+    stream,
+    stream_layout,
+)
+from tests.tolerances import NETWORK_FORWARD, NETWORK_GRADIENT
 from tests.tolerances import NETWORK_REORDERED as SAME
 
 SIZES: dict[str, Any] = {
@@ -280,3 +288,67 @@ def test_no_value_is_read_back_in_the_loop(text: Tensor) -> None:
     with Watch() as watch:
         assert len(list(chunks)) == 5
     assert watch.waits == []
+
+
+def test_a_rollout_with_gradients_is_the_stream_up_to_its_noised_context(
+    student: WanStudent, text: Tensor
+) -> None:
+    noise = counted_noise([1, 2], stream_layout(student, 6), 5, student.frame_shape)
+    made = self_forcing_rollout(student, text, noise, [1, 1, 1], steps=FOUR)
+    assert (made.t_from, made.t_to) == (750, 500)
+    assert made.x_BFCHW.shape == (2, 6, *student.frame_shape)
+    # The first chunk has no context, so it is the first chunk of a stream of these two steps.
+    first = next(stream(student, text, noise, frames=6, steps=(1000, 750)))
+    torch.testing.assert_close(made.x_BFCHW[:, :2], first, **SAME)
+    later = self_forcing_rollout(student, text, noise, [3, 0, 0], steps=[1000], first_steps=FOUR)
+    assert (later.t_from, later.t_to) == (1000, 0)
+
+
+@pytest.mark.parametrize("name", ["sf_train_grad_reference", "sf_train_grad_detached"])
+def test_gradients_of_a_rollout_are_the_released_ones(shared: Path, name: str) -> None:
+    folder = shared / "golden" / "A_small"
+    if not (folder / f"{name}.safetensors").is_file():
+        pytest.skip(f"no {name}")
+    sizes = json.loads((folder / "config.json").read_text())
+    golden = load_file(folder / f"{name}.safetensors")
+    names = ("dim", "num_heads", "ffn_dim", "num_layers", "freq_dim", "text_dim", "text_len")
+    net = CausalWan(WanConfig(**{name: sizes[name] for name in names}, chunk=sizes["chunk"]))
+    net.load_state_dict(load_file(folder / "weights.safetensors"))
+    student = WanStudent(net, height=sizes["H"], width=sizes["W"])
+    chunks = golden["noise"].split(sizes["chunk"], 1)
+    drawn = iter(sorted(name for name in golden if name.startswith("renoise.")))
+
+    def noise(chunk: int, step: int) -> Tensor:
+        return golden[next(drawn)].view_as(chunks[0]) if step else chunks[chunk]
+
+    leave = int(golden["exit_index"])
+    made = self_forcing_rollout(
+        student,
+        golden["context"],
+        noise,
+        [leave] * len(chunks),
+        steps=sizes["steps"],
+        leak=name.endswith("reference"),
+    )
+    assert (made.t_from, made.t_to) == (float(golden["t_from"]), float(golden["t_to"]))
+    error = (made.x_BFCHW - golden["latents"]).norm() / golden["latents"].norm()
+    assert error < NETWORK_FORWARD
+    (made.x_BFCHW * golden["R"]).mean().backward()
+    floor = 1e-4 * max(float(v) for k, v in golden.items() if k.startswith("gradnorm."))
+    for key, parameter in net.named_parameters():
+        if f"gradnorm.{key}" in golden:
+            norm = float(golden[f"gradnorm.{key}"])
+            mine = 0.0 if parameter.grad is None else float(parameter.grad.norm())
+            assert abs(mine - norm) <= NETWORK_GRADIENT * max(norm, floor), key
+
+
+def test_exits_are_one_draw_for_all_but_a_first_chunk_with_its_own_list() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_exits(5, FOUR, generator) for _ in range(40)]
+    assert all(len(exits) == 5 and len(set(exits)) == 1 for exits in drawn)
+    assert {exits[0] for exits in drawn} == {0, 1, 2, 3}
+    drawn = [draw_exits(5, [1000], generator, first_steps=FOUR) for _ in range(40)]
+    assert {exits[0] for exits in drawn} == {0, 1, 2, 3}
+    assert all(exits[1:] == [0] * 4 for exits in drawn)
+    each = [draw_exits(5, FOUR, generator, same=False) for _ in range(20)]
+    assert any(len(set(exits)) > 1 for exits in each)
