@@ -231,6 +231,8 @@ def test_the_released_code_normalises_the_same(place: Place, shared: Path) -> No
 
 
 def test_one_rounding_is_closer_than_the_released_ones(place: Place, shared: Path) -> None:
+    if place == ("triton", "cpu"):
+        pytest.skip("Triton's interpreter cuts bfloat16 off instead of rounding it")
     units = load_file(shared / "golden" / "units.safetensors")
     x = units["rms.x"].bfloat16().unflatten(-1, (6, 32)).to(place[1])
     weight = units["rms.w"].bfloat16().to(place[1])
