@@ -3,10 +3,11 @@
     make gpu-check OUT=folder
     python benchmarks/gpu_check.py --out folder --sections build,tests
 
-Needs nothing installed but torch, triton, numpy, einops, rich, pytest, hypothesis, a compiler,
-nvcc, cmake, ninja and pybind11. A section that fails does not stop the others. Leaves in the
-folder: gpu-check.log (everything printed), nft_loss.json/.png, forward_noise.json/.png,
-summary.json and summary.md. Exits with 1 if a section failed.
+Needs nothing installed but torch, triton, numpy, einops, rich, safetensors, pytest, hypothesis, a
+compiler, nvcc, cmake, ninja and pybind11. A section that fails does not stop the others. Leaves in
+the folder: gpu-check.log (everything printed), one JSON per benchmark (nft_loss, forward_noise,
+attention, rollout), plots of the first two, summary.json and summary.md. Exits with 1 if a section
+failed.
 """
 
 from __future__ import annotations
@@ -26,9 +27,25 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# The trainer's tests need packages that a bare GPU box lacks, and no GPU.
+# Golden files of the released code; they lie beside the checkout where there are any.
+GOLDEN = ROOT.parent / "shared" / "golden"
+# Of the trainer's and student's tests these need a GPU; the others need packages that a bare GPU
+# box lacks, and no GPU.
 OP_TESTS = ("tests/ops", "tests/contract", "tests/native")
-RESULTS = ("nft_loss", "forward_noise")
+STUDENT_TESTS = ("tests/afd/test_streaming_cost.py", "tests/afd/test_rollout.py")
+# Per benchmark, the columns of its table in the summary.
+_KERNEL = ("case", "dtype", "B", "noise", "backend", "median_ms", "gb_per_s", "pct_of_floor")
+_KERNEL += ("peak_mib", "speedup")
+_ATTENTION = ("case", "dtype", "B", "queries", "keys", "backward", "provider", "median_ms")
+_ATTENTION += ("tflops", "pct_of_floor", "peak_mib", "error")
+_ROLLOUT = ("case", "dtype", "B", "provider", "median_ms", "fps", "floor_ms", "syncs")
+_ROLLOUT += ("cache_mib", "peak_mib", "speedup")
+RESULTS = {
+    "nft_loss": _KERNEL,
+    "forward_noise": _KERNEL,
+    "attention": _ATTENTION,
+    "rollout": _ROLLOUT,
+}
 _TAIL = 30  # lines of a failed section's output in the summary
 
 
@@ -41,6 +58,7 @@ class Section:
     limit_s: float
     needs_gpu: bool = False
     needs_tool: str | None = None
+    needs_path: Path | None = None
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -67,48 +85,54 @@ class Machine:
 def sections(out: Path, build_dir: Path) -> list[Section]:
     """The whole check. The limits add up to less than ten minutes."""
     python = sys.executable
+    parity = [python, "-m", "afd.testing.parity", str(GOLDEN), "--device", "cuda"]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     batches = ["--batch", "8", "1", "32", "2", "4"]
-    bench = ["--device", "cuda", "--budget", "3", "--plot", "--out", str(out)]
+    bench = ["--device", "cuda", "--budget", "2", "--out", str(out)]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20"]
     drive = [python, "benchmarks/sanitize.py"]
     configure = ["cmake", "-S", ".", "-B", str(build_dir), "-G", "Ninja"]
     configure += [f"-DPython_EXECUTABLE={python}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'afd_kernels'}"]
     return [
-        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 90),
+        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 75),
         Section(
             "tests",
             [
-                [*pytest, "-m", "gpu", *OP_TESTS],
+                [*pytest, "-m", "gpu", *OP_TESTS, *STUDENT_TESTS],
                 [*pytest, "-m", "not gpu and not slow", *OP_TESTS],
             ],
-            130,
+            140,
             needs_gpu=True,
+        ),
+        Section(
+            "parity",
+            [parity, [*parity, "--dtype", "bfloat16"]],
+            30,
+            needs_gpu=True,
+            needs_path=GOLDEN,
         ),
         Section(
             "sanitizer",
             [[*sanitizer, "--tool", tool, *drive] for tool in ("memcheck", "racecheck")],
-            80,
+            60,
             needs_gpu=True,
             needs_tool="compute-sanitizer",
             # Every tensor its own allocation: an access past its end is then one that is seen.
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
-        Section(
-            "bench-nft_loss",
-            [[python, "benchmarks/nft_loss.py", *batches, *bench, "--deadline", "110"]],
-            140,
-            needs_gpu=True,
-        ),
-        Section(
-            "bench-forward_noise",
-            [[python, "benchmarks/forward_noise.py", *batches, *bench, "--deadline", "30"]],
-            50,
-            needs_gpu=True,
-        ),
-        Section("offline", [[*pytest, "tests/offline"]], 100),
+        _bench("nft_loss", [*batches, *bench, "--plot"], 75),
+        _bench("forward_noise", [*batches, *bench, "--plot"], 30),
+        _bench("attention", bench, 60),
+        _bench("rollout", bench, 60),
+        Section("offline", [[*pytest, "tests/offline"]], 65),
     ]
+
+
+def _bench(name: str, options: list[str], limit_s: float) -> Section:
+    """A benchmark that starts no case in the last third of its time."""
+    command = [sys.executable, f"benchmarks/{name}.py", *options, "--deadline", f"{limit_s / 1.5}"]
+    return Section(f"bench-{name}", [command], limit_s, needs_gpu=True)
 
 
 def probe() -> Machine:
@@ -140,6 +164,8 @@ def run(section: Section, machine: Machine, log: IO[str]) -> Outcome:
         reason = "no CUDA device"
     elif section.needs_tool is not None and shutil.which(section.needs_tool) is None:
         reason = f"{section.needs_tool} is not on the PATH"
+    elif section.needs_path is not None and not section.needs_path.exists():
+        reason = f"{section.needs_path} is not there"
     if reason is not None:
         log.write(f"skipped: {reason}\n")
         return Outcome(section.name, "skipped", 0.0, reason)
@@ -203,15 +229,18 @@ def summarise(out: Path, machine: Machine, outcomes: Sequence[Outcome]) -> None:
 
 def result_table(name: str, document: dict[str, Any]) -> list[str]:
     """A benchmark's JSON as lines of Markdown."""
-    lines = [f"## {name}", ""]
-    lines.append("| case | dtype | B | noise | backend | ms | GB/s | % floor | MiB | speedup |")
-    lines.append("| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    columns = RESULTS[name]
+    lines = [f"## {name}", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for row in document["rows"]:
-        words = [str(row[key]) for key in ("case", "dtype", "B", "noise", "backend")]
-        keys = ("median_ms", "gb_per_s", "pct_of_floor", "peak_mib", "speedup")
-        numbers = ["" if row[key] is None else f"{row[key]:.4g}" for key in keys]
-        lines.append("| " + " | ".join(words + numbers) + " |")
+        words = (_word(row[column]) for column in columns)
+        lines.append(f"| {' | '.join(words)} |")
     return lines
+
+
+def _word(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: list[str] | None = None, check: list[Section] | None = None) -> int:

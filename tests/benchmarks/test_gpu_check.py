@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import OP_TESTS, ROOT, Machine, Section, main, sections
+from benchmarks.gpu_check import OP_TESTS, ROOT, STUDENT_TESTS, Machine, Section, main, sections
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_an_unknown_section_is_refused_by_name(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--sections", "bench"])
-    assert "got bench; needed: of build, tests, sanitizer" in capsys.readouterr().err
+    assert "got bench; needed: of build, tests, parity, sanitizer" in capsys.readouterr().err
 
 
 def test_the_limits_add_up_to_less_than_ten_minutes(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_results_of_the_benchmarks_are_in_the_summary(tmp_path: Path) -> None:
 def test_every_test_that_needs_a_gpu_is_in_a_folder_that_gpu_check_runs() -> None:
     marked = [p for p in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in p.read_text()]
     assert marked
-    folders = tuple(f"{folder}/" for folder in OP_TESTS)
+    folders = (*(f"{folder}/" for folder in OP_TESTS), *STUDENT_TESTS)
     here = Path(__file__)
     for path in marked:
         assert path == here or str(path.relative_to(ROOT)).startswith(folders)
