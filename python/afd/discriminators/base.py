@@ -27,6 +27,14 @@ class Critic(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class DifferentiableCritic(Critic, Protocol):
+    """A critic through which a generator's loss can reach the videos (the GAN baseline)."""
+
+    def differentiable_score(self, video_BFCHW: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B] with gradients to the videos."""
+        ...
+
+
 def bradley_terry_loss(teacher_B: Tensor, student_B: Tensor) -> Tensor:
     """Mean -log sigmoid(D(teacher) - D(student)) over pairs of one prompt (arXiv 2605.26105)."""
     return F.softplus(student_B - teacher_B).mean()

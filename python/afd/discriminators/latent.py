@@ -14,13 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from afd.discriminators.base import LOSSES, pair_metrics
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.optimizer import CriticOptimizer, matched_pieces
+from afd.discriminators.pairs import CriticOptimizer, PairCritic
 from afd_kernels.contracts import require
 
 # Prompts to embeddings [B, L, E], zero behind a prompt's end: `TextEncoder.encode`, for instance.
 Encode = Callable[[Sequence[str]], Tensor]
+
+
+def _bounded(layer: nn.Module) -> nn.Module:
+    """The layer, its largest singular value held at 1.
+
+    A single power iteration per update would lag behind in the first, fast updates.
+    """
+    return spectral_norm(layer, n_power_iterations=3)
 
 
 class LatentScorer(nn.Module):
@@ -36,17 +43,29 @@ class LatentScorer(nn.Module):
         # Space is halved three times and time twice: neighbours differ little in either.
         sizes = ((channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
         self.convs = nn.ModuleList(
-            spectral_norm(nn.Conv3d(i, o, 3, stride=(time, 2, 2), padding=1))
-            for i, o, time in sizes
+            _bounded(nn.Conv3d(i, o, 3, stride=(time, 2, 2), padding=1)) for i, o, time in sizes
         )
         self.heads, dim = heads, 4 * width
-        self.query = spectral_norm(nn.Linear(dim, dim))
-        self.key = spectral_norm(nn.Linear(text_dim, dim))
-        self.value = spectral_norm(nn.Linear(text_dim, dim))
-        self.mix = spectral_norm(nn.Linear(3 * dim, dim))
-        self.out = spectral_norm(nn.Linear(dim, 1))
+        self.query = _bounded(nn.Linear(dim, dim))
+        self.key = _bounded(nn.Linear(text_dim, dim))
+        self.value = _bounded(nn.Linear(text_dim, dim))
+        self.mix = _bounded(nn.Linear(3 * dim, dim))
+        self.out = _bounded(nn.Linear(dim, 1))
         # What the text channels are multiplied with; their size is the encoder's choice.
         self.text_norm = nn.LayerNorm(text_dim, elementwise_affine=False)
+
+    @torch.no_grad()
+    def follow_norms(self) -> None:
+        """Estimate every layer's norm anew, once per update.
+
+        In training mode each use of a weight would do so, and the passes that an update is made of
+        would change it.
+        """
+        self.train()
+        for module in self.modules():
+            if hasattr(module, "parametrizations"):
+                _ = module.weight
+        self.eval()
 
     def forward(self, latent_BFCHW: Tensor, text_BLE: Tensor) -> Tensor:
         """Scores [B]."""
@@ -74,7 +93,7 @@ class LatentScorer(nn.Module):
         return heard.transpose(1, 2).flatten(2)
 
 
-class LatentCritic:
+class LatentCritic(PairCritic):
     """A `LatentScorer` with its optimizer (see `Critic`).
 
     Its videos are latents [B, F, C, H, W].
@@ -91,10 +110,11 @@ class LatentCritic:
         seed: int = 0,
     ) -> None:
         """`encode`: the prompts' embeddings [B, L, text_dim]; it gets no gradient."""
-        self.encode, self.config, self.device = encode, config, torch.device(device)
+        self.encode, self.device = encode, torch.device(device)
+        self.config: LatentConfig = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = LatentScorer(channels, text_dim, config.width).to(device)
+            self.net = LatentScorer(channels, text_dim, config.width).to(device).eval()
         self.optimizer = CriticOptimizer(self.net.parameters(), config)
 
     def differentiable_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -103,34 +123,13 @@ class LatentCritic:
             text_BLE = self.encode(prompts).to(self.device, torch.float32)
         return self.net(latent_BFCHW.to(self.device, torch.float32), text_BLE)
 
-    @torch.no_grad()
-    def score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B]; no gradient. Scoring changes nothing: the norms' estimates stand still."""
-        self.net.eval()
-        parts = matched_pieces(latent_BFCHW, prompts, self.config.micro_batch)
-        return torch.cat([self.differentiable_score(latent_BFCHW[p], prompts[p]) for p in parts])
-
     def step(
         self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
     ) -> dict[str, float]:
         """One update on prompt-matched pairs; returns loss, accuracy, margin and gradient norm."""
-        alike = teacher_BFCHW.shape == student_BFCHW.shape
-        require(alike, "student_BFCHW", student_BFCHW, f"shape {tuple(teacher_BFCHW.shape)}")
-        self.optimizer.clear()
-        total, seen = 0.0, []
-        parts = matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch)
-        for i, part in enumerate(parts):
-            # One estimate of the norms per update, whatever the size of the pieces.
-            self.net.train(i == 0)
-            both = torch.cat([teacher_BFCHW[part], student_BFCHW[part]]).detach()
-            teacher_B, student_B = self.differentiable_score(both, [*prompts[part]] * 2).chunk(2)
-            loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / len(prompts)
-            loss.backward()
-            total += float(loss.detach())
-            seen.append(torch.stack([teacher_B, student_B]).detach())
-        self.net.eval()
-        norm = self.optimizer.step()
-        return {"loss": total, "grad_norm": norm, **pair_metrics(*torch.cat(seen, 1))}
+        metrics = super().step(teacher_BFCHW, student_BFCHW, prompts)
+        self.net.follow_norms()
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}

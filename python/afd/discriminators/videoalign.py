@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.discriminators.base import LOSSES, pair_metrics
 from afd.discriminators.config import VideoAlignConfig
-from afd.discriminators.optimizer import CriticOptimizer, matched_pieces
+from afd.discriminators.pairs import CriticOptimizer, PairCritic
 from afd.discriminators.videoalign_model import VideoAlign, rewards
 from afd_kernels.contracts import require
 
@@ -24,7 +23,7 @@ from afd_kernels.contracts import require
 TARGETS = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
-class VideoAlignCritic:
+class VideoAlignCritic(PairCritic):
     """A VideoAlign that learns to rank the teacher's videos above the student's (see `Critic`).
 
     Videos are pixels in [-1, 1]; both sides go through the same preprocessing.
@@ -42,7 +41,8 @@ class VideoAlignCritic:
         from peft import LoraConfig, get_peft_model
 
         require(video_fps > 0, "video_fps", video_fps, "a positive rate")
-        self.scorer, self.config, self.video_fps = scorer, config, video_fps
+        self.scorer, self.video_fps = scorer, video_fps
+        self.config: VideoAlignConfig = config
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=TARGETS, bias="none"
         )
@@ -71,22 +71,11 @@ class VideoAlignCritic:
         """Scores [B] with gradients to the videos, for a generator's loss.
 
         Roundings to 8 bits pass the gradient through. The discriminator's own weights get gradients
-        as well; its next `step` clears them.
+        as well; the next `step` clears them.
         """
         hidden_B3D = self.scorer.states(video_BFCHW, prompts, self.video_fps)
         ratings_B3 = rewards(hidden_B3D, self.head_OD)
         return ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1)
-
-    @torch.no_grad()
-    def score(self, video_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B]; no gradient."""
-        size = self.config.micro_batch
-        return torch.cat(
-            [
-                self.differentiable_score(video_BFCHW[part], prompts[part])
-                for part in matched_pieces(video_BFCHW, prompts, size)
-            ]
-        )
 
     def released_ratings(
         self, video_BFCHW: Tensor, prompts: Sequence[str], *, normalised: bool = True
@@ -100,27 +89,6 @@ class VideoAlignCritic:
                 normalised=normalised,
                 micro_batch=self.config.micro_batch,
             )
-
-    # --- learning ---
-
-    def step(
-        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
-    ) -> dict[str, float]:
-        """One update on prompt-matched pairs; returns loss, accuracy, margin and gradient norm."""
-        alike = teacher_BFCHW.shape == student_BFCHW.shape
-        require(alike, "student_BFCHW", student_BFCHW, f"shape {tuple(teacher_BFCHW.shape)}")
-        self.optimizer.clear()
-        total, seen = 0.0, []
-        for part in matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch):
-            # In one pass, so that padding and rounding are the same for both.
-            both = torch.cat([teacher_BFCHW[part], student_BFCHW[part]]).detach()
-            teacher_B, student_B = self.differentiable_score(both, [*prompts[part]] * 2).chunk(2)
-            loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / len(prompts)
-            loss.backward()
-            total += float(loss.detach())
-            seen.append(torch.stack([teacher_B, student_B]).detach())
-        norm = self.optimizer.step()
-        return {"loss": total, "grad_norm": norm, **pair_metrics(*torch.cat(seen, 1))}
 
     # --- state ---
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from afd.discriminators.optimizer import matched_pieces
+from afd.discriminators.pairs import matched_pieces
 from afd.discriminators.videoalign_preprocess import MERGE, PATCH, TEMPORAL, Preprocessing
 from afd.discriminators.videoalign_prompt import (
     REWARDS,
@@ -338,12 +338,9 @@ class VideoAlign(nn.Module):
         text = self.network.language_model
         embedded_BLD = text.embed_tokens(ids_BL)
         at_BL1 = (ids_BL == self.prompts.video_id)[..., None]
-        require(
-            int(at_BL1.sum()) == len(seen_VD),
-            "tokens",
-            int(at_BL1.sum()),
-            f"{len(seen_VD)} of video",
-        )
+        # Counted where the ids came from: nothing waits for the device.
+        count = int((tokens.ids_BL == self.prompts.video_id).sum())
+        require(count == len(seen_VD), "tokens", f"{count} of video", f"{len(seen_VD)}")
         embedded_BLD = embedded_BLD.masked_scatter(at_BL1, seen_VD.to(embedded_BLD.dtype))
         B, length = ids_BL.shape
         counted_3BL = torch.arange(length, device=self.device).expand(3, B, length)

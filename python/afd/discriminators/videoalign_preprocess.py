@@ -126,7 +126,7 @@ class Preprocessing:
         )
         chosen_N = frame_indices(shape[1], video_fps, fps=self.fps, count=self.count)
         require(
-            len(chosen_N) % TEMPORAL == 0,
+            len(chosen_N) > 0 and len(chosen_N) % TEMPORAL == 0,
             "video_BFCHW",
             f"{shape[1]} frames, of which {len(chosen_N)} would be taken",
             "an even number of frames to take, two for each temporal patch",
