@@ -389,7 +389,10 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     for case in cases(args):
         for batch in args.batch:
-            if args.case not in case.name or time.monotonic() - started > args.deadline:
+            if args.case not in case.name:
+                continue
+            if time.monotonic() - started > args.deadline:
+                print(f"skipped {case.name} B={batch}: {args.deadline:g} s have passed")
                 continue
             new, broken = measure(case, batch, machine, args)
             torch._dynamo.reset()

@@ -121,7 +121,10 @@ def sample(config: SampleConfig, console: Console) -> Sampled:
         return result
     if config.threads:
         torch.set_num_threads(config.threads)
-    pipeline = load(config, sorted({prompt for job in todo for prompt in job.prompts}))
+    try:
+        pipeline = load(config, sorted({prompt for job in todo for prompt in job.prompts}))
+    except ValueError as error:  # what a file holds is not what the configuration says
+        raise ConfigError(str(error)) from error
     config.out.mkdir(parents=True, exist_ok=True)
     with _progress(console, todo, layout) as advance:
         for batch in _batches(todo, config):
@@ -424,10 +427,11 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
     """Say what `sample` would do and hold, without loading or allocating it."""
     jobs = read_jobs(config) if config.prompts else []
     layout = _layout(config, jobs)
-    chunks = layout(jobs[0] if jobs else Job("video", "", 0, config.image, config.video))
+    job = jobs[0] if jobs else Job("video", "", 0, config.image, config.video)
+    chunks, given = layout(job), _prefix_frames(config, job)
     held = memory(config)
     steps, first = len(config.steps), len(config.first_chunk_steps or config.steps)
-    generated = len(chunks) - (config.image is not None or config.video is not None)
+    generated = sum(start >= given for start, _ in chunks)
     passes = first + (generated - 1) * steps + len(chunks) - 1
     gib = 2**30
     lines = [

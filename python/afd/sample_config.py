@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from afd.config import ConfigError
+from afd.schedules import ShiftedFlow, check_steps
 from afd.section import Count, Natural, Positive, Section
 
 # Video frames per latent frame after the first, and pixels per latent row and column.
@@ -67,7 +69,6 @@ class SampleConfig(Section):
     )
     steps: list[float] = Field(
         default=[1000, 750, 500, 250],
-        min_length=1,
         description="denoising steps before the warp, falling from 1000 (toy: times from 1)",
     )
     first_chunk_steps: list[float] | None = Field(
@@ -116,6 +117,12 @@ class SampleConfig(Section):
             raise ValueError(
                 f"prefix_frames: got {self.prefix_frames}; needed: 1 + a multiple of {time}"
             )
+        for steps in (self.steps, self.first_chunk_steps):
+            if steps is not None and self.student == "wan":
+                check_steps(steps, first=1000)
+                ShiftedFlow(self.shift).warp(steps)
+            elif steps is not None:
+                check_steps(steps)
         if self.window is None and self.sink:
             raise ValueError(f"sink: got {self.sink}; needed: 0, as there is no window")
         if self.window is not None and not self.sink + self.chunk <= self.window:
@@ -151,8 +158,11 @@ class SampleConfig(Section):
 
     @property
     def torch_device(self) -> torch.device:
+        there = torch.cuda.is_available()
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.device("cuda" if there else "cpu")
+        if self.device != "cpu" and not there:
+            raise ConfigError(f"device: got {self.device}; there is no CUDA device here")
         return torch.device(self.device)
 
     @property

@@ -201,8 +201,11 @@ def test_a_window_with_sink_streams_beyond_the_training_length(
 def test_prompts_seeds_switches_and_prefixes_come_from_a_jsonl(
     models: Path, tmp_path: Path
 ) -> None:
-    picture = tmp_path / "picture.mp4"
-    write_video(picture, torch.rand(1, 3, 32, 48) * 2 - 1, fps=16)
+    picture = tmp_path / "picture.png"
+    with av.open(str(picture), "w", format="image2") as container:
+        pixels = torch.randint(256, (32, 48, 3), dtype=torch.uint8).numpy()
+        still: Any = container.add_stream("png", width=48, height=32, pix_fmt="rgb24")
+        container.mux(still.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
     lines = [
         {"prompt": "a red ball", "name": "plain", "seed": 5},
         {"prompt": "a red ball", "name": "switched", "seed": 5, "switches": [[2, "the table"]]},
@@ -291,6 +294,8 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
         ({"out": None}, "out: not given"),
         ({"checkpoint": None}, "checkpoint: not given"),
         ({"checkpoint": "/none.pt"}, "checkpoint: /none.pt does not exist"),
+        ({"head_dim": 5}, "head_dim: got 5; needed: a divisor of the width 32"),
+        ({"cuda_graphs": True}, "cuda_graphs: got 'cpu'"),
         ({"prompts": None}, "prompts: not given"),
         ({"prompts": "/none.txt"}, "prompts /none.txt: cannot be read"),
         ({"frames": 29}, "29 frames are frames: got 8; needed: a multiple of the chunk 3"),
@@ -311,6 +316,9 @@ def test_what_is_missing_is_named(
         ("width=830", "height, width: got 480x830; needed: multiples of 16"),
         ("sink=3", "sink: got 3; needed: 0"),
         ("window=4", None),
+        ("steps=[750, 500]", "steps: [750.0, 500.0] came, times falling from 1000 are needed"),
+        ("steps=[]", "steps: [] came"),
+        ("first_chunk_steps=[1000, 333.3]", "steps: got 333.3; needed: whole numbers"),
         ("window=2", "window: got 2; needed: at least sink + chunk = 3"),
         ("stepz=[1000]", "unknown key 'stepz'; did you mean steps"),
         ("device=tpu", "device is 'tpu'"),
