@@ -10,6 +10,7 @@ import pytest
 
 import afd.training.loop
 from afd.cli import main
+from afd_kernels.dispatch import OPS
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 
 
@@ -127,4 +128,4 @@ def test_the_simulated_teacher_is_a_program_of_its_own(tmp_path: Path) -> None:
 
 def test_doctor_speaks_to_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["ops"]) == {"forward_noise", "nft_loss"}
+    assert set(json.loads(capsys.readouterr().out)["ops"]) == set(OPS)
