@@ -25,6 +25,8 @@ AFD_INLINE Float load(const float* p) {
   return x;
 }
 
+AFD_INLINE void store(float* p, Float x) { memcpy(p, &x.v, sizeof x.v); }
+
 AFD_INLINE Float load(const bf16* p) { return as_float(load_shorts(p) << 16); }
 
 AFD_INLINE Float load(const f16* p) {
@@ -42,11 +44,15 @@ AFD_INLINE Float load(const f16* p) {
 #endif
 }
 
-// Rounded to nearest even, as PyTorch does; NaN becomes 0x7FC0.
-AFD_INLINE Word to_bf16(Float x) {
+// Rounded to nearest even, as PyTorch does, if it is a number.
+AFD_INLINE Word number_to_bf16(Float x) {
   const Word bits = as_bits(x);
-  const Word rounded = (bits + Word(0x7FFFu) + ((bits >> 16) & Word(1u))) >> 16;
-  return select((WordLanes)(x.v != x.v), Word(0x7FC0u), rounded);
+  return (bits + Word(0x7FFFu) + ((bits >> 16) & Word(1u))) >> 16;
+}
+
+// NaN becomes 0x7FC0.
+AFD_INLINE Word to_bf16(Float x) {
+  return select((WordLanes)(x.v != x.v), Word(0x7FC0u), number_to_bf16(x));
 }
 
 #if !defined(__F16C__) && !defined(__AVX512F__)
@@ -117,6 +123,16 @@ AFD_INLINE void store_block(float* p, const Float* x, bool stream) {
 
 AFD_INLINE void store_block(bf16* p, const Float* x, bool stream) {
   Word words[kParts];
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // One question for the whole block, and the answer is hardly ever yes.
+  const __m256 nan = _mm256_cmp_ps(x[0].v, x[1].v, _CMP_UNORD_Q);
+  if (__builtin_expect(_mm256_testz_ps(nan, nan), 1)) {
+    words[0] = number_to_bf16(x[0]);
+    words[1] = number_to_bf16(x[1]);
+    store_shorts(&p->bits, words, stream);
+    return;
+  }
+#endif
   for (int i = 0; i < kParts; ++i) {
     words[i] = to_bf16(x[i]);
   }

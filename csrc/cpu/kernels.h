@@ -23,10 +23,11 @@ struct CpuKernels {
   void (*scale_by_frame)(const NoiseProblem& p, int64_t sample, int64_t begin, int64_t end,
                          const NoiseCoefficients* of_frame);
   void (*scale)(DType type, const void* in, void* out, int64_t begin, int64_t end, float factor);
-  // Adds the slice's six sums of every frame to sums [frames, 6]. Also writes the gradient when
-  // `with_gradient` (velocity weighting, where the coefficients are known beforehand).
+  // Adds the slice's six sums of every frame to sums [frames, 6]. With velocity weighting, where
+  // the coefficients are known beforehand, also writes the gradient; else may leave notes in its
+  // place for nft_gradient.
   void (*nft_sums)(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
-                   const NftCoefficients* of_frame, bool with_gradient, double* sums);
+                   const NftCoefficients* of_frame, double* sums);
   void (*nft_gradient)(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
                        const NftCoefficients* of_frame);
   // The floor nft_loss is measured against: out = a + b + c + d + e, one element after the other.

@@ -102,7 +102,7 @@ void launch_nft_loss(const NftProblem& p, int threads) {
     parallel_for(here * slices.count, threads, [&](int64_t piece) {
       const int64_t i = piece / slices.count, s = piece % slices.count;
       kernels.nft_sums(p, first + i, slices.begin(s), slices.end(s), table.data() + i * frames,
-                       one_pass, partial.data() + piece * frames * kNftSums);
+                       partial.data() + piece * frames * kNftSums);
     });
     for (int64_t i = 0; i < here; ++i) {
       for (int64_t f = 0; f < frames; ++f) {

@@ -8,8 +8,6 @@ namespace afd::AFD_ISA {
 
 AFD_INLINE int64_t padded(int64_t count) { return (count + kBlock - 1) / kBlock * kBlock; }
 
-AFD_INLINE void store(float* p, Float x) { memcpy(p, &x.v, sizeof x.v); }
-
 // The row itself where it is fp32 and knows no tail, else a copy in `scratch`.
 template <class T>
 AFD_INLINE const float* widened(const T* in, int64_t count, float* scratch) {

@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kThreads) _nft_loss_fwd_kernel(NftProblem p, v
       }
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const NftElement<float> x =
-            nft_element(theta[i], old[i], ref[i], x0[i], noise[i], c.alpha_dot, c.sigma_dot, beta);
+        const float error = nft_error(old[i], x0[i], noise[i], c.alpha_dot, c.sigma_dot);
+        const NftElement<float> x = nft_element(theta[i], old[i], ref[i], error, beta);
         if (kSums && i < count) {
           add_nft_sums(x, sum);
         }

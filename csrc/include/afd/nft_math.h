@@ -13,12 +13,16 @@ struct NftElement {
   F plus, minus, prior, old;
 };
 
+// e, how far the old policy's velocity is from the target.
 template <class F>
-AFD_HD NftElement<F> nft_element(F v_theta, F v_old, F v_ref, F x0, F noise, F alpha_dot,
-                                 F sigma_dot, F beta) {
-  const F e = v_old - madd(sigma_dot, noise, alpha_dot * x0);
+AFD_HD F nft_error(F v_old, F x0, F noise, F alpha_dot, F sigma_dot) {
+  return v_old - madd(sigma_dot, noise, alpha_dot * x0);
+}
+
+template <class F>
+AFD_HD NftElement<F> nft_element(F v_theta, F v_old, F v_ref, F error, F beta) {
   const F old = v_theta - v_old;
-  return {madd(beta, old, e), madd(F(0.0f) - beta, old, e), v_theta - v_ref, old};
+  return {madd(beta, old, error), madd(F(0.0f) - beta, old, error), v_theta - v_ref, old};
 }
 
 // In the order S1p, S2p, S1n, S2n, SP, SO of the metrics below.
