@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.student import Level
 from afd.models.wan import WanStudent
 from afd.rollout import (
     chunk_layout,
@@ -352,3 +354,23 @@ def test_exits_are_one_draw_for_all_but_a_first_chunk_with_its_own_list() -> Non
     assert all(exits[1:] == [0] * 4 for exits in drawn)
     each = [draw_exits(5, FOUR, generator, same=False) for _ in range(20)]
     assert any(len(set(exits)) > 1 for exits in each)
+
+
+def test_the_loop_runs_without_knowing_a_single_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have shapes and no numbers: whatever reads one back raises."""
+    known = [(level.t, level.sigma) for level in make_student().levels(TWO)]
+    with FakeTensorMode():
+        student = make_student(window=4, sink=1)
+        # The table of noise levels is host data, read before the loop.
+        levels = [Level.at(t, sigma, student.device) for t, sigma in known]
+        monkeypatch.setattr(student, "levels", lambda steps: levels)
+        text = torch.randn(2, 5, 12)
+        chunks = stream(
+            student,
+            text,
+            lambda chunk, step: torch.randn(2, 2, *student.frame_shape),
+            frames=12,
+            steps=TWO,
+            switches={2: text},
+        )
+        assert [tuple(chunk.shape) for chunk in chunks] == [(2, 2, 4, 4, 6)] * 6
