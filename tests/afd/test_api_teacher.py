@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 
 from afd.teachers.base import Request, TeacherError, Unanswered
-from afd.teachers.fetch import Limiter
 from afd.teachers.folder import FolderTeacher
 from afd.teachers.ledger import Ledger
 from tests.afd.paid import paid_config, teacher_of, video_bytes
@@ -174,31 +172,6 @@ def test_retry_after_is_waited_for(wire: str, service: Service, tmp_path: Path) 
     assert min(job.created for job in service.jobs.values()) >= began + 0.3
 
 
-def test_429_halves_what_is_under_way_once_and_success_adds_one_a_round() -> None:
-    async def run() -> None:
-        limiter = Limiter(8)
-        for _ in range(8):
-            await limiter.enter()
-        for _ in range(5):
-            limiter.throttled(0.05)
-        assert limiter.limit == 4.0
-        for _ in range(5):
-            limiter.leave()
-        began = time.monotonic()
-        await limiter.enter()
-        assert time.monotonic() >= began + 0.04
-        waiting = asyncio.ensure_future(limiter.enter())
-        await asyncio.sleep(0.01)
-        assert not waiting.done()
-        for _ in range(5):
-            limiter.accepted()
-        assert 5.0 <= limiter.limit < 5.3
-        await waiting
-        assert limiter.under_way == 5
-
-    asyncio.run(run())
-
-
 def test_a_lost_answer_is_found_in_the_list_and_not_paid_twice(
     wire: str, service: Service, tmp_path: Path
 ) -> None:
@@ -313,14 +286,20 @@ def test_a_success_without_video_is_a_rejection(
 ) -> None:
     service.polls = 0
     if wire == "fal":
-        service.script("poll", lambda exchange: False, silent)
+        service.script("poll", *[lambda exchange: False, silent] * 2)
     else:
-        service.script("poll", silent)
+        service.script("poll", silent, silent)
     (got,) = buy(wire, service, tmp_path)
     assert isinstance(got, Unanswered)
     assert "rejected" in str(got)
     assert len(service.jobs) == 1
     assert spent(tmp_path) == pytest.approx(1.0)
+
+
+def test_one_odd_answer_is_no_rejection(service: Service, tmp_path: Path) -> None:
+    odd = [{"status": "succeeded"}, {"status": "succeeded", "content": ["x"], "error": "none"}]
+    service.script("poll", answer(200, odd[0]), *[answer(200, odd[1])] * 3)
+    one("ark", service, tmp_path)
 
 
 def test_too_many_rejections_stop_the_buying(service: Service, tmp_path: Path) -> None:

@@ -209,11 +209,12 @@ class _Worker:
 
     async def _end(self) -> None:
         await self.engine.settle()
-        mine = asyncio.current_task()
-        others = [task for task in asyncio.all_tasks() if task is not mine]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        while others:
+            for task in others:
+                task.cancel()
+            # Again until all are gone: before Python 3.12 wait_for may swallow one cancellation.
+            _, others = await asyncio.wait(others, timeout=0.1)
         self.engine.close()
         self._ledger.close()
         await self._http.__aexit__(None, None, None)

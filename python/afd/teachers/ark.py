@@ -86,7 +86,8 @@ class Ark(Provider):
         code, message = _error(told)
         return Status(
             state,
-            video_url=_part(told, "content").get("video_url"),
+            # Content of another form is a broken answer, not a video that is missing.
+            video_url=(told.get("content") or {}).get("video_url"),
             kind=failed_kind(code, CONTENT, QUOTA, INVALID),
             reason=f"{code}: {message}" if code else "",
             tokens=_part(told, "usage").get("total_tokens"),

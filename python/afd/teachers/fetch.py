@@ -137,8 +137,10 @@ class Engine:
             await asyncio.sleep(self.config.poll_s)
 
     async def settle(self) -> None:
-        """Wait until every submit on its way is answered and written down."""
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        """No further submit; wait until those on their way are answered and written down."""
+        self.fatal = self.fatal or TeacherError("the teacher was closed")
+        while self._asking:
+            await asyncio.gather(*self._asking, return_exceptions=True)
 
     def close(self) -> None:
         self.ledger.write_manifest()
@@ -285,7 +287,7 @@ class Engine:
         """Poll a task to its end: the video, or why another submit is worth it."""
         assert row.task is not None
         give_up = row.asked_at + self.config.deadline_s
-        faults = downloads = 0
+        faults = downloads = silences = 0
         cancelled = False
         while True:
             try:
@@ -318,6 +320,11 @@ class Engine:
                     return self._stuck(order, row, reason)
                 _log.info("%s; asking for a fresh address", reason)
                 await asyncio.sleep(self._pause_s(downloads))
+                continue
+            if status.state is State.SUCCEEDED and silences == 0:
+                # A rejection is remembered for good: one odd answer is not enough for it.
+                silences += 1
+                await asyncio.sleep(self.config.poll_s)
                 continue
             if status.state not in (State.QUEUED, State.RUNNING):
                 return self._ended(order, row, status, cancelled)
