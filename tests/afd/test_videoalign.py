@@ -212,7 +212,7 @@ def test_three_heads_read_one_token_each(altered: Callable[..., Path]) -> None:
     folder = altered(lambda state: None, heads=3)
     scorer, video = load(folder), clips()
     assert scorer.head_OD.shape == (3, HIDDEN)
-    states = scorer.states(video, PROMPTS, 16.0)
+    states = scorer.states(scorer.settings.preprocessing.choose(video, 16.0), PROMPTS)
     ratings = scorer.ratings(video, PROMPTS, normalised=False)
     for i, name in enumerate(("VQ", "MQ", "TA")):
         expected = states[:, i] @ scorer.head_OD[i]

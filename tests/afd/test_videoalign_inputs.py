@@ -81,7 +81,7 @@ def test_finer_levels_than_a_file_has_are_not_seen() -> None:
     decoded = levels / 127.5 - 1
     drawn = (levels + torch.rand(levels.shape) * 0.9 - 0.45) / 127.5 - 1
     seen = Preprocessing(max_pixels=56 * 56)
-    assert torch.equal(seen(decoded, 16.0)[0], seen(drawn, 16.0)[0])
+    assert torch.equal(seen.patches(decoded)[0], seen.patches(drawn)[0])
 
 
 def test_rounding_passes_the_gradient_and_clipping_stops_it() -> None:
@@ -98,7 +98,8 @@ def test_rounding_passes_the_gradient_and_clipping_stops_it() -> None:
 
 def test_only_chosen_frames_get_a_gradient() -> None:
     video = clips(count=1).requires_grad_()
-    pixels, _ = Preprocessing(max_pixels=56 * 56)(video, 16.0)
+    seen = Preprocessing(max_pixels=56 * 56)
+    pixels, _ = seen.patches(seen.choose(video, 16.0))
     pixels.square().sum().backward()
     moved = video.grad.abs().sum((0, 2, 3, 4)) > 0
     assert moved.nonzero().flatten().tolist() == frame_indices(17, 16.0).tolist()
@@ -117,8 +118,9 @@ def test_only_chosen_frames_get_a_gradient() -> None:
 def test_videos_that_cannot_be_cut_into_patches_are_named(
     video: Tensor, settings: dict[str, int], named: str
 ) -> None:
+    seen = Preprocessing(**settings)
     with pytest.raises(ValueError, match=named):
-        Preprocessing(**settings)(video, 16.0)
+        seen.patches(seen.choose(video, 16.0))
 
 
 # --- words ---

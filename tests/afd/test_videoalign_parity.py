@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from afd.discriminators import videoalign_model
-from afd.discriminators.videoalign_prompt import REWARD_TOKENS, read_template
+from afd.discriminators.videoalign_model import VideoAlign
+from afd.discriminators.videoalign_prompt import OWN_TEMPLATE, REWARD_TOKENS, read_template
 from afd.testing.videoalign_golden import Folder, Line
 from afd.testing.videoalign_parity import main, run_folder
 
@@ -88,6 +89,28 @@ def test_another_lora_weight_fails_every_score_and_nothing_else(copy: Path) -> N
     settings["peft_lora_config"]["lora_alpha"] = 8
     file.write_text(json.dumps(settings))
     assert set(failed(copy)) == {"forward.json", "forward_causality.safetensors"}
+
+
+def test_the_default_rotary_tables_are_the_nearest_to_the_original_s_bfloat16_run(
+    golden: Path,
+) -> None:
+    """Frequencies rounded, and the vision tower's angles, sines and cosines as well."""
+    seen: dict[str, dict[str, float]] = {}
+    for rotary in ("released", "rounded", "exact"):
+        model = VideoAlign.load(
+            golden / "checkpoint_root",
+            base=golden / "tiny_base",
+            template=OWN_TEMPLATE,
+            rotary=rotary,
+        )
+        for name in ("single", "batch2", "causality"):
+            held = load_file(golden / f"forward_{name}.safetensors")
+            with torch.no_grad():
+                found = model.see(held["pixel_values_videos"], held["video_grid_thw"])
+            error = float((found.float() - held["vision_tokens.bf16"]).norm())
+            seen.setdefault(name, {})[rotary] = error
+    for errors in seen.values():
+        assert min(errors, key=lambda rotary: errors[rotary]) == "released", errors
 
 
 def test_other_positions_are_seen(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

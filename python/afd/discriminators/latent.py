@@ -117,8 +117,8 @@ class LatentCritic(PairCritic):
             self.net = LatentScorer(channels, text_dim, config.width).to(device).eval()
         self.optimizer = CriticOptimizer(self.net.parameters(), config)
 
-    def differentiable_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to the latents, for a generator's loss."""
+    def chosen_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the latents."""
         with torch.no_grad():
             text_BLE = self.encode(prompts).to(self.device, torch.float32)
         return self.net(latent_BFCHW.to(self.device, torch.float32), text_BLE)

@@ -62,7 +62,7 @@ class CriticOptimizer:
 
 
 class PairCritic(ABC):
-    """Scores and updates by way of `differentiable_score`, a piece at a time (see `Critic`).
+    """Scores and updates by way of `chosen_score`, a piece at a time (see `Critic`).
 
     A micro-batch changes memory and time, not the update: losses are means over all pairs.
     """
@@ -70,12 +70,20 @@ class PairCritic(ABC):
     config: CriticConfig
     optimizer: CriticOptimizer
 
+    def chosen(self, video_BFCHW: Tensor) -> Tensor:
+        """What of the videos is looked at; only this is copied and moved to the device."""
+        return video_BFCHW
+
     @abstractmethod
+    def chosen_score(self, chosen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of what was chosen, with gradients to it."""
+
     def differentiable_score(self, video_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the videos, for a generator's loss.
 
         The discriminator's own weights get gradients as well; its next `step` clears them.
         """
+        return self.chosen_score(self.chosen(video_BFCHW), prompts)
 
     @torch.no_grad()
     def score(self, video_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -98,8 +106,10 @@ class PairCritic(ABC):
         total, seen = 0.0, []
         for part in matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch):
             # In one pass, so that padding and rounding are the same for both.
-            both = torch.cat([teacher_BFCHW[part], student_BFCHW[part]]).detach()
-            teacher_B, student_B = self.differentiable_score(both, [*prompts[part]] * 2).chunk(2)
+            both = torch.cat(
+                [self.chosen(x[part].detach()) for x in (teacher_BFCHW, student_BFCHW)]
+            )
+            teacher_B, student_B = self.chosen_score(both, [*prompts[part]] * 2).chunk(2)
             loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / len(prompts)
             loss.backward()
             total += float(loss.detach())

@@ -67,14 +67,13 @@ class VideoAlignCritic(PairCritic):
 
     # --- scores ---
 
-    def differentiable_score(self, video_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to the videos, for a generator's loss.
+    def chosen(self, video_BFCHW: Tensor) -> Tensor:
+        """The frames that are looked at: about two a second."""
+        return self.scorer.settings.preprocessing.choose(video_BFCHW, self.video_fps)
 
-        Roundings to 8 bits pass the gradient through. The discriminator's own weights get gradients
-        as well; the next `step` clears them.
-        """
-        hidden_B3D = self.scorer.states(video_BFCHW, prompts, self.video_fps)
-        ratings_B3 = rewards(hidden_B3D, self.head_OD)
+    def chosen_score(self, chosen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the pixels; rounding to 8 bits passes them through."""
+        ratings_B3 = rewards(self.scorer.states(chosen_BNCHW, prompts), self.head_OD)
         return ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1)
 
     def released_ratings(

@@ -8,6 +8,7 @@ Shape letters: B videos, L tokens, D channels, P patches, V video tokens of the 
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -178,43 +179,55 @@ def remap(
 
 
 class _ReleasedVisionRotary(nn.Module):
-    """Rotary tables of the vision tower as the released code has them in bfloat16 throughout."""
+    """Rotary tables of the vision tower as the released code has them in bfloat16 throughout.
+
+    Of the interface of later transformers 5, where a tower's rotary module makes the tables; in
+    earlier ones it makes the angles and does so in its frequencies' dtype.
+    """
 
     def __init__(self, inv_freq: Tensor) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", inv_freq.bfloat16(), persistent=False)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.inv_freq: Tensor
 
-    def angles(self, position_N2: Tensor) -> Tensor:
-        """Position times frequency, rounded to bfloat16."""
-        return position_N2.to(self.inv_freq.device, torch.bfloat16)[..., None] * self.inv_freq
-
     def forward(self, x: Tensor, position_N2: Tensor) -> tuple[Tensor, Tensor]:
-        half = self.angles(position_N2).flatten(1)
+        angles = position_N2.to(self.inv_freq.device, torch.bfloat16)[..., None] * self.inv_freq
+        half = angles.flatten(1)
         both = torch.cat([half, half], 1).to(x.device)
         return both.cos().float(), both.sin().float()
 
 
+def _frequencies(width: int, theta: float) -> Tensor:
+    return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+
+
 def set_rotary(network: Any, rotary: Rotary, device: torch.device | str) -> None:
-    """Give both towers their rotary tables, which no checkpoint holds, in one of three precisions.
+    """Give both towers their rotary frequencies, which no checkpoint holds, in one of three ways.
 
     "released": frequencies rounded to bfloat16, and the vision tower's angles and tables too, as
     `model.to(bfloat16)` makes them in the released code. "rounded": rounded frequencies, everything
     after them in float32. "exact": float32 throughout; at distance 2000 its angles are up to 2.3
-    rad away from those that the released weights were trained with.
+    rad away from those that the released weights were trained with. Once per network.
     """
     known = rotary in ("released", "rounded", "exact")
     require(known, "rotary", rotary, "'released', 'rounded' or 'exact'")
     text, vision = network.language_model, network.visual
-    text.rotary_emb = type(text.rotary_emb)(text.config)
-    vision.rotary_pos_emb = type(vision.rotary_pos_emb)(vision.config)
-    if rotary != "exact":
-        for module in (text.rotary_emb, vision.rotary_pos_emb):
-            module.inv_freq = module.inv_freq.bfloat16().float()
+    heads = text.config.hidden_size // text.config.num_attention_heads
+    # Half of a head's channels for rows, half for columns.
+    half = vision.config.embed_dim // vision.config.num_heads // 2
+    frequencies = {
+        text.rotary_emb: _frequencies(heads, text.config.rope_parameters["rope_theta"]),
+        vision.rotary_pos_emb: _frequencies(half, 1e4),
+    }
+    for module, exact in frequencies.items():
+        module.inv_freq = (exact if rotary == "exact" else exact.bfloat16().float()).to(device)
+        if hasattr(module, "original_inv_freq"):
+            module.original_inv_freq = module.inv_freq.clone()
     if rotary == "released":
-        vision.rotary_pos_emb = _ReleasedVisionRotary(vision.rotary_pos_emb.inv_freq)
-    text.rotary_emb.to(device)
-    vision.rotary_pos_emb.to(device)
+        module = vision.rotary_pos_emb
+        module.inv_freq = module.inv_freq.bfloat16()
+        if "x" in inspect.signature(module.forward).parameters:
+            vision.rotary_pos_emb = _ReleasedVisionRotary(module.inv_freq)
 
 
 def build_network(config: Any, rows: int, attention: str = "sdpa") -> Any:
@@ -353,9 +366,10 @@ class VideoAlign(nn.Module):
         at_B3D = tokens.places_B3.to(self.device)[..., None].expand(-1, -1, hidden_BLD.shape[-1])
         return hidden_BLD.gather(1, at_B3D).float()
 
-    def states(self, video_BFCHW: Tensor, prompts: Sequence[str], video_fps: float) -> Tensor:
-        """Hidden states at the reward tokens, float32 [B, 3, D], of videos in [-1, 1]."""
-        pixels_PK, grid_B3 = self.settings.preprocessing(video_BFCHW.to(self.device), video_fps)
+    def states(self, chosen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Hidden states at the reward tokens, float32 [B, 3, D], of chosen frames in [-1, 1]."""
+        patches = self.settings.preprocessing.patches
+        pixels_PK, grid_B3 = patches(chosen_BNCHW.to(self.device))
         tokens = self.prompts.encode(prompts, (grid_B3.prod(1) // MERGE**2).tolist())
         return self.read(tokens, self.see(pixels_PK, grid_B3))
 
@@ -374,9 +388,10 @@ class VideoAlign(nn.Module):
         `normalised`: z-scores by the checkpoint's own mean and standard deviation, as the released
         evaluation reports them. `micro_batch`: videos per pass; None: all at once.
         """
+        choose = self.settings.preprocessing.choose
         hidden_B3D = torch.cat(
             [
-                self.states(video_BFCHW[part], prompts[part], video_fps)
+                self.states(choose(video_BFCHW[part], video_fps), prompts[part])
                 for part in matched_pieces(video_BFCHW, prompts, micro_batch)
             ]
         )

@@ -115,8 +115,8 @@ class Preprocessing:
     count: int | None = None
     max_pixels: int = 448 * 448
 
-    def __call__(self, video_BFCHW: Tensor, video_fps: float) -> tuple[Tensor, Tensor]:
-        """Patches [P, 1176] and grid [B, 3] (see `patchify`) of videos in [-1, 1]."""
+    def choose(self, video_BFCHW: Tensor, video_fps: float) -> Tensor:
+        """The frames that are looked at, [B, N, 3, H, W], of videos [B, F, 3, H, W]."""
         shape = tuple(video_BFCHW.shape)
         require(
             len(shape) == 5 and shape[2] == 3 and min(shape) > 0,
@@ -131,14 +131,18 @@ class Preprocessing:
             f"{shape[1]} frames, of which {len(chosen_N)} would be taken",
             "an even number of frames to take, two for each temporal patch",
         )
-        rows, columns = smart_resize(shape[3], shape[4], self.max_pixels)
+        return video_BFCHW[:, chosen_N.to(video_BFCHW.device)]
+
+    def patches(self, video_BNCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches [P, 1176] and grid [B, 3] (see `patchify`) of chosen frames in [-1, 1]."""
+        height, width = video_BNCHW.shape[3:]
+        rows, columns = smart_resize(height, width, self.max_pixels)
         require(
             min(rows, columns) > 0,
             "max_pixels",
             self.max_pixels,
-            f"room for a block of {FACTOR} x {FACTOR} pixels in frames of {shape[3]} x {shape[4]}",
+            f"room for a block of {FACTOR} x {FACTOR} pixels in frames of {height} x {width}",
         )
-        video_BNCHW = video_BFCHW[:, chosen_N.to(video_BFCHW.device)].float()
         # To the 8 bits of a decoded file first: neither side may be told by its finer levels.
-        levels = _rounded(((video_BNCHW + 1) * 127.5).clamp(0, 255))
+        levels = _rounded(((video_BNCHW.float() + 1) * 127.5).clamp(0, 255))
         return patchify(resize(levels, rows, columns))
