@@ -5,9 +5,10 @@
                                               beside what other compiler versions wrote
     python -m tests.offline.budget nft_loss   only kernels whose name holds "nft_loss"
 
-Some limits hold always: no stack, no spills, no atomics, 16-byte accesses for streamed data.
-Registers, shared memory and instructions per element are held to what was written last, per
-(kernel, architecture, compiler version).
+Some limits hold always: no stack, no spills, no atomics, 16-byte accesses for streamed data, the
+architecture's own matrix instructions. Registers, shared memory, instructions (per element, or of
+the loop around matrix products) and programs that fit one multiprocessor are held to what was
+written last, per (kernel, architecture, compiler version).
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import multiprocessing
 import os
 import tempfile
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from tests.offline.launches import ARCHS, CALLS, Call
+from tests.offline.calls import CALLS
+from tests.offline.launches import ARCHS, Call, Launch
 from tests.offline.machine_code import Measured
 
 PATH = Path(__file__).with_name("budgets.json")
 WORKERS = min(8, os.cpu_count() or 1)
 INSTRUCTION_SLACK = 1.03
 WIDE_FRACTION = 0.9
-# Shared memory of one program on the smallest target (gfx942).
-SHARED_LIMIT = 64 * 1024
+# Bytes of shared memory that one program may have, and that one multiprocessor has.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_SYSTEM = 1024  # of each program, on NVIDIA
+# The matrix instructions of half precision that make an architecture's rate.
+PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,16 @@ class Result:
     per_element: float  # instructions of one thread, divided by its elements
     loaded: float
     stored: float
+    programs: int = 0  # that fit one multiprocessor; 0: not computed
+    half_products: bool = False  # multiplies matrices of half precision
 
     def budget(self) -> dict[str, float]:
+        programs = {"programs": self.programs} if self.programs else {}
         return {
             "registers": self.measured.registers,
             "shared": self.measured.shared,
             "instructions": round(self.per_element, 2),
+            **programs,
         }
 
 
@@ -60,8 +68,10 @@ def violations(result: Result, budget: dict[str, float] | None) -> list[str]:
     for name, value in (("stack bytes", m.stack), ("spills", m.spills), ("atomics", m.atomics)):
         if value:
             found.append(f"{name}: {value}, must be 0")
-    if m.shared > SHARED_LIMIT:
-        found.append(f"shared memory: {m.shared} bytes, at most {SHARED_LIMIT}")
+    if m.shared > SHARED_LIMIT[result.arch]:
+        found.append(f"shared memory: {m.shared} bytes, at most {SHARED_LIMIT[result.arch]}")
+    if result.half_products and m.products != (PRODUCTS[result.arch],):
+        found.append(f"matrix instructions: {m.products}, must be {PRODUCTS[result.arch]}")
     for name, wide, all_ in (
         ("loads", m.wide_loaded, result.loaded),
         ("stores", m.wide_stored, result.stored),
@@ -71,7 +81,11 @@ def violations(result: Result, budget: dict[str, float] | None) -> list[str]:
     if budget is None:
         return found
     slack = {"instructions": INSTRUCTION_SLACK}
-    for name, value in result.budget().items():
+    measured = result.budget()
+    programs = measured.pop("programs", 0)
+    if programs < budget.get("programs", 0):
+        found.append(f"programs: {programs:g}, budget {budget['programs']:g}")
+    for name, value in measured.items():
         limit = budget[name] * slack.get(name, 1.0)
         if value > limit:
             found.append(f"{name}: {value:g}, budget {budget[name]:g}")
@@ -101,13 +115,13 @@ def compile_call(call: Call, arch: str) -> list[Result]:
     from tests.offline.launches import record
 
     return [
-        compile_launch(launch, f"{call.op}.{call.name}.{name}", arch, call.streaming)
+        compile_launch(launch, f"{call.op}.{call.name}.{name}", arch)
         for name, launch in record(call, arch).items()
     ]
 
 
-def compile_launch(launch: Any, name: str, arch: str, streaming: bool = True) -> Result:
-    """Compiles one launch (see launches.Launch) and measures its machine code."""
+def compile_launch(launch: Launch, name: str, arch: str) -> Result:
+    """Compiles one launch and measures its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -123,24 +137,43 @@ def compile_launch(launch: Any, name: str, arch: str, streaming: bool = True) ->
         constexprs={(names.index(n),): value for n, value in launch.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sorted(launch.aligned)},
     )
-    loops = "STEPS" in launch.constants
     compiled = triton.compile(source, target=target, options=launch.options)
     if nvidia:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        (measured,) = machine_code.of_cubin(compiled.asm["cubin"], str(tool), loops).values()
+        (measured,) = machine_code.of_cubin(compiled.asm["cubin"], str(tool), launch.hot).values()
     else:
-        measured = machine_code.of_amdgcn(compiled.asm["amdgcn"], loops)
-    threads = launch.options.get("num_warps", 4) * target.warp_size
-    elements = launch.constants.get("BLOCK", threads)
+        measured = machine_code.of_amdgcn(compiled.asm["amdgcn"], launch.hot)
+    products = launch.hot == "products"
+    if products:
+        # Tiles of operands: the launch gives this memory, the binary does not know of it.
+        measured = replace(measured, shared=max(measured.shared, compiled.metadata.shared))
+    warps = launch.options.get("num_warps", 4)
+    threads = warps * target.warp_size
+    elements = threads if products else launch.constants.get("BLOCK", threads)
     return Result(
         kernel=name,
         arch=arch,
         compiler="triton " + ".".join(triton.__version__.split(".")[:2]),
         measured=measured,
         per_element=measured.instructions * threads / elements,
-        loaded=launch.loaded / threads if streaming else 0,
-        stored=launch.stored / threads if streaming else 0,
+        loaded=launch.loaded / threads,
+        # AMD's products leave a lane four neighbours, which it stores as 8 bytes.
+        stored=launch.stored / threads if nvidia or not products else 0,
+        programs=_programs(measured, arch, warps),
+        half_products=products and launch.types["q_ptr"] != "*fp32",
     )
+
+
+def _programs(measured: Measured, arch: str, warps: int) -> int:
+    """Programs that one multiprocessor holds at once; 0 where not even one fits."""
+    registers = max(8, -(-measured.registers // 8) * 8)
+    if arch.startswith("sm_"):
+        by_registers = 65536 // (registers * 32) // 4 * 4 // warps
+        by_shared = (SHARED_LIMIT[arch] + SHARED_SYSTEM) // (measured.shared + SHARED_SYSTEM)
+        return min(by_registers, by_shared, 64 // warps, 32)
+    # Four units of 512 registers per lane, eight waves each at most.
+    by_registers = min(512 // registers, 8) * 4 // warps
+    return min(by_registers, SHARED_LIMIT[arch] // max(measured.shared, 1), 16)
 
 
 def submit_all(

@@ -66,7 +66,7 @@ def compile_source(source: Path, arch: str) -> list[Result]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        kernels = machine_code.of_cubin(cubin.read_bytes(), tool, loops=False)
+        kernels = machine_code.of_cubin(cubin.read_bytes(), tool, "kernel")
     return [
         Result(
             kernel=f"{source.stem}.{short_name(name)}",

@@ -1,4 +1,4 @@
-"""A kernel that must fail the budget: one warp holds far more values than it has registers."""
+"""Kernels that must fail the budget: they hold far more values than there are registers."""
 # mypy: ignore-errors
 # (@triton.jit bodies are a language of their own)
 
@@ -7,8 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tests.offline.attention_calls import CALLS
 from tests.offline.budget import Result, compile_launch
-from tests.offline.launches import Launch
+from tests.offline.launches import Launch, record
 
 
 @triton.jit
@@ -35,3 +36,11 @@ def compile_spilling(arch: str) -> Result:
         stored=4096 * 4,
     )
     return compile_launch(launch, "spilling", arch)
+
+
+def compile_wide_attention(arch: str) -> Result:
+    """dK and dV by tiles of 128 queries and 128 keys, twice what ships; runs in a worker."""
+    call = next(call for call in CALLS if "dkdv" in call.kernels)
+    launch = record(call, arch)["dkdv"]
+    launch.constants |= {"BLOCK_M": 128, "BLOCK_N": 128}
+    return compile_launch(launch, "wide", arch)

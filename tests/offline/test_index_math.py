@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.offline.launches import CALLS, Call
+from tests.offline import noise_calls
+from tests.offline.calls import CALLS
+from tests.offline.launches import Call
 
 # One sample of 2^31 + 2^13 elements per video; 2^32 elements in rows per frame.
 HUGE = {
@@ -17,14 +19,28 @@ HUGE = {
     "frame": (2, 2, 4, 2**14, 2**15),
 }
 
+# Ops whose kernels take strides: the multiplication is wide whatever comes.
+_STRIDED = [
+    replace(call, kernels=tuple(k for k in call.kernels if k != "reduce"))
+    for call in CALLS
+    if (call.op, call.name)
+    in {
+        ("block_attention", "noisy"),
+        ("block_attention_bwd", "forcing"),
+        ("qk_norm_rope_append_", "bf16"),
+        ("adaln", "bf16"),
+        ("adaln_bwd", "bf16"),
+    }
+]
+
 
 def _huge(op: str, kind: str) -> Call:
-    base = next(call for call in CALLS if call.op == op)
+    base = next(call for call in noise_calls.CALLS if call.op == op)
     names = ("fwd", "bwd", "partials", "grad", "scale")
     return replace(base, shape=HUGE[kind], chunks=0 if kind == "video" else 4, kernels=names)
 
 
-def _intermediate(op: str, kind: str) -> dict[str, str]:
+def _intermediate(call: Call) -> dict[str, str]:
     """Triton's IR before any GPU is chosen, by kernel; runs in a worker."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -32,7 +48,7 @@ def _intermediate(op: str, kind: str) -> dict[str, str]:
     from tests.offline.launches import record
 
     found = {}
-    for name, launch in record(_huge(op, kind), "sm_90").items():
+    for name, launch in record(call, "sm_90").items():
         names = launch.kernel.arg_names
         source = ASTSource(
             launch.kernel,
@@ -59,16 +75,26 @@ def _narrow_offsets(ir: str) -> list[str]:
     return found
 
 
+def _assert_wide(kernels: dict[str, str]) -> None:
+    assert kernels
+    for name, ir in kernels.items():
+        assert re.search(r"tt\.addptr .*!tt\.ptr<bf16>, i64", ir), f"{name} has no 64-bit offset"
+        assert _narrow_offsets(ir) == [], name
+
+
 @pytest.mark.parametrize("kind", sorted(HUGE))
 @pytest.mark.parametrize("op", ["forward_noise", "forward_noise_bwd", "nft_loss", "nft_loss_bwd"])
 def test_offsets_into_huge_tensors_are_64_bits_wide(
     workers: ProcessPoolExecutor, op: str, kind: str
 ) -> None:
-    kernels = workers.submit(_intermediate, op, kind).result()
-    assert kernels
-    for name, ir in kernels.items():
-        assert re.search(r"tt\.addptr .*!tt\.ptr<bf16>, i64", ir), f"{name} has no 64-bit offset"
-        assert _narrow_offsets(ir) == [], name
+    _assert_wide(workers.submit(_intermediate, _huge(op, kind)).result())
+
+
+@pytest.mark.parametrize("call", _STRIDED, ids=lambda call: f"{call.op}.{call.name}")
+def test_strides_of_any_size_are_multiplied_in_64_bits(
+    workers: ProcessPoolExecutor, call: Call
+) -> None:
+    _assert_wide(workers.submit(_intermediate, call).result())
 
 
 @pytest.mark.parametrize(

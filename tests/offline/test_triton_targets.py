@@ -7,7 +7,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import pytest
 
 from tests.offline import budget
-from tests.offline.launches import CALLS
+from tests.offline.calls import CALLS
 
 Pending = dict[tuple[str, str], Future[list[budget.Result]]]
 
