@@ -118,7 +118,7 @@ def test_other_positions_are_seen(copy: Path, monkeypatch: pytest.MonkeyPatch) -
     plain: Callable[..., torch.Tensor] = torch.arange
 
     def stretched(*arguments: Any, **settings: Any) -> torch.Tensor:
-        return plain(*arguments, **settings) * (2 if settings else 1)
+        return plain(*arguments, **settings) * (2 if "device" in settings else 1)
 
     class Other:
         def __getattr__(self, name: str) -> Any:
