@@ -107,6 +107,9 @@ def test_the_released_lora_is_merged_by_alpha_and_its_own_rank(
         (lambda s: s.pop("base_model.model.visual.patch_embed.proj.weight"), "patch_embed"),
         (lambda s: s.pop(f"{Q_PROJ}.lora_A.default.weight"), "q_proj"),
         (lambda s: s.pop(f"{Q_PROJ}.base_layer.weight"), "q_proj"),
+        (lambda s: [s.pop(f"{Q_PROJ}.lora_{x}.default.weight") for x in "AB"], "q_proj"),
+        (lambda s: s.update({f"{Q_PROJ}.weight": s[f"{Q_PROJ}.base_layer.weight"]}), "q_proj"),
+        (lambda s: s.update({f"{Q_PROJ}.lora_A.default.weight": torch.ones(RANK, 3)}), "q_proj"),
         (lambda s: s.pop("base_model.model.rm_head.weight"), "rm_head"),
         (lambda s: s.update({"base_model.model.rm_head.weight": torch.ones(2, HIDDEN)}), "rm_head"),
         (lambda s: s.update({EMBEDDING: s[EMBEDDING][:-1]}), "tokenizer"),
@@ -118,6 +121,13 @@ def test_a_file_that_does_not_fit_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         load(altered(change))
+
+
+def test_a_lora_of_another_rank_than_the_config_s_is_refused(tmp_path: Path) -> None:
+    folder = write_released(tmp_path / "x")
+    write_settings(folder / "root", peft_lora_config={"lora_r": 2 * RANK})
+    with pytest.raises(ValueError, match="rank of LoRA"):
+        load(folder)
 
 
 class _Malicious:
@@ -324,15 +334,18 @@ def test_pieces_make_the_same_update_as_the_whole(released: Path, loss: str) -> 
             torch.testing.assert_close(value, grads[name], **NETWORK_REORDERED)
 
 
-def test_checkpointing_changes_no_gradient(released: Path) -> None:
-    grads = []
+def test_checkpointing_computes_the_layers_twice_and_changes_no_gradient(released: Path) -> None:
+    grads, passes = [], []
     for checkpointing in (False, True):
         critic, video = make(released, gradient_checkpointing=checkpointing), clips()
+        calls: list[int] = []
+        attention = critic.scorer.network.language_model.layers[0].self_attn
+        attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         video.requires_grad_()
         critic.differentiable_score(video, PROMPTS).sum().backward()
         grads.append([video.grad, *(p.grad for p in critic.trained().values())])
-        layer = critic.scorer.network.language_model.layers[0]
-        assert layer.gradient_checkpointing and layer.training if checkpointing else True
+        passes.append(len(calls))
+    assert passes == [1, 2]
     for plain, again in zip(*grads, strict=True):
         assert torch.equal(plain, again)
 

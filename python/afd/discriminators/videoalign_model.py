@@ -56,6 +56,7 @@ class Settings:
     Attributes:
         base: name of the base model.
         lora_alpha: LoRA's weight is alpha / r.
+        lora_rank: r, where it is said.
         rslora: alpha / sqrt(r) instead.
         preprocessing: frame rate and size.
         template: kind of prompt template.
@@ -64,6 +65,7 @@ class Settings:
 
     base: str = "Qwen/Qwen2-VL-2B-Instruct"
     lora_alpha: float = 128.0
+    lora_rank: int | None = None
     rslora: bool = False
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     template: str = "detailed_special"
@@ -88,6 +90,7 @@ class Settings:
         return cls(
             base=model.get("model_name_or_path", cls.base),
             lora_alpha=float(lora["lora_alpha"]),
+            lora_rank=lora.get("lora_r"),
             rslora=bool(lora.get("use_rslora", False)),
             preprocessing=Preprocessing(
                 fps=float(data.get("fps") or 2.0),
@@ -128,17 +131,19 @@ def remap(
     *,
     alpha: float,
     rslora: bool = False,
+    rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     lora: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Released tensors as transformers 5's Qwen2VLModel names them, LoRA merged; and the head.
 
     Every key is accounted for: the language-model head is the only one that is left out, and what
-    is not understood is an error. `lora=False` leaves the released LoRA out.
+    is not understood is an error. `rank`: that of every LoRA, where it is known. `lora=False` leaves
+    the released LoRA out.
     """
     weights: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
-    head, odd = None, []
+    head, odd, wrapped = None, [], set()
     for key, tensor in held.items():
         name = key.removeprefix(_PREFIX)
         if name == key or not isinstance(tensor, Tensor):
@@ -147,19 +152,20 @@ def remap(
             head = tensor.float().clone()
         elif name == "lm_head.weight":
             continue
-        elif name.startswith("visual."):
-            weights[name] = tensor
         elif match := re.fullmatch(r"model\.(.+)\.lora_([AB])\.default\.weight", name):
             pairs.setdefault(f"language_model.{match[1]}.weight", {})[match[2]] = tensor
-        elif name.startswith("model."):
-            weights["language_model." + name.removeprefix("model.").replace(".base_layer", "")] = (
-                tensor
-            )
+        elif name.startswith(("visual.", "model.")):
+            ours = re.sub(r"^model\.", "language_model.", name).replace(".base_layer", "")
+            if ours in weights:
+                odd.append(key)
+            if name.endswith(".base_layer.weight"):
+                wrapped.add(ours)
+            weights[ours] = tensor
         else:
             odd.append(key)
-    odd += [
-        name for name, pair in pairs.items() if pair.keys() != {"A", "B"} or name not in weights
-    ]
+    # A linear that LoRA wraps has both its halves, and LoRA wraps what is there.
+    odd += sorted(wrapped ^ pairs.keys())
+    odd += [name for name, pair in pairs.items() if not _is_lora(pair, weights.get(name))]
     if head is None:
         odd.append("no rm_head.weight")
     if odd or head is None:
@@ -168,11 +174,24 @@ def remap(
         )
     require(head.ndim == 2 and len(head) in (1, 3), "rm_head.weight", head, "[1 or 3, D]")
     for name, pair in pairs.items() if lora else ():
-        rank = len(pair["A"])
-        scale = alpha / (math.sqrt(rank) if rslora else rank)
+        found = len(pair["A"])
+        agrees = rank is None or found == rank
+        require(
+            agrees, f"checkpoint: rank of LoRA at {name}", found, f"lora_r of the config, {rank}"
+        )
+        scale = alpha / (math.sqrt(found) if rslora else found)
         added = scale * (pair["B"].float() @ pair["A"].float())
         weights[name] = (weights[name].float() + added).to(dtype)
     return weights, head
+
+
+def _is_lora(pair: Mapping[str, Tensor], weight: Tensor | None) -> bool:
+    """Whether two halves are there and multiply to something of the weight's shape."""
+    if pair.keys() != {"A", "B"} or weight is None:
+        return False
+    down, up = pair["A"], pair["B"]
+    fits = down.ndim == up.ndim == 2 and len(down) == up.shape[1] > 0
+    return fits and (len(up), down.shape[1]) == tuple(weight.shape)
 
 
 # --- the network ---
@@ -304,6 +323,7 @@ class VideoAlign(nn.Module):
             read_pickle(weights_file),
             alpha=settings.lora_alpha,
             rslora=settings.rslora,
+            rank=settings.lora_rank,
             dtype=dtype,
             lora=lora,
         )
