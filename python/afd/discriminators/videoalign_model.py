@@ -138,8 +138,8 @@ def remap(
     """Released tensors as transformers 5's Qwen2VLModel names them, LoRA merged; and the head.
 
     Every key is accounted for: the language-model head is the only one that is left out, and what
-    is not understood is an error. `rank`: that of every LoRA, where it is known. `lora=False` leaves
-    the released LoRA out.
+    is not understood is an error. `rank`: that of every LoRA, where it is known. With `lora=False`
+    the released LoRA is left out.
     """
     weights: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
