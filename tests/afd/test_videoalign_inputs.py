@@ -209,6 +209,19 @@ def test_reward_tokens_get_the_last_rows_in_the_released_order(encoder: PromptEn
     assert encoder.reward_ids == list(range(encoder.rows - 3, encoder.rows))
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [("tokenizer.json", "<|video_pad|>", "<|other|>"), ("tokenizer_config.json", "pad_token", "x")],
+)
+def test_another_model_s_tokenizer_is_refused(
+    tmp_path: Path, file: str, old: str, new: str
+) -> None:
+    base = write_base(tmp_path / "base")
+    (base / file).write_text((base / file).read_text().replace(old, new))
+    with pytest.raises(ValueError, match="tokenizer"):
+        PromptEncoder.load(base, TEMPLATE)
+
+
 def test_braces_in_a_prompt_are_text(encoder: PromptEncoder) -> None:
     assert "{of} {text_prompt} {} {0} }{ " in encoder.request("{text_prompt} {} {0} }{")
 

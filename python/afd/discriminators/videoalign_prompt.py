@@ -144,6 +144,10 @@ class PromptEncoder:
         self.template = check_template(template)
         self.tokenizer = tokenizer
         known = tokenizer.get_vocab()
+        fits = VIDEO_TOKEN in known and tokenizer.pad_token_id is not None
+        require(
+            fits, "tokenizer", f"{len(known)} tokens", f"Qwen2-VL's, with {VIDEO_TOKEN} and padding"
+        )
         # One call in the released order, so that their rows of the embedding are the trained ones.
         new = [AddedToken(t, special=True) for t in REWARD_TOKENS if t not in known]
         tokenizer.add_tokens(new, special_tokens=True)
