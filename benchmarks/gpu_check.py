@@ -39,7 +39,7 @@ _KERNEL += ("peak_mib", "speedup")
 _ATTENTION = ("case", "dtype", "B", "queries", "keys", "backward", "provider", "median_ms")
 _ATTENTION += ("tflops", "pct_of_floor", "peak_mib", "error")
 _ROLLOUT = ("case", "dtype", "B", "provider", "median_ms", "fps", "floor_ms", "syncs")
-_ROLLOUT += ("cache_mib", "peak_mib", "speedup")
+_ROLLOUT += ("cache_mib", "peak_mib", "speedup", "speedup_released")
 RESULTS = {
     "nft_loss": _KERNEL,
     "forward_noise": _KERNEL,
@@ -95,37 +95,38 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
     configure += [f"-DPython_EXECUTABLE={python}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'afd_kernels'}"]
     return [
-        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 75),
+        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 70),
         Section(
             "tests",
             [
                 [*pytest, "-m", "gpu", *OP_TESTS, *STUDENT_TESTS],
                 [*pytest, "-m", "not gpu and not slow", *OP_TESTS],
             ],
-            140,
+            200,
             needs_gpu=True,
         ),
         Section(
             "parity",
             [parity, [*parity, "--dtype", "bfloat16"]],
-            30,
+            25,
             needs_gpu=True,
             needs_path=GOLDEN,
         ),
         Section(
             "sanitizer",
             [[*sanitizer, "--tool", tool, *drive] for tool in ("memcheck", "racecheck")],
-            60,
+            50,
             needs_gpu=True,
             needs_tool="compute-sanitizer",
             # Every tensor its own allocation: an access past its end is then one that is seen.
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
-        _bench("nft_loss", [*batches, *bench, "--plot"], 75),
-        _bench("forward_noise", [*batches, *bench, "--plot"], 30),
-        _bench("attention", bench, 60),
-        _bench("rollout", bench, 60),
-        Section("offline", [[*pytest, "tests/offline"]], 65),
+        _bench("nft_loss", [*batches, *bench, "--plot"], 60),
+        _bench("forward_noise", [*batches, *bench, "--plot"], 25),
+        _bench("attention", bench, 50),
+        _bench("rollout", bench, 50),
+        # The other architectures are proved where there is time.
+        Section("offline", [[*pytest, "tests/offline", "-k", "sm_90 or gate"]], 65),
     ]
 
 
