@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,14 +68,69 @@ def benchmark_table(path: Path) -> str:
             f"{ms[0] / ms[2]:.0f} | {ms[1] / ms[2]:.1f} | {ours['pct_of_floor']:.0f} | "
             f"{eager['peak_mib']:.0f} → {ours['peak_mib']:.0f} |"
         )
+    return "\n".join([*lines, "", provenance(path, saved)])
+
+
+def attention_table(path: Path) -> str:
+    """Every pass against one dense-masked SDPA, from one saved benchmark."""
+    saved = json.loads(path.read_text())
+    found = {(row["case"], row["B"], row["provider"]): row for row in saved["rows"]}
+    lines = [
+        "| pass | B | queries × keys | dense mask ms | flex ms | afd ms | × dense mask | × flex |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, batch in dict.fromkeys(key[:2] for key in found):
+        dense, flex, ours = (
+            found.get((case, batch, provider)) for provider in ("dense mask", "flex", "ours")
+        )
+        if dense is None or ours is None:
+            continue
+        name = case + (", forward and backward" if ours["backward"] else "")
+        times = [_ratio(row, None) for row in (dense, flex, ours)]
+        ratios = [_ratio(row, ours) for row in (dense, flex)]
+        shape = f"{ours['queries']} × {ours['keys']}"
+        lines.append("| " + " | ".join([name, str(batch), shape, *times, *ratios]) + " |")
+    return "\n".join([*lines, "", provenance(path, saved)])
+
+
+def rollout_table(path: Path) -> str:
+    """Milliseconds a chunk of a stream that goes on, from one saved benchmark."""
+    saved = json.loads(path.read_text())
+    found = {(row["case"], row["B"], row["provider"]): row for row in saved["rows"]}
+    lines = [
+        "| student | tokens see | plain ms | plain, text kept ms | afd ms | × plain | "
+        "× text kept | × floor | ops | host waits |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, batch in dict.fromkeys(key[:2] for key in found):
+        released, kept, ours = (
+            found[case, batch, provider] for provider in ("eager+text", "eager", "ours")
+        )
+        cells = [_ratio(row, None) for row in (released, kept, ours)]
+        cells += [_ratio(row, ours) for row in (released, kept)]
+        cells += [f"{ours['median_ms'] / ours['floor_ms']:.1f}"]
+        cells += [f"{kept[key]} → {ours[key]}" for key in ("ops", "syncs")]
+        seen = f"{ours['tokens']} × {ours['keys']}"
+        lines.append("| " + " | ".join([case, seen, *cells]) + " |")
+    return "\n".join([*lines, "", provenance(path, saved)])
+
+
+def _ratio(row: dict[str, Any] | None, to: dict[str, Any] | None) -> str:
+    """Milliseconds of a row, or how many times those of `to` they are; a dash for no row."""
+    if row is None:
+        return "–"
+    ms = row["median_ms"]
+    return f"{ms:.1f}" if to is None else f"{ms / to['median_ms']:.2f}"
+
+
+def provenance(path: Path, saved: dict[str, Any]) -> str:
+    """The command that made the numbers, where and when."""
     about = saved["environment"]
-    lines += [
-        "",
+    return (
         f"`python benchmarks/{path.stem}.py`, {about['device_name']}, {about['threads']} threads, "
         f"torch {about['versions']['torch']}, {about['date'][:10]}, commit {about['commit'][:9]}; "
-        f"all rows of this and more in `{path.relative_to(ROOT)}`.",
-    ]
-    return "\n".join(lines)
+        f"all rows of this and more in `{path.relative_to(ROOT)}`."
+    )
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -83,12 +139,16 @@ def fill(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
 
 
+TABLES = {"nft_loss": benchmark_table, "attention": attention_table, "rollout": rollout_table}
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "quickstart", quickstart_table(ROOT / "runs" / "quickstart"))
-    results = sorted((ROOT / "benchmarks" / "results").glob("*/nft_loss.json"))
-    tables = "\n\n".join(benchmark_table(path) for path in results)
-    readme.write_text(fill(text, "benchmarks", tables))
+    for name, table in TABLES.items():
+        results = sorted((ROOT / "benchmarks" / "results").glob(f"*/{name}.json"))
+        text = fill(text, name, "\n\n".join(table(path) for path in results))
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

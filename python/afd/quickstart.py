@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -67,6 +68,9 @@ def base(config: RunConfig, console: Console) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     with log_to(out / "train.log", console):
+        # As in training: matrix products of other thread counts differ in their last bits.
+        if config.threads:
+            torch.set_num_threads(config.threads)
         (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         teacher = open_teacher(config, console)
         requests, videos = teacher.requests, Videos(teacher, config.video)
