@@ -141,6 +141,8 @@ def test_ctrl_c_stops_cleanly_and_the_next_fetch_collects_everything(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # What a shell started in the background ignores, its children ignore as well.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while len(service.jobs) < 6 and process.poll() is None:
         time.sleep(0.02)
