@@ -35,6 +35,8 @@ format: setup
 bench: setup ## the benchmarks of this device; tables, JSON and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks.nft_loss --plot
 	$(BIN)/python -m benchmarks.forward_noise --plot
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.rollout
 
 gpu-check: ## build, test and measure on a GPU box with what it has; needs no network
 	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)

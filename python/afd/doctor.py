@@ -27,8 +27,8 @@ PACKAGES = (
 )  # fmt: skip
 # Package, its import name, and what it adds.
 OPTIONAL = (
-    ("flash-attn", "flash_attn", "an attention baseline on CUDA", "afd[flash]"),
-    ("xformers", "xformers", "an attention baseline on CUDA", "afd[xformers]"),
+    ("flash-attn", "flash_attn", "attention on CUDA, timed beside ours", "afd[flash]"),
+    ("xformers", "xformers", "attention on CUDA", "afd[xformers]"),
     ("pytest", "pytest", "the test suite", "afd[dev]"),
 )
 # What training and rollout run in; attention libraries take nothing wider on a GPU.
