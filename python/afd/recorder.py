@@ -63,7 +63,7 @@ class Recorder:
         host = torch.empty_like(levels_BFHWC, device="cpu", pin_memory=True)
         host.copy_(levels_BFHWC, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(levels_BFHWC.device))
         self._queue.put((host, arrived))
 
     def _run(self) -> None:

@@ -108,6 +108,9 @@ def sample(config: SampleConfig, console: Console) -> Sampled:
     jobs = read_jobs(config)
     layout = _layout(config, jobs)
     for job in jobs:
+        if job.prefix is not None and not job.prefix.is_file():
+            named = "image" if job.image is not None else "video"
+            raise ConfigError(f"{named}: got {job.prefix} for {job.name}; needed: a file")
         for chunk, _ in job.switches:
             if chunk >= len(layout(job)):
                 raise ConfigError(
@@ -230,7 +233,12 @@ def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
         try:
             chunks = chunk_layout(config.latent_frames, config.chunk, first_alone=alone)
         except ValueError as error:
-            raise ConfigError(f"{config.frames} frames are {error} (latent frames)") from None
+            single = int(alone and config.chunk > 1)
+            whole = max(1, -(-(config.latent_frames - single) // config.chunk))
+            fits = 1 + (single + whole * config.chunk - 1) * config.scale[0]
+            raise ConfigError(
+                f"{config.frames} frames are {error} (latent frames), such as frames={fits}"
+            ) from None
         ends = [start + count for start, count in chunks[:-1]]
         if given and given not in ends:
             raise ConfigError(
@@ -286,6 +294,9 @@ def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
     """
     assert config.checkpoint is not None
     device = config.torch_device
+    if device.index is not None:
+        # Kernels and graphs are launched on the current device.
+        torch.cuda.set_device(device)
     if config.student == "toy":
         toy = ToyStudent.load(config.checkpoint).to(device, config.torch_dtype)
         toy = toy.requires_grad_(False)
@@ -293,7 +304,7 @@ def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
         student: Student = toy
         codec: Codec = Pixels()
         texts = {prompt: toy.encode([prompt])[0].cpu() for prompt in prompts}
-        toy.net.config = replace(toy.net.config, window=config.window, sink=config.sink)
+        toy.net.config = _remembering(toy.net.config, config)
     else:
         if not Path(config.checkpoint).exists():
             raise ConfigError(f"checkpoint: {config.checkpoint} does not exist")
@@ -323,6 +334,16 @@ def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
     if config.cuda_graphs:
         student.use_graphs()
     return Pipeline(student, codec, texts)
+
+
+def _remembering(wan: WanConfig, config: SampleConfig) -> WanConfig:
+    """The toy's network with the stream's memory and first chunk."""
+    return replace(
+        wan,
+        window=config.window,
+        sink=config.sink,
+        independent_first_frame=config.independent_first_frame,
+    )
 
 
 def _matches_toy(config: SampleConfig, toy: ToyStudent) -> None:
@@ -415,7 +436,7 @@ def _network(config: SampleConfig) -> WanConfig:
     if config.student == "toy":
         toy = ToyStudent.load(config.checkpoint or "base")
         _matches_toy(config, toy)
-        return replace(toy.net.config, window=config.window, sink=config.sink)
+        return _remembering(toy.net.config, config)
     if config.checkpoint is not None and Path(config.checkpoint).exists():
         weights, written = read_weights(config.checkpoint, ema=config.ema)
         found = infer_config(weights, written, head_dim=config.head_dim)
@@ -429,7 +450,10 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
     layout = _layout(config, jobs)
     job = jobs[0] if jobs else Job("video", "", 0, config.image, config.video)
     chunks, given = layout(job), _prefix_frames(config, job)
-    held = memory(config)
+    try:
+        held = memory(config)
+    except ValueError as error:  # what a file holds is not what the configuration says
+        raise ConfigError(str(error)) from error
     steps, first = len(config.steps), len(config.first_chunk_steps or config.steps)
     generated = sum(start >= given for start, _ in chunks)
     passes = first + (generated - 1) * steps + len(chunks) - 1

@@ -40,7 +40,9 @@ class SampleConfig(Section):
         description="folder or hub name with text_encoder/, tokenizer/ and vae/",
     )
     text_encoder: str | None = Field(default=None, description="another source; null: pretrained")
-    tokenizer: str | None = Field(default=None, description="another source; null: pretrained")
+    tokenizer: str | None = Field(
+        default=None, description="folder of its own; null: where the text encoder comes from"
+    )
     vae: str | None = Field(default=None, description="another source; null: pretrained")
     text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
 

@@ -103,15 +103,17 @@ class GraphedPasses(FixedPasses):
     def _record(
         self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context: bool
     ) -> _Recorded:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUPS):
-                self._net.streamed(x_BFCHW, times, cache, context)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = self._net.streamed(x_BFCHW, times, cache, context)
+        # Streams and captures are the current device's, which need not be the network's.
+        with torch.cuda.device(x_BFCHW.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARMUPS):
+                    self._net.streamed(x_BFCHW, times, cache, context)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = self._net.streamed(x_BFCHW, times, cache, context)
         return _Recorded(x_BFCHW, times, out, graph.replay)
 
 
