@@ -147,7 +147,8 @@ def stream(
         context_noise: the time the context pass is told, on the 0-1000 scale; the latents of the
             pass stay clean.
         remember_last: also do the context pass of the last chunk, to read the cache afterwards.
-        cache: where to keep the context (`student.new_cache`), to read it afterwards.
+        cache: where to keep the context (`student.new_cache` of the same prompts, or one that was
+            reset to them), to read it afterwards. Its prompts are what is seen.
 
     Raises:
         ValueError: naming the argument, what came and what is needed; before the first chunk.
@@ -206,6 +207,7 @@ def _chunks(
         else:
             levels = plan.first if start == given else plan.levels
             x0 = denoise_chunk(student, cache, noise, levels, chunk, start)
+            require(x0.shape[1] == count, "noise", x0, f"{count} frames for chunk {chunk}")
             level = plan.context
         yield x0
         if chunk + 1 < len(plan.layout) or plan.remember_last:

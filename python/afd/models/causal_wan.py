@@ -189,6 +189,7 @@ class CausalWan(nn.Module):
 
     def time_table(self, t_BF: Tensor) -> TimeTable:
         """Time embedding and every block's modulation at times [B, F], of which both may be 1."""
+        require(t_BF.ndim == 2, "t", t_BF, "[B, F] or [B, 1]")
         embed_BFD = self.time_embedding(
             sinusoid(t_BF, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
         )
@@ -394,11 +395,13 @@ class CausalWan(nn.Module):
         """An empty cache for streams of `frames` frames with these prompts.
 
         With a window in the configuration it holds that many frames and the stream may go on
-        (`frames` None: without end); else it holds all of `frames`.
+        (`frames` None: without end); else it holds all of `frames`. A list is copied: a prompt
+        switch writes over the cache's own, and other streams may have begun with the same list.
         """
         window, sink = self.config.window, self.config.sink
         grid = self.config.grid(height, width)
-        return KVCache(self._text(text), frames, *grid, window=window, sink=sink)
+        own = self.text_kv(text) if isinstance(text, Tensor) else [_copies(kv) for kv in text]
+        return KVCache(own, frames, *grid, window=window, sink=sink)
 
     def forward_cached(
         self,
@@ -446,6 +449,10 @@ class CausalWan(nn.Module):
         # Rearranged out here: autograd may save it, so it must not be an inference tensor.
         out = self._unpatchify(y_BLP, rows, cols)
         return out.clone() if out.is_inference() else out
+
+
+def _copies(kv: LayerKV) -> LayerKV:
+    return kv[0].clone(), kv[1].clone()
 
 
 def _times(t_BF: Tensor | None, x_BFCHW: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class KVCache:
         """An empty cache in the dtype and on the device of the text keys.
 
         Args:
-            cross_kv: the prompt's keys and values (`CausalWan.text_kv`).
+            cross_kv: the prompt's keys and values (`CausalWan.text_kv`); kept, not copied, and
+                written over when the prompt changes.
             frames: frames of the stream. With a window, more may come later; None: unlimited.
             rows, cols: tokens of a frame.
             window: frames kept, sink and current chunk included; None keeps all of `frames`.

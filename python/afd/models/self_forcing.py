@@ -108,7 +108,8 @@ def self_forced(
             x0 = x0_from_flow(flow, x_t, sigma)
         result.append(x0)
         if start + chunk < frames:
-            written.append(own)
+            if leak:
+                written.append(own)
             context = renoise(x0.detach(), draw(), clean_sigma)
             net.forward_cached(context, clean_t, cache, start, context_only=True)
     return torch.cat(result, 1)
