@@ -154,7 +154,7 @@ def causal(
     independent_first_frame: bool = False,
     window: int | None = None,
 ) -> Intervals:
-    """Block-causal training: a chunk attends itself and every earlier one (student_wan.md, 4).
+    """Block-causal training: a chunk attends itself and every earlier one.
 
     Args:
         frames: F, query and key frames.

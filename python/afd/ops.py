@@ -52,7 +52,7 @@ def forward_noise(
     noise: Tensor | None = None,
     layout: Layout = "BCFHW",
 ) -> Tensor:
-    """Noises clean latents: x_t = alpha_t x0 + sigma_t noise (afd_algorithm.md, step 5).
+    """Noises clean latents: x_t = alpha_t x0 + sigma_t noise.
 
     Args:
         x0: [B, ...], or [B, C, F, H, W] / [B, F, C, H, W] when t is per chunk or frame;
@@ -242,7 +242,7 @@ def qk_norm_rope(
 
     With r = 1 / sqrt(mean over the token's h·d channels of q² + eps), channels (2j, 2j+1) of
     q · r · weight_q are turned as one complex number by (cos, sin) of pair j. float32 arithmetic,
-    rounded once (the released code rounds three times; student_wan.md, sections 1 and 6).
+    rounded once (Wan2.1's released code rounds three times; qk_norm_rope/MATH.md).
 
     Args:
         q: [B, L, h, d], d even; float32, bfloat16, float16 or float64. Slices of a fused
@@ -327,7 +327,7 @@ def adaln(
     scale_offset: float = 1.0,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Gated residual, LayerNorm and per-frame modulation in one pass (student_wan.md, section 1).
+    """Gated residual, LayerNorm and per-frame modulation in one pass, as Wan2.1 modulates.
 
     x_out = x + gate · branch and h = LN(x_out) · (scale_offset + scale) + shift. LN is over D,
     without affine, and reads x_out as rounded to x's dtype: what the next residual reads.

@@ -12,7 +12,7 @@ from torch import Tensor
 from afd.models.vae import VideoVAE
 from tests.tolerances import NETWORK_REORDERED
 
-# student_wan.md section 7: the released statistics of Wan2.1's latents.
+# The released statistics of Wan2.1's latents.
 MEAN = """-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508
           .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 -.2921"""
 STD = """2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743

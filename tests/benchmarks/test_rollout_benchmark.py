@@ -67,5 +67,5 @@ def test_memory_and_work_are_those_of_the_shape() -> None:
     case = next(iter(rollout.cases(Arguments())))
     work = rollout._work(case, 1, Machine(4.3e12, 788e12))
     assert (work["tokens"], work["keys"]) == (4680, 32760)
-    # Five passes that see 21 frames (student_wan.md: 40.4 TFLOP each).
+    # Five passes that see 21 frames (40.4 TFLOP each).
     assert work["gflop"] == pytest.approx(5 * 40.4e3, rel=0.01)
