@@ -89,9 +89,12 @@ class Recorder:
         self._thread.join()
         failed = error or self._error
         for writer in self._writers:
-            if failed is None:
-                writer.close()
-            else:
+            if failed is not None:
                 writer.abort()
-        if error is None and self._error is not None:
-            raise self._error
+                continue
+            try:
+                writer.close()
+            except BaseException as broken:  # the files after it are not left half-written either
+                failed = broken
+        if error is None and failed is not None:
+            raise failed

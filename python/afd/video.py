@@ -160,7 +160,14 @@ class VideoWriter:
         self.frames += shape[0]
 
     def close(self) -> None:
-        """Finish the file; it appears under its name whole or not at all."""
+        """Finish the file; it appears under its name whole, or nothing is left."""
+        try:
+            self._finish()
+        except BaseException:  # a full disk, for instance
+            self.abort()
+            raise
+
+    def _finish(self) -> None:
         require(self.frames > 0, "frames", self.frames, "at least one frame before close")
         self._container.mux(self._stream.encode(None))
         self._container.close()
@@ -183,9 +190,11 @@ class VideoWriter:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        self._container.close()
-        for suffix in (".partial", ".whole"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        try:
+            self._container.close()
+        finally:
+            for suffix in (".partial", ".whole"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self

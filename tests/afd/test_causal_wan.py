@@ -302,6 +302,8 @@ def test_bad_shapes_are_refused() -> None:
         net(video(net, 3)[..., :5, :], torch.zeros(1, 1), text(net))
     with pytest.raises(ValueError, match=r"text: shape \(2, 4, 8\) came, \[B, 5, 8\] is needed"):
         net(video(net, 3), torch.zeros(1, 1), text(net)[:, :4])
+    with pytest.raises(ValueError, match=r"t: got float32 \[2\] on cpu; needed: \[B, F\]"):
+        net(video(net, 3), torch.zeros(2), text(net))
     with pytest.raises(ValueError, match=r"clean_BFCHW: .*the shape of x"):
         net(video(net, 3), torch.zeros(1, 1), text(net), clean_BFCHW=video(net, 6))
     with pytest.raises(ValueError, match=r"config: dim 30 needs num_heads \(4\) heads"):

@@ -145,6 +145,18 @@ def test_places_are_checked() -> None:
         cache.reset([(k[:, :2], v[:, :2]) for k, v in cache.cross_kv])
 
 
+def test_a_prompt_switch_leaves_other_streams_of_the_same_prompt_alone() -> None:
+    net = tiny()
+    with torch.no_grad():
+        words, others = net.text_kv(text(net)), net.text_kv(text(net, seed=9))
+    switched, kept = (net.new_cache(words, 6, HEIGHT, WIDTH) for _ in range(2))
+    before = [k.clone() for k, _ in words]
+    switched.reset(others)
+    for k, (mine, _), (given, _) in zip(before, kept.cross_kv, words, strict=True):
+        assert torch.equal(mine, k)
+        assert torch.equal(given, k)
+
+
 def test_a_past_lent_for_gradients_does_not_mind_later_writes() -> None:
     net = tiny()
     cache = net.new_cache(text(net), 9, HEIGHT, WIDTH)

@@ -21,6 +21,7 @@ from afd.rollout import (
     counted_noise,
     draw_exits,
     rollout,
+    seeded_noise,
     self_forcing_rollout,
     stream,
     stream_layout,
@@ -232,6 +233,13 @@ def test_a_mistake_is_told_before_the_first_chunk(
     noise = noise_of(student, [1, 2])
     with pytest.raises(ValueError, match=told):
         stream(student, text, noise, **{"steps": TWO, **options})
+
+
+def test_noise_of_another_layout_is_refused(text: Tensor) -> None:
+    student = make_student(independent_first_frame=True)
+    whole = seeded_noise([1, 2], (2, *student.frame_shape))
+    with pytest.raises(ValueError, match=r"noise: got .*; needed: 1 frames for chunk 0"):
+        next(stream(student, text, whole, frames=5, steps=TWO))
 
 
 def test_graphs_are_refused_where_there_is_no_cuda_device(student: WanStudent) -> None:

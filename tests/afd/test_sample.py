@@ -258,6 +258,8 @@ def test_the_toy_student_is_sampled_by_the_same_command(
     assert main([*words, "samples=2", "device=cpu"]) == 0
     assert "2 of 2 videos are there already" in capsys.readouterr().out
     assert main([*words, "frames=24", "window=9", "sink=3", "name=x"]) == 2
+    alone = f"out={tmp_path / 'alone'}"
+    assert main([*words, alone, "frames=7", "independent_first_frame=true", "device=cpu"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -286,6 +288,9 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
     cache = pipeline.cache(pipeline.text(["a ball", "the table"]), config.latent_frames)
     assert cache.bytes == held.cache
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "damaged.pt").write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="damaged, or holds other things than tensors"):
+        dry_run(make(models, tmp_path, checkpoint=str(tmp_path / "damaged.pt")), quiet())
 
 
 @pytest.mark.parametrize(
@@ -299,6 +304,8 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
         ({"prompts": None}, "prompts: not given"),
         ({"prompts": "/none.txt"}, "prompts /none.txt: cannot be read"),
         ({"frames": 29}, "29 frames are frames: got 8; needed: a multiple of the chunk 3"),
+        ({"frames": 29}, "such as frames=33"),
+        ({"image": "/none.png", "frames": 37}, "image: got /none.png for "),
     ],
 )
 def test_what_is_missing_is_named(
@@ -377,4 +384,19 @@ def test_a_recorder_tells_an_error_of_its_thread_and_keeps_nothing(tmp_path: Pat
         Recorder([tmp_path / "a.mp4"], ["x"], 16, 18) as recorder,
     ):
         recorder.put(torch.zeros(1, 2, 3, 15, 16))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_finished_leaves_no_half_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: VideoWriter) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(VideoWriter, "_finish", full)
+    with (
+        pytest.raises(OSError, match="no space left"),
+        Recorder([tmp_path / f"{n}.mp4" for n in "ab"], ["x", "y"], 16, 18) as recorder,
+    ):
+        recorder.put(torch.zeros(2, 2, 3, 16, 16))
     assert list(tmp_path.iterdir()) == []
