@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library
 
 LIBRARY = Library("afd", "DEF")
@@ -21,9 +23,26 @@ def define(
     name = schema.split("(")[0]
     tags = () if mutates else (torch.Tag.pt2_compliant_tag,)
     LIBRARY.define(schema, tags=tags)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, impl, key)
+    LIBRARY.impl(name, impl, "CPU")
+    LIBRARY.impl(name, _on_its_device(impl), "CUDA")
     torch.library.register_fake(f"afd::{name}", fake, lib=LIBRARY)
+
+
+def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """`impl` with the device of its first CUDA tensor current, where Triton and others launch.
+
+    PyTorch's own kernels see to that themselves; a kernel in Python has to.
+    """
+
+    @functools.wraps(impl)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        # Not any first tensor: what else is wrong with the inputs is for the op to say.
+        on = next(x.device for x in given if isinstance(x, Tensor) and x.is_cuda)
+        with torch.cuda.device(on):
+            return impl(*args, **kwargs)
+
+    return run
 
 
 def differentiate(

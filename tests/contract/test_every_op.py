@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afd import ops
-from afd_kernels import dispatch
+from afd_kernels import dispatch, registry
 from afd_kernels.dispatch import use_backend
 from tests.cases import BASE, CASES, Case
 
@@ -143,3 +145,21 @@ def test_the_automatic_choice_falls_through_to_the_reference() -> None:
     reasons = ops.explain("forward_noise", "cpu", {torch.float64})
     assert reasons["reference"] is None
     assert "float64" in reasons["native"]
+
+
+def test_a_kernel_runs_with_the_device_of_its_tensors_current(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a tensor on a second GPU would meet a launch on the first."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda:1")
+    assert registry._on_its_device(lambda *args: args[-1])(None, torch.ones(1), x) is x
+    assert entered == [torch.device("cuda", 1)]
