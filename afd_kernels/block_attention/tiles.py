@@ -16,6 +16,8 @@ from afd_kernels.block_attention.intervals import Intervals
 
 # Numbers per row of both tables; the kernels know it too.
 COLUMNS = 8
+# Tables that captured CUDA graphs read, by id: a replay knows nothing of the caches below.
+_captured: dict[int, Table] = {}
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,20 @@ class Table:
 
     def ready(self) -> Table:
         """The table, safe to read on the current stream; the host does not wait."""
-        if self.copied is None or torch.cuda.is_current_stream_capturing():
+        if self.copied is None:
+            return self
+        if torch.cuda.is_current_stream_capturing():
             # A capture begins only when the device has finished everything before it.
+            _captured[id(self)] = self
             return self
         current = torch.cuda.current_stream(self.rows.device)
         if current.cuda_stream != self.stream:
             current.wait_event(self.copied)
+            for numbers in (self.rows, self.walk):
+                if numbers is not None:
+                    # Its memory, once the cache lets it go, is not given out before this stream
+                    # has read it.
+                    numbers.record_stream(current)
         return self
 
 

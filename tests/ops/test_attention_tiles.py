@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from afd_kernels.block_attention import intervals
+from afd_kernels.block_attention import tiles as tables
 from afd_kernels.block_attention.intervals import Intervals
-from afd_kernels.block_attention.tiles import key_table, key_tiles, query_table, query_tiles
+from afd_kernels.block_attention.tiles import (
+    Table,
+    key_table,
+    key_tiles,
+    query_table,
+    query_tiles,
+)
 
 CASES = {
     "causal": intervals.causal(5, 2, 13),
@@ -69,6 +76,16 @@ def test_a_table_is_made_once(rows: Intervals) -> None:
     assert query_table(rows, 16, device).rows is query_table(again, 16, device).rows
     first = key_table(rows, 0, 80, 32, 16, device)
     assert first.walk is key_table(again, 0, 80, 32, 16, device).walk
+
+
+def test_a_table_read_by_a_captured_graph_outlives_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = Table(torch.zeros(1, 8, dtype=torch.int32), None, 1, object(), 0)
+    monkeypatch.setattr(tables, "_captured", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert table.ready() is table.ready() is table
+    assert [*tables._captured.values()] == [table]
 
 
 @pytest.mark.gpu
