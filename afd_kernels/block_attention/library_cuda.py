@@ -11,14 +11,17 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
+# By a function's name, how many tensors we give it and which arguments by name.
+Calls: TypeAlias = Mapping[str, tuple[int, tuple[str, ...]]]
 
 
 def _transposed(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -35,6 +38,19 @@ def _import(module: str) -> tuple[Any, str | None]:
         return importlib.import_module(module), None
     except Exception as error:  # an extension built for another torch raises anything
         return None, f"cannot import {module} ({error})"
+
+
+def _missing(module: str, calls: Calls) -> str | None:
+    """Why the functions of a module cannot be called as we do, or None."""
+    found, why = _import(module)
+    if found is None:
+        return why
+    for name, (tensors, names) in calls.items():
+        try:
+            inspect.signature(getattr(found, name)).bind(*range(tensors), **dict.fromkeys(names))
+        except (AttributeError, TypeError, ValueError) as error:
+            return f"{module} is of another version ({name}: {error})"
+    return None
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,11 +74,15 @@ class Flash3:
 
     name = "FlashAttention 3"
     module = "flash_attn_interface"
+    calls: ClassVar[Calls] = {
+        "_flash_attn_forward": (3, ("softmax_scale",)),
+        "_flash_attn_backward": (6, ("dq", "dk", "dv", "softmax_scale", "deterministic")),
+    }
     majors = (9,)
     widest = 256
 
     def missing(self) -> str | None:
-        return _import(self.module)[1]
+        return _missing(self.module, self.calls)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _import(self.module)[0]._flash_attn_forward(q, k, v, softmax_scale=scale)
@@ -96,12 +116,17 @@ class Flash4:
 
     name = "FlashAttention 4"
     module = "flash_attn.cute.interface"
-    # Consumer Blackwell (12) has no deterministic backward there.
+    calls: ClassVar[Calls] = {
+        "_flash_attn_fwd": (3, ("softmax_scale", "return_lse")),
+        "_flash_attn_bwd": (6, ("softmax_scale", "deterministic")),
+    }
     majors = (9, 10, 11)
+    # Asked for a fixed order, it asserts one of these.
+    backward_majors = (10, 11)
     widest = 128
 
     def missing(self) -> str | None:
-        return _import(self.module)[1]
+        return _missing(self.module, self.calls)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _import(self.module)[0]._flash_attn_fwd(
@@ -227,10 +252,12 @@ def reasons(major: int, head_dim: int, *, backward: bool = False) -> dict[str, s
 
 
 def _reason(library: Any, major: int, head_dim: int, backward: bool) -> str | None:
-    if backward and not hasattr(library, "backward"):
-        return "its backward adds in no fixed order"
     if major not in library.majors:
         return f"not for compute capability {major}.x"
+    if backward and not hasattr(library, "backward"):
+        return "its backward adds in no fixed order"
+    if backward and major not in getattr(library, "backward_majors", library.majors):
+        return f"its backward adds in no fixed order on compute capability {major}.x"
     if head_dim % 8 or head_dim > library.widest:
         return f"head_dim {head_dim} is not a multiple of 8 up to {library.widest}"
     missing: str | None = library.missing()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,7 +118,9 @@ def test_on_cuda_each_library_says_why_not() -> None:
     assert "not a multiple of 8" in str(library_cuda.reasons(9, 36)["cuDNN"])
     assert "not for compute capability 8.x" in str(library_cuda.reasons(8, 64)["cuDNN"])
     assert "no fixed order" in str(library_cuda.reasons(9, 64, backward=True)["cuDNN"])
-    assert "bfloat16 and float16, not float32" in str(library_cuda.refuse({torch.float32}))
+    refusal = str(library_cuda.refuse({torch.float32}))
+    # The fixture `place` knows these words.
+    assert refusal == "attention libraries on CUDA take bfloat16 and float16, not float32"
 
 
 @pytest.mark.parametrize("forward", [library_cuda.cudnn, library_cuda.aten_flash])
@@ -136,26 +139,43 @@ def test_calls_into_pytorch_fit_its_schemas(forward: Callable[..., Any]) -> None
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("library", library_cuda.ORDER[:2], ids=lambda x: x.name)
+def test_a_library_of_another_version_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, library: Any
+) -> None:
+    fits = SimpleNamespace(**{name: lambda *args, **kwargs: None for name in library.calls})
+    older = SimpleNamespace(**{name: lambda q, k, v, more: None for name in library.calls})
+    for module, reason in ((fits, None), (older, "another version"), (object(), "no attribute")):
+        monkeypatch.setattr(library_cuda, "_import", lambda name, found=module: (found, None))
+        said = library.missing()
+        assert said is None if reason is None else reason in said
+    monkeypatch.setattr(library_cuda, "_import", lambda name: (None, "not installed"))
+    assert library.missing() == "not installed"
+
+
 def test_the_library_is_named() -> None:
     assert "aten flash for CPU" in ops.report("cpu")[OP]["library"]
 
 
 def test_on_a_gpu_the_newest_library_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    def runs(*present: type, head_dim: int = 128, keys: bool = True) -> tuple[str, str]:
+    def runs(
+        *present: type, head_dim: int = 128, keys: bool = True, major: int = 9
+    ) -> tuple[str, str]:
         for library in library_cuda.ORDER:
             gone = None if type(library) in present else "absent"
             monkeypatch.setattr(type(library), "missing", lambda self, why=gone: why)
         library_cuda.first.cache_clear()
         found = (
-            library_impl.pick(9, head_dim, backward=False),
-            library_impl.pick(9, head_dim, backward=True, keys=keys),
+            library_impl.pick(major, head_dim, backward=False),
+            library_impl.pick(major, head_dim, backward=True, keys=keys),
         )
         library_cuda.first.cache_clear()
         return tuple(library_impl._name(x) for x in found)
 
     flash3, flash4, cudnn, aten, _ = (type(library) for library in library_cuda.ORDER)
     assert runs(flash3, flash4, cudnn, aten) == ("FlashAttention 3",) * 2
-    assert runs(flash4, cudnn, aten) == ("FlashAttention 4",) * 2
+    assert runs(flash4, cudnn, aten) == ("FlashAttention 4", "triton")
+    assert runs(flash4, cudnn, aten, major=10) == ("FlashAttention 4",) * 2
     assert runs(flash3, keys=False) == ("FlashAttention 3", "triton")
     assert runs(cudnn, aten) == ("cuDNN", "triton")
     assert runs(aten) == ("aten flash", "triton")
