@@ -86,7 +86,7 @@ def slots_of(frames: Tensor, capacity: int, sink_frames: int, tokens_per_frame: 
     """The cache slot of each token: sink frames keep their place, the others go round the ring."""
     ring = capacity // tokens_per_frame - sink_frames
     around = sink_frames + (frames - sink_frames) % ring
-    frame = torch.where(frames < sink_frames, frames, around).clamp(min=0)
+    frame = torch.where(frames < sink_frames, frames, around)
     within = torch.arange(frames.shape[1], device=frames.device) % tokens_per_frame
     return frame * tokens_per_frame + within
 
@@ -105,11 +105,14 @@ def qk_norm_rope_append_(
     sink_frames: int,
     eps: float,
 ) -> Tensor:
-    """q_out; k_out and v go to the slots of their frames. A negative frame becomes NaN."""
+    """q_out; k_out and v go to the slots of their frames.
+
+    A negative position makes q_out and the keys NaN, in the slots from frame 0 on.
+    """
     q_out, k_out = qk_norm_rope(q, k, weight_q, weight_k, rope, eps)
-    frames = frames_of(position, q.shape[1], tokens_per_frame)
+    frames = frames_of(position.clamp(min=0), q.shape[1], tokens_per_frame)
     slots = slots_of(frames, k_cache.shape[1], sink_frames, tokens_per_frame)
-    lost = (frames < 0)[:, :, None, None]
+    lost = (position < 0)[:, None, None, None]
     stream = torch.arange(q.shape[0], device=q.device)[:, None]
     k_cache[stream, slots] = k_out.masked_fill_(lost, float("nan"))
     v_cache[stream, slots] = v

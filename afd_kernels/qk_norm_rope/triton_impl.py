@@ -92,7 +92,7 @@ def _qk_norm_rope_fwd_kernel(
     if v_ptr is not None:
         v = tl.load(v_ptr + stream * v_batch + token * v_token + lane, mask=inside)
         first = tl.load(position_ptr + stream * position_batch)
-        # A negative frame cannot be refused without a synchronisation: it becomes NaN.
+        # A negative position cannot be refused without a synchronisation: it makes NaN.
         poison = tl.where(first < 0, float("nan"), 0.0)
         frame = tl.maximum(first, 0) + tl.program_id(0) // frame_tokens
         frame = tl.where(frame < sink, frame, sink + (frame - sink) % ring)

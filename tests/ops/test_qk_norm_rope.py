@@ -338,6 +338,18 @@ def test_a_negative_position_is_refused_where_it_can_be_seen(place: Place) -> No
         assert append(i, caches, position, 1, 0)[:, 0].isnan().all()
 
 
+def test_a_negative_position_that_was_not_seen_makes_nan() -> None:
+    """As on a GPU: from the first slot on, no two frames in one."""
+    i = inputs((2, 2, 1, 8))
+    k_cache, v_cache = (torch.zeros(2, 4, 1, 8) for _ in "kv")
+    rest = (i["weight_q"], i["weight_k"], i["rope"], k_cache, v_cache, torch.tensor([-1, 1]))
+    q_out = reference.qk_norm_rope_append_(i["q"], i["k"], i["v"], *rest, 1, 0, EPS)
+    for out, stream in ((q_out, slice(0, 2)), (k_cache, slice(1, 3))):
+        assert out[0, :2].isnan().all()
+        assert out[1, stream].isfinite().all()
+    assert torch.equal(v_cache[0, :2], i["v"][0])
+
+
 def test_the_append_refuses_to_be_differentiated() -> None:
     i = inputs((1, 2, 1, 8))
     caches = tuple(torch.zeros(1, 4, 1, 8) for _ in "kv")
