@@ -217,6 +217,8 @@ def measure(
             failed[f"{case.name} {provider}"] = f"{type(error).__name__}: {error}"
             continue
         streams[provider] = stream
+    if not videos:
+        return [], failed
     expected = videos.get("eager", next(iter(videos.values())))
     errors = {name: _distance(video, expected) for name, video in videos.items()}
     for name, distance in errors.items():

@@ -52,6 +52,18 @@ def test_a_provider_that_disagrees_with_float64_is_not_timed(
     assert "FAILED causal training, ours: relative error" in capsys.readouterr().out
 
 
+def test_a_gradient_that_is_not_a_number_is_a_failure() -> None:
+    case = attention.Case("nan", intervals.causal(2, 1, 4), 1, 8, "fp32", backward=True)
+    given, failed = case.tensors("cpu", 0), {}
+
+    def step(i: attention.Tensors) -> tuple[torch.Tensor, ...]:
+        out, dq, dk, dv = attention._step("dense mask", case, "cpu")(i)
+        return out, dq, dk, dv * float("nan")
+
+    assert attention._checked(case, given, {"broken": step}, failed) == {}
+    assert "relative error nan" in failed["nan, broken"]
+
+
 def test_providers_agree_where_a_block_has_two_intervals() -> None:
     rows = intervals.windowed(6, 1, 4, window=3, sink=1)
     case = attention.Case("", rows, heads=2, width=8, dtype="fp32", backward=True)
