@@ -1,4 +1,4 @@
-"""Drives every CUDA kernel once on small awkward shapes; gpu_check runs it under compute-sanitizer.
+"""Drives the CUDA kernels of the losses once on small awkward shapes, under compute-sanitizer.
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
 """
