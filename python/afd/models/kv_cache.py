@@ -222,7 +222,15 @@ class KVCache:
         self.start = self.end = 0
         self._roped = None
         self._times.clear()
-        for old, new in zip(self.cross_kv, cross_kv or self.cross_kv, strict=True):
+        if cross_kv is not None:
+            self.switch_text(cross_kv)
+
+    def switch_text(self, cross_kv: list[LayerKV]) -> None:
+        """Put another prompt's keys and values (same shapes) where the cache holds the last one's.
+
+        In place, so that a captured graph sees them.
+        """
+        for old, new in zip(self.cross_kv, cross_kv, strict=True):
             for kept, value in zip(old, new, strict=True):
                 if kept is not value:
                     require(kept.shape == value.shape, "cross_kv", value, f"{list(kept.shape)}")

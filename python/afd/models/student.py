@@ -95,9 +95,7 @@ class Student(nn.Module, ABC):
 
     def switch_text(self, cache: KVCache, text_BLE: Tensor) -> None:
         """Put another prompt's keys and values where the cache holds the last one's."""
-        for old, new in zip(cache.cross_kv, self.net.text_kv(text_BLE), strict=True):
-            for kept, value in zip(old, new, strict=True):
-                kept.copy_(value)
+        cache.switch_text(self.net.text_kv(text_BLE))
 
     def use_graphs(self, enabled: bool = True) -> None:
         """Replay streaming passes as CUDA graphs; weights may change in place between streams."""
