@@ -9,11 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, get_args, overload
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
+from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
+from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
+from afd.models.config import ToyStudentConfig, WanStudentConfig
 from afd.section import Count, Natural, Positive, Section
 from afd.teachers.config import TeacherConfig
 
@@ -40,150 +43,44 @@ class VideoConfig(Section):
         description="a clip that ends too early: refuse it, or repeat its last frame",
     )
 
-
-class StudentConfig(Section):
-    """The small causal student and how it samples."""
-
-    checkpoint: str = Field(
-        default="base",
-        description="safetensors file of the start weights; 'base' is the shipped one",
+    codec_match: bool = Field(
+        default=False,
+        description="put the student's videos through the h264 codec that the teacher's went "
+        "through, so that the discriminator cannot tell them by its traces",
     )
-    steps: list[float] = Field(
-        default=[1.0, 0.9375, 0.833, 0.625],
-        min_length=1,
-        description="denoising times, descending in (0, 1], first one 1",
-    )
+    crf: Natural = Field(default=18, description="rate factor of that codec; lower is better")
 
 
-class DiscriminatorConfig(Section):
-    """The prompt-conditioned scorer D(video, prompt) and its optimizer."""
+def _kind(default: str) -> Discriminator:
+    """Which of several sections is meant: its `kind`, or the default."""
 
-    backbone: Literal["motion", "scratch", "random"] = Field(
-        default="motion",
-        description="frozen pretrained motion features, all trained from scratch, or frozen random",
-    )
-    checkpoint: str = Field(
-        default="motion",
-        description="safetensors file of the motion backbone; 'motion' is the shipped one",
-    )
-    loss: Literal["bt", "gan"] = Field(
-        default="bt", description="Bradley-Terry on prompt-matched pairs, or the vanilla GAN loss"
-    )
-    learning_rate: float = Field(default=1e-3, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.5, 0.99), description="AdamW betas")
-    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
-    r1: float = Field(
-        default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
-    )
-    noise: float = Field(
-        default=0.2,
-        ge=0,
-        description="std of noise on the features (scratch: on the pixels) in training",
-    )
-    random_looks: bool = Field(
-        default=True, description="re-render both inputs under random contrast, tint and texture"
-    )
-    score_looks: int = Field(
-        default=4, ge=1, description="looks averaged in a score (1: the video as is)"
-    )
-    beginnings: bool = Field(
-        default=True,
-        description="also rank by the first quarters of a clip, before a bounce can hide the fall",
-    )
-    warmup_steps: int = Field(
-        default=30, ge=0, description="critic steps before the first student step"
-    )
-    steps_per_update: int = Field(default=2, ge=0, description="critic steps per student step")
+    def tag(value: Any) -> Any:
+        held = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+        return default if held is None else held
+
+    return Discriminator(tag)
 
 
-class StudentOptimizerConfig(Section):
-    """How every method updates the student."""
-
-    learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
-    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
-    cosine_steps: int = Field(
-        default=700, ge=1, description="steps over which the rate falls as a cosine to 5 %"
-    )
-    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-
-
-class AfdConfig(StudentOptimizerConfig):
-    """On-policy adversarial flow distillation: advantage, NFT step, old policy, optimizer."""
-
-    samples_per_prompt: int = Field(default=4, ge=1, description="rollouts per prompt (G)")
-    advantage: Literal["score", "random"] = Field(
-        default="score", description="from the discriminator, or random numbers (a control)"
-    )
-    baseline: Literal["batch", "group", "teacher", "ema"] = Field(
-        default="group", description="what is subtracted from a score to get its advantage"
-    )
-    normalize: Literal["batch", "group", "none"] = Field(
-        default="batch", description="whose standard deviation divides the advantage"
-    )
-    adv_clip: float = Field(
-        default=2.0, gt=0, description="advantages are clipped to ± this before r"
-    )
-    nft_beta: float = Field(
-        default=1.0, gt=0, description="how far v± lie from v_old towards v_theta"
-    )
-    prior_weight: float = Field(default=1e-4, ge=0, description="weight of |v_theta - v_ref|²")
-    prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
-    weighting: Literal["x0_adaptive", "velocity"] = Field(
-        default="x0_adaptive",
-        description="error in x0 space with adaptive weights, or plain velocity",
-    )
-    timesteps: Literal["student", "uniform", "shifted"] = Field(
-        default="student",
-        description="t from the student's own steps, uniform, or shifted towards noise",
-    )
-    timestep_per: Literal["video", "chunk"] = Field(
-        default="chunk", description="one t per video or chunk"
-    )
-    draws: int = Field(default=2, ge=1, description="(t, noise) draws per rollout and update")
-    context: Literal["recompute", "own_context", "shared_context"] = Field(
-        default="shared_context",
-        description="who computes the clean context of v, and with which gradient",
-    )
-    old: Literal["ema", "current"] = Field(
-        default="ema", description="the policy that rolls out and anchors the NFT branches"
-    )
-    old_decay: float = Field(
-        default=0.95, ge=0, lt=1, description="largest decay of the old policy's EMA"
-    )
-    old_decay_slope: float = Field(
-        default=0.02,
-        ge=0,
-        description="decay at step s is min(old_decay, slope · (s - old_decay_start))",
-    )
-    old_decay_start: int = Field(default=0, ge=0, description="decay is 0 up to this step")
-    physics_every: int = Field(
-        default=10,
-        ge=1,
-        description="updates between logs of how far the score ranks by physics (toy prompts only)",
-    )
-
-
-class SftConfig(StudentOptimizerConfig):
-    """Supervised flow matching on the teacher's videos: the baseline."""
-
-    draws: int = Field(default=4, ge=1, description="(t, noise) draws per teacher video and update")
-    timesteps: Literal["student", "uniform", "shifted"] = Field(
-        default="shifted",
-        description="t from the student's own steps, uniform, or shifted towards noise",
-    )
-    context_noise: float = Field(
-        default=0.1, ge=0, description="largest noise level of the clean context"
-    )
-    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
+_Toy = Annotated[ToyStudentConfig, Tag("toy")]
+_Wan = Annotated[WanStudentConfig, Tag("wan")]
+AnyStudent = Annotated[_Toy | _Wan, _kind("toy")]
+_ToyScorer = Annotated[ToyDiscriminatorConfig, Tag("toy")]
+_VideoAlign = Annotated[VideoAlignConfig, Tag("videoalign")]
+_Latent = Annotated[LatentConfig, Tag("latent")]
+AnyDiscriminator = Annotated[_ToyScorer | _VideoAlign | _Latent, _kind("toy")]
+KINDS = ("toy", "wan", "videoalign", "latent")
 
 
 class EvaluationConfig(Section):
     """Measuring the student on held-out seeds."""
 
-    kind: Literal["physics", "none"] = Field(
+    kind: Literal["physics", "video", "none"] = Field(
         default="physics",
-        description="physics: the toy task's exact metrics on held-out seeds; none: no evaluation",
+        description="physics: the toy task's exact metrics on held-out seeds; video: motion, and "
+        "motion quality as the untouched VideoAlign rates it; none: no evaluation",
+    )
+    prompts: Path | None = Field(
+        default=None, description="video: .txt file of held-out prompts; null: the teacher's first"
     )
     every: Natural = Field(
         default=50,
@@ -211,6 +108,14 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(
         default=True, description="write TensorBoard event files beside metrics.jsonl"
     )
+    wandb: str | None = Field(
+        default=None, description="also write to this Weights & Biases project, if installed"
+    )
+    videos_every: Natural = Field(
+        default=0,
+        description="write teacher and student side by side, with scores, after every so many "
+        "updates; 0 never",
+    )
     progress: bool = Field(
         default=True, description="show a progress bar where there is a terminal"
     )
@@ -232,9 +137,10 @@ class RunConfig(Section):
         default="run", description="name of the run; letters, digits, dot, dash, underscore"
     )
     out: Path | None = Field(default=None, description="run folder; null is runs/<name>")
-    method: Literal["afd", "sft"] = Field(
+    method: Literal["afd", "sft", "gan", "dmd"] = Field(
         default="afd",
-        description="afd: adversarial flow distillation, sft: fit the teacher's videos",
+        description="afd: adversarial flow distillation, sft: fit the teacher's videos, gan: "
+        "through the last denoising step, dmd: score-free distribution matching",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="seed of everything the run draws"
@@ -244,12 +150,25 @@ class RunConfig(Section):
         default=8, description="prompts, each with its teacher video, in one update"
     )
     threads: Natural = Field(default=1, description="CPU threads; 0 leaves torch's choice")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        default="cpu", description="auto: cuda where there is one, one for each process"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="under torchrun: every process holds all weights, or a share of them",
+    )
+    cache: Path | None = Field(
+        default=None,
+        description="folder of text embeddings and teacher latents; null is ~/.cache/afd",
+    )
     video: VideoConfig = VideoConfig()
     teacher: TeacherConfig = TeacherConfig()
-    student: StudentConfig = StudentConfig()
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    student: AnyStudent = ToyStudentConfig()
+    discriminator: AnyDiscriminator = ToyDiscriminatorConfig()
     afd: AfdConfig = AfdConfig()
     sft: SftConfig = SftConfig()
+    gan: GanConfig = GanConfig()
+    dmd: DmdConfig = DmdConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -267,7 +186,7 @@ class RunConfig(Section):
 
 # A resumed run may differ from its checkpoint here and nowhere else: none of these changes a number
 # of the updates already made.
-FREE_KEYS = ("name", "out", "steps", "logging", "checkpoint", "teacher.fetch")
+FREE_KEYS = ("name", "out", "steps", "logging", "checkpoint", "teacher.fetch", "cache", "device")
 
 
 @overload
@@ -385,7 +304,9 @@ def _explain(
     detail: dict[str, Any], came_from: dict[str, str], origin: str, kind: type[Section]
 ) -> str:
     """One line for one pydantic error."""
-    key = ".".join(str(part) for part in detail["loc"])
+    # The kind of a section is not part of its key.
+    loc = [str(part) for i, part in enumerate(detail["loc"]) if i != 1 or part not in KINDS]
+    key = ".".join(loc)
     source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
     if detail["type"] == "extra_forbidden":
         return f"{source}: unknown key {key!r}; {_suggest(key, kind)}"
@@ -415,12 +336,19 @@ def _suggest(key: str, kind: type[Section]) -> str:
 
 
 def known_keys(kind: type[Section] = RunConfig) -> list[str]:
-    """Every dotted key of a root section, sections included."""
-    return list(_keys(kind, ""))
+    """Every dotted key of a root section, sections of all kinds included."""
+    return list(dict.fromkeys(_keys(kind, "")))
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold: one, one of each kind, or none."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        for below in sections_of(field.annotation):
+            yield from _keys(below, f"{prefix}{name}.")

@@ -81,7 +81,7 @@ def base(config: RunConfig, console: Console) -> None:
                 prompts = [request.prompt for request in requests]
                 of_teacher = finite(physics.measure(videos.fetch(requests), prompts))
                 result = evaluate(
-                    ToyStudent.load(config.student.checkpoint), config.evaluation.videos
+                    ToyStudent.load(str(config.student.checkpoint)), config.evaluation.videos
                 )
             lines = [_line(config, "teacher", len(requests), of_teacher)]
             lines.append(_line(config, "base", result.count, result.metrics))

@@ -11,17 +11,13 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from afd.config import (
-    AfdConfig,
-    DiscriminatorConfig,
-    SftConfig,
-    StudentOptimizerConfig,
-    make_config,
-)
+from afd.config import make_config
+from afd.discriminators.config import ToyDiscriminatorConfig
 from afd.discriminators.toy import MotionBackbone, ToyCritic
-from afd.methods import Batch, build_method
 from afd.methods.afd import Afd, optimality
-from afd.methods.base import StudentOptimizer, cosine_rate, draw_times, ema_update
+from afd.methods.base import Batch, StudentOptimizer, cosine_rate, draw_times, ema_update
+from afd.methods.build import build_method
+from afd.methods.config import AfdConfig, SftConfig, StudentOptimizerConfig
 from afd.methods.sft import Sft
 from afd.models.toy import ToyStudent
 from afd.rollout import STEPS
@@ -44,7 +40,7 @@ def batch(step: int = 0) -> Batch:
 
 
 def afd(student: ToyStudent, seed: int = 0, **settings: Any) -> Afd:
-    critic = ToyCritic(DiscriminatorConfig(backbone="scratch"), seed=seed)
+    critic = ToyCritic(ToyDiscriminatorConfig(backbone="scratch"), seed=seed)
     config = AfdConfig(**settings)
     return Afd(copy.deepcopy(student), critic, config, list(STEPS), critic_warmup=1, seed=seed)
 

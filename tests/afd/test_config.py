@@ -16,8 +16,10 @@ from afd.config import (
     load_config,
     make_config,
     plain,
+    sections_of,
     to_yaml,
 )
+from afd.discriminators.config import LatentConfig
 from afd.sample_config import SampleConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -115,6 +117,15 @@ def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str) -> None
         load_config(path)
 
 
+def test_a_section_of_several_kinds_takes_the_keys_of_its_kind() -> None:
+    config = make_config({}, ["discriminator.kind=latent", "discriminator.width=8"])
+    assert config.discriminator == LatentConfig(width=8)
+    with pytest.raises(ConfigError, match=r"unknown key 'discriminator\.r1'"):
+        make_config({}, ["discriminator.kind=latent", "discriminator.r1=1"])
+    with pytest.raises(ConfigError, match=r"discriminator.*'toy', 'videoalign', 'latent'"):
+        make_config({}, ["discriminator.kind=clip"])
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
         load_config(tmp_path / "none.yaml")
@@ -139,11 +150,11 @@ def test_differences_leave_out_what_a_resumed_run_may_change() -> None:
 def test_every_value_has_a_description() -> None:
     def check(section: type[BaseModel]) -> None:
         for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                assert field.annotation.__doc__, name
-                check(field.annotation)
-            else:
-                assert field.description, f"{section.__name__}.{name}"
+            below = sections_of(field.annotation)
+            assert below or field.description, f"{section.__name__}.{name}"
+            for kind in below:
+                assert kind.__doc__, name
+                check(kind)
 
     check(RunConfig)
 

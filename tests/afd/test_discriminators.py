@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.config import DiscriminatorConfig
 from afd.discriminators.base import (
     bradley_terry_loss,
     gan_loss,
     gradient_penalty,
     pair_metrics,
 )
+from afd.discriminators.config import ToyDiscriminatorConfig
 from afd.discriminators.looks import random_look
 from afd.discriminators.toy import MotionBackbone, ToyCritic
 from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
@@ -31,7 +31,7 @@ def videos(domain: str, look: str = "clean", seed: int = 0) -> Tensor:
 
 
 def critic(**settings: Any) -> ToyCritic:
-    return ToyCritic(DiscriminatorConfig(**settings), seed=1)
+    return ToyCritic(ToyDiscriminatorConfig(**settings), seed=1)
 
 
 @pytest.fixture

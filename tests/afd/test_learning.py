@@ -8,7 +8,8 @@ from torch import Generator
 
 from afd.config import make_config
 from afd.evaluation.physics import measure
-from afd.methods import Batch, build_method
+from afd.methods.base import Batch
+from afd.methods.build import build_method
 from afd.models.toy import ToyStudent
 from afd.rollout import rollout
 from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos

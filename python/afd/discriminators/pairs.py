@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from afd.discriminators.base import LOSSES, pair_metrics
-from afd.discriminators.config import CriticConfig
+from afd.discriminators.config import PairConfig
 from afd_kernels.contracts import require
 
 
@@ -32,7 +32,7 @@ def matched_pieces(videos: Tensor, prompts: Sequence[str], size: int | None) -> 
 class CriticOptimizer:
     """AdamW with clipped gradients and a rate that rises linearly and then stays."""
 
-    def __init__(self, parameters: Iterable[Tensor], config: CriticConfig) -> None:
+    def __init__(self, parameters: Iterable[Tensor], config: PairConfig) -> None:
         self.config, self.parameters, self.updates = config, list(parameters), 0
         self.adam = torch.optim.AdamW(
             self.parameters,
@@ -67,7 +67,7 @@ class PairCritic(ABC):
     A micro-batch changes memory and time, not the update: losses are means over all pairs.
     """
 
-    config: CriticConfig
+    config: PairConfig
     optimizer: CriticOptimizer
 
     def chosen(self, video_BFCHW: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from afd.config import DiscriminatorConfig
 from afd.discriminators.base import LOSSES, gradient_penalty, pair_metrics
+from afd.discriminators.config import ToyDiscriminatorConfig
 from afd.discriminators.looks import random_look
 from afd.models.toy import checkpoint_path, encode_prompts
 
@@ -123,7 +123,7 @@ class ScratchScorer(nn.Module):
 class ToyCritic:
     """A scorer with its optimizer and its own random numbers (see `Critic`)."""
 
-    def __init__(self, config: DiscriminatorConfig, frames: int = 12, seed: int = 0) -> None:
+    def __init__(self, config: ToyDiscriminatorConfig, frames: int = 12, seed: int = 0) -> None:
         self.config = config
         self.generator = Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):

@@ -17,10 +17,10 @@ import torch
 from torch import Generator, Tensor
 
 from afd import ops
-from afd.config import AfdConfig
 from afd.discriminators.base import Critic
 from afd.evaluation.diagnostics import rank_agreement
 from afd.methods.base import Batch, StudentOptimizer, draw_times, ema_update
+from afd.methods.config import AfdConfig
 from afd.models.kv_cache import LayerKV
 from afd.models.toy import ToyStudent
 from afd.rollout import seeded_noise, stream

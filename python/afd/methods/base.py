@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from afd.config import StudentOptimizerConfig
+from afd.methods.config import StudentOptimizerConfig
 from afd.models.toy import ToyStudent
 
 
@@ -43,8 +43,10 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def cosine_rate(step: int, steps: int, floor: float = 0.05) -> float:
-    """Learning-rate factor: a cosine from 1 to `floor` over `steps`, then flat."""
+def cosine_rate(step: int, steps: int | None, floor: float = 0.05) -> float:
+    """Learning-rate factor: a cosine from 1 to `floor` over `steps`, then flat; None: always 1."""
+    if steps is None:
+        return 1.0
     done = min(1.0, step / steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 

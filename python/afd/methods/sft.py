@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from afd import ops
-from afd.config import SftConfig
 from afd.methods.base import Batch, StudentOptimizer, draw_times, ema_update
+from afd.methods.config import SftConfig
 from afd.models.toy import ToyStudent
 
 

@@ -23,8 +23,8 @@ from rich.console import Console
 
 from afd import doctor
 from afd.config import ConfigError, RunConfig, differences, load_config, plain, to_yaml
-from afd.methods import build_method
 from afd.methods.base import Batch, Method
+from afd.methods.build import build_method
 from afd.teachers.base import Teacher
 from afd.training import checkpoint
 from afd.training.evaluate import Evaluation, make_evaluator, write_samples

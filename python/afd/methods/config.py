@@ -1,0 +1,162 @@
+"""Typed settings of the methods, one section each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from afd.section import Count, Natural, Positive, Section
+
+Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
+
+
+class StudentOptimizerConfig(Section):
+    """How every method updates the student."""
+
+    learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
+    warmup_steps: Natural = Field(
+        default=0, description="updates over which the rate rises linearly"
+    )
+    cosine_steps: Count | None = Field(
+        default=700,
+        description="steps over which the rate falls as a cosine to 5 %; null: it stays",
+    )
+    grad_clip: Positive = Field(default=1.0, description="largest gradient norm")
+    micro_batch: Count | None = Field(
+        default=None,
+        description="videos per pass; gradients add up over the passes; null: all at once",
+    )
+
+
+class TimesConfig(StudentOptimizerConfig):
+    """How noise levels are drawn."""
+
+    draws: Count = Field(default=1, description="(t, noise) draws per video and update")
+    timesteps: Timesteps = Field(
+        default="student",
+        description="t from the student's own steps, uniform, shifted towards noise (5u / (1 + "
+        "4u)), or logit-normal (sigmoid of a normal number)",
+    )
+    logit_mean: float = Field(default=0.0, description="logit_normal: mean of the normal number")
+    logit_std: Positive = Field(default=1.0, description="logit_normal: its standard deviation")
+    timestep_per: Literal["video", "chunk"] = Field(
+        default="chunk", description="one t per video or chunk"
+    )
+    chunks_per_update: Count | None = Field(
+        default=None, description="chunks of each video in an update, drawn at random; null: all"
+    )
+
+
+class AfdConfig(TimesConfig):
+    """On-policy adversarial flow distillation: advantage, NFT step, old policy, optimizer."""
+
+    draws: Count = Field(default=2, description="(t, noise) draws per rollout and update")
+    samples_per_prompt: Count = Field(default=4, description="rollouts per prompt (G)")
+    advantage: Literal["score", "random"] = Field(
+        default="score", description="from the discriminator, or random numbers (a control)"
+    )
+    baseline: Literal["batch", "group", "teacher", "ema"] = Field(
+        default="group", description="what is subtracted from a score to get its advantage"
+    )
+    normalize: Literal["batch", "group", "none"] = Field(
+        default="batch", description="whose standard deviation divides the advantage"
+    )
+    adv_clip: Positive = Field(default=2.0, description="advantages are clipped to ± this before r")
+    adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = Field(
+        default="all",
+        description="advantages as they are; negative or positive ones set to 0; all set to 1; "
+        "or only their sign",
+    )
+    nft_beta: Positive = Field(default=1.0, description="how far v± lie from v_old towards v_theta")
+    prior_weight: float = Field(default=1e-4, ge=0, description="weight of |v_theta - v_ref|²")
+    prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
+    weighting: Literal["x0_adaptive", "velocity"] = Field(
+        default="x0_adaptive",
+        description="error in x0 space with adaptive weights, or plain velocity",
+    )
+    context: Literal["recompute", "own_context", "shared_context"] = Field(
+        default="shared_context",
+        description="who computes the clean context of v, and with which gradient",
+    )
+    keep_context: bool = Field(
+        default=True,
+        description="shared_context: keep the rollouts' caches for the update; false: the old "
+        "policy makes the context again, a micro-batch at a time",
+    )
+    old: Literal["ema", "current"] = Field(
+        default="ema", description="the policy that rolls out and anchors the NFT branches"
+    )
+    old_decay: float = Field(
+        default=0.95, ge=0, lt=1, description="largest decay of the old policy's EMA"
+    )
+    old_decay_slope: float = Field(
+        default=0.02,
+        ge=0,
+        description="decay at step s is min(old_decay, slope · (s - old_decay_start))",
+    )
+    old_decay_start: Natural = Field(default=0, description="decay is 0 up to this step")
+    ema_decay: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="EMA of the student that is evaluated and exported; null: the old policy is",
+    )
+    physics_every: Count = Field(
+        default=10,
+        description="updates between logs of how far the score ranks by physics (toy prompts only)",
+    )
+
+
+class SftConfig(TimesConfig):
+    """Supervised flow matching on the teacher's videos: the baseline."""
+
+    draws: Count = Field(default=4, description="(t, noise) draws per teacher video and update")
+    timesteps: Timesteps = Field(
+        default="shifted",
+        description="t from the student's own steps, uniform, shifted towards noise (5u / (1 + "
+        "4u)), or logit-normal (sigmoid of a normal number)",
+    )
+    loss: Literal["x0", "velocity"] = Field(
+        default="x0",
+        description="x0: squared error of the clean video over max(t, 0.1); velocity: of the "
+        "velocity, as flow matching has it",
+    )
+    context_noise: float = Field(
+        default=0.1, ge=0, description="largest noise level of the clean context"
+    )
+    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
+
+
+class GanConfig(StudentOptimizerConfig):
+    """softplus(-D) of the student's own videos, through its last denoising step: the baseline."""
+
+    samples_per_prompt: Count = Field(default=1, description="rollouts per prompt")
+    context: Literal["own_context", "recompute"] = Field(
+        default="own_context",
+        description="whether gradients stop at the clean context or go through it",
+    )
+    prior_weight: float = Field(default=0.0, ge=0, description="weight of |v_theta - v_ref|²")
+    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
+
+
+class DmdConfig(StudentOptimizerConfig):
+    """Score-free distribution matching; the definition is ours (see afd.methods.dmd)."""
+
+    samples_per_prompt: Count = Field(default=1, description="rollouts per prompt")
+    score_learning_rate: float = Field(
+        default=4e-4, ge=0, description="AdamW learning rate of the real and the fake network"
+    )
+    score_updates: Count = Field(default=5, description="updates of both per student step")
+    score_warmup_steps: Natural = Field(
+        default=20, description="their updates before the first student step"
+    )
+    timesteps: Timesteps = Field(
+        default="shifted", description="noise levels at which real and fake are fitted and compared"
+    )
+    t_range: tuple[float, float] = Field(
+        default=(0.02, 0.98), description="noise levels of the comparison lie in this range"
+    )
+    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
