@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from afd import ops
 from afd.models.kv_cache import KVCache, LayerKV
@@ -22,6 +22,9 @@ from afd.models.rope import rope_table
 from afd.models.wan_block import EPS, Block, Head, Modulation, TimeTable
 from afd.ops import Intervals, intervals
 from afd_kernels.contracts import require
+
+if TYPE_CHECKING:
+    from afd.models.adapters import Adapters
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class CausalWan(nn.Module):
     Attributes:
         checkpoint_blocks: training passes keep only what lies between blocks, and compute the rest
             again in the backward.
+        adapters: low-rank additions to the weights, if there are any.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -126,6 +130,7 @@ class CausalWan(nn.Module):
             )
         self.config = config
         self.checkpoint_blocks = False
+        self.adapters: Adapters | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, kernel_size=(1, *config.patch), stride=(1, *config.patch)
@@ -264,10 +269,11 @@ class CausalWan(nn.Module):
         branch_BLD: Tensor | None = None
         gate_BFD: Tensor | None = None
         own: list[LayerKV] = []
+        again = noop_context_fn if self.adapters is None else self.adapters.recompute
         for i in range(len(self.blocks)):
             args = (i, how, x_BLD, branch_BLD, gate_BFD, times.layers[i], text_kv[i])
             if self.checkpoint_blocks and torch.is_grad_enabled() and how.cache is None:
-                out = checkpoint(self._layer, *args, use_reentrant=False)
+                out = checkpoint(self._layer, *args, use_reentrant=False, context_fn=again)
             else:
                 out = self._layer(*args)
             x_BLD, branch_BLD, gate_BFD, kv = out

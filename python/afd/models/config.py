@@ -18,7 +18,7 @@ class LoraConfig(Section):
     """Low-rank adapters on every linear layer of the blocks (PEFT)."""
 
     rank: Count = Field(default=256, description="rank of the adapters")
-    alpha: Positive = Field(default=256.0, description="an adapter's weight is alpha / rank")
+    alpha: Count = Field(default=256, description="an adapter's weight is alpha / rank")
 
 
 class StudentConfig(Section):

@@ -2,7 +2,8 @@
 
 What changes between replays lies in memory that stays where it is: the chunk, the modulation of its
 time, the position and its rotary table. A graph is then known by how much of the cache is in use,
-so there is one per chunk index and kind of pass, and a single one for all chunks of a full ring.
+so there is one per chunk index and kind of pass (and adapter), and a single one for all chunks of a
+full ring.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class FixedPasses:
             self._cache = cache
         cache.seek(start, x_BFCHW.shape[1])
         times = self._net.streaming_times(t_11, cache)
-        key = (cache.valid, x_BFCHW.shape, times.embed_BFD.shape, context)
+        adapters = self._net.adapters
+        version = None if adapters is None else adapters.active
+        key = (cache.valid, x_BFCHW.shape, times.embed_BFD.shape, context, version)
         if key not in self._recorded:
             own = TimeTable(times.embed_BFD.clone(), [mods.clone() for mods in times.mods])
             self._recorded[key] = self._record(x_BFCHW.clone(), own, cache, context)
