@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Protocol
 
 import torch
 from rich.console import Console
@@ -23,6 +22,7 @@ from torch import Tensor
 from afd.config import ConfigError
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.checkpoints import infer_config, load_checkpoint, read_weights
+from afd.models.codec import Codec, Pixels
 from afd.models.kv_cache import KVCache, cache_bytes
 from afd.models.student import Student
 from afd.models.text import TextEncoder
@@ -35,26 +35,6 @@ from afd.sample_config import SampleConfig
 from afd.sample_jobs import Job, read_jobs
 from afd.schedules import ShiftedFlow
 from afd.video import VideoError, read_comment, read_video
-
-
-class Codec(Protocol):
-    """Video [B, F, 3, H, W] in [-1, 1] to latents and back."""
-
-    def encode(self, video_BFCHW: Tensor) -> Tensor: ...
-
-    def stream(self) -> Callable[[Tensor], Tensor]:
-        """A decoder of one batch of streams, called chunk by chunk."""
-        ...
-
-
-class Pixels:
-    """The toy's: its latents are the pixels."""
-
-    def encode(self, video_BFCHW: Tensor) -> Tensor:
-        return video_BFCHW
-
-    def stream(self) -> Callable[[Tensor], Tensor]:
-        return lambda latent_BFCHW: latent_BFCHW
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from afd.models.vae import VideoVAE
-from tests.tolerances import NETWORK_REORDERED
+from tests.tolerances import NETWORK_GRADIENT, NETWORK_REORDERED
 
 # The released statistics of Wan2.1's latents.
 MEAN = """-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508
@@ -112,6 +112,38 @@ def test_decoded_pixels_stay_in_range_and_pass_gradients_to_the_latent() -> None
     assert latent_BFCHW.grad is not None
     assert latent_BFCHW.grad.abs().sum() > 0
     assert all(p.grad is None for p in vae.model.parameters())
+
+
+def test_the_gradient_of_a_decode_is_that_of_diffusers_and_keeps_little() -> None:
+    vae = VideoVAE(model())
+    generator = torch.Generator().manual_seed(3)
+    weight_BFCHW = torch.randn(1, 13, 3, 24, 16, generator=generator)
+
+    def gradient(decode: Any) -> tuple[Tensor, int]:
+        latent_BFCHW, saved = latent(4, batch=1).requires_grad_(), {}
+
+        def pack(x: Tensor) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = (decode(latent_BFCHW) * weight_BFCHW).sum()
+        return torch.autograd.grad(loss, latent_BFCHW)[0], sum(saved.values())
+
+    decoder = vae.stream()
+    ours, kept = gradient(decoder)
+    theirs, all_of_it = gradient(lambda x: whole_decode.__wrapped__(vae.model, x).clamp(-1, 1))
+    assert (ours - theirs).norm() <= NETWORK_GRADIENT * theirs.norm()
+    # The state between frames is kept besides, once per frame.
+    assert kept + 4 * decoder.cache_bytes < all_of_it / 3
+
+
+def test_the_identity_tells_weights_dtypes_and_statistics_apart() -> None:
+    same, other = VideoVAE(model()).identity, VideoVAE(model(seed=1)).identity
+    half = VideoVAE(model().bfloat16()).identity
+    moved = VideoVAE(model(latents_mean=[0.0] * 16)).identity
+    assert VideoVAE(model()).identity == same
+    assert len({same, other, half, moved}) == 4
 
 
 @pytest.mark.parametrize("folder", ["wan/vae", "alone"])

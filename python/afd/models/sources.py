@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,3 +33,18 @@ def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
         except (OSError, ValueError) as error:
             reason = f"there is no such path, and the hub said: {error}"
     raise FileNotFoundError(f"{parts[0]}: got {source}; needed: {needed} ({reason})")
+
+
+def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
+    """SHA-256 of tensors, their names and dtypes, and of settings: the same from any file."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor as they lie in memory, row by row."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

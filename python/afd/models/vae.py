@@ -7,14 +7,16 @@ first latent frame is one video frame, every later one is four.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from afd.models.checkpoints import fill, read_pickle
-from afd.models.sources import local_copy
+from afd.models.sources import local_copy, weights_digest
 from afd_kernels.contracts import require
 
 LAYOUTS = (
@@ -62,6 +64,12 @@ class VideoVAE:
             raise FileNotFoundError(f"vae: {path} holds none; needed: {LAYOUTS}")
         return cls(_load_diffusers(path, dtype, device))
 
+    @cached_property
+    def identity(self) -> str:
+        """What latents depend on besides the video: the weights, their dtype, the statistics."""
+        return weights_digest(self.model.state_dict(), *self._mean_std.flatten().tolist())
+
+    @torch.no_grad()
     def encode(self, video_BFCHW: Tensor) -> Tensor:
         """Normalised posterior mean [B, 1 + (F-1)/4, 16, H/8, W/8], in the autoencoder's dtype."""
         time, space = self.scale
@@ -79,7 +87,11 @@ class VideoVAE:
         return ((latent_BFCHW.float() - mean) / std).to(self.model.dtype)
 
     def decode(self, latent_BFCHW: Tensor) -> Tensor:
-        """Video [B, 1 + 4(F-1), 3, 8H, 8W] in [-1, 1], in the autoencoder's dtype."""
+        """Video [B, 1 + 4(F-1), 3, 8H, 8W] in [-1, 1], in the autoencoder's dtype.
+
+        With gradients to the latents where they ask for them; what a frame's decode made in between
+        is then computed again in the backward, a frame at a time.
+        """
         return self.stream()(latent_BFCHW)
 
     def stream(self) -> StreamingDecoder:
@@ -122,16 +134,33 @@ class StreamingDecoder:
         same = self._stream in (None, stream) and latent_BFCHW.shape[1] > 0
         require(same, "latent", latent_BFCHW, f"frames of streams of [B, H, W] = {self._stream}")
         first, self._stream = self._stream is None, stream
-        model, pieces = self._vae.model, []
+        pieces = []
         # Frame by frame, as a whole decode does: the convolutions' state is defined that way. The
         # first convolution as well, so that no bit depends on how the stream is cut into chunks.
         for frame_BC1HW in latent_BCFHW.split(1, dim=2):
-            frame_BC1HW = model.post_quant_conv(frame_BC1HW)
-            pieces.append(
-                model.decoder(frame_BC1HW, feat_cache=self._cache, feat_idx=[0], first_chunk=first)
-            )
+            if torch.is_grad_enabled() and latent_BFCHW.requires_grad:
+                piece, self._cache = checkpoint(
+                    self._frame,
+                    frame_BC1HW,
+                    self._cache,
+                    first,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                piece, self._cache = self._frame(frame_BC1HW, self._cache, first)
+            pieces.append(piece)
             first = False
         return torch.cat(pieces, dim=2).clamp_(-1, 1).transpose(1, 2)
+
+    def _frame(
+        self, frame_BC1HW: Tensor, cache: list[Any], first: bool
+    ) -> tuple[Tensor, list[Any]]:
+        """The video frames of one latent frame, and the state after it."""
+        model, after = self._vae.model, list(cache)
+        frame_BC1HW = model.post_quant_conv(frame_BC1HW)
+        video = model.decoder(frame_BC1HW, feat_cache=after, feat_idx=[0], first_chunk=first)
+        return video, after
 
     @property
     def cache_bytes(self) -> int:
