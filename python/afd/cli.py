@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(full, "also seeds=[0,1,2] and rows=[nuis-sft,...] choose a part")
     full.set_defaults(run=_quickstart_full)
 
+    ablation = commands.add_parser(
+        "ablation", help="what a file of configs/ablations asks: its runs, a table, the r curves"
+    )
+    ablation.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
+    ablation.set_defaults(run=_ablation)
+
     sample = commands.add_parser(
         "sample", help="stream videos of prompts from a student's checkpoint into mp4 files"
     )
@@ -166,6 +173,12 @@ def _quickstart_full(options: argparse.Namespace) -> int:
     from afd.quickstart_full import quickstart_full
 
     return DONE if quickstart_full(options.overrides, Console()) else STOPPED
+
+
+def _ablation(options: argparse.Namespace) -> int:
+    from afd.ablation import ablation
+
+    return DONE if ablation(options.config, options.overrides, Console()) else STOPPED
 
 
 def _sample(options: argparse.Namespace) -> int:

@@ -203,6 +203,12 @@ def load_config(
     Raises ConfigError naming the key, what came, what is needed and where it came from.
     """
     path = Path(path)
+    data = read_yaml(path)
+    return make_config(data, overrides, str(path), kind)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; ConfigError where it holds anything else."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -213,7 +219,7 @@ def load_config(
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"config {path}: holds {type(data).__name__}, needs keys and values")
-    return make_config(data, overrides, str(path), kind)
+    return data
 
 
 @overload

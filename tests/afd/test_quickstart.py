@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from afd.config import ConfigError, load_config
 from afd.quickstart import final_evaluation, quickstart
-from afd.quickstart_full import ROWS, quickstart_full
+from afd.quickstart_full import ROWS, quickstart_full, study
 from afd.training.loop import Outcome, evaluate_run, train
 from tests.afd.clips import make_clip_folder
 
@@ -139,10 +139,9 @@ def test_a_choice_of_cells_that_do_not_exist_is_refused(tmp_path: Path, choice: 
 
 
 def test_every_row_of_the_full_table_is_a_valid_configuration(tmp_path: Path) -> None:
-    from afd.quickstart_full import cell
-
+    table = study([f"out={tmp_path}"])
     for row in ROWS:
-        config = cell(tmp_path, row, 1, [])
+        config = table.cell(row, 1)
         assert config.method == ("sft" if row.endswith("sft") else "afd")
         assert config.run_dir == tmp_path / row / "seed1"
 

@@ -1,0 +1,98 @@
+"""Ablations: every file's rows are runs, made once, with a table and curves of what is finished."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from afd.ablation import AblationConfig, ablation, study
+from afd.config import ConfigError, load_config, plain
+
+FOLDER = Path(__file__).parents[2] / "configs" / "ablations"
+FILES = sorted(FOLDER.glob("*.yaml"))
+SMALL = [
+    "steps=2",
+    "prompts_per_step=2",
+    "teacher.count=36",
+    "afd.samples_per_prompt=2",
+    "discriminator.warmup_steps=1",
+    "evaluation.every=1",
+    "evaluation.videos=36",
+    "evaluation.curve_videos=36",
+    "logging.tensorboard=false",
+]
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=250)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_row_of_every_file_is_another_run_of_its_base(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, [], AblationConfig)
+    assert config.name == path.stem
+    table = study(path, config, [f"out={tmp_path}"])
+    base = load_config(path.parent / config.base)
+    made = []
+    for row in config.rows:
+        cell = table.cell(row, 3)
+        assert cell.run_dir == tmp_path / row / "seed3"
+        assert (cell.seed, cell.name) == (3, row)
+        assert (cell.steps, cell.teacher.style) == (base.steps, base.teacher.style)
+        made.append(plain(cell.model_copy(update={"name": "", "out": None})))
+    assert all(made.count(one) == 1 for one in made)
+
+
+def test_the_rates_are_the_reported_multiples_of_the_toys_own() -> None:
+    path = FOLDER / "discriminator_rate.yaml"
+    table = study(path, load_config(path, [], AblationConfig), [])
+    reported = [0, 1e-6, 5e-6, 1e-5, 5e-5]
+    usual = load_config(FOLDER.parent / "quickstart.yaml").discriminator.learning_rate
+    for start in ("rate", "teacher-rate"):
+        rows = [row for row in table.rows if row.startswith(start)]
+        rates = [table.cell(row, 0).discriminator.learning_rate for row in rows]
+        assert rates == pytest.approx([usual * rate / 5e-6 for rate in reported])
+
+
+def test_an_ablation_draws_its_table_and_curves_and_runs_nothing_twice(tmp_path: Path) -> None:
+    arguments = [f"out={tmp_path}", *SMALL, "seeds=[0,1]"]
+    path = FOLDER / "bt_vs_gan.yaml"
+    assert ablation(path, [*arguments, "rows=[bt]"], console())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["nuis-teacher", "base", "bt"]
+    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("bt/**/*") if file.is_file()}
+    assert ablation(path, arguments, console())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["gan"]["seeds"]) == {"0", "1"}
+    assert results["gan"]["mean"]["student/r_mean"] == pytest.approx(0.5, abs=0.2)
+    assert {"phys", "critic/accuracy", "student/r_at_0"} <= set(results["bt"]["mean"])
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("## bt_vs_gan\n\nDoes it matter")
+    assert "- `gan`: discriminator.loss=gan" in text
+    assert "| gan | 2 |" in text
+    assert "2 updates of `quickstart.yaml`" in text
+    assert "torch" in text.splitlines()[-1]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_or_choice_that_makes_no_run_is_refused_before_any_run(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    base = FOLDER.parent / "quickstart.yaml"
+    bad.write_text(
+        f"name: bad\nquestion: none\nbase: {base}\nrows: {{good: [], bad: [afd.gravity=1]}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"unknown key 'afd\.gravity'"):
+        ablation(bad, [f"out={tmp_path / 'out'}", *SMALL], console())
+    with pytest.raises(ConfigError, match="rows: got"):
+        ablation(bad, ["rows=[better]"], console())
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ablation(tmp_path / "none.yaml", [], console())
+    bad.write_text("name: bad\nquestion: none\nbase: nowhere.yaml\nrows: {one: []}\n")
+    with pytest.raises(ConfigError, match="nowhere"):
+        ablation(bad, [], console())
+    assert not (tmp_path / "out").exists()
