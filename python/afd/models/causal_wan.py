@@ -169,6 +169,11 @@ class CausalWan(nn.Module):
         for block in self._layers():
             block.self_attn.fuse()
 
+    @property
+    def fused(self) -> bool:
+        """Whether `fuse_projections` has been called since the network was last copied or moved."""
+        return all(block.self_attn.fused for block in self._layers())
+
     # --- pieces ---
 
     def _layers(self) -> list[Block]:

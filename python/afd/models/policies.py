@@ -143,7 +143,10 @@ def make_policies(
 def _copy(student: Student) -> Student:
     """A student with a network of its own; what only reads (the text encoder) is shared."""
     other = copy.copy(student)
-    # The shallow copy still has the student's own table of modules.
+    # The shallow copy still has the student's own table of modules, and its recorded passes.
     other._modules = dict(student._modules)
     other.net = copy.deepcopy(student.net)
+    if student.net.fused:
+        other.net.fuse_projections()
+    other.use_graphs(student._graphs is not None)
     return other

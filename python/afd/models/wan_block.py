@@ -78,6 +78,11 @@ class Attention(nn.Module):
         self._fused = None
         return super()._apply(fn, recurse)
 
+    @property
+    def fused(self) -> bool:
+        """Whether `fuse` found something to do, and no copy or move has undone it."""
+        return self._fused is not None
+
     def fuse(self) -> None:
         """Let q, k and v be slices of one memory, so that one product makes all three."""
         parameters = self._slices()
