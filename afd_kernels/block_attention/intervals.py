@@ -216,37 +216,55 @@ def windowed(
     return Intervals((tuple(rows),))
 
 
-def teacher_forcing(frames: int, chunk: int, tokens: int) -> Intervals:
-    """Queries and keys [clean | noisy], 2 F frames.
+def teacher_forcing(
+    frames: int, chunk: int, tokens: int, chunks: Sequence[Sequence[int]] | None = None
+) -> Intervals:
+    """Queries and keys [clean | noisy], 2 F frames, or fewer noisy ones with `chunks`.
 
     Clean chunk i attends clean chunks <= i; noisy chunk i attends clean chunks < i and itself.
 
     Args:
-        frames: F, frames of each half.
+        frames: F, clean frames.
         chunk: frames of a chunk.
         tokens: tokens of a frame.
+        chunks: the noisy chunks of each stream, as in `noisy_half`.
     """
     (clean,) = causal(frames, chunk, tokens).rows
-    (noisy,) = noisy_half(frames, chunk, tokens).rows
     shift = frames * tokens
-    moved = tuple((q0 + shift, q1 + shift, a0, a1, b0, b1) for q0, q1, a0, a1, b0, b1 in noisy)
-    return Intervals((clean + moved,))
+    return Intervals(
+        tuple(
+            clean + tuple((q0 + shift, q1 + shift, a0, a1, b0, b1) for q0, q1, a0, a1, b0, b1 in noisy)
+            for noisy in noisy_half(frames, chunk, tokens, chunks).rows
+        )
+    )
 
 
-def noisy_half(frames: int, chunk: int, tokens: int) -> Intervals:
-    """The noisy queries of `teacher_forcing` alone: F frames of queries, keys [clean | noisy].
+def noisy_half(
+    frames: int, chunk: int, tokens: int, chunks: Sequence[Sequence[int]] | None = None
+) -> Intervals:
+    """The noisy queries of `teacher_forcing` alone, over the keys [clean | noisy].
 
     Args:
-        frames: F, frames of each half.
+        frames: F, clean frames; the noisy ones as well unless `chunks` are given.
         chunk: frames of a chunk.
         tokens: tokens of a frame.
+        chunks: the noisy chunks of each stream, rising, as many for each: only they are queries,
+            and the noisy keys are theirs. None: all.
     """
     _check(frames=frames, chunk=chunk, tokens=tokens)
-    rows = []
-    for start, end in _chunks(frames, chunk, False):
-        end = min(end, frames)
-        rows.append(_row((start, end), (0, start), (frames + start, frames + end), tokens=tokens))
-    return Intervals((tuple(rows),))
+    whole = _chunks(frames, chunk, False)
+    streams = []
+    for drawn in [range(len(whole))] if chunks is None else chunks:
+        numbers, rows, at = list(drawn), [], 0
+        rising = numbers == sorted(set(numbers)) and set(numbers) <= set(range(len(whole)))
+        require(rising, "chunks", numbers, f"rising numbers in [0, {len(whole)})")
+        for number in numbers:
+            start, count = whole[number][0], min(chunk, frames - whole[number][0])
+            noisy = (frames + at, frames + at + count)
+            rows.append(_row((at, at + count), (0, start), noisy, tokens=tokens))
+            at += count
+        streams.append(tuple(rows))
+    return Intervals(tuple(streams))
 
 
 def cache(valid: int | Sequence[int], queries: int, tokens: int = 1) -> Intervals:

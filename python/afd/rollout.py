@@ -7,14 +7,14 @@ channels. Latents are [B, F, C, H, W].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from afd import ops
 from afd.models.kv_cache import KVCache
+from afd.models.noise import Layout, NoiseSource, counted_noise, seeded_noise
 from afd.models.self_forcing import self_forced
 from afd.models.student import Level, Student
 from afd.models.wan import WanStudent
@@ -38,10 +38,6 @@ __all__ = [
     "stream_layout",
 ]
 STEPS = (1.0, 0.9375, 0.833, 0.625)
-# (chunk, step) -> standard normal noise [B, c, C, H, W]; step 0 is the chunk's initial noise.
-NoiseSource = Callable[[int, int], Tensor]
-# First frame and number of frames of every chunk.
-Layout = tuple[tuple[int, int], ...]
 
 
 def chunk_layout(frames: int, chunk: int, *, first_alone: bool = False) -> Layout:
@@ -55,62 +51,6 @@ def chunk_layout(frames: int, chunk: int, *, first_alone: bool = False) -> Layou
     require(frames > 0 and (frames - alone) % chunk == 0, "frames", frames, needed)
     starts = range(alone, frames, chunk)
     return ((0, 1),) * alone + tuple((start, chunk) for start in starts)
-
-
-def seeded_noise(seeds: Sequence[int] | Tensor, shape: tuple[int, ...]) -> NoiseSource:
-    """Noise on the CPU from one generator per video, so a video does not depend on its batch."""
-    generators = [Generator().manual_seed(int(seed)) for seed in seeds]
-
-    def draw(chunk: int, step: int) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-    return draw
-
-
-def counted_noise(
-    seeds: Sequence[int],
-    layout: Layout,
-    draws: int,
-    frame_shape: tuple[int, int, int],
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> NoiseSource:
-    """Noise that depends on (seed of the video, chunk, step) and on nothing else.
-
-    Not on the batch, the device, or what was drawn before: every draw is a Philox stream of its
-    own (`afd.ops.forward_noise`). All keys are on the device before the first draw, so drawing
-    never waits for it. `draws` is the largest number of draws of a chunk, one a step.
-    """
-    keys_KSB = torch.tensor(
-        [
-            [[_key(seed, chunk, step) for seed in seeds] for step in range(draws)]
-            for chunk in range(len(layout))
-        ],
-        dtype=torch.int64,
-    ).to(device)
-    pure_B = torch.ones(len(seeds), device=device)
-    blanks = {
-        count: torch.zeros(len(seeds), count, *frame_shape, device=device, dtype=dtype)
-        for count in {count for _, count in layout}
-    }
-
-    def draw(chunk: int, step: int) -> Tensor:
-        blank = blanks[layout[chunk][1]]
-        return ops.forward_noise(blank, pure_B, seed=keys_KSB[chunk, step], layout="BFCHW")
-
-    return draw
-
-
-def _key(seed: int, chunk: int, step: int) -> int:
-    """A 64-bit key (as int64) that mixes the three; SplitMix64's finalizer (Steele et al. 2014)."""
-    key = 0
-    for word in (seed, chunk, step):
-        key = (key + word + 0x9E3779B97F4A7C15) % 2**64
-        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
-        key ^= key >> 31
-    return key - 2**64 if key >= 2**63 else key
 
 
 def stream(
@@ -257,17 +197,28 @@ def rollout(
     *,
     frames: int | None = None,
     steps: Sequence[float] = STEPS,
+    first_steps: Sequence[float] | None = None,
+    context_noise: float = 0.0,
     batch: int = 256,
 ) -> Tensor:
-    """Whole videos [B, F, C, H, W], one per prompt and seed."""
+    """Whole videos [B, F, C, H, W], one per prompt and seed, `batch` of them at a time."""
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds: {len(seeds)} came for {len(prompts)} prompts")
+    layout = stream_layout(student, student.frames if frames is None else frames)
+    draws = max(len(steps), len(first_steps or ()))
     videos = []
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
-        noise = seeded_noise(seeds[part], (student.chunk, *student.frame_shape))
-        text = student.encode(prompts[part])
-        videos.append(torch.cat(list(stream(student, text, noise, frames=frames, steps=steps)), 1))
+        chunks = stream(
+            student,
+            student.encode(prompts[part]),
+            student.noise_source(seeds[part], layout, draws),
+            frames=frames,
+            steps=steps,
+            first_steps=first_steps,
+            context_noise=context_noise,
+        )
+        videos.append(torch.cat(list(chunks), 1))
     return torch.cat(videos)
 
 

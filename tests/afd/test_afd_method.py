@@ -239,4 +239,5 @@ def test_the_configuration_builds_both_methods(student: ToyStudent, tmp_path: Pa
         )
         method = build_method(config)
         assert method.name == name
-        assert isinstance(method.evaluation_policy(), ToyStudent)
+        with method.evaluation_policy() as policy:
+            assert isinstance(policy, ToyStudent)

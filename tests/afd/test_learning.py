@@ -40,7 +40,8 @@ def test_afd_takes_the_fall_and_leaves_the_look_where_sft_takes_both() -> None:
             method.rollout(batch)
             metrics = method.critic_step(batch) | method.student_step(batch)
         assert metrics["student/loss"] > 0
-        after[name] = evaluate(method.evaluation_policy())
+        with method.evaluation_policy() as policy:
+            after[name] = evaluate(policy)
     afd, sft = after["afd"], after["sft"]
     assert afd["g_mae"] < 0.75 * base["g_mae"]
     assert afd["phys"] < 0.75 * base["phys"]

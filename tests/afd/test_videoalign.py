@@ -25,6 +25,7 @@ from tests.afd.tiny_videoalign import (
     RANK,
     clips,
     released_state,
+    seen,
     write_released,
     write_settings,
 )
@@ -271,9 +272,9 @@ def test_before_its_first_step_it_scores_as_released(released: Path) -> None:
     video = clips()
     for head in ("TA", "sum"):
         critic: DifferentiableCritic = make(released, head=head)
-        plain = critic.released_ratings(video, PROMPTS, normalised=False)  # type: ignore[attr-defined]
+        plain = critic.released_ratings(critic.look(video), PROMPTS, normalised=False)  # type: ignore[attr-defined]
         expected = plain["TA" if head == "TA" else "Overall"].float()
-        score = critic.score(video, PROMPTS)
+        score = critic.score(critic.look(video), PROMPTS)
         assert not score.requires_grad
         torch.testing.assert_close(score, expected, **NETWORK_REORDERED)
 
@@ -282,7 +283,7 @@ def test_before_its_first_step_it_scores_as_released(released: Path) -> None:
 def test_a_step_moves_lora_and_head_and_the_released_model_stays_itself(
     released: Path, dtype: torch.dtype
 ) -> None:
-    critic, video = make(released, dtype=dtype), clips()
+    critic, video = make(released, dtype=dtype), seen()
     frozen = {k: v.clone() for k, v in critic.scorer.state_dict().items() if "lora_" not in k}
     before, score = critic.released_ratings(video, PROMPTS), critic.score(video, PROMPTS)
     trained = {k: v.detach().clone() for k, v in critic.trained().items()}
@@ -290,7 +291,7 @@ def test_a_step_moves_lora_and_head_and_the_released_model_stays_itself(
     assert all("language_model" in k or k == "rm_head.weight" for k in trained)
     assert {value.dtype for value in trained.values()} == {torch.float32}
     for seed in range(3):
-        critic.step(video, clips(seed=seed + 5), PROMPTS)
+        critic.step(video, seen(seed=seed + 5), PROMPTS)
     assert not any(torch.equal(v, trained[k]) for k, v in critic.trained().items())
     assert all(torch.equal(v, critic.scorer.state_dict()[k]) for k, v in frozen.items())
     assert not torch.equal(critic.score(video, PROMPTS), score)
@@ -301,12 +302,12 @@ def test_a_step_moves_lora_and_head_and_the_released_model_stays_itself(
 def test_it_learns_to_rank_the_teacher_first(released: Path) -> None:
     """The teacher's videos fade to black, the student's to white."""
     critic = make(released, learning_rate=1e-2)
-    fade = torch.linspace(0, 1, 17).view(1, -1, 1, 1, 1)
+    fade = torch.linspace(0, 1, seen().shape[1]).view(1, -1, 1, 1, 1)
     for seed in range(30):
-        video = clips(seed)
+        video = seen(seed)
         metrics = critic.step(video - fade, video + fade, PROMPTS)
     assert metrics.keys() == {"loss", "grad_norm", "accuracy", "margin"}
-    unseen = clips(seed=99)
+    unseen = seen(seed=99)
     margin = critic.score(unseen - fade, PROMPTS) - critic.score(unseen + fade, PROMPTS)
     assert (margin > 1).all()
 
@@ -314,13 +315,13 @@ def test_it_learns_to_rank_the_teacher_first(released: Path) -> None:
 @pytest.mark.parametrize(("loss", "head"), [("gan", "TA"), ("bt", "sum"), ("gan", "sum")])
 def test_every_loss_falls_by_every_head(released: Path, loss: str, head: str) -> None:
     critic = make(released, loss=loss, head=head)
-    losses = [critic.step(clips(), clips(seed=1), PROMPTS)["loss"] for _ in range(6)]
+    losses = [critic.step(seen(), seen(seed=1), PROMPTS)["loss"] for _ in range(6)]
     assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("loss", ["bt", "gan"])
 def test_pieces_make_the_same_update_as_the_whole(released: Path, loss: str) -> None:
-    videos, others, prompts = clips(count=3), clips(seed=1, count=3), [*PROMPTS, "third"]
+    videos, others, prompts = seen(count=3), seen(seed=1, count=3), [*PROMPTS, "third"]
     updates = []
     for size in (None, 1, 2):
         critic = make(released, loss=loss, micro_batch=size)
@@ -337,7 +338,7 @@ def test_pieces_make_the_same_update_as_the_whole(released: Path, loss: str) -> 
 def test_checkpointing_computes_the_layers_twice_and_changes_no_gradient(released: Path) -> None:
     grads, passes = [], []
     for checkpointing in (False, True):
-        critic, video = make(released, gradient_checkpointing=checkpointing), clips()
+        critic, video = make(released, gradient_checkpointing=checkpointing), seen()
         calls: list[int] = []
         attention = critic.scorer.network.language_model.layers[0].self_attn
         attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -351,7 +352,7 @@ def test_checkpointing_computes_the_layers_twice_and_changes_no_gradient(release
 
 
 def test_pixels_get_the_gradient_that_raises_the_score(released: Path) -> None:
-    critic, video = make(released), clips() * 0.8
+    critic, video = make(released), seen() * 0.8
     video.requires_grad_()
     before_B = critic.differentiable_score(video, PROMPTS)
     before_B.sum().backward()
@@ -369,11 +370,11 @@ def test_pixels_get_the_gradient_that_raises_the_score(released: Path) -> None:
 def test_a_saved_discriminator_continues_with_the_same_bits(released: Path) -> None:
     first, second = make(released, seed=1), make(released, seed=2)
     assert not torch.equal(*(next(iter(c.trained().values())) for c in (first, second)))
-    first.step(clips(), clips(seed=1), PROMPTS)
+    first.step(seen(), seen(seed=1), PROMPTS)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for critic in (first, second):
-        critic.step(clips(seed=2), clips(seed=3), PROMPTS)
-    assert torch.equal(first.score(clips(), PROMPTS), second.score(clips(), PROMPTS))
+        critic.step(seen(seed=2), seen(seed=3), PROMPTS)
+    assert torch.equal(first.score(seen(), PROMPTS), second.score(seen(), PROMPTS))
     with pytest.raises(ValueError, match="state"):
         make(released, lora_rank=2).load_state_dict(first.state_dict())
 
@@ -382,7 +383,7 @@ def test_the_rate_rises_and_gradients_are_clipped(released: Path) -> None:
     critic = make(released, learning_rate_warmup=4, grad_clip=1e-3)
     rates = []
     for seed in range(5):
-        critic.step(clips(seed), clips(seed=9), PROMPTS)
+        critic.step(seen(seed), seen(seed=9), PROMPTS)
         rates.append(critic.optimizer.adam.param_groups[0]["lr"])
         norms = torch.stack([p.grad.norm() for p in critic.trained().values()])
         assert float(norms.norm()) <= 1e-3 * 1.001
@@ -400,10 +401,10 @@ def test_building_one_leaves_the_global_random_numbers_alone(released: Path) -> 
 def test_wrong_calls_name_the_argument(released: Path) -> None:
     critic = make(released)
     with pytest.raises(ValueError, match="prompts"):
-        critic.score(clips(), PROMPTS[:1])
+        critic.score(seen(), PROMPTS[:1])
     with pytest.raises(ValueError, match="student_BFCHW"):
-        critic.step(clips(), clips(count=1), PROMPTS)
+        critic.step(seen(), seen(count=1), PROMPTS)
     with pytest.raises(ValueError, match="prompts"):
-        critic.score(clips(), [f"a {REWARD_TOKENS[0]}", "b"])
+        critic.score(seen(), [f"a {REWARD_TOKENS[0]}", "b"])
     with pytest.raises(ValueError, match="video_fps"):
         VideoAlignCritic(critic.scorer, VideoAlignConfig(), video_fps=0)

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ PROMPTS = ("up", "down", "left")
 class TinyMethod:
     """Regression of the teacher's mean picture from noisy copies of it."""
 
-    name, needs_rollout, needs_critic = "afd", True, True
+    name, needs_rollout, needs_critic, sees = "afd", True, True, "video"
 
     def __init__(self, seed: int = 0) -> None:
         self.net = nn.Linear(3, 3)
@@ -58,7 +59,10 @@ class TinyMethod:
         }
 
     def evaluation_policy(self) -> Any:
-        return self.net
+        return nullcontext(self.net)
+
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        return video_BFCHW
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from afd.discriminators.videoalign_preprocess import Preprocessing
 from afd.discriminators.videoalign_prompt import REWARD_TOKENS
 
 PROMPTS = ["a red ball falls", "two cats on a very long wall, at night"]
@@ -132,3 +133,8 @@ def clips(seed: int = 0, count: int = 2, frames: int = 17) -> Tensor:
     coarse = torch.rand(count * frames, 3, 4, 6, generator=draw) * 2 - 1
     video = torch.nn.functional.interpolate(coarse, (48, 72), mode="bilinear")
     return video.view(count, frames, 3, 48, 72)
+
+
+def seen(seed: int = 0, count: int = 2) -> Tensor:
+    """The four frames of such videos that are looked at."""
+    return Preprocessing().choose(clips(seed, count), video_fps=16.0)

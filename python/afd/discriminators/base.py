@@ -1,23 +1,47 @@
-"""What every discriminator offers, and the two losses. B pairs of a teacher and a student video."""
+"""What every discriminator offers, and the two losses.
+
+Shape letters: B videos or pairs of a teacher and a student video, F frames, C channels, H x W.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd.discriminators.config import CriticConfig
+
 
 class Critic(Protocol):
-    """A scorer of finished videos that learns to tell the teacher's from the student's."""
+    """A scorer of finished videos that learns to tell the teacher's from the student's.
 
-    def score(self, video_BFCHW: Tensor, prompts: list[str]) -> Tensor:
+    Videos come as they were looked at (`look`). With several processes each brings its own part of
+    the batch: an update is that of the whole batch, and so are its metrics.
+
+    Attributes:
+        sees: pixels in [-1, 1], or the student's latents.
+    """
+
+    sees: Literal["video", "latent"]
+
+    @property
+    def config(self) -> CriticConfig:
+        """Its pace, among other things."""
+        ...
+
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        """What of the videos is looked at; only this needs to be kept."""
+        ...
+
+    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """How much each video looks like the teacher's for its prompt, [B]; no gradient."""
         ...
 
     def step(
-        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: list[str]
+        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
     ) -> dict[str, float]:
         """One optimizer step on prompt-matched pairs; returns loss, accuracy and margin."""
         ...
@@ -30,8 +54,11 @@ class Critic(Protocol):
 class DifferentiableCritic(Critic, Protocol):
     """A critic through which a generator's loss can reach the videos (the GAN baseline)."""
 
-    def differentiable_score(self, video_BFCHW: Tensor, prompts: list[str]) -> Tensor:
-        """Scores [B] with gradients to the videos."""
+    def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to what was looked at.
+
+        The discriminator's own weights may get gradients as well; its next `step` clears them.
+        """
         ...
 
 

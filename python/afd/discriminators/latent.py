@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from afd.discriminators.config import LatentConfig
 from afd.discriminators.pairs import CriticOptimizer, PairCritic
+from afd.ranks import ALONE, Ranks
 from afd_kernels.contracts import require
 
 # Prompts to embeddings [B, L, E], zero behind a prompt's end: `TextEncoder.encode`, for instance.
@@ -99,6 +100,8 @@ class LatentCritic(PairCritic):
     Its videos are latents [B, F, C, H, W].
     """
 
+    sees = "latent"
+
     def __init__(
         self,
         encode: Encode,
@@ -108,16 +111,17 @@ class LatentCritic(PairCritic):
         text_dim: int = 4096,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`encode`: the prompts' embeddings [B, L, text_dim]; it gets no gradient."""
-        self.encode, self.device = encode, torch.device(device)
+        self.encode, self.device, self.ranks = encode, torch.device(device), ranks
         self.config: LatentConfig = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = LatentScorer(channels, text_dim, config.width).to(device).eval()
         self.optimizer = CriticOptimizer(self.net.parameters(), config)
 
-    def chosen_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def differentiable_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the latents."""
         with torch.no_grad():
             text_BLE = self.encode(prompts).to(self.device, torch.float32)

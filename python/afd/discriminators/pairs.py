@@ -1,19 +1,20 @@
 """Learning from pairs in pieces, for discriminators that are too large for one pass.
 
-Shape letters: B videos (pixels or latents), F frames, C channels, H x W.
+Shape letters: B videos (what is looked at of pixels, or latents), F frames, C channels, H x W.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from afd.discriminators.base import LOSSES, pair_metrics
 from afd.discriminators.config import PairConfig
+from afd.ranks import ALONE, Ranks
 from afd_kernels.contracts import require
 
 
@@ -44,8 +45,9 @@ class CriticOptimizer:
     def clear(self) -> None:
         self.adam.zero_grad()
 
-    def step(self) -> float:
-        """One update from the gradients at hand; returns their norm before clipping."""
+    def step(self, ranks: Ranks = ALONE) -> float:
+        """One update from the sum of all processes' gradients; returns its norm before clipping."""
+        ranks.sum_([p.grad for p in self.parameters if p.grad is not None])
         rise = min(1.0, (self.updates + 1) / max(1, self.config.learning_rate_warmup))
         self.adam.param_groups[0]["lr"] = self.config.learning_rate * rise
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
@@ -62,37 +64,36 @@ class CriticOptimizer:
 
 
 class PairCritic(ABC):
-    """Scores and updates by way of `chosen_score`, a piece at a time (see `Critic`).
+    """Scores and updates by way of `differentiable_score`, a piece at a time (see `Critic`).
 
-    A micro-batch changes memory and time, not the update: losses are means over all pairs.
+    Neither a micro-batch nor the number of processes changes the update: losses are means over all
+    pairs of all processes.
     """
 
     config: PairConfig
     optimizer: CriticOptimizer
+    sees: Literal["video", "latent"] = "video"
+    ranks: Ranks = ALONE
 
-    def chosen(self, video_BFCHW: Tensor) -> Tensor:
-        """What of the videos is looked at; only this is copied and moved to the device."""
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        """What of the videos is looked at; only this needs to be kept."""
         return video_BFCHW
 
     @abstractmethod
-    def chosen_score(self, chosen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of what was chosen, with gradients to it."""
-
-    def differentiable_score(self, video_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to the videos, for a generator's loss.
+    def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to what was looked at, for a generator's loss.
 
         The discriminator's own weights get gradients as well; its next `step` clears them.
         """
-        return self.chosen_score(self.chosen(video_BFCHW), prompts)
 
     @torch.no_grad()
-    def score(self, video_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B]; no gradient. Scoring changes nothing."""
         size = self.config.micro_batch
         return torch.cat(
             [
-                self.differentiable_score(video_BFCHW[part], prompts[part])
-                for part in matched_pieces(video_BFCHW, prompts, size)
+                self.differentiable_score(seen_BFCHW[part], prompts[part])
+                for part in matched_pieces(seen_BFCHW, prompts, size)
             ]
         )
 
@@ -103,16 +104,17 @@ class PairCritic(ABC):
         alike = teacher_BFCHW.shape == student_BFCHW.shape
         require(alike, "student_BFCHW", student_BFCHW, f"shape {tuple(teacher_BFCHW.shape)}")
         self.optimizer.clear()
+        count = int(self.ranks.gather(torch.tensor([len(prompts)])).sum())
         total, seen = 0.0, []
         for part in matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch):
             # In one pass, so that padding and rounding are the same for both.
-            both = torch.cat(
-                [self.chosen(x[part].detach()) for x in (teacher_BFCHW, student_BFCHW)]
-            )
-            teacher_B, student_B = self.chosen_score(both, [*prompts[part]] * 2).chunk(2)
-            loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / len(prompts)
+            both = torch.cat([teacher_BFCHW[part], student_BFCHW[part].to(teacher_BFCHW)]).detach()
+            teacher_B, student_B = self.differentiable_score(both, [*prompts[part]] * 2).chunk(2)
+            loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / count
             loss.backward()
             total += float(loss.detach())
-            seen.append(torch.stack([teacher_B, student_B]).detach())
-        norm = self.optimizer.step()
-        return {"loss": total, "grad_norm": norm, **pair_metrics(*torch.cat(seen, 1))}
+            seen.append(torch.stack([teacher_B, student_B], 1).detach())
+        norm = self.optimizer.step(self.ranks)
+        total = float(self.ranks.gather(torch.tensor([total], dtype=torch.float64)).sum())
+        pairs_B2 = self.ranks.gather(torch.cat(seen))
+        return {"loss": total, "grad_norm": norm, **pair_metrics(*pairs_B2.unbind(1))}

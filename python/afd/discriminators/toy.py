@@ -6,8 +6,9 @@ Shape letters: B videos, F frames, C colour channels, H x W pixels, M motion fea
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from afd.discriminators.base import LOSSES, gradient_penalty, pair_metrics
 from afd.discriminators.config import ToyDiscriminatorConfig
 from afd.discriminators.looks import random_look
 from afd.models.toy import checkpoint_path, encode_prompts
+from afd.ranks import ALONE, Ranks
 
 TEXT_LEN, TEXT_DIM = 6, 32
 
@@ -121,10 +123,21 @@ class ScratchScorer(nn.Module):
 
 
 class ToyCritic:
-    """A scorer with its optimizer and its own random numbers (see `Critic`)."""
+    """A scorer with its optimizer and its own random numbers (see `Critic`).
 
-    def __init__(self, config: ToyDiscriminatorConfig, frames: int = 12, seed: int = 0) -> None:
-        self.config = config
+    It is small: with several processes each makes the whole batch's update by itself.
+    """
+
+    sees: Literal["video", "latent"] = "video"
+
+    def __init__(
+        self,
+        config: ToyDiscriminatorConfig,
+        frames: int = 12,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.config, self.ranks = config, ranks
         self.generator = Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -142,13 +155,17 @@ class ToyCritic:
             weight_decay=config.weight_decay,
         )
 
-    def _look(self, video_BFCHW: Tensor, shared: bool = False) -> Tensor:
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        """All of it."""
+        return video_BFCHW
+
+    def _restyled(self, video_BFCHW: Tensor, shared: bool = False) -> Tensor:
         if not self.config.random_looks:
             return video_BFCHW
         return random_look(video_BFCHW, self.generator, shared=shared)
 
-    def _text(self, prompts: list[str]) -> Tensor:
-        return encode_prompts(prompts, TEXT_LEN, TEXT_DIM).flatten(1)
+    def _text(self, prompts: Sequence[str]) -> Tensor:
+        return encode_prompts(list(prompts), TEXT_LEN, TEXT_DIM).flatten(1)
 
     def _beginning(self, inputs: Tensor, quarters_B: Tensor) -> Tensor:
         """Blank everything after the given number of quarters of each clip."""
@@ -157,25 +174,26 @@ class ToyCritic:
         return inputs * seen_BF.view(*seen_BF.shape, *[1] * (inputs.ndim - 2))
 
     @torch.no_grad()
-    def score(self, video_BFCHW: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         text_BE = self._text(prompts)
         looks = self.config.score_looks if self.config.random_looks else 1
         quarters = (4, 3, 2, 1) if self.config.beginnings else (4,)
         scores = []
         # All videos under the same looks: what a look adds to the score cancels in the advantage.
         for _ in range(looks):
-            inputs = self.net.inputs(self._look(video_BFCHW, shared=True))
+            inputs = self.net.inputs(self._restyled(seen_BFCHW, shared=True))
             for count in quarters:
                 seen = self._beginning(inputs, torch.full((len(inputs),), count))
                 scores.append(self.net(seen, text_BE))
         return torch.stack(scores).mean(0)
 
     def step(
-        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: list[str]
+        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
     ) -> dict[str, float]:
-        text_BE = self._text(prompts)
-        teacher = self._noisy(self.net.inputs(self._look(teacher_BFCHW)))
-        student = self._noisy(self.net.inputs(self._look(student_BFCHW)))
+        whole = [teacher_BFCHW, student_BFCHW, self._text(prompts)]
+        teacher_BFCHW, student_BFCHW, text_BE = map(self.ranks.gather, whole)
+        teacher = self._noisy(self.net.inputs(self._restyled(teacher_BFCHW)))
+        student = self._noisy(self.net.inputs(self._restyled(student_BFCHW)))
         teacher.requires_grad_(self.config.r1 > 0)
         quarters_B = torch.full((len(teacher),), 4)
         if self.config.beginnings:

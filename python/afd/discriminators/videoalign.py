@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.pairs import CriticOptimizer, PairCritic
 from afd.discriminators.videoalign_model import VideoAlign, rewards
+from afd.ranks import ALONE, Ranks
 from afd_kernels.contracts import require
 
 # The linears of the decoder layers: never the vision tower, the embedding or the head.
@@ -36,12 +37,13 @@ class VideoAlignCritic(PairCritic):
         *,
         video_fps: float = 16.0,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Takes the scorer over: its language model gets the LoRA. `video_fps`: of all videos."""
         from peft import LoraConfig, get_peft_model
 
         require(video_fps > 0, "video_fps", video_fps, "a positive rate")
-        self.scorer, self.video_fps = scorer, video_fps
+        self.scorer, self.video_fps, self.ranks = scorer, video_fps, ranks
         self.config: VideoAlignConfig = config
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=TARGETS, bias="none"
@@ -67,26 +69,22 @@ class VideoAlignCritic(PairCritic):
 
     # --- scores ---
 
-    def chosen(self, video_BFCHW: Tensor) -> Tensor:
+    def look(self, video_BFCHW: Tensor) -> Tensor:
         """The frames that are looked at: about two a second."""
         return self.scorer.settings.preprocessing.choose(video_BFCHW, self.video_fps)
 
-    def chosen_score(self, chosen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def differentiable_score(self, seen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the pixels; rounding to 8 bits passes them through."""
-        ratings_B3 = rewards(self.scorer.states(chosen_BNCHW, prompts), self.head_OD)
+        ratings_B3 = rewards(self.scorer.states(seen_BNCHW, prompts), self.head_OD)
         return ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1)
 
     def released_ratings(
-        self, video_BFCHW: Tensor, prompts: Sequence[str], *, normalised: bool = True
+        self, seen_BNCHW: Tensor, prompts: Sequence[str], *, normalised: bool = True
     ) -> dict[str, Tensor]:
         """VQ, MQ, TA and their sum Overall, [B] each, of VideoAlign as it was released."""
         with self.adapted.disable_adapter():
-            return self.scorer.ratings(
-                video_BFCHW,
-                prompts,
-                video_fps=self.video_fps,
-                normalised=normalised,
-                micro_batch=self.config.micro_batch,
+            return self.scorer.ratings_of(
+                seen_BNCHW, prompts, normalised=normalised, micro_batch=self.config.micro_batch
             )
 
     # --- state ---

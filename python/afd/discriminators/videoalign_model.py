@@ -30,7 +30,7 @@ from afd.discriminators.videoalign_prompt import (
     read_template,
 )
 from afd.models.checkpoints import fill, read_pickle
-from afd.models.sources import local_copy
+from afd.models.sources import local_copy, named_errors
 from afd_kernels.contracts import require
 
 _log = logging.getLogger("afd")
@@ -334,7 +334,9 @@ class VideoAlign(nn.Module):
             f"{prompts.rows} tokens",
             f"the {rows} of {weights_file}",
         )
-        network = build_network(Qwen2VLConfig.from_pretrained(folder), rows, attention)
+        with named_errors("base model", folder):
+            base_config = Qwen2VLConfig.from_pretrained(folder)
+        network = build_network(base_config, rows, attention)
         fill(network, weights, weights_file, dtype=dtype, device=device)
         set_rotary(network, rotary, device)
         _log.info(
@@ -393,7 +395,6 @@ class VideoAlign(nn.Module):
         tokens = self.prompts.encode(prompts, (grid_B3.prod(1) // MERGE**2).tolist())
         return self.read(tokens, self.see(pixels_PK, grid_B3))
 
-    @torch.no_grad()
     def ratings(
         self,
         video_BFCHW: Tensor,
@@ -408,11 +409,23 @@ class VideoAlign(nn.Module):
         `normalised`: z-scores by the checkpoint's own mean and standard deviation, as the released
         evaluation reports them. `micro_batch`: videos per pass; None: all at once.
         """
-        choose = self.settings.preprocessing.choose
+        seen_BNCHW = self.settings.preprocessing.choose(video_BFCHW, video_fps)
+        return self.ratings_of(seen_BNCHW, prompts, normalised=normalised, micro_batch=micro_batch)
+
+    @torch.no_grad()
+    def ratings_of(
+        self,
+        seen_BNCHW: Tensor,
+        prompts: Sequence[str],
+        *,
+        normalised: bool = True,
+        micro_batch: int | None = None,
+    ) -> dict[str, Tensor]:
+        """`ratings` of videos of which only the frames that are looked at are left."""
         hidden_B3D = torch.cat(
             [
-                self.states(choose(video_BFCHW[part], video_fps), prompts[part])
-                for part in matched_pieces(video_BFCHW, prompts, micro_batch)
+                self.states(seen_BNCHW[part], prompts[part])
+                for part in matched_pieces(seen_BNCHW, prompts, micro_batch)
             ]
         )
         norms = self.settings.norms if normalised else None

@@ -10,8 +10,9 @@ Shape letters: B rollouts, G rollouts per prompt, F frames, C channels, H x W pi
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -72,6 +73,7 @@ class Afd:
     """AFD on the toy student (see `Method`)."""
 
     name, needs_rollout, needs_critic = "afd", True, True
+    sees: Literal["video", "latent"] = "video"
 
     def __init__(
         self,
@@ -94,6 +96,9 @@ class Afd:
         self._rollouts: Rollouts | None = None
 
     # --- one step ---
+
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        return video_BFCHW
 
     def rollout(self, batch: Batch) -> None:
         """Let the old policy make `samples_per_prompt` videos for every prompt."""
@@ -229,9 +234,9 @@ class Afd:
 
     # --- state ---
 
-    def evaluation_policy(self) -> ToyStudent:
+    def evaluation_policy(self) -> AbstractContextManager[ToyStudent]:
         """The old policy: with old="ema" the average, with old="current" the student itself."""
-        return self.old
+        return nullcontext(self.old)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of all three policies, optimizer, critic and random numbers."""

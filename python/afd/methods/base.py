@@ -1,26 +1,50 @@
-"""What the trainer asks of every method. B videos, F frames, C channels, H x W pixels."""
+"""What the trainer asks of every method.
+
+Shape letters: B videos, F frames, C channels, H x W pixels or latents, K chunks.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 
-from afd.methods.config import StudentOptimizerConfig
-from afd.models.toy import ToyStudent
+from afd.methods.config import StudentOptimizerConfig, Timesteps
+from afd.models.student import Student
 
 
 @dataclass
 class Batch:
-    """What one optimizer step is given."""
+    """What one optimizer step is given: this process's part of the prompts.
 
-    step: int  # optimizer step, from 0
+    Attributes:
+        step: optimizer step, from 0.
+        prompts: this process's.
+        teacher_BFCHW: one finished teacher video per prompt, as the method `sees` it: looked at by
+            its `look`, or encoded into the student's own space.
+        first: number of prompts[0] among the prompts of all processes.
+        total: number of prompts of all processes; None: these are all.
+    """
+
+    step: int
     prompts: list[str]
-    teacher_BFCHW: Tensor  # one finished teacher video per prompt, [-1, 1]
+    teacher_BFCHW: Tensor
+    first: int = 0
+    total: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Prompts of all processes."""
+        return len(self.prompts) if self.total is None else self.total
+
+    def own(self, copies: int = 1) -> slice:
+        """This process's part of a list that has `copies` entries for each prompt of the step."""
+        return slice(self.first * copies, (self.first + len(self.prompts)) * copies)
 
 
 class Method(Protocol):
@@ -29,6 +53,11 @@ class Method(Protocol):
     name: str
     needs_rollout: bool
     needs_critic: bool
+    sees: Literal["video", "latent"]
+
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        """What is kept of a teacher's video [-1, 1] where `sees` is "video"."""
+        ...
 
     def rollout(self, batch: Batch) -> None: ...
 
@@ -36,7 +65,9 @@ class Method(Protocol):
 
     def student_step(self, batch: Batch) -> dict[str, float]: ...
 
-    def evaluation_policy(self) -> ToyStudent: ...
+    def evaluation_policy(self) -> AbstractContextManager[Student]:
+        """The student whose weights are measured, for the block."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -58,16 +89,27 @@ def ema_update(average: nn.Module, current: nn.Module, decay: float) -> None:
 
 
 def draw_times(
-    kind: str, videos: int, chunks: int, steps: Sequence[float], generator: Generator
+    kind: Timesteps,
+    videos: int,
+    chunks: int,
+    steps: Sequence[float],
+    generator: Generator,
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
 ) -> Tensor:
-    """Times float32 [videos, chunks]: from the student's steps, uniform in (0, 1], or shifted.
+    """Times float32 [videos, chunks]: of the list `steps`, or by a law in (0, 1].
 
     "shifted" is 5u / (1 + 4u) of a uniform u: mostly high noise, as Wan students are trained.
+    "logit_normal" is the sigmoid of a normal number (arXiv 2403.03206).
     """
     shape = (videos, chunks)
     if kind == "student":
         index = torch.randint(len(steps), shape, generator=generator)
         return torch.tensor(steps, dtype=torch.float32)[index]
+    if kind == "logit_normal":
+        normal_BK = torch.randn(shape, generator=generator)
+        return torch.sigmoid(logit_mean + logit_std * normal_BK)
     u_BK = 1 - torch.rand(shape, generator=generator)
     return u_BK if kind == "uniform" else 5 * u_BK / (1 + 4 * u_BK)
 

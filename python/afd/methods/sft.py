@@ -6,7 +6,8 @@ Shape letters: B videos, F frames, C channels, H x W pixels, K chunks.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -47,6 +48,7 @@ class Sft:
     """Fine-tuning on finished teacher videos (see `Method`)."""
 
     name, needs_rollout, needs_critic = "sft", False, False
+    sees: Literal["video", "latent"] = "latent"
 
     def __init__(
         self, student: ToyStudent, config: SftConfig, steps: list[float], seed: int = 0
@@ -56,6 +58,9 @@ class Sft:
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.generator = Generator().manual_seed(seed)
         self.optimizer = StudentOptimizer(student, config)
+
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        return video_BFCHW
 
     def rollout(self, batch: Batch) -> None:
         """Nothing: the videos are the teacher's."""
@@ -75,8 +80,8 @@ class Sft:
         ema_update(self.average, self.theta, min(self.config.ema_decay, 0.02 * batch.step))
         return metrics
 
-    def evaluation_policy(self) -> ToyStudent:
-        return self.average
+    def evaluation_policy(self) -> AbstractContextManager[ToyStudent]:
+        return nullcontext(self.average)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -216,10 +216,14 @@ class CausalWan(nn.Module):
         embedded = self.text_embedding(text_BLE)
         return [block.cross_attn.text_kv(embedded) for block in self._layers()]
 
-    def _rope(self, rows: int, cols: int, *ranges: range) -> Tensor:
+    def _rope(self, rows: int, cols: int, frames: range, chunks_BN: Tensor | None = None) -> Tensor:
+        """The table of these frames, or of the drawn chunks among them, [1 or B, L, d/2, 2]."""
         device = self.patch_embedding.weight.device
-        frame_F = torch.cat([torch.arange(r.start, r.stop, device=device) for r in ranges])
-        return rope_table(self.config.head_dim, frame_F, rows, cols)
+        frame_BF = torch.arange(frames.start, frames.stop, device=device)[None]
+        if chunks_BN is not None:
+            frame_BF = frame_BF.unflatten(1, (-1, self.config.chunk))[0, chunks_BN].flatten(1)
+        table = rope_table(self.config.head_dim, frame_BF.flatten(), rows, cols)
+        return table.view(len(frame_BF), -1, *table.shape[2:])
 
     # --- one pass through the layers ---
 
@@ -305,6 +309,7 @@ class CausalWan(nn.Module):
         *,
         clean_BFCHW: Tensor | None = None,
         clean_t_BF: Tensor | None = None,
+        chunks_BN: Tensor | None = None,
     ) -> Tensor:
         """Block-causal prediction for all frames at once, [B, F, out, H, W].
 
@@ -318,30 +323,39 @@ class CausalWan(nn.Module):
             x_BFCHW: noisy frames.
             t_BF: their times, [B, F] or [B, 1].
             text: embeddings [B, text_len, text_dim], or the result of `text_kv`.
+            chunks_BN: under teacher forcing, which chunks of each video `x_BFCHW` and `t_BF` hold,
+                rising, int64 [B, N] on the CPU; the clean frames are whole. None: all.
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
         frames, tokens, chunk = x_BFCHW.shape[1], rows * cols, self.config.chunk
-        span = range(frames)
-        if clean_BFCHW is not None:
-            require(context is None, "context", "a list", "None where clean_BFCHW is given")
-            require(
-                clean_BFCHW.shape == x_BFCHW.shape, "clean_BFCHW", clean_BFCHW, "the shape of x"
-            )
-            self._check_teacher_forcing()
-            half = intervals.noisy_half(frames, chunk, tokens)
-            how = _Pass(
-                self._rope(rows, cols, span, span),
-                intervals.teacher_forcing(frames, chunk, tokens),
-                last=(frames * tokens, frames, half),
-            )
-            x_BLD = torch.cat([self._patchify(clean_BFCHW)[0], x_BLD], 1)
-            t_BF = torch.cat([_times(clean_t_BF, x_BFCHW), _times(t_BF, x_BFCHW)], 1)
-        elif context is not None:
-            self._check_teacher_forcing()
-            half = intervals.noisy_half(frames, chunk, tokens)
-            how = _Pass(self._rope(rows, cols, span), half, context)
+        if clean_BFCHW is None and context is None:
+            require(chunks_BN is None, "chunks", chunks_BN, "None where nothing clean is given")
+            how = _Pass(self._rope(rows, cols, range(frames)), self.config.sight(frames, tokens))
         else:
-            how = _Pass(self._rope(rows, cols, span), self.config.sight(frames, tokens))
+            self._check_teacher_forcing()
+            if clean_BFCHW is not None:
+                require(context is None, "context", "a list", "None where clean_BFCHW is given")
+            drawn = None
+            if chunks_BN is not None:
+                n = chunks_BN.shape[1] * chunk
+                require(n == frames, "chunks", chunks_BN, f"[B, N] with {frames} frames in x")
+                drawn = chunks_BN.tolist()
+                frames = _frames(clean_BFCHW, context, tokens)
+            noisy = intervals.noisy_half(frames, chunk, tokens, drawn)
+            rope = self._rope(rows, cols, range(frames), chunks_BN)
+            how = _Pass(rope, noisy, context)
+            if clean_BFCHW is not None:
+                shape = (len(x_BFCHW), frames, *x_BFCHW.shape[2:])
+                alike = clean_BFCHW.shape == shape
+                require(alike, "clean_BFCHW", clean_BFCHW, f"the shape of x, {list(shape)}")
+                clean_rope = self._rope(rows, cols, range(frames)).expand(len(rope), -1, -1, -1)
+                how = _Pass(
+                    torch.cat([clean_rope, rope], 1),
+                    intervals.teacher_forcing(frames, chunk, tokens, drawn),
+                    last=(frames * tokens, frames, noisy),
+                )
+                x_BLD = torch.cat([self._patchify(clean_BFCHW)[0], x_BLD], 1)
+                t_BF = torch.cat([_times(clean_t_BF, clean_BFCHW), _times(t_BF, x_BFCHW)], 1)
         y_BLP, _ = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
         assert y_BLP is not None
         return self._unpatchify(y_BLP, rows, cols)
@@ -464,6 +478,14 @@ class CausalWan(nn.Module):
 
 def _copies(kv: LayerKV) -> LayerKV:
     return kv[0].clone(), kv[1].clone()
+
+
+def _frames(clean: Tensor | None, context: list[LayerKV] | None, tokens: int) -> int:
+    """Frames of what is given clean."""
+    if clean is not None:
+        return clean.shape[1]
+    assert context is not None
+    return context[0][0].shape[1] // tokens
 
 
 def _times(t_BF: Tensor | None, x_BFCHW: Tensor) -> Tensor:

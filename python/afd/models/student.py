@@ -1,6 +1,7 @@
 """What the rollout knows of a student, and what all students do alike.
 
-Shape letters: B videos, F frames, C channels, H x W latent size, L text tokens, E text channels.
+Shape letters: B videos, F frames, C channels, H x W latent size, K chunks, L text tokens, E text
+channels. Times t are noise levels in [0, 1]; the network is told 1000 t.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from afd.models.causal_wan import CausalWan
 from afd.models.graphs import GraphedPasses
-from afd.models.kv_cache import KVCache
+from afd.models.kv_cache import KVCache, LayerKV
+from afd.models.noise import Layout, NoiseSource
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,82 @@ class Student(nn.Module, ABC):
     def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float) -> Tensor:
         """The clean chunk that the network's output at x_t means."""
 
+    @abstractmethod
+    def times(self, steps: Sequence[float]) -> list[float]:
+        """The noise levels of a list of steps, in (0, 1], falling from 1."""
+
+    @abstractmethod
+    def noise_source(
+        self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
+    ) -> NoiseSource:
+        """The noise of videos with these seeds: at most `draws` draws for a chunk of the layout.
+
+        A video's noise depends on its own seed alone.
+        """
+
+    @abstractmethod
+    def velocity(
+        self,
+        x_t_BFCHW: Tensor,
+        t_BK: Tensor,
+        text_BLE: Tensor,
+        context: list[LayerKV] | None = None,
+        *,
+        clean_BFCHW: Tensor | None = None,
+        context_noise: float = 0.0,
+        chunks_BN: Tensor | None = None,
+    ) -> Tensor:
+        """Rectified-flow velocity (noise minus video) at x_t, shaped like it (see `predict`)."""
+
     # --- what is alike ---
+
+    def predict(
+        self,
+        x_t_BFCHW: Tensor,
+        t_BK: Tensor,
+        text_BLE: Tensor,
+        context: list[LayerKV] | None = None,
+        *,
+        clean_BFCHW: Tensor | None = None,
+        context_noise: float = 0.0,
+        chunks_BN: Tensor | None = None,
+    ) -> Tensor:
+        """The network's output for all frames at once, in its own dtype, like x_t.
+
+        Args:
+            x_t_BFCHW: noisy frames; they are cast to the network's dtype.
+            t_BK: their noise levels, float32 per video [B, 1] or per chunk [B, K].
+            context: what chunks see of the earlier ones clean (`clean_context`); or
+            clean_BFCHW: the clean frames themselves, to go through the network in the same pass,
+                with gradients. Neither: chunks see the earlier ones noisy.
+            context_noise: the time that the clean frames of that pass are told, 0-1000.
+            chunks_BN: which chunks of each video x_t and t hold, rising, int64 on the CPU; the
+                context is that of the whole video. None: all.
+        """
+        t_BF = t_BK.repeat_interleave(x_t_BFCHW.shape[1] // t_BK.shape[1], 1)
+        clean_t_BF = None
+        if clean_BFCHW is not None:
+            clean_BFCHW = clean_BFCHW.to(self.dtype)
+            clean_t_BF = t_BK.new_full((1, 1), context_noise)
+        return self.net(
+            x_t_BFCHW.to(self.dtype),
+            1000 * t_BF,
+            text_BLE,
+            context,
+            clean_BFCHW=clean_BFCHW,
+            clean_t_BF=clean_t_BF,
+            chunks_BN=chunks_BN,
+        )
+
+    def clean_context(
+        self, x_BFCHW: Tensor, text_BLE: Tensor, *, context_noise: float = 0.0
+    ) -> list[LayerKV]:
+        """What later chunks see of clean frames: keys and values of every layer.
+
+        `context_noise`: the time that the pass is told, on the 0-1000 scale.
+        """
+        t_11 = x_BFCHW.new_full((1, 1), context_noise, dtype=torch.float32)
+        return self.net.clean_context(x_BFCHW.to(self.dtype), text_BLE, t_11)
 
     @property
     def chunk(self) -> int:

@@ -1,7 +1,7 @@
 """The laptop-size student: a small causal Wan network on raw pixels, with a fixed text encoder.
 
 Shape letters: B videos, F frames, C colour channels, H x W pixels, K chunks, L text tokens, E text
-channels. Videos are float32 in [-1, 1]; times are in [0, 1] (1 is pure noise).
+channels. Videos are in [-1, 1]; times are in [0, 1] (1 is pure noise).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.kv_cache import LayerKV
+from afd.models.noise import Layout, NoiseSource, seeded_noise
 from afd.models.student import Level, Student
 from afd.schedules import check_steps
 
@@ -101,11 +102,7 @@ class ToyStudent(Student):
         wan = self.config.wan
         return encode_prompts(prompts, wan.text_len, wan.text_dim).to(self.device)
 
-    # --- training ---
-
-    def clean_context(self, x_BFCHW: Tensor, text_BLE: Tensor) -> list[LayerKV]:
-        """What later chunks see of clean frames: keys and values of every layer."""
-        return self.net.clean_context(x_BFCHW, text_BLE)
+    # --- training (the rest is in Student) ---
 
     def predict_x0(
         self,
@@ -113,10 +110,10 @@ class ToyStudent(Student):
         t_BK: Tensor,
         text_BLE: Tensor,
         context: list[LayerKV] | None = None,
+        **how: Any,
     ) -> Tensor:
-        """The clean video seen in x_t; t per video [B, 1] or per chunk [B, K]."""
-        t_BF = t_BK.repeat_interleave(x_t_BFCHW.shape[1] // t_BK.shape[1], 1)
-        return self.net(x_t_BFCHW, 1000 * t_BF, text_BLE, context)
+        """The clean video seen in x_t: what the network says; arguments as in `predict`."""
+        return self.predict(x_t_BFCHW, t_BK, text_BLE, context, **how)
 
     def velocity(
         self,
@@ -124,9 +121,21 @@ class ToyStudent(Student):
         t_BK: Tensor,
         text_BLE: Tensor,
         context: list[LayerKV] | None = None,
+        *,
+        clean_BFCHW: Tensor | None = None,
+        context_noise: float = 0.0,
+        chunks_BN: Tensor | None = None,
     ) -> Tensor:
-        """Rectified-flow velocity (noise minus video) at x_t, like x_t."""
-        x0_BFCHW = self.predict_x0(x_t_BFCHW, t_BK, text_BLE, context)
+        """Rectified-flow velocity (noise minus video) at x_t, shaped like it (see `predict`)."""
+        x0_BFCHW = self.predict(
+            x_t_BFCHW,
+            t_BK,
+            text_BLE,
+            context,
+            clean_BFCHW=clean_BFCHW,
+            context_noise=context_noise,
+            chunks_BN=chunks_BN,
+        )
         t_BF = t_BK.repeat_interleave(x_t_BFCHW.shape[1] // t_BK.shape[1], 1)
         return (x_t_BFCHW - x0_BFCHW) / t_BF.clamp_min(self.config.smallest_t)[
             ..., None, None, None
@@ -146,6 +155,18 @@ class ToyStudent(Student):
         """Steps are times falling from 1 to more than 0; a time is its own noise level."""
         check_steps(steps)
         return [Level.at(1000 * t, t, self.device) for t in steps]
+
+    def times(self, steps: Sequence[float]) -> list[float]:
+        """A step is a time."""
+        check_steps(steps)
+        return list(steps)
+
+    def noise_source(
+        self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
+    ) -> NoiseSource:
+        """Noise from one CPU generator per video."""
+        noise = seeded_noise(seeds, (self.chunk, *self.frame_shape))
+        return lambda chunk, step: noise(chunk, step).to(self.device, self.dtype)
 
     def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float) -> Tensor:
         """The output is the clean chunk itself."""

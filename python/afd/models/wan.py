@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from afd.models.causal_wan import CausalWan
+from afd.models.kv_cache import LayerKV
+from afd.models.noise import Layout, NoiseSource, counted_noise
 from afd.models.student import Level, Student
 from afd.schedules import ShiftedFlow, check_steps, x0_from_flow
 from afd_kernels.contracts import require
@@ -66,6 +68,45 @@ class WanStudent(Student):
         check_steps(steps, first=1000)
         times = self.schedule.warp(steps)
         return [Level.at(t, self.schedule.sigma_of(t), self.device) for t in times]
+
+    def times(self, steps: Sequence[float]) -> list[float]:
+        """The noise levels of the warped steps."""
+        return [level.sigma for level in self.levels(steps)]
+
+    def noise_source(
+        self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
+    ) -> NoiseSource:
+        """Noise counted by (seed, chunk, step), made on the student's device."""
+        return counted_noise(
+            [int(seed) for seed in seeds],
+            layout,
+            draws,
+            self.frame_shape,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def velocity(
+        self,
+        x_t_BFCHW: Tensor,
+        t_BK: Tensor,
+        text_BLE: Tensor,
+        context: list[LayerKV] | None = None,
+        *,
+        clean_BFCHW: Tensor | None = None,
+        context_noise: float = 0.0,
+        chunks_BN: Tensor | None = None,
+    ) -> Tensor:
+        """The network's output, in its dtype (see `predict`)."""
+        return self.predict(
+            x_t_BFCHW,
+            t_BK,
+            text_BLE,
+            context,
+            clean_BFCHW=clean_BFCHW,
+            context_noise=context_noise,
+            chunks_BN=chunks_BN,
+        )
 
     def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float) -> Tensor:
         """The output is the flow: x0 = x_t - sigma flow, in float64."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afd.config import RunConfig
 from afd.evaluation import physics
-from afd.models.toy import ToyStudent
+from afd.models.student import Student
 from afd.rollout import rollout
 from afd.teachers.simulator import ATTRIBUTES
 from afd.video import to_uint8
@@ -33,7 +33,7 @@ class Evaluation:
         return len(self.prompts)
 
 
-Evaluator = Callable[[ToyStudent, int], Evaluation]
+Evaluator = Callable[[Student, int], Evaluation]
 
 
 def make_evaluator(config: RunConfig, teacher_videos: Callable[[], Tensor]) -> Evaluator | None:
@@ -47,7 +47,7 @@ def make_evaluator(config: RunConfig, teacher_videos: Callable[[], Tensor]) -> E
         return None
     training_tracks: list[Tensor] = []
 
-    def evaluate(policy: ToyStudent, count: int) -> Evaluation:
+    def evaluate(policy: Student, count: int) -> Evaluation:
         if not training_tracks:
             training_tracks.append(physics.track_ball(teacher_videos())[0])
         prompts = [ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)]

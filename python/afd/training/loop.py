@@ -106,7 +106,8 @@ def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
         raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
     state = checkpoint.load(path, method=method.name, config=plain(config))
     method.load_state_dict(state["method_state"])
-    return evaluate(method.evaluation_policy(), videos or config.evaluation.videos)
+    with method.evaluation_policy() as policy:
+        return evaluate(policy, videos or config.evaluation.videos)
 
 
 class Trainer:
@@ -196,8 +197,7 @@ class Trainer:
         if self.evaluate is None or not _due(self.step, every) or self.step == self.config.steps:
             return
         if self.step not in self.evaluations.steps:
-            with timers("evaluate"):
-                policy = self.method.evaluation_policy()
+            with timers("evaluate"), self.method.evaluation_policy() as policy:
                 result = self.evaluate(policy, self.config.evaluation.curve_videos)
             self._record_evaluation(result)
 
@@ -221,7 +221,8 @@ class Trainer:
         """The final evaluation on the full held-out set, its samples, and DONE last of all."""
         if self.evaluate is not None:
             evaluation = self.config.evaluation
-            result = self.evaluate(self.method.evaluation_policy(), evaluation.videos)
+            with self.method.evaluation_policy() as policy:
+                result = self.evaluate(policy, evaluation.videos)
             if self.step not in self.evaluations.steps:
                 self._record_evaluation(result)
             write_samples(self.out / "samples.safetensors", result, evaluation.samples)
