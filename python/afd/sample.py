@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from afd.config import ConfigError
+from afd.lock import only_one
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.checkpoints import infer_config, load_checkpoint, read_weights
 from afd.models.codec import Codec, Pixels
@@ -75,17 +76,24 @@ class Sampled:
 
 
 def sample(config: SampleConfig, console: Console) -> Sampled:
-    """Stream every video that is not there yet into `config.out`.
+    """Stream every video that is not there yet into `config.out`, which is ours until it ends.
 
     Raises:
-        ConfigError: the configuration or a file it names is wrong, or `out` holds a video of the
-            same name that was made from something else.
+        ConfigError: the configuration or a file it names is wrong, `out` holds a video of the same
+            name that was made from something else, or another process is writing there.
     """
     if config.out is None:
         raise ConfigError("out: not given; needed: a folder for the mp4 files")
+    jobs = read_jobs(config)
+    with only_one(config.out, made=(".mp4.partial", ".mp4.whole")):
+        return make_videos(config, jobs, console)
+
+
+def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Sampled:
+    """`sample` for jobs of one's own; who may write into `config.out` is the caller's business."""
+    assert config.out is not None
     if config.checkpoint is None:
         raise ConfigError("checkpoint: not given; needed: the student's weights")
-    jobs = read_jobs(config)
     layout = _layout(config, jobs)
     for job in jobs:
         if job.prefix is not None and not job.prefix.is_file():

@@ -19,7 +19,7 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Line(Section):
-    """A line of a .jsonl file of prompts."""
+    """A line of a .jsonl file of prompts; files it names are relative to the list's folder."""
 
     prompt: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(pattern=_NAME)] | None = None
@@ -136,4 +136,21 @@ def _parsed(path: Path, number: int, line: str) -> Line:
         ) from None
     if parsed.image is not None and parsed.video is not None:
         raise ConfigError(f"prompts {path}:{number}: got image and video; needed: one of them")
-    return parsed
+    return parsed.model_copy(
+        update={
+            key: _inside(path, number, key, named)
+            for key in ("image", "video")
+            if (named := getattr(parsed, key)) is not None
+        }
+    )
+
+
+def _inside(path: Path, number: int, key: str, named: Path) -> Path:
+    """A file that a line names: beside the list or below, so that no list reads other files."""
+    file = path.parent / named
+    if not file.resolve().is_relative_to(path.parent.resolve()):
+        raise ConfigError(
+            f"prompts {path}:{number}: {key}: {named} lies outside {path.parent}, the folder of "
+            "the list"
+        )
+    return file

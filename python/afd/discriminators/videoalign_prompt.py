@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd.models.sources import named_errors
 from afd_kernels.contracts import require
 
 _log = logging.getLogger("afd")
@@ -168,9 +169,10 @@ class PromptEncoder:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         exact = (Path(folder) / "tokenizer.json").is_file()
-        return cls(
-            (PreTrainedTokenizerFast if exact else AutoTokenizer).from_pretrained(folder), template
-        )
+        kind = PreTrainedTokenizerFast if exact else AutoTokenizer
+        with named_errors("tokenizer", Path(folder)):
+            tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
+        return cls(tokenizer, template)
 
     def request(self, prompt: str) -> str:
         """What the user's turn says about a video of this prompt."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -293,12 +293,14 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"checkpoint: {config} does not exist; needed: {LAYOUTS}")
-    written: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    written = _read_json(config)
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     indices = list(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        index = json.loads(indices[0].read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+        table = _read_json(indices[0]).get("weight_map")
+        named = isinstance(table, dict) and all(isinstance(name, str) for name in table.values())
+        require(named, str(indices[0]), table, "weight_map: tensors and the files they lie in")
+        names = sorted(set(cast("dict[str, str]", table).values()))
         for name in names:
             # The index is data: it may name files of this folder only.
             require(Path(name).name == name, str(indices[0]), name, "file names in its own folder")
@@ -308,6 +310,15 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in names:
         held.update(_read_safetensors(folder / name))
     return held, written
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor even text
+        raise ValueError(f"{path}: it is no JSON ({error})") from error
+    require(isinstance(held, dict), str(path), type(held).__name__, "a JSON object")
+    return cast("dict[str, Any]", held)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -4,35 +4,75 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+# More than any released part has; a name that stands for more was not meant.
+HUB_BYTES = 64 * 2**30
 
 
 def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
     """`source` itself where it is a path; else the hub's copy of those folders of a pipeline.
 
-    The hub is asked only for a name like `owner/name` that is no local path. Raises
-    FileNotFoundError, saying what is `needed`, where neither has it.
+    The hub is asked only for a name like `owner/name`, or `owner/name@revision` (a commit, tag or
+    branch), that is no local path; files go to its own cache. Raises FileNotFoundError, saying what
+    is `needed`, where neither has it.
     """
     path = Path(source)
     if path.exists():
         return path
     reason = "there is no such path"
-    if isinstance(source, str) and _HUB_NAME.fullmatch(source):
-        # Imported here: most runs have local folders.
-        from huggingface_hub import snapshot_download
-
+    if isinstance(source, str) and (match := _HUB_NAME.fullmatch(source)):
         try:
             wanted = [name for part in parts for name in (part, f"{part}/*")]
-            return Path(snapshot_download(source, allow_patterns=wanted))
+            return _from_hub(match["name"], match["revision"], wanted)
         except (OSError, ValueError) as error:
             reason = f"there is no such path, and the hub said: {error}"
     raise FileNotFoundError(f"{parts[0]}: got {source}; needed: {needed} ({reason})")
+
+
+def _from_hub(name: str, revision: str | None, wanted: list[str]) -> Path:
+    # Imported here: most runs have local folders.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        files = snapshot_download(name, revision=revision, allow_patterns=wanted, dry_run=True)
+    except DryRunError:
+        files = []  # the hub cannot be asked; what is in the cache will do
+    size = sum(file.file_size or 0 for file in files if file.will_download)
+    if size > HUB_BYTES:
+        raise ValueError(f"{size / 2**30:.0f} GiB to download, more than {HUB_BYTES >> 30}")
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
+
+@contextmanager
+def named_errors(what: str, path: Path) -> Iterator[None]:
+    """A library's error on reading a file, as a ValueError that begins with the file's name."""
+    try:
+        yield
+    except Exception as error:  # damaged files make parsers raise anything
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{what} {path}: it cannot be read ({said})") from error
+
+
+def need(key: str, *packages: str) -> None:
+    """Refuse, in one line, a setting whose packages are not installed. Nothing is imported."""
+    from afd.config import ConfigError
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{key}: needs {', '.join(missing)}, which is not installed here; "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
@@ -44,7 +84,7 @@ def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor as they lie in memory, row by row."""
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The numbers of a tensor, row by row, as a buffer of bytes."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from afd.models.checkpoints import fill, read_pickle
-from afd.models.sources import local_copy
+from afd.models.sources import local_copy, named_errors
 from afd_kernels.contracts import require
 
 LAYOUTS = (
@@ -78,13 +78,22 @@ class TextEncoder:
         `dtype` is what the encoder computes in. Raises FileNotFoundError for an unknown layout,
         ValueError where weights are missing.
         """
+        weights, words = cls.files(source, tokenizer)
+        read = _load_original if weights.is_file() else _load_transformers
+        model = read(weights, dtype, device)
+        return cls(model, _load_tokenizer(words), text_len=text_len, batch=batch)
+
+    @staticmethod
+    def files(source: str | Path, tokenizer: str | Path | None = None) -> tuple[Path, Path]:
+        """What `load` would read: the encoder's folder or file, and the tokenizer's folder.
+
+        Raises FileNotFoundError for an unknown layout.
+        """
         weights, words = _find(local_copy(source, ("text_encoder", "tokenizer"), LAYOUTS))
         words = words if tokenizer is None else Path(tokenizer)
         if not words.is_dir():
             raise FileNotFoundError(f"tokenizer: {words} is no folder; needed: {LAYOUTS}")
-        read = _load_original if weights.is_file() else _load_transformers
-        model = read(weights, dtype, device)
-        return cls(model, _load_tokenizer(words), text_len=text_len, batch=batch)
+        return weights, words
 
     @property
     def text_dim(self) -> int:
@@ -136,14 +145,17 @@ def _load_tokenizer(folder: Path) -> Any:
     # tokenizer.json as it is written: transformers 5 makes a T5 tokenizer anew from its vocabulary
     # and leaves out normalisation that the file asks for.
     exact = (folder / "tokenizer.json").is_file()
-    return (PreTrainedTokenizerFast if exact else AutoTokenizer).from_pretrained(folder)
+    kind = PreTrainedTokenizerFast if exact else AutoTokenizer
+    with named_errors("tokenizer", folder):
+        return kind.from_pretrained(folder, trust_remote_code=False)
 
 
 def _load_transformers(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
     from transformers import UMT5EncoderModel
 
     read: Any = UMT5EncoderModel.from_pretrained
-    model, info = read(folder, dtype=dtype, output_loading_info=True)
+    with named_errors("text_encoder", folder):
+        model, info = read(folder, dtype=dtype, output_loading_info=True)
     # transformers draws what a file lacks at random and only warns.
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     require(not lacking, f"text_encoder {folder}", lacking[:4], "weights for the whole encoder")
