@@ -1,4 +1,5 @@
-"""The causal Wan student as one would first write it: the baseline of benchmarks/rollout.py.
+"""The causal Wan student as one would first write it: the baseline of benchmarks/rollout.py and,
+with teacher forcing (eager_train.py), of benchmarks/train_step.py.
 
 The same network and weights, one PyTorch op after another: a projection each for q, k and v, norms
 in separate steps, rotary positions as float64 complex numbers from a table that is put together
@@ -77,17 +78,23 @@ class EagerWan:
         self, text_BLE: Tensor, frames: int, tokens: int, window: int | None = None, sink: int = 0
     ) -> Cache:
         """Room for `window` frames of `tokens` tokens, or for `frames` where there is no window."""
-        embedded = self.embed(text_BLE)
-        layers, text = [], []
+        text = self.text_kv(text_BLE)
         slots = (frames if window is None else window) * tokens
         shape = (len(text_BLE), slots, self.config.num_heads, self.config.head_dim)
+        layers = []
+        for k_BLhd, _ in text:
+            ends = [torch.zeros(1, dtype=torch.int64, device=k_BLhd.device) for _ in range(2)]
+            layers.append(Layer(k_BLhd.new_zeros(shape), k_BLhd.new_zeros(shape), *ends))
+        return Cache(layers, text, sink * tokens, window is not None, text_BLE)
+
+    def text_kv(self, text_BLE: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the prompts for every layer."""
+        embedded, text = self.embed(text_BLE), []
         for i in range(self.config.num_layers):
             name = f"blocks.{i}.cross_attn"
             k_BLD = self.rms_norm(f"{name}.norm_k", self.linear(f"{name}.k", embedded))
             text.append((self.heads(k_BLD), self.heads(self.linear(f"{name}.v", embedded))))
-            ends = [torch.zeros(1, dtype=torch.int64, device=embedded.device) for _ in range(2)]
-            layers.append(Layer(embedded.new_zeros(shape), embedded.new_zeros(shape), *ends))
-        return Cache(layers, text, sink * tokens, window is not None, text_BLE)
+        return text
 
     def embed(self, text_BLE: Tensor) -> Tensor:
         embedded = self.linear("text_embedding.0", text_BLE)
@@ -98,6 +105,10 @@ class EagerWan:
         """The network's output for one chunk at frames `start_frame` and on, like x."""
         if self.embeds_text:
             self.embed(cache.prompt)
+        return self.network(x_BFCHW, t_BF, cache, start_frame)
+
+    def network(self, x_BFCHW: Tensor, t_BF: Tensor, cache: Cache, start_frame: int) -> Tensor:
+        """All layers, whatever their self-attention looks at."""
         B, frames, _, H, W = x_BFCHW.shape
         ph, pw = self.config.patch
         grid = (frames, H // ph, W // pw)

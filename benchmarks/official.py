@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x0 + t noise for t [B], in the widest of the dtypes."""
+    """x_t = (1 - t) x0 + t noise for t as `per_sample` takes it, in the widest of the dtypes."""
     t = per_sample(t, x0)
     return (1 - t) * x0 + t * noise
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, 1, ...], to broadcast against samples."""
-    return value.view(-1, *(1,) * (like.ndim - 1))
+    """[B] as [B, 1, 1, ...], to broadcast against samples; what already does so stays."""
+    return value if value.ndim == like.ndim else value.view(-1, *(1,) * (like.ndim - 1))
 
 
 def diffusionnft_loss(
@@ -40,7 +40,8 @@ def diffusionnft_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The trainer's total loss and its logged metrics; x_t as made by `noised`.
 
-    All samples [B, ...] of one shape, t and r [B]; gradient flows to v_theta.
+    All samples [B, ...] of one shape, r [B], t [B] or [B, F, 1, ...] where parts of a sample have
+    their own; gradient flows to v_theta.
     """
     dims = tuple(range(1, x0.ndim))
     time = per_sample(t, x0)
