@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -74,18 +76,37 @@ def read_video(
             f"frames, height, width, fps: got {frames}, {height}, {width}, {fps}; "
             "all must be positive"
         )
-    with _opened(path) as (container, stream):
+    return _decode(path, str(path), frames, height, width, fps, short)
+
+
+def _decode(
+    source: Path | BytesIO,
+    name: str,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float | None,
+    short: Literal["error", "repeat"],
+) -> Tensor:
+    """`read_video` of a file or of bytes; `name` is for messages."""
+    with _opened(source, name) as (container, stream):
         aspect = float(stream.sample_aspect_ratio or 1)
         shown = (  # one decoded full-size frame in memory at a time
             _fit(*_upright(frame, aspect), height, width)
-            for frame in _frames(path, container, stream, frames, fps)
+            for frame in _frames(name, container, stream, frames, fps)
         )
         pictures = list(shown)
     missing = frames - len(pictures)
     if missing and short == "error":
-        raise VideoError(_too_short(path, len(pictures), frames, fps))
+        raise VideoError(_too_short(name, len(pictures), frames, fps))
     pictures += [pictures[-1]] * missing
     return torch.stack(pictures)
+
+
+def frame_size(path: Path | str) -> tuple[int, int]:
+    """Rows and columns of a file's frames as they are stored."""
+    with _opened(Path(path)) as (_, stream):
+        return stream.codec_context.height, stream.codec_context.width
 
 
 def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 18) -> None:
@@ -94,24 +115,61 @@ def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 
     The file appears under its name only when it is whole. The same input gives the same bytes.
     """
     path = Path(path)
-    shape = tuple(video_FCHW.shape)
-    if len(shape) != 4 or shape[0] < 1 or shape[1] != 3 or shape[2] % 2 or shape[3] % 2:
-        raise ValueError(f"video_FCHW: got shape {shape}, needs [F >= 1, 3, even H, even W]")
-    pictures = to_uint8(video_FCHW)
+    _check_encodable(video_FCHW)
     partial = path.with_name(path.name + ".partial")
-    with av.open(str(partial), "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=_rate(fps))
-        stream.height, stream.width, stream.pix_fmt = shape[2], shape[3], "yuv420p"
-        stream.options = {"crf": str(crf)}
-        # More threads would make the bytes depend on the machine.
-        stream.codec_context.thread_count = 1
-        for picture in pictures.numpy():
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    _encode(str(partial), video_FCHW, fps, crf)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def through_codec(video_BFCHW: Tensor, *, fps: float | None = None, crf: int = 18) -> Tensor:
+    """What is read back of each video once `write_video` has written it: [B, F, 3, H, W] again.
+
+    No file is written. float32 on the video's device; a gradient passes through as if nothing had
+    happened. fps None: 16, for the encoder takes quantisers from it.
+    """
+    require(
+        video_BFCHW.ndim == 5, "video_BFCHW", video_BFCHW, "[B, F, 3, even H, even W] in [-1, 1]"
+    )
+    rate = 16.0 if fps is None else fps
+
+    def one(video_FCHW: Tensor) -> Tensor:
+        _check_encodable(video_FCHW)
+        frames, _, height, width = video_FCHW.shape
+        held = BytesIO()
+        _encode(held, video_FCHW, rate, crf)
+        held.seek(0)
+        return _decode(held, "a video in memory", frames, height, width, None, "error")
+
+    # The encoder has one thread a video, so that its bytes are the same everywhere.
+    workers = max(1, min(len(video_BFCHW), os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers) as pool:
+        seen = list(pool.map(one, video_BFCHW.detach().cpu().unbind()))
+    seen_BFCHW = torch.stack(seen).to(video_BFCHW.device)
+    if video_BFCHW.requires_grad:
+        return seen_BFCHW + (video_BFCHW - video_BFCHW.detach()).float()
+    return seen_BFCHW
+
+
+def _check_encodable(video_FCHW: Tensor) -> None:
+    shape = tuple(video_FCHW.shape)
+    if len(shape) != 4 or shape[0] < 1 or shape[1] != 3 or shape[2] % 2 or shape[3] % 2:
+        raise ValueError(f"video_FCHW: got shape {shape}, needs [F >= 1, 3, even H, even W]")
+
+
+def _encode(target: Any, video_FCHW: Tensor, fps: float, crf: int) -> None:
+    """An h264 yuv420p mp4 to a path or a binary file."""
+    with av.open(target, "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=_rate(fps))
+        stream.height, stream.width = video_FCHW.shape[2:]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf)}
+        # More threads would make the bytes depend on the machine.
+        stream.codec_context.thread_count = 1
+        for picture in to_uint8(video_FCHW).numpy():
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 class VideoWriter:
@@ -212,7 +270,7 @@ def read_comment(path: Path | str) -> str | None:
         return cast("str | None", container.metadata.get("comment"))
 
 
-def _too_short(path: Path, there: int, frames: int, fps: float | None) -> str:
+def _too_short(path: Path | str, there: int, frames: int, fps: float | None) -> str:
     wanted = f"{frames} frames" + (f" at {fps:g} a second" if fps else "")
     return (
         f"{path}: is too short, it gives {there} of the {wanted} wanted; "
@@ -234,19 +292,20 @@ def from_uint8(video_FHWC: Tensor) -> Tensor:
 class _opened:
     """The container and its first video stream; every failure inside becomes a VideoError."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, source: Path | BytesIO, name: str | None = None) -> None:
+        self.source, self.name = source, name or str(source)
 
     def __enter__(self) -> tuple[Any, Any]:
-        if not self.path.is_file():
-            raise VideoError(f"{self.path}: no such file")
+        if isinstance(self.source, Path) and not self.source.is_file():
+            raise VideoError(f"{self.name}: no such file")
+        source: Any = str(self.source) if isinstance(self.source, Path) else self.source
         try:
-            self.container = av.open(str(self.path))
+            self.container = av.open(source)
         except av.FFmpegError as error:
-            raise VideoError(f"{self.path}: cannot be read as a video ({error.strerror})") from None
+            raise VideoError(f"{self.name}: cannot be read as a video ({error.strerror})") from None
         if not self.container.streams.video:
             self.container.close()
-            raise VideoError(f"{self.path}: has no video stream")
+            raise VideoError(f"{self.name}: has no video stream")
         stream = self.container.streams.video[0]
         # Starting threads costs more than decoding a small picture.
         if stream.codec_context.width * stream.codec_context.height >= 256 * 256:
@@ -256,11 +315,11 @@ class _opened:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.container.close()
         if isinstance(error, av.FFmpegError):
-            raise VideoError(f"{self.path}: cannot be decoded ({error.strerror})") from None
+            raise VideoError(f"{self.name}: cannot be decoded ({error.strerror})") from None
 
 
 def _frames(
-    path: Path, container: Any, stream: Any, frames: int, fps: float | None
+    path: str, container: Any, stream: Any, frames: int, fps: float | None
 ) -> Iterator[Any]:
     """The chosen frames in order, at most `frames` of them."""
     taken = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from afd.models.checkpoints import fill, read_pickle
-from afd.models.sources import local_copy, weights_digest
+from afd.models.sources import local_copy, named_errors, weights_digest
 from afd_kernels.contracts import require
 
 LAYOUTS = (
@@ -81,7 +81,7 @@ class VideoVAE:
             video_BFCHW,
             f"[B, 1 + a multiple of {time}, C, multiples of {space}]",
         )
-        video_BCFHW = video_BFCHW.to(self.model.dtype).transpose(1, 2)
+        video_BCFHW = video_BFCHW.to(self.model.device, self.model.dtype).transpose(1, 2)
         latent_BFCHW = self.model.encode(video_BCFHW).latent_dist.mode().transpose(1, 2)
         mean, std = self._statistics(latent_BFCHW)
         return ((latent_BFCHW.float() - mean) / std).to(self.model.dtype)
@@ -172,9 +172,10 @@ class StreamingDecoder:
 def _load_diffusers(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
     from diffusers import AutoencoderKLWan
 
-    model, info = AutoencoderKLWan.from_pretrained(
-        folder, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
-    )
+    with named_errors("vae", folder):
+        model, info = AutoencoderKLWan.from_pretrained(
+            folder, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+        )
     # diffusers draws what a file lacks at random and only warns.
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     require(not lacking, f"vae {folder}", lacking[:4], "weights for the whole autoencoder")

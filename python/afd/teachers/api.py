@@ -113,6 +113,11 @@ class ApiTeacher:
                 return
             waiting += not self.start(request).done()
 
+    def ready(self, request: Request) -> bool:
+        """Whether `answer` gives this one's video without waiting."""
+        future = self._asked.get(request)
+        return future is not None and future.done() and future.exception() is None
+
     def progress(self) -> Progress:
         """For those who watch."""
         limiter = self._worker.engine.limiter if self._worker else None
@@ -122,6 +127,20 @@ class ApiTeacher:
             under_way=limiter.under_way if limiter else 0,
             limit=int(limiter.limit) if limiter else self.config.fetch.concurrency,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the ledger stands, for a checkpoint: its length and the USD it counts."""
+        return {"submits": self._ledger.length(), "spent_usd": self._ledger.spent_usd()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse a ledger that has lost what it held at a checkpoint: it would pay again."""
+        now = self.state_dict()
+        if now["submits"] < state["submits"]:
+            raise TeacherError(
+                f"teacher folder {self.folder}: its ledger holds {now['submits']} submits for "
+                f"{now['spent_usd']:.2f} USD, at the checkpoint it held {state['submits']} for "
+                f"{state['spent_usd']:.2f} USD; it is another folder or an older copy"
+            )
 
     def close(self) -> None:
         """Stop the background thread. Submits on their way are awaited and written down; tasks run

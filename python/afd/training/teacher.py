@@ -9,24 +9,33 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from afd.config import RunConfig, VideoConfig
+from afd.models.codec import Codec, Pixels
+from afd.ranks import ALONE, Ranks
 from afd.teachers.base import Request, Teacher, TeacherError, Unanswered
 from afd.teachers.config import API_KINDS
 from afd.teachers.folder import FolderTeacher
-from afd.video import from_uint8, read_video, to_uint8
+from afd.training.caches import Facts, Store, file_hash
+from afd.video import frame_size, from_uint8, read_video, through_codec, to_uint8
 
 if TYPE_CHECKING:
     from afd.teachers.api import ApiTeacher
 
 # Requests offered for prefetching at a time; the teacher takes as many as it wants.
 AHEAD = 256
+# Bytes of finished clips (or latents) kept in memory; older ones are made again when asked for.
+MEMORY = 4 << 30
+# Clips decoded at the same time, beside the training.
+THREADS = 2
 _log = logging.getLogger("afd")
 
 
@@ -107,19 +116,65 @@ class Sampler:
 
 
 class Videos:
-    """A teacher's answers as tensors. Each file is decoded once and kept as bytes (3·F·H·W)."""
+    """A teacher's answers as a method wants to see them.
 
-    def __init__(self, teacher: Teacher, video: VideoConfig) -> None:
-        self._teacher = teacher
-        self._video = video
-        self._decoded: dict[Request, Tensor] = {}
+    Each file is decoded once, the next update's in the background on the CPU, and kept in memory as
+    bytes (the frames that are looked at) or as latents, which a store also keeps for later runs.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        video: VideoConfig,
+        *,
+        sees: Literal["video", "latent"] = "video",
+        look: Callable[[Tensor], Tensor] | None = None,
+        codec: Codec | None = None,
+        store: Store | None = None,
+        ranks: Ranks = ALONE,
+        memory: int = MEMORY,
+    ) -> None:
+        """`look`: what is kept of pixels [1, F, 3, H, W] (None: all); `codec`: makes the latents
+        that sees="latent" means; `memory`: bytes that may be held."""
+        self._teacher, self._video, self._ranks = teacher, video, ranks
+        self._look, self._codec, self._store = look, codec or Pixels(), store
+        # None: pixels are wanted. Found here, because it may come from weights on a GPU.
+        self._identity = self._codec.identity if sees == "latent" else None
+        self._seen = sees == "video"
+        self._paths: dict[Request, Path] = {}
+        self._kept: dict[Request, Tensor] = {}  # the one asked for last comes last
+        self._memory = memory
+        self._coming: dict[Request, Future[Tensor]] = {}
+        self._pool = ThreadPoolExecutor(THREADS, "afd decode")
+        self._made = 0
 
     def draw(self, sampler: Sampler, count: int, ahead: int = 0) -> list[Request]:
-        """The sampler's next `count` requests that have an answer.
+        """The sampler's next `count` requests that have an answer, the same on every rank.
 
         Requests without one are skipped and logged; TeacherError if none is left. `ahead`: how
-        many more will be drawn at most; a teacher that takes long begins with them now.
+        many more will be drawn at most; a teacher that takes long begins with them now, and those
+        of the next draw that are there are decoded meanwhile. Only the main rank asks the teacher.
         """
+        said = None
+        if self._ranks.main:
+            drawn = self._answered(sampler, count, ahead)
+            soon = [r for r in sampler.peek(min(count, ahead)) if self._is_there(r)]
+            told = [
+                [[r.prompt, r.draw, str(self._teacher.answer(r))] for r in part]
+                for part in (drawn, soon)
+            ]
+            said = [*told, sampler.state_dict()]
+        *told, cursor = self._ranks.same(said)
+        if not self._ranks.main:
+            sampler.load_state_dict(cursor)
+        drawn, soon = ([Request(prompt, n) for prompt, n, _ in part] for part in told)
+        self._paths = {Request(prompt, n): Path(path) for part in told for prompt, n, path in part}
+        self._coming = {r: future for r, future in self._coming.items() if r in self._paths}
+        for request in soon[self._ranks.share(len(soon))]:
+            self._begin(request)
+        return drawn
+
+    def _answered(self, sampler: Sampler, count: int, ahead: int) -> list[Request]:
         prefetch = getattr(self._teacher, "prefetch", None)
         drawn: list[Request] = []
         skipped = 0
@@ -138,23 +193,98 @@ class Videos:
                 drawn.append(request)
         return drawn
 
+    def _is_there(self, request: Request) -> bool:
+        """Whether asking for it would not wait: of a teacher that makes its videos on demand."""
+        ready = getattr(self._teacher, "ready", None)
+        return ready is None or bool(ready(request))
+
     def fetch(self, requests: Sequence[Request]) -> Tensor:
-        """float32 [P, F, 3, H, W] in [-1, 1], one video per request."""
-        return from_uint8(torch.stack([self._one(request) for request in requests]))
+        """float32 [P, F, C, H, W] on the CPU, one per request: frames in [-1, 1], or latents.
+
+        Under several ranks each asks for its share of what was drawn.
+        """
+        for request in requests:
+            self._begin(request)
+        return torch.stack([self._one(request) for request in requests])
+
+    def clip(self, request: Request) -> Tensor:
+        """The whole clip, float32 [F, 3, H, W] in [-1, 1], whatever a method sees of it."""
+        return from_uint8(to_uint8(self._read(self._path(request))))
+
+    def close(self) -> None:
+        """End the decoding threads. What was made is told."""
+        self._pool.shutdown(cancel_futures=True)
+        if self._store is not None and self._made:
+            _log.info("latents: %d made; %s", self._made, self._store.told("latents"))
+
+    def _path(self, request: Request) -> Path:
+        return self._paths.get(request) or self._teacher.answer(request)
+
+    def _begin(self, request: Request) -> None:
+        if request not in self._kept and request not in self._coming:
+            self._coming[request] = self._pool.submit(self._load, self._path(request))
 
     def _one(self, request: Request) -> Tensor:
-        if request not in self._decoded:
-            video, path = self._video, self._teacher.answer(request)
-            video_FCHW = read_video(
-                path,
-                frames=video.frames,
-                height=video.height,
-                width=video.width,
-                fps=video.fps,
-                short=video.short,
-            )
-            self._decoded[request] = to_uint8(video_FCHW)
-        return self._decoded[request]
+        if request in self._kept:
+            held = self._kept.pop(request)
+        else:
+            self._begin(request)
+            held = self._coming.pop(request).result()
+            if self._identity is not None and held.dtype == torch.uint8:
+                held = self._encode(held, self._path(request))
+        self._kept[request] = held
+        while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > self._memory:
+            del self._kept[next(iter(self._kept))]
+        return held.float() if self._identity is not None else from_uint8(held)
+
+    def _load(self, path: Path) -> Tensor:
+        """Of a file: frames as uint8 [F, H, W, 3], or its latents where the store has them.
+
+        Runs beside the training: nothing here touches the accelerator.
+        """
+        if self._identity is not None and self._store is not None:
+            known = self._store.get("latents", self._facts(path))
+            if known is not None:
+                return known
+        video_FCHW = self._read(path)
+        if self._seen:
+            size = self._video.height, self._video.width
+            if self._video.codec_match and frame_size(path) != size:
+                # Its own codec's traces were scaled with it: the last pass shall be at this size,
+                # as the student's is.
+                video_FCHW = through_codec(
+                    video_FCHW[None], fps=self._video.fps, crf=self._video.crf
+                )[0]
+            if self._look is not None:
+                video_FCHW = self._look(video_FCHW[None])[0]
+        return to_uint8(video_FCHW)
+
+    def _read(self, path: Path) -> Tensor:
+        video = self._video
+        return read_video(
+            path,
+            frames=video.frames,
+            height=video.height,
+            width=video.width,
+            fps=video.fps,
+            short=video.short,
+        )
+
+    def _encode(self, video_FHWC: Tensor, path: Path) -> Tensor:
+        latent_FCHW = self._codec.encode(from_uint8(video_FHWC)[None])[0].cpu()
+        self._made += 1
+        if self._store is not None:
+            self._store.put("latents", self._facts(path), latent_FCHW)
+        return latent_FCHW
+
+    def _facts(self, path: Path) -> Facts:
+        """What latents depend on."""
+        video = self._video.model_dump(include={"frames", "height", "width", "fps", "short"})
+        return {"video": file_hash(path, self._store), "codec": self._identity, **video}
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def _simulate(config: RunConfig, console: Console) -> None:
