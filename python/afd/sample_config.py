@@ -1,4 +1,4 @@
-"""The configuration of `afd sample`: which student, which prompts, what the stream does."""
+"""What the student streams and how, and the configuration of `afd sample`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ WAN_SCALE = (4, 8)
 FREE = ("prompts", "out", "samples", "batch", "device", "compile", "cuda_graphs", "threads")
 
 
-class SampleConfig(Section):
-    """One run of `afd sample`."""
+class StreamConfig(Section):
+    """The student, its files, and how it streams: what `afd sample` and `afd eval` both need."""
 
     student: Literal["wan", "toy"] = Field(
         default="wan", description="wan: a released student's layout; toy: the laptop-size one"
@@ -46,12 +46,7 @@ class SampleConfig(Section):
     vae: str | None = Field(default=None, description="another source; null: pretrained")
     text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
 
-    prompts: str | list[str] | None = Field(
-        default=None,
-        description=".txt (one a line), .jsonl (an object a line), a prompt itself, or a list",
-    )
     out: Path | None = Field(default=None, description="folder of the mp4 files")
-    samples: Count = Field(default=1, description="videos per prompt, with seeds of their own")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="seed of the first video; the next ones count on"
     )
@@ -85,12 +80,6 @@ class SampleConfig(Section):
     )
     sink: Natural = Field(default=0, description="first latent frames that the window never loses")
 
-    image: Path | None = Field(default=None, description="the video begins with this picture")
-    video: Path | None = Field(default=None, description="the video continues this one")
-    prefix_frames: Count | None = Field(
-        default=None, description="frames taken of `video`; null: those of one chunk"
-    )
-
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="what the network and the text encoder compute in"
     )
@@ -105,7 +94,7 @@ class SampleConfig(Section):
     threads: Natural = Field(default=0, description="CPU threads; 0 leaves torch's choice")
 
     @model_validator(mode="after")
-    def _consistent(self) -> SampleConfig:
+    def _consistent(self) -> StreamConfig:
         time, space = self.scale
         if (self.frames - 1) % time:
             raise ValueError(f"frames: got {self.frames}; needed: 1 + a multiple of {time}")
@@ -113,12 +102,6 @@ class SampleConfig(Section):
             # Two latent pixels make a token; h264 needs even sizes in any case.
             got = f"{self.height}x{self.width}"
             raise ValueError(f"height, width: got {got}; needed: multiples of {2 * space}")
-        if self.image is not None and self.video is not None:
-            raise ValueError("image, video: got both; needed: at most one of them")
-        if self.prefix_frames is not None and (self.prefix_frames - 1) % time:
-            raise ValueError(
-                f"prefix_frames: got {self.prefix_frames}; needed: 1 + a multiple of {time}"
-            )
         for steps in (self.steps, self.first_chunk_steps):
             if steps is not None and self.student == "wan":
                 check_steps(steps, first=1000)
@@ -174,6 +157,33 @@ class SampleConfig(Section):
     @property
     def torch_vae_dtype(self) -> torch.dtype:
         return _DTYPES[self.vae_dtype]
+
+
+class SampleConfig(StreamConfig):
+    """One run of `afd sample`."""
+
+    prompts: str | list[str] | None = Field(
+        default=None,
+        description=".txt (one a line), .jsonl (an object a line), a prompt itself, or a list",
+    )
+    samples: Count = Field(default=1, description="videos per prompt, with seeds of their own")
+
+    image: Path | None = Field(default=None, description="the video begins with this picture")
+    video: Path | None = Field(default=None, description="the video continues this one")
+    prefix_frames: Count | None = Field(
+        default=None, description="frames taken of `video`; null: those of one chunk"
+    )
+
+    @model_validator(mode="after")
+    def _given(self) -> SampleConfig:
+        time, _ = self.scale
+        if self.image is not None and self.video is not None:
+            raise ValueError("image, video: got both; needed: at most one of them")
+        if self.prefix_frames is not None and (self.prefix_frames - 1) % time:
+            raise ValueError(
+                f"prefix_frames: got {self.prefix_frames}; needed: 1 + a multiple of {time}"
+            )
+        return self
 
     def settings(self) -> dict[str, Any]:
         """What a video depends on besides its prompt and seed, as plain data."""
