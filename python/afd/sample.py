@@ -22,39 +22,30 @@ from torch import Tensor
 from afd.config import ConfigError
 from afd.lock import only_one
 from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.checkpoints import infer_config, load_checkpoint, read_weights
+from afd.models.checkpoints import infer_config, read_weights
 from afd.models.codec import Codec, Pixels
 from afd.models.kv_cache import KVCache, cache_bytes
 from afd.models.student import Student
-from afd.models.text import TextEncoder
 from afd.models.toy import ToyStudent
-from afd.models.vae import VideoVAE
-from afd.models.wan import WanStudent
+from afd.models.wan_loading import load_wan
 from afd.recorder import Recorder
 from afd.rollout import Layout, chunk_layout, counted_noise, stream, stream_layout
 from afd.sample_config import SampleConfig
 from afd.sample_jobs import Job, read_jobs
-from afd.schedules import ShiftedFlow
 from afd.video import VideoError, read_comment, read_video
 
 
 @dataclass
 class Pipeline:
-    """Everything loaded; `texts` holds prompts' embeddings on the CPU without their zero rows."""
+    """Everything loaded."""
 
     student: Student
     codec: Codec
-    texts: dict[str, Tensor]
     caches: dict[int, KVCache] = field(default_factory=dict)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, L, E] on the student's device."""
-        wan = self.student.net.config
-        text_BLE = torch.zeros(len(prompts), wan.text_len, wan.text_dim, dtype=self.student.dtype)
-        for row_LE, prompt in zip(text_BLE, prompts, strict=True):
-            known = self.texts[prompt]
-            row_LE[: len(known)] = known
-        return text_BLE.to(self.student.device)
+        return self.student.encode(list(prompts)).to(self.student.dtype)
 
     def cache(self, text_BLE: Tensor, frames: int) -> KVCache:
         """One cache per batch size, its memory used by one batch after another."""
@@ -276,10 +267,7 @@ def _prefix(pipeline: Pipeline, config: SampleConfig, batch: list[Job]) -> Tenso
 
 
 def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
-    """The student, its autoencoder and the prompts' embeddings.
-
-    The text encoder is loaded first and let go before the network comes: it is the largest part.
-    """
+    """The student, which knows the prompts, and its autoencoder."""
     assert config.checkpoint is not None
     device = config.torch_device
     if device.index is not None:
@@ -291,37 +279,19 @@ def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
         _matches_toy(config, toy)
         student: Student = toy
         codec: Codec = Pixels()
-        texts = {prompt: toy.encode([prompt])[0].cpu() for prompt in prompts}
         toy.net.config = _remembering(toy.net.config, config)
     else:
         if not Path(config.checkpoint).exists():
             raise ConfigError(f"checkpoint: {config.checkpoint} does not exist")
-        texts = _encoded(config, prompts, device)
-        net = load_checkpoint(
-            config.checkpoint,
-            ema=config.ema,
-            dtype=config.torch_dtype,
-            device=device,
-            head_dim=config.head_dim,
-            **config.network,
-        )
         height, width = config.latent_size
-        student = WanStudent(
-            net.requires_grad_(False),
-            height=height,
-            width=width,
-            schedule=ShiftedFlow(config.shift),
-        )
-        codec = VideoVAE.load(
-            config.vae or config.pretrained, dtype=config.torch_vae_dtype, device=device
-        )
+        student, codec = load_wan(config, prompts, height=height, width=width, device=device)
     student.eval()
     student.net.fuse_projections()
     if config.compile:
         student.net.compile_blocks()
     if config.cuda_graphs:
         student.use_graphs()
-    return Pipeline(student, codec, texts)
+    return Pipeline(student, codec)
 
 
 def _remembering(wan: WanConfig, config: SampleConfig) -> WanConfig:
@@ -341,27 +311,6 @@ def _matches_toy(config: SampleConfig, toy: ToyStudent) -> None:
             f"height, width, chunk: got {config.height}, {config.width}, {config.chunk}; "
             f"needed: {', '.join(map(str, size))}, those of the checkpoint"
         )
-
-
-def _encoded(config: SampleConfig, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-    encoder = TextEncoder.load(
-        config.text_encoder or config.pretrained,
-        tokenizer=config.tokenizer,
-        dtype=config.torch_dtype,
-        device=device,
-        text_len=config.text_len,
-    )
-    texts = {}
-    for prompt in prompts:
-        text_LE = encoder.encode([prompt])[0].cpu()
-        texts[prompt] = text_LE[: _used(text_LE)].clone()
-    return texts
-
-
-def _used(text_LE: Tensor) -> int:
-    """Rows up to the last that is not zero."""
-    rows = text_LE.any(-1).nonzero()
-    return int(rows[-1]) + 1 if len(rows) else 0
 
 
 # --- what is told ---

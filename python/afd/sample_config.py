@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from afd.config import ConfigError
+from afd.models.config import DTYPES
 from afd.schedules import ShiftedFlow, check_steps
 from afd.section import Count, Natural, Positive, Section
 
@@ -152,11 +153,11 @@ class StreamConfig(Section):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def torch_vae_dtype(self) -> torch.dtype:
-        return _DTYPES[self.vae_dtype]
+        return DTYPES[self.vae_dtype]
 
 
 class SampleConfig(StreamConfig):
@@ -188,6 +189,3 @@ class SampleConfig(StreamConfig):
     def settings(self) -> dict[str, Any]:
         """What a video depends on besides its prompt and seed, as plain data."""
         return self.model_dump(mode="json", exclude=set(FREE))
-
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
