@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from afd.methods.config import StudentOptimizerConfig
-from afd.models.weights import Weights, laid_out_like, whole
+from afd.models.weights import Weights, laid_out_like, local, whole
 from afd.ranks import ALONE, Ranks
 
 
@@ -65,11 +65,16 @@ class StudentOptimizer:
 
     def add(self, loss: Tensor) -> None:
         """Backward of one part of the update's loss."""
+        total = self._begun()
+        loss.backward()
+        self._loss = total + loss.detach()
+
+    def _begun(self) -> Tensor:
+        """The loss so far; at an update's first part, without gradients of anything before."""
         if self._loss is None:
             self.adam.zero_grad()
-            self._loss = torch.zeros_like(loss.detach())
-        loss.backward()
-        self._loss = self._loss + loss.detach()
+            return torch.zeros((), device=self.weights.masters[0].device)
+        return self._loss
 
     def step(self, loss: Tensor | None = None) -> dict[str, float]:
         """One update from the parts added since the last, and `loss` if given.
@@ -79,16 +84,20 @@ class StudentOptimizer:
         """
         if loss is not None:
             self.add(loss)
-        assert self._loss is not None
-        gradients = [master.grad for master in self.weights.masters if master.grad is not None]
-        # FSDP has summed its shares already, each process then holds different ones.
-        self.ranks.sum_([g for g in gradients if not isinstance(g, DTensor)])
-        self.ranks.sum_([self._loss])
+        total = self._begun()
+        for master in self.weights.masters:
+            # A process may have had no part, and all must sum the same tensors.
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        gradients = [master.grad for master in self.weights.masters]
+        # What FSDP shares out it has summed already.
+        self.ranks.sum_([g for g in gradients if g is not None and not isinstance(g, DTensor)])
+        self.ranks.sum_([total])
         rate = self.adam.param_groups[0]["lr"] = self.rate()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.config.grad_clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         metrics = {
-            f"{self.name}/loss": float(self._loss),
+            f"{self.name}/loss": float(total),
             f"{self.name}/grad_norm": float(norm),
             f"{self.name}/learning_rate": rate,
         }
@@ -105,7 +114,7 @@ class StudentOptimizer:
         bad = [
             name
             for name, master in zip(self.weights.names, self.weights.masters, strict=True)
-            if master.grad is not None and not bool(_local(master.grad).isfinite().all())
+            if master.grad is not None and not bool(local(master.grad).isfinite().all())
         ]
         where = f"gradient of {bad[0]} and {len(bad) - 1} more" if bad else "norm of the gradient"
         return f"{self.name}: update {self.updates + 1}: the {where} is not finite ({shown})"
@@ -124,14 +133,10 @@ class StudentOptimizer:
         adam = dict(state["adam"])
         adam["state"] = {
             index: {
-                key: laid_out_like(self.weights.masters[index], value) if value.ndim else value
-                for key, value in held.items()
+                key: laid_out_like(self.weights.masters[index], v) if v.ndim else v.clone()
+                for key, v in held.items()
             }
             for index, held in adam["state"].items()
         }
         self.adam.load_state_dict(adam)
         self.updates = state["updates"]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

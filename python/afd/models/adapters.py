@@ -8,12 +8,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from afd.models.causal_wan import CausalWan
-from afd.models.config import LoraConfig
+
+if TYPE_CHECKING:
+    from afd.models.config import LoraConfig
 
 # Every linear layer of the blocks.
 TARGETS = r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|ffn\.[02])"

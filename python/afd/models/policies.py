@@ -9,15 +9,18 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from afd.models.adapters import Adapters
 from afd.models.causal_wan import CausalWan
-from afd.models.config import LoraConfig
 from afd.models.student import Student
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
+
+if TYPE_CHECKING:
+    from afd.models.config import LoraConfig
 
 REFERENCE = "ref"
 

@@ -53,7 +53,7 @@ class Weights:
     @torch.no_grad()
     def average(self, source: Weights, decay: float) -> None:
         """masters <- decay · masters + (1 - decay) · the source's, then published."""
-        mine, theirs = ([_local(x) for x in w.masters] for w in (self, source))
+        mine, theirs = ([local(x) for x in w.masters] for w in (self, source))
         torch._foreach_lerp_(mine, theirs, 1 - decay)
         self.publish()
 
@@ -70,7 +70,7 @@ class Weights:
         for name, master in zip(self.names, self.masters, strict=True):
             same = state[name].shape == master.shape
             require(same, f"state: {name}", state[name], f"shape {list(master.shape)}")
-            _local(master).copy_(_local(laid_out_like(master, state[name])))
+            local(master).copy_(local(laid_out_like(master, state[name])))
         self.publish()
 
 
@@ -81,14 +81,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def laid_out_like(tensor: Tensor, full: Tensor) -> Tensor:
-    """A whole tensor (the same on every process) on the device, and in the shares, of another."""
-    full = full.to(tensor.device)
+    """A copy of a whole tensor (the same on every process) on the device, and in the shares, of
+    another."""
+    full = full.to(tensor.device, copy=True)
     if not isinstance(tensor, DTensor):
         return full
     return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a sharded tensor, else the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
