@@ -66,6 +66,7 @@ def stream(
     context_noise: float = 0.0,
     remember_last: bool = False,
     cache: KVCache | None = None,
+    last_inputs: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield finished chunks [B, c, C, H, W] one after another.
 
@@ -89,6 +90,7 @@ def stream(
         remember_last: also do the context pass of the last chunk, to read the cache afterwards.
         cache: where to keep the context (`student.new_cache` of the same prompts, or one that was
             reset to them), to read it afterwards. Its prompts are what is seen.
+        last_inputs: a list that gets what the last denoising step of each chunk was given.
 
     Raises:
         ValueError: naming the argument, what came and what is needed; before the first chunk.
@@ -110,6 +112,7 @@ def stream(
         context=Level.at(context_noise, 0.0, student.device),
         switches=dict(switches or {}),
         remember_last=remember_last,
+        last_inputs=last_inputs,
     )
     cache = student.new_cache(text_BLE, frames) if cache is None else cache
     return _chunks(student, cache, noise, plan, prefix_BFCHW)
@@ -132,6 +135,7 @@ class _Plan:
     context: Level
     switches: dict[int, Tensor]
     remember_last: bool
+    last_inputs: list[Tensor] | None
 
 
 @torch.no_grad()
@@ -146,7 +150,7 @@ def _chunks(
             x0, level = prefix[:, start : start + count], plan.clean
         else:
             levels = plan.first if start == given else plan.levels
-            x0 = denoise_chunk(student, cache, noise, levels, chunk, start)
+            x0 = denoise_chunk(student, cache, noise, levels, chunk, start, plan.last_inputs)
             require(x0.shape[1] == count, "noise", x0, f"{count} frames for chunk {chunk}")
             level = plan.context
         yield x0
@@ -162,13 +166,16 @@ def denoise_chunk(
     levels: list[Level],
     chunk: int,
     start: int,
+    last_inputs: list[Tensor] | None = None,
 ) -> Tensor:
     """One chunk at frames `start` and on, [B, c, C, H, W]; what the cache holds of it is not clean.
 
-    `Student.remember` makes it so.
+    `Student.remember` makes it so. What the last step was given is added to `last_inputs`.
     """
     x_t = noise(chunk, 0)
     for step, level in enumerate(levels):
+        if last_inputs is not None and step + 1 == len(levels):
+            last_inputs.append(x_t)
         x0 = student.denoise(x_t, level, cache, start)
         if step + 1 < len(levels):
             x_t = renoise(x0, noise(chunk, step + 1), levels[step + 1].sigma)

@@ -130,8 +130,8 @@ class SftConfig(TimesConfig):
     ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
 
 
-class GanConfig(StudentOptimizerConfig):
-    """softplus(-D) of the student's own videos, through its last denoising step: the baseline."""
+class LastStepConfig(StudentOptimizerConfig):
+    """Methods whose gradient goes through the student's last denoising step."""
 
     samples_per_prompt: Count = Field(default=1, description="rollouts per prompt")
     context: Literal["own_context", "recompute"] = Field(
@@ -142,12 +142,20 @@ class GanConfig(StudentOptimizerConfig):
     ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
 
 
-class DmdConfig(StudentOptimizerConfig):
+class GanConfig(LastStepConfig):
+    """softplus(-D) of the student's own videos: the baseline."""
+
+
+class DmdConfig(LastStepConfig):
     """Score-free distribution matching; the definition is ours (see afd.methods.dmd)."""
 
-    samples_per_prompt: Count = Field(default=1, description="rollouts per prompt")
     score_learning_rate: float = Field(
         default=4e-4, ge=0, description="AdamW learning rate of the real and the fake network"
+    )
+    score_loss: Literal["x0", "velocity"] = Field(
+        default="x0",
+        description="what fits them: x0: squared error of the clean video over max(t, 0.1); "
+        "velocity: of the velocity, as flow matching has it",
     )
     score_updates: Count = Field(default=5, description="updates of both per student step")
     score_warmup_steps: Natural = Field(
@@ -157,6 +165,5 @@ class DmdConfig(StudentOptimizerConfig):
         default="shifted", description="noise levels at which real and fake are fitted and compared"
     )
     t_range: tuple[float, float] = Field(
-        default=(0.02, 0.98), description="noise levels of the comparison lie in this range"
+        default=(0.02, 0.98), description="noise levels of the comparison are clamped to this range"
     )
-    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
