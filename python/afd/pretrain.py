@@ -24,7 +24,8 @@ from torch import Generator, Tensor, nn
 
 from afd.discriminators.looks import random_look
 from afd.discriminators.toy import MotionBackbone
-from afd.methods.base import draw_times
+from afd.methods.config import SftConfig
+from afd.methods.noised import draw_copies
 from afd.methods.sft import denoising_loss
 from afd.models.toy import ToyConfig, ToyStudent, checkpoint_path
 from afd.teachers.simulator import (
@@ -53,13 +54,16 @@ def train_base(out: Path, steps: int, seed: int, batch: int, rate: float) -> dic
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.01)
     table = attribute_table([a.prompt for a in ATTRIBUTES])
     text = student.encode([a.prompt for a in ATTRIBUTES])
+    law = SftConfig(draws=1)
     started, running = time.time(), 0.0
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * cosine(step, steps)
         pick = torch.randint(len(ATTRIBUTES), (batch,), generator=generator)
         videos, _ = sample_videos(table[pick], "source", "clean", generator)
-        t_BK = draw_times("shifted", batch, student.config.frames // student.chunk, (), generator)
-        loss = denoising_loss(student, videos, text[pick], t_BK, 0.1, generator)
+        copies = draw_copies(
+            law, batch, student.frames // student.chunk, (), generator, context_noise=0.1
+        )
+        loss = denoising_loss(student, videos, text[pick], copies)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from afd.config import make_config
 from afd.discriminators.config import ToyDiscriminatorConfig
 from afd.discriminators.toy import MotionBackbone, ToyCritic
-from afd.methods.afd import Afd, optimality
-from afd.methods.base import Batch, StudentOptimizer, cosine_rate, draw_times, ema_update
+from afd.methods.advantage import optimality
+from afd.methods.afd import Afd, versions
+from afd.methods.base import Batch, draw_times
 from afd.methods.build import build_method
-from afd.methods.config import AfdConfig, SftConfig, StudentOptimizerConfig
-from afd.methods.sft import Sft
+from afd.methods.config import AfdConfig, SftConfig
+from afd.methods.sft import VERSIONS, Sft
+from afd.models.policies import make_policies
 from afd.models.toy import ToyStudent
 from afd.rollout import STEPS
 from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
@@ -40,9 +42,23 @@ def batch(step: int = 0) -> Batch:
 
 
 def afd(student: ToyStudent, seed: int = 0, **settings: Any) -> Afd:
-    critic = ToyCritic(ToyDiscriminatorConfig(backbone="scratch"), seed=seed)
+    critic = ToyCritic(
+        ToyDiscriminatorConfig(backbone="scratch", warmup_steps=1, steps_per_update=1), seed=seed
+    )
     config = AfdConfig(**settings)
-    return Afd(copy.deepcopy(student), critic, config, list(STEPS), critic_warmup=1, seed=seed)
+    policies = make_policies(copy.deepcopy(student), versions(config))
+    return Afd(policies, critic, config, steps=STEPS, seed=seed)
+
+
+def sft(student: ToyStudent, seed: int = 0) -> Sft:
+    policies = make_policies(copy.deepcopy(student), VERSIONS)
+    return Sft(policies, SftConfig(learning_rate=1e-3), steps=STEPS, seed=seed)
+
+
+def weights(method: Any, name: str) -> dict[str, Tensor]:
+    """A version's weights, by name; those of the frozen start are "ref"."""
+    with method.policies.using(name) as student:
+        return {key: value.clone() for key, value in student.state_dict().items()}
 
 
 def step(method: Any, number: int) -> dict[str, float]:
@@ -113,32 +129,6 @@ def test_times_come_from_the_students_list_or_a_law() -> None:
     assert float(draw_times("shifted", 500, 4, (), generator).median()) > 0.8
 
 
-def test_the_rate_falls_to_a_twentieth() -> None:
-    assert cosine_rate(0, 700) == 1
-    assert cosine_rate(350, 700) == pytest.approx(0.525)
-    assert cosine_rate(700, 700) == cosine_rate(900, 700) == pytest.approx(0.05)
-
-
-def test_the_average_moves_by_one_minus_the_decay() -> None:
-    average, current = nn.Linear(2, 2), nn.Linear(2, 2)
-    expected = 0.75 * average.weight.detach() + 0.25 * current.weight.detach()
-    ema_update(average, current, 0.75)
-    torch.testing.assert_close(average.weight.detach(), expected)
-
-
-def test_the_optimizer_clips_and_counts() -> None:
-    net = nn.Linear(3, 1)
-    config = StudentOptimizerConfig(
-        learning_rate=1e-3, weight_decay=0.0, cosine_steps=10, grad_clip=1e-6
-    )
-    optimizer = StudentOptimizer(net, config)
-    before = net.weight.detach().clone()
-    metrics = optimizer.step((net(torch.ones(1, 3)) * 1e3).sum())
-    assert metrics["student/grad_norm"] > 1
-    assert optimizer.updates == 1
-    assert not torch.equal(net.weight, before)
-
-
 # --- AFD ---
 
 
@@ -148,15 +138,14 @@ def test_the_warm_up_trains_the_critic_alone(student: ToyStudent) -> None:
     assert "student/loss" not in metrics
     assert {"critic/accuracy", "critic/margin", "student/r_mean"} <= metrics.keys()
     for name, value in student.state_dict().items():
-        assert torch.equal(value, method.theta.state_dict()[name])
+        assert torch.equal(value, weights(method, "theta")[name])
     metrics = step(method, 1)
     assert metrics["student/r_mean"] == pytest.approx(0.5)
-    changed = [
-        n for n, v in student.state_dict().items() if (v != method.theta.state_dict()[n]).any()
-    ]
+    theta, ref = weights(method, "theta"), weights(method, "ref")
+    changed = [n for n, v in student.state_dict().items() if (v != theta[n]).any()]
     assert len(changed) > 60
     for name, value in student.state_dict().items():
-        assert torch.equal(value, method.ref.state_dict()[name])
+        assert torch.equal(value, ref[name])
 
 
 def test_all_contexts_agree_while_the_three_policies_are_one(student: ToyStudent) -> None:
@@ -177,8 +166,8 @@ def test_a_resumed_run_continues_with_the_same_bits(student: ToyStudent) -> None
     resumed.load_state_dict(saved(whole))
     first, second = step(whole, 2), step(resumed, 2)
     assert first == second
-    for name, value in whole.old.state_dict().items():
-        assert torch.equal(value, resumed.old.state_dict()[name])
+    for name, value in weights(whole, "old").items():
+        assert torch.equal(value, weights(resumed, "old")[name])
 
 
 @pytest.mark.parametrize(
@@ -202,11 +191,6 @@ def test_every_option_makes_a_step(student: ToyStudent, settings: dict[str, Any]
 def test_old_follows_theta_on_its_schedule(student: ToyStudent) -> None:
     method = afd(student, old_decay=0.5, old_decay_slope=0.1, old_decay_start=2)
     assert [method._decay(s) for s in (0, 2, 4, 100)] == pytest.approx([0, 0, 0.2, 0.5])
-    current = afd(student, old="current")
-    for number in range(2):
-        step(current, number)
-    for name, value in current.theta.state_dict().items():
-        assert torch.equal(value, current.old.state_dict()[name])
 
 
 def test_a_step_without_a_rollout_is_refused(student: ToyStudent) -> None:
@@ -218,10 +202,10 @@ def test_a_step_without_a_rollout_is_refused(student: ToyStudent) -> None:
 
 
 def test_sft_lowers_its_loss_and_resumes_with_the_same_bits(student: ToyStudent) -> None:
-    method = Sft(copy.deepcopy(student), SftConfig(learning_rate=1e-3), list(STEPS))
+    method = sft(student)
     losses = [step(method, 0)["student/loss"] for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
-    resumed = Sft(copy.deepcopy(student), SftConfig(learning_rate=1e-3), list(STEPS), seed=7)
+    resumed = sft(student, seed=7)
     resumed.load_state_dict(saved(method))
     assert step(method, 9) == step(resumed, 9)
 

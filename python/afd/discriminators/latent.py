@@ -7,7 +7,7 @@ left after the convolutions, L text tokens, E text channels, D channels of the n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class LatentCritic(PairCritic):
     Its videos are latents [B, F, C, H, W].
     """
 
-    sees = "latent"
+    sees: Literal["video", "latent"] = "latent"
 
     def __init__(
         self,

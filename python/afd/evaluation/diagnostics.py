@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from afd.evaluation.physics import measure_each
+from afd.ranks import ALONE, Ranks
 from afd.teachers.simulator import PROMPTS
 
 
@@ -19,17 +20,23 @@ def within_group_correlation(a_B: Tensor, b_B: Tensor, group_size: int) -> float
 
 @torch.no_grad()
 def rank_agreement(
-    score_B: Tensor, video_BFCHW: Tensor, prompts: list[str], group_size: int
+    score_B: Tensor,
+    video_BFCHW: Tensor,
+    prompts: list[str],
+    group_size: int,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Correlation of the score with each metric of the task, within a prompt's rollouts.
 
-    Only for bouncing-ball prompts and groups of two or more; empty otherwise.
+    Over the videos of all processes. Only for bouncing-ball prompts and groups of two or more;
+    empty otherwise.
     """
-    if group_size < 2 or any(prompt not in PROMPTS for prompt in prompts):
+    if group_size < 2 or ranks.any(any(prompt not in PROMPTS for prompt in prompts)):
         return {}
-    each = measure_each(video_BFCHW)
+    each = measure_each(video_BFCHW.cpu())
+    score_B = ranks.gather(score_B)
     known = {"phys": -each.phys, "fit_res": -each.fit_res, "rend": -each.rend}
     return {
-        f"agreement/{name}": within_group_correlation(score_B, value_B, group_size)
+        f"agreement/{name}": within_group_correlation(score_B, ranks.gather(value_B), group_size)
         for name, value_B in known.items()
     }

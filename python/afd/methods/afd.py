@@ -1,131 +1,132 @@
-"""On-policy adversarial flow distillation (Luo et al., arXiv 2605.26105, with the NFT step of
-arXiv 2509.16117).
+"""Adversarial flow distillation of a causal student (arXiv 2605.26105), on any student.
 
-One step: the old policy rolls out videos; the critic learns to rank the teacher's video of the same
-prompt above them; its score becomes an advantage, the advantage an optimality weight r in [0, 1];
-the student moves its velocity towards the branch that r prefers.
-Shape letters: B rollouts, G rollouts per prompt, F frames, C channels, H x W pixels, K chunks.
+The slow `old` policy rolls out; a discriminator scores the finished videos; the score, less a
+baseline, becomes a weight r that decides how far each video is approached or avoided (DiffusionNFT,
+arXiv 2509.16117). Shape letters: P prompts, G rollouts per prompt, B = P G videos, N noised copies
+of them, F frames, C channels, H x W pixels or latents, K chunks, L text tokens, E text channels.
 """
 
 from __future__ import annotations
 
-import copy
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
 from afd import ops
+from afd.config import VideoConfig
 from afd.discriminators.base import Critic
 from afd.evaluation.diagnostics import rank_agreement
-from afd.methods.base import Batch, StudentOptimizer, draw_times, ema_update
+from afd.methods.advantage import optimality
+from afd.methods.base import Batch, Shown
 from afd.methods.config import AfdConfig
+from afd.methods.noised import Copies, draw_copies
+from afd.methods.optimizer import StudentOptimizer
+from afd.methods.rollouts import Rollouts, Streaming, roll_out, shower
+from afd.models.codec import Codec, Pixels
 from afd.models.kv_cache import LayerKV
-from afd.models.toy import ToyStudent
-from afd.rollout import seeded_noise, stream
+from afd.models.policies import Policies
+from afd.models.student import Student
+from afd.ranks import ALONE, Ranks
+
+# What the loss op measures of every copy, by the name in the metrics.
+MEASURED = {
+    "student/loss_pos": "loss_pos",
+    "student/loss_neg": "loss_neg",
+    "student/prior": "prior",
+    "student/old_deviation": "old_deviation",
+    "student/ref_deviation": "ref_deviation",
+}
 
 
-@dataclass
-class Rollouts:
-    """The old policy's videos of one step, with the context it saw while making them."""
-
-    x_BFCHW: Tensor
-    prompts: list[str]  # B, group by group
-    text_BLE: Tensor
-    context: list[LayerKV]
-
-
-def optimality(
-    score_B: Tensor,
-    group_size: int,
-    config: AfdConfig,
-    teacher_B: Tensor | None = None,
-    ema: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Advantage A and weight r = clamp(A / (2·adv_clip) + 1/2, 0, 1), each [B].
-
-    `teacher_B` and `ema` are the baselines of that name. A constant group has advantage 0.
-    """
-    score_PG = score_B.view(-1, group_size)
-    if config.baseline == "group":
-        baseline = score_PG.mean(1, keepdim=True)
-    elif config.baseline == "batch":
-        baseline = score_PG.mean()
-    elif config.baseline == "teacher":
-        if teacher_B is None:
-            raise ValueError("teacher_B: None came, baseline='teacher' needs the teacher's scores")
-        baseline = teacher_B.view(-1, group_size)
-    else:
-        baseline = score_PG.mean() if ema is None else torch.tensor(ema)
-    advantage_PG = score_PG - baseline
-    if config.normalize == "batch":
-        advantage_PG = advantage_PG / (advantage_PG.std(correction=0) + 1e-4)
-    elif config.normalize == "group":
-        spread = advantage_PG.std(1, keepdim=True, correction=0)
-        advantage_PG = advantage_PG / (spread + 1e-4)
-    advantage_B = advantage_PG.flatten()
-    return advantage_B, (advantage_B / (2 * config.adv_clip) + 0.5).clamp(0, 1)
+def versions(config: AfdConfig) -> tuple[str, ...]:
+    """The versions of the student's weights that a configuration needs (`make_policies`)."""
+    wanted = {
+        "theta": True,
+        "old": config.old == "ema",
+        "ema": config.ema_decay is not None,
+        "ref": config.prior_weight > 0,
+    }
+    return tuple(name for name, needed in wanted.items() if needed)
 
 
 class Afd:
-    """AFD on the toy student (see `Method`)."""
+    """AFD (see `Method`).
+
+    Args:
+        policies: the `versions` of the student.
+        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
+        codec: between the student's space and pixels.
+        video: whose `codec_match` puts the student's videos through h264.
+        rollout_batch: videos streamed and decoded together; None: all.
+    """
 
     name, needs_rollout, needs_critic = "afd", True, True
-    sees: Literal["video", "latent"] = "video"
 
     def __init__(
         self,
-        student: ToyStudent,
+        policies: Policies,
         critic: Critic,
         config: AfdConfig,
-        steps: list[float],
-        critic_warmup: int = 20,
-        critic_updates: int = 1,
+        *,
+        steps: Sequence[float],
+        codec: Codec | None = None,
+        video: VideoConfig | None = None,
+        ranks: Ranks = ALONE,
+        first_steps: Sequence[float] | None = None,
+        context_noise: float = 0.0,
+        rollout_batch: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.config, self.steps, self.critic = config, steps, critic
-        self.critic_warmup, self.critic_updates = critic_warmup, critic_updates
-        self.theta = student
-        self.old = copy.deepcopy(student).requires_grad_(False)
-        self.ref = copy.deepcopy(student).requires_grad_(False)
+        self.policies, self.critic, self.config, self.ranks = policies, critic, config, ranks
+        self.codec = codec or Pixels()
+        self.sees: Literal["video", "latent"] = critic.sees
+        self.streaming = Streaming(steps, first_steps, context_noise, rollout_batch)
+        self.times = policies.student.times(steps)
+        self.first_times = policies.student.times(first_steps) if first_steps else None
+        self.chunks = policies.student.frames // policies.student.chunk
+        # With old="current" the student anchors itself: v_old is its own, without gradient.
+        self.old = "old" if config.old == "ema" else "theta"
+        self.show = shower(critic, self.codec, video)
         self.generator = Generator().manual_seed(seed)
         self.score_average: float | None = None
-        self.optimizer = StudentOptimizer(student, config)
+        self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
+        self.shown: Shown | None = None
         self._rollouts: Rollouts | None = None
 
     # --- one step ---
 
     def look(self, video_BFCHW: Tensor) -> Tensor:
-        return video_BFCHW
+        return self.critic.look(video_BFCHW)
 
     def rollout(self, batch: Batch) -> None:
         """Let the old policy make `samples_per_prompt` videos for every prompt."""
-        prompts = [p for p in batch.prompts for _ in range(self.config.samples_per_prompt)]
-        frames = batch.teacher_BFCHW.shape[1]
-        seeds = torch.randint(2**62, (len(prompts),), generator=self.generator)
-        toy = self.old.config
-        noise = seeded_noise(seeds, (self.old.chunk, toy.wan.in_dim, toy.height, toy.width))
-        with torch.no_grad():
-            text = self.old.encode(prompts)
-            cache = self.old.new_cache(text, frames)
-            chunks = stream(self.old, text, noise, frames=frames, steps=self.steps, cache=cache)
-            videos = torch.cat(list(chunks), 1)
-        # The last chunk's slots hold a denoising step, not its context; no chunk looks at them.
-        self._rollouts = Rollouts(videos, prompts, text, cache.self_kv)
+        config = self.config
+        with self.policies.using(self.old) as student:
+            self._rollouts = roll_out(
+                student,
+                batch,
+                config.samples_per_prompt,
+                self.generator,
+                self.streaming,
+                show=self.show,
+                keep_context=config.context == "shared_context" and config.keep_context,
+            )
 
-    def _current(self) -> Rollouts:
-        if self._rollouts is None:
+    def _current(self) -> tuple[Rollouts, Tensor]:
+        """This step's rollouts and what the discriminator sees of them."""
+        if self._rollouts is None or self._rollouts.seen_BFCHW is None:
             raise RuntimeError("no rollouts: call rollout(batch) before critic_step, student_step")
-        return self._rollouts
+        return self._rollouts, self._rollouts.seen_BFCHW
 
     def critic_step(self, batch: Batch) -> dict[str, float]:
-        rollouts = self._current()
+        rollouts, seen_BFCHW = self._current()
         teacher = self._matched(batch)
         metrics: dict[str, float] = {}
-        for _ in range(self.critic_updates):
-            metrics = self.critic.step(teacher, rollouts.x_BFCHW, rollouts.prompts)
+        for _ in range(self.critic.config.steps_per_update):
+            metrics = self.critic.step(teacher, seen_BFCHW, rollouts.prompts)
         return {f"critic/{key}": value for key, value in metrics.items()}
 
     def _matched(self, batch: Batch) -> Tensor:
@@ -133,117 +134,168 @@ class Afd:
         return batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
 
     def student_step(self, batch: Batch) -> dict[str, float]:
-        rollouts = self._current()
-        score_B, r_B, metrics = self._weights(batch, rollouts)
+        rollouts, seen_BFCHW = self._current()
+        group = self.config.samples_per_prompt
+        score_B = self.critic.score(seen_BFCHW, rollouts.prompts).float().cpu()
+        r_B, metrics = self._weights(batch, rollouts, self.ranks.gather(score_B))
+        r_B = r_B[batch.own(group)]
+        self.shown = Shown(
+            rollouts.prompts[0], rollouts.x_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
+        )
         if batch.step % self.config.physics_every == 0:
             metrics |= rank_agreement(
-                score_B, rollouts.x_BFCHW, rollouts.prompts, self.config.samples_per_prompt
+                score_B, rollouts.x_BFCHW, rollouts.prompts, group, self.ranks
             )
-        if batch.step >= self.critic_warmup:
-            loss = self._loss(rollouts, r_B, metrics)
-            metrics |= self.optimizer.step(loss)
-            metrics["student/old_decay"] = decay = self._decay(self.optimizer.updates)
-            ema_update(self.old, self.theta, decay)
+        if batch.step >= self.critic.config.warmup_steps:
+            metrics |= self._update(batch, rollouts, r_B)
         self._rollouts = None
         return metrics
 
-    def _weights(self, batch: Batch, rollouts: Rollouts) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Scores and r, each [B], and what to log about them."""
-        config = self.config
-        score_B = self.critic.score(rollouts.x_BFCHW, rollouts.prompts)
-        used_B, teacher_B = score_B, None
+    def _weights(
+        self, batch: Batch, rollouts: Rollouts, score_B: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """r, [B] like the scores of all processes, and what to log about both."""
+        config, used_B, teacher_B = self.config, score_B, None
         if config.advantage == "random":
             used_B = torch.randn(score_B.shape, generator=self.generator)
         if config.baseline == "teacher":
             teacher_B = self.critic.score(self._matched(batch), rollouts.prompts)
-        _, r_B = optimality(
-            used_B, config.samples_per_prompt, config, teacher_B, self.score_average
-        )
+            teacher_B = self.ranks.gather(teacher_B.float().cpu())
+        group = config.samples_per_prompt
+        _, r_B = optimality(used_B, group, config, teacher_B, self.score_average)
         mean = float(used_B.mean())
         before = mean if self.score_average is None else self.score_average
         self.score_average = 0.9 * before + 0.1 * mean
-        group_std = used_B.view(-1, config.samples_per_prompt).std(1, correction=0)
-        return (
-            score_B,
-            r_B,
-            {
-                "student/r_mean": float(r_B.mean()),
-                "student/r_std": float(r_B.std(correction=0)),
-                "student/r_at_0": float((r_B == 0).float().mean()),
-                "student/r_at_1": float((r_B == 1).float().mean()),
-                "student/score_mean": float(score_B.mean()),
-                "student/score_std": float(group_std.mean()),
-                "student/zero_std_groups": float((group_std < 1e-6).float().mean()),
-            },
-        )
+        group_std = used_B.view(-1, group).std(1, correction=0)
+        return r_B, {
+            "student/r_mean": float(r_B.mean()),
+            "student/r_std": float(r_B.std(correction=0)),
+            "student/r_at_0": float((r_B == 0).float().mean()),
+            "student/r_at_1": float((r_B == 1).float().mean()),
+            "student/score_mean": float(score_B.mean()),
+            "student/score_std": float(group_std.mean()),
+            "student/zero_std_groups": float((group_std < 1e-6).float().mean()),
+        }
 
-    def _loss(self, rollouts: Rollouts, r_B: Tensor, metrics: dict[str, float]) -> Tensor:
-        """The NFT loss over `draws` noised copies of every rollout."""
+    def _update(self, batch: Batch, rollouts: Rollouts, r_B: Tensor) -> dict[str, float]:
+        """One optimizer step on noised copies of the rollouts, then the averages'."""
         config = self.config
-        x0 = rollouts.x_BFCHW.repeat(config.draws, 1, 1, 1, 1)
-        text = rollouts.text_BLE.repeat(config.draws, 1, 1)
-        chunks = x0.shape[1] // self.theta.chunk if config.timestep_per == "chunk" else 1
-        t_BK = draw_times(config.timesteps, len(x0), chunks, self.steps, self.generator)
-        seed = ops.draw_seeds(len(x0), self.generator)
-        x_t = ops.forward_noise(x0, t_BK, seed=seed, layout="BFCHW")
+        copies = draw_copies(
+            config,
+            batch.count * config.samples_per_prompt,
+            self.chunks,
+            self.times,
+            self.generator,
+            own=batch.own(config.samples_per_prompt),
+            first_times=self.first_times,
+        )
+        sums = torch.zeros(len(MEASURED), dtype=torch.float64)
+        for piece in copies.pieces(config.micro_batch):
+            result = self._loss(rollouts, r_B, piece)
+            self.optimizer.add(result.loss * piece.share)
+            sums += torch.stack([getattr(result, key).sum() for key in MEASURED.values()]).cpu()
+        self.ranks.sum_([sums])
+        metrics = dict(zip(MEASURED, (sums / copies.total).tolist(), strict=True))
+        metrics |= self.optimizer.step()
+        if self.old == "old":
+            metrics["student/old_decay"] = decay = self._decay(self.optimizer.updates)
+            self.policies.average("old", "theta", decay)
+        if config.ema_decay is not None:
+            decay = min(config.ema_decay, 0.02 * self.optimizer.updates)
+            self.policies.average("ema", "theta", decay)
+        return metrics
+
+    def _loss(self, rollouts: Rollouts, r_B: Tensor, copies: Copies) -> ops.NftLoss:
+        """The NFT loss of some copies, a mean over them."""
+        config = self.config
+        x0 = rollouts.x_BFCHW[copies.video_N]
+        shared = self._shared_context(rollouts, copies)
         with torch.no_grad():
-            v_old = self.old.velocity(x_t, t_BK, text, self._context(self.old, rollouts))
+            v_old = self._velocity(self.old, x0, rollouts, copies, shared)
             v_ref = None
             if config.prior_weight > 0:
-                v_ref = self.ref.velocity(x_t, t_BK, text, self._context(self.ref, rollouts))
-        v_theta = self.theta.velocity(x_t, t_BK, text, self._context(self.theta, rollouts))
-        result = ops.nft_loss(
+                v_ref = self._velocity("ref", x0, rollouts, copies, shared)
+        # The trained policy comes last: its backward follows.
+        v_theta = self._velocity("theta", x0, rollouts, copies, shared)
+        mask_NF = copies.mask(x0.shape[1], self.policies.student.chunk)
+        return ops.nft_loss(
             v_theta=v_theta,
             v_old=v_old,
             v_ref=v_ref,
             x0=x0,
-            t=t_BK,
-            r=r_B.repeat(config.draws),
-            seed=seed,
+            t=copies.t_NK.to(x0.device),
+            r=r_B[copies.video_N].to(x0.device),
+            seed=copies.seed_N.to(x0.device),
             nft_beta=config.nft_beta,
             prior_weight=config.prior_weight,
             adv_clip=config.adv_clip,
             weighting=config.weighting,
             layout="BFCHW",
+            frame_mask=None if mask_NF is None else mask_NF.to(x0.device),
             prior_by_r=config.prior_by_r,
         )
-        metrics["student/loss_pos"] = float(result.loss_pos.mean())
-        metrics["student/loss_neg"] = float(result.loss_neg.mean())
-        metrics["student/prior"] = float(result.prior.mean())
-        metrics["student/old_deviation"] = float(result.old_deviation.mean())
-        metrics["student/ref_deviation"] = float(result.ref_deviation.mean())
-        return result.loss
 
-    def _context(self, student: ToyStudent, rollouts: Rollouts) -> list[LayerKV]:
-        """Clean keys and values of the rollouts for one network, repeated for every draw."""
-        if self.config.context == "shared_context":
-            context = rollouts.context
-        else:
-            with torch.set_grad_enabled(
-                torch.is_grad_enabled() and self.config.context == "recompute"
-            ):
-                context = student.clean_context(rollouts.x_BFCHW, rollouts.text_BLE)
-        copies = (self.config.draws, 1, 1, 1)
-        return [(k.repeat(copies), v.repeat(copies)) for k, v in context]
+    def _velocity(
+        self,
+        name: str,
+        x0_NFCHW: Tensor,
+        rollouts: Rollouts,
+        copies: Copies,
+        shared: list[LayerKV] | None,
+    ) -> Tensor:
+        """A version's velocity at the copies like x0, 0 in chunks that were not drawn."""
+        config, told = self.config, self.streaming.context_noise
+        with self.policies.using(name) as student:
+            context = shared
+            if config.context == "own_context":
+                context = self._clean_context(student, rollouts, copies)
+            v_NFCHW = student.velocity(
+                copies.drawn(copies.noise(x0_NFCHW), student.chunk),
+                copies.drawn_t.to(x0_NFCHW.device),
+                rollouts.text_BLE[copies.video_N],
+                context,
+                clean_BFCHW=x0_NFCHW if config.context == "recompute" else None,
+                context_noise=told,
+                chunks_BN=copies.chunks_NM,
+            )
+            return copies.whole(v_NFCHW, x0_NFCHW.shape[1], student.chunk)
+
+    def _shared_context(self, rollouts: Rollouts, copies: Copies) -> list[LayerKV] | None:
+        """The old policy's clean context, where all versions see that."""
+        if self.config.context != "shared_context":
+            return None
+        if rollouts.contexts:
+            return rollouts.context(copies.video_N)
+        with self.policies.using(self.old) as student:
+            return self._clean_context(student, rollouts, copies)
+
+    @torch.no_grad()
+    def _clean_context(self, student: Student, rollouts: Rollouts, copies: Copies) -> list[LayerKV]:
+        """One network's clean context of the copies' videos, made once for each video."""
+        video_V, copy_N = copies.video_N.unique(return_inverse=True)
+        context = student.clean_context(
+            rollouts.x_BFCHW[video_V],
+            rollouts.text_BLE[video_V],
+            context_noise=self.streaming.context_noise,
+        )
+        if len(video_V) == len(copy_N):
+            return context
+        return [(k[copy_N], v[copy_N]) for k, v in context]
 
     def _decay(self, update: int) -> float:
-        if self.config.old == "current":
-            return 0.0
         ramp = self.config.old_decay_slope * (update - self.config.old_decay_start)
         return min(self.config.old_decay, max(0.0, ramp))
 
     # --- state ---
 
-    def evaluation_policy(self) -> AbstractContextManager[ToyStudent]:
-        """The old policy: with old="ema" the average, with old="current" the student itself."""
-        return nullcontext(self.old)
+    def evaluation_policy(self) -> AbstractContextManager[Student]:
+        """The average kept for it if there is one; else the old policy, or the student itself."""
+        return self.policies.using(self.old if self.config.ema_decay is None else "ema")
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all three policies, optimizer, critic and random numbers."""
+        """Weights of all versions, optimizer, critic and random numbers."""
         return {
-            "theta": self.theta.state_dict(),
-            "old": self.old.state_dict(),
-            "ref": self.ref.state_dict(),
+            "policies": self.policies.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict(),
             "generator": self.generator.get_state(),
@@ -251,7 +303,7 @@ class Afd:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("theta", "old", "ref", "optimizer", "critic"):
+        for name in ("policies", "optimizer", "critic"):
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         self.score_average = state["score_average"]

@@ -5,16 +5,16 @@ Shape letters: B videos, F frames, C channels, H x W pixels or latents, K chunks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from afd.methods.config import StudentOptimizerConfig, Timesteps
+from afd.methods.config import Timesteps
+from afd.models.codec import Codec
 from afd.models.student import Student
 
 
@@ -47,6 +47,23 @@ class Batch:
         return slice(self.first * copies, (self.first + len(self.prompts)) * copies)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """One of a step's videos, to be looked at by people.
+
+    Attributes:
+        x_FCHW: in the student's space, on the CPU.
+        score, r: what the discriminator and the method made of it, where they did.
+        teacher_score: the discriminator's score of the teacher's video.
+    """
+
+    prompt: str
+    x_FCHW: Tensor
+    score: float | None = None
+    r: float | None = None
+    teacher_score: float | None = None
+
+
 class Method(Protocol):
     """A way to train the student; the trainer calls the three parts of a step in this order."""
 
@@ -54,6 +71,8 @@ class Method(Protocol):
     needs_rollout: bool
     needs_critic: bool
     sees: Literal["video", "latent"]
+    codec: Codec
+    shown: Shown | None  # the first video of the last step, where the student makes any
 
     def look(self, video_BFCHW: Tensor) -> Tensor:
         """What is kept of a teacher's video [-1, 1] where `sees` is "video"."""
@@ -72,20 +91,6 @@ class Method(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def cosine_rate(step: int, steps: int | None, floor: float = 0.05) -> float:
-    """Learning-rate factor: a cosine from 1 to `floor` over `steps`, then flat; None: always 1."""
-    if steps is None:
-        return 1.0
-    done = min(1.0, step / steps)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@torch.no_grad()
-def ema_update(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """average <- decay · average + (1 - decay) · current, in place."""
-    torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
 
 
 def draw_times(
@@ -112,40 +117,3 @@ def draw_times(
         return torch.sigmoid(logit_mean + logit_std * normal_BK)
     u_BK = 1 - torch.rand(shape, generator=generator)
     return u_BK if kind == "uniform" else 5 * u_BK / (1 + 4 * u_BK)
-
-
-class StudentOptimizer:
-    """AdamW with a cosine rate and clipped gradients over a student's weights."""
-
-    def __init__(self, student: nn.Module, config: StudentOptimizerConfig) -> None:
-        self.config = config
-        self.parameters = list(student.parameters())
-        self.updates = 0
-        self.adam = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
-
-    def step(self, loss: Tensor) -> dict[str, float]:
-        """Backward and one update; returns loss, gradient norm and rate."""
-        rate = self.config.learning_rate * cosine_rate(self.updates, self.config.cosine_steps)
-        self.adam.param_groups[0]["lr"] = rate
-        self.adam.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        self.adam.step()
-        self.updates += 1
-        return {
-            "student/loss": float(loss.detach()),
-            "student/grad_norm": float(norm),
-            "student/learning_rate": rate,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"adam": self.adam.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adam.load_state_dict(state["adam"])
-        self.updates = state["updates"]

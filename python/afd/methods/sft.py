@@ -1,63 +1,100 @@
 """Supervised flow matching on the teacher's videos, under teacher forcing: the baseline.
 
-Shape letters: B videos, F frames, C channels, H x W pixels, K chunks.
+Shape letters: B videos, N noised copies of them, F frames, C channels, H x W pixels or latents, K
+chunks.
 """
 
 from __future__ import annotations
 
-import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from afd import ops
-from afd.methods.base import Batch, StudentOptimizer, draw_times, ema_update
+from afd.config import VideoConfig
+from afd.methods.base import Batch, Shown
 from afd.methods.config import SftConfig
-from afd.models.toy import ToyStudent
+from afd.methods.noised import Copies, draw_copies
+from afd.methods.optimizer import StudentOptimizer
+from afd.models.codec import Codec, Pixels
+from afd.models.policies import Policies
+from afd.models.student import Student
+from afd.ranks import ALONE, Ranks
+
+VERSIONS = ("theta", "ema")
 
 
 def denoising_loss(
-    student: ToyStudent,
-    x0_BFCHW: Tensor,
-    text_BLE: Tensor,
-    t_BK: Tensor,
-    context_noise: float,
-    generator: Generator,
+    student: Student,
+    x0_NFCHW: Tensor,
+    text_NLE: Tensor,
+    copies: Copies,
+    loss: Literal["x0", "velocity"] = "x0",
+    context_noise: float = 0.0,
 ) -> Tensor:
-    """Mean (x0 - predicted x0)² / max(t, 0.1) under teacher forcing.
+    """Mean squared error of noised copies under teacher forcing.
 
-    The clean context carries noise of a level up to `context_noise`, one per video, because at
-    sampling time the context is the student's own and never exact. The 1/t lies between the flow
-    loss (1/t², which did not converge here) and plain denoising.
+    The clean context carries the copies' own noise, because at sampling time the context is the
+    student's and never exact. "x0" is (x0 - predicted x0)² / max(t, 0.1): its 1/t lies between the
+    flow loss (1/t², which did not converge on the toy) and plain denoising. "velocity" is the flow
+    loss itself.
+
+    Args:
+        x0_NFCHW: the video of every copy.
+        text_NLE: their embeddings.
+        context_noise: the time that the context pass is told, 0-1000.
     """
-    B = x0_BFCHW.shape[0]
-    level_B = context_noise * torch.rand(B, generator=generator)
-    context_seed = ops.draw_seeds(B, generator)
-    seen = ops.forward_noise(x0_BFCHW, level_B, seed=context_seed, layout="BFCHW")
-    context = student.clean_context(seen, text_BLE)
-    seed = ops.draw_seeds(B, generator)
-    x_t = ops.forward_noise(x0_BFCHW, t_BK, seed=seed, layout="BFCHW")
-    error = (student.predict_x0(x_t, t_BK, text_BLE, context) - x0_BFCHW).square()
-    weight_BK = 1 / t_BK.clamp_min(0.1)
-    return (error.unflatten(1, (t_BK.shape[1], -1)).mean((2, 3, 4, 5)) * weight_BK).mean()
+    device, chunk = x0_NFCHW.device, student.chunk
+    seen = copies.noise_context(x0_NFCHW)
+    context = student.clean_context(seen, text_NLE, context_noise=context_noise)
+    x_t = copies.drawn(copies.noise(x0_NFCHW), chunk)
+    t_NK, which = copies.drawn_t.to(device), copies.chunks_NM
+    if loss == "velocity":
+        wanted = copies.drawn(copies.pure_noise(x0_NFCHW) - x0_NFCHW, chunk)
+        v = student.velocity(x_t, t_NK, text_NLE, context, chunks_BN=which)
+        return (v - wanted).square().mean()
+    wanted = copies.drawn(x0_NFCHW, chunk)
+    error = (student.predict_x0(x_t, t_NK, text_NLE, context, chunks_BN=which) - wanted).square()
+    weight_NK = 1 / t_NK.clamp_min(0.1)
+    return (error.unflatten(1, (t_NK.shape[1], -1)).mean((2, 3, 4, 5)) * weight_NK).mean()
 
 
 class Sft:
-    """Fine-tuning on finished teacher videos (see `Method`)."""
+    """Fine-tuning on finished teacher videos (see `Method`).
+
+    Args:
+        policies: versions "theta" and "ema".
+        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
+        codec: between the student's space and pixels.
+        video, rollout_batch: of other methods; nothing is rolled out here.
+    """
 
     name, needs_rollout, needs_critic = "sft", False, False
     sees: Literal["video", "latent"] = "latent"
 
     def __init__(
-        self, student: ToyStudent, config: SftConfig, steps: list[float], seed: int = 0
+        self,
+        policies: Policies,
+        config: SftConfig,
+        *,
+        steps: Sequence[float],
+        codec: Codec | None = None,
+        video: VideoConfig | None = None,
+        ranks: Ranks = ALONE,
+        first_steps: Sequence[float] | None = None,
+        context_noise: float = 0.0,
+        rollout_batch: int | None = None,
+        seed: int = 0,
     ) -> None:
-        self.config, self.steps = config, steps
-        self.theta = student
-        self.average = copy.deepcopy(student).requires_grad_(False)
+        self.policies, self.config, self.context_noise = policies, config, context_noise
+        self.codec = codec or Pixels()
+        self.times = policies.student.times(steps)
+        self.first_times = policies.student.times(first_steps) if first_steps else None
         self.generator = Generator().manual_seed(seed)
-        self.optimizer = StudentOptimizer(student, config)
+        self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
+        self.shown: Shown | None = None
 
     def look(self, video_BFCHW: Tensor) -> Tensor:
         return video_BFCHW
@@ -69,30 +106,38 @@ class Sft:
         return {}
 
     def student_step(self, batch: Batch) -> dict[str, float]:
-        videos = batch.teacher_BFCHW.repeat(self.config.draws, 1, 1, 1, 1)
-        text = self.theta.encode(batch.prompts).repeat(self.config.draws, 1, 1)
-        chunks = videos.shape[1] // self.theta.chunk
-        t_BK = draw_times(self.config.timesteps, len(videos), chunks, self.steps, self.generator)
-        loss = denoising_loss(
-            self.theta, videos, text, t_BK, self.config.context_noise, self.generator
+        config, student = self.config, self.policies.student
+        x0_BFCHW = batch.teacher_BFCHW.to(student.device, torch.float32)
+        text_BLE = student.encode(batch.prompts)
+        copies = draw_copies(
+            config,
+            batch.count,
+            x0_BFCHW.shape[1] // student.chunk,
+            self.times,
+            self.generator,
+            own=batch.own(),
+            first_times=self.first_times,
+            context_noise=config.context_noise,
         )
-        metrics = self.optimizer.step(loss)
-        ema_update(self.average, self.theta, min(self.config.ema_decay, 0.02 * batch.step))
+        for piece in copies.pieces(config.micro_batch):
+            x0, text = x0_BFCHW[piece.video_N], text_BLE[piece.video_N]
+            loss = denoising_loss(student, x0, text, piece, config.loss, self.context_noise)
+            self.optimizer.add(loss * piece.share)
+        metrics = self.optimizer.step()
+        self.policies.average("ema", "theta", min(config.ema_decay, 0.02 * batch.step))
         return metrics
 
-    def evaluation_policy(self) -> AbstractContextManager[ToyStudent]:
-        return nullcontext(self.average)
+    def evaluation_policy(self) -> AbstractContextManager[Student]:
+        return self.policies.using("ema")
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "theta": self.theta.state_dict(),
-            "average": self.average.state_dict(),
+            "policies": self.policies.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.theta.load_state_dict(state["theta"])
-        self.average.load_state_dict(state["average"])
+        self.policies.load_state_dict(state["policies"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ class Level:
     @classmethod
     def at(cls, t: float, sigma: float, device: torch.device) -> Level:
         return cls(t, sigma, torch.tensor([[t]], dtype=torch.float32, device=device))
+
+
+def frame_times(x_BFCHW: Tensor, t_BK: Tensor) -> Tensor:
+    """The time of every frame, [B, F], of times per video [B, 1] or chunk [B, K]."""
+    return t_BK.repeat_interleave(x_BFCHW.shape[1] // t_BK.shape[1], 1)
 
 
 class Student(nn.Module, ABC):
@@ -68,8 +74,11 @@ class Student(nn.Module, ABC):
         """The denoising steps of a list in the student's own units; refuses a wrong list."""
 
     @abstractmethod
-    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float) -> Tensor:
-        """The clean chunk that the network's output at x_t means."""
+    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
+        """The clean frames that the network's output at x_t means, in its dtype.
+
+        `sigma`: the noise level, one for all or one for each frame [B, F].
+        """
 
     @abstractmethod
     def times(self, steps: Sequence[float]) -> list[float]:
@@ -123,7 +132,7 @@ class Student(nn.Module, ABC):
             chunks_BN: which chunks of each video x_t and t hold, rising, int64 on the CPU; the
                 context is that of the whole video. None: all.
         """
-        t_BF = t_BK.repeat_interleave(x_t_BFCHW.shape[1] // t_BK.shape[1], 1)
+        t_BF = frame_times(x_t_BFCHW, t_BK)
         clean_t_BF = None
         if clean_BFCHW is not None:
             clean_BFCHW = clean_BFCHW.to(self.dtype)
@@ -137,6 +146,18 @@ class Student(nn.Module, ABC):
             clean_t_BF=clean_t_BF,
             chunks_BN=chunks_BN,
         )
+
+    def predict_x0(
+        self,
+        x_t_BFCHW: Tensor,
+        t_BK: Tensor,
+        text_BLE: Tensor,
+        context: list[LayerKV] | None = None,
+        **how: Any,
+    ) -> Tensor:
+        """The clean video seen in x_t, float32 like it; arguments as in `predict`."""
+        out = self.predict(x_t_BFCHW, t_BK, text_BLE, context, **how).float()
+        return self.x0_from_output(out, x_t_BFCHW, frame_times(x_t_BFCHW, t_BK))
 
     def clean_context(
         self, x_BFCHW: Tensor, text_BLE: Tensor, *, context_noise: float = 0.0

@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.kv_cache import LayerKV
 from afd.models.noise import Layout, NoiseSource, seeded_noise
-from afd.models.student import Level, Student
+from afd.models.student import Level, Student, frame_times
 from afd.schedules import check_steps
 
 SHIPPED = {"base": "base_student.safetensors", "motion": "motion_backbone.safetensors"}
@@ -104,17 +104,6 @@ class ToyStudent(Student):
 
     # --- training (the rest is in Student) ---
 
-    def predict_x0(
-        self,
-        x_t_BFCHW: Tensor,
-        t_BK: Tensor,
-        text_BLE: Tensor,
-        context: list[LayerKV] | None = None,
-        **how: Any,
-    ) -> Tensor:
-        """The clean video seen in x_t: what the network says; arguments as in `predict`."""
-        return self.predict(x_t_BFCHW, t_BK, text_BLE, context, **how)
-
     def velocity(
         self,
         x_t_BFCHW: Tensor,
@@ -127,7 +116,7 @@ class ToyStudent(Student):
         chunks_BN: Tensor | None = None,
     ) -> Tensor:
         """Rectified-flow velocity (noise minus video) at x_t, shaped like it (see `predict`)."""
-        x0_BFCHW = self.predict(
+        x0_BFCHW = self.predict_x0(
             x_t_BFCHW,
             t_BK,
             text_BLE,
@@ -136,10 +125,8 @@ class ToyStudent(Student):
             context_noise=context_noise,
             chunks_BN=chunks_BN,
         )
-        t_BF = t_BK.repeat_interleave(x_t_BFCHW.shape[1] // t_BK.shape[1], 1)
-        return (x_t_BFCHW - x0_BFCHW) / t_BF.clamp_min(self.config.smallest_t)[
-            ..., None, None, None
-        ]
+        t_BF = frame_times(x_t_BFCHW, t_BK).clamp_min(self.config.smallest_t)
+        return (x_t_BFCHW - x0_BFCHW) / t_BF[..., None, None, None]
 
     # --- streaming (the rest is in Student) ---
 
@@ -168,7 +155,7 @@ class ToyStudent(Student):
         noise = seeded_noise(seeds, (self.chunk, *self.frame_shape))
         return lambda chunk, step: noise(chunk, step).to(self.device, self.dtype)
 
-    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float) -> Tensor:
+    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
         """The output is the clean chunk itself."""
         return out_BFCHW
 

@@ -108,6 +108,6 @@ class WanStudent(Student):
             chunks_BN=chunks_BN,
         )
 
-    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float) -> Tensor:
+    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
         """The output is the flow: x0 = x_t - sigma flow, in float64."""
         return x0_from_flow(out_BFCHW, x_t_BFCHW, sigma)

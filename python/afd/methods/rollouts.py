@@ -1,0 +1,139 @@
+"""Videos that a student makes for an update, as a discriminator will see them.
+
+Shape letters: B videos of this process, F frames, C channels, H x W latent size, N copies, L text
+tokens, E text channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from afd.config import VideoConfig
+from afd.discriminators.base import Critic
+from afd.methods.base import Batch
+from afd.models.codec import Codec
+from afd.models.kv_cache import LayerKV
+from afd.models.student import Student
+from afd.rollout import stream, stream_layout
+from afd.video import through_codec
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a student's videos are made (see `afd.rollout.stream`); `batch` of them at a time."""
+
+    steps: Sequence[float]
+    first_steps: Sequence[float] | None = None
+    context_noise: float = 0.0
+    batch: int | None = None
+
+
+@dataclass
+class Rollouts:
+    """This process's videos of one step, group by group.
+
+    Attributes:
+        x_BFCHW: in the student's space, float32 on its device.
+        seen_BFCHW: what a discriminator looks at of them, on the CPU; None without one.
+        contexts: the clean context of each video alone, as it was while the video was made.
+        last_inputs_BFCHW: what the last denoising step of each chunk was given; None unless kept.
+    """
+
+    x_BFCHW: Tensor
+    prompts: list[str]
+    text_BLE: Tensor
+    seen_BFCHW: Tensor | None
+    contexts: list[list[LayerKV]]
+    last_inputs_BFCHW: Tensor | None = None
+
+    def context(self, video_N: Tensor) -> list[LayerKV]:
+        """The kept contexts of some of the videos, together."""
+        held = [self.contexts[video] for video in video_N.tolist()]
+        layers = list(zip(*held, strict=True))
+        return [
+            (_joined([k for k, _ in layer]), _joined([v for _, v in layer])) for layer in layers
+        ]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def shower(critic: Critic, codec: Codec, video: VideoConfig | None) -> Callable[[Tensor], Tensor]:
+    """A function from the student's videos to what the discriminator looks at, like the teacher's.
+
+    With `codec_match` they pass the codec that the teacher's went through; gradients pass it as if
+    it were not there.
+    """
+
+    def show(x_BFCHW: Tensor) -> Tensor:
+        if critic.sees == "latent":
+            return critic.look(x_BFCHW)
+        pixels_BFCHW = codec.decode(x_BFCHW)
+        if video is not None and video.codec_match:
+            pixels_BFCHW = through_codec(pixels_BFCHW, fps=video.fps, crf=video.crf)
+        return critic.look(pixels_BFCHW)
+
+    return show
+
+
+@torch.no_grad()
+def roll_out(
+    student: Student,
+    batch: Batch,
+    per_prompt: int,
+    generator: Generator,
+    streaming: Streaming,
+    *,
+    show: Callable[[Tensor], Tensor] | None = None,
+    keep_context: bool = False,
+    keep_last_inputs: bool = False,
+) -> Rollouts:
+    """`per_prompt` videos of the training length for each prompt of this process."""
+    prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
+    seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
+    seed_B = seed_B[batch.own(per_prompt)]
+    layout = stream_layout(student, student.frames)
+    draws = max(len(streaming.steps), len(streaming.first_steps or ()))
+    width = streaming.batch or len(prompts)
+    videos, texts, seen, contexts = [], [], [], []
+    given: list[Tensor] = []
+    for part in (slice(at, at + width) for at in range(0, len(prompts), width)):
+        text_BLE = student.encode(prompts[part])
+        cache = student.new_cache(text_BLE, student.frames)
+        inputs: list[Tensor] | None = [] if keep_last_inputs else None
+        chunks = stream(
+            student,
+            text_BLE,
+            student.noise_source(seed_B[part], layout, draws),
+            steps=streaming.steps,
+            first_steps=streaming.first_steps,
+            context_noise=streaming.context_noise,
+            cache=cache,
+            last_inputs=inputs,
+        )
+        x_BFCHW = torch.cat(list(chunks), 1).float()
+        if inputs is not None:
+            given.append(torch.cat(inputs, 1).float())
+        videos.append(x_BFCHW)
+        texts.append(text_BLE)
+        if show is not None:
+            seen.append(show(x_BFCHW).cpu())
+        if keep_context:
+            # The last chunk's slots hold a denoising step, not its context; none looks at them.
+            contexts += [
+                [(k[i : i + 1], v[i : i + 1]) for k, v in cache.self_kv]
+                for i in range(len(x_BFCHW))
+            ]
+    return Rollouts(
+        torch.cat(videos),
+        prompts,
+        torch.cat(texts),
+        torch.cat(seen) if seen else None,
+        contexts,
+        torch.cat(given) if given else None,
+    )
