@@ -1,0 +1,129 @@
+"""What all benchmarks have: prompts read from the user's files, and scores."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afd.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A benchmark's prompt. `index`: its place among all of the file; `generate`: what its videos
+    are made from; `dimensions`: what VBench rates them for."""
+
+    index: int
+    text: str
+    generate: str
+    samples: int
+    dimensions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video of a benchmark. `name`: its file's in videos/, without the suffix."""
+
+    suite: str
+    prompt: Prompt
+    sample: int
+    seed: int
+    name: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.mp4"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's mean over `videos` (None: not said) of the `of` videos that are here for it."""
+
+    suite: str
+    metric: str
+    value: float
+    videos: int | None
+    of: int
+
+
+def need(path: Path | None, key: str, what: str) -> Path:
+    """A file that the configuration must name."""
+    if path is None:
+        raise ConfigError(f"{key}: not given; needed: {what}")
+    return path
+
+
+def read_text(path: Path, key: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key} {path}: cannot be read ({error})") from error
+
+
+def read_lines(path: Path, key: str) -> list[str]:
+    """The lines of a .txt that hold more than spaces, without those at their ends."""
+    lines = [line.strip() for line in read_text(path, key).split("\n")]
+    if not any(lines):
+        raise ConfigError(f"{key} {path}: holds none")
+    return [line for line in lines if line]
+
+
+def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a .csv or .jsonl, each with all `columns` as text that is not empty; of a .txt
+    every line is the first column."""
+    if path.suffix == ".txt":
+        if len(columns) > 1:
+            raise ConfigError(f"{key} {path}: a .txt has no column {columns[1]}")
+        return [{columns[0]: line} for line in read_lines(path, key)]
+    readers = {".csv": _csv, ".jsonl": _jsonl}
+    if path.suffix not in readers:
+        raise ConfigError(f"{key} {path}: needs the ending .csv, .jsonl or .txt")
+    rows = []
+    for number, row in readers[path.suffix](read_text(path, key), f"{key} {path}"):
+        for column in columns:
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                there = ", ".join(map(str, row)) or "nothing"
+                raise ConfigError(f"{key} {path}:{number}: no text in {column}; it has {there}")
+        rows.append({column: row[column] for column in columns})
+    if not rows:
+        raise ConfigError(f"{key} {path}: holds none")
+    return rows
+
+
+def _csv(text: str, _: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _jsonl(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{where}:{number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}:{number}: got {type(row).__name__}; needed: an object")
+        yield number, row
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Whole or not at all."""
+    held = io.StringIO(newline="")
+    writer = csv.writer(held)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_whole(path, held.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="")
+    partial.replace(path)
