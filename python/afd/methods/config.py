@@ -67,8 +67,8 @@ class AfdConfig(TimesConfig):
     adv_clip: Positive = Field(default=2.0, description="advantages are clipped to ± this before r")
     adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = Field(
         default="all",
-        description="advantages as they are; negative or positive ones set to 0; all set to 1; "
-        "or only their sign",
+        description="advantages as they are; negative or positive ones set to 0; positive ones set "
+        "to 1 and the others to 0; or only their sign",
     )
     nft_beta: Positive = Field(default=1.0, description="how far v± lie from v_old towards v_theta")
     prior_weight: float = Field(default=1e-4, ge=0, description="weight of |v_theta - v_ref|²")
