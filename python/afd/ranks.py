@@ -100,13 +100,20 @@ class Ranks:
         _together(dist.broadcast, sent, 0)
         return json.loads(bytes(sent.tolist()))
 
+    def each(self, value: Any) -> list[Any]:
+        """The values of all processes in order, on every one; what JSON holds."""
+        if self.world == 1:
+            return [value]
+        data = torch.tensor(list(json.dumps(value).encode() + b"\n"), dtype=torch.uint8)
+        return [json.loads(line) for line in bytes(self.gather(data).tolist()).splitlines()]
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is true on any process."""
-        return bool(self.gather(torch.tensor([flag])).any())
+        return any(self.each(flag))
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        self.any(False)
+        self.each(None)
 
 
 ALONE = Ranks()

@@ -104,7 +104,7 @@ def test_random_states_come_back_through_a_file(tmp_path: Path) -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    path = checkpoint.save(tmp_path, state(1, random=checkpoint.random_state()), keep=1)
+    path = checkpoint.save(tmp_path, state(1, random=[checkpoint.random_state()]), keep=1)
     first = draw()
     checkpoint.set_random_state(checkpoint.load(path, method="afd", config=CONFIG)["random"])
     assert draw() == first

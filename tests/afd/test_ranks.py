@@ -29,6 +29,7 @@ def test_alone_everything_is_as_it_was() -> None:
     assert ALONE.gather(x) is x
     assert ALONE.same((1, "a")) == (1, "a")
     assert ALONE.main
+    assert ALONE.each((1, "a")) == [(1, "a")]
     assert not ALONE.any(False)
     y = torch.ones(2)
     ALONE.sum_([y])
@@ -71,6 +72,7 @@ def meet() -> dict[str, Any]:
             "sums": [x.tolist() for x in sums],
             "strided": strided.tolist(),
             "same": ranks.same({"rank": ranks.rank, "x": 0.1, "none": None, "ä": [1, "b"]}),
+            "each": ranks.each({"rank": ranks.rank, "text": "a\nb" * ranks.rank}),
             "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
             "main": ranks.main,
         }
@@ -83,6 +85,7 @@ def test_two_processes_gather_sum_and_agree() -> None:
     assert first["sums"] == [[[3.0, 3.0], [3.0, 3.0]], 1.0]
     assert first["strided"] == [[2.0, 2.0]] * 3
     assert first["same"] == {"rank": 0, "x": 0.1, "none": None, "ä": [1, "b"]}
+    assert first["each"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "a\nb"}]
     assert first["any"] == [True, False]
 
 

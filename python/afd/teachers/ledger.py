@@ -195,6 +195,19 @@ class Ledger:
         """Paid, reserved and possibly paid."""
         return self._spent()
 
+    def length(self) -> int:
+        """Submits ever written down; none is taken back, so this only grows."""
+        found = self._database.execute("SELECT coalesce(max(id), 0) FROM submits").fetchone()
+        return int(found[0])
+
+    def typical_seconds(self) -> float | None:
+        """Mean time from a submit to its video on the disk; None where none was bought yet."""
+        query = (
+            "SELECT avg(ended_at - asked_at) FROM submits WHERE state = 'done' AND price_usd > 0"
+        )
+        found = self._database.execute(query).fetchone()[0]
+        return None if found is None else float(found)
+
     def counts(self) -> dict[str, int]:
         """How many videos stand where; a failed one under its kind. The newest submit counts."""
         query = (

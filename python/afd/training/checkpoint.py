@@ -1,8 +1,9 @@
 """Checkpoints: one folder per step that is either whole or not there.
 
 `checkpoints/step_000400/` holds `state.pt` (torch.save, readable with weights_only) and `meta.json`
-(its SHA-256, step, method, configuration). It is written under another name, flushed to disk and
-renamed, so a power cut at any moment leaves the newest whole checkpoint in place.
+(its SHA-256, step, method, configuration, and who wrote it). It is written under another name,
+flushed to disk and renamed, so a power cut at any moment leaves the newest whole checkpoint in
+place. Tensors are whole, whatever the number of processes: any other number reads them.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+import afd
 from afd.config import ConfigError, differences
 
+# Changes whenever older checkpoints can no longer be read.
+FORMAT = 2
 _log = logging.getLogger("afd")
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -32,7 +39,10 @@ class CheckpointError(RuntimeError):
 
 
 def save(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` (with the keys step, method, config) atomically; keep the newest `keep`."""
+    """Write `state` (with the keys step, method, config) atomically; keep the newest `keep`.
+
+    One process writes; `written_by` in the state says who.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial"):
         shutil.rmtree(leftover)
@@ -46,6 +56,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
         file.flush()
         os.fsync(file.fileno())
     meta = {key: state[key] for key in ("step", "method", "config")}
+    meta |= {"format": FORMAT, "written_by": state.get("written_by", written_by())}
     meta["sha256"] = _sha256(partial / "state.pt")
     with (partial / "meta.json").open("w", encoding="utf-8") as text:
         json.dump(meta, text, indent=1)
@@ -74,13 +85,19 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path, *, method: str, config: dict[str, Any]) -> dict[str, Any]:
     """The state in a checkpoint folder.
 
-    Raises CheckpointError where it is damaged, ConfigError where it belongs to another method or
-    another configuration (naming each differing key).
+    Its tensors stay in the file until they are used. Raises CheckpointError where it is damaged or
+    of another format, ConfigError where it belongs to another method or another configuration
+    (naming each differing key).
     """
     problem = _problem(path)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path}: {problem}")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path}: has format {meta.get('format')}, this afd reads {FORMAT}; go on "
+            f"with the one that wrote it ({meta.get('written_by', 'unknown')}), or train again"
+        )
     wrong = differences(meta["config"], config)
     if meta["method"] != method:
         wrong.insert(0, f"method: {meta['method']!r} there, {method!r} now")
@@ -90,8 +107,28 @@ def load(path: Path, *, method: str, config: dict[str, Any]) -> dict[str, Any]:
             f"checkpoint {path}: belongs to another run:\n{listed}\nchoose another out=, or the "
             "settings it was made with"
         )
-    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    state: dict[str, Any] = torch.load(
+        str(path / "state.pt"), map_location="cpu", weights_only=True, mmap=True
+    )
     return state
+
+
+@lru_cache
+def written_by() -> dict[str, Any]:
+    """Who writes: the package's version, and its git commit where it runs from a repository."""
+    return {"afd": afd.__version__, "torch": str(torch.__version__), "commit": _commit()}
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    # A package installed below somebody's repository is not of that repository.
+    known = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+    try:
+        subprocess.run(known, capture_output=True, check=True)
+        named = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(named, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def seed_everything(seed: int) -> None:
@@ -102,25 +139,35 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The process-wide random states (torch CPU and CUDA, numpy, Python), plain enough to save."""
+    """The process-wide random states (torch CPU, its own GPU's, numpy, Python) as JSON holds."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": None if cuda is None else _hex(cuda),
         "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
         "python": list(random.getstate()),
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def set_random_state(states: Sequence[dict[str, Any]], rank: int = 0) -> None:
+    """Put back what `random_state` returned on this process; a new process takes the first's."""
+    state = states[rank if rank < len(states) else 0]
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
+
+
+def _hex(state: Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

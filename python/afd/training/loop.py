@@ -1,7 +1,8 @@
 """The trainer: one visible step, and everything that makes it safe to interrupt.
 
 A run is a pure function of its configuration: stopping it anywhere (Ctrl-C, kill -9, power cut) and
-continuing gives the same numbers and weights, bit by bit, as never having stopped.
+continuing gives the same numbers and weights, bit by bit, as never having stopped. Under torchrun
+every process makes its part of each update (afd.ranks); the main one writes the files.
 """
 
 from __future__ import annotations
@@ -15,25 +16,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 import yaml
 from rich.console import Console
+from torch import Tensor
 
 from afd import doctor
 from afd.config import ConfigError, RunConfig, differences, load_config, plain, to_yaml
 from afd.methods.base import Batch, Method
 from afd.methods.build import build_method
+from afd.methods.optimizer import TrainingError
+from afd.ranks import ALONE, Ranks, join
 from afd.teachers.base import Teacher
 from afd.training import checkpoint
+from afd.training.caches import Store
 from afd.training.evaluate import Evaluation, make_evaluator, write_samples
-from afd.training.logging import Lines, Signs, Timers, log_to, progress_bar
+from afd.training.logging import Signs, Timers, log_to, progress_bar
+from afd.training.records import Records
 from afd.training.stop import stop_request
 from afd.training.teacher import Sampler, Videos, open_teacher
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger("afd")
 
@@ -44,10 +47,6 @@ class Outcome(Enum):
     FINISHED = "finished"
     ALREADY_FINISHED = "already finished"
     STOPPED = "stopped"
-
-
-class TrainingError(RuntimeError):
-    """A run cannot go on; the message says at which step and why."""
 
 
 def train(
@@ -64,29 +63,81 @@ def train(
     of another configuration, TeacherError for a bad teacher, TrainingError for a loss or metric
     that is not finite.
     """
-    console = console or Console()
     out = config.run_dir
-    refuse_another_run(out, config)
-    if (out / "DONE").exists():
-        return Outcome.ALREADY_FINISHED
+    with join(config) as ranks:
+        if ranks.main:
+            refuse_another_run(out, config)
+        if ranks.same((out / "DONE").exists()):
+            return Outcome.ALREADY_FINISHED
+        _refuse_idle_processes(config, ranks)
+        console = console or Console(quiet=not ranks.main)
+        with _home(out, config, console, ranks):
+            if config.threads:
+                torch.set_num_threads(config.threads)
+            checkpoint.seed_everything(config.seed)
+            teacher = teacher or _open_teacher(config, console, ranks)
+            method = method or build_method(config, ranks)
+            trainer = Trainer(config, method, teacher, ranks)
+            try:
+                return trainer.run(console)
+            finally:
+                trainer.close()
+
+
+@contextmanager
+def _home(out: Path, config: RunConfig, console: Console, ranks: Ranks) -> Iterator[None]:
+    """The run folder for the block: locked, logged to and described by the main process."""
+    if not ranks.main:
+        _log.addHandler(logging.NullHandler())
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out), log_to(out / "train.log", console):
-        if config.threads:
-            torch.set_num_threads(config.threads)
         (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         facts = doctor.inspect()
         (out / "doctor.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.steps, config.seed)
+        if ranks.world > 1:
+            _log.info("%d processes, %s", ranks.world, config.parallel)
         for op, state in facts["ops"].items():
             _log.info("op %s runs on backend %s", op, state["chosen"])
-        checkpoint.seed_everything(config.seed)
-        trainer = Trainer(
-            config, method or build_method(config), teacher or open_teacher(config, console)
+        yield
+
+
+def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
+    prompts, world = config.prompts_per_step, ranks.world
+    if prompts < world:
+        raise ConfigError(f"prompts_per_step is {prompts}; {world} processes need one each")
+    # Every pass of a sharded network is one of all processes.
+    if config.parallel == "fsdp" and prompts % world:
+        raise ConfigError(
+            f"prompts_per_step is {prompts}; parallel=fsdp needs a multiple of {world} (processes)"
         )
-        try:
-            return trainer.run(console)
-        finally:
-            trainer.close()
+
+
+def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
+    """The main process first: it writes a simulator's folder, the others find it."""
+    if ranks.main:
+        teacher = open_teacher(config, console)
+    ranks.barrier()
+    return teacher if ranks.main else open_teacher(config, console)
+
+
+def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
+    return Videos(
+        teacher,
+        config.video,
+        sees=method.sees,
+        look=method.look,
+        codec=method.codec,
+        store=Store.of(config.cache),
+        ranks=ranks,
+    )
+
+
+def _clips(videos: Videos, teacher: Teacher) -> Tensor:
+    """Every clip of the teacher, float32 [N, F, 3, H, W] in [-1, 1]."""
+    return torch.stack([videos.clip(request) for request in teacher.requests])
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -97,10 +148,17 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
     """Measure the newest checkpoint of a run on held-out seeds; nothing in the folder changes."""
     config = load_run(folder)
-    teacher, method = open_teacher(config), build_method(config)
+    with join(config) as ranks:
+        return _evaluate_newest(config, folder, videos, ranks)
+
+
+def _evaluate_newest(
+    config: RunConfig, folder: Path, videos: int | None, ranks: Ranks
+) -> Evaluation:
+    teacher, method = open_teacher(config), build_method(config, ranks)
     path = checkpoint.latest(folder / "checkpoints")
-    every = Videos(teacher, config.video)
-    evaluate = make_evaluator(config, lambda: every.fetch(teacher.requests))
+    clips = _open_videos(config, method, teacher, ranks)
+    evaluate = make_evaluator(config, lambda: _clips(clips, teacher))
     if path is None or evaluate is None:
         why = "has no checkpoint" if path is None else "has evaluation.kind=none"
         raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
@@ -113,18 +171,20 @@ def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
 class Trainer:
     """State of one run between two updates."""
 
-    def __init__(self, config: RunConfig, method: Method, teacher: Teacher) -> None:
-        self.config, self.method, self.out = config, method, config.run_dir
+    def __init__(
+        self, config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks = ALONE
+    ) -> None:
+        self.config, self.method, self.out, self.ranks = config, method, config.run_dir, ranks
+        self.teacher = teacher
         self.sampler = Sampler(teacher.requests, config.seed)
-        self.videos = Videos(teacher, config.video)
-        self.evaluate = make_evaluator(config, lambda: self.videos.fetch(teacher.requests))
+        self.videos = _open_videos(config, method, teacher, ranks)
+        self.evaluate = make_evaluator(config, lambda: _clips(self.videos, teacher))
         self.step = 0
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
         self._restore()
-        self.metrics = Lines(self.out / "metrics.jsonl", self.step)
-        self.evaluations = Lines(self.out / "evaluation.jsonl", self.step)
-        self.board = self._open_board() if config.logging.tensorboard else None
+        self.records = Records(config, self.step) if ranks.main else None
+        self.evaluated = set(ranks.same(sorted(self.records.evaluated) if self.records else []))
 
     def run(self, console: Console) -> Outcome:
         """All remaining updates, then the final evaluation."""
@@ -134,7 +194,9 @@ class Trainer:
         with stop_request() as stop, progress_bar(*bar_args) as bar:
             if self.step == 0:
                 self._evaluate_on_the_way(timers)
-            while self.step < config.steps and not stop:
+            # A signal may reach one process only, or reach them in different updates.
+            stopping = self.ranks.any(bool(stop))
+            while self.step < config.steps and not stopping:
                 metrics = self._update(timers)
                 self._evaluate_on_the_way(timers)
                 phase_s = timers.take()
@@ -142,7 +204,8 @@ class Trainer:
                 self._record(metrics, phase_s)
                 signs.look(self.step, metrics)
                 bar.advance(phase_s)
-                if _due(self.step, config.checkpoint.every) or stop or self.step == config.steps:
+                stopping = self.ranks.any(bool(stop))
+                if _due(self.step, config.checkpoint.every) or self.step == config.steps:
                     self._save()
             if self.step < config.steps:
                 self._save()
@@ -155,11 +218,7 @@ class Trainer:
         """The whole algorithm at a glance: ask, roll out, train the critic, train the student."""
         method = self.method
         with timers("teacher"):
-            count = self.config.prompts_per_step
-            ahead = (self.config.steps - self.step - 1) * count
-            requests = self.videos.draw(self.sampler, count, ahead)
-            prompts = [request.prompt for request in requests]
-            batch = Batch(self.step, prompts, self.videos.fetch(requests))
+            batch = self._next_batch()
         if method.needs_rollout:
             with timers("rollout"):
                 method.rollout(batch)
@@ -172,103 +231,106 @@ class Trainer:
         self.step += 1
         return metrics
 
+    def _next_batch(self) -> Batch:
+        """This process's share of the step's prompts, with the teacher's videos."""
+        count = self.config.prompts_per_step
+        ahead = (self.config.steps - self.step - 1) * count
+        requests = self.videos.draw(self.sampler, count, ahead)
+        own = self.ranks.share(count)
+        prompts = [request.prompt for request in requests[own]]
+        videos = self.videos.fetch(requests[own])
+        return Batch(self.step, prompts, videos, first=own.start, total=count)
+
     def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
-        """One line of metrics.jsonl: `step` counts the updates made so far."""
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(
                 f"update {self.step}: {', '.join(f'{k} = {metrics[k]}' for k in bad)}; the newest "
                 f"checkpoint is {checkpoint.latest(self.checkpoints)}"
             )
-        line = {"step": self.step, "time_s": round(self.elapsed_s, 3), "phase_s": phase_s}
-        self.metrics.write(line | metrics)
-        if self.board is not None:
-            for key, value in metrics.items():
-                self.board.add_scalar(key, value, self.step)
-            for phase, seconds in phase_s.items():
-                self.board.add_scalar(f"phase_s/{phase}", seconds, self.step)
-        if _due(self.step, self.config.logging.every):
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-            _log.debug("update %d: %s", self.step, shown)
+        if self.records is not None:
+            self.records.update(self.step, metrics, phase_s, self.elapsed_s)
 
     def _evaluate_on_the_way(self, timers: Timers) -> None:
         """A point of the curve, if one is due here and not on file already."""
         every = self.config.evaluation.every
-        if self.evaluate is None or not _due(self.step, every) or self.step == self.config.steps:
+        if not _due(self.step, every) or self.step in (self.config.steps, *self.evaluated):
             return
-        if self.step not in self.evaluations.steps:
-            with timers("evaluate"), self.method.evaluation_policy() as policy:
-                result = self.evaluate(policy, self.config.evaluation.curve_videos)
-            self._record_evaluation(result)
+        with timers("evaluate"):
+            self._evaluate(self.config.evaluation.curve_videos)
 
-    def _record_evaluation(self, result: Evaluation) -> None:
-        self.evaluations.write(
-            {
-                "step": self.step,
-                "seed": self.config.seed,
-                "method": self.config.method,
-                "videos": result.count,
-                "metrics": result.metrics,
-            }
-        )
-        if self.board is not None:
-            for key, value in result.metrics.items():
-                self.board.add_scalar(f"evaluation/{key}", value, self.step)
-        shown = "  ".join(f"{key} {value:.3f}" for key, value in result.metrics.items())
-        _log.info("evaluation after update %d: %s", self.step, shown)
+    def _evaluate(self, videos: int) -> Evaluation | None:
+        """Measure held-out videos, each process its share; on file once for each step."""
+        if self.evaluate is None:
+            return None
+        with self.method.evaluation_policy() as policy:
+            result = self.evaluate(policy, videos)
+        if self.records is not None and self.step not in self.evaluated:
+            self.records.evaluation(self.step, result)
+        self.evaluated.add(self.step)
+        return result
 
     def _finish(self) -> None:
         """The final evaluation on the full held-out set, its samples, and DONE last of all."""
-        if self.evaluate is not None:
-            evaluation = self.config.evaluation
-            with self.method.evaluation_policy() as policy:
-                result = self.evaluate(policy, evaluation.videos)
-            if self.step not in self.evaluations.steps:
-                self._record_evaluation(result)
-            write_samples(self.out / "samples.safetensors", result, evaluation.samples)
-        self.metrics.sync()
-        self.evaluations.sync()
+        result = self._evaluate(self.config.evaluation.videos)
+        if self.records is None:
+            return
+        if result is not None:
+            write_samples(self.out / "samples.safetensors", result, self.config.evaluation.samples)
+        self.records.sync()
         (self.out / "DONE").write_text(f"{self.step} updates, {self.elapsed_s:.1f} s\n")
         _log.info("finished: %d updates in %.1f s", self.step, self.elapsed_s)
 
     def _save(self) -> None:
         """Everything the next update depends on. The lines up to here reach the disk before it."""
-        self.metrics.sync()
-        self.evaluations.sync()
+        # Every process has its part of these.
+        method_state = self.method.state_dict()
+        random = self.ranks.each(checkpoint.random_state())
+        if self.records is None:
+            return
+        self.records.sync()
         state = {
             "step": self.step,
             "method": self.method.name,
             "config": plain(self.config),
+            "written_by": checkpoint.written_by() | {"processes": self.ranks.world},
             "elapsed_s": self.elapsed_s,
-            "method_state": self.method.state_dict(),
-            "random": checkpoint.random_state(),
+            "method_state": method_state,
+            "random": random,
             "sampler": self.sampler.state_dict(),
+            "teacher": _state_of(self.teacher),
         }
         checkpoint.save(self.checkpoints, state, keep=self.config.checkpoint.keep)
 
     def _restore(self) -> None:
         """Go to the newest whole checkpoint, if there is one."""
-        path = checkpoint.latest(self.checkpoints)
-        if path is None:
+        newest = checkpoint.latest(self.checkpoints) if self.ranks.main else None
+        found = self.ranks.same(None if newest is None else str(newest))
+        if found is None:
             return
+        path = Path(found)
         state = checkpoint.load(path, method=self.method.name, config=plain(self.config))
+        if state["teacher"] is not None:
+            cast("Any", self.teacher).load_state_dict(state["teacher"])
         self.method.load_state_dict(state["method_state"])
         self.sampler.load_state_dict(state["sampler"])
-        checkpoint.set_random_state(state["random"])
+        checkpoint.set_random_state(state["random"], self.ranks.rank)
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         _log.info("continuing after update %d from %s", self.step, path)
-
-    def _open_board(self) -> SummaryWriter:
-        # Imported here because it takes seconds, also of a run that does not want it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+        before = state["written_by"]["processes"]
+        if before != self.ranks.world:
+            _log.info("%d processes continue what %d began", self.ranks.world, before)
 
     def close(self) -> None:
-        self.metrics.close()
-        self.evaluations.close()
-        if self.board is not None:
-            self.board.close()
+        self.videos.close()
+        if self.records is not None:
+            self.records.close()
+
+
+def _state_of(teacher: Teacher) -> dict[str, Any] | None:
+    """What a teacher that pays had spent; others have no state."""
+    ask = getattr(teacher, "state_dict", None)
+    return None if ask is None else ask()
 
 
 def _due(step: int, every: int) -> bool:
