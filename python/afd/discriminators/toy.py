@@ -86,8 +86,7 @@ class FrozenFeatureScorer(nn.Module):
 
     def inputs(self, video_BFCHW: Tensor) -> Tensor:
         """What noise and the gradient penalty act on."""
-        with torch.no_grad():
-            return self.backbone(video_BFCHW)
+        return self.backbone(video_BFCHW)
 
     def forward(self, features_BFM: Tensor, text_BE: Tensor) -> Tensor:
         """Scores [B]."""
@@ -159,10 +158,10 @@ class ToyCritic:
         """All of it."""
         return video_BFCHW
 
-    def _restyled(self, video_BFCHW: Tensor, shared: bool = False) -> Tensor:
+    def _restyled(self, video_BFCHW: Tensor, generator: Generator, shared: bool = False) -> Tensor:
         if not self.config.random_looks:
             return video_BFCHW
-        return random_look(video_BFCHW, self.generator, shared=shared)
+        return random_look(video_BFCHW, generator, shared=shared)
 
     def _text(self, prompts: Sequence[str]) -> Tensor:
         return encode_prompts(list(prompts), TEXT_LEN, TEXT_DIM).flatten(1)
@@ -175,13 +174,24 @@ class ToyCritic:
 
     @torch.no_grad()
     def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._score(seen_BFCHW, prompts, self.generator)
+
+    def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the videos.
+
+        The looks are the same until the next `step`, so that a batch may come in parts.
+        """
+        looks = Generator().set_state(self.generator.get_state())
+        return self._score(seen_BFCHW, prompts, looks)
+
+    def _score(self, seen_BFCHW: Tensor, prompts: Sequence[str], generator: Generator) -> Tensor:
         text_BE = self._text(prompts)
         looks = self.config.score_looks if self.config.random_looks else 1
         quarters = (4, 3, 2, 1) if self.config.beginnings else (4,)
         scores = []
         # All videos under the same looks: what a look adds to the score cancels in the advantage.
         for _ in range(looks):
-            inputs = self.net.inputs(self._restyled(seen_BFCHW, shared=True))
+            inputs = self.net.inputs(self._restyled(seen_BFCHW, generator, shared=True))
             for count in quarters:
                 seen = self._beginning(inputs, torch.full((len(inputs),), count))
                 scores.append(self.net(seen, text_BE))
@@ -192,8 +202,8 @@ class ToyCritic:
     ) -> dict[str, float]:
         whole = [teacher_BFCHW, student_BFCHW, self._text(prompts)]
         teacher_BFCHW, student_BFCHW, text_BE = map(self.ranks.gather, whole)
-        teacher = self._noisy(self.net.inputs(self._restyled(teacher_BFCHW)))
-        student = self._noisy(self.net.inputs(self._restyled(student_BFCHW)))
+        teacher = self._noisy(self.net.inputs(self._restyled(teacher_BFCHW, self.generator)))
+        student = self._noisy(self.net.inputs(self._restyled(student_BFCHW, self.generator)))
         teacher.requires_grad_(self.config.r1 > 0)
         quarters_B = torch.full((len(teacher),), 4)
         if self.config.beginnings:

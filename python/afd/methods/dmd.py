@@ -1,0 +1,182 @@
+"""Score-free distribution matching: DMD's gradient from two velocity fields of the student's kind.
+
+The definition is ours: the sources name this baseline and do not define it. The teacher is a black
+box without scores, so both fields are fitted here, by flow matching under teacher forcing and
+beginning as copies of the student: `real` on the teacher's finished videos, `fake` on the student's
+own. A finished video x is noised to x_t; the student is moved along
+
+    g = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real(x_t)|
+
+which is DMD's gradient as Self-Forcing normalises it (arXiv 2405.14867, 2506.08009), applied to the
+x that the last denoising step makes, by the loss |x - stopgrad(x - g)|² / 2. Both fields see the
+earlier chunks of the same video clean, as the student does: chunk by chunk they compare what may
+follow on the student's own past.
+Shape letters: B rollouts, G rollouts per prompt, F frames, C channels, H x W pixels or latents, K
+chunks, L text tokens, E text channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from afd import ops
+from afd.config import VideoConfig
+from afd.methods.base import Batch, Shown, draw_times
+from afd.methods.config import DmdConfig
+from afd.methods.last_step import LastStepMethod, clean, pieces
+from afd.methods.optimizer import StudentOptimizer
+from afd.methods.rollouts import Rollouts, Streaming
+from afd.models.codec import Codec, Pixels
+from afd.models.policies import Policies
+from afd.models.student import Student
+from afd.ranks import ALONE, Ranks
+
+FIELDS = ("real", "fake")
+
+
+class Dmd(LastStepMethod):
+    """The DMD baseline (see `Method`); its `critic_step` fits the two fields.
+
+    Args:
+        policies: the `versions` of the student, and "ref" where the prior has a weight.
+        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
+        codec: between the student's space and pixels; used by those who show videos.
+        video: nothing here looks at pixels; taken as by the other methods.
+        rollout_batch: videos streamed together; None: all.
+    """
+
+    name = "dmd"
+    versions, trained = ("theta", "ema", *FIELDS), ("theta", *FIELDS)
+    sees: Literal["video", "latent"] = "latent"
+
+    def __init__(
+        self,
+        policies: Policies,
+        config: DmdConfig,
+        *,
+        steps: Sequence[float],
+        codec: Codec | None = None,
+        video: VideoConfig | None = None,
+        ranks: Ranks = ALONE,
+        first_steps: Sequence[float] | None = None,
+        context_noise: float = 0.0,
+        rollout_batch: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        streaming = Streaming(steps, first_steps, context_noise, rollout_batch)
+        super().__init__(policies, config, streaming, ranks, seed)
+        self.config: DmdConfig = config
+        self.codec = codec or Pixels()
+        constant = {"learning_rate": config.score_learning_rate, "cosine_steps": None}
+        score_config = config.model_copy(update=constant)
+        self.fits = {
+            name: StudentOptimizer(policies.weights(name), score_config, ranks, name)
+            for name in FIELDS
+        }
+
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        return video_BFCHW
+
+    def critic_step(self, batch: Batch) -> dict[str, float]:
+        """Fit `real` to the teacher's videos and `fake` to the student's."""
+        rollouts, G = self._current(), self.config.samples_per_prompt
+        text_BLE = self.policies.student.encode(batch.prompts)
+        teacher_BFCHW = batch.teacher_BFCHW.to(rollouts.x_BFCHW)
+        metrics: dict[str, float] = {}
+        for _ in range(self.config.score_updates):
+            metrics |= self._fit("real", teacher_BFCHW, text_BLE, batch, 1)
+            metrics |= self._fit("fake", rollouts.x_BFCHW, rollouts.text_BLE, batch, G)
+        return metrics
+
+    def _fit(
+        self, name: str, x0_BFCHW: Tensor, text_BLE: Tensor, batch: Batch, copies: int
+    ) -> dict[str, float]:
+        """One update of a field; `copies`: videos per prompt."""
+        x_t, t_BK = self._noised(x0_BFCHW, batch, copies)
+        count = batch.count * copies
+        for part in pieces(len(x0_BFCHW), self.config.micro_batch):
+            with self.policies.using(name) as student:
+                shown = (x0_BFCHW[part], x_t[part], t_BK[part], text_BLE[part])
+                error = (self._x0(student, *shown) - x0_BFCHW[part]).square()
+                error_BK = error.unflatten(1, (self.chunks, -1)).mean((2, 3, 4, 5))
+                # |v - v*|² is |x0 - x0*|² / t².
+                weigh = {"x0": (0.1, 1), "velocity": (1e-3, 2)}
+                smallest, power = weigh[self.config.score_loss]
+                weight_BK = t_BK[part].clamp_min(smallest) ** -power
+                self.fits[name].add((error_BK * weight_BK).mean(1).sum() / count)
+        return self.fits[name].step()
+
+    def _noised(
+        self, x0_BFCHW: Tensor, batch: Batch, copies: int, clamp: tuple[float, float] = (0.0, 1.0)
+    ) -> tuple[Tensor, Tensor]:
+        """x_t like x0 and its times [B, K]; drawn for all processes, as everything is."""
+        config, count, own = self.config, batch.count * copies, batch.own(copies)
+        t_BK = draw_times(config.timesteps, count, self.chunks, self.times, self.generator)
+        seed_B = ops.draw_seeds(count, self.generator)[own].to(x0_BFCHW.device)
+        t_BK = t_BK[own].clamp(*clamp).to(x0_BFCHW.device)
+        return ops.forward_noise(x0_BFCHW, t_BK, seed=seed_B, layout="BFCHW"), t_BK
+
+    def _x0(
+        self, student: Student, x_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor
+    ) -> Tensor:
+        """The clean video that a field sees in x_t, each chunk on the clean past of x; float32."""
+        told = self.streaming.context_noise
+        context = student.clean_context(x_BFCHW, text_BLE, context_noise=told)
+        return clean(x_t, t_BK, student.velocity(x_t, t_BK, text_BLE, context).float())
+
+    def student_step(self, batch: Batch) -> dict[str, float]:
+        rollouts, metrics = self._current(), {}
+        self.shown = None
+        if rollouts.prompts:
+            self.shown = Shown(rollouts.prompts[0], rollouts.x_BFCHW[0].cpu())
+        if self.fits["fake"].updates >= self.config.score_warmup_steps:
+            metrics = self._update(rollouts, batch)
+        self._rollouts = None
+        return metrics
+
+    def _update(self, rollouts: Rollouts, batch: Batch) -> dict[str, float]:
+        config, count = self.config, batch.count * self.config.samples_per_prompt
+        x_t, t_BK = self._noised(
+            rollouts.x_BFCHW, batch, config.samples_per_prompt, clamp=config.t_range
+        )
+        sizes, priors = [], []
+        for part in self._parts(rollouts):
+            shown = (rollouts.x_BFCHW[part], x_t[part], t_BK[part], rollouts.text_BLE[part])
+            g_BFCHW = self._direction(*shown)
+            x_BFCHW, prior_B = self.predict(rollouts, part)
+            moved = (x_BFCHW - (x_BFCHW - g_BFCHW).detach()).square().flatten(1).mean(1) / 2
+            self.optimizer.add((moved + config.prior_weight * prior_B).sum() / count)
+            sizes.append(g_BFCHW.abs().flatten(1).mean(1))
+            priors.append(prior_B.detach())
+        return self._finish_update(direction=sizes, prior=priors)
+
+    @torch.no_grad()
+    def _direction(self, x_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor) -> Tensor:
+        """g: from what the teacher's videos are like to what the student's are like, like x."""
+        seen = {}
+        for name in FIELDS:
+            with self.policies.using(name) as student:
+                seen[name] = self._x0(student, x_BFCHW, x_t, t_BK, text_BLE)
+        size_B = (x_BFCHW - seen["real"]).abs().flatten(1).mean(1).clamp_min(1e-5)
+        return (seen["fake"] - seen["real"]) / size_B[:, None, None, None, None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights of all versions, their optimizers and random numbers."""
+        return {
+            "policies": self.policies.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "fits": {name: fit.state_dict() for name, fit in self.fits.items()},
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policies.load_state_dict(state["policies"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, fit in self.fits.items():
+            fit.load_state_dict(state["fits"][name])
+        self.generator.set_state(state["generator"])
+        self._rollouts = None

@@ -1,0 +1,112 @@
+"""The video-level GAN: softplus(-D) of the student's own videos, through its last denoising step.
+
+The discriminator is AFD's, so that only the student's side of the comparison differs; its loss is
+`discriminator.loss`, "gan" for the vanilla GAN. Where it sees videos, the gradient goes through the
+codec as well, a micro-batch at a time.
+Shape letters: B rollouts of this process, F frames, C channels, H x W pixels or latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from afd.config import VideoConfig
+from afd.discriminators.base import DifferentiableCritic
+from afd.methods.base import Batch, Shown
+from afd.methods.config import GanConfig
+from afd.methods.last_step import LastStepMethod
+from afd.methods.rollouts import Rollouts, Streaming, shower
+from afd.models.codec import Codec, Pixels
+from afd.models.policies import Policies
+from afd.ranks import ALONE, Ranks
+
+
+class Gan(LastStepMethod):
+    """The GAN baseline (see `Method`).
+
+    Args:
+        policies: the `versions` of the student, and "ref" where the prior has a weight.
+        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
+        codec: between the student's space and pixels.
+        video: whose `codec_match` puts the student's videos through h264; the gradient passes it
+            unchanged.
+        rollout_batch: videos streamed and decoded together; None: all.
+    """
+
+    name = "gan"
+    versions, trained = ("theta", "ema"), ("theta",)
+
+    def __init__(
+        self,
+        policies: Policies,
+        critic: DifferentiableCritic,
+        config: GanConfig,
+        *,
+        steps: Sequence[float],
+        codec: Codec | None = None,
+        video: VideoConfig | None = None,
+        ranks: Ranks = ALONE,
+        first_steps: Sequence[float] | None = None,
+        context_noise: float = 0.0,
+        rollout_batch: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.critic, self.codec = critic, codec or Pixels()
+        self.sees: Literal["video", "latent"] = critic.sees
+        self.see = shower(critic, self.codec, video)
+        streaming = Streaming(steps, first_steps, context_noise, rollout_batch)
+        super().__init__(policies, config, streaming, ranks, seed, show=self.see)
+
+    def look(self, video_BFCHW: Tensor) -> Tensor:
+        return self.critic.look(video_BFCHW)
+
+    def critic_step(self, batch: Batch) -> dict[str, float]:
+        rollouts = self._current()
+        assert rollouts.seen_BFCHW is not None
+        teacher = batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
+        metrics: dict[str, float] = {}
+        for _ in range(self.critic.config.steps_per_update):
+            metrics = self.critic.step(teacher, rollouts.seen_BFCHW, rollouts.prompts)
+        return {f"critic/{key}": value for key, value in metrics.items()}
+
+    def student_step(self, batch: Batch) -> dict[str, float]:
+        rollouts, metrics = self._current(), {}
+        self.shown = None
+        if rollouts.prompts:
+            self.shown = Shown(rollouts.prompts[0], rollouts.x_BFCHW[0].cpu())
+        if batch.step >= self.critic.config.warmup_steps:
+            metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
+        self._rollouts = None
+        return metrics
+
+    def _update(self, rollouts: Rollouts, count: int) -> dict[str, float]:
+        """One update; `count`: videos of all processes."""
+        scores, priors = [], []
+        for part in self._parts(rollouts):
+            x_BFCHW, prior_B = self.predict(rollouts, part)
+            score_B = self.critic.differentiable_score(self.see(x_BFCHW), rollouts.prompts[part])
+            loss = F.softplus(-score_B).sum() + self.config.prior_weight * prior_B.sum()
+            self.optimizer.add(loss / count)
+            scores.append(score_B.detach())
+            priors.append(prior_B.detach())
+        return self._finish_update(score_mean=scores, prior=priors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights of all versions, optimizer, critic and random numbers."""
+        return {
+            "policies": self.policies.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "critic": self.critic.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policies.load_state_dict(state["policies"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.critic.load_state_dict(state["critic"])
+        self.generator.set_state(state["generator"])
+        self._rollouts = None

@@ -1,0 +1,134 @@
+"""What GAN and DMD share: the student's own rollouts, and a gradient through their last step.
+
+A rollout keeps the noisy input of every chunk's last denoising step. One teacher-forced pass over
+all chunks then makes the finished video again, this time with gradients: everything before that
+step, and the context unless the configuration says otherwise, is a constant.
+Shape letters: B videos of this process, b of a micro-batch, F frames, C channels, H x W pixels or
+latents, K chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Generator, Tensor
+
+from afd.methods.base import Batch, Shown
+from afd.methods.config import LastStepConfig
+from afd.methods.optimizer import StudentOptimizer
+from afd.methods.rollouts import Rollouts, Streaming, roll_out
+from afd.models.policies import Policies
+from afd.models.student import Student
+from afd.ranks import Ranks
+
+
+class LastStepMethod:
+    """The student's side of both methods.
+
+    Args:
+        policies: versions "theta" and "ema", and "ref" where the prior has a weight.
+        show: what a discriminator looks at of the student's videos, if there is one.
+    """
+
+    needs_rollout, needs_critic = True, True
+
+    def __init__(
+        self,
+        policies: Policies,
+        config: LastStepConfig,
+        streaming: Streaming,
+        ranks: Ranks,
+        seed: int,
+        show: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.policies, self.ranks, self.streaming, self.show = policies, ranks, streaming, show
+        self.config: LastStepConfig = config
+        student = policies.student
+        self.chunks = student.frames // student.chunk
+        self.times = student.times(streaming.steps)
+        first = streaming.first_steps
+        first_times = self.times if first is None else student.times(first)
+        last = [first_times[-1], *self.times[-1:] * (self.chunks - 1)]
+        self.last_t_1K = torch.tensor([last], dtype=torch.float32, device=student.device)
+        self.generator = Generator().manual_seed(seed)
+        self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
+        self.shown: Shown | None = None
+        self._rollouts: Rollouts | None = None
+
+    def rollout(self, batch: Batch) -> None:
+        """Let the student make `samples_per_prompt` videos for every prompt."""
+        with self.policies.using("theta") as student:
+            self._rollouts = roll_out(
+                student,
+                batch,
+                self.config.samples_per_prompt,
+                self.generator,
+                self.streaming,
+                show=self.show,
+                keep_last_inputs=True,
+            )
+
+    def _current(self) -> Rollouts:
+        if self._rollouts is None:
+            raise RuntimeError("no rollouts: call rollout(batch) before critic_step, student_step")
+        return self._rollouts
+
+    def _parts(self, rollouts: Rollouts) -> Iterator[slice]:
+        return pieces(len(rollouts.prompts), self.config.micro_batch)
+
+    def predict(self, rollouts: Rollouts, part: slice) -> tuple[Tensor, Tensor]:
+        """Some of the videos again, float32 with gradients to theta, and their priors [b].
+
+        A prior is mean |v_theta - v_ref|² over the video, 0 where it has no weight.
+        """
+        assert rollouts.last_inputs_BFCHW is not None
+        noisy = rollouts.last_inputs_BFCHW[part]
+        prior_B = torch.zeros(len(noisy), device=noisy.device)
+        v_ref = None
+        if self.config.prior_weight > 0:
+            with torch.no_grad(), self.policies.using("ref") as student:
+                v_ref = self._velocity(student, noisy, rollouts, part)
+        with self.policies.using("theta") as student:
+            v = self._velocity(student, noisy, rollouts, part)
+        if v_ref is not None:
+            prior_B = (v - v_ref).square().flatten(1).mean(1)
+        return clean(noisy, self.last_t_1K, v), prior_B
+
+    def _velocity(self, student: Student, noisy: Tensor, rollouts: Rollouts, part: slice) -> Tensor:
+        x_BFCHW, text_BLE = rollouts.x_BFCHW[part], rollouts.text_BLE[part]
+        t_BK, told = self.last_t_1K.expand(len(noisy), -1), self.streaming.context_noise
+        if self.config.context == "recompute":
+            v = student.velocity(noisy, t_BK, text_BLE, clean_BFCHW=x_BFCHW, context_noise=told)
+            return v.float()
+        with torch.no_grad():
+            context = student.clean_context(x_BFCHW, text_BLE, context_noise=told)
+        return student.velocity(noisy, t_BK, text_BLE, context).float()
+
+    def _finish_update(self, **of_videos: Sequence[Tensor]) -> dict[str, float]:
+        """Update theta from what was added and let the average follow.
+
+        `of_videos`: values per video in parts; their means over all processes are metrics.
+        """
+        metrics = self.optimizer.step()
+        decay = min(self.config.ema_decay, 0.02 * self.optimizer.updates)
+        self.policies.average("ema", "theta", decay)
+        means = {key: self.ranks.gather(torch.cat([*x])).mean() for key, x in of_videos.items()}
+        return metrics | {f"student/{key}": float(mean) for key, mean in means.items()}
+
+    def evaluation_policy(self) -> AbstractContextManager[Student]:
+        """The average."""
+        return self.policies.using("ema")
+
+
+def pieces(count: int, size: int | None) -> Iterator[slice]:
+    """Slices of at most `size` that cover `count` things; None: one slice."""
+    width = size or max(count, 1)
+    return (slice(start, min(start + width, count)) for start in range(0, count, width))
+
+
+def clean(x_t_BFCHW: Tensor, t_BK: Tensor, v_BFCHW: Tensor) -> Tensor:
+    """x0 = x_t - t v; t float32, per video [B or 1, 1] or chunk [B or 1, K]."""
+    t_BF = t_BK.repeat_interleave(v_BFCHW.shape[1] // t_BK.shape[1], 1)
+    return x_t_BFCHW - t_BF[..., None, None, None] * v_BFCHW
