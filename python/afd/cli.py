@@ -35,17 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     # Importing torch takes seconds; --help and a mistyped command answer before it.
     from afd.config import ConfigError
+    from afd.methods.optimizer import TrainingError
     from afd.teachers.base import TeacherError
     from afd.training.checkpoint import CheckpointError
-    from afd.training.loop import TrainingError
     from afd.video import VideoError
 
     try:
         return int(options.run(options))
-    except (ConfigError, TeacherError, VideoError) as error:
+    except (ConfigError, TeacherError, VideoError, FileNotFoundError) as error:
         return _say(MISTAKE, str(error))
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        return _say(MISTAKE, str(error))  # it names the file
     except (TrainingError, CheckpointError) as error:
         return _say(FAILED, str(error))
     except KeyboardInterrupt:
@@ -75,16 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(resume)
     resume.set_defaults(run=_resume)
 
-    evaluate = commands.add_parser(
-        "eval", help="make and rate a benchmark's videos, or measure a run's checkpoint again"
-    )
-    evaluate.add_argument(
-        "target", type=Path, metavar="CONFIG.yaml|RUN_DIR", help="what to make, or whom to measure"
-    )
-    evaluate.add_argument(
-        "--videos", type=int, default=None, help="RUN_DIR: how many of its held-out videos"
-    )
-    evaluate.add_argument("overrides", nargs="*", metavar="k=v", help="CONFIG.yaml: run=RUN_DIR …")
+    evaluate = commands.add_parser("evaluate", help="measure a run's newest checkpoint again")
+    evaluate.add_argument("folder", type=Path, metavar="RUN_DIR")
+    evaluate.add_argument("--videos", type=int, default=None, help="how many held-out videos")
     evaluate.set_defaults(run=_evaluate)
 
     quickstart = commands.add_parser(
@@ -116,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     said = "overrides such as checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
     sample.add_argument("overrides", nargs="*", metavar="k=v", help=said)
     sample.set_defaults(run=_sample)
+
+    export = commands.add_parser(
+        "export", help="write a run's weights as a LoRA or model that other programs load"
+    )
+    export.add_argument("folder", type=Path, metavar="RUN_DIR")
+    said = "out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, version=ema|old|theta, dtype="
+    export.add_argument("overrides", nargs="+", metavar="k=v", help=said)
+    export.set_defaults(run=_export)
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
     report.add_argument("folder", type=Path, metavar="RUN_DIR")
@@ -165,26 +164,10 @@ def _run(config: RunConfig) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if not options.target.is_dir():
-        return _evaluate_benchmarks(options)
     from afd.training.loop import evaluate_run
 
-    if options.overrides:
-        said = f"eval: {options.target} is a run, measured as its own config.yaml says; needed: "
-        return _say(MISTAKE, f"{said}no {options.overrides[0]!r}, or a CONFIG.yaml and run=RUN_DIR")
-    result = evaluate_run(options.target, options.videos)
+    result = evaluate_run(options.folder, options.videos)
     print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
-    return DONE
-
-
-def _evaluate_benchmarks(options: argparse.Namespace) -> int:
-    from afd.config import load_config
-    from afd.evaluation.config import EvalConfig
-    from afd.evaluation.samples import evaluate
-
-    if options.videos is not None:
-        return _say(MISTAKE, "eval: --videos belongs to a RUN_DIR; needed: limit=N with a config")
-    evaluate(load_config(options.target, options.overrides, EvalConfig), Console())
     return DONE
 
 
@@ -216,6 +199,14 @@ def _sample(options: argparse.Namespace) -> int:
         dry_run(config, Console())
     else:
         sample(config, Console())
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from afd.config import make_config
+    from afd.export import ExportConfig, export
+
+    print(export(options.folder, make_config({}, options.overrides, "command", ExportConfig)))
     return DONE
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from afd.models.causal_wan import CausalWan
+from afd.models.sources import need
 
 if TYPE_CHECKING:
     from afd.models.config import LoraConfig
@@ -33,18 +34,17 @@ class Adapters:
     All start as the same zero: B = 0, and the same A for all, drawn from `seed`.
 
     Raises:
-        ImportError: where peft is not installed.
+        ConfigError: where peft is not installed.
     """
 
     def __init__(
         self, net: CausalWan, versions: tuple[str, ...], config: LoraConfig, seed: int
     ) -> None:
-        try:
-            from peft import LoraConfig as PeftConfig
-            from peft import inject_adapter_in_model
-            from peft.tuners.lora import LoraLayer
-        except ImportError as error:
-            raise ImportError("LoRA needs peft: pip install 'afd[wan]'") from error
+        need("student.lora", "peft")
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
         self.net, self.versions = net, versions
         for version in versions:
             settings = PeftConfig(

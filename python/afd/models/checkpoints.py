@@ -338,28 +338,34 @@ Weights = nn.Module | Mapping[str, Tensor]
 
 
 def save_self_forcing(
-    path: str | Path, *, generator: Weights | None = None, generator_ema: Weights | None = None
+    path: str | Path,
+    *,
+    generator: Weights | None = None,
+    generator_ema: Weights | None = None,
+    note: str | None = None,
 ) -> None:
     """Write a `.pt` file that Self-Forcing's and Causal-Forcing's inference scripts load.
 
-    Either or both parts, as networks or state dicts; dtypes are kept, devices are not.
+    Either or both parts, as networks or state dicts; dtypes are kept, devices are not. `note` goes
+    under "afd", where those scripts do not look.
     """
     parts = {"generator": generator, "generator_ema": generator_ema}
-    held = {
+    held: dict[str, object] = {
         part: {f"model.{name}": tensor for name, tensor in _state(weights).items()}
         for part, weights in parts.items()
         if weights is not None
     }
     require(bool(held), "generator", None, "a network in generator or generator_ema")
-    with _replacing(Path(path)) as partial:
-        torch.save(held, partial)
+    with replacing(Path(path)) as partial:
+        torch.save(held if note is None else held | {"afd": note}, partial)
 
 
-def save_diffusers(folder: str | Path, network: CausalWan) -> None:
+def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None = None) -> None:
     """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` loads.
 
     It is what a pipeline has under `transformer/`. The folder must be new or empty. What diffusers
-    has no word for (chunk, window, sink, text_len) is not stored.
+    has no word for (chunk, window, sink, text_len) is not stored; `note` goes into the weights'
+    header under "afd".
     """
     folder, config = Path(folder), network.config
     filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -380,10 +386,11 @@ def save_diffusers(folder: str | Path, network: CausalWan) -> None:
         "eps": EPS,
     }
     state = {to_diffusers(name): tensor for name, tensor in _state(network).items()}
-    with _replacing(folder) as partial:
+    with replacing(folder) as partial:
         partial.mkdir()
         weights = partial / "diffusion_pytorch_model.safetensors"
-        save_file(state, weights, metadata={"format": "pt"})
+        header = {"format": "pt"} | ({} if note is None else {"afd": note})
+        save_file(state, weights, metadata=header)
         (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
@@ -399,7 +406,7 @@ def _state(weights: Weights) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A free name beside `path`; what the body leaves there is flushed and takes its place."""
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,10 +65,10 @@ def named_errors(what: str, path: Path) -> Iterator[None]:
 
 def need(key: str, *packages: str) -> None:
     """Refuse, in one line, a setting whose packages are not installed. Nothing is imported."""
-    from afd.config import ConfigError
-
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
+        from afd.config import ConfigError
+
         raise ConfigError(
             f"{key}: needs {', '.join(missing)}, which is not installed here; "
             f"pip install {' '.join(missing)}"

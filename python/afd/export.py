@@ -1,0 +1,220 @@
+"""`afd export`: what a run has learned, in the files that other programs load.
+
+Adapters go out as they are (PEFT's or diffusers' names) or added to the weights they were trained
+on; a run that trained every weight has no adapters. Everything is made from the fp32 masters and
+the fp32 start weights: nothing is rounded on the way but by the asked dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor
+
+from afd.config import FREE_KEYS, ConfigError, RunConfig, flatten, plain
+from afd.models.adapters import TARGETS
+from afd.models.causal_wan import CausalWan
+from afd.models.checkpoints import (
+    load_checkpoint,
+    replacing,
+    save_diffusers,
+    save_self_forcing,
+    to_diffusers,
+)
+from afd.models.config import DTYPES, LoraConfig
+from afd.models.toy import ToyStudent
+from afd.section import Section
+from afd.training import checkpoint
+from afd.training.loop import load_run
+
+# Which version is meant where none is named: the one that is evaluated.
+PREFERRED = ("ema", "old", "theta")
+_Versions = Mapping[str, Mapping[str, Tensor]]
+
+
+class ExportConfig(Section):
+    """What `afd export` writes, and where."""
+
+    out: Path = Field(description="folder to write, new or empty")
+    kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers"] | None = Field(
+        default=None,
+        description="peft: adapter folder; diffusers_lora: for load_lora_weights; self_forcing: "
+        "model.pt with whole weights; diffusers: transformer folder with whole weights; null: "
+        "diffusers_lora of a run with adapters, else self_forcing",
+    )
+    version: Literal["ema", "old", "theta"] | None = Field(
+        default=None, description="which weights; null: ema where the run has it, else old"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="what the weights are rounded to"
+    )
+
+
+def export(folder: Path, config: ExportConfig) -> Path:
+    """Write the newest checkpoint of the run in `folder`; returns the folder written.
+
+    It is written under another name and renamed, so it is whole or not there. `afd.json` in it, and
+    the header of its weights, say where they come from. A model.pt has the trained weights as
+    `generator` and the asked version as `generator_ema`, each of which Self-Forcing's inference
+    loads. Raises ConfigError where that cannot be, naming what can.
+    """
+    out = config.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out: {out} holds something; needed: a new or empty folder")
+    run = load_run(folder)
+    path = checkpoint.latest(folder / "checkpoints")
+    if path is None:
+        raise ConfigError(f"run folder {folder}: has no checkpoint, so there is nothing to export")
+    state = checkpoint.load(path, method=run.method, config=plain(run))
+    versions: _Versions = state["method_state"]["policies"]
+    kind = config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")
+    name = _choose(config, versions)
+    note = json.dumps(_provenance(run, path, state["step"], kind, name), indent=1)
+    dtype = DTYPES[config.dtype]
+    with replacing(out) as partial:
+        partial.mkdir()
+        (partial / "afd.json").write_text(note + "\n", encoding="utf-8")
+        if kind in ("peft", "diffusers_lora"):
+            lora = run.student.lora
+            if lora is None:
+                raise ConfigError(
+                    f"kind: got {kind}; this run trained every weight (student.lora is null), and "
+                    "the change of a whole weight is no low-rank product, so there is no adapter "
+                    "to write; needed: self_forcing or diffusers"
+                )
+            save = _save_peft if kind == "peft" else _save_diffusers_lora
+            save(partial, {k: v.to(dtype) for k, v in versions[name].items()}, lora, note)
+        else:
+            network = start_network(run)
+            whole = {part: _whole(network, versions[part], run, dtype) for part in {name, "theta"}}
+            if kind == "diffusers":
+                network.to(dtype).load_state_dict(whole[name])
+                save_diffusers(partial / "transformer", network, note=note)
+            else:
+                average = whole[name] if name != "theta" else None
+                theta = whole["theta"]
+                save_self_forcing(
+                    partial / "model.pt", generator=theta, generator_ema=average, note=note
+                )
+    return out
+
+
+def start_network(run: RunConfig) -> CausalWan:
+    """The network that a run started from, in float32."""
+    student = run.student
+    if student.kind == "toy":
+        return ToyStudent.load(student.checkpoint).net
+    if student.checkpoint is None:
+        raise ConfigError("student.checkpoint: got null; needed: the start weights")
+    try:
+        return load_checkpoint(
+            student.checkpoint,
+            ema=student.ema,
+            dtype=torch.float32,
+            head_dim=student.head_dim,
+            **student.network,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def merged(
+    network: CausalWan, adapters: Mapping[str, Tensor], lora: LoraConfig
+) -> dict[str, Tensor]:
+    """A network's weights with adapters added: W + alpha / rank · B A, in the network's dtype.
+
+    Raises ConfigError where the adapters are not this network's.
+    """
+    state = dict(network.state_dict())
+    for name, b_OR in adapters.items():
+        layer, adapter, _ = name.rpartition(".lora_B")
+        if not adapter:
+            continue
+        change = (b_OR @ adapters[f"{layer}.lora_A.weight"]) * (lora.alpha / lora.rank)
+        weight = state.get(f"{layer}.weight")
+        if weight is None or weight.shape != change.shape:
+            there = "missing" if weight is None else list(weight.shape)
+            raise ConfigError(
+                f"student.checkpoint: {layer}.weight is {there}, the adapter needs "
+                f"{list(change.shape)}; these are not the weights that the run started from"
+            )
+        state[f"{layer}.weight"] = weight + change
+    return state
+
+
+def _whole(
+    network: CausalWan, weights: Mapping[str, Tensor], run: RunConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    lora = run.student.lora
+    state = weights if lora is None else merged(network, weights, lora)
+    return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
+def _save_peft(folder: Path, weights: Mapping[str, Tensor], lora: LoraConfig, note: str) -> None:
+    """The folder of `PeftModel.save_pretrained`: `PeftModel.from_pretrained(network, folder)`."""
+    from peft import LoraConfig as PeftConfig
+
+    settings = PeftConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=TARGETS, inference_mode=True
+    )
+    settings.save_pretrained(str(folder))
+    state = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    header = {"format": "pt", "afd": note}
+    save_file(state, folder / "adapter_model.safetensors", metadata=header)
+
+
+def _save_diffusers_lora(
+    folder: Path, weights: Mapping[str, Tensor], lora: LoraConfig, note: str
+) -> None:
+    """What `WanPipeline.load_lora_weights(folder)` looks for; the header has rank and alpha."""
+    state, layers = {}, set()
+    for name, tensor in weights.items():
+        layer, adapter, rest = name.partition(".lora_")
+        layers.add(to_diffusers(layer))
+        state[f"transformer.{to_diffusers(layer)}{adapter}{rest}"] = tensor
+    settings = {
+        "transformer.r": lora.rank,
+        "transformer.lora_alpha": lora.alpha,
+        "transformer.target_modules": sorted(layers),
+    }
+    header = {"format": "pt", "afd": note, "lora_adapter_metadata": json.dumps(settings)}
+    save_file(state, folder / "pytorch_lora_weights.safetensors", metadata=header)
+
+
+def _choose(config: ExportConfig, versions: _Versions) -> str:
+    if config.version is None:
+        return next(name for name in PREFERRED if name in versions)
+    if config.version not in versions:
+        has = ", ".join(name for name in PREFERRED if name in versions)
+        raise ConfigError(f"version: got {config.version}; this run has {has}")
+    return config.version
+
+
+def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) -> dict[str, Any]:
+    """Where exported weights come from. Names and digests only: a path may say who somebody is."""
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    free = tuple(f"{key}." for key in FREE_KEYS)
+    settings = {k: v for k, v in flatten(plain(run)) if not f"{k}.".startswith(free)}
+    packages = ("torch", "safetensors", *(("peft",) if run.student.lora else ()))
+    lora = run.student.lora
+    return {
+        "run": run.name,
+        "method": run.method,
+        "step": step,
+        "kind": kind,
+        "version": version,
+        "lora": None if lora is None else lora.model_dump(),
+        "start": Path(str(run.student.checkpoint)).name,
+        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "checkpoint_sha256": meta["sha256"],
+        "trained_with": meta.get("written_by"),
+        "exported_with": checkpoint.written_by() | {name: installed(name) for name in packages},
+    }
