@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from afd.config import RunConfig, make_config
 from afd.methods.base import Batch
+from afd.models.codec import Pixels
 from afd.training.loop import train
 from afd.video import write_video
 
@@ -29,6 +30,7 @@ class TinyMethod:
     """Regression of the teacher's mean picture from noisy copies of it."""
 
     name, needs_rollout, needs_critic, sees = "afd", True, True, "video"
+    codec, shown = Pixels(), None
 
     def __init__(self, seed: int = 0) -> None:
         self.net = nn.Linear(3, 3)

@@ -1,0 +1,7 @@
+"""`python -m afd`, and so `torchrun --nproc-per-node N -m afd train CONFIG.yaml`."""
+
+import sys
+
+from afd.cli import main
+
+sys.exit(main())
