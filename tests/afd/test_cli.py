@@ -65,7 +65,9 @@ def test_a_stopped_run_exits_130_and_is_resumed(
         (["train", "{path}", "teacher.path=/none"], "teacher folder /none: no such folder"),
         (["resume", "{out}/none"], "config.yaml: cannot be read"),
         (["report", "/none"], "report: /none is no folder"),
-        (["evaluate", "{out}/none"], "config.yaml: cannot be read"),
+        (["eval", "{out}/none"], "none: cannot be read"),
+        (["eval", "/"], "config.yaml: cannot be read"),
+        (["sample", "--config", "{out}"], "cannot be read"),
         (["teacher"], "needs a subcommand: afd teacher simulate"),
         (["quickstart", "teacher.style=oil"], "teacher.style is 'oil'"),
         (["quickstart-full", "rows=[none]"], "rows: got ['none']"),
@@ -110,7 +112,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     said = capsys.readouterr().out
-    for command in ("train", "resume", "evaluate", "quickstart", "sample", "report", "doctor"):
+    for command in ("train", "resume", "eval", "export", "quickstart", "sample", "report", "doctor"):
         assert command in said
 
 
