@@ -43,6 +43,13 @@ NETWORK_REORDERED = {"rtol": 1e-4, "atol": 1e-5}
 # VideoAlign's rating of one video beside two prompts that it cannot see: only padding differs.
 VIDEOALIGN_SAME = 1e-6
 
+# The specification states counted work to three digits; ours may differ in the third.
+COUNTED_TO_THREE_DIGITS = 2e-3
+# Counted against a formula fitted to the same count: only float rounding of per-pixel rates.
+EXACT_COUNT = 1e-9
+# What autograd keeps of a layer differs a little by backend and by LoRA; a plan needs no more.
+ACTIVATION_ESTIMATE = 0.2
+
 
 def assert_elementwise(out: Tensor, ref: Tensor, scale: float = 1.0) -> None:
     """Asserts |out - ref| <= tol (|ref| + scale) with the tolerance of out's dtype."""

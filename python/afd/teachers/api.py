@@ -67,7 +67,7 @@ class ApiTeacher:
             )
         suffix = {"prompt_suffix": api.prompt_suffix} if api.prompt_suffix else {}
         parameters = {**self.provider.defaults(), **api.options, **suffix}
-        self.price_usd = _price(config, self.provider, parameters)
+        self.price_usd = price_of(config, self.provider, parameters)
         send_seed = self.provider.seeded if api.send_seed is None else api.send_seed
         prompts = read_prompts(api.prompts)
         self._requests = [Request(prompt, n) for n in range(api.draws) for prompt in prompts]
@@ -289,7 +289,7 @@ def _seed(seed: int, request: Request) -> int:
     return int.from_bytes(mixed[:4], "big") & 0x7FFFFFFF
 
 
-def _price(config: TeacherConfig, provider: Provider, parameters: dict[str, Any]) -> float:
+def price_of(config: TeacherConfig, provider: Provider, parameters: dict[str, Any]) -> float:
     """USD one video is expected to cost."""
     fetch = config.fetch
     assert fetch.price_usd is not None
@@ -311,4 +311,4 @@ def _price(config: TeacherConfig, provider: Provider, parameters: dict[str, Any]
     return fetch.price_usd * seconds
 
 
-__all__ = ["NAME", "PROVIDERS", "ApiTeacher", "Progress", "read_prompts"]
+__all__ = ["NAME", "PROVIDERS", "ApiTeacher", "Progress", "price_of", "read_prompts"]
