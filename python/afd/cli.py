@@ -42,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return int(options.run(options))
-    except (ConfigError, TeacherError, VideoError, FileNotFoundError) as error:
+    except (ConfigError, TeacherError, VideoError) as error:
         return _say(MISTAKE, str(error))
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        return _say(MISTAKE, str(error))  # it names the file
     except (TrainingError, CheckpointError) as error:
         return _say(FAILED, str(error))
     except KeyboardInterrupt:
@@ -73,9 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(resume)
     resume.set_defaults(run=_resume)
 
-    evaluate = commands.add_parser("evaluate", help="measure a run's newest checkpoint again")
-    evaluate.add_argument("folder", type=Path, metavar="RUN_DIR")
-    evaluate.add_argument("--videos", type=int, default=None, help="how many held-out videos")
+    evaluate = commands.add_parser(
+        "eval", help="make and rate a benchmark's videos, or measure a run's checkpoint again"
+    )
+    evaluate.add_argument(
+        "target", type=Path, metavar="CONFIG.yaml|RUN_DIR", help="what to make, or whom to measure"
+    )
+    evaluate.add_argument(
+        "--videos", type=int, default=None, help="RUN_DIR: how many of its held-out videos"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="k=v", help="CONFIG.yaml: run=RUN_DIR …")
     evaluate.set_defaults(run=_evaluate)
 
     quickstart = commands.add_parser(
@@ -164,10 +173,26 @@ def _run(config: RunConfig) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if not options.target.is_dir():
+        return _evaluate_benchmarks(options)
     from afd.training.loop import evaluate_run
 
-    result = evaluate_run(options.folder, options.videos)
+    if options.overrides:
+        said = f"eval: {options.target} is a run, measured as its own config.yaml says; needed: "
+        return _say(MISTAKE, f"{said}no {options.overrides[0]!r}, or a CONFIG.yaml and run=RUN_DIR")
+    result = evaluate_run(options.target, options.videos)
     print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
+    return DONE
+
+
+def _evaluate_benchmarks(options: argparse.Namespace) -> int:
+    from afd.config import load_config
+    from afd.evaluation.config import EvalConfig
+    from afd.evaluation.samples import evaluate
+
+    if options.videos is not None:
+        return _say(MISTAKE, "eval: --videos belongs to a RUN_DIR; needed: limit=N with a config")
+    evaluate(load_config(options.target, options.overrides, EvalConfig), Console())
     return DONE
 
 
