@@ -1,34 +1,223 @@
-"""`build_method` makes the method that a configuration names."""
+"""From a configuration to its method: student, codec, discriminator and versions of the weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from afd.config import ConfigError
+from afd.discriminators.base import DifferentiableCritic
+from afd.discriminators.config import ToyDiscriminatorConfig, VideoAlignConfig
+from afd.discriminators.latent import LatentCritic
 from afd.discriminators.toy import ToyCritic
+from afd.methods import afd
 from afd.methods.afd import Afd
 from afd.methods.base import Method
 from afd.methods.sft import Sft
+from afd.models.codec import Codec, Pixels
+from afd.models.config import DTYPES, ToyStudentConfig, WanStudentConfig
+from afd.models.policies import make_policies
+from afd.models.sources import need
+from afd.models.student import Student
 from afd.models.toy import ToyStudent
+from afd.models.wan_loading import load_wan
+from afd.ranks import ALONE, Ranks
+from afd.rollout import chunk_layout
+from afd.training.caches import Store
 
 if TYPE_CHECKING:
     from afd.config import RunConfig
 
+# Frames per second of clips that are taken as they come.
+RATE = 16.0
 
-def build_method(config: RunConfig) -> Method:
-    """The method of a run, from its start checkpoint and seed."""
-    assert config.student.kind == "toy"
-    assert config.discriminator.kind == "toy"
-    student = ToyStudent.load(config.student.checkpoint)
-    steps = config.student.steps
-    if config.method == "sft":
-        return Sft(student, config.sft, steps, seed=config.seed)
-    critic = ToyCritic(config.discriminator, student.config.frames, seed=config.seed)
-    return Afd(
+
+def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()) -> Method:
+    """The method of a run, from its start checkpoints and seed, on the rank's device.
+
+    `prompts`: what the run will ask for; a text encoder embeds them before anything else is loaded.
+    Raises ConfigError, with the key, for parts that do not fit together, files that are not what is
+    needed and packages that are missing.
+    """
+    student, codec = build_student(config, ranks, prompts)
+    critic = None
+    if config.method in ("afd", "gan"):
+        critic = build_critic(config, student, ranks)
+    names, trained = versions(config)
+    section = config.student
+    if section.lora is not None:
+        need("student.lora", "peft")
+    policies = make_policies(
         student,
-        critic,
-        config.afd,
-        steps,
-        critic_warmup=config.discriminator.warmup_steps,
-        critic_updates=config.discriminator.steps_per_update,
+        names,
+        trained=trained,
+        lora=section.lora,
         seed=config.seed,
     )
+    shared: dict[str, Any] = {
+        "steps": section.steps,
+        "codec": codec,
+        "video": config.video,
+        "ranks": ranks,
+        "rollout_batch": section.rollout_batch,
+        "seed": config.seed,
+    }
+    if section.kind == "wan":
+        shared["first_steps"] = section.first_chunk_steps
+        shared["context_noise"] = section.context_noise
+    if config.method == "sft":
+        return Sft(policies, config.sft, **shared)
+    if config.method == "dmd":
+        from afd.methods.dmd import Dmd
+
+        return Dmd(policies, config.dmd, **shared)
+    assert critic is not None
+    if config.method == "gan":
+        from afd.methods.gan import Gan
+
+        return Gan(policies, critic, config.gan, **shared)
+    return Afd(policies, critic, config.afd, **shared)
+
+
+def versions(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The versions of the student's weights that a method keeps, and those it trains."""
+    if config.method == "afd":
+        return afd.versions(config.afd), ("theta",)
+    if config.method == "sft":
+        return ("theta", "ema"), ("theta",)
+    from afd.methods.dmd import Dmd
+    from afd.methods.gan import Gan
+
+    kind, weight = (
+        (Gan, config.gan.prior_weight) if config.method == "gan" else (Dmd, config.dmd.prior_weight)
+    )
+    return kind.versions + (("ref",) if weight > 0 else ()), kind.trained
+
+
+# --- student ---
+
+
+def build_student(
+    config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
+) -> tuple[Student, Codec]:
+    """The student, which knows the prompts, and what stands between its space and pixels."""
+    section = config.student
+    student: Student
+    codec: Codec = Pixels()
+    with _config_errors("student"):
+        if section.kind == "toy":
+            student = _toy(config, section)
+        else:
+            student, codec = _wan(config, section, ranks, prompts)
+    student.net.checkpoint_blocks = section.checkpoint_blocks
+    return student.to(ranks.device), codec
+
+
+def _toy(config: RunConfig, section: ToyStudentConfig) -> ToyStudent:
+    student, video = ToyStudent.load(section.checkpoint), config.video
+    size = student.config.frames, student.config.height, student.config.width
+    if (video.frames, video.height, video.width) != size:
+        raise ConfigError(
+            f"video.frames, video.height, video.width: got {video.frames}, {video.height}, "
+            f"{video.width}; needed: {', '.join(map(str, size))}, those of the toy student"
+        )
+    return student
+
+
+def _wan(
+    config: RunConfig, section: WanStudentConfig, ranks: Ranks, prompts: Sequence[str]
+) -> tuple[Student, Codec]:
+    if section.checkpoint is None:
+        raise ConfigError("student.checkpoint: not given; needed: the student's weights")
+    video = config.video
+    if video.height % 16 or video.width % 16:
+        raise ConfigError(
+            f"video.height, video.width: got {video.height}, {video.width}; needed: multiples of "
+            "16, as two latent pixels of eight make a token"
+        )
+    frames = 1 + (video.frames - 1) // 4
+    whole = 1 + 4 * (max(1, round(frames / section.chunk)) * section.chunk - 1)
+    try:
+        fits = (video.frames - 1) % 4 == 0 and bool(chunk_layout(frames, section.chunk))
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"video.frames: got {video.frames}; needed: 1 + 4 (n - 1) for n latent frames in "
+            f"chunks of {section.chunk} (student.chunk), such as {whole}"
+        )
+    return load_wan(
+        section,
+        prompts,
+        height=video.height // 8,
+        width=video.width // 8,
+        frames=frames,
+        device=ranks.device,
+        store=Store.of(config.cache),
+        ranks=ranks,
+    )
+
+
+# --- discriminator ---
+
+
+def build_critic(config: RunConfig, student: Student, ranks: Ranks = ALONE) -> DifferentiableCritic:
+    """The discriminator that a configuration names."""
+    section = config.discriminator
+    with _config_errors("discriminator"):
+        if section.kind == "toy":
+            return _toy_critic(config, section, ranks)
+        if section.kind == "videoalign":
+            return _videoalign(config, section, ranks)
+        wan = student.net.config
+        return LatentCritic(
+            lambda prompts: student.encode(list(prompts)),
+            section,
+            channels=wan.in_dim,
+            text_dim=wan.text_dim,
+            device=ranks.device,
+            seed=config.seed,
+            ranks=ranks,
+        )
+
+
+def _toy_critic(config: RunConfig, section: ToyDiscriminatorConfig, ranks: Ranks) -> ToyCritic:
+    if config.student.kind != "toy":
+        raise ConfigError(
+            "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
+            f"latent for student.kind={config.student.kind}"
+        )
+    return ToyCritic(section, config.video.frames, seed=config.seed, ranks=ranks)
+
+
+def _videoalign(config: RunConfig, section: VideoAlignConfig, ranks: Ranks) -> DifferentiableCritic:
+    need("discriminator.kind=videoalign", "transformers", "peft")
+    from afd.discriminators.videoalign import VideoAlignCritic
+    from afd.discriminators.videoalign_model import VideoAlign
+
+    if section.checkpoint is None:
+        raise ConfigError(
+            "discriminator.checkpoint: not given; needed: the folder of the released VideoReward "
+            "(KwaiVGI/VideoReward on the hub)"
+        )
+    scorer = VideoAlign.load(
+        str(section.checkpoint),
+        base=section.base,
+        videoalign=section.checkout,
+        dtype=DTYPES[section.dtype],
+        device=ranks.device,
+    )
+    rate = config.video.fps or RATE
+    return VideoAlignCritic(scorer, section, video_fps=rate, seed=config.seed, ranks=ranks)
+
+
+@contextmanager
+def _config_errors(section: str) -> Iterator[None]:
+    """A part that cannot be loaded is a wrong configuration: say in which section."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{section}: {error}") from error
