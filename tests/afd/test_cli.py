@@ -24,7 +24,7 @@ def written(tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     """A configuration file for the tiny method, and its run folder."""
     from afd.config import to_yaml
 
-    monkeypatch.setattr(afd.training.loop, "build_method", lambda config: TinyMethod())
+    monkeypatch.setattr(afd.training.loop, "build_method", lambda *_: TinyMethod())
     out = tmp_path / "run"
     path = tmp_path / "tiny.yaml"
     path.write_text(to_yaml(tiny_config(out, clips)), encoding="utf-8")
@@ -49,7 +49,7 @@ def test_a_stopped_run_exits_130_and_is_resumed(
     path, out = written
     stopping = Interrupted(1, signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(afd.training.loop, "build_method", lambda config: stopping)
+        patch.setattr(afd.training.loop, "build_method", lambda *_: stopping)
         assert main(["train", str(path)]) == 130
     assert f"continue: afd resume {out}" in (out / "train.log").read_text()
     assert main(["resume", str(out)]) == 0
@@ -95,7 +95,7 @@ def test_a_run_that_fails_exits_1(
         def critic_step(self, batch: object) -> dict[str, float]:
             return {"critic/margin": float("inf")}
 
-    monkeypatch.setattr(afd.training.loop, "build_method", lambda config: Broken())
+    monkeypatch.setattr(afd.training.loop, "build_method", lambda *_: Broken())
     assert main(["train", str(written[0])]) == 1
     assert "update 1: critic/margin = inf" in capsys.readouterr().err
 
@@ -112,7 +112,16 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     said = capsys.readouterr().out
-    for command in ("train", "resume", "eval", "export", "quickstart", "sample", "report", "doctor"):
+    for command in (
+        "train",
+        "resume",
+        "eval",
+        "export",
+        "quickstart",
+        "sample",
+        "report",
+        "doctor",
+    ):
         assert command in said
 
 

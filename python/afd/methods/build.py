@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,10 @@ from afd.discriminators.toy import ToyCritic
 from afd.methods import afd
 from afd.methods.afd import Afd
 from afd.methods.base import Method
+from afd.methods.dmd import Dmd
+from afd.methods.gan import Gan
 from afd.methods.sft import Sft
+from afd.models.causal_wan import CausalWan
 from afd.models.codec import Codec, Pixels
 from afd.models.config import DTYPES, ToyStudentConfig, WanStudentConfig
 from afd.models.policies import make_policies
@@ -54,6 +57,7 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
         trained=trained,
         lora=section.lora,
         seed=config.seed,
+        shard=_sharding(config, student, ranks),
     )
     shared: dict[str, Any] = {
         "steps": section.steps,
@@ -69,15 +73,21 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     if config.method == "sft":
         return Sft(policies, config.sft, **shared)
     if config.method == "dmd":
-        from afd.methods.dmd import Dmd
-
         return Dmd(policies, config.dmd, **shared)
     assert critic is not None
     if config.method == "gan":
-        from afd.methods.gan import Gan
-
         return Gan(policies, critic, config.gan, **shared)
     return Afd(policies, critic, config.afd, **shared)
+
+
+def _sharding(
+    config: RunConfig, student: Student, ranks: Ranks
+) -> Callable[[CausalWan], object] | None:
+    if config.parallel != "fsdp" or ranks.world == 1:
+        return None
+    from afd.models.sharding import shard_over
+
+    return shard_over(ranks, student.dtype)
 
 
 def versions(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -86,9 +96,6 @@ def versions(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return afd.versions(config.afd), ("theta",)
     if config.method == "sft":
         return ("theta", "ema"), ("theta",)
-    from afd.methods.dmd import Dmd
-    from afd.methods.gan import Gan
-
     kind, weight = (
         (Gan, config.gan.prior_weight) if config.method == "gan" else (Dmd, config.dmd.prior_weight)
     )

@@ -76,7 +76,7 @@ def train(
                 torch.set_num_threads(config.threads)
             checkpoint.seed_everything(config.seed)
             teacher = teacher or _open_teacher(config, console, ranks)
-            method = method or build_method(config, ranks)
+            method = method or build_method(config, ranks, _prompts(teacher))
             trainer = Trainer(config, method, teacher, ranks)
             try:
                 return trainer.run(console)
@@ -123,6 +123,10 @@ def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
     return teacher if ranks.main else open_teacher(config, console)
 
 
+def _prompts(teacher: Teacher) -> list[str]:
+    return [request.prompt for request in teacher.requests]
+
+
 def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
     return Videos(
         teacher,
@@ -155,7 +159,8 @@ def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
 def _evaluate_newest(
     config: RunConfig, folder: Path, videos: int | None, ranks: Ranks
 ) -> Evaluation:
-    teacher, method = open_teacher(config), build_method(config, ranks)
+    teacher = open_teacher(config)
+    method = build_method(config, ranks, _prompts(teacher))
     path = checkpoint.latest(folder / "checkpoints")
     clips = _open_videos(config, method, teacher, ranks)
     evaluate = make_evaluator(config, lambda: _clips(clips, teacher))
