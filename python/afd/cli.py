@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The teacher is a black box even here: another process, which reads its own options.
         command = [sys.executable, "-m", "afd.teachers.simulator", *words[2:]]
         return subprocess.run(command, check=False).returncode
-    options = _parser().parse_args(words)
+    options = _options(words)
     # Importing torch takes seconds; --help and a mistyped command answer before it.
     from afd.config import ConfigError
     from afd.methods.optimizer import TrainingError
@@ -52,6 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(STOPPED, "interrupted; what was not finished is not saved")
 
 
+def _options(words: list[str]) -> argparse.Namespace:
+    """The command line; overrides may also stand behind options, where argparse loses them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    lost = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if lost:
+        parser.error(f"unrecognized arguments: {' '.join(lost)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def _say(code: int, sentence: str) -> int:
     text = f"[red]afd: error:[/red] {escape(sentence)}"
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
@@ -67,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train what a YAML file says, or continue it")
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    train.add_argument(
+        "--dry-run", action="store_true", help="say what it needs in memory, hours and money"
+    )
+    train.add_argument(
+        "--processes", type=int, default=1, help="dry run: on how many GPUs torchrun will train"
+    )
     _takes_overrides(train)
     train.set_defaults(run=_train)
 
@@ -154,7 +172,13 @@ def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
 def _train(options: argparse.Namespace) -> int:
     from afd.config import load_config
 
-    return _run(load_config(options.config, options.overrides))
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        from afd.plan import make_plan, show
+
+        show(make_plan(config, options.processes), Console())
+        return DONE
+    return _run(config)
 
 
 def _resume(options: argparse.Namespace) -> int:
