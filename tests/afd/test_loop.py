@@ -15,7 +15,8 @@ import yaml
 from afd.config import ConfigError
 from afd.methods.base import Batch
 from afd.teachers.base import Request, TeacherError
-from afd.training.logging import Lines, Signs, signs
+from afd.training.alarms import Signs, signs
+from afd.training.logging import Lines
 from afd.training.loop import Outcome, TrainingError, train
 from afd.training.teacher import Sampler
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config

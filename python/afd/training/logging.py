@@ -1,30 +1,36 @@
-"""What a run says about itself: log, lines of metrics, signs of trouble, a progress bar."""
+"""What a run says about itself: log, lines of metrics, how long each phase takes and will take."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-AGREEMENT = "agreement/phys"
 PHASES = ("teacher", "rollout", "critic", "student", "evaluate")
+LABELS = dict(
+    zip(PHASES, ("teacher wait", "rollout", "discriminator", "student", "evaluation"), strict=True)
+)
 _log = logging.getLogger("afd")
 
 
@@ -49,13 +55,15 @@ def log_to(path: Path, console: Console) -> Iterator[None]:
 
 
 class Timers:
-    """Seconds per phase since the last `take`."""
+    """Seconds per phase since the last `take`; `begins` is told of each phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: Callable[[str], None] = lambda phase: None) -> None:
         self._seconds: dict[str, float] = {}
+        self._begins = begins
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self._begins(phase)
         start = time.perf_counter()
         try:
             yield
@@ -71,10 +79,15 @@ class Timers:
 
 
 class Lines:
-    """A .jsonl file, one object with a "step" a line; `resumed_at` drops every later line."""
+    """A .jsonl file, one object with a "step" a line; `resumed_at` drops every later line.
+
+    Attributes:
+        kept: the lines that were there.
+        steps: their steps.
+    """
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= resumed_at]
+        self.kept = kept = [line for line in _lines(path) if line["step"] <= resumed_at]
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -95,96 +108,85 @@ class Lines:
         self._file.close()
 
 
-class Signs:
-    """Warns in the log when a known sign of trouble appears (once until it goes away)."""
-
-    def __init__(self) -> None:
-        self._shown: set[str] = set()
-        self._accuracy = 0.5
-        self._agreement: float | None = None
-        self._best_agreement = 0.0
-
-    def look(self, step: int, metrics: dict[str, float]) -> None:
-        """Judge one update's metrics."""
-        present = dict(signs(metrics | self._smooth_accuracy(metrics))) | self._falling(metrics)
-        for name, sentence in present.items():
-            if name not in self._shown:
-                _log.warning("update %d: %s", step, sentence)
-        self._shown = set(present)
-
-    def _smooth_accuracy(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The accuracy over the last tens of updates; a single batch is often all right."""
-        if "critic/accuracy" not in metrics:
-            return {}
-        self._accuracy = 0.95 * self._accuracy + 0.05 * metrics["critic/accuracy"]
-        return {"critic/accuracy": self._accuracy}
-
-    def _falling(self, metrics: dict[str, float]) -> dict[str, str]:
-        """The score once ranked by physics and no longer does: the best sign to stop early."""
-        if AGREEMENT in metrics:
-            before = metrics[AGREEMENT] if self._agreement is None else self._agreement
-            self._agreement = 0.8 * before + 0.2 * metrics[AGREEMENT]
-            self._best_agreement = max(self._best_agreement, self._agreement)
-        now = self._agreement
-        if now is None or self._best_agreement < 0.4 or now > 0.2:
-            return {}
-        sentence = (
-            f"correlation of score and physics fell from {self._best_agreement:.2f} to {now:.2f}"
-        )
-        return {"agreement": sentence}
-
-
-def signs(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
-    """(name, sentence) of every sign of trouble in one step's metrics."""
-
-    def value(key: str) -> float:
-        return metrics.get(key, math.nan)
-
-    margin, zero_std = value("critic/margin"), value("student/zero_std_groups")
-    if margin > 5:
-        yield "margin", f"discriminator margin {margin:.1f} is above 5: it may rank a shortcut"
-    if value("critic/accuracy") >= 0.995:
-        yield "accuracy", "discriminator accuracy is 1: its scores say little about the student"
-    if value("student/r_mean") > 0.9 or value("student/r_at_1") > 0.5:
-        yield "r high", "r is near 1: the student may be fooling a discriminator that is too slow"
-    if value("student/r_mean") < 0.1 or value("student/r_at_0") > 0.5:
-        yield "r low", "r is near 0: the discriminator may be too strong"
-    if zero_std > 0:
-        yield "zero std", f"{zero_std:g} of the prompts' groups have equal scores"
-
-
 @contextmanager
 def progress_bar(name: str, total: int, done: int, console: Console, shown: bool) -> Iterator[Bar]:
-    """A bar with the time per phase and the time left; silent where there is no terminal."""
-    progress = Progress(
+    """Updates with the time left, and every phase with its own; silent without a terminal."""
+    updates = Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[phases]}"),
         console=console,
-        disable=not (shown and console.is_terminal),
     )
-    with progress:
-        yield Bar(progress, name, total, done)
+    phases = Progress(TextColumn("  {task.description}"), _Phase(), console=console)
+    bar = Bar(updates, phases, name, total, done)
+    if not (shown and console.is_terminal):
+        yield bar
+        return
+    with Live(Group(updates, phases), console=console, refresh_per_second=4):
+        yield bar
+
+
+class _Phase(ProgressColumn):
+    """How long a phase takes, what is left of it in the run, and how far the running one is."""
+
+    max_refresh = 0.25
+
+    def render(self, task: Task) -> Text:
+        mean, left = task.fields["mean"], task.fields["left"]
+        told = "" if mean is None else f"{_time(mean)} an update, {_time(mean * left)} left"
+        if task.fields["began"] is None:
+            return Text(told, style="dim")
+        running = _time(time.perf_counter() - task.fields["began"])
+        return Text(f"{told}  ▶ {running}".strip())
 
 
 class Bar:
-    """One run's line in the progress display."""
+    """One run's lines in the progress display."""
 
-    def __init__(self, progress: Progress, name: str, total: int, done: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task(name, total=total, completed=done, phases="")
-        self._mean: dict[str, float] = {}
+    def __init__(
+        self, updates: Progress, phases: Progress, name: str, total: int, done: int
+    ) -> None:
+        self._updates, self._phases = updates, phases
+        self._task = updates.add_task(name, total=total, completed=done)
+        self._left, self._mean = total - done, dict[str, float]()
+        self._rows: dict[str, TaskID] = {}
+        self._running: str | None = None
+
+    def begins(self, phase: str) -> None:
+        """A phase of the current update is under way now."""
+        self._mark(self._running, None)
+        self._running = phase
+        if phase not in self._rows:
+            fields = {"mean": None, "left": self._left, "began": None}
+            self._rows[phase] = self._phases.add_task(f"{LABELS[phase]:<13}", **fields)
+        self._mark(phase, time.perf_counter())
 
     def advance(self, phase_s: dict[str, float]) -> None:
-        """One more update; the phases show a running mean in seconds per update."""
+        """One more update; each phase has a running mean of its seconds, and so a time left."""
+        self._mark(self._running, None)
+        self._left -= 1
+        self._updates.update(self._task, advance=1)
         for phase, seconds in phase_s.items():
             self._mean[phase] = 0.9 * self._mean.get(phase, seconds) + 0.1 * seconds
-        text = "  ".join(f"{p} {s:.2f}s" for p, s in self._mean.items() if s >= 0.005)
-        self._progress.update(self._task, advance=1, phases=text)
+            if phase in self._rows:
+                row = self._rows[phase]
+                self._phases.update(row, mean=self._mean[phase], left=self._left)
+
+    def _mark(self, phase: str | None, began: float | None) -> None:
+        if phase is not None:
+            self._phases.update(self._rows[phase], began=began)
+
+
+def _time(seconds: float) -> str:
+    """12 ms, 3.4 s, 5:07 or 12:05:07."""
+    if seconds < 60:
+        return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,7 @@ from afd.teachers.base import Teacher
 from afd.training import checkpoint
 from afd.training.caches import Store
 from afd.training.evaluate import Evaluation, make_evaluator, write_samples
-from afd.training.logging import Signs, Timers, log_to, progress_bar
+from afd.training.logging import Timers, log_to, progress_bar
 from afd.training.records import Records
 from afd.training.stop import stop_request
 from afd.training.teacher import Sampler, Videos, open_teacher
@@ -193,10 +193,11 @@ class Trainer:
 
     def run(self, console: Console) -> Outcome:
         """All remaining updates, then the final evaluation."""
-        config, signs, timers = self.config, Signs(), Timers()
+        config = self.config
         began = time.perf_counter() - self.elapsed_s
         bar_args = (config.name, config.steps, self.step, console, config.logging.progress)
         with stop_request() as stop, progress_bar(*bar_args) as bar:
+            timers = Timers(bar.begins)
             if self.step == 0:
                 self._evaluate_on_the_way(timers)
             # A signal may reach one process only, or reach them in different updates.
@@ -207,7 +208,6 @@ class Trainer:
                 phase_s = timers.take()
                 self.elapsed_s = time.perf_counter() - began
                 self._record(metrics, phase_s)
-                signs.look(self.step, metrics)
                 bar.advance(phase_s)
                 stopping = self.ranks.any(bool(stop))
                 if _due(self.step, config.checkpoint.every) or self.step == config.steps:

@@ -1,23 +1,25 @@
-"""What a run writes about its progress: lines of metrics and evaluations, boards. By the main
-process only."""
+"""What a run writes about its progress: lines of metrics and evaluations, warnings, boards. By the
+main process only."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from afd.config import RunConfig
+from afd.training.alarms import Signs
+from afd.training.boards import Boards
 from afd.training.evaluate import Evaluation
 from afd.training.logging import Lines
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger("afd")
 
 
 class Records:
-    """metrics.jsonl, evaluation.jsonl and TensorBoard of a run that continues after `step`.
+    """metrics.jsonl, evaluation.jsonl, alarms and boards of a run that continues after `step`.
 
     Lines of later updates, which a killed run has written after its last checkpoint, are dropped.
     """
@@ -27,7 +29,9 @@ class Records:
         out = config.run_dir
         self._metrics = Lines(out / "metrics.jsonl", step)
         self._evaluations = Lines(out / "evaluation.jsonl", step)
-        self._board = self._open_board(step) if config.logging.tensorboard else None
+        self._boards = Boards(config, step)
+        self._signs = Signs()
+        self._signs.replay(self._metrics.kept, self._evaluations.kept)
 
     @property
     def evaluated(self) -> set[int]:
@@ -40,12 +44,13 @@ class Records:
         """One line of metrics.jsonl: `step` counts the updates made so far."""
         line: dict[str, Any] = {"step": step, "time_s": round(elapsed_s, 3), "phase_s": phase_s}
         self._metrics.write(line | metrics)
-        self._show(step, metrics)
-        self._show(step, {f"phase_s/{phase}": seconds for phase, seconds in phase_s.items()})
+        phases = {f"phase_s/{phase}": seconds for phase, seconds in phase_s.items()}
+        self._boards.scalars(step, {**metrics, **phases})
         every = self._config.logging.every
         if every and step % every == 0:
             shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
             _log.debug("update %d: %s", step, shown)
+        self._signs.look(step, metrics)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """One line of evaluation.jsonl."""
@@ -58,9 +63,15 @@ class Records:
                 "metrics": result.metrics,
             }
         )
-        self._show(step, {f"evaluation/{key}": value for key, value in result.metrics.items()})
+        named = {f"evaluation/{key}": value for key, value in result.metrics.items()}
+        self._boards.scalars(step, named)
         shown = "  ".join(f"{key} {value:.3f}" for key, value in result.metrics.items())
         _log.info("evaluation after update %d: %s", step, shown)
+        self._signs.evaluated(step, result.metrics)
+
+    def video(self, step: int, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
+        """Teacher and student side by side, which lie at `path`."""
+        self._boards.video(step, "teacher | student", path, video_FHWC, fps)
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""
@@ -70,16 +81,4 @@ class Records:
     def close(self) -> None:
         self._metrics.close()
         self._evaluations.close()
-        if self._board is not None:
-            self._board.close()
-
-    def _show(self, step: int, values: dict[str, float]) -> None:
-        if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, step)
-
-    def _open_board(self, step: int) -> SummaryWriter:
-        # Imported here because it takes seconds, also of a run that does not want it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self._config.run_dir / "tensorboard"), purge_step=step + 1)
+        self._boards.close()
