@@ -20,7 +20,7 @@ SMALL = [
     "teacher.count=36",
     "afd.samples_per_prompt=2",
     "discriminator.warmup_steps=1",
-    "evaluation.every=1",
+    "evaluation.every=0",
     "evaluation.videos=36",
     "evaluation.curve_videos=36",
     "logging.tensorboard=false",
@@ -59,25 +59,28 @@ def test_the_rates_are_the_reported_multiples_of_the_toys_own() -> None:
 
 
 def test_an_ablation_draws_its_table_and_curves_and_runs_nothing_twice(tmp_path: Path) -> None:
-    arguments = [f"out={tmp_path}", *SMALL, "seeds=[0,1]"]
-    path = FOLDER / "bt_vs_gan.yaml"
-    assert ablation(path, [*arguments, "rows=[bt]"], console())
+    arguments = [f"out={tmp_path}", *SMALL, "dmd.score_updates=1", "dmd.score_warmup_steps=1"]
+    path = FOLDER / "methods.yaml"
+    assert ablation(path, [*arguments, "rows=[gan]", "seeds=[0]"], console())
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["nuis-teacher", "base", "bt"]
-    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("bt/**/*") if file.is_file()}
-    assert ablation(path, arguments, console())
+    assert list(results) == ["nuis-teacher", "base", "gan"]
+    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("gan/**/*") if file.is_file()}
+    screen = console()
+    assert ablation(path, [*arguments, "rows=[gan,dmd,afd]", "seeds=[0]"], screen)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["gan"]["seeds"]) == {"0", "1"}
-    assert results["gan"]["mean"]["student/r_mean"] == pytest.approx(0.5, abs=0.2)
-    assert {"phys", "critic/accuracy", "student/r_at_0"} <= set(results["bt"]["mean"])
+    assert list(results) == ["nuis-teacher", "base", "gan", "dmd", "afd"]
+    assert results["afd"]["mean"]["student/r_mean"] == pytest.approx(0.5, abs=0.2)
+    assert {"phys", "critic/accuracy", "student/r_at_0"} <= set(results["afd"]["mean"])
+    assert "student/r_mean" not in results["gan"]["mean"]
     assert {file: file.stat().st_mtime_ns for file in done} == done
     text = (tmp_path / "results.md").read_text()
-    assert text.startswith("## bt_vs_gan\n\nDoes it matter")
-    assert "- `gan`: discriminator.loss=gan" in text
-    assert "| gan | 2 |" in text
+    assert text.startswith("## methods\n\nWhat do the methods learn")
+    assert "- `gan`: method=gan, discriminator.loss=gan" in text
+    assert "| gan | 1 |" in text
     assert "2 updates of `quickstart.yaml`" in text
     assert "torch" in text.splitlines()[-1]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "curves.png" in screen.file.getvalue()
 
 
 def test_a_file_or_choice_that_makes_no_run_is_refused_before_any_run(tmp_path: Path) -> None:
