@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from afd.models.checkpoints import (
     to_diffusers,
 )
 from afd.models.config import DTYPES, LoraConfig
+from afd.models.sources import need
 from afd.models.toy import ToyStudent
 from afd.section import Section
 from afd.training import checkpoint
@@ -37,18 +39,18 @@ from afd.training.loop import load_run
 
 # Which version is meant where none is named: the one that is evaluated.
 PREFERRED = ("ema", "old", "theta")
-_Versions = Mapping[str, Mapping[str, Tensor]]
 
 
 class ExportConfig(Section):
     """What `afd export` writes, and where."""
 
     out: Path = Field(description="folder to write, new or empty")
-    kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers"] | None = Field(
+    kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers", "toy"] | None = Field(
         default=None,
         description="peft: adapter folder; diffusers_lora: for load_lora_weights; self_forcing: "
-        "model.pt with whole weights; diffusers: transformer folder with whole weights; null: "
-        "diffusers_lora of a run with adapters, else self_forcing",
+        "model.pt with whole weights; diffusers: transformer/ with whole weights; toy: "
+        "student.safetensors of the toy student; null: diffusers_lora of a run with adapters, else "
+        "self_forcing",
     )
     version: Literal["ema", "old", "theta"] | None = Field(
         default=None, description="which weights; null: ema where the run has it, else old"
@@ -74,36 +76,15 @@ def export(folder: Path, config: ExportConfig) -> Path:
     if path is None:
         raise ConfigError(f"run folder {folder}: has no checkpoint, so there is nothing to export")
     state = checkpoint.load(path, method=run.method, config=plain(run))
-    versions: _Versions = state["method_state"]["policies"]
+    versions = state["method_state"]["policies"]
     kind = config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")
     name = _choose(config, versions)
     note = json.dumps(_provenance(run, path, state["step"], kind, name), indent=1)
-    dtype = DTYPES[config.dtype]
+    learned = _Learned(run, versions, DTYPES[config.dtype], note)
     with replacing(out) as partial:
         partial.mkdir()
         (partial / "afd.json").write_text(note + "\n", encoding="utf-8")
-        if kind in ("peft", "diffusers_lora"):
-            lora = run.student.lora
-            if lora is None:
-                raise ConfigError(
-                    f"kind: got {kind}; this run trained every weight (student.lora is null), and "
-                    "the change of a whole weight is no low-rank product, so there is no adapter "
-                    "to write; needed: self_forcing or diffusers"
-                )
-            save = _save_peft if kind == "peft" else _save_diffusers_lora
-            save(partial, {k: v.to(dtype) for k, v in versions[name].items()}, lora, note)
-        else:
-            network = start_network(run)
-            whole = {part: _whole(network, versions[part], run, dtype) for part in {name, "theta"}}
-            if kind == "diffusers":
-                network.to(dtype).load_state_dict(whole[name])
-                save_diffusers(partial / "transformer", network, note=note)
-            else:
-                average = whole[name] if name != "theta" else None
-                theta = whole["theta"]
-                save_self_forcing(
-                    partial / "model.pt", generator=theta, generator_ema=average, note=note
-                )
+        getattr(learned, kind)(partial, name)
     return out
 
 
@@ -123,7 +104,7 @@ def start_network(run: RunConfig) -> CausalWan:
             **student.network,
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"student.checkpoint: {error}") from error
 
 
 def merged(
@@ -150,46 +131,83 @@ def merged(
     return state
 
 
-def _whole(
-    network: CausalWan, weights: Mapping[str, Tensor], run: RunConfig, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    lora = run.student.lora
-    state = weights if lora is None else merged(network, weights, lora)
-    return {name: tensor.to(dtype) for name, tensor in state.items()}
+@dataclass(frozen=True)
+class _Learned:
+    """A run's versions; one method for each kind of file, which writes it into a folder."""
+
+    run: RunConfig
+    versions: Mapping[str, Mapping[str, Tensor]]
+    dtype: torch.dtype
+    note: str
+
+    def peft(self, folder: Path, version: str) -> None:
+        """The folder of `PeftModel.save_pretrained`: `PeftModel.from_pretrained(net, folder)`."""
+        lora, adapters = self._adapters("peft", version)
+        need("kind=peft", "peft")
+        from peft import LoraConfig as PeftConfig
+
+        settings = PeftConfig(
+            r=lora.rank, lora_alpha=lora.alpha, target_modules=TARGETS, inference_mode=True
+        )
+        settings.save_pretrained(str(folder))
+        state = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
+        header = {"format": "pt", "afd": self.note}
+        save_file(state, folder / "adapter_model.safetensors", metadata=header)
+
+    def diffusers_lora(self, folder: Path, version: str) -> None:
+        """What `WanPipeline.load_lora_weights(folder)` looks for; the header has rank and alpha."""
+        lora, adapters = self._adapters("diffusers_lora", version)
+        state, layers = {}, set()
+        for name, tensor in adapters.items():
+            layer, adapter, rest = name.partition(".lora_")
+            layers.add(to_diffusers(layer))
+            state[f"transformer.{to_diffusers(layer)}{adapter}{rest}"] = tensor
+        settings = {
+            "transformer.r": lora.rank,
+            "transformer.lora_alpha": lora.alpha,
+            "transformer.target_modules": sorted(layers),
+        }
+        header = {"format": "pt", "afd": self.note, "lora_adapter_metadata": json.dumps(settings)}
+        save_file(state, folder / "pytorch_lora_weights.safetensors", metadata=header)
+
+    def self_forcing(self, folder: Path, version: str) -> None:
+        network = start_network(self.run)
+        average = None if version == "theta" else self._whole(network, version)
+        trained = self._whole(network, "theta")
+        file = folder / "model.pt"
+        save_self_forcing(file, generator=trained, generator_ema=average, note=self.note)
+
+    def diffusers(self, folder: Path, version: str) -> None:
+        network = start_network(self.run)
+        whole = self._whole(network, version)
+        network.to(self.dtype).load_state_dict(whole)
+        save_diffusers(folder / "transformer", network, note=self.note)
+
+    def toy(self, folder: Path, version: str) -> None:
+        student = self.run.student
+        if student.kind != "toy":
+            raise ConfigError("kind: got toy; needed: self_forcing or diffusers for a wan student")
+        toy = ToyStudent.load(student.checkpoint)
+        toy.net.load_state_dict(self._whole(toy.net, version))
+        toy.save(folder / "student.safetensors", self.dtype)
+
+    def _adapters(self, kind: str, version: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+        lora = self.run.student.lora
+        if lora is None:
+            raise ConfigError(
+                f"kind: got {kind}; this run trained every weight (student.lora is null), and the "
+                "change of a whole weight is no low-rank product, so there is no adapter to write; "
+                "needed: self_forcing or diffusers"
+            )
+        return lora, {k: v.to(self.dtype) for k, v in self.versions[version].items()}
+
+    def _whole(self, network: CausalWan, version: str) -> dict[str, Tensor]:
+        lora, weights = self.run.student.lora, self.versions[version]
+        state = weights if lora is None else merged(network, weights, lora)
+        return {name: tensor.to(self.dtype) for name, tensor in state.items()}
 
 
-def _save_peft(folder: Path, weights: Mapping[str, Tensor], lora: LoraConfig, note: str) -> None:
-    """The folder of `PeftModel.save_pretrained`: `PeftModel.from_pretrained(network, folder)`."""
-    from peft import LoraConfig as PeftConfig
-
-    settings = PeftConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=TARGETS, inference_mode=True
-    )
-    settings.save_pretrained(str(folder))
-    state = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-    header = {"format": "pt", "afd": note}
-    save_file(state, folder / "adapter_model.safetensors", metadata=header)
-
-
-def _save_diffusers_lora(
-    folder: Path, weights: Mapping[str, Tensor], lora: LoraConfig, note: str
-) -> None:
-    """What `WanPipeline.load_lora_weights(folder)` looks for; the header has rank and alpha."""
-    state, layers = {}, set()
-    for name, tensor in weights.items():
-        layer, adapter, rest = name.partition(".lora_")
-        layers.add(to_diffusers(layer))
-        state[f"transformer.{to_diffusers(layer)}{adapter}{rest}"] = tensor
-    settings = {
-        "transformer.r": lora.rank,
-        "transformer.lora_alpha": lora.alpha,
-        "transformer.target_modules": sorted(layers),
-    }
-    header = {"format": "pt", "afd": note, "lora_adapter_metadata": json.dumps(settings)}
-    save_file(state, folder / "pytorch_lora_weights.safetensors", metadata=header)
-
-
-def _choose(config: ExportConfig, versions: _Versions) -> str:
+def _choose(config: ExportConfig, versions: Mapping[str, object]) -> str:
     if config.version is None:
         return next(name for name in PREFERRED if name in versions)
     if config.version not in versions:
@@ -203,8 +221,8 @@ def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) 
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     free = tuple(f"{key}." for key in FREE_KEYS)
     settings = {k: v for k, v in flatten(plain(run)) if not f"{k}.".startswith(free)}
-    packages = ("torch", "safetensors", *(("peft",) if run.student.lora else ()))
     lora = run.student.lora
+    packages = ("safetensors", *(("peft",) if lora else ()))
     return {
         "run": run.name,
         "method": run.method,
@@ -215,6 +233,6 @@ def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) 
         "start": Path(str(run.student.checkpoint)).name,
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "checkpoint_sha256": meta["sha256"],
-        "trained_with": meta.get("written_by"),
+        "trained_with": meta["written_by"],
         "exported_with": checkpoint.written_by() | {name: installed(name) for name in packages},
     }

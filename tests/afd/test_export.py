@@ -17,13 +17,16 @@ from afd.export import ExportConfig, export
 from afd.models.causal_wan import CausalWan
 from afd.models.checkpoints import load_checkpoint, save_self_forcing
 from afd.models.policies import Policies, make_policies
+from afd.models.toy import ToyStudent
 from afd.models.wan import WanStudent
 from afd.training import checkpoint
+from tests.afd.tiny_methods import make_afd, step, wan_batch, wan_student
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_FORWARD
 
 FRAMES, STEP = 3, 7
 RANK, ALPHA = 4, 6
+KINDS = pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
 
 
 def forward(net: CausalWan, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,27 +49,38 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+def save_run(config: RunConfig, method_state: dict[str, Any]) -> None:
+    """The run folder that the trainer leaves after STEP updates."""
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    state = {
+        "step": STEP,
+        "method": config.method,
+        "config": plain(config),
+        "method_state": method_state,
+    }
+    checkpoint.save(config.run_dir / "checkpoints", state, keep=1)
+
+
 class Run:
     """A run folder with one checkpoint: start weights, and versions that have moved from them."""
 
     def __init__(self, folder: Path, *, lora: bool = True, ema: bool = False) -> None:
         self.folder, self.start = folder / "run", folder / "start.pt"
-        save_self_forcing(self.start, generator=tiny(text_len=5))
-        adapters = {"rank": RANK, "alpha": ALPHA} if lora else None
+        save_self_forcing(self.start, generator=tiny())
         student = {
             "kind": "wan",
             "checkpoint": str(self.start),
             "head_dim": 16,
             "text_len": 5,
-            "lora": adapters,
+            "lora": {"rank": RANK, "alpha": ALPHA} if lora else None,
         }
         self.config: RunConfig = make_config(
             {"name": "tiny", "out": str(self.folder), "student": student}
         )
         names = ("theta", "old", "ema") if ema else ("theta", "old")
-        start = load_checkpoint(self.start, head_dim=16, text_len=5)
         self.policies: Policies = make_policies(
-            WanStudent(start, height=HEIGHT, width=WIDTH, frames=FRAMES),
+            WanStudent(base(self), height=HEIGHT, width=WIDTH, frames=FRAMES),
             names,
             lora=self.config.student.lora,
         )
@@ -75,15 +89,7 @@ class Run:
             for name in names:
                 for master in self.policies.weights(name).masters:
                     master.add_(torch.randn(master.shape, generator=draw), alpha=0.1)
-        self.folder.mkdir()
-        (self.folder / "config.yaml").write_text(to_yaml(self.config))
-        state = {
-            "step": STEP,
-            "method": self.config.method,
-            "config": plain(self.config),
-            "method_state": {"policies": self.policies.state_dict()},
-        }
-        checkpoint.save(self.folder / "checkpoints", state, keep=1)
+        save_run(self.config, {"policies": self.policies.state_dict()})
 
     def output(self, version: str) -> Tensor:
         with self.policies.using(version) as student:
@@ -315,3 +321,46 @@ def test_start_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         run.export(out=tmp_path / "out", kind="diffusers")
     # An adapter needs no start weights.
     run.export(out=tmp_path / "out", kind="peft")
+
+
+@KINDS
+def test_what_afd_has_learned_is_what_is_exported(
+    tmp_path: Path, lora: dict[str, int] | None
+) -> None:
+    """The evaluated policy of a method after two updates, in a network loaded from the export."""
+    start = tmp_path / "start.pt"
+    save_self_forcing(start, generator=wan_student().net)
+    student = {"kind": "wan", "checkpoint": str(start), "head_dim": 16, "text_len": 5}
+    config = make_config({"out": str(tmp_path / "run"), "student": student | {"lora": lora}})
+    method = make_afd(
+        wan_student(), lora=config.student.lora, learning_rate=1e-2, old_decay_slope=0.25
+    )
+    for update in range(2):
+        step(method, wan_batch(update))
+    save_run(config, method.state_dict())
+    out = export(config.run_dir, ExportConfig(out=tmp_path / "out", kind="self_forcing"))
+    nets = [load_checkpoint(path, head_dim=16, text_len=5) for path in (start, out / "model.pt")]
+    with method.evaluation_policy() as policy:
+        expected = forward(policy.net)
+    assert error(forward(nets[1]), expected) <= NETWORK_FORWARD
+    assert error(forward(nets[0]), expected) > 100 * NETWORK_FORWARD
+
+
+@KINDS
+def test_a_toy_run_exports_a_student_that_streams(
+    tmp_path: Path, lora: dict[str, int] | None
+) -> None:
+    config = make_config({"out": str(tmp_path / "run"), "student": {"lora": lora}})
+    policies = make_policies(ToyStudent.load(), ("theta", "old"), lora=config.student.lora)
+    with torch.no_grad():
+        for master in policies.weights("old").masters:
+            master.add_(0.02)
+    save_run(config, {"policies": policies.state_dict()})
+    out = export(config.run_dir, ExportConfig(out=tmp_path / "out", kind="toy"))
+    toy = ToyStudent.load(str(out / "student.safetensors"))
+    x_BFCHW, t_B1 = torch.randn(1, 12, 3, 16, 16), torch.tensor([[500.0]])
+    text_BLE = toy.encode(["a ball falls"])
+    with torch.no_grad(), policies.using("old") as expected:
+        out_BFCHW = expected.net(x_BFCHW, t_B1, text_BLE)
+        assert error(toy.net(x_BFCHW, t_B1, text_BLE), out_BFCHW) <= NETWORK_FORWARD
+        assert error(ToyStudent.load().net(x_BFCHW, t_B1, text_BLE), out_BFCHW) > 0.01
