@@ -55,7 +55,9 @@ def wan(frames: int = 6, **changes: Any) -> WanStudent:
 
 def versions(kind: str, method: type[Method], *more: str) -> Policies:
     student = ToyStudent.load() if kind == "toy" else wan()
-    lora = LoraConfig(rank=4, alpha=8) if kind == "lora" else None
+    lora = LoraConfig(rank=4, alpha=8) if kind in ("lora", "bf16") else None
+    if kind == "bf16":
+        student.to(torch.bfloat16)
     return make_policies(student, (*method.versions, *more), trained=method.trained, lora=lora)
 
 
@@ -231,6 +233,21 @@ def test_evaluation_is_by_the_average_that_follows_the_student(name: str, kind: 
             evaluated = student.velocity(x_t, t_B1, text)
         with method.policies.using("theta") as student:
             assert not torch.equal(student.velocity(x_t, t_B1, text), evaluated)
+
+
+@METHODS
+def test_a_student_in_bf16_has_fp32_videos_and_masters(name: str) -> None:
+    method = make(name, "bf16", prior_weight=0.1, learning_rate=1e-6)
+    before = masters(method)
+    method.rollout(batch("wan"))
+    rollouts = method._current()
+    x_BFCHW, _ = method.predict(rollouts, slice(0, 2))
+    assert rollouts.x_BFCHW.dtype == x_BFCHW.dtype == before.dtype == torch.float32
+    method.critic_step(batch("wan"))
+    assert method.student_step(batch("wan"))["student/grad_norm"] > 0
+    moved = (masters(method) - before).abs()
+    # Steps that a bf16 weight would round away are kept.
+    assert 0 < moved.max() < 1e-5
 
 
 @METHODS
