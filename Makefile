@@ -37,6 +37,7 @@ bench: setup ## the benchmarks of this device; tables, JSON and plots in benchma
 	$(BIN)/python -m benchmarks.forward_noise --plot
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.rollout
+	$(BIN)/python -m benchmarks.train_step
 
 gpu-check: ## build, test and measure on a GPU box with what it has; needs no network
 	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)

@@ -1,4 +1,4 @@
-"""The update of AFD as one would first write it: the baseline of benchmarks/train_step.py.
+"""An iteration of AFD as one would first write it: the baseline of benchmarks/train_step.py.
 
 Three networks, each of which gets clean and noisy frames in one sequence of twice the length and
 runs all of it through all layers; what a chunk may see is a dense mask (or, where that is too
@@ -11,7 +11,7 @@ E text channels, D width, h heads, d head channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from afd.models.causal_wan import WanConfig
+from afd.models.noise import NoiseSource
+from afd.models.student import Level
 from benchmarks import official
 from benchmarks.eager_wan import Cache, EagerWan, attention
 
@@ -98,6 +100,8 @@ class EagerTrained(EagerWan):
         grid: tuple[int, int, int],
         start_frame: int,
     ) -> Tensor:
+        if cache.layers:  # a stream
+            return super().self_attention(name, h_BLD, cache, i, grid, start_frame)
         half = (grid[0] // 2, *grid[1:])
         q_BLhd = self.heads(self.rms_norm(f"{name}.norm_q", self.linear(f"{name}.q", h_BLD)))
         k_BLhd = self.heads(self.rms_norm(f"{name}.norm_k", self.linear(f"{name}.k", h_BLD)))
@@ -142,13 +146,41 @@ def by_chunk(q_BLhd: Tensor, k_BLhd: Tensor, v_BLhd: Tensor, chunk: int) -> Tens
     return torch.cat(out, dim=1)
 
 
+@torch.no_grad()
+def rolled_out(
+    net: EagerTrained,
+    text_BLE: Tensor,
+    draw: NoiseSource,
+    levels: Sequence[Level],
+    x0_from_output: Callable[[Tensor, Tensor, float], Tensor],
+    chunks: int,
+) -> Tensor:
+    """A stream of `chunks` chunks: every denoising step and context pass is a whole network."""
+    cache, video = None, []
+    for k in range(chunks):
+        x_t = draw(k, 0)
+        B, count, _, H, W = x_t.shape
+        if cache is None:
+            rows, cols = net.config.grid(H, W)
+            cache = net.new_cache(text_BLE, chunks * count, rows * cols)
+        for step, level in enumerate(levels):
+            t_BF = torch.full((B, count), level.t, device=x_t.device)
+            x0 = x0_from_output(net.forward(x_t, t_BF, cache, k * count), x_t, level.sigma)
+            if step + 1 < len(levels):
+                sigma = levels[step + 1].sigma
+                x_t = ((1 - sigma) * x0 + sigma * draw(k, step + 1)).type_as(x_t)
+        net.forward(x0.type_as(x_t), torch.zeros(B, count, device=x_t.device), cache, k * count)
+        video.append(x0)
+    return torch.cat(video, dim=1)
+
+
 @dataclass
 class EagerUpdate:
     """Three networks and the optimizer of the trained one.
 
     Attributes:
-        velocity: the velocity that an output at x_t and t [B, K] means.
-        told: what the network is told at a time: 1000 t for both students.
+        velocity: the velocity that an output at x_t and t [B, F, 1, 1, 1] means; the network is
+            told 1000 t.
     """
 
     theta: EagerTrained
@@ -200,12 +232,15 @@ class EagerUpdate:
         )
         return loss
 
-    def step(self, loss: Tensor) -> None:
-        """Backward, one update, and the old policy follows."""
-        self.adam.zero_grad()
+    def add(self, loss: Tensor) -> None:
+        """Backward of a part of the update's loss."""
         loss.backward()
+
+    def step(self) -> None:
+        """One update from what was added, and the old policy follows."""
         torch.nn.utils.clip_grad_norm_(self.trained, self.grad_clip)
         self.adam.step()
+        self.adam.zero_grad()
         with torch.no_grad():
             for mine, theirs in zip(_trained(self.old), self.trained, strict=True):
                 mine.copy_(self.old_decay * mine + (1 - self.old_decay) * theirs)

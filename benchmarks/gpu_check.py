@@ -4,15 +4,17 @@
     python benchmarks/gpu_check.py --out folder --sections build,tests
 
 Needs nothing installed but torch, triton, numpy, einops, rich, safetensors, pytest, hypothesis, a
-compiler, nvcc, cmake, ninja and pybind11. A section that fails does not stop the others. Leaves in
-the folder: gpu-check.log (everything printed), one JSON per benchmark (nft_loss, forward_noise,
-attention, rollout), plots of the first two, summary.json and summary.md. Exits with 1 if a section
+compiler, nvcc, cmake, ninja and pybind11; for the training step also pydantic, pyyaml and peft (it
+is skipped without them). A section that fails does not stop the others. Leaves in the folder:
+gpu-check.log (everything printed), one JSON per benchmark (nft_loss, forward_noise, attention,
+rollout, train_step), plots of the first two, summary.json and summary.md. Exits with 1 if a section
 failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -40,11 +42,14 @@ _ATTENTION = ("case", "dtype", "B", "queries", "keys", "backward", "provider", "
 _ATTENTION += ("tflops", "pct_of_floor", "peak_mib", "error")
 _ROLLOUT = ("case", "dtype", "B", "provider", "median_ms", "fps", "floor_ms", "syncs")
 _ROLLOUT += ("cache_mib", "peak_mib", "speedup", "speedup_released")
+_TRAIN = ("case", "phase", "provider", "dtype", "B", "median_ms", "reps", "floor_ms", "peak_mib")
+_TRAIN += ("x_recompute", "speedup")
 RESULTS = {
     "nft_loss": _KERNEL,
     "forward_noise": _KERNEL,
     "attention": _ATTENTION,
     "rollout": _ROLLOUT,
+    "train_step": _TRAIN,
 }
 _TAIL = 30  # lines of a failed section's output in the summary
 
@@ -59,6 +64,7 @@ class Section:
     needs_gpu: bool = False
     needs_tool: str | None = None
     needs_path: Path | None = None
+    needs_modules: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,14 +101,14 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
     configure += [f"-DPython_EXECUTABLE={python}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'afd_kernels'}"]
     return [
-        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 70),
+        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 65),
         Section(
             "tests",
             [
                 [*pytest, "-m", "gpu", *OP_TESTS, *STUDENT_TESTS],
                 [*pytest, "-m", "not gpu and not slow", *OP_TESTS],
             ],
-            200,
+            185,
             needs_gpu=True,
         ),
         Section(
@@ -121,19 +127,22 @@ def sections(out: Path, build_dir: Path) -> list[Section]:
             # Every tensor its own allocation: an access past its end is then one that is seen.
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
-        _bench("nft_loss", [*batches, *bench, "--plot"], 60),
-        _bench("forward_noise", [*batches, *bench, "--plot"], 25),
-        _bench("attention", bench, 50),
-        _bench("rollout", bench, 50),
+        _bench("nft_loss", [*batches, *bench, "--plot"], 45),
+        _bench("forward_noise", [*batches, *bench, "--plot"], 20),
+        _bench("attention", bench, 40),
+        _bench("rollout", bench, 45),
+        _bench("train_step", bench, 60, needs_modules=("pydantic", "yaml", "peft")),
         # The other architectures are proved where there is time.
-        Section("offline", [[*pytest, "tests/offline", "-k", "sm_90 or gate"]], 65),
+        Section("offline", [[*pytest, "tests/offline", "-k", "sm_90 or gate"]], 60),
     ]
 
 
-def _bench(name: str, options: list[str], limit_s: float) -> Section:
+def _bench(
+    name: str, options: list[str], limit_s: float, needs_modules: tuple[str, ...] = ()
+) -> Section:
     """A benchmark that starts no case in the last third of its time."""
     command = [sys.executable, f"benchmarks/{name}.py", *options, "--deadline", f"{limit_s / 1.5}"]
-    return Section(f"bench-{name}", [command], limit_s, needs_gpu=True)
+    return Section(f"bench-{name}", [command], limit_s, needs_gpu=True, needs_modules=needs_modules)
 
 
 def probe() -> Machine:
@@ -167,6 +176,10 @@ def run(section: Section, machine: Machine, log: IO[str]) -> Outcome:
         reason = f"{section.needs_tool} is not on the PATH"
     elif section.needs_path is not None and not section.needs_path.exists():
         reason = f"{section.needs_path} is not there"
+    else:
+        missing = [m for m in section.needs_modules if importlib.util.find_spec(m) is None]
+        if missing:
+            reason = f"{', '.join(missing)} cannot be imported"
     if reason is not None:
         log.write(f"skipped: {reason}\n")
         return Outcome(section.name, "skipped", 0.0, reason)

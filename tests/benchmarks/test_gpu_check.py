@@ -91,6 +91,13 @@ def test_a_missing_tool_skips_the_section_that_needs_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("machine")
+def test_a_missing_package_skips_the_section_in_one_line(tmp_path: Path) -> None:
+    check = [Section("step", [python("import nowhere")], 5, needs_modules=("json", "nowhere"))]
+    assert main(["--out", str(tmp_path)], check) == 0
+    assert outcomes(tmp_path)["step"]["note"] == "nowhere cannot be imported"
+
+
+@pytest.mark.usefixtures("machine")
 def test_an_unknown_section_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,295 @@
+"""The two sides of benchmarks/train_step.py: the trainer's method, and the plain composition.
+
+Both are made for a `Case` (student and batch) and offer their phases as `Provider`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd.cost_model import Net
+from afd.discriminators.base import Critic
+from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig
+from afd.discriminators.latent import LatentCritic
+from afd.discriminators.toy import ToyCritic
+from afd.methods.afd import Afd, versions
+from afd.methods.base import Batch
+from afd.methods.config import AfdConfig
+from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.config import LoraConfig, ToyStudentConfig
+from afd.models.policies import make_policies
+from afd.models.student import Student
+from afd.models.toy import ToyConfig, ToyStudent
+from afd.models.wan import WanStudent
+from afd.rollout import stream_layout
+from benchmarks.eager_train import EagerTrained, EagerUpdate, Lora, rolled_out
+
+# Who makes the clean context; "kept" is the rollout's own cache.
+MODES: dict[str, dict[str, Any]] = {
+    "recompute": {"context": "recompute"},
+    "own_context": {"context": "own_context"},
+    "shared_context": {"context": "shared_context", "keep_context": False},
+    "shared_context, kept": {"context": "shared_context", "keep_context": True},
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROMPTS = ("a red ball falls from high onto the floor", "a blue ball is thrown up")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One student and batch. `wan` None: the toy of the quickstart, with all weights trained."""
+
+    name: str
+    prompts: int
+    group: int
+    draws: int = 1
+    wan: WanConfig | None = None
+    height: int = 16
+    width: int = 16
+    frames: int = 12
+    rank: int | None = None
+    dtype: str = "fp32"
+    checkpoint_blocks: bool = False
+    micro_batch: int | None = None
+
+    @property
+    def videos(self) -> int:
+        return self.prompts * self.group
+
+    @property
+    def network(self) -> WanConfig:
+        return self.wan or ToyConfig().wan
+
+    @property
+    def afd(self) -> AfdConfig:
+        """The quickstart's settings for the toy, the reported ones else."""
+        sizes = {"samples_per_prompt": self.group, "draws": self.draws}
+        if self.wan is None:
+            return AfdConfig(**sizes)
+        more: dict[str, Any] = {"nft_beta": 0.1, "adv_clip": 5.0, "learning_rate": 1e-5}
+        return AfdConfig(**sizes, **more, micro_batch=self.micro_batch)
+
+    @property
+    def costs(self) -> Net:
+        """As the cost model takes it."""
+        wan = self.network
+        rows, cols = wan.grid(self.height, self.width)
+        sizes = (wan.dim, wan.ffn_dim, wan.num_layers, wan.text_len)
+        return Net(*sizes, 0, self.frames, wan.chunk, rows * cols, self.rank)
+
+
+@dataclass
+class Provider:
+    """The phases that it has, run in this order, and what they took."""
+
+    phases: dict[str, Callable[[], object]]
+    ms: dict[str, list[float]] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+
+
+class Scored:
+    """A critic that has scored already, so that the update is timed alone."""
+
+    def __init__(self, critic: Critic, score_B: Tensor) -> None:
+        self._critic, self._score_B = critic, score_B
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._critic, name)
+
+    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._score_B
+
+
+class Ours:
+    """The trainer's method, whose context mode is set before every phase."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device = case, torch.device(device)
+        student, self.critic, self.steps = _student(case, self.device)
+        lora = None if case.rank is None else LoraConfig(rank=case.rank, alpha=case.rank)
+        policies = make_policies(student, versions(case.afd), lora=lora)
+        self.student, generator = student, torch.Generator().manual_seed(0)
+        self.method = Afd(
+            policies, self.critic, case.afd, steps=self.steps, rollout_batch=case.micro_batch
+        )
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(case.prompts)]
+        shape = (case.prompts, student.frames, *student.frame_shape)
+        teacher = torch.rand(shape, generator=generator) * 2 - 1
+        self.batch = Batch(1, prompts, self.critic.look(teacher.to(self.device)).cpu())
+        self.score_B = torch.randn(case.videos, generator=generator)
+
+    def provider(self, mode: str) -> Provider:
+        config = self.case.afd.model_copy(update=MODES[mode])
+        scored: Any = Scored(self.critic, self.score_B)
+
+        def phase(run: Callable[[], object], critic: Any = self.critic) -> Callable[[], object]:
+            def configured() -> object:
+                self.method.config, self.method.critic = config, critic
+                return run()
+
+            return configured
+
+        phases = {"rollout": phase(lambda: self.method.rollout(self.batch))}
+        if mode == "recompute":  # the discriminator's work does not depend on the mode
+            prompts = [p for p in self.batch.prompts for _ in range(self.case.group)]
+            seen = self.batch.teacher_BFCHW.repeat_interleave(self.case.group, 0)
+            phases["critic"] = phase(lambda: self.method.critic_step(self.batch))
+            phases["score"] = phase(lambda: self.critic.score(seen, prompts))
+        phases["update"] = phase(lambda: self.method.student_step(self.batch), scored)
+        return Provider(phases)
+
+
+class Eager:
+    """The same iteration of the same student by eager_train.py, its weights its own."""
+
+    def __init__(self, ours: Ours) -> None:
+        self.case, self.student, self.steps = ours.case, ours.student, ours.steps
+        case, settings = ours.case, ours.case.afd
+        frozen = {k: v.detach() for k, v in _weights(ours.student).items()}
+        toy = ours.student if isinstance(ours.student, ToyStudent) else None
+
+        def network(trained: bool, reference: bool = False) -> EagerTrained:
+            weights, lora = frozen, {}
+            if case.rank is None:
+                weights = {k: v.clone().requires_grad_(trained) for k, v in frozen.items()}
+            elif not reference:
+                lora = adapters(case.network, frozen, case.rank, trained)
+            return EagerTrained(
+                case.network, weights, lora, checkpoint_blocks=case.checkpoint_blocks
+            )
+
+        def velocity(out: Tensor, x_t: Tensor, t_BF111: Tensor) -> Tensor:
+            if toy is None:
+                return out.float()
+            return (x_t - out) / t_BF111.clamp_min(toy.config.smallest_t)
+
+        self.update = EagerUpdate(
+            theta=network(True),
+            old=network(False),
+            ref=network(False, reference=True),
+            velocity=velocity,
+            learning_rate=settings.learning_rate,
+            nft_beta=settings.nft_beta,
+            prior_weight=settings.prior_weight,
+            adv_clip=settings.adv_clip,
+        )
+        self.text_BLE = ours.student.encode(
+            [prompt for prompt in ours.batch.prompts for _ in range(case.group)]
+        )
+        self.r_B = (ours.score_B / 10 + 0.5).clamp(0, 1).to(ours.device)
+        self.x0_BFCHW = torch.zeros(0)
+
+    def rollout(self) -> None:
+        student, case = self.student, self.case
+        layout = stream_layout(student, case.frames)
+        videos = []
+        for text_BLE in self.text_BLE.split(case.micro_batch or case.videos):
+            draw = student.noise_source(list(range(len(text_BLE))), layout, len(self.steps))
+            videos.append(
+                rolled_out(
+                    self.update.old,
+                    text_BLE,
+                    draw,
+                    student.levels(self.steps),
+                    student.x0_from_output,
+                    len(layout),
+                )
+            )
+        self.x0_BFCHW = torch.cat(videos).float()
+
+    def step(self) -> None:
+        case, x0_BFCHW = self.case, self.x0_BFCHW
+        copies = case.draws
+        x0, text, r = (
+            x.repeat(copies, *(1,) * (x.ndim - 1)) for x in (x0_BFCHW, self.text_BLE, self.r_B)
+        )
+        times = torch.tensor(self.student.times(self.steps), device=x0.device)
+        t_NK = times[torch.randint(len(times), (len(x0), case.frames // case.network.chunk))]
+        width = case.micro_batch or len(x0)
+        for at in range(0, len(x0), width):
+            rows = slice(at, at + width)
+            loss = self.update.loss(x0[rows], t_NK[rows], text[rows], r[rows])
+            self.update.add(loss * (width / len(x0)))
+        self.update.step()
+
+    def provider(self) -> Provider:
+        return Provider({"rollout": self.rollout, "update": self.step})
+
+
+def adapters(
+    wan: WanConfig, weights: dict[str, Tensor], rank: int, trained: bool
+) -> dict[str, Lora]:
+    """LoRA on every linear layer of the blocks, as the trainer has it; up is 0."""
+    parts = [f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"] + ["ffn.0", "ffn.2"]
+    names = [f"blocks.{i}.{part}" for i in range(wan.num_layers) for part in parts]
+    made = {}
+    for name in names:
+        weight = weights[f"{name}.weight"]
+        down = torch.randn_like(weight[:1].expand(rank, -1)) / rank
+        up = torch.zeros_like(weight[:, :1].expand(-1, rank).contiguous())
+        made[name] = Lora(down.requires_grad_(trained), up.requires_grad_(trained), 1.0)
+    return made
+
+
+def _weights(student: Student) -> dict[str, Tensor]:
+    """The network's weights by the names they have without adapters."""
+    return {
+        name.replace(".base_layer", ""): value
+        for name, value in student.net.state_dict().items()
+        if "lora" not in name
+    }
+
+
+def _student(case: Case, device: torch.device) -> tuple[Student, Critic, list[float]]:
+    """The student with random or shipped weights, its discriminator and its steps."""
+    if case.wan is None:
+        toy = ToyStudent.load().to(device)
+        critic: Critic = ToyCritic(ToyDiscriminatorConfig(warmup_steps=0), toy.config.frames)
+        return toy, critic, ToyStudentConfig().steps
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = CausalWan(case.wan)
+    for parameter in net.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+    net = net.to(DTYPES[case.dtype]).requires_grad_(False)
+    net.checkpoint_blocks = case.checkpoint_blocks
+    text_LE = torch.randn(case.wan.text_len, case.wan.text_dim, device=device)
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        return text_LE.expand(len(prompts), -1, -1)
+
+    student = WanStudent(
+        net, height=case.height, width=case.width, frames=case.frames, encoder=encode
+    )
+    critic = LatentCritic(
+        encode,
+        LatentConfig(micro_batch=case.micro_batch),
+        channels=case.wan.in_dim,
+        text_dim=case.wan.text_dim,
+        device=device,
+    )
+    return student, critic, [1000.0, 750.0, 500.0, 250.0]
+
+
+@torch.no_grad()
+def disagreement(ours: Ours, eager: Eager) -> float:
+    """Relative error of our teacher-forced pass against eager's on one random video."""
+    student, device = ours.student, ours.device
+    draw = torch.Generator().manual_seed(1)
+    clean, x_t = (
+        torch.randn(1, student.frames, *student.frame_shape, generator=draw).to(device)
+        for _ in range(2)
+    )
+    t_BK = torch.rand(1, student.frames // student.chunk, generator=draw).to(device)
+    t_BF = t_BK.repeat_interleave(student.chunk, 1)
+    text = student.encode([PROMPTS[0]])
+    found = student.velocity(x_t.to(student.dtype), t_BK, text, clean_BFCHW=clean)
+    out = eager.update.theta.teacher_forced(x_t.to(student.dtype), 1000 * t_BF, text, clean)
+    expected = eager.update.velocity(out, x_t.to(student.dtype), t_BF[..., None, None, None])
+    return float((found.float() - expected).norm() / expected.norm())

@@ -1,0 +1,294 @@
+"""One iteration of AFD: rollout, discriminator, score and update, in the three context modes.
+
+    python benchmarks/train_step.py                 # CPU: the toy student, and dim 256 with LoRA
+    python benchmarks/train_step.py --device cuda   # 480x832, 1.3 B random weights, LoRA r = 256
+
+Ours is the trainer's own method. Eager is the same iteration written plainly (eager_train.py): its
+update is to be compared with `recompute`, of which it has the gradients. Before anything is timed
+the two networks must agree. Providers take turns in one run. The discriminator is the toy's or the
+small one on latents; VideoAlign, the autoencoder and the codec are not part of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+# So that it runs from a checkout where nothing is installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+
+from afd.cost_model import nft_flop, rollout_flop
+from afd.models.causal_wan import WanConfig
+from benchmarks import harness, report
+from benchmarks.hardware import Machine
+from benchmarks.train_sides import MODES, Case, Eager, Ours, Provider, disagreement
+
+PHASES = ("rollout", "critic", "score", "update")
+# Relative L2 error of one forward against eager's: two float32 orders of sums, or bfloat16.
+BOUND = {"fp32": 1e-4, "bf16": 0.1}
+HOW = (
+    "ms: median of a phase; update: noised copies, three networks, loss, backward, optimizer and "
+    "averages, from given scores; x recompute, x eager: of medians of the same run; floor: the "
+    "operations of afd.cost_model at the product rate measured in this run (eager: those of "
+    "recompute); peak: allocated during the phase above what was alive before it (kept contexts "
+    "count to the rollout)."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase of one provider; times in milliseconds."""
+
+    case: str
+    phase: str
+    provider: str
+    dtype: str
+    B: int
+    median_ms: float
+    p20: float
+    p80: float
+    reps: int
+    floor_ms: float | None
+    gflop: float | None
+    peak_mib: float
+    x_recompute: float | None
+    speedup: float | None  # against "eager"
+
+
+def timed(providers: dict[str, Provider], device: str, reps: int, budget_s: float) -> None:
+    """Fills in the providers' times and peaks, in rounds whose order rotates.
+
+    CUDA's allocator tells the peak of every call; on the CPU a profiled round of its own does.
+    """
+    names, start = list(providers), time.perf_counter()
+    if device != "cuda":
+        for provider in providers.values():
+            for phase, run in provider.phases.items():
+                provider.peak_mib[phase] = harness.peak_mib(_call(run), device)
+    for rep in range(reps):
+        if rep >= (1 if device == "cuda" else 3) and time.perf_counter() - start > budget_s:
+            break
+        for name in names[rep % len(names) :] + names[: rep % len(names)]:
+            provider = providers[name]
+            for phase, run in provider.phases.items():
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                began = time.perf_counter()
+                run()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                    held = torch.cuda.max_memory_allocated() - before
+                    provider.peak_mib[phase] = max(held / 2**20, provider.peak_mib.get(phase, 0.0))
+                provider.ms.setdefault(phase, []).append(1e3 * (time.perf_counter() - began))
+
+
+def _call(run: Callable[[], object]) -> harness.Run:
+    return lambda _: run()
+
+
+def measure(
+    case: Case, machine: Machine, args: argparse.Namespace
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows of every phase, and why a provider was not timed."""
+    failed: dict[str, str] = {}
+    ours = Ours(case, args.device)
+    providers = {mode: ours.provider(mode) for mode in MODES if mode in args.providers}
+    if "eager" in args.providers:
+        eager = Eager(ours)
+        error = disagreement(ours, eager)
+        if error <= BOUND[case.dtype]:
+            providers = {"eager": eager.provider()} | providers
+        else:
+            failed[f"{case.name} eager"] = f"relative error {error:.2g} against ours"
+    for name, provider in list(providers.items()):
+        try:
+            for run in provider.phases.values():
+                run()
+        except Exception as broken:  # one that breaks must not take the others' numbers along
+            failed[f"{case.name} {name}"] = f"{type(broken).__name__}: {broken}"
+            del providers[name]
+    timed(providers, args.device, args.reps, args.budget)
+    rows = [
+        _row(case, phase, name, providers, machine)
+        for phase in PHASES
+        for name, provider in providers.items()
+        if phase in provider.phases
+    ]
+    return rows, failed
+
+
+def _row(
+    case: Case, phase: str, name: str, providers: dict[str, Provider], machine: Machine
+) -> Row:
+    provider = providers[name]
+    ms = provider.ms[phase]
+    tenths = statistics.quantiles(ms, n=10, method="inclusive") if len(ms) > 1 else ms * 9
+    median = statistics.median(ms)
+
+    def against(other: str) -> float | None:
+        found = providers[other].ms.get(phase) if other in providers else None
+        return None if found is None else statistics.median(found)
+
+    recompute, eager = against("recompute"), against("eager")
+    flop = _flop(case, phase, name)
+    return Row(
+        case=case.name,
+        phase=phase,
+        provider=name,
+        dtype=case.dtype,
+        B=case.videos,
+        median_ms=median,
+        p20=tenths[1],
+        p80=tenths[7],
+        reps=len(ms),
+        floor_ms=None if flop is None else 1e3 * flop / machine.matmul,
+        gflop=None if flop is None else flop / 1e9,
+        peak_mib=provider.peak_mib[phase],
+        x_recompute=median / recompute if phase == "update" and recompute else None,
+        speedup=eager / median if eager else None,
+    )
+
+
+def _flop(case: Case, phase: str, name: str) -> float | None:
+    """Operations of all videos of a phase of the student's."""
+    if phase == "rollout":
+        return case.videos * rollout_flop(case.costs, 4)
+    if phase != "update":
+        return None
+    mode = MODES["recompute" if name == "eager" else name]
+    return case.videos * nft_flop(
+        case.costs,
+        mode["context"],
+        draws=case.draws,
+        kept=mode.get("keep_context", False),
+        checkpointed=case.checkpoint_blocks,
+    )
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """On a GPU the released size; else sizes that a CPU can do."""
+    if args.quick:
+        tiny = WanConfig(
+            dim=48, num_heads=2, ffn_dim=64, num_layers=2, freq_dim=16, text_dim=16, text_len=8
+        )
+        yield Case("toy, quick", 2, 2)
+        yield Case("wan, quick", 1, 2, 1, tiny, 4, 6, 6, rank=4, micro_batch=1)
+    elif args.device == "cuda":
+        whole = Case("480x832", 1, 1, 1, WanConfig(), 60, 104, 21, 256, "bf16", True, 1)
+        if args.warm_up:
+            # Short videos, so that nothing is compiled while the long ones are timed.
+            yield replace(whole, name="warm-up: 480x832, 6 frames", frames=6)
+        yield whole
+    else:
+        middle = WanConfig(dim=256, num_heads=4, ffn_dim=1024, num_layers=6, text_len=64)
+        yield Case("toy, 1 draw", 8, 4)
+        yield Case("toy, 2 draws (quickstart)", 8, 4, 2)
+        yield Case("dim 256, 16x16, LoRA", 1, 2, 1, middle, 16, 16, 12, 32, "fp32", True, 1)
+
+
+def show(rows: list[Row]) -> None:
+    """The table of one case, and what an iteration takes in each mode."""
+    first = rows[0]
+    table = Table(title=f"{first.case}: {first.B} videos, {first.dtype}", title_justify="left")
+    for name in ("phase", "provider"):
+        table.add_column(name, no_wrap=True)
+    numbers = ("ms", "p20", "p80", "reps", "floor ms", "x floor", "GFLOP", "peak MiB")
+    for name in (*numbers, "x recompute", "x eager"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        over = None if row.floor_ms is None else row.median_ms / row.floor_ms
+        values = (row.median_ms, row.p20, row.p80, row.reps, row.floor_ms, over, row.gflop)
+        more = (row.peak_mib, row.x_recompute, row.speedup)
+        table.add_row(row.phase, row.provider, *map(_number, (*values, *more)))
+    Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def save(
+    folder: Path, device: str, machine: Machine, rows: list[Row], failed: dict[str, str]
+) -> Path:
+    """Writes <folder>/train_step.json and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "train_step.json"
+    document = {
+        "name": "train_step",
+        "environment": report.environment(device),
+        "how": HOW,
+        "machine": asdict(machine),
+        "failed": failed,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    names = ("eager", *MODES)
+    parser.add_argument("--providers", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--reps", type=int, default=30, help="most rounds of a case")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing per case")
+    parser.add_argument(
+        "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes (for CI)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the JSON; --quick writes none by itself"
+    )
+    args = parser.parse_args(argv)
+    args.warm_up = True
+    if args.quick:
+        args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
+    if args.out is None and not args.quick:
+        args.out = report.ROOT / "benchmarks" / "results" / report.device_slug(args.device)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    machine = Machine.measured(args.device, dtype, 0.02 if args.quick else 0.5)
+    print(f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.matmul / 1e12:.3g} TFLOP/s")
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    started = time.monotonic()
+    for case in cases(args):
+        if args.case not in case.name:
+            continue
+        if time.monotonic() - started > args.deadline:
+            print(f"skipped {case.name}: {args.deadline:g} s have passed")
+            continue
+        new, broken = measure(case, machine, args)
+        failed |= broken
+        rows += new
+        if new:
+            show(new)
+    print(HOW)
+    if args.out is not None and rows:
+        print(f"wrote {save(args.out, args.device, machine, rows, failed)}")
+    for what, why in failed.items():
+        print(f"FAILED {what}: {why}")
+    if failed or not rows:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
