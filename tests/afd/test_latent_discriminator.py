@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from afd.config import make_config
 from afd.discriminators.base import DifferentiableCritic, pair_metrics
 from afd.discriminators.config import LatentConfig
 from afd.discriminators.latent import LatentCritic
+from afd.ranks import join
+from tests.afd.together import together
 from tests.tolerances import NETWORK_REORDERED
 
 CHANNELS, TEXT = 4, 24
@@ -109,6 +112,29 @@ def test_pieces_make_the_same_update_as_the_whole() -> None:
         grads.append([p.grad for p in critic.net.parameters()])
     for whole, pieces in zip(*grads, strict=True):
         torch.testing.assert_close(pieces, whole, **NETWORK_REORDERED)
+
+
+def shared_updates() -> list[tuple[dict[str, float], list[Any]]]:
+    """By each loss an update on five pairs, of which this process has its share."""
+    found = []
+    with join(make_config({})) as ranks:
+        own, prompts = ranks.share(5), PAIRS[:5]
+        right, wrong = moving(prompts, 0, wrong=False), moving(prompts, 1, wrong=True)
+        for loss in ("bt", "gan"):
+            critic = make(loss=loss, micro_batch=2)
+            critic.ranks = ranks
+            metrics = critic.step(right[own], wrong[own], prompts[own])
+            found.append((metrics, [p.grad.numpy() for p in critic.net.parameters()]))
+    return found
+
+
+def test_two_processes_make_the_update_of_one() -> None:
+    both = together(2, shared_updates)
+    for (metrics, whole), *parts in zip(shared_updates(), *both, strict=True):
+        assert parts[0][0] == parts[1][0] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+        for one, other, alone in zip(parts[0][1], parts[1][1], whole, strict=True):
+            assert (one == other).all()
+            torch.testing.assert_close(torch.tensor(one), torch.tensor(alone), **NETWORK_REORDERED)
 
 
 def test_a_saved_discriminator_continues_with_the_same_bits() -> None:
