@@ -40,8 +40,11 @@ NETWORK_FLOAT64 = 5e-7
 # The same float32 network evaluated in another order (streamed, split, batched): elementwise.
 NETWORK_REORDERED = {"rtol": 1e-4, "atol": 1e-5}
 
-# One update's gradient (relative L2) and metrics made of other pieces: float32 sums in another order.
+# One update's gradient (relative L2) and metrics made of other pieces: float32 sums, reordered.
 ACCUMULATED = 1e-5
+
+# The same run by another number of processes, after a few updates: sums in another order.
+DISTRIBUTED = {"rtol": 1e-5, "atol": 1e-8}
 
 # VideoAlign's rating of one video beside two prompts that it cannot see: only padding differs.
 VIDEOALIGN_SAME = 1e-6

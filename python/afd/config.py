@@ -186,7 +186,17 @@ class RunConfig(Section):
 
 # A resumed run may differ from its checkpoint here and nowhere else: none of these changes a number
 # of the updates already made.
-FREE_KEYS = ("name", "out", "steps", "logging", "checkpoint", "teacher.fetch", "cache", "device")
+FREE_KEYS = (
+    "name",
+    "out",
+    "steps",
+    "logging",
+    "checkpoint",
+    "teacher.fetch",
+    "cache",
+    "device",
+    "parallel",
+)
 
 
 @overload

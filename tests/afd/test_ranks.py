@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
@@ -89,10 +91,12 @@ def test_two_processes_gather_sum_and_agree() -> None:
     assert first["any"] == [True, False]
 
 
-def fail_on(rank: int) -> None:
+def fail_on(rank: int, how: str) -> None:
     with join(CONFIG) as ranks:
         ranks.barrier()
         if ranks.rank == rank:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("the reason")
         ranks.barrier()
 
@@ -101,7 +105,16 @@ def fail_on(rank: int) -> None:
 def test_one_that_fails_says_why_and_the_others_leave_silently(rank: int) -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError) as error:
-        together(2, fail_on, rank)
+        together(2, fail_on, rank, "raises")
     assert time.monotonic() - began < 30
-    assert str(error.value).count("ValueError('the reason')") >= 1
-    assert "SystemExit(1)" in str(error.value)
+    assert f"process {rank} raised: ValueError('the reason')" in str(error.value)
+    assert f"process {1 - rank} raised: SystemExit(1)" in str(error.value)
+
+
+def test_one_that_is_killed_ends_the_others_with_a_sentence() -> None:
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        together(2, fail_on, 1, "killed")
+    assert time.monotonic() - began < 30
+    assert "process 1 ended" in str(error.value)
+    assert "process 0 lost another process of this run, which was killed" in str(error.value)

@@ -12,7 +12,7 @@ import torch
 
 # Imported once, in the server from which every process is forked.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.afd.together", "afd.training.loop", "afd.ranks"])
+SERVER.set_forkserver_preload(["tests.afd.distributed", "torch.distributed.fsdp", "peft"])
 PATIENCE_S = 60
 
 
@@ -40,9 +40,9 @@ def together(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for process in processes:
             process.join(5)
             process.kill()
-    for rank, (kind, value) in enumerate(answers):
-        if kind != "returned":
-            raise RuntimeError(f"process {rank} {kind}: {value}; all: {answers}")
+    if any(kind != "returned" for kind, _ in answers):
+        said = [f"process {rank} {kind}: {value}" for rank, (kind, value) in enumerate(answers)]
+        raise RuntimeError("; ".join(said))
     return [value for _, value in answers]
 
 

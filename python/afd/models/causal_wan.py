@@ -131,6 +131,8 @@ class CausalWan(nn.Module):
         self.config = config
         self.checkpoint_blocks = False
         self.adapters: Adapters | None = None
+        # What passes compute in, where the weights are kept in another dtype (sharding).
+        self.compute_dtype: torch.dtype | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, kernel_size=(1, *config.patch), stride=(1, *config.patch)

@@ -185,7 +185,7 @@ class Student(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.net.patch_embedding.weight.dtype
+        return self.net.compute_dtype or self.net.patch_embedding.weight.dtype
 
     def new_cache(self, text_BLE: Tensor, frames: int) -> KVCache:
         """An empty cache for streams of up to `frames` frames with these prompts."""

@@ -1,0 +1,76 @@
+"""What each process of the distributed tests does; a module, because processes import it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afd.config import make_config
+from afd.discriminators.config import LatentConfig
+from afd.discriminators.latent import LatentCritic
+from afd.methods.afd import Afd, versions
+from afd.methods.base import Batch
+from afd.methods.config import AfdConfig, SftConfig
+from afd.methods.sft import VERSIONS, Sft
+from afd.models.config import LoraConfig
+from afd.models.policies import make_policies
+from afd.models.sharding import shard_over
+from afd.ranks import Ranks, join
+from tests.afd.tiny_methods import CHANNELS, TEXT, WAN_STEPS, wan_batch, wan_student, words
+
+
+def sharing(batch: Batch, ranks: Ranks) -> Batch:
+    """This process's part of a whole batch."""
+    own = ranks.share(len(batch.prompts))
+    return Batch(
+        batch.step,
+        batch.prompts[own],
+        batch.teacher_BFCHW[own],
+        first=own.start,
+        total=len(batch.prompts),
+    )
+
+
+def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
+    """AFD with LoRA ("afd") or all weights ("afd full"), or SFT of all weights ("sft")."""
+    shard = shard_over(ranks, torch.float32) if parallel == "fsdp" and ranks.world > 1 else None
+    lora = LoraConfig(rank=4, alpha=4.0) if name == "afd" else None
+    how: dict[str, Any] = {"steps": WAN_STEPS, "ranks": ranks}
+    student = wan_student()
+    if name == "sft":
+        config = SftConfig(draws=2, learning_rate=1e-3)
+        return Sft(make_policies(student, VERSIONS, lora=lora, shard=shard), config, **how)
+    config = AfdConfig(samples_per_prompt=2, learning_rate=1e-3, context="recompute")
+    policies = make_policies(student, versions(config), lora=lora, shard=shard)
+    critic = LatentCritic(
+        lambda prompts: words(list(prompts)),
+        LatentConfig(width=8, learning_rate=1e-3, warmup_steps=0, loss="gan"),
+        channels=CHANNELS,
+        text_dim=TEXT,
+        ranks=ranks,
+    )
+    return Afd(policies, critic, config, **how)
+
+
+def wan_updates(
+    name: str, parallel: str, updates: int, given: Path | None = None, left: Path | None = None
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Some updates of a tiny Wan; metrics and theta after them. `given`, `left`: files of states
+    to begin with and to leave behind; updates go on counting from the one given."""
+    with join(make_config({})) as ranks:
+        method, first, said = wan_method(name, ranks, parallel), 0, []
+        if given is not None:
+            state = torch.load(given, weights_only=True)
+            method.load_state_dict(state["method"])
+            first = state["updates"]
+        for step in range(first, first + updates):
+            batch = sharing(wan_batch(step), ranks)
+            method.rollout(batch)
+            said.append(method.critic_step(batch) | method.student_step(batch))
+        state = method.state_dict()
+        if left is not None and ranks.main:
+            torch.save({"method": state, "updates": first + updates}, left)
+        # Tensors would need this process to live on until they are read.
+        return said, {k: v.numpy() for k, v in state["policies"]["theta"].items()}
