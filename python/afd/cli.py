@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except (ConfigError, TeacherError, VideoError) as error:
         return _say(MISTAKE, str(error))
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        return _say(MISTAKE, str(error))  # it names the file
+    except OSError as error:
+        if error.filename is None and not isinstance(error, FileNotFoundError):
+            raise  # no file that the user could do something about
+        return _say(MISTAKE, str(error))
     except (TrainingError, CheckpointError) as error:
         return _say(FAILED, str(error))
     except KeyboardInterrupt:
