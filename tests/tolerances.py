@@ -37,6 +37,8 @@ NETWORK_FORWARD = 1e-5
 NETWORK_GRADIENT = 1e-4
 # A float64 network against golden values that were rounded to float32, relative L2.
 NETWORK_FLOAT64 = 5e-7
+# A bfloat16 network against float32, relative L2: every weight and activation is rounded to 2^-9.
+NETWORK_BFLOAT16 = 2e-2
 # The same float32 network evaluated in another order (streamed, split, batched): elementwise.
 NETWORK_REORDERED = {"rtol": 1e-4, "atol": 1e-5}
 

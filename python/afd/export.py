@@ -31,6 +31,7 @@ from afd.models.checkpoints import (
     to_diffusers,
 )
 from afd.models.config import DTYPES, LoraConfig
+from afd.models.policies import refuse_another_start, start_digest
 from afd.models.sources import need
 from afd.models.toy import ToyStudent
 from afd.section import Section
@@ -76,11 +77,12 @@ def export(folder: Path, config: ExportConfig) -> Path:
     if path is None:
         raise ConfigError(f"run folder {folder}: has no checkpoint, so there is nothing to export")
     state = checkpoint.load(path, method=run.method, config=plain(run))
-    versions = state["method_state"]["policies"]
+    versions = dict(state["method_state"]["policies"])
+    start = versions.pop("start")
     kind = config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")
     name = _choose(config, versions)
     note = json.dumps(_provenance(run, path, state["step"], kind, name), indent=1)
-    learned = _Learned(run, versions, DTYPES[config.dtype], note)
+    learned = _Learned(run, versions, start, DTYPES[config.dtype], note)
     with replacing(out) as partial:
         partial.mkdir()
         (partial / "afd.json").write_text(note + "\n", encoding="utf-8")
@@ -110,24 +112,14 @@ def start_network(run: RunConfig) -> CausalWan:
 def merged(
     network: CausalWan, adapters: Mapping[str, Tensor], lora: LoraConfig
 ) -> dict[str, Tensor]:
-    """A network's weights with adapters added: W + alpha / rank · B A, in the network's dtype.
-
-    Raises ConfigError where the adapters are not this network's.
-    """
+    """A network's weights with adapters added: W + alpha / rank · B A, in the network's dtype."""
     state = dict(network.state_dict())
     for name, b_OR in adapters.items():
         layer, adapter, _ = name.rpartition(".lora_B")
         if not adapter:
             continue
         change = (b_OR @ adapters[f"{layer}.lora_A.weight"]) * (lora.alpha / lora.rank)
-        weight = state.get(f"{layer}.weight")
-        if weight is None or weight.shape != change.shape:
-            there = "missing" if weight is None else list(weight.shape)
-            raise ConfigError(
-                f"student.checkpoint: {layer}.weight is {there}, the adapter needs "
-                f"{list(change.shape)}; these are not the weights that the run started from"
-            )
-        state[f"{layer}.weight"] = weight + change
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] + change
     return state
 
 
@@ -137,6 +129,7 @@ class _Learned:
 
     run: RunConfig
     versions: Mapping[str, Mapping[str, Tensor]]
+    start: str | None
     dtype: torch.dtype
     note: str
 
@@ -202,8 +195,12 @@ class _Learned:
         return lora, {k: v.to(self.dtype) for k, v in self.versions[version].items()}
 
     def _whole(self, network: CausalWan, version: str) -> dict[str, Tensor]:
-        lora, weights = self.run.student.lora, self.versions[version]
-        state = weights if lora is None else merged(network, weights, lora)
+        student, weights = self.run.student, self.versions[version]
+        state = weights
+        if student.lora is not None:
+            computed = torch.float32 if student.kind == "toy" else DTYPES[student.dtype]
+            refuse_another_start(self.start, start_digest(network, computed))
+            state = merged(network, weights, student.lora)
         return {name: tensor.to(self.dtype) for name, tensor in state.items()}
 
 

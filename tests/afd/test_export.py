@@ -16,13 +16,14 @@ from afd.config import ConfigError, RunConfig, make_config, plain, to_yaml
 from afd.export import ExportConfig, export
 from afd.models.causal_wan import CausalWan
 from afd.models.checkpoints import load_checkpoint, save_self_forcing
+from afd.models.config import DTYPES
 from afd.models.policies import Policies, make_policies
 from afd.models.toy import ToyStudent
 from afd.models.wan import WanStudent
 from afd.training import checkpoint
 from tests.afd.tiny_methods import make_afd, step, wan_batch, wan_student
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
-from tests.tolerances import NETWORK_FORWARD
+from tests.tolerances import NETWORK_BFLOAT16, NETWORK_FORWARD
 
 FRAMES, STEP = 3, 7
 RANK, ALPHA = 4, 6
@@ -65,7 +66,9 @@ def save_run(config: RunConfig, method_state: dict[str, Any]) -> None:
 class Run:
     """A run folder with one checkpoint: start weights, and versions that have moved from them."""
 
-    def __init__(self, folder: Path, *, lora: bool = True, ema: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, lora: bool = True, ema: bool = False, dtype: str = "float32"
+    ) -> None:
         self.folder, self.start = folder / "run", folder / "start.pt"
         save_self_forcing(self.start, generator=tiny())
         student = {
@@ -73,6 +76,7 @@ class Run:
             "checkpoint": str(self.start),
             "head_dim": 16,
             "text_len": 5,
+            "dtype": dtype,
             "lora": {"rank": RANK, "alpha": ALPHA} if lora else None,
         }
         self.config: RunConfig = make_config(
@@ -80,7 +84,7 @@ class Run:
         )
         names = ("theta", "old", "ema") if ema else ("theta", "old")
         self.policies: Policies = make_policies(
-            WanStudent(base(self), height=HEIGHT, width=WIDTH, frames=FRAMES),
+            WanStudent(base(self).to(DTYPES[dtype]), height=HEIGHT, width=WIDTH, frames=FRAMES),
             names,
             lora=self.config.student.lora,
         )
@@ -89,6 +93,7 @@ class Run:
             for name in names:
                 for master in self.policies.weights(name).masters:
                     master.add_(torch.randn(master.shape, generator=draw), alpha=0.1)
+                self.policies.weights(name).publish()
         save_run(self.config, {"policies": self.policies.state_dict()})
 
     def output(self, version: str) -> Tensor:
@@ -263,6 +268,24 @@ def test_weights_are_rounded_once_to_the_asked_dtype(run: Run, tmp_path: Path) -
     assert torch.equal(tensor, run.policies.weights("old").state_dict()[name].half())
 
 
+def test_a_bf16_run_exports_what_bf16_has_not_rounded(tmp_path: Path) -> None:
+    """The file's own start weights and the fp32 masters, though the network saw neither."""
+    run = Run(tmp_path, dtype="bfloat16")
+    file = run.export(out=tmp_path / "out", kind="self_forcing") / "model.pt"
+    held = load_checkpoint(file, ema=True, head_dim=16, text_len=5)
+    weights, expected = run.policies.weights("old").state_dict(), base(run).state_dict()
+    for name, value in weights.items():
+        if ".lora_B" in name:
+            layer = name.partition(".lora_B")[0]
+            change = value @ weights[f"{layer}.lora_A.weight"]
+            expected[f"{layer}.weight"] = expected[f"{layer}.weight"] + change * (ALPHA / RANK)
+    for name, value in held.state_dict().items():
+        assert torch.equal(value, expected[name])
+    with run.policies.using("old") as student:
+        rounded = forward(student.net, torch.bfloat16).float()
+    assert error(rounded, forward(held)) <= NETWORK_BFLOAT16
+
+
 def test_everything_says_where_it_comes_from(run: Run, tmp_path: Path) -> None:
     files = {
         "peft": "adapter_model.safetensors",
@@ -312,8 +335,11 @@ def test_the_command_exports_and_says_in_one_line_what_it_cannot(
 
 def test_start_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    save_self_forcing(run.start, generator=tiny(num_layers=1, text_len=5))
-    with pytest.raises(ConfigError, match="not the weights that the run started from"):
+    other = tiny()
+    with torch.no_grad():
+        other.get_parameter("head.head.weight")[0, 0] += 1
+    save_self_forcing(run.start, generator=other)
+    with pytest.raises(ConfigError, match="other weights than those that the run started from"):
         run.export(out=tmp_path / "out", kind="diffusers")
     assert not (tmp_path / "out").exists()
     run.start.unlink()
@@ -331,6 +357,7 @@ def test_what_afd_has_learned_is_what_is_exported(
     start = tmp_path / "start.pt"
     save_self_forcing(start, generator=wan_student().net)
     student = {"kind": "wan", "checkpoint": str(start), "head_dim": 16, "text_len": 5}
+    student |= {"dtype": "float32"}
     config = make_config({"out": str(tmp_path / "run"), "student": student | {"lora": lora}})
     method = make_afd(
         wan_student(), lora=config.student.lora, learning_rate=1e-2, old_decay_slope=0.25

@@ -211,8 +211,8 @@ def test_sharded_weights_are_their_own_masters_and_save_as_whole_ones(
     back.load_state_dict(plain.state_dict())
     metrics = optimizer.step(loss_of(sharded.student, dtype=torch.bfloat16))
     assert back.step(loss_of(again.student, dtype=torch.bfloat16)) == metrics
-    for name, versions in sharded.state_dict().items():
-        for key, value in versions.items():
-            assert torch.equal(value, again.state_dict()[name][key])
+    for name in sharded.names:
+        for key, value in sharded.weights(name).state_dict().items():
+            assert torch.equal(value, again.weights(name).state_dict()[key])
     with pytest.raises(ValueError, match="state"):
         again.weights("old").load_state_dict({})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from afd.config import ConfigError
 from afd.models.adapters import TARGETS
 from afd.models.config import LoraConfig
 from afd.models.graphs import FixedPasses
@@ -306,7 +307,26 @@ def test_the_state_comes_back_bit_for_bit(
     with pytest.raises(ValueError, match="state"):
         again.load_state_dict(state)
     with pytest.raises(ValueError, match="versions"):
-        again.load_state_dict({"theta": state["theta"]})
+        again.load_state_dict({"start": state["start"], "theta": state["theta"]})
+
+
+@KINDS
+@DTYPES
+def test_a_state_is_refused_on_other_start_weights_if_it_needs_them(
+    lora: LoraConfig | None, dtype: torch.dtype
+) -> None:
+    for names in (NAMES, ("theta", "old")):
+        other = student(dtype)
+        with torch.no_grad():
+            other.net.patch_embedding.weight[0, 0] += 1
+        state = make_policies(student(dtype), names, lora=lora).state_dict()
+        policies = make_policies(other, names, lora=lora)
+        if lora is None and "ref" not in names:
+            assert state["start"] is None
+            policies.load_state_dict(state)
+        else:
+            with pytest.raises(ConfigError, match="run started from"):
+                policies.load_state_dict(state)
 
 
 def test_adapters_start_alike_for_one_seed_and_leave_random_numbers_alone() -> None:

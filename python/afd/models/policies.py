@@ -9,12 +9,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
 
 from afd.models.adapters import Adapters
 from afd.models.causal_wan import CausalWan
+from afd.models.sources import weights_digest
 from afd.models.student import Student
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
@@ -31,13 +32,17 @@ class Policies(ABC):
     Attributes:
         student: the resting student, in which version names[0] is active.
         names: the versions with weights of their own. "ref", the frozen start, is not among them.
+        start: digest of the start weights, where a state means nothing without them; else None.
     """
 
-    def __init__(self, student: Student, names: tuple[str, ...], trained: tuple[str, ...]) -> None:
+    def __init__(
+        self, student: Student, names: tuple[str, ...], trained: tuple[str, ...], frozen: bool
+    ) -> None:
         own = tuple(name for name in names if name != REFERENCE)
         require(len(own) > 0 and len(set(own)) == len(own), "names", names, "different versions")
         require(set(trained) <= set(own), "trained", trained, f"some of {own}")
         self.student, self.names, self.trained = student, own, trained
+        self.start = start_digest(student.net) if frozen else None
         self._weights: dict[str, Weights] = {}
 
     @abstractmethod
@@ -53,15 +58,40 @@ class Policies(ABC):
         """name <- decay · name + (1 - decay) · source, on the masters; then published."""
         self.weights(name).average(self.weights(source), decay)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The masters of all versions: whole, fp32, on the CPU. Every process must ask."""
-        return {name: self._weights[name].state_dict() for name in self.names}
+    def state_dict(self) -> dict[str, Any]:
+        """The masters of all versions by name: whole, fp32, on the CPU; and `start`, the digest.
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """What `state_dict` gave, bit for bit, whatever the number of processes was."""
-        require(set(state) == set(self.names), "state", sorted(state), f"versions {self.names}")
+        Every process must ask.
+        """
+        versions = {name: self._weights[name].state_dict() for name in self.names}
+        return {"start": self.start, **versions}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave, bit for bit, whatever the number of processes was.
+
+        Raises ConfigError where it belongs to other start weights.
+        """
+        needed = {"start", *self.names}
+        require(set(state) == needed, "state", sorted(state), f"versions {self.names} and start")
+        refuse_another_start(state["start"], self.start)
         for name in self.names:
             self._weights[name].load_state_dict(state[name])
+
+
+def start_digest(net: CausalWan, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of a network's weights, rounded to a dtype: what adapters and a prior stand on."""
+    return weights_digest({name: x.to(dtype or x.dtype) for name, x in net.state_dict().items()})
+
+
+def refuse_another_start(there: str | None, now: str | None) -> None:
+    """ConfigError where a state's start weights are not those that were loaded."""
+    from afd.config import ConfigError
+
+    if there != now:
+        raise ConfigError(
+            "student.checkpoint: holds other weights than those that the run started from, without "
+            f"which its state means nothing (SHA-256 {there} there, {now} now)"
+        )
 
 
 class FullPolicies(Policies):
@@ -74,7 +104,7 @@ class FullPolicies(Policies):
         trained: tuple[str, ...],
         shard: Callable[[CausalWan], object],
     ) -> None:
-        super().__init__(student, names, trained)
+        super().__init__(student, names, trained, frozen=REFERENCE in names)
         others = [name for name in names if name != self.names[0]]
         self._students = {self.names[0]: student} | {name: _copy(student) for name in others}
         for version in self._students.values():
@@ -102,7 +132,7 @@ class LoraPolicies(Policies):
         lora: LoraConfig,
         seed: int,
     ) -> None:
-        super().__init__(student, names, trained)
+        super().__init__(student, names, trained, frozen=True)
         self.adapters = Adapters(student.net, self.names, lora, seed)
         for name in trained:
             for parameter in self.adapters.parameters(name).values():
@@ -126,7 +156,7 @@ def make_policies(
     trained: tuple[str, ...] = ("theta",),
     lora: LoraConfig | None = None,
     seed: int = 0,
-    shard: Callable[[CausalWan], object] = lambda net: None,
+    shard: Callable[[CausalWan], object] | None = None,
 ) -> Policies:
     """Versions of a student, all equal to it.
 
@@ -138,6 +168,7 @@ def make_policies(
         seed: of the adapters' A.
         shard: called with every network, adapters in place, before its masters are made.
     """
+    shard = shard or (lambda net: None)
     if lora is None:
         return FullPolicies(student, names, trained, shard)
     return LoraPolicies(student, names, trained, shard, lora, seed)
