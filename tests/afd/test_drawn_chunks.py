@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Generator, Tensor
 from afd.methods.config import AfdConfig, SftConfig
 from afd.methods.noised import Copies, draw_copies
 from afd.ops import intervals
+from tests.afd.tiny_methods import make_afd, make_sft, toy_student
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_REORDERED as SAME
 
@@ -123,8 +125,9 @@ def test_chunks_are_drawn_for_each_copy_and_every_one_comes_up() -> None:
     share = copies.chunks_NM.flatten().bincount(minlength=4) / copies.chunks_NM.numel()
     assert share.tolist() == pytest.approx([0.25] * 4, abs=0.03)
     assert draws(chunks_per_update=None).chunks_NM is None
-    with pytest.raises(ValueError, match="chunks_per_update: got 5; needed: at most the 4"):
-        draws(chunks_per_update=5)
+    for refused in (draws, partial(make_afd, toy_student()), partial(make_sft, toy_student())):
+        with pytest.raises(ValueError, match="chunks_per_update: got 5; needed: at most the 4"):
+            refused(chunks_per_update=5)
 
 
 def test_drawn_frames_come_out_and_go_back_to_their_places() -> None:

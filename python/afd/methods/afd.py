@@ -22,7 +22,7 @@ from afd.evaluation.diagnostics import rank_agreement
 from afd.methods.advantage import optimality
 from afd.methods.base import Batch, Shown
 from afd.methods.config import AfdConfig
-from afd.methods.noised import Copies, draw_copies
+from afd.methods.noised import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import StudentOptimizer
 from afd.methods.rollouts import Rollouts, Streaming, roll_out, shower
 from afd.models.codec import Codec, Pixels
@@ -87,6 +87,7 @@ class Afd:
         self.times = policies.student.times(steps)
         self.first_times = policies.student.times(first_steps) if first_steps else None
         self.chunks = policies.student.frames // policies.student.chunk
+        check_chunks(config, self.chunks)
         # With old="current" the student anchors itself: v_old is its own, without gradient.
         self.old = "old" if config.old == "ema" else "theta"
         self.show = shower(critic, self.codec, video)

@@ -102,7 +102,8 @@ class AfdConfig(TimesConfig):
         default=None,
         ge=0,
         lt=1,
-        description="EMA of the student that is evaluated and exported; null: the old policy is",
+        description="largest decay (0.02 s at update s before that) of the EMA of the student that "
+        "is evaluated and exported; null: the old policy is",
     )
     physics_every: Count = Field(
         default=10,
@@ -127,7 +128,12 @@ class SftConfig(TimesConfig):
     context_noise: float = Field(
         default=0.1, ge=0, description="largest noise level of the clean context"
     )
-    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
+    ema_decay: float = Field(
+        default=0.95,
+        ge=0,
+        lt=1,
+        description="largest decay of the evaluated EMA of the student; 0.02 s at update s before",
+    )
 
 
 class LastStepConfig(StudentOptimizerConfig):
@@ -139,7 +145,12 @@ class LastStepConfig(StudentOptimizerConfig):
         description="whether gradients stop at the clean context or go through it",
     )
     prior_weight: float = Field(default=0.0, ge=0, description="weight of |v_theta - v_ref|²")
-    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="EMA of the evaluated policy")
+    ema_decay: float = Field(
+        default=0.95,
+        ge=0,
+        lt=1,
+        description="largest decay of the evaluated EMA of the student; 0.02 s at update s before",
+    )
 
 
 class GanConfig(LastStepConfig):

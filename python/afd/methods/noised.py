@@ -155,10 +155,16 @@ def draw_copies(
     seed_N = ops.draw_seeds(rows, generator)
     count = config.chunks_per_update
     if count is not None:
-        require(count <= chunks, "chunks_per_update", count, f"at most the {chunks} of a video")
+        check_chunks(config, chunks)
         order_NK = torch.rand(rows, chunks, generator=generator).argsort(1)
         chunks_NM = order_NK[:, :count].sort(1).values
     number_B = torch.arange(videos)
     video_N = (number_B - number_B[own][:1]).repeat(config.draws)
     every = Copies(video_N, t_NK, seed_N, rows, chunks_NM, level_N, context_seed_N)
     return every.of(torch.arange(rows).view(config.draws, videos)[:, own].flatten())
+
+
+def check_chunks(config: TimesConfig, chunks: int) -> None:
+    """Refuse to draw more chunks than a video has."""
+    count = config.chunks_per_update or 1
+    require(count <= chunks, "chunks_per_update", count, f"at most the {chunks} of a video")

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from afd.config import VideoConfig
 from afd.methods.base import Batch, Shown
 from afd.methods.config import SftConfig
-from afd.methods.noised import Copies, draw_copies
+from afd.methods.noised import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import StudentOptimizer
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
@@ -90,6 +90,7 @@ class Sft:
     ) -> None:
         self.policies, self.config, self.context_noise = policies, config, context_noise
         self.codec = codec or Pixels()
+        check_chunks(config, policies.student.frames // policies.student.chunk)
         self.times = policies.student.times(steps)
         self.first_times = policies.student.times(first_steps) if first_steps else None
         self.generator = Generator().manual_seed(seed)
