@@ -22,8 +22,11 @@ from afd.evaluation import vbench, videophy
 from afd.evaluation.config import EvalConfig, VBenchConfig, VideoPhyConfig
 from afd.evaluation.samples import evaluate
 from afd.evaluation.suites import Clip, Score
+from afd.models.toy import ToyStudent
+from afd.training.loop import train
 from afd.video import check_video, read_comment, read_video
 from tests.afd.tiny_videoalign import write_released
+from tests.afd.together import together
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ENTRIES = [
@@ -319,6 +322,75 @@ def test_the_shipped_file_holds_known_keys_only_and_every_key_has_a_description(
     for section in (EvalConfig, VBenchConfig, VideoPhyConfig, type(config.videoalign_mq)):
         for name, field in section.model_fields.items():
             assert field.description or hasattr(field.annotation, "model_fields"), name
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy run of one update."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    words = ["steps=1", "prompts_per_step=1", "teacher.count=2", "evaluation.kind=none"]
+    words += ["logging.tensorboard=false", "discriminator.warmup_steps=0", "video.fps=8"]
+    words += ["afd.samples_per_prompt=2", f"out={folder}", "name=mine"]
+    train(make_config({}, words), console=quiet())
+    return folder
+
+
+def test_a_run_is_evaluated_by_its_exported_weights_and_its_own_settings(
+    prompts: Path, rater: Path, run: Path
+) -> None:
+    given = {"run": str(run), "checkpoint": None, "suites": ["videophy2"], "steps": [1.0]}
+    out = prompts.parent / "samples"
+    evaluate(make(prompts, rater, **given), quiet())
+    evaluate(make(prompts, rater, version="theta", **given), quiet())
+    assert [p.name for p in (out / "mine").iterdir()] == ["step_000001", "step_000001-theta"]
+    seen = []
+    for step, version in (("step_000001", "evaluated"), ("step_000001-theta", "theta")):
+        folder = out / "mine" / step
+        (line, _) = manifest(folder)
+        made_of = json.loads(read_comment(folder / line["file"]) or "")["settings"]
+        # What the configuration says stays; the rest is the run's.
+        assert (made_of["steps"], made_of["chunk"], made_of["window"]) == ([1.0], 3, None)
+        assert line["student"] == made_of["checkpoint"]
+        assert line["student"].startswith(f"mine step_000001 {version} ")
+        student = ToyStudent.load(str(folder / "student" / "student.safetensors"))
+        seen.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in ToyStudent.load().parameters()])
+    # After one update the old policy has not moved yet with its student.
+    assert not torch.equal(seen[1], start)
+    assert evaluate(make(prompts, rater, **given), quiet()) == []
+
+
+def test_samples_of_another_student_of_the_same_name_are_refused(
+    prompts: Path, rater: Path, run: Path
+) -> None:
+    given = {"run": str(run), "checkpoint": None, "suites": ["videophy2"], "limit": 1}
+    evaluate(make(prompts, rater, **given), quiet())
+    note = prompts.parent / "samples" / "mine" / "step_000001" / "student" / "afd.json"
+    note.write_text(note.read_text().replace('"checkpoint_sha256": "', '"checkpoint_sha256": "0'))
+    with pytest.raises(ConfigError, match="samples of another student of the same name and step"):
+        evaluate(make(prompts, rater, **given), quiet())
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+        evaluate(make(prompts, rater, run=str(prompts), checkpoint=None), quiet())
+
+
+def test_several_processes_share_videos_and_ratings(prompts: Path, rater: Path) -> None:
+    alone = evaluate(
+        make(prompts, rater, name="alone", suites=["vbench", "videoalign_mq"]), quiet()
+    )
+    together(2, _evaluate_in_a_process, prompts, rater)
+    one, two = (prompts.parent / "samples" / name / "start" for name in ("alone", "shared"))
+    lines = manifest(two)
+    assert lines == manifest(one)
+    for line in lines:
+        same = [(folder / line["file"]).read_bytes() for folder in (one, two)]
+        assert same[0] == same[1]
+    shared = json.loads((two / "scores.json").read_text())["scores"]
+    assert [score["value"] for score in shared] == pytest.approx([s.value for s in alone], rel=1e-6)
+
+
+def _evaluate_in_a_process(prompts: Path, rater: Path) -> None:
+    config = make(prompts, rater, name="shared", suites=["vbench", "videoalign_mq"], batch=1)
+    evaluate(config, quiet())
 
 
 def test_one_verb_takes_a_run_or_a_configuration(
