@@ -85,7 +85,7 @@ def base(config: RunConfig, console: Console) -> None:
                 )
             lines = [_line(config, "teacher", len(requests), of_teacher)]
             lines.append(_line(config, "base", result.count, result.metrics))
-            write_samples(out / "samples.safetensors", result, config.evaluation.samples)
+            write_samples(out, result, config.evaluation.samples)
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (out / "evaluation.jsonl").write_text(text, encoding="utf-8")
         (out / "DONE").write_text("measured\n", encoding="utf-8")

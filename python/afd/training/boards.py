@@ -105,4 +105,4 @@ def _add_gif(
         encoded_image_string=file.getvalue(),
     )
     summary = Summary(value=[Summary.Value(tag=name, image=image)])
-    board.file_writer.add_summary(summary, step)
+    board._get_file_writer().add_summary(summary, step)

@@ -160,8 +160,9 @@ class Bar:
         self._mark(self._running, None)
         self._running = phase
         if phase not in self._rows:
-            fields = {"mean": None, "left": self._left, "began": None}
-            self._rows[phase] = self._phases.add_task(f"{LABELS[phase]:<13}", **fields)
+            self._rows[phase] = self._phases.add_task(
+                f"{LABELS[phase]:<13}", mean=None, left=self._left, began=None
+            )
         self._mark(phase, time.perf_counter())
 
     def advance(self, phase_s: dict[str, float]) -> None:

@@ -25,18 +25,28 @@ from torch import Tensor
 
 from afd import doctor
 from afd.config import ConfigError, RunConfig, differences, load_config, plain, to_yaml
-from afd.methods.base import Batch, Method
+from afd.methods.base import Batch, Method, Shown
 from afd.methods.build import build_method
 from afd.methods.optimizer import TrainingError
 from afd.ranks import ALONE, Ranks, join
 from afd.teachers.base import Teacher
 from afd.training import checkpoint
 from afd.training.caches import Store
-from afd.training.evaluate import Evaluation, make_evaluator, write_samples
+from afd.training.evaluate import (
+    RATE,
+    Evaluation,
+    Evaluator,
+    evaluation_prompts,
+    make_evaluator,
+    rolled,
+    write_samples,
+)
 from afd.training.logging import Timers, log_to, progress_bar
 from afd.training.records import Records
 from afd.training.stop import stop_request
 from afd.training.teacher import Sampler, Videos, open_teacher
+from afd.training.videos import write_side_by_side
+from afd.video import to_uint8
 
 _log = logging.getLogger("afd")
 
@@ -76,7 +86,7 @@ def train(
                 torch.set_num_threads(config.threads)
             checkpoint.seed_everything(config.seed)
             teacher = teacher or _open_teacher(config, console, ranks)
-            method = method or build_method(config, ranks, _prompts(teacher))
+            method = method or build_method(config, ranks, _prompts(config, teacher))
             trainer = Trainer(config, method, teacher, ranks)
             try:
                 return trainer.run(console)
@@ -123,10 +133,6 @@ def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
     return teacher if ranks.main else open_teacher(config, console)
 
 
-def _prompts(teacher: Teacher) -> list[str]:
-    return [request.prompt for request in teacher.requests]
-
-
 def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
     return Videos(
         teacher,
@@ -142,6 +148,25 @@ def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ran
 def _clips(videos: Videos, teacher: Teacher) -> Tensor:
     """Every clip of the teacher, float32 [N, F, 3, H, W] in [-1, 1]."""
     return torch.stack([videos.clip(request) for request in teacher.requests])
+
+
+def _prompts(config: RunConfig, teacher: Teacher) -> list[str]:
+    """Every prompt that the run will embed."""
+    asked = [request.prompt for request in teacher.requests]
+    return list(dict.fromkeys([*asked, *evaluation_prompts(config, teacher.requests)]))
+
+
+def _evaluator(
+    config: RunConfig, method: Method, teacher: Teacher, videos: Videos, ranks: Ranks
+) -> Evaluator | None:
+    return make_evaluator(
+        config,
+        lambda: _clips(videos, teacher),
+        codec=method.codec,
+        critic=getattr(method, "critic", None),
+        prompts=evaluation_prompts(config, teacher.requests),
+        ranks=ranks,
+    )
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -160,10 +185,10 @@ def _evaluate_newest(
     config: RunConfig, folder: Path, videos: int | None, ranks: Ranks
 ) -> Evaluation:
     teacher = open_teacher(config)
-    method = build_method(config, ranks, _prompts(teacher))
+    method = build_method(config, ranks, _prompts(config, teacher))
     path = checkpoint.latest(folder / "checkpoints")
     clips = _open_videos(config, method, teacher, ranks)
-    evaluate = make_evaluator(config, lambda: _clips(clips, teacher))
+    evaluate = _evaluator(config, method, teacher, clips, ranks)
     if path is None or evaluate is None:
         why = "has no checkpoint" if path is None else "has evaluation.kind=none"
         raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
@@ -183,7 +208,7 @@ class Trainer:
         self.teacher = teacher
         self.sampler = Sampler(teacher.requests, config.seed)
         self.videos = _open_videos(config, method, teacher, ranks)
-        self.evaluate = make_evaluator(config, lambda: _clips(self.videos, teacher))
+        self.evaluate = _evaluator(config, method, teacher, self.videos, ranks)
         self.step = 0
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
@@ -205,6 +230,9 @@ class Trainer:
             while self.step < config.steps and not stopping:
                 metrics = self._update(timers)
                 self._evaluate_on_the_way(timers)
+                if _due(self.step, config.logging.videos_every):
+                    with timers("evaluate"):
+                        self._show()
                 phase_s = timers.take()
                 self.elapsed_s = time.perf_counter() - began
                 self._record(metrics, phase_s)
@@ -241,6 +269,7 @@ class Trainer:
         count = self.config.prompts_per_step
         ahead = (self.config.steps - self.step - 1) * count
         requests = self.videos.draw(self.sampler, count, ahead)
+        self.asked = requests[0]
         own = self.ranks.share(count)
         prompts = [request.prompt for request in requests[own]]
         videos = self.videos.fetch(requests[own])
@@ -275,13 +304,31 @@ class Trainer:
         self.evaluated.add(self.step)
         return result
 
+    def _show(self) -> None:
+        """The teacher's and the student's video of the step's first prompt, for people."""
+        shown = self.method.shown
+        if shown is None:  # a method without rollouts
+            prompt, seed = self.asked.prompt, self.config.evaluation.seed
+            with self.method.evaluation_policy() as policy:
+                (x_1FCHW,) = rolled(policy, self.config, [prompt], [seed], [0])
+            shown = Shown(prompt, x_1FCHW[0])
+        if self.records is None:
+            return
+        with torch.no_grad():
+            (student,) = self.method.codec.decode(shown.x_FCHW[None].to(self.ranks.device))
+        left, right = (to_uint8(x).numpy() for x in (self.videos.clip(self.asked), student))
+        fps = self.config.video.fps or RATE
+        folder = self.out / "videos"
+        path, video_FHWC = write_side_by_side(folder, left, right, shown, self.step, fps)
+        self.records.video(self.step, path, video_FHWC, fps)
+
     def _finish(self) -> None:
         """The final evaluation on the full held-out set, its samples, and DONE last of all."""
         result = self._evaluate(self.config.evaluation.videos)
         if self.records is None:
             return
         if result is not None:
-            write_samples(self.out / "samples.safetensors", result, self.config.evaluation.samples)
+            write_samples(self.out, result, self.config.evaluation.samples)
         self.records.sync()
         (self.out / "DONE").write_text(f"{self.step} updates, {self.elapsed_s:.1f} s\n")
         _log.info("finished: %d updates in %.1f s", self.step, self.elapsed_s)
@@ -324,7 +371,7 @@ class Trainer:
         _log.info("continuing after update %d from %s", self.step, path)
         before = state["written_by"]["processes"]
         if before != self.ranks.world:
-            _log.info("%d processes continue what %d began", self.ranks.world, before)
+            _log.info("processes: %d now, %d before", self.ranks.world, before)
 
     def close(self) -> None:
         self.videos.close()
