@@ -23,7 +23,8 @@ from afd_kernels import dispatch, native
 
 PACKAGES = (
     "torch", "triton", "numpy", "einops", "rich", "PyYAML", "pydantic", "av", "safetensors",
-    "diffusers", "transformers", "peft", "ftfy", "httpx", "tensorboard", "matplotlib",
+    "diffusers", "transformers", "peft", "ftfy", "huggingface_hub", "httpx",
+    "tensorboard", "matplotlib",
 )  # fmt: skip
 # Package, its import name, and what it adds.
 OPTIONAL = (

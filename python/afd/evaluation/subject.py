@@ -14,7 +14,6 @@ from pydantic import Field
 
 from afd.config import ConfigError, RunConfig
 from afd.evaluation.config import EvalConfig
-from afd.models.checkpoints import read_weights
 from afd.models.config import WanStudentConfig
 from afd.models.toy import ToyStudent
 from afd.sample_config import SampleConfig, StreamConfig
@@ -131,10 +130,7 @@ def _export(
                 f"out: {samples} holds samples of another student of the same name and step; "
                 "choose another out= or name="
             )
-    else:
-        what = {"out": out, "kind": "diffusers", "version": config.version, "dtype": dtype}
-        export(folder, ExportConfig.model_validate(what))
-    if run.student.kind == "toy" and not _exported(samples, "toy").exists():
-        toy = ToyStudent.load(run.student.checkpoint)
-        toy.net.load_state_dict(read_weights(out / "transformer")[0])
-        toy.save(_exported(samples, "toy"), torch.float32)
+        return
+    kind = "toy" if run.student.kind == "toy" else "diffusers"
+    what = {"out": out, "kind": kind, "version": config.version, "dtype": dtype}
+    export(folder, ExportConfig.model_validate(what))
