@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from afd.config import make_config
 from afd.discriminators.config import LatentConfig
 from afd.discriminators.latent import LatentCritic
 from afd.methods.afd import Afd, versions
 from afd.methods.base import Batch
+from afd.methods.build import build_method
 from afd.methods.config import AfdConfig, SftConfig
 from afd.methods.sft import VERSIONS, Sft
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.sharding import shard_over
 from afd.ranks import Ranks, join
+from afd.training.loop import train
 from tests.afd.tiny_methods import CHANNELS, TEXT, WAN_STEPS, wan_batch, wan_student, words
 
 
@@ -54,23 +60,55 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
     return Afd(policies, critic, config, **how)
 
 
-def wan_updates(
-    name: str, parallel: str, updates: int, given: Path | None = None, left: Path | None = None
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Some updates of a tiny Wan; metrics and theta after them. `given`, `left`: files of states
-    to begin with and to leave behind; updates go on counting from the one given."""
+@dataclass(frozen=True)
+class Leg:
+    """Some updates of a method; `given`, `left`: files of the states before and after them."""
+
+    method: str
+    parallel: str
+    updates: int
+    given: Path | None = None
+    left: Path | None = None
+
+
+Walked = tuple[list[dict[str, float]], dict[str, Any]]
+
+
+def walk(legs: list[Leg]) -> list[Walked]:
+    """Metrics of each update of a tiny Wan, and theta after them, for each leg."""
     with join(make_config({})) as ranks:
-        method, first, said = wan_method(name, ranks, parallel), 0, []
-        if given is not None:
-            state = torch.load(given, weights_only=True)
-            method.load_state_dict(state["method"])
-            first = state["updates"]
-        for step in range(first, first + updates):
-            batch = sharing(wan_batch(step), ranks)
-            method.rollout(batch)
-            said.append(method.critic_step(batch) | method.student_step(batch))
-        state = method.state_dict()
-        if left is not None and ranks.main:
-            torch.save({"method": state, "updates": first + updates}, left)
-        # Tensors would need this process to live on until they are read.
-        return said, {k: v.numpy() for k, v in state["policies"]["theta"].items()}
+        return [_walk(leg, ranks) for leg in legs]
+
+
+def _walk(leg: Leg, ranks: Ranks) -> Walked:
+    method, first, said = wan_method(leg.method, ranks, leg.parallel), 0, []
+    if leg.given is not None:
+        state = torch.load(leg.given, weights_only=True)
+        method.load_state_dict(state["method"])
+        first = state["updates"]
+    for step in range(first, first + leg.updates):
+        batch = sharing(wan_batch(step), ranks)
+        method.rollout(batch)
+        said.append(method.critic_step(batch) | method.student_step(batch))
+    state = method.state_dict()
+    if leg.left is not None and ranks.main:
+        torch.save({"method": state, "updates": first + leg.updates}, leg.left)
+    ranks.barrier()
+    # Tensors would need this process to live on until they are read.
+    return said, {key: value.numpy() for key, value in state["policies"]["theta"].items()}
+
+
+def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:
+    """A run of a configuration in which one process is told to stop during an update."""
+    config = make_config(data)
+    with join(config) as ranks:
+        method = build_method(config, ranks)
+        rollout = method.rollout
+
+        def told(batch: Batch) -> None:
+            if ranks.rank == rank and batch.step == after:
+                os.kill(os.getpid(), signal.SIGINT)
+            rollout(batch)
+
+        method.rollout = told  # type: ignore[method-assign]
+        return train(config, method=method, console=Console(quiet=True)).value
