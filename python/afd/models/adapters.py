@@ -50,10 +50,10 @@ class Adapters:
             settings = PeftConfig(
                 r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=TARGETS
             )
-            with torch.random.fork_rng(), warnings.catch_warnings():
-                # PEFT warns of every adapter but the first.
+            # PEFT draws on the CPU, and warns of every adapter but the first.
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 inject_adapter_in_model(settings, net, adapter_name(version))
         # One list that all layers look at: switching does not walk through them.
         self._on: list[str] = [adapter_name(versions[0])]
