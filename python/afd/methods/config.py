@@ -154,7 +154,13 @@ class LastStepConfig(StudentOptimizerConfig):
 
 
 class GanConfig(LastStepConfig):
-    """softplus(-D) of the student's own videos: the baseline."""
+    """softplus(-D) of the student's own videos: the baseline.
+
+    Rate and prior are the toy's: at 1e-4, or with no prior, its videos lose the prompt.
+    """
+
+    learning_rate: float = Field(default=3e-5, ge=0, description="AdamW learning rate")
+    prior_weight: float = Field(default=10.0, ge=0, description="weight of |v_theta - v_ref|²")
 
 
 class DmdConfig(LastStepConfig):
