@@ -1,0 +1,61 @@
+"""The commands on the pages about training and evaluation are ones that work."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from afd.cli import _parser, main
+from afd.config import RunConfig, load_config, make_config
+from afd.evaluation.config import EvalConfig
+from afd.export import ExportConfig
+from afd.sample_config import SampleConfig
+
+ROOT = Path(__file__).parents[2]
+KINDS = {"train": RunConfig, "teacher": RunConfig, "eval": EvalConfig, "sample": SampleConfig}
+
+
+def commands(page: str, heading: str = "") -> list[list[str]]:
+    """The words after `afd` of every command in the page's code, from a heading to the next."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    part = text[text.index(f"## {heading}") :] if heading else text
+    part = part[: part.index("\n## ", 3)] if heading else part
+    lines = "".join(re.findall(r"```sh\n(.*?)```", part, re.S)).splitlines()
+    found = [re.fullmatch(r"(?:torchrun .*-m )?afd (.+)", line) for line in lines]
+    return [shlex.split(match[1]) for match in found if match]
+
+
+@pytest.mark.parametrize(
+    "words", [*commands("TRAINING.md"), *commands("EVALUATION.md")], ids=" ".join
+)
+def test_a_command_and_its_keys_exist(words: list[str]) -> None:
+    options = _parser().parse_args(words)
+    path = getattr(options, "config", getattr(options, "target", None))
+    kind = KINDS.get(options.command)
+    if options.command == "export":
+        make_config({}, options.overrides, "page", ExportConfig)
+    elif path is not None and path.suffix == ".yaml" and kind is not None:
+        load_config(ROOT / path, options.overrides, kind)
+
+
+def test_the_page_names_every_configuration_that_trains_at_this_size() -> None:
+    page = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
+    for path in (ROOT / "configs").glob("*_480x832.yaml"):
+        if "\nmethod: " in path.read_text(encoding="utf-8"):
+            assert path.name in page, path
+
+
+def test_the_laptop_commands_run_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for words in commands("TRAINING.md", "On a laptop first"):
+        assert main(words) == 0, words
+    assert "metrics" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "try" / "report.html").is_file()
+    assert len(list((tmp_path / "videos" / "try").glob("*.mp4"))) == 1
