@@ -28,6 +28,11 @@ PACKAGES = (
 )  # fmt: skip
 # Package, its import name, and what it adds.
 OPTIONAL = (
+    ("diffusers", "diffusers", "the autoencoder of Wan students", "afd[wan]"),
+    ("transformers", "transformers", "their text encoder, and VideoAlign", "afd[wan]"),
+    ("ftfy", "ftfy", "prompts cleaned as that encoder learnt them", "afd[wan]"),
+    ("peft", "peft", "LoRA of students and of VideoAlign", "afd[wan]"),
+    ("huggingface_hub", "huggingface_hub", "models by hub name", "afd[wan]"),
     ("flash-attn", "flash_attn", "attention on CUDA, timed beside ours", "afd[flash]"),
     ("xformers", "xformers", "attention on CUDA", "afd[xformers]"),
     ("pytest", "pytest", "the test suite", "afd[dev]"),
