@@ -12,19 +12,20 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from afd.config import flatten
 from afd.evaluation import report_curves as curves
 from afd.evaluation import report_words as words
 from afd.evaluation.report_charts import exposure, sprite
+from afd.evaluation.report_ran import config_table, facts, progress
 from afd.evaluation.report_read import (
-    COLUMNS,
     LABELS,
     Part,
     choose_prompts,
     pick_videos,
     read_parts,
+    runs,
     same_noise,
 )
+from afd.evaluation.report_video import is_video_run, video_page
 
 PROMPTS = 6
 ROLES = {
@@ -32,6 +33,8 @@ ROLES = {
     "base": "the student before",
     "afd": "adversarial distillation",
     "sft": "fits the teacher’s videos",
+    "gan": "learns through its last step",
+    "dmd": "matches distributions",
 }
 
 
@@ -51,7 +54,11 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("report_page.html").render(_page(run_dir))
+    if is_video_run(run_dir):
+        template, page = "report_video.html", video_page(run_dir)
+    else:
+        template, page = "report_page.html", _page(run_dir)
+    html = environment.get_template(template).render(page)
     path = run_dir / "report.html"
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -67,11 +74,11 @@ def _page(run_dir: Path) -> dict[str, Any]:
     parts = read_parts(run_dir)
     measured = {name: part.metrics for name, part in parts.items() if part.metrics}
     unfinished = {
-        part.name: _progress(part)
+        part.name: progress(part)
         for part in parts.values()
         if part.is_run and part.folder is not None and not part.finished
     }
-    shown = [name for name in COLUMNS if parts[name].folder is not None or parts[name].metrics]
+    shown = [name for name in parts if parts[name].folder is not None or parts[name].metrics]
     rows, frames = _video_rows(parts, shown)
     dates = [part.when for part in parts.values() if part.when is not None]
     return {
@@ -82,7 +89,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "plane": curves.plane(parts),
         "notices": list(_notices(parts, unfinished)),
         "parts": [{"name": n, "label": LABELS[n], "role": ROLES[n]} for n in shown],
-        "ways": ("", "one way", "two ways", "three ways", "four ways")[len(shown)],
+        "ways": ("", "one way", "two ways", "three ways", "four ways", "five ways")[len(shown)],
         "rows": rows,
         "frames": frames,
         "same_noise": same_noise(parts),
@@ -92,24 +99,19 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "charts_note": curves.charts_note(parts),
         "more_charts": [chart for chart in curves.more_charts(parts) if chart is not None],
         "timing": curves.timing(parts),
-        "facts": list(_facts(parts)),
+        "facts": list(facts(parts)),
         "warnings": [(part.label, text) for part in parts.values() for text in part.warnings],
-        "config": _config(parts),
+        "config": config_table(parts),
     }
-
-
-def _progress(part: Part) -> str:
-    steps = part.config.get("steps")
-    return f"update {part.step}" + (f" of {steps}" if steps else "")
 
 
 def _basis(parts: dict[str, Part]) -> str:
     """On how many videos and seeds the numbers stand, and what the words leave out."""
-    runs = [part for part in parts.values() if part.is_run and part.metrics]
-    if not runs:
+    ran = [part for part in runs(parts) if part.metrics]
+    if not ran:
         return ""
-    seeds = {str(part.evaluations[-1].get("seed")) for part in runs} - {"None"}
-    videos = {str(part.evaluations[-1].get("videos")) for part in runs} - {"None"}
+    seeds = {str(part.evaluations[-1].get("seed")) for part in ran} - {"None"}
+    videos = {str(part.evaluations[-1].get("videos")) for part in ran} - {"None"}
     text = f"Measured on {' and '.join(sorted(videos))} held-out videos. " if videos else ""
     if len(seeds) == 1:
         text += f"One training seed ({seeds.pop()}) each: another seed gives other numbers. "
@@ -212,53 +214,3 @@ def _table_note(parts: dict[str, Part]) -> str:
         facts += [f"{last['videos']} videos"] if "videos" in last else []
         notes.append(part.label + (f" ({', '.join(facts)})" if facts else ""))
     return "● best value of a student. " + ", ".join(notes) + "."
-
-
-# --- what ran ---
-
-
-def _facts(parts: dict[str, Part]) -> Iterator[tuple[str, str]]:
-    """Versions, machine and backends of the newest run."""
-    doctor = next((part.doctor for part in curves.runs(parts) if part.doctor), {})
-    for part in curves.runs(parts):
-        if part.folder is not None:
-            state = "finished" if part.finished else "unfinished"
-            when = part.when.strftime(", %Y-%m-%d %H:%M") if part.when else ""
-            yield (
-                part.label,
-                f"{state}, {_progress(part)}, seed {part.config.get('seed', '?')}{when}",
-            )
-    teacher = next(
-        (t for p in curves.runs(parts) if isinstance(t := p.config.get("teacher"), dict)), {}
-    )
-    source = parts["teacher"].source
-    if source is not None:
-        look = f", look “{teacher['style']}”" if teacher.get("kind") == "simulator" else ""
-        yield "Teacher", f"{len(source.requests)} finished videos{look}"
-    ops = doctor.get("ops")
-    for op, state in ops.items() if isinstance(ops, dict) else ():
-        chosen = state.get("chosen") if isinstance(state, dict) else state
-        yield f"afd.ops.{op}", f"{chosen} backend"
-    cpu = doctor.get("cpu")
-    if isinstance(cpu, dict):
-        model, threads, capability = (cpu.get(k, "?") for k in ("model", "threads", "capability"))
-        yield "CPU", f"{model}, {threads} threads, {capability}"
-    for key in ("afd", "python", "platform"):
-        if key in doctor:
-            yield key if key == "afd" else key.capitalize(), str(doctor[key])
-    packages = doctor.get("packages")
-    if isinstance(packages, dict):
-        yield "Packages", ", ".join(f"{name} {version}" for name, version in packages.items())
-
-
-def _config(parts: dict[str, Part]) -> dict[str, Any] | None:
-    """The resolved configurations side by side; keys in which they differ are marked."""
-    runs = [part for part in curves.runs(parts) if part.config]
-    if not runs:
-        return None
-    flat = [dict(flatten(part.config)) for part in runs]
-    rows = []
-    for key in dict.fromkeys(k for data in flat for k in data):
-        cells = [str(data.get(key, "–")) for data in flat]
-        rows.append({"key": key, "cells": cells, "differs": len(set(cells)) > 1})
-    return {"labels": [part.label for part in runs], "rows": rows}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from afd.evaluation import report_words as words
 from afd.evaluation.report_charts import Chart, Series, draw, window
-from afd.evaluation.report_read import LABELS, Part, numbers
+from afd.evaluation.report_read import LABELS, Part, numbers, runs
 
 CURVES = ("phys", "rend", "g_mae", "traj_fd")
 DEVIATIONS = (
@@ -16,10 +16,6 @@ DEVIATIONS = (
 )
 # Phases in the trainer's order; what lies between them is "other".
 PHASES = ("teacher", "rollout", "critic", "student", "evaluate", "other")
-
-
-def runs(parts: dict[str, Part]) -> list[Part]:
-    return [parts[name] for name in ("afd", "sft")]
 
 
 def plane(parts: dict[str, Part]) -> Chart | None:
@@ -48,10 +44,12 @@ def plane(parts: dict[str, Part]) -> Chart | None:
 
 
 def charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
+    # Of the run with a discriminator, if there is one.
+    run = next((part.name for part in runs(parts) if part.updates and part.name != "sft"), "afd")
     for key in CURVES:
         metric = next(metric for metric in words.METRICS if metric.key == key)
-        yield _evaluation_chart(parts, key, metric.name, metric.meaning)
-    yield _update_chart(
+        yield evaluation_chart(parts, key, metric.name, metric.meaning)
+    yield update_chart(
         parts,
         "r, the weight of the positive branch",
         "mean, and the share of samples at 0 and at 1",
@@ -61,51 +59,55 @@ def charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
             ("student/r_at_1", "at 1", "teacher"),
         ),
         zero=True,
+        run=run,
     )
-    yield _update_chart(
+    yield update_chart(
         parts,
         "Discriminator accuracy",
         "share of prompt-matched pairs in which the teacher’s video scores higher",
         (("critic/accuracy", "accuracy", "afd"),),
+        run=run,
     )
-    yield _update_chart(
+    yield update_chart(
         parts,
         "Discriminator margin",
         "mean score of the teacher’s video above the student’s; above 5 hints at a shortcut",
         (("critic/margin", "margin", "afd"),),
         zero=True,
+        run=run,
     )
-    yield _update_chart(
+    yield update_chart(
         parts,
         "Does the score rank physics?",
         "correlation of the score with minus each error, within the samples of one prompt",
         _agreements(parts),
         zero=True,
     )
-    yield _update_chart(parts, "AFD loss", "", (("student/loss", "student", "afd"),))
-    yield _update_chart(
-        parts, "Discriminator loss", "", (("critic/loss", "discriminator", "teacher"),)
-    )
-    yield _update_chart(
+    lines = (("student/loss", "student", run),)
+    yield update_chart(parts, f"{LABELS[run]} loss", "", lines, run=run)
+    lines = (("critic/loss", "discriminator", "teacher"),)
+    yield update_chart(parts, "Discriminator loss", "", lines, run=run)
+    yield update_chart(
         parts,
         "How far the student is from",
         "mean squared difference of velocities",
         DEVIATIONS,
         zero=True,
+        run=run,
     )
     sft = (("student/loss", "student", "sft"),)
-    yield _update_chart(parts, "SFT loss", "", sft, run="sft")
+    yield update_chart(parts, "SFT loss", "", sft, run="sft")
 
 
 def _agreements(parts: dict[str, Part]) -> tuple[tuple[str, str, str], ...]:
     """Lines for what the discriminator's score agrees with, physics first."""
     names = {f"agreement/{metric.key}": metric.name.lower() for metric in words.METRICS}
-    keys = sorted((k for k in names if k in _keys(parts["afd"])), key=list(names).index)
+    found = sorted((k for k in names if k in keys(parts["afd"])), key=list(names).index)
     colors = ("afd", "sft", "teacher", "base")
-    return tuple((k, names[k], color) for k, color in zip(keys, colors, strict=False))
+    return tuple((k, names[k], color) for k, color in zip(found, colors, strict=False))
 
 
-def _keys(part: Part) -> list[str]:
+def keys(part: Part) -> list[str]:
     """Names of everything the run logged, in the order of their first appearance."""
     reserved = ("step", "time_s")
     return [
@@ -113,7 +115,7 @@ def _keys(part: Part) -> list[str]:
     ]
 
 
-def _evaluation_chart(parts: dict[str, Part], key: str, title: str, note: str) -> Chart | None:
+def evaluation_chart(parts: dict[str, Part], key: str, title: str, note: str) -> Chart | None:
     series = []
     for part in runs(parts):
         found = [(line["step"], numbers(line.get("metrics"))) for line in part.evaluations]
@@ -128,11 +130,11 @@ def _evaluation_chart(parts: dict[str, Part], key: str, title: str, note: str) -
     return draw(title, note, series, references, zero=True)
 
 
-def _update_chart(
+def update_chart(
     parts: dict[str, Part],
     title: str,
     note: str,
-    lines: tuple[tuple[str, str, str], ...],
+    lines: Sequence[tuple[str, str, str]],
     zero: bool = False,
     run: str = "afd",
 ) -> Chart | None:
@@ -153,15 +155,15 @@ def more_charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
     shown |= {key for key, _, _ in DEVIATIONS} | {"critic/accuracy", "critic/margin", "critic/loss"}
     shown |= {key for key, _, _ in _agreements(parts)}
     for part in runs(parts):
-        for key in _keys(part):
+        for key in keys(part):
             if key not in shown:
                 lines = ((key, part.label, part.name),)
-                yield _update_chart(parts, key, "", lines, run=part.name)
-    keys = dict.fromkeys(k for part in runs(parts) for k in part.metrics if k not in CURVES)
+                yield update_chart(parts, key, "", lines, run=part.name)
+    measured = dict.fromkeys(k for part in runs(parts) for k in part.metrics if k not in CURVES)
     names = {metric.key: metric for metric in words.METRICS}
-    for key in keys:
+    for key in measured:
         metric = names.get(key)
-        yield _evaluation_chart(
+        yield evaluation_chart(
             parts, key, metric.name if metric else key, metric.meaning if metric else ""
         )
 

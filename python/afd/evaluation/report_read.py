@@ -23,7 +23,8 @@ from afd.teachers.folder import FolderTeacher
 from afd.video import VideoError, read_video, to_uint8
 
 COLUMNS = ("teacher", "base", "afd", "sft")
-LABELS = {"teacher": "Teacher", "base": "Base", "afd": "AFD", "sft": "SFT"}
+RUNS = ("afd", "sft", "gan", "dmd")
+LABELS = {"teacher": "Teacher", "base": "Base"} | {name: name.upper() for name in RUNS}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Part:
 
     @property
     def is_run(self) -> bool:
-        return self.name in ("afd", "sft")
+        return self.name in RUNS
 
     @property
     def prompts(self) -> list[str]:
@@ -94,13 +95,12 @@ def read_parts(run_dir: Path) -> dict[str, Part]:
         run = _part("afd", run_dir)
         name = str(run.config.get("method") or _method_of(run) or "afd")
         parts = {n: Part(n) for n in COLUMNS} | {"teacher": _part("teacher", run_dir / "teacher")}
-        if name in ("afd", "sft"):
+        if name in RUNS:
             parts[name] = replace(run, name=name)
     else:
         parts = {name: _part(name, run_dir / name) for name in COLUMNS}
-    runs = [parts["afd"], parts["sft"]]
     if parts["teacher"].folder is None:
-        for run in runs:
+        for run in runs(parts):
             named = run.config.get("teacher")
             named = named if isinstance(named, dict) else {}
             if named.get("path") and Path(named["path"]).is_dir():
@@ -108,10 +108,15 @@ def read_parts(run_dir: Path) -> dict[str, Part]:
     parts = _route(parts)
     if not parts["base"].evaluations:
         # Before its first update a run is the base student.
-        lines = parts["afd"].evaluations[:1] + parts["sft"].evaluations[:1]
+        lines = [line for run in runs(parts) for line in run.evaluations[:1]]
         starts = [line for line in lines if line["step"] == 0]
         parts["base"] = replace(parts["base"], evaluations=starts[:1])
     return parts
+
+
+def runs(parts: dict[str, Part]) -> list[Part]:
+    """The columns that are trained students, those that have no folder included."""
+    return [part for part in parts.values() if part.is_run]
 
 
 def _part(name: str, folder: Path, manifest: str | None = None) -> Part:
@@ -147,11 +152,11 @@ def _method_of(run: Part) -> str | None:
 
 def _route(parts: dict[str, Part]) -> dict[str, Part]:
     """Evaluations go to the column that their method names: base/ may hold the teacher's too."""
-    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in COLUMNS}
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
     for name, part in parts.items():
         for line in part.evaluations:
             method = line.get("method")
-            lines[method if method in COLUMNS and not part.is_run else name].append(line)
+            lines[method if method in parts and not part.is_run else name].append(line)
     return {name: replace(part, evaluations=by_step(lines[name])) for name, part in parts.items()}
 
 
@@ -304,7 +309,7 @@ def pick_videos(parts: dict[str, Part], prompt: str) -> Iterator[tuple[str, np.n
 
 def _shape(parts: dict[str, Part]) -> dict[str, Any]:
     """The size in which the trainer saw the teacher's videos (the toy's where no config tells)."""
-    configs = (parts[name].config.get("video") for name in ("afd", "sft"))
+    configs = (run.config.get("video") for run in runs(parts))
     video = next((config for config in configs if isinstance(config, dict)), {})
     return {"frames": 12, "height": 16, "width": 16} | {
         key: video[key] for key in ("frames", "height", "width", "fps") if key in video

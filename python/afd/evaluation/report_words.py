@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from afd.evaluation.physics import DEFINITIONS
-from afd.evaluation.report_read import LABELS
+from afd.evaluation.report_read import LABELS, RUNS
 
 Metrics = dict[str, dict[str, float]]
 
@@ -81,7 +81,7 @@ def best(metric: Metric, values: dict[str, float]) -> set[str]:
 
 def headline(metrics: Metrics, unfinished: dict[str, str]) -> Headline:
     """Title and paragraph. `unfinished` says of a run how far it is ("update 150 of 400")."""
-    runs = [name for name in ("afd", "sft") if "phys" in metrics.get(name, {})]
+    runs = [name for name in RUNS if "phys" in metrics.get(name, {})]
     base = metrics.get("base", {})
     if not runs:
         return Headline(
@@ -95,7 +95,7 @@ def headline(metrics: Metrics, unfinished: dict[str, str]) -> Headline:
         )
     title = _title({name: _deeds(name, metrics) for name in runs})
     sentences = [_physics(runs, metrics), _gravity(runs, metrics), _look(runs, metrics)]
-    if len(runs) > 1:
+    if {"afd", "sft"} <= set(runs):
         sentences.append(_compare(metrics))
     for name, progress in unfinished.items():
         sentences.append(f"{LABELS[name]} is unfinished ({progress}): its numbers are provisional.")
