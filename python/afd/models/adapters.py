@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -46,20 +46,24 @@ class Adapters:
         from peft.tuners.lora import LoraLayer
 
         self.net, self.versions = net, versions
+        settings = PeftConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=TARGETS
+        )
         for version in versions:
-            settings = PeftConfig(
-                r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=TARGETS
-            )
-            # PEFT draws on the CPU, and warns of every adapter but the first.
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            with warnings.catch_warnings():
+                # PEFT warns of every adapter but the first.
                 warnings.simplefilter("ignore", UserWarning)
-                torch.default_generator.manual_seed(seed)
-                inject_adapter_in_model(settings, net, adapter_name(version))
+                # Without memory: it would draw all of them twice, a minute at real size.
+                inject_adapter_in_model(
+                    settings, net, adapter_name(version), low_cpu_mem_usage=True
+                )
         # One list that all layers look at: switching does not walk through them.
         self._on: list[str] = [adapter_name(versions[0])]
+        generator = torch.Generator().manual_seed(seed)
         for module in net.modules():
             if isinstance(module, LoraLayer):
                 module._active_adapter = self._on
+                _fill(module, generator)
         net.requires_grad_(False)
         net.adapters = self
 
@@ -95,3 +99,15 @@ class Adapters:
             for name, parameter in self.net.named_parameters()
             if name.endswith(part) and (".lora_A." in name or ".lora_B." in name)
         }
+
+
+def _fill(layer: Any, generator: torch.Generator) -> None:
+    """Give a `LoraLayer`'s adapters memory: B = 0, and one A for all, uniform as PEFT has it."""
+    like = layer.get_base_layer().weight
+    bound = layer.in_features**-0.5
+    a_RI = torch.empty(next(iter(layer.lora_A.values())).weight.shape)
+    a_RI.uniform_(-bound, bound, generator=generator)
+    for parts, value in ((layer.lora_A, a_RI), (layer.lora_B, None)):
+        for linear in parts.values():
+            weight = torch.zeros(linear.weight.shape, dtype=like.dtype, device=like.device)
+            linear.weight = nn.Parameter(weight if value is None else weight.copy_(value))
