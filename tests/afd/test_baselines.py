@@ -6,7 +6,6 @@ Every property is held on the toy, on a tiny Wan student and on its adapters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -430,21 +429,20 @@ def test_the_gradient_at_the_video_is_the_direction_itself() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "updates"), [("gan", 60), ("dmd", 70)])
-def test_the_baselines_learn_the_fall(name: str, updates: int) -> None:
+def test_the_gan_learns_the_fall() -> None:
     prompts = (list(PROMPTS) * 6)[:200]
     teacher, _ = sample_videos(attribute_table(prompts), "target", "nuis", Generator())
-    held_out = list(PROMPTS) * 4
-    method = build_method(make_config({"method": name, "discriminator": {"loss": "gan"}}))
+    held_out, seeds = list(PROMPTS) * 4, range(10**6, 10**6 + 144)
+    method: Any = build_method(make_config({"method": "gan", "discriminator": {"loss": "gan"}}))
 
-    def look(of: Callable[[], Any]) -> dict[str, float]:
-        with of() as policy:
-            return measure(rollout(policy, held_out, range(10**6, 10**6 + 144)), held_out)
+    def measured() -> dict[str, float]:
+        with method.evaluation_policy() as policy:
+            return measure(rollout(policy, held_out, seeds), held_out)
 
-    before, generator = look(method.evaluation_policy), Generator().manual_seed(1)
-    for step in range(updates):
+    before, generator = measured(), Generator().manual_seed(1)
+    for step in range(45):
         pick = torch.randint(len(prompts), (8,), generator=generator)
         update(method, Batch(step, [prompts[i] for i in pick], teacher[pick]))
-    after = look(method.evaluation_policy)
-    assert after["g_mae"] < 0.75 * before["g_mae"]
-    assert after["phys"] < 0.75 * before["phys"]
+    after = measured()
+    assert after["phys"] < 0.8 * before["phys"]
+    assert after["rend"] < before["rend"] + 0.02

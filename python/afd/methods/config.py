@@ -174,7 +174,7 @@ class DmdConfig(LastStepConfig):
         description="what fits them: x0: squared error of the clean video over max(t, 0.1); "
         "velocity: of the velocity, as flow matching has it",
     )
-    score_updates: Count = Field(default=5, description="updates of both per student step")
+    score_updates: Count = Field(default=3, description="updates of both per student step")
     score_warmup_steps: Natural = Field(
         default=20, description="their updates before the first student step"
     )
