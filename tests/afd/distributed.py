@@ -112,3 +112,9 @@ def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:
 
         method.rollout = told  # type: ignore[method-assign]
         return train(config, method=method, console=Console(quiet=True)).value
+
+
+def run(data: dict[str, Any]) -> None:
+    """A run of a configuration, to its end, in a process of its own."""
+    torch.set_num_threads(1)
+    train(make_config(data), console=Console(quiet=True))
