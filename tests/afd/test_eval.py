@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from afd.cli import main
-from afd.config import ConfigError, make_config
+from afd.config import ConfigError, load_config, make_config
 from afd.discriminators.videoalign_model import VideoAlign
 from afd.evaluation import vbench, videophy
 from afd.evaluation.config import EvalConfig, VBenchConfig, VideoPhyConfig
@@ -25,6 +25,7 @@ from afd.evaluation.suites import Clip, Score
 from afd.models.toy import ToyStudent
 from afd.training.loop import train
 from afd.video import check_video, read_comment, read_video
+from tests.afd.released_models import overrides, write_models
 from tests.afd.tiny_videoalign import write_released
 from tests.afd.together import together
 
@@ -373,10 +374,37 @@ def test_samples_of_another_student_of_the_same_name_are_refused(
         evaluate(make(prompts, rater, run=str(prompts), checkpoint=None), quiet())
 
 
+def test_a_wan_run_brings_its_own_size_files_and_rater(tmp_path: Path) -> None:
+    models = write_models(tmp_path / "models")
+    scorer = models / "checkpoints" / "VideoReward"
+    words = [f"student.checkpoint={models}/checkpoints/self_forcing_dmd.pt", "steps=1"]
+    words += ["evaluation.kind=none", "logging.tensorboard=false", "logging.videos_every=0"]
+    # Unused by this method, but the run says it.
+    words += ["discriminator={kind: videoalign}", f"discriminator.checkpoint={scorer}"]
+    words += [f"discriminator.base={models}/videoalign/base", f"out={tmp_path / 'run'}"]
+    small = overrides(models, "sft")
+    train(load_config(CONFIGS / "sft_self_forcing_480x832.yaml", small + words), console=quiet())
+    (tmp_path / "prompts.txt").write_text("the ball\n")
+    given = [f"run={tmp_path / 'run'}", f"out={tmp_path / 'samples'}", "device=cpu"]
+    given += ["suites=[videophy2, videoalign_mq]", "videoalign_mq.dtype=float32"]
+    given += [f"videophy2.prompts={tmp_path / 'prompts.txt'}"]
+    path = CONFIGS / "eval_self_forcing_480x832.yaml"
+    scores = evaluate(load_config(path, given, EvalConfig), quiet())
+    assert scores[0].metric == "VideoAlign MQ"
+    folder = tmp_path / "samples" / "sft_self_forcing_480x832" / "step_000001"
+    (video,) = (folder / "videos").iterdir()
+    check_video(video, frames=21)
+    # Where the rater is gone, that is said before the next video is made.
+    shutil.rmtree(scorer)
+    (tmp_path / "prompts.txt").write_text("the ball\na table\n")
+    with pytest.raises(FileNotFoundError, match="VideoReward"):
+        evaluate(load_config(path, given, EvalConfig), quiet())
+    assert list((folder / "videos").iterdir()) == [video]
+
+
 def test_several_processes_share_videos_and_ratings(prompts: Path, rater: Path) -> None:
-    alone = evaluate(
-        make(prompts, rater, name="alone", suites=["vbench", "videoalign_mq"]), quiet()
-    )
+    given = {"suites": ["vbench", "videoalign_mq"], "limit": 1}
+    alone = evaluate(make(prompts, rater, name="alone", **given), quiet())
     together(2, _evaluate_in_a_process, prompts, rater)
     one, two = (prompts.parent / "samples" / name / "start" for name in ("alone", "shared"))
     lines = manifest(two)
@@ -389,8 +417,8 @@ def test_several_processes_share_videos_and_ratings(prompts: Path, rater: Path) 
 
 
 def _evaluate_in_a_process(prompts: Path, rater: Path) -> None:
-    config = make(prompts, rater, name="shared", suites=["vbench", "videoalign_mq"], batch=1)
-    evaluate(config, quiet())
+    given = {"suites": ["vbench", "videoalign_mq"], "limit": 1}
+    evaluate(make(prompts, rater, name="shared", batch=1, **given), quiet())
 
 
 def test_one_verb_takes_a_run_or_a_configuration(

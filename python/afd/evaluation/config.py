@@ -75,7 +75,9 @@ class VideoAlignMqConfig(Section):
     )
     samples: Samples = Field(default=1, description="videos per prompt")
     checkpoint: str | None = Field(
-        default=None, description="the released VideoReward: folder, model.pth or hub name"
+        default=None,
+        description="the released VideoReward: folder, model.pth or hub name; null: what the run's "
+        "discriminator began as, with its base and checkout",
     )
     base: str | None = Field(
         default=None,

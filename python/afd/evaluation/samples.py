@@ -19,7 +19,7 @@ from rich.table import Table
 from afd.config import RunConfig
 from afd.evaluation import vbench, videoalign_mq, videophy
 from afd.evaluation.config import SEEDS, EvalConfig
-from afd.evaluation.subject import Subject, find_subject
+from afd.evaluation.subject import Subject, find_subject, with_rater
 from afd.evaluation.suites import Clip, Prompt, Score, write_csv, write_whole
 from afd.lock import only_one
 from afd.ranks import Ranks, join
@@ -36,6 +36,7 @@ def evaluate(config: EvalConfig, console: Console) -> list[Score]:
     Under torchrun the processes share videos and ratings. Raises ConfigError for a configuration or
     file that is wrong, before the first video is made.
     """
+    config = with_rater(config)
     clips = [clip for suite in config.suites for clip in _clips(config, suite)]
     subject = find_subject(config)
     folder = (config.out or Path("samples")) / subject.name / subject.step
@@ -47,6 +48,8 @@ def evaluate(config: EvalConfig, console: Console) -> list[Score]:
     ):
         if ranks.main:
             vbench.check_disk(folder, [clip.prompt for clip in clips])
+            if not all((videos / clip.file).exists() for clip in clips):
+                _check_rater(config)
             subject.export(folder)
         ranks.barrier()
         stream = subject.stream(folder, videos, ranks.device)
@@ -59,6 +62,12 @@ def evaluate(config: EvalConfig, console: Console) -> list[Score]:
             _write_scores(folder, subject, scores)
             _show(config, console, folder, scores, clips)
     return scores
+
+
+def _check_rater(config: EvalConfig) -> None:
+    """What rates comes last; that it is there is known first."""
+    if "videoalign_mq" in config.suites:
+        videoalign_mq.check_files(config.videoalign_mq)
 
 
 def _clips(config: EvalConfig, suite: str) -> list[Clip]:

@@ -13,10 +13,13 @@ import torch
 from pydantic import Field
 
 from afd.config import ConfigError, RunConfig
+from afd.discriminators.config import VideoAlignConfig
 from afd.evaluation.config import EvalConfig
 from afd.models.config import WanStudentConfig
 from afd.models.toy import ToyStudent
 from afd.sample_config import SampleConfig, StreamConfig
+from afd.training import checkpoint
+from afd.training.loop import load_run
 
 # What a file, and not a run, is given as its step.
 START = "start"
@@ -74,10 +77,23 @@ def find_subject(config: EvalConfig) -> Subject:
     return Subject(name, START, config.checkpoint, settings, lambda folder: None)
 
 
-def _of_run(config: EvalConfig, folder: Path, settings: dict[str, Any]) -> Subject:
-    from afd.training import checkpoint
-    from afd.training.loop import load_run
+def with_rater(config: EvalConfig) -> EvalConfig:
+    """The configuration with the VideoAlign of the run's discriminator, where it names none."""
+    rater = config.videoalign_mq
+    if config.run is None or rater.checkpoint is not None:
+        return config
+    scorer = load_run(config.run).discriminator
+    if not isinstance(scorer, VideoAlignConfig) or scorer.checkpoint is None:
+        return config
+    theirs = {
+        "checkpoint": str(scorer.checkpoint),
+        "base": rater.base or scorer.base,
+        "checkout": rater.checkout or scorer.checkout,
+    }
+    return config.model_copy(update={"videoalign_mq": rater.model_copy(update=theirs)})
 
+
+def _of_run(config: EvalConfig, folder: Path, settings: dict[str, Any]) -> Subject:
     run = load_run(folder)
     path = checkpoint.latest(folder / "checkpoints")
     if path is None:

@@ -18,6 +18,7 @@ from afd.config import ConfigError
 from afd.evaluation.config import VideoAlignMqConfig
 from afd.evaluation.suites import Clip, Prompt, Score, read_rows, read_text, write_csv, write_whole
 from afd.models.config import DTYPES
+from afd.models.sources import local_copy
 from afd.ranks import Ranks
 from afd.video import read_video
 
@@ -39,6 +40,20 @@ def read(config: VideoAlignMqConfig) -> list[Prompt]:
     rows = read_rows(config.prompts, "videoalign_mq.prompts", ("prompt",))
     texts = dict.fromkeys(row["prompt"].strip() for row in rows)
     return [Prompt(index, text, text, config.samples) for index, text in enumerate(texts)]
+
+
+def check_files(config: VideoAlignMqConfig) -> None:
+    """Raises FileNotFoundError or ConfigError where a file that rating needs is not there."""
+    from afd.discriminators.videoalign_model import BASE, Settings, find_files
+    from afd.discriminators.videoalign_prompt import read_template
+
+    assert config.checkpoint is not None
+    try:
+        settings = Settings.read(find_files(config.checkpoint)[1])
+        local_copy(config.base or settings.base, ("config.json", "tokenizer*"), BASE)
+        read_template(config.checkout, settings.template)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def write(path: Path, clips: Sequence[Clip], videos: Path, fps: float, frames: int) -> None:
