@@ -25,7 +25,7 @@ from torch import Tensor
 
 from afd import ops
 from afd.config import VideoConfig
-from afd.methods.base import Batch, Shown, draw_times
+from afd.methods.base import Batch, draw_times
 from afd.methods.config import DmdConfig
 from afd.methods.last_step import LastStepMethod, clean, pieces
 from afd.methods.optimizer import StudentOptimizer
@@ -36,6 +36,8 @@ from afd.models.student import Student
 from afd.ranks import ALONE, Ranks
 
 FIELDS = ("real", "fake")
+# A squared error of x0 is divided by max(t, smallest)^power: |v - v*|² is |x0 - x0*|² / t².
+WEIGHTING = {"x0": (0.1, 1), "velocity": (1e-3, 2)}
 
 
 class Dmd(LastStepMethod):
@@ -103,9 +105,7 @@ class Dmd(LastStepMethod):
                 shown = (x0_BFCHW[part], x_t[part], t_BK[part], text_BLE[part])
                 error = (self._x0(student, *shown) - x0_BFCHW[part]).square()
                 error_BK = error.unflatten(1, (self.chunks, -1)).mean((2, 3, 4, 5))
-                # |v - v*|² is |x0 - x0*|² / t².
-                weigh = {"x0": (0.1, 1), "velocity": (1e-3, 2)}
-                smallest, power = weigh[self.config.score_loss]
+                smallest, power = WEIGHTING[self.config.score_loss]
                 weight_BK = t_BK[part].clamp_min(smallest) ** -power
                 self.fits[name].add((error_BK * weight_BK).mean(1).sum() / count)
         return self.fits[name].step()
@@ -130,9 +130,6 @@ class Dmd(LastStepMethod):
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
-        self.shown = None
-        if rollouts.prompts:
-            self.shown = Shown(rollouts.prompts[0], rollouts.x_BFCHW[0].cpu())
         if self.fits["fake"].updates >= self.config.score_warmup_steps:
             metrics = self._update(rollouts, batch)
         self._rollouts = None

@@ -9,6 +9,7 @@ Shape letters: B rollouts of this process, F frames, C channels, H x W pixels or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from afd.config import VideoConfig
 from afd.discriminators.base import DifferentiableCritic
-from afd.methods.base import Batch, Shown
+from afd.methods.base import Batch
 from afd.methods.config import GanConfig
 from afd.methods.last_step import LastStepMethod
 from afd.methods.rollouts import Rollouts, Streaming, shower
@@ -75,9 +76,6 @@ class Gan(LastStepMethod):
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
-        self.shown = None
-        if rollouts.prompts:
-            self.shown = Shown(rollouts.prompts[0], rollouts.x_BFCHW[0].cpu())
         if batch.step >= self.critic.config.warmup_steps:
             metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
         self._rollouts = None
@@ -93,6 +91,8 @@ class Gan(LastStepMethod):
             self.optimizer.add(loss / count)
             scores.append(score_B.detach())
             priors.append(prior_B.detach())
+        assert self.shown is not None
+        self.shown = replace(self.shown, score=float(scores[0][0]))
         return self._finish_update(score_mean=scores, prior=priors)
 
     def state_dict(self) -> dict[str, Any]:

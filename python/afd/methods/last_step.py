@@ -69,6 +69,7 @@ class LastStepMethod:
                 show=self.show,
                 keep_last_inputs=True,
             )
+        self.shown = Shown(self._rollouts.prompts[0], self._rollouts.x_BFCHW[0].cpu())
 
     def _current(self) -> Rollouts:
         if self._rollouts is None:
