@@ -45,8 +45,9 @@ class VideoConfig(Section):
 
     codec_match: bool = Field(
         default=False,
-        description="put the student's videos through the h264 codec that the teacher's went "
-        "through, so that the discriminator cannot tell them by its traces",
+        description="put the student's videos, where pixels are looked at, through the h264 codec "
+        "that the teacher's went through, so that the discriminator cannot tell them by its "
+        "traces; teacher's clips that had to be scaled go through it at this size again",
     )
     crf: Natural = Field(default=18, description="rate factor of that codec; lower is better")
 

@@ -49,8 +49,6 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
         critic = build_critic(config, student, ranks)
     names, trained = versions(config)
     section = config.student
-    if section.lora is not None:
-        need("student.lora", "peft")
     policies = make_policies(
         student,
         names,
