@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,9 @@ from afd.config import VideoConfig
 from afd.models.text import TextEncoder
 from afd.models.vae import VideoVAE
 from afd.models.wan_loading import Texts
+from afd.ranks import Ranks
 from afd.sample_config import SampleConfig
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
 from afd.training.caches import Store, file_hash, files_identity
 from afd.training.teacher import Sampler, Videos
@@ -301,6 +306,46 @@ def test_the_next_draw_is_decoded_while_this_one_is_used(tmp_path: Path) -> None
     assert videos.fetch([coming]).shape == (1, 9, 3, 16, 24)
     assert not videos._coming
     videos.close()
+
+
+class Messages(Ranks):
+    """One of two processes whose messages from the main one are carried by hand."""
+
+    def __init__(self, rank: int, carried: list[str]) -> None:
+        super().__init__(rank, 2)
+        object.__setattr__(self, "carried", carried)
+
+    def same(self, value: Any) -> Any:
+        if self.main:
+            self.carried.append(json.dumps(value))
+        return json.loads(self.carried[-1])
+
+
+class Silent:
+    """A teacher that only the main process may ask."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+
+    def answer(self, request: Request) -> Path:
+        raise AssertionError("a second process asked the teacher")
+
+
+def test_one_process_asks_the_teacher_and_each_decodes_its_share(tmp_path: Path) -> None:
+    teacher, carried = folder_teacher(tmp_path / "clips", count=5), []
+    alone = Videos(teacher, VIDEO)
+    samplers = [Sampler(teacher.requests, seed=2) for _ in range(3)]
+    main = Videos(teacher, VIDEO, ranks=Messages(0, carried))
+    other = Videos(Silent(teacher.requests), VIDEO, ranks=Messages(1, carried))
+    for _ in range(4):
+        drawn = alone.draw(samplers[0], 3, ahead=6)
+        assert main.draw(samplers[1], 3, ahead=6) == drawn
+        assert other.draw(samplers[2], 3, ahead=6) == drawn
+        whole = alone.fetch(drawn)
+        parts = [v.fetch(drawn[v._ranks.share(3)]) for v in (main, other)]
+        assert [len(part) for part in parts] == [1, 2]
+        assert torch.equal(torch.cat(parts), whole)
+    assert samplers[2].state_dict() == samplers[0].state_dict()
 
 
 def test_a_clip_that_cannot_be_decoded_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
