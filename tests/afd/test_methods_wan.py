@@ -118,12 +118,13 @@ def velocities(method: Afd, batch: Batch) -> dict[tuple[str, str], Tensor]:
         method.config, len(rollouts.prompts), method.chunks, method.times, torch.Generator()
     )
     x0, found, config = rollouts.x_BFCHW[copies.video_N], {}, method.config
+    x_t = copies.noise(x0)
     for context in CONTEXTS:
         method.config = config.model_copy(update={"context": context})
         shared = method._shared_context(rollouts, copies)
         for name in ("theta", "old", "ref"):
             with torch.no_grad():
-                found[context, name] = method._velocity(name, x0, rollouts, copies, shared)
+                found[context, name] = method._velocity(name, x0, x_t, rollouts, copies, shared)
     method.config = config
     return found
 

@@ -210,14 +210,15 @@ class Afd:
         """The NFT loss of some copies, a mean over them."""
         config = self.config
         x0 = rollouts.x_BFCHW[copies.video_N]
+        x_t = copies.noise(x0)
         shared = self._shared_context(rollouts, copies)
         with torch.no_grad():
-            v_old = self._velocity(self.old, x0, rollouts, copies, shared)
+            v_old = self._velocity(self.old, x0, x_t, rollouts, copies, shared)
             v_ref = None
             if config.prior_weight > 0:
-                v_ref = self._velocity("ref", x0, rollouts, copies, shared)
+                v_ref = self._velocity("ref", x0, x_t, rollouts, copies, shared)
         # The trained policy comes last: its backward follows.
-        v_theta = self._velocity("theta", x0, rollouts, copies, shared)
+        v_theta = self._velocity("theta", x0, x_t, rollouts, copies, shared)
         mask_NF = copies.mask(x0.shape[1], self.policies.student.chunk)
         return ops.nft_loss(
             v_theta=v_theta,
@@ -240,18 +241,19 @@ class Afd:
         self,
         name: str,
         x0_NFCHW: Tensor,
+        x_t_NFCHW: Tensor,
         rollouts: Rollouts,
         copies: Copies,
         shared: list[LayerKV] | None,
     ) -> Tensor:
-        """A version's velocity at the copies like x0, 0 in chunks that were not drawn."""
+        """A version's velocity at x_t and like it, 0 in chunks that were not drawn."""
         config, told = self.config, self.streaming.context_noise
         with self.policies.using(name) as student:
             context = shared
             if config.context == "own_context":
                 context = self._clean_context(student, rollouts, copies)
             v_NFCHW = student.velocity(
-                copies.drawn(copies.noise(x0_NFCHW), student.chunk),
+                copies.drawn(x_t_NFCHW, student.chunk),
                 copies.drawn_t.to(x0_NFCHW.device),
                 rollouts.text_BLE[copies.video_N],
                 context,
