@@ -20,6 +20,7 @@ from afd.config import (
     to_yaml,
 )
 from afd.discriminators.config import LatentConfig
+from afd.evaluation.config import EvalConfig
 from afd.sample_config import SampleConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -168,11 +169,12 @@ def test_a_loaded_configuration_cannot_be_changed() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_file_loads_and_every_comment_key_exists(path: Path) -> None:
     # In a run `student` is a section; what is sampled names the kind of student.
-    student = yaml.safe_load(path.read_text(encoding="utf-8")).get("student")
-    kind = SampleConfig if isinstance(student, str) else RunConfig
+    held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sampled = SampleConfig if isinstance(held.get("student"), str) else RunConfig
+    kind = EvalConfig if "suites" in held else sampled
     load_config(path, (), kind)
     keys = set(known_keys(kind))
-    for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    for key, value in held.items():
         assert key in keys
         for inner in value if isinstance(value, dict) else ():
             assert f"{key}.{inner}" in keys
