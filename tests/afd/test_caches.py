@@ -244,7 +244,7 @@ def test_latents_are_made_once_and_read_by_the_next_run(
     assert latents.dtype == torch.float32
     with caplog.at_level(logging.INFO, logger="afd"):
         first.close()
-    assert "latents: 3 made" in caplog.text
+    assert "latents: 3 made, 0 from the cache" in caplog.text
     pixels = torch.stack([first.clip(request) for request in teacher.requests])
     torch.testing.assert_close(latents, vae.encode(pixels))
     encoded.clear()

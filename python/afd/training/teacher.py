@@ -146,7 +146,7 @@ class Videos:
         self._memory = memory
         self._coming: dict[Request, Future[Tensor]] = {}
         self._pool = ThreadPoolExecutor(THREADS, "afd decode")
-        self._made = 0
+        self._made, self._found = 0, 0  # latents: encoded, and read from the store
 
     def draw(self, sampler: Sampler, count: int, ahead: int = 0) -> list[Request]:
         """The sampler's next `count` requests that have an answer, the same on every rank.
@@ -214,8 +214,9 @@ class Videos:
     def close(self) -> None:
         """End the decoding threads. What was made is told."""
         self._pool.shutdown(cancel_futures=True)
-        if self._store is not None and self._made:
-            _log.info("latents: %d made; %s", self._made, self._store.told("latents"))
+        if self._store is not None and self._made + self._found:
+            told = self._store.told("latents")
+            _log.info("latents: %d made, %d from the cache; %s", self._made, self._found, told)
 
     def _path(self, request: Request) -> Path:
         return self._paths.get(request) or self._teacher.answer(request)
@@ -230,8 +231,10 @@ class Videos:
         else:
             self._begin(request)
             held = self._coming.pop(request).result()
-            if self._identity is not None and held.dtype == torch.uint8:
-                held = self._encode(held, self._path(request))
+            if self._identity is not None:
+                self._found += held.dtype != torch.uint8
+                if held.dtype == torch.uint8:
+                    held = self._encode(held, self._path(request))
         self._kept[request] = held
         while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > self._memory:
             del self._kept[next(iter(self._kept))]
