@@ -11,12 +11,14 @@ from torch import Tensor
 
 from afd.config import ConfigError
 from afd.models.config import LoraConfig
-from afd.models.graphs import FixedPasses
+from afd.models.graphs import FixedPasses, GraphedPasses
 from afd.models.policies import Policies, make_policies
 from afd.models.student import Student
 from afd.models.toy import ToyStudent
 from afd.models.wan import WanStudent
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
+from tests.conftest import DEVICES
+from tests.tolerances import NETWORK_REORDERED
 
 LORA = LoraConfig(rank=4, alpha=8)
 KINDS = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -50,7 +52,8 @@ def change(policies: Policies, name: str, seed: int = 0) -> None:
     weights = policies.weights(name)
     with torch.no_grad():
         for master in weights.masters:
-            master.add_(torch.randn(master.shape, generator=draw), alpha=0.05)
+            step = torch.randn(master.shape, generator=draw).to(master.device)
+            master.add_(step, alpha=0.05)
     weights.publish()
 
 
@@ -218,17 +221,28 @@ def test_streams_and_recorded_passes_are_the_active_versions(lora: LoraConfig | 
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(firsts, 2))
 
 
-def test_a_recorded_pass_belongs_to_one_adapter() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_recorded_pass_belongs_to_one_adapter(device: str) -> None:
     """One cache, reset between versions: its recorded passes must not be another's."""
-    policies = make_policies(student(), NAMES, lora=LORA)
+    policies = make_policies(student().to(device), NAMES, lora=LORA)
     change(policies, "theta")
+    change(policies, "old", seed=1)
     net = policies.student.net
-    passes, cache = FixedPasses(net), policies.student.new_cache(text(net), 6)
+    passes = GraphedPasses(net) if device == "cuda" else FixedPasses(net)
+    x_BFCHW, text_BLE = video(net, 3).to(device), text(net).to(device)
+    t_11, outs = torch.tensor([[500.0]], device=device), []
+    caches = {name: policies.student.new_cache(text_BLE, 3) for name in ("one", "direct")}
     for name in (*NAMES, *NAMES):
         with policies.using(name):
-            cache.reset()
-            passes(video(net, 3), torch.tensor([[500.0]]), cache, 0, False)
+            for cache in caches.values():
+                cache.reset()
+            replayed = passes(x_BFCHW, t_11, caches["one"], 0, False)
+            direct = net.forward_cached(x_BFCHW, t_11, caches["direct"], 0)
+        assert replayed is not None
+        torch.testing.assert_close(replayed, direct, **NETWORK_REORDERED)
+        outs.append(replayed)
     assert passes.count == len(NAMES)
+    assert not any(torch.allclose(a, b) for a, b in itertools.combinations(outs[:3], 2))
 
 
 @DTYPES
