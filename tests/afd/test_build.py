@@ -120,9 +120,10 @@ def test_a_wan_student_with_every_method_and_discriminator(
         assert student.frames == 1 + (FRAMES - 1) // 4
         assert student.frame_shape == (16, HEIGHT // 8, WIDTH // 8)
         assert student.net.checkpoint_blocks
-    metrics = updates(made, config, PROMPTS[:2])
-    assert metrics["student/grad_norm"] > 0
-    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
+    if discriminator == "latent":  # whole runs with videoalign are in test_training_configs.py
+        metrics = updates(made, config, PROMPTS[:2])
+        assert metrics["student/grad_norm"] > 0
+        assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
 
 
 def test_the_networks_dtypes_are_the_configurations(models: Path) -> None:
