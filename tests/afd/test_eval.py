@@ -199,6 +199,24 @@ def test_flickering_needs_25_videos_and_the_others_5(prompts: Path) -> None:
     ]
 
 
+def test_longer_prompts_may_follow_the_order_of_another_list(prompts: Path) -> None:
+    texts = [entry["prompt_en"] for entry in ENTRIES]
+    lists = {"all_dimension": [*texts[::-1], "more"], "longer": ["3", "2", "1", "0"]}
+    for name, lines in lists.items():
+        (prompts / f"{name}.txt").write_text("\n".join(lines))
+    given = {"augmented": prompts / "longer.txt", "originals": prompts / "all_dimension.txt"}
+    info = prompts / "VBench_full_info.json"
+    found = vbench.read(VBenchConfig(prompts=info, **given))
+    assert [prompt.generate for prompt in found] == ["1", "2", "3"]
+    (prompts / "all_dimension.txt").write_text("\n".join([*texts[:2], "a", "b"]))
+    with pytest.raises(ConfigError, match=r"1 prompts of .* not in it, such as 'a ball.1990-5'"):
+        vbench.read(VBenchConfig(prompts=info, **given))
+    odd = prompts / "...txt"
+    odd.write_text("a")
+    with pytest.raises(ConfigError, match="its name is to be a dimension's"):
+        vbench.read(VBenchConfig(prompts=odd))
+
+
 @pytest.mark.parametrize(
     "prompt", ["ends with -", "a 3-4", "x.mp4", "100% café, 全角", "-", "two  spaces "]
 )

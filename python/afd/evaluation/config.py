@@ -30,6 +30,11 @@ class VBenchConfig(Section):
         description=".txt of longer prompts in the same order: a video is generated with its line "
         "here and named with the original; null: generated with the original",
     )
+    originals: Path | None = Field(
+        default=None,
+        description=".txt of the prompts that the lines of `augmented` belong to, such as "
+        "all_dimension.txt; null: those of `prompts`, in their order",
+    )
     dimensions: list[str] | None = Field(
         default=None, description="only prompts of these dimensions; null: all"
     )

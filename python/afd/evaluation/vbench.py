@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -37,12 +38,7 @@ def read(config: VBenchConfig) -> list[Prompt]:
     found = _full_info(path, key) if path.suffix == ".json" else _lines(path, key)
     generate = [text for text, _ in found]
     if augmented is not None:
-        generate = read_lines(augmented, "vbench.augmented")
-        if len(generate) != len(found):
-            raise ConfigError(
-                f"vbench.augmented {augmented}: {len(generate)} lines; needed: {len(found)}, one "
-                f"for each prompt of {path}"
-            )
+        generate = _longer(config, augmented, generate)
     known = {dimension for _, dimensions in found for dimension in dimensions}
     wanted = known if config.dimensions is None else set(config.dimensions)
     if wanted - known:
@@ -62,6 +58,27 @@ def read(config: VBenchConfig) -> list[Prompt]:
     for prompt in prompts.values():
         file_name(prompt.text, prompt.samples - 1)
     return list(prompts.values())
+
+
+def _longer(config: VBenchConfig, augmented: Path, texts: list[str]) -> list[str]:
+    """The line of `augmented` for each prompt."""
+    lines = read_lines(augmented, "vbench.augmented")
+    originals = texts
+    if config.originals is not None:
+        originals = read_lines(config.originals, "vbench.originals")
+    if len(lines) != len(originals):
+        raise ConfigError(
+            f"vbench.augmented {augmented}: {len(lines)} lines; needed: {len(originals)}, one for "
+            f"each prompt of {config.originals or config.prompts}"
+        )
+    known = {text.strip(): line for text, line in zip(originals, lines, strict=True)}
+    lacking = [text for text in texts if text.strip() not in known]
+    if lacking:
+        raise ConfigError(
+            f"vbench.originals {config.originals}: {len(lacking)} prompts of {config.prompts} are "
+            f"not in it, such as {lacking[0]!r}"
+        )
+    return [known[text.strip()] for text in texts]
 
 
 def file_name(prompt: str, sample: int) -> str:
@@ -163,12 +180,14 @@ def _full_info(path: Path, key: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _is_folder(name: object) -> bool:
-    return isinstance(name, str) and name.replace("_", "").isalnum()
+    return isinstance(name, str) and re.fullmatch(r"\w[\w -]*", name) is not None
 
 
 def _lines(path: Path, key: str) -> list[tuple[str, tuple[str, ...]]]:
     if path.suffix != ".txt":
         raise ConfigError(f"{key} {path}: needs the ending .json or .txt")
+    if not _is_folder(path.stem):
+        raise ConfigError(f"{key} {path}: its name is to be a dimension's, as scene.txt")
     return [(line, (path.stem,)) for line in read_lines(path, key)]
 
 
