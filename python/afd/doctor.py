@@ -35,8 +35,11 @@ OPTIONAL = (
     ("huggingface_hub", "huggingface_hub", "models by hub name", "afd[wan]"),
     ("flash-attn", "flash_attn", "attention on CUDA, timed beside ours", "afd[flash]"),
     ("xformers", "xformers", "attention on CUDA", "afd[xformers]"),
+    ("wandb", "wandb", "a board for runs (logging.wandb)", "wandb"),
     ("pytest", "pytest", "the test suite", "afd[dev]"),
 )
+# What a run at video size needs beside torch.
+TRAINING = ("diffusers", "transformers", "peft", "ftfy", "av")
 # What training and rollout run in; attention libraries take nothing wider on a GPU.
 USUAL = {"cpu": torch.float32, "cuda": torch.bfloat16}
 COMPILERS = (("c++", "--version"), ("cmake", "--version"), ("ninja", "--version"))
@@ -67,7 +70,40 @@ def inspect() -> dict[str, Any]:
             for package, module, purpose, extra in OPTIONAL
             if importlib.util.find_spec(module) is None
         ],
+        "training": _training(),
     }
+
+
+def _training() -> dict[str, Any]:
+    """What AFD with LoRA at 480x832 needs by estimate, in GB, and what is here."""
+    memory = [
+        torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
+    ]
+    gpu, disk = _needs()
+    return {
+        "gpu_gb": round(gpu / 1e9, 1),
+        "gpu_gb_here": round(max(memory, default=0) / 1e9, 1),
+        "disk_gb": round(disk / 1e9, 1),
+        "disk_gb_here": round(shutil.disk_usage(os.getcwd()).free / 1e9, 1),
+        "missing_packages": [name for name in TRAINING if importlib.util.find_spec(name) is None],
+    }
+
+
+@functools.cache
+def _needs() -> tuple[int, int]:
+    """Bytes on the GPU, and of checkpoints on the disk."""
+    # Imported here: the plan knows every part of a run.
+    from afd.config import make_config
+    from afd.plan import make_plan
+
+    data = {
+        "video": {"frames": 81, "height": 480, "width": 832, "fps": 16},
+        "student": {"kind": "wan"},
+        "discriminator": {"kind": "videoalign", "micro_batch": 1},
+        "afd": {"draws": 1, "keep_context": False, "micro_batch": 1},
+    }
+    plan = make_plan(make_config(data))
+    return max(plan.peaks().values()), (plan.config.checkpoint.keep + 1) * plan.checkpoint_bytes
 
 
 def show(facts: dict[str, Any], console: Console) -> None:
@@ -106,6 +142,15 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"compiled core: {core['file']}, {core['cpu']} code in use, {cuda}"
     else:
         yield f"compiled core: {core['why']}"
+    needs = facts["training"]
+    here = f"{needs['gpu_gb_here']} GB" if needs["gpu_gb_here"] else "no GPU"
+    yield (
+        f"training at 480x832 (AFD, LoRA; estimate, afd train CONFIG --dry-run says more): "
+        f"{needs['gpu_gb']} GB of GPU memory (here {here}), {needs['disk_gb']} GB of disk for "
+        f"checkpoints (here {needs['disk_gb_here']} GB free)"
+    )
+    if needs["missing_packages"]:
+        yield f"training at 480x832 lacks: pip install {' '.join(needs['missing_packages'])}"
     for missing in facts["missing_optional"]:
         yield f"optional: {missing['package']} ({missing['for']}): {missing['install']}"
 

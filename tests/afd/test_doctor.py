@@ -62,6 +62,17 @@ def test_what_is_missing_is_told_with_the_command_that_brings_it() -> None:
     assert "compiled core: absent (no compiler)" in text
 
 
+def test_what_training_at_video_size_needs_is_told_beside_what_is_here() -> None:
+    facts = doctor.inspect()
+    needs = facts["training"]
+    assert 20 < needs["gpu_gb"] < 80
+    assert needs["disk_gb"] > 1
+    assert needs["missing_packages"] == []
+    assert f"{needs['gpu_gb']} GB of GPU memory" in shown(facts)
+    lacking = facts | {"training": needs | {"missing_packages": ["peft", "ftfy"]}}
+    assert "lacks: pip install peft ftfy" in shown(lacking)
+
+
 def test_a_program_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._first_line("no-such-program", "--version") is None
     assert doctor._version("no-such-package") is None
