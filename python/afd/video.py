@@ -89,18 +89,17 @@ def _decode(
     short: Literal["error", "repeat"],
 ) -> Tensor:
     """`read_video` of a file or of bytes; `name` is for messages."""
+    video_FCHW, there = torch.empty(frames, 3, height, width), 0
     with _opened(source, name) as (container, stream):
         aspect = float(stream.sample_aspect_ratio or 1)
-        shown = (  # one decoded full-size frame in memory at a time
-            _fit(*_upright(frame, aspect), height, width)
-            for frame in _frames(name, container, stream, frames, fps)
-        )
-        pictures = list(shown)
-    missing = frames - len(pictures)
-    if missing and short == "error":
-        raise VideoError(_too_short(name, len(pictures), frames, fps))
-    pictures += [pictures[-1]] * missing
-    return torch.stack(pictures)
+        # One decoded full-size frame in memory at a time.
+        for frame in _frames(name, container, stream, frames, fps):
+            video_FCHW[there] = _fit(*_upright(frame, aspect), height, width)
+            there += 1
+    if there < frames and short == "error":
+        raise VideoError(_too_short(name, there, frames, fps))
+    video_FCHW[there:] = video_FCHW[there - 1]
+    return video_FCHW
 
 
 def frame_size(path: Path | str) -> tuple[int, int]:
@@ -166,8 +165,8 @@ def _encode(target: Any, video_FCHW: Tensor, fps: float, crf: int) -> None:
         stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf)}
         # More threads would make the bytes depend on the machine.
         stream.codec_context.thread_count = 1
-        for picture in to_uint8(video_FCHW).numpy():
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for picture_CHW in video_FCHW:
+            frame = av.VideoFrame.from_ndarray(to_uint8(picture_CHW).numpy(), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
