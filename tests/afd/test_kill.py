@@ -21,7 +21,7 @@ from tests.afd.tiny import make_clips
 from tests.afd.tiny_methods import toy_student
 from tests.afd.together import SERVER
 
-KILLS, UPDATES = 24, 48
+KILLS, UPDATES = 22, 36
 # Seconds after which a run that ought to write or to end is stuck.
 PATIENCE_S = 120
 
@@ -36,7 +36,7 @@ def small_run(out: Path, folder: Path) -> dict[str, Any]:
         "student": {"checkpoint": str(folder / "student.safetensors"), "steps": [1.0, 0.625]},
         "discriminator": {"warmup_steps": 1, "steps_per_update": 1, "backbone": "scratch"},
         "afd": {"samples_per_prompt": 2, "draws": 1, "ema_decay": 0.9, "baseline": "ema"},
-        "evaluation": {"every": 40, "curve_videos": 4, "videos": 4, "samples": 2},
+        "evaluation": {"every": 30, "curve_videos": 2, "videos": 2, "samples": 2},
         "logging": {"tensorboard": False},
         "checkpoint": {"every": 1, "keep": 2},
     }
@@ -66,6 +66,7 @@ def kill(data: dict[str, Any], after_s: float, while_writing: bool) -> bool:
     time.sleep(after_s)
     while while_writing and half_written(out) <= before:
         assert time.monotonic() < end, "the run writes nothing"
+        time.sleep(2e-4)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL, "the run has ended before it could be killed"

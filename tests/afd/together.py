@@ -10,9 +10,19 @@ from typing import Any
 
 import torch
 
-# Imported once, in the server from which every process is forked.
+from afd_kernels.dispatch import OPS
+
+# Imported once, in the server from which every process is forked: what a run imports on its way.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.afd.distributed", "torch.distributed.fsdp", "peft"])
+SERVER.set_forkserver_preload(
+    [
+        "tests.afd.distributed",
+        "torch.distributed.fsdp",
+        "torch._dynamo",
+        "peft",
+        *(f"afd_kernels.{op}.triton_impl" for op in OPS),
+    ]
+)
 PATIENCE_S = 60
 
 
