@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Importing torch takes seconds; --help and a mistyped command answer before it.
     from afd.config import ConfigError
     from afd.methods.optimizer import TrainingError
+    from afd.ranks import LostError
     from afd.teachers.base import TeacherError
     from afd.training.checkpoint import CheckpointError
     from afd.video import VideoError
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None and not isinstance(error, FileNotFoundError):
             raise  # no file that the user could do something about
         return _say(MISTAKE, str(error))
-    except (TrainingError, CheckpointError) as error:
+    except (TrainingError, CheckpointError, LostError) as error:
         return _say(FAILED, str(error))
     except KeyboardInterrupt:
         return _say(STOPPED, "interrupted; what was not finished is not saved")
