@@ -61,6 +61,7 @@ def evaluate(config: EvalConfig, console: Console) -> list[Score]:
             scores += _read_back(config, clips, folder)
             _write_scores(folder, subject, scores)
             _show(config, console, folder, scores, clips)
+        ranks.barrier()
     return scores
 
 
@@ -95,8 +96,15 @@ def _name(suite: str, prompt: Prompt, sample: int) -> str:
 
 
 def _make(stream: SampleConfig, clips: Sequence[Clip], ranks: Ranks, console: Console) -> None:
+    """The videos that are missing, each process its part; the main one looks at the others."""
     jobs = [Job(clip.name, clip.prompt.generate, clip.seed) for clip in clips]
-    mine = jobs[ranks.share(len(jobs))]
+    assert stream.out is not None
+    there = [(stream.out / clip.file).exists() for clip in clips]
+    missing = ranks.same([i for i, found in enumerate(there) if not found])
+    finished = [job for job, found in zip(jobs, there, strict=True) if found]
+    if ranks.main and finished:
+        make_videos(stream, finished, console)
+    mine = [jobs[i] for i in missing[ranks.share(len(missing))]]
     if mine:
         make_videos(stream, mine, console)
 
