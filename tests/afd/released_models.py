@@ -107,7 +107,7 @@ def overrides(models: Path, method: str) -> list[str]:
             "discriminator.lora_rank=2",
         ]
     if method != "sft":
-        sizes.append(f"{method}.samples_per_prompt=2")
+        sizes.append(f"{method}.samples_per_prompt={2 if method == 'afd' else 1}")
     if method == "dmd":
         sizes += ["dmd.score_updates=1", "dmd.score_warmup_steps=1"]
     return sizes

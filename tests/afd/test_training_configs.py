@@ -1,0 +1,135 @@
+"""Every full-size training configuration from dry run to export, on tiny models in real layouts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afd.cli import DONE, STOPPED, main
+from afd.config import RunConfig, load_config
+from afd.models.checkpoints import load_checkpoint
+from afd.training.loop import Trainer
+from tests.afd.released_models import overrides, write_models
+from tests.afd.test_text import LENGTH
+
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "configs").glob("*480x832.yaml")
+    if "method:" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("released"))
+
+
+def command(path: Path, models: Path, out: Path) -> list[str]:
+    """The words after `afd`: the file as shipped, small by overrides alone."""
+    config = load_config(path)
+    assert config.student.kind == "wan"
+    assert config.student.checkpoint is not None
+    here = [f"student.checkpoint={models / config.student.checkpoint}", f"out={out}", "steps=2"]
+    return ["train", str(path), *overrides(models, config.method), *here]
+
+
+def stop_in_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the first update is made."""
+    update = Trainer._update
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_full_size_run_is_planned_trained_stopped_resumed_exported_and_measured(
+    path: Path,
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "run"
+    words = command(path, models, out)
+
+    assert main([*words, "--dry-run"]) == DONE
+    assert "GiB" in capsys.readouterr().out
+    assert not out.exists()
+
+    stop_in_first_update(monkeypatch)
+    assert main(words) == STOPPED
+    assert [line["step"] for line in lines(out / "metrics.jsonl")] == [1]
+    assert main(["resume", str(out)]) == DONE
+    assert (out / "DONE").exists()
+
+    metrics = lines(out / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2]
+    for line in metrics:
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
+        assert line["student/grad_norm"] > 0
+    evaluations = lines(out / "evaluation.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 2]
+
+    assert main(["export", str(out), f"out={tmp_path / 'export'}", "kind=self_forcing"]) == DONE
+    student = load_config(path).student
+    assert student.kind == "wan"
+    sizes = {**student.network, "head_dim": 16, "text_len": LENGTH}
+    start = load_checkpoint(student_file(words), ema=student.ema, **sizes)
+    end = load_checkpoint(tmp_path / "export" / "model.pt", **sizes)
+    moved = [(a - b).abs().max() for a, b in zip(start.parameters(), end.parameters(), strict=True)]
+    assert 0 < max(moved) < 1e-3
+
+    capsys.readouterr()
+    assert main(["eval", str(out), "--videos", "2"]) == DONE
+    again = json.loads(capsys.readouterr().out)
+    assert again["metrics"] == evaluations[-1]["metrics"]
+
+
+def student_file(words: list[str]) -> Path:
+    (word,) = (word for word in words if word.startswith("student.checkpoint="))
+    return Path(word.partition("=")[2])
+
+
+def test_the_settings_are_those_reported_for_the_student() -> None:
+    """Luo et al., arXiv 2605.26105, as the authors' cards and others repeat them."""
+    runs = [load_config(path) for path in CONFIGS]
+    assert {run.method for run in runs} == {"afd", "sft", "gan", "dmd"}
+    for run in runs:
+        assert run.student.kind == "wan"
+        assert run.student.lora is not None
+        assert (run.student.lora.rank, run.student.lora.alpha) == (256, 256)
+        assert (run.video.frames, run.video.height, run.video.width) == (81, 480, 832)
+        assert (run.video.fps, run.steps) == (16, 300)
+        assert run.student.dtype == "bfloat16"
+        settings = getattr(run, run.method)
+        assert settings.learning_rate == 1e-5
+        assert (settings.weight_decay, settings.grad_clip) == (1e-4, 1.0)
+        assert settings.cosine_steps is None
+        assert settings.ema_decay == 0.99
+        assert batch_size(run) == 32
+        if run.method in ("afd", "gan"):
+            assert run.discriminator.kind == "videoalign"
+            assert (run.discriminator.head, run.discriminator.lora_rank) == ("TA", 64)
+            assert run.discriminator.learning_rate == 5e-6
+            assert run.video.codec_match
+        if run.method == "afd":
+            assert run.discriminator.loss == "bt"
+            assert (run.afd.nft_beta, run.afd.prior_weight, run.afd.adv_clip) == (0.1, 1e-4, 5.0)
+
+
+def batch_size(run: RunConfig) -> int:
+    return run.prompts_per_step * getattr(getattr(run, run.method), "samples_per_prompt", 1)
