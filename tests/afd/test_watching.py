@@ -17,6 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from afd.config import ConfigError, RunConfig, make_config
+from afd.discriminators.config import VideoAlignConfig
+from afd.discriminators.videoalign import VideoAlignCritic
+from afd.discriminators.videoalign_model import VideoAlign
 from afd.evaluation.motion import displacements, motion
 from afd.evaluation.report import write_report
 from afd.methods.base import Shown
@@ -28,6 +31,7 @@ from afd.training.loop import Outcome, train
 from afd.training.videos import side_by_side, write_side_by_side
 from afd.video import read_video
 from tests.afd.tiny_methods import toy_student
+from tests.afd.tiny_videoalign import write_released
 
 # --- motion ---
 
@@ -77,32 +81,25 @@ def config_of(out: Path, **evaluation: Any) -> RunConfig:
     return make_config({**data, "evaluation": wanted | evaluation})
 
 
-class Judge:
-    """Rates by the mean pixel: a discriminator whose ratings can be foreseen."""
-
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        return video_BFCHW[:, ::2]
-
-    def score(self, seen: Tensor, prompts: list[str]) -> Tensor:
-        return -seen.flatten(1).mean(1)
-
-    def released_ratings(self, seen: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        assert len(prompts) == len(seen)
-        return {"MQ": seen.flatten(1).mean(1)}
+@pytest.fixture(scope="module")
+def critic(tmp_path_factory: pytest.TempPathFactory) -> VideoAlignCritic:
+    """A tiny VideoAlign in the released layout."""
+    folder = write_released(tmp_path_factory.mktemp("released"))
+    scorer = VideoAlign.load(folder / "root", base=folder / "base", dtype=torch.float32)
+    return VideoAlignCritic(scorer, VideoAlignConfig(lora_rank=2), video_fps=8.0)
 
 
 def test_a_video_evaluation_is_the_same_every_time_and_keeps_the_first_samples(
-    tmp_path: Path,
+    tmp_path: Path, critic: VideoAlignCritic
 ) -> None:
     config, student = config_of(tmp_path), toy_student()
     prompts = evaluation_prompts(config, [Request("b"), Request("a"), Request("b", 1)])
     assert prompts == ["b", "a"]
-    evaluate = make_evaluator(config, lambda: torch.empty(0), critic=Judge(), prompts=prompts)
+    evaluate = make_evaluator(config, lambda: torch.empty(0), critic=critic, prompts=prompts)
     assert evaluate is not None
     first, again = evaluate(student, 3), evaluate(student, 3)
     assert first.metrics == again.metrics
-    assert first.metrics["MQ"] == pytest.approx(-first.metrics["score"])
-    assert set(first.metrics) == {"motion", "dynamic", "MQ", "score"}
+    assert set(first.metrics) == {"motion", "dynamic", "VQ", "MQ", "TA", "Overall", "score"}
     assert first.prompts == ["b", "a", "b"]
     assert first.pictures_BFHWC.shape == (2, 12, 16, 16, 3)
     write_samples(tmp_path, first, 2)
@@ -110,6 +107,22 @@ def test_a_video_evaluation_is_the_same_every_time_and_keeps_the_first_samples(
     assert [line["prompt"] for line in lines] == ["b", "a"]
     written = read_video(tmp_path / lines[1]["file"], frames=12, height=16, width=16)
     assert written.shape == (12, 3, 16, 16)
+
+
+def test_what_the_discriminator_learns_changes_its_score_and_not_the_rating(
+    tmp_path: Path, critic: VideoAlignCritic
+) -> None:
+    student = toy_student()
+    evaluate = make_evaluator(
+        config_of(tmp_path), lambda: torch.empty(0), critic=critic, prompts=["a"]
+    )
+    assert evaluate is not None
+    before = evaluate(student, 1).metrics
+    with torch.no_grad():
+        critic.head_OD.mul_(1.5)
+    after = evaluate(student, 1).metrics
+    assert after["score"] != before["score"]
+    assert after["MQ"] == before["MQ"]
 
 
 def test_without_videoalign_only_motion_is_measured(tmp_path: Path) -> None:

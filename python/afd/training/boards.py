@@ -66,15 +66,19 @@ def _wandb(config: RunConfig) -> Any:
     import wandb
 
     folder = config.run_dir.resolve()
-    run = wandb.init(
-        project=config.logging.wandb,
-        name=config.name,
-        dir=str(folder),
-        # A resumed run goes on where it was.
-        id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
-        resume="allow",
-        config=plain(config),
-    )
+    try:
+        run = wandb.init(
+            project=config.logging.wandb,
+            name=config.name,
+            dir=str(folder),
+            # A resumed run goes on where it was.
+            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            resume="allow",
+            config=plain(config),
+        )
+    except wandb.Error as error:  # nobody is logged in, for instance
+        _log.warning("logging.wandb is set and wandb cannot begin: %s", error)
+        return None
     # Steps of ours, not its own count: a resumed run writes some of them again.
     run.define_metric("*", step_metric="update")
     return run
