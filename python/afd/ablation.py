@@ -76,7 +76,11 @@ def document(config: AblationConfig, table: Study, results: dict[str, Any]) -> s
         for fact in facts
     )
     updates = sorted({found["updates"] for row in results.values() for found in _updates(row)})
-    rows = (f"- `{row}`: {', '.join(own) or 'as the base is'}" for row, own in table.rows.items())
+    rows = [
+        f"- `{row}`: {', '.join(own) or 'as the base is'}"
+        for row, own in table.rows.items()
+        if row in results
+    ]
     return "\n".join(
         [
             f"## {config.name}",
