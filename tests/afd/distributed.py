@@ -17,7 +17,9 @@ from afd.discriminators.latent import LatentCritic
 from afd.methods.afd import Afd, versions
 from afd.methods.base import Batch
 from afd.methods.build import build_method
-from afd.methods.config import AfdConfig, SftConfig
+from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
+from afd.methods.dmd import Dmd
+from afd.methods.gan import Gan
 from afd.methods.sft import VERSIONS, Sft
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
@@ -40,7 +42,7 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
 
 
 def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
-    """AFD with LoRA ("afd") or all weights ("afd full"), or SFT of all weights ("sft")."""
+    """AFD with LoRA ("afd"), the others with all weights ("afd full", "sft", "gan", "dmd")."""
     shard = shard_over(ranks, torch.float32) if parallel == "fsdp" and ranks.world > 1 else None
     lora = LoraConfig(rank=4, alpha=4.0) if name == "afd" else None
     how: dict[str, Any] = {"steps": WAN_STEPS, "ranks": ranks}
@@ -48,8 +50,11 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
     if name == "sft":
         config = SftConfig(draws=2, learning_rate=1e-3)
         return Sft(make_policies(student, VERSIONS, lora=lora, shard=shard), config, **how)
-    config = AfdConfig(samples_per_prompt=2, learning_rate=1e-3, context="recompute")
-    policies = make_policies(student, versions(config), lora=lora, shard=shard)
+    if name == "dmd":
+        fields = DmdConfig(score_warmup_steps=1, score_updates=1, learning_rate=1e-3)
+        names = (*Dmd.versions, "ref") if fields.prior_weight > 0 else Dmd.versions
+        policies = make_policies(student, names, trained=Dmd.trained, shard=shard)
+        return Dmd(policies, fields, **how)
     critic = LatentCritic(
         lambda prompts: words(list(prompts)),
         LatentConfig(width=8, learning_rate=1e-3, warmup_steps=0, loss="gan"),
@@ -57,6 +62,13 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
         text_dim=TEXT,
         ranks=ranks,
     )
+    if name == "gan":
+        settings = GanConfig(learning_rate=1e-3)
+        names = (*Gan.versions, "ref") if settings.prior_weight > 0 else Gan.versions
+        policies = make_policies(student, names, trained=Gan.trained, shard=shard)
+        return Gan(policies, critic, settings, **how)
+    config = AfdConfig(samples_per_prompt=2, learning_rate=1e-3, context="recompute")
+    policies = make_policies(student, versions(config), lora=lora, shard=shard)
     return Afd(policies, critic, config, **how)
 
 
@@ -71,7 +83,13 @@ class Leg:
     left: Path | None = None
 
 
-Walked = tuple[list[dict[str, float]], dict[str, Any]]
+@dataclass(frozen=True)
+class Walked:
+    """Metrics of each update; after them theta, and where the method's random numbers stand."""
+
+    said: list[dict[str, float]]
+    weights: dict[str, Any]
+    drawn: bytes
 
 
 def walk(legs: list[Leg]) -> list[Walked]:
@@ -95,7 +113,8 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
         torch.save({"method": state, "updates": first + leg.updates}, leg.left)
     ranks.barrier()
     # Tensors would need this process to live on until they are read.
-    return said, {key: value.numpy() for key, value in state["policies"]["theta"].items()}
+    weights = {key: value.numpy() for key, value in state["policies"]["theta"].items()}
+    return Walked(said, weights, bytes(state["generator"].tolist()))
 
 
 def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:

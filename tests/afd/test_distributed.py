@@ -22,7 +22,13 @@ from tests.afd.together import together
 from tests.tolerances import DISTRIBUTED
 
 ROOT = Path(__file__).parents[2]
-METHODS = (("afd", "ddp"), ("sft", "fsdp"), ("afd full", "fsdp"))
+METHODS = (
+    ("afd", "ddp"),
+    ("sft", "fsdp"),
+    ("afd full", "fsdp"),
+    ("gan", "ddp"),
+    ("dmd", "fsdp"),
+)
 
 # --- updates ---
 
@@ -41,9 +47,10 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Walked]]:
     n = len(METHODS)
     one = together(1, walk, [*first(1), *then(1)])[0]
     two, also = together(2, walk, [*first(2), *then(2), *then(1)])
-    for (said, weights), (same, alike) in zip(two, also, strict=True):
-        assert said == same, "every process tells the whole batch's metrics"
-        assert all(np.array_equal(weights[key], alike[key]) for key in weights)
+    for main, other in zip(two, also, strict=True):
+        assert main.said == other.said, "every process tells the whole batch's metrics"
+        assert main.drawn == other.drawn
+        assert all(np.array_equal(main.weights[key], other.weights[key]) for key in main.weights)
     back = together(1, walk, then(2))[0]
     return {
         "1": one[:n],
@@ -56,18 +63,27 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Walked]]:
 
 
 def assert_alike(ours: Walked, theirs: Walked) -> None:
-    for mine, other in zip(ours[0], theirs[0], strict=True):
+    for mine, other in zip(ours.said, theirs.said, strict=True):
         assert mine.keys() == other.keys()
         for key in mine:
             np.testing.assert_allclose(mine[key], other[key], **DISTRIBUTED, err_msg=key)
     # Weights have moved by 1e-3 an update, whatever their own size.
-    for key in ours[1]:
-        np.testing.assert_allclose(ours[1][key], theirs[1][key], rtol=0, atol=2e-5, err_msg=key)
+    for key, weight in ours.weights.items():
+        np.testing.assert_allclose(weight, theirs.weights[key], rtol=0, atol=2e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("number", range(len(METHODS)), ids=[" ".join(m) for m in METHODS])
 def test_two_processes_make_the_updates_of_one(walks: dict[str, list[Walked]], number: int) -> None:
     assert_alike(walks["2"][number], walks["1"][number])
+
+
+def test_the_draws_do_not_depend_on_the_number_of_processes(
+    walks: dict[str, list[Walked]],
+) -> None:
+    for one, two in zip(walks["1"], walks["2"], strict=True):
+        assert one.drawn == two.drawn
+    ends = [[walked.drawn for walked in walks[way]] for way in walks if "then" in way]
+    assert all(drawn == ends[0] for drawn in ends)
 
 
 @pytest.mark.parametrize("number", range(len(METHODS)), ids=[" ".join(m) for m in METHODS])

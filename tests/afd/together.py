@@ -23,7 +23,7 @@ SERVER.set_forkserver_preload(
         *(f"afd_kernels.{op}.triton_impl" for op in OPS),
     ]
 )
-PATIENCE_S = 60
+PATIENCE_S = 300
 
 
 def together(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -51,7 +51,10 @@ def together(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             process.join(5)
             process.kill()
     if any(kind != "returned" for kind, _ in answers):
-        said = [f"process {rank} {kind}: {value}" for rank, (kind, value) in enumerate(answers)]
+        said = [
+            f"process {rank} {kind}: {str(value)[:500]}"
+            for rank, (kind, value) in enumerate(answers)
+        ]
         raise RuntimeError("; ".join(said))
     return [value for _, value in answers]
 
