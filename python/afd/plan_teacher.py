@@ -64,6 +64,11 @@ class TeacherPlan:
         if self.price_usd is None:
             number = f"{self.wanted} videos" if self.wanted else "videos not counted"
             yield f"teacher: {self.kind}, {number}; nothing is bought"
+        elif not self.wanted:
+            yield (
+                f"teacher: {self.kind}, about {self.price_usd:.2f} USD a video; how many is not "
+                "known without the prompts"
+            )
         else:
             yield (
                 f"teacher: {self.kind}, {self.there} of {self.wanted} videos are there, "

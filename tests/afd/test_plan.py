@@ -333,6 +333,17 @@ def test_only_what_the_run_will_see_and_the_folder_lacks_is_to_be_bought(tmp_pat
     assert "4.50 left, which is NOT enough" in told
 
 
+def test_without_its_prompts_a_teachers_cost_is_not_made_up(tmp_path: Path) -> None:
+    config = paid(tmp_path)
+    (tmp_path / "asked.txt").unlink()
+    told = "\n".join(teacher_plan(config).lines(0.0))
+    assert told == (
+        "teacher: ark, about 0.50 USD a video; how many is not known without the prompts"
+    )
+    missing = make_plan(config).missing
+    assert any("teacher.api.prompts" in line and "is not there" in line for line in missing)
+
+
 # --- the command ---
 
 
