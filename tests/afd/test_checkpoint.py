@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import afd
 from afd.config import ConfigError, make_config, plain
 from afd.training import checkpoint
 from afd.training.checkpoint import CheckpointError
@@ -108,3 +110,34 @@ def test_random_states_come_back_through_a_file(tmp_path: Path) -> None:
     first = draw()
     checkpoint.set_random_state(checkpoint.load(path, method="afd", config=CONFIG)["random"])
     assert draw() == first
+
+
+def test_each_process_gets_its_own_random_state_back_and_a_new_one_the_first(
+    tmp_path: Path,
+) -> None:
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        states.append(checkpoint.random_state())
+    path = checkpoint.save(tmp_path, state(1, random=states), keep=1)
+    loaded = checkpoint.load(path, method="afd", config=CONFIG)["random"]
+    for rank, seed in enumerate((0, 1, 0)):
+        checkpoint.set_random_state(loaded, rank)
+        drawn = torch.rand(3)
+        assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_a_checkpoint_says_who_wrote_it(tmp_path: Path) -> None:
+    meta = json.loads((checkpoint.save(tmp_path, state(1), keep=1) / "meta.json").read_text())
+    assert meta["written_by"]["afd"] == afd.__version__
+    assert meta["written_by"]["torch"] == torch.__version__
+    in_a_repository = (Path(__file__).parents[2] / ".git").exists()
+    assert (meta["written_by"]["commit"] is not None) == in_a_repository
+
+
+def test_one_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), keep=1)
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+    with pytest.raises(CheckpointError, match="has format 1, this afd reads 2"):
+        checkpoint.load(path, method="afd", config=CONFIG)

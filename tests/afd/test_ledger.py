@@ -17,7 +17,7 @@ from afd.teachers.folder import FolderTeacher
 from afd.teachers.http import Saved
 from afd.teachers.ledger import BudgetError, Claims, Ledger
 from afd.teachers.provider import Order
-from tests.afd.paid import paid_config, video_bytes
+from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, Service
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,28 @@ def test_a_second_submit_of_what_may_be_paid_is_refused_by_the_database(ledger: 
     with pytest.raises(Exception, match="UNIQUE"):
         ledger.reserve(order(), 1.0, 10.0)
     assert ledger.spent_usd() == 1.0
+
+
+def test_a_run_goes_on_only_with_a_ledger_that_holds_what_its_checkpoint_knew(
+    tmp_path: Path,
+) -> None:
+    with Service(video_bytes()).running() as service:
+        config = paid_config("ark", service, tmp_path, prompts=2)
+        teacher = teacher_of(config)
+        early = teacher.state_dict()
+        assert early == {"submits": 0, "spent_usd": 0.0}
+        books = Ledger(teacher.folder)
+        books.reserve(order(), 1.5, 10.0)
+        books.close()
+        known = teacher.state_dict()
+        assert known == {"submits": 1, "spent_usd": 1.5}
+        for state in (early, known):
+            teacher.load_state_dict(state)
+        teacher.close()
+        elsewhere = teacher_of(paid_config("ark", service, tmp_path / "elsewhere", prompts=2))
+        with pytest.raises(TeacherError, match=r"0 submits for 0\.00 USD, .* 1 for 1\.50 USD"):
+            elsewhere.load_state_dict(known)
+        elsewhere.close()
 
 
 def test_a_task_belongs_to_one_submit(ledger: Ledger) -> None:
