@@ -193,6 +193,26 @@ def test_eight_videos_at_once_are_four_times_two_and_eight_times_one(
         assert apart(ours, expected) < ACCUMULATED
 
 
+@pytest.mark.parametrize("context", ["own_context", "shared_context"])
+def test_a_piece_that_begins_within_one_draw_and_ends_in_the_next_has_its_videos_contexts(
+    context: str,
+) -> None:
+    found = []
+    for size in (None, 3, 1):
+        method = make_afd(
+            wan_student(),
+            samples_per_prompt=2,
+            micro_batch=size,
+            draws=2,
+            context=context,
+            keep_context=False,
+        )
+        found.append((step(method, wan_batch()), gradients(method)))
+    for metrics, ours in found[1:]:
+        assert metrics == pytest.approx(found[0][0], rel=ACCUMULATED, abs=1e-7)
+        assert apart(ours, found[0][1]) < ACCUMULATED
+
+
 def test_pieces_of_the_toys_copies_add_up_too() -> None:
     found = []
     for size in (None, 3, 1):

@@ -138,7 +138,7 @@ class Afd:
         rollouts, seen_BFCHW = self._current()
         group = self.config.samples_per_prompt
         score_B = self.critic.score(seen_BFCHW, rollouts.prompts).float().cpu()
-        r_B, metrics = self._weights(batch, rollouts, self.ranks.gather(score_B))
+        r_B, metrics = self._weights(batch, self.ranks.gather(score_B))
         r_B = r_B[batch.own(group)]
         self.shown = Shown(
             rollouts.prompts[0], rollouts.x_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
@@ -152,17 +152,15 @@ class Afd:
         self._rollouts = None
         return metrics
 
-    def _weights(
-        self, batch: Batch, rollouts: Rollouts, score_B: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
+    def _weights(self, batch: Batch, score_B: Tensor) -> tuple[Tensor, dict[str, float]]:
         """r, [B] like the scores of all processes, and what to log about both."""
         config, used_B, teacher_B = self.config, score_B, None
+        group = config.samples_per_prompt
         if config.advantage == "random":
             used_B = torch.randn(score_B.shape, generator=self.generator)
         if config.baseline == "teacher":
-            teacher_B = self.critic.score(self._matched(batch), rollouts.prompts)
-            teacher_B = self.ranks.gather(teacher_B.float().cpu())
-        group = config.samples_per_prompt
+            teacher_P = self.critic.score(batch.teacher_BFCHW, batch.prompts).float().cpu()
+            teacher_B = self.ranks.gather(teacher_P).repeat_interleave(group)
         _, r_B = optimality(used_B, group, config, teacher_B, self.score_average)
         mean = float(used_B.mean())
         before = mean if self.score_average is None else self.score_average
@@ -281,7 +279,7 @@ class Afd:
             rollouts.text_BLE[video_V],
             context_noise=self.streaming.context_noise,
         )
-        if len(video_V) == len(copy_N):
+        if torch.equal(video_V, copies.video_N):
             return context
         return [(k[copy_N], v[copy_N]) for k, v in context]
 

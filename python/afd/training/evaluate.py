@@ -112,7 +112,7 @@ def _physics(config: RunConfig, teacher_videos: Callable[[], Tensor]) -> Evaluat
             training_tracks.append(physics.track_ball(teacher_videos())[0])
         prompts = [ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)]
         seeds = [config.evaluation.seed + i for i in range(count)]
-        videos_BFCHW = rollout(policy, prompts, seeds, steps=config.student.steps)
+        videos_BFCHW = rollout(policy, prompts, seeds, steps=config.student.steps).cpu()
         metrics = physics.measure(videos_BFCHW, prompts, training_tracks[0])
         return Evaluation(finite(metrics), to_uint8(videos_BFCHW), prompts, seeds)
 
