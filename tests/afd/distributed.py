@@ -42,16 +42,18 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
 
 
 def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
-    """AFD with LoRA ("afd"), the others with all weights ("afd full", "sft", "gan", "dmd")."""
-    shard = shard_over(ranks, torch.float32) if parallel == "fsdp" and ranks.world > 1 else None
-    lora = LoraConfig(rank=4, alpha=4.0) if name == "afd" else None
+    """AFD with LoRA ("afd"), the others with all weights ("afd full", "sft", "gan", "dmd"); " bf16"
+    behind the name: computed in bf16, at a small rate."""
+    dtype = torch.bfloat16 if "bf16" in name else torch.float32
+    shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.world > 1 else None
+    lora = LoraConfig(rank=4, alpha=4.0) if name in ("afd", "afd bf16") else None
     how: dict[str, Any] = {"steps": WAN_STEPS, "ranks": ranks}
-    student = wan_student()
-    if name == "sft":
-        config = SftConfig(draws=2, learning_rate=1e-3)
+    student, rate = wan_student(dtype), 1e-5 if dtype == torch.bfloat16 else 1e-3
+    if name.startswith("sft"):
+        config = SftConfig(draws=2, learning_rate=rate)
         return Sft(make_policies(student, VERSIONS, lora=lora, shard=shard), config, **how)
     if name == "dmd":
-        fields = DmdConfig(score_warmup_steps=1, score_updates=1, learning_rate=1e-3)
+        fields = DmdConfig(score_warmup_steps=1, score_updates=1, learning_rate=rate)
         names = (*Dmd.versions, "ref") if fields.prior_weight > 0 else Dmd.versions
         policies = make_policies(student, names, trained=Dmd.trained, shard=shard)
         return Dmd(policies, fields, **how)
@@ -63,11 +65,11 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
         ranks=ranks,
     )
     if name == "gan":
-        settings = GanConfig(learning_rate=1e-3)
+        settings = GanConfig(learning_rate=rate)
         names = (*Gan.versions, "ref") if settings.prior_weight > 0 else Gan.versions
         policies = make_policies(student, names, trained=Gan.trained, shard=shard)
         return Gan(policies, critic, settings, **how)
-    config = AfdConfig(samples_per_prompt=2, learning_rate=1e-3, context="recompute")
+    config = AfdConfig(samples_per_prompt=2, learning_rate=rate, context="recompute")
     policies = make_policies(student, versions(config), lora=lora, shard=shard)
     return Afd(policies, critic, config, **how)
 
