@@ -166,7 +166,10 @@ def join(config: RunConfig) -> Iterator[Ranks]:
     patience = PATIENCE + 2 * timedelta(seconds=config.teacher.fetch.deadline_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     try:
-        yield Ranks(rank, world, device)
+        ranks = Ranks(rank, world, device)
+        yield ranks
+        # Nobody leaves while another still works: the group would end under it.
+        ranks.barrier()
     except BaseException as error:
         # Nothing is taken down in order: the end of this process is what frees the others.
         if _is_first(store):

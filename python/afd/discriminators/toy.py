@@ -182,7 +182,8 @@ class ToyCritic:
         The looks are the same until the next `step`, so that a batch may come in parts.
         """
         looks = Generator().set_state(self.generator.get_state())
-        return self._score(seen_BFCHW, prompts, looks)
+        # It lives on the CPU, wherever the student is.
+        return self._score(seen_BFCHW.cpu(), prompts, looks).to(seen_BFCHW.device)
 
     def _score(self, seen_BFCHW: Tensor, prompts: Sequence[str], generator: Generator) -> Tensor:
         text_BE = self._text(prompts)

@@ -335,8 +335,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Everything the next update depends on. The lines up to here reach the disk before it."""
-        # Every process has its part of these.
-        method_state = self.method.state_dict()
+        # Every process has its part of a sharded network, and its own random numbers; else the
+        # others need not bring their gigabytes to the CPU.
+        sharded = self.config.parallel == "fsdp"
+        method_state = self.method.state_dict() if self.ranks.main or sharded else {}
         random = self.ranks.each(checkpoint.random_state())
         if self.records is None:
             return
