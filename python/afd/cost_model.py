@@ -230,6 +230,9 @@ TEXT_PARAMETERS = 5_680_910_336
 DECODE_FLOP = (4_352_196_526_080 / (480 * 832), 13_550_000_455_680 / (480 * 832))
 ENCODE_FLOP = (2_718_293_360_640 / (480 * 832), 8_051_570_442_240 / (480 * 832))
 DECODE_BYTES, ENCODE_BYTES = 7.1, 4.0
+# Numbers per pixel that a decode with gradients keeps of every latent frame (the convolutions'
+# memory before it), and of the one frame that is computed again in its backward.
+STATE_NUMBERS, FRAME_NUMBERS = 1.76 * 2**29 / (480 * 832), 15.6 * 2**29 / (480 * 832)
 
 
 def decode_flop(latent_frames: int, pixels: int) -> float:
@@ -247,7 +250,14 @@ def decode_bytes(videos: int, pixels: int, itemsize: int) -> int:
     return int(1000 * DECODE_BYTES * videos * pixels * itemsize)
 
 
+def decode_gradient_bytes(latent_frames: int, videos: int, pixels: int, itemsize: int) -> int:
+    """A decode whose gradients are taken, a latent frame at a time; weights not counted."""
+    numbers = latent_frames * STATE_NUMBERS + FRAME_NUMBERS
+    return int(numbers * videos * pixels * itemsize)
+
+
 def encode_bytes(pixels: int, itemsize: int) -> int:
+    """An encode of one video; weights not counted."""
     return int(1000 * ENCODE_BYTES * pixels * itemsize)
 
 

@@ -169,7 +169,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
 def _fits(plan: Plan, name: str) -> str:
     held, there = max(plan.peaks().values()), MACHINES[name].memory
     word = "fits" if held < 0.9 * there else "is tight on" if held < there else "is too much for"
-    return f"{word} {'' if word != 'fits' else 'an '}{name} ({there / GIB:.0f} GiB)"
+    return f"{word} an {name} ({there / GIB:.0f} GiB)"
 
 
 def _show_time(plan: Plan, console: Console) -> None:

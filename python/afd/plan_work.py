@@ -134,9 +134,13 @@ class Work:
         weights = cost.VAE_PARAMETERS * self.vae_item
         yield Part("autoencoder", weights, "always", "frozen weights")
         if self.sees_video:
-            moment = "student" if self.config.method == "gan" else "rollout"
             decode = cost.decode_bytes(1, self.pixels, self.vae_item)
-            yield Part("decode", decode, moment, "one video, streamed")
+            yield Part("decode", decode, "rollout", "one video, streamed")
+            if self.config.method == "gan":
+                sizes = self.net.frames, self.micro, self.pixels, self.vae_item
+                kept = cost.decode_gradient_bytes(*sizes)
+                note = f"{self.micro} video(s) a pass, a latent frame computed again at a time"
+                yield Part("decode with gradients", kept, "student", note)
         else:
             encode = cost.encode_bytes(self.pixels, self.vae_item)
             yield Part("encode", encode, "start", "one teacher video")

@@ -277,7 +277,19 @@ def test_kept_contexts_are_the_roofline_gigabytes() -> None:
     prompts = 2 * 30 * 32 * 512 * 1536 * 2
     near = tolerances.COUNTED_TO_THREE_DIGITS
     assert kept.bytes - prompts == pytest.approx(193e9, rel=near)
-    assert "is too much for H200" in printed(plan)
+    assert "is too much for an H200" in printed(plan)
+
+
+def test_a_gan_pays_for_gradients_through_the_decode() -> None:
+    gan, afd = (
+        make_plan(load_config(CONFIGS / f"{name}_self_forcing_480x832.yaml"))
+        for name in ("gan", "afd")
+    )
+    names = {part.name for part in gan.memory}
+    assert "decode with gradients" in names - {part.name for part in afd.memory}
+    assert gan.peaks()["student"] > afd.peaks()["student"]
+    convolutions = {phase.name: phase.convolutions for phase in gan.phases}
+    assert convolutions["student"] > 0
 
 
 def test_the_toy_has_memory_and_no_gpu_time() -> None:
