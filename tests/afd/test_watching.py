@@ -109,6 +109,22 @@ def test_a_video_evaluation_is_the_same_every_time_and_keeps_the_first_samples(
     assert written.shape == (12, 3, 16, 16)
 
 
+def test_with_codec_match_the_rating_is_of_what_the_codec_leaves(
+    tmp_path: Path, critic: VideoAlignCritic
+) -> None:
+    plain = config_of(tmp_path)
+    matched = plain.model_copy(
+        update={"video": plain.video.model_copy(update={"codec_match": True, "crf": 40})}
+    )
+    found = []
+    for config in (plain, matched):
+        evaluate = make_evaluator(config, lambda: torch.empty(0), critic=critic, prompts=["a"])
+        assert evaluate is not None
+        found.append(evaluate(toy_student(), 1).metrics)
+    assert found[0]["MQ"] != found[1]["MQ"]
+    assert found[0]["motion"] == found[1]["motion"]
+
+
 def test_what_the_discriminator_learns_changes_its_score_and_not_the_rating(
     tmp_path: Path, critic: VideoAlignCritic
 ) -> None:
@@ -162,7 +178,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "discriminator": {"warmup_steps": 1},
         "logging": {"videos_every": 2, "progress": False},
     }  # fmt: skip
-    assert train(make_config(data)) is Outcome.FINISHED
+    told: list[Shown] = []
+
+    def kept(folder: Path, teacher: Any, student: Any, shown: Shown, *rest: Any) -> Any:
+        told.append(shown)
+        return write_side_by_side(folder, teacher, student, shown, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("afd.training.loop.write_side_by_side", kept)
+        assert train(make_config(data)) is Outcome.FINISHED
+    # Both sides have the discriminator's score.
+    assert len(told) == 2
+    assert all(None not in (one.score, one.r, one.teacher_score) for one in told)
     return out
 
 

@@ -25,7 +25,7 @@ from afd.ranks import ALONE, Ranks
 from afd.rollout import rollout
 from afd.teachers.base import Request
 from afd.teachers.simulator import ATTRIBUTES
-from afd.video import from_uint8, to_uint8, write_video
+from afd.video import from_uint8, through_codec, to_uint8, write_video
 
 # Frames per second of clips that are taken as they come.
 RATE = 16.0
@@ -141,7 +141,11 @@ def _video(
             moved = motion(video_1FCHW[0], fps)
             row = {"motion": moved, "dynamic": float(moved > DYNAMIC)}
             if judge is not None:
-                seen = judge.look(video_1FCHW)
+                # As the discriminator sees them in training.
+                judged = video_1FCHW
+                if config.video.codec_match:
+                    judged = through_codec(judged, fps=config.video.fps, crf=config.video.crf)
+                seen = judge.look(judged)
                 ratings = judge.released_ratings(seen, [asked[index]])
                 row |= {name: float(value) for name, value in ratings.items()}
                 row["score"] = float(judge.score(seen, [asked[index]]))

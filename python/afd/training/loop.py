@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -273,6 +274,7 @@ class Trainer:
         own = self.ranks.share(count)
         prompts = [request.prompt for request in requests[own]]
         videos = self.videos.fetch(requests[own])
+        self.seen_1FCHW = videos[:1]
         return Batch(self.step, prompts, videos, first=own.start, total=count)
 
     def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
@@ -314,7 +316,11 @@ class Trainer:
             shown = Shown(prompt, x_1FCHW[0])
         if self.records is None:
             return
+        # Of the critics' two ways to score, the one that draws no random number of the run's.
+        score = getattr(getattr(self.method, "critic", None), "differentiable_score", None)
         with torch.no_grad():
+            if score is not None and shown.score is not None:
+                shown = replace(shown, teacher_score=float(score(self.seen_1FCHW, [shown.prompt])))
             (student,) = self.method.codec.decode(shown.x_FCHW[None].to(self.ranks.device))
         left, right = (to_uint8(x).numpy() for x in (self.videos.clip(self.asked), student))
         fps = self.config.video.fps or RATE
