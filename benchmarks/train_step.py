@@ -67,35 +67,56 @@ class Row:
     speedup: float | None  # against "eager"
 
 
-def timed(providers: dict[str, Provider], device: str, reps: int, budget_s: float) -> None:
-    """Fills in the providers' times and peaks, in rounds whose order rotates.
+def timed(
+    providers: dict[str, Provider], device: str, reps: int, budget_s: float
+) -> dict[str, str]:
+    """Fills in the providers' times and peaks, in rounds whose order rotates; who broke, and why.
 
-    CUDA's allocator tells the peak of every call; on the CPU a profiled round of its own does.
+    CUDA's allocator tells the peak of every call, and a short case has warmed it up; on the CPU a
+    profiled round of its own does both.
     """
-    names, start = list(providers), time.perf_counter()
     alone = device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
-    if device != "cuda":
-        for provider in providers.values():
-            for phase, run in provider.phases.items():
-                provider.peak_mib[phase] = harness.peak_mib(_call(run), device)
-    for rep in range(reps):
-        if rep >= (1 if device == "cuda" else 3) and time.perf_counter() - start > budget_s:
+    names, failed, start = list(providers), dict[str, str](), time.perf_counter()
+    rounds = (*(["profiled"] if device != "cuda" else []), *range(reps))
+    for rep in rounds:
+        if rep not in ("profiled", 0) and time.perf_counter() - start > budget_s:
             break
-        for name in names[rep % len(names) :] + names[: rep % len(names)]:
-            provider = providers[name]
-            for phase, run in provider.phases.items():
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                began = clock()
-                run()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                    held = torch.cuda.max_memory_allocated() - before
-                    provider.peak_mib[phase] = max(held / 2**20, provider.peak_mib.get(phase, 0.0))
-                provider.ms.setdefault(phase, []).append(1e3 * (clock() - began))
+        shift = 0 if rep == "profiled" else int(rep) % len(names)
+        for name in names[shift:] + names[:shift]:
+            if name in failed:
+                continue
+            try:
+                for phase, run in providers[name].phases.items():
+                    if rep == "profiled":
+                        providers[name].peak_mib[phase] = harness.peak_mib(_call(run), device)
+                    else:
+                        _once(providers[name], phase, run, device, clock)
+            except Exception as broken:  # it must not take the others' numbers along
+                failed[name] = f"{type(broken).__name__}: {broken}"
+    return failed
+
+
+def _once(
+    provider: Provider,
+    phase: str,
+    run: Callable[[], object],
+    device: str,
+    clock: Callable[[], float],
+) -> None:
+    """One timed call; on CUDA also the memory it took."""
+    before = 0
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    began = clock()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        held = (torch.cuda.max_memory_allocated() - before) / 2**20
+        provider.peak_mib[phase] = max(held, provider.peak_mib.get(phase, 0.0))
+    provider.ms.setdefault(phase, []).append(1e3 * (clock() - began))
 
 
 def _call(run: Callable[[], object]) -> harness.Run:
@@ -116,14 +137,9 @@ def measure(
             providers = {"eager": eager.provider()} | providers
         else:
             failed[f"{case.name} eager"] = f"relative error {error:.2g} against ours"
-    for name, provider in list(providers.items()):
-        try:
-            for run in provider.phases.values():
-                run()
-        except Exception as broken:  # one that breaks must not take the others' numbers along
-            failed[f"{case.name} {name}"] = f"{type(broken).__name__}: {broken}"
-            del providers[name]
-    timed(providers, args.device, args.reps, args.budget)
+    for name, why in timed(providers, args.device, args.reps, args.budget).items():
+        failed[f"{case.name} {name}"] = why
+        del providers[name]
     rows = [
         _row(case, phase, name, providers, machine)
         for phase in PHASES
@@ -191,9 +207,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         yield Case("wan, quick", 1, 2, 1, tiny, 4, 6, 6, rank=4, micro_batch=1)
     elif args.device == "cuda":
         whole = Case("480x832", 1, 1, 1, WanConfig(), 60, 104, 21, 256, "bf16", True, 1)
-        if args.warm_up:
-            # Short videos, so that nothing is compiled while the long ones are timed.
-            yield replace(whole, name="warm-up: 480x832, 6 frames", frames=6)
+        # Short videos, so that nothing is compiled while the long ones are timed.
+        yield replace(whole, name="480x832, 6 frames (warm-up)", frames=6)
         yield whole
     else:
         yield Case("toy, 1 draw", 8, 4)
@@ -259,7 +274,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, help="folder for the JSON; --quick writes none by itself"
     )
     args = parser.parse_args(argv)
-    args.warm_up = True
     if args.quick:
         args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
     if args.out is None and not args.quick:
