@@ -183,9 +183,10 @@ def test_a_sharded_run_that_one_process_is_told_to_stop_ends_in_one_process(
 
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    # Standalone: a port of its own.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, "--no-python", sys.executable, "-m", "afd", *words],
+        [sys.executable, *launcher, "-m", "afd", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
