@@ -83,8 +83,16 @@ def make_evaluator(
 
 
 def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[str]:
-    """The prompts of held-out videos of kind "video": `evaluation.prompts`, or the teacher's."""
+    """The prompts of held-out videos of kind "video": `evaluation.prompts`, or the teacher's.
+
+    Raises ConfigError where they cannot be read, or the kind does not fit the student.
+    """
     evaluation = config.evaluation
+    if evaluation.kind == "physics" and config.student.kind != "toy":
+        raise ConfigError(
+            f"evaluation.kind: got physics, which measures the toy task; needed: video or none for "
+            f"student.kind={config.student.kind}"
+        )
     if evaluation.kind != "video":
         return []
     if evaluation.prompts is None:
