@@ -29,6 +29,7 @@ from afd.config import ConfigError, RunConfig, differences, load_config, plain, 
 from afd.methods.base import Batch, Method, Shown
 from afd.methods.build import build_method
 from afd.methods.optimizer import TrainingError
+from afd.models.checkpoints import replacing
 from afd.ranks import ALONE, Ranks, join
 from afd.teachers.base import Teacher
 from afd.training import checkpoint
@@ -104,7 +105,9 @@ def _home(out: Path, config: RunConfig, console: Console, ranks: Ranks) -> Itera
         return
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out), log_to(out / "train.log", console):
-        (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        # A run that is killed here has the old one or the new one: a torn one is another run's.
+        with replacing(out / "config.yaml") as partial:
+            partial.write_text(to_yaml(config), encoding="utf-8")
         facts = doctor.inspect()
         (out / "doctor.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.steps, config.seed)
