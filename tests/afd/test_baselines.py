@@ -147,6 +147,14 @@ def test_a_first_chunk_with_steps_of_its_own_and_a_noisy_context_are_followed(
     torch.testing.assert_close(x_BFCHW, rollouts.x_BFCHW, **NETWORK_REORDERED)
 
 
+def test_the_fields_of_dmd_see_the_first_chunk_at_its_own_steps() -> None:
+    config, given = DmdConfig(timesteps="student"), batch("wan")
+    method = Dmd(versions("wan", Dmd, config), config, steps=WAN_STEPS, first_steps=[1000])
+    t_BK = torch.cat([method._noised(given.teacher_BFCHW, given, 1)[1] for _ in range(32)])
+    assert set(t_BK[:, 0].tolist()) == {1.0}
+    assert set(t_BK[:, 1:].flatten().tolist()) == set(torch.tensor(method.times).tolist())
+
+
 def test_only_recompute_sends_gradients_through_the_past() -> None:
     reached = {}
     for context in ("own_context", "recompute"):

@@ -116,6 +116,8 @@ class Dmd(LastStepMethod):
         """x_t like x0 and its times [B, K]; drawn for all processes, as everything is."""
         config, count, own = self.config, batch.count * copies, batch.own(copies)
         t_BK = draw_times(config.timesteps, count, self.chunks, self.times, self.generator)
+        if config.timesteps == "student" and self.streaming.first_steps is not None:
+            t_BK[:, :1] = draw_times("student", count, 1, self.first_times, self.generator)
         seed_B = ops.draw_seeds(count, self.generator)[own].to(x0_BFCHW.device)
         t_BK = t_BK[own].clamp(*clamp).to(x0_BFCHW.device)
         return ops.forward_noise(x0_BFCHW, t_BK, seed=seed_B, layout="BFCHW"), t_BK

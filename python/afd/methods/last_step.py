@@ -49,8 +49,8 @@ class LastStepMethod:
         self.chunks = student.frames // student.chunk
         self.times = student.times(streaming.steps)
         first = streaming.first_steps
-        first_times = self.times if first is None else student.times(first)
-        last = [first_times[-1], *self.times[-1:] * (self.chunks - 1)]
+        self.first_times = self.times if first is None else student.times(first)
+        last = [self.first_times[-1], *self.times[-1:] * (self.chunks - 1)]
         self.last_t_1K = torch.tensor([last], dtype=torch.float32, device=student.device)
         self.generator = Generator().manual_seed(seed)
         self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
