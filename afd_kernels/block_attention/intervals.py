@@ -233,7 +233,7 @@ def teacher_forcing(
     shift = frames * tokens
     return Intervals(
         tuple(
-            clean + tuple((q0 + shift, q1 + shift, a0, a1, b0, b1) for q0, q1, a0, a1, b0, b1 in noisy)
+            clean + tuple((row[0] + shift, row[1] + shift, *row[2:]) for row in noisy)
             for noisy in noisy_half(frames, chunk, tokens, chunks).rows
         )
     )
