@@ -117,6 +117,27 @@ def rollout_table(path: Path) -> str:
     return "\n".join([*lines, "", provenance(path, saved)])
 
 
+def train_step_table(path: Path) -> str:
+    """The student's update in each context mode, and the phases before it, from one benchmark."""
+    saved = json.loads(path.read_text())
+    found = {(row["case"], row["phase"], row["provider"]): row for row in saved["rows"]}
+    modes = ("recompute", "own_context", "shared_context", "shared_context, kept")
+    lines = [
+        "| student | videos | rollout ms | critic ms | plain ms | "
+        + " | ".join(f"{mode} ms" for mode in modes)
+        + " | × plain | kept / recompute |",
+        "|---" * (7 + len(modes)) + "|",
+    ]
+    for case in dict.fromkeys(key[0] for key in found):
+        plain = found.get((case, "update", "eager"))
+        ours = [found[case, "update", mode] for mode in modes]
+        before = [found.get((case, phase, modes[0])) for phase in ("rollout", "critic")]
+        cells = [_ratio(row, None) for row in (*before, plain, *ours)]
+        cells += [_ratio(plain, ours[0]), _ratio(ours[-1], ours[0])]
+        lines.append("| " + " | ".join([case, str(ours[0]["B"]), *cells]) + " |")
+    return "\n".join([*lines, "", provenance(path, saved)])
+
+
 def _ratio(row: dict[str, Any] | None, to: dict[str, Any] | None) -> str:
     """Milliseconds of a row, or how many times those of `to` they are; a dash for no row."""
     if row is None:
@@ -143,7 +164,12 @@ def fill(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
 
 
-TABLES = {"nft_loss": benchmark_table, "attention": attention_table, "rollout": rollout_table}
+TABLES = {
+    "nft_loss": benchmark_table,
+    "attention": attention_table,
+    "rollout": rollout_table,
+    "train_step": train_step_table,
+}
 
 
 def main() -> None:
