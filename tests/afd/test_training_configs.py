@@ -104,6 +104,23 @@ def student_file(words: list[str]) -> Path:
     return Path(word.partition("=")[2])
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_file_as_shipped_is_planned_and_says_what_is_not_here(
+    path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the paths of the file are the user's own
+    assert main(["train", str(path), "--dry-run"]) == DONE
+    said = " ".join(capsys.readouterr().out.split())
+    assert "21 latent frames" in said
+    assert "GPU-hours" in said
+    assert "student.checkpoint: checkpoints/" in said
+    assert "teacher.path: teacher is not there" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_settings_are_those_reported_for_the_student() -> None:
     """Luo et al., arXiv 2605.26105, as the authors' cards and others repeat them."""
     runs = [load_config(path) for path in CONFIGS]
