@@ -14,7 +14,7 @@ from afd.methods.afd import Afd, versions
 from afd.methods.base import draw_times
 from afd.methods.config import AfdConfig
 from afd.methods.noised import draw_copies
-from afd.methods.rollouts import shower
+from afd.methods.rollouts import Show
 from afd.models.codec import Pixels
 from afd.video import through_codec
 from tests.afd.tiny_methods import gradients, make_afd, step, toy_batch, toy_student, weights
@@ -295,8 +295,8 @@ def test_the_group_is_as_large_as_asked_and_the_first_video_is_shown() -> None:
 def test_the_discriminator_is_shown_what_the_codec_leaves() -> None:
     method = make_afd(toy_student())
     x = torch.rand(2, 12, 3, 16, 16) * 2 - 1
-    plain = shower(method.critic, Pixels(), VideoConfig())
-    matched = shower(method.critic, Pixels(), VideoConfig(codec_match=True, crf=30))
+    plain = Show(method.critic, Pixels(), VideoConfig())
+    matched = Show(method.critic, Pixels(), VideoConfig(codec_match=True, crf=30))
     assert torch.equal(plain(x), x)
     assert torch.equal(matched(x), through_codec(x, crf=30))
     assert not torch.equal(matched(x), x)

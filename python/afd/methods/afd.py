@@ -24,7 +24,7 @@ from afd.methods.base import Batch, Shown
 from afd.methods.config import AfdConfig
 from afd.methods.noised import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import Rollouts, Streaming, roll_out, shower
+from afd.methods.rollouts import Rollouts, Show, Streaming, roll_out
 from afd.models.codec import Codec, Pixels
 from afd.models.kv_cache import LayerKV
 from afd.models.policies import Policies
@@ -90,7 +90,7 @@ class Afd:
         check_chunks(config, self.chunks)
         # With old="current" the student anchors itself: v_old is its own, without gradient.
         self.old = "old" if config.old == "ema" else "theta"
-        self.show = shower(critic, self.codec, video)
+        self.show = Show(critic, self.codec, video)
         self.generator = Generator().manual_seed(seed)
         self.score_average: float | None = None
         self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)

@@ -20,7 +20,7 @@ from afd.discriminators.base import DifferentiableCritic
 from afd.methods.base import Batch
 from afd.methods.config import GanConfig
 from afd.methods.last_step import LastStepMethod
-from afd.methods.rollouts import Rollouts, Streaming, shower
+from afd.methods.rollouts import Rollouts, Show, Streaming
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
 from afd.ranks import ALONE, Ranks
@@ -58,7 +58,7 @@ class Gan(LastStepMethod):
     ) -> None:
         self.critic, self.codec = critic, codec or Pixels()
         self.sees: Literal["video", "latent"] = critic.sees
-        self.see = shower(critic, self.codec, video)
+        self.see = Show(critic, self.codec, video)
         streaming = Streaming(steps, first_steps, context_noise, rollout_batch)
         super().__init__(policies, config, streaming, ranks, seed, show=self.see)
 

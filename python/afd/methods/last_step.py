@@ -9,7 +9,7 @@ latents, K chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from afd.methods.base import Batch, Shown
 from afd.methods.config import LastStepConfig
 from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import Rollouts, Streaming, roll_out
+from afd.methods.rollouts import Rollouts, Show, Streaming, roll_out
 from afd.models.policies import Policies
 from afd.models.student import Student
 from afd.ranks import Ranks
@@ -41,7 +41,7 @@ class LastStepMethod:
         streaming: Streaming,
         ranks: Ranks,
         seed: int,
-        show: Callable[[Tensor], Tensor] | None = None,
+        show: Show | None = None,
     ) -> None:
         self.policies, self.ranks, self.streaming, self.show = policies, ranks, streaming, show
         self.config: LastStepConfig = config

@@ -6,7 +6,8 @@ tokens, E text channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from afd.models.kv_cache import LayerKV
 from afd.models.student import Student
 from afd.rollout import stream, stream_layout
 from afd.video import through_codec
+
+# Parts of a rollout that are encoded at a time.
+ENCODERS = 4
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,29 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def shower(critic: Critic, codec: Codec, video: VideoConfig | None) -> Callable[[Tensor], Tensor]:
-    """A function from the student's videos to what the discriminator looks at, like the teacher's.
+class Show:
+    """From the student's videos to what the discriminator looks at, like the teacher's.
 
     With `codec_match` they pass the codec that the teacher's went through; gradients pass it as if
     it were not there.
     """
 
-    def show(x_BFCHW: Tensor) -> Tensor:
-        if critic.sees == "latent":
-            return critic.look(x_BFCHW)
-        pixels_BFCHW = codec.decode(x_BFCHW)
-        if video is not None and video.codec_match:
-            pixels_BFCHW = through_codec(pixels_BFCHW, fps=video.fps, crf=video.crf)
-        return critic.look(pixels_BFCHW)
+    def __init__(self, critic: Critic, codec: Codec, video: VideoConfig | None) -> None:
+        self.critic, self.codec, self.video = critic, codec, video
 
-    return show
+    def __call__(self, x_BFCHW: Tensor) -> Tensor:
+        return self.finish(self.decode(x_BFCHW))
+
+    def decode(self, x_BFCHW: Tensor) -> Tensor:
+        """The accelerator's part: pixels, or latents where the discriminator sees those."""
+        return x_BFCHW if self.critic.sees == "latent" else self.codec.decode(x_BFCHW)
+
+    def finish(self, decoded_BFCHW: Tensor) -> Tensor:
+        """The rest; of pixels on the CPU it needs no accelerator."""
+        video = self.video
+        if self.critic.sees == "video" and video is not None and video.codec_match:
+            decoded_BFCHW = through_codec(decoded_BFCHW, fps=video.fps, crf=video.crf)
+        return self.critic.look(decoded_BFCHW)
 
 
 @torch.no_grad()
@@ -89,51 +100,60 @@ def roll_out(
     generator: Generator,
     streaming: Streaming,
     *,
-    show: Callable[[Tensor], Tensor] | None = None,
+    show: Show | None = None,
     keep_context: bool = False,
     keep_last_inputs: bool = False,
 ) -> Rollouts:
-    """`per_prompt` videos of the training length for each prompt of this process."""
+    """`per_prompt` videos of the training length for each prompt of this process.
+
+    Encoding a video for `codec_match` takes about as long as making it: threads do so while the
+    accelerator goes on with the next ones.
+    """
     prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
     layout = stream_layout(student, student.frames)
     draws = max(len(streaming.steps), len(streaming.first_steps or ()))
     width = streaming.batch or len(prompts)
-    videos, texts, seen, contexts = [], [], [], []
+    videos, texts, contexts = [], [], []
     given: list[Tensor] = []
-    for part in (slice(at, at + width) for at in range(0, len(prompts), width)):
-        text_BLE = student.encode(prompts[part])
-        cache = student.new_cache(text_BLE, student.frames)
-        inputs: list[Tensor] | None = [] if keep_last_inputs else None
-        chunks = stream(
-            student,
-            text_BLE,
-            student.noise_source(seed_B[part], layout, draws),
-            steps=streaming.steps,
-            first_steps=streaming.first_steps,
-            context_noise=streaming.context_noise,
-            cache=cache,
-            last_inputs=inputs,
-        )
-        x_BFCHW = torch.cat(list(chunks), 1).float()
-        if inputs is not None:
-            given.append(torch.cat(inputs, 1).float())
-        videos.append(x_BFCHW)
-        texts.append(text_BLE)
-        if show is not None:
-            seen.append(show(x_BFCHW).cpu())
-        if keep_context:
-            # The last chunk's slots hold a denoising step, not its context; none looks at them.
-            contexts += [
-                [(k[i : i + 1], v[i : i + 1]) for k, v in cache.self_kv]
-                for i in range(len(x_BFCHW))
-            ]
+    seen: list[Future[Tensor]] = []
+    with ThreadPoolExecutor(ENCODERS) as pool:
+        for part in (slice(at, at + width) for at in range(0, len(prompts), width)):
+            text_BLE = student.encode(prompts[part])
+            cache = student.new_cache(text_BLE, student.frames)
+            inputs: list[Tensor] | None = [] if keep_last_inputs else None
+            chunks = stream(
+                student,
+                text_BLE,
+                student.noise_source(seed_B[part], layout, draws),
+                steps=streaming.steps,
+                first_steps=streaming.first_steps,
+                context_noise=streaming.context_noise,
+                cache=cache,
+                last_inputs=inputs,
+            )
+            x_BFCHW = torch.cat(list(chunks), 1).float()
+            if inputs is not None:
+                given.append(torch.cat(inputs, 1).float())
+            videos.append(x_BFCHW)
+            texts.append(text_BLE)
+            if show is not None:
+                if len(seen) >= ENCODERS:
+                    # Whole videos wait to be encoded: no more of them than are being so.
+                    seen[-ENCODERS].result()
+                seen.append(pool.submit(show.finish, show.decode(x_BFCHW).cpu()))
+            if keep_context:
+                # The last chunk's slots hold a denoising step, not its context; none looks at them.
+                contexts += [
+                    [(k[i : i + 1], v[i : i + 1]) for k, v in cache.self_kv]
+                    for i in range(len(x_BFCHW))
+                ]
     return Rollouts(
         torch.cat(videos),
         prompts,
         torch.cat(texts),
-        torch.cat(seen) if seen else None,
+        torch.cat([part.result() for part in seen]) if seen else None,
         contexts,
         torch.cat(given) if given else None,
     )
