@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from afd.config import make_config
 from afd.discriminators.config import LatentConfig
@@ -115,7 +116,11 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
         torch.save({"method": state, "updates": first + leg.updates}, leg.left)
     ranks.barrier()
     # Tensors would need this process to live on until they are read.
-    weights = {key: value.numpy() for key, value in state["policies"]["theta"].items()}
+    theta = method.policies.weights("theta")
+    weights = {
+        name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().numpy().copy()
+        for name, x in zip(theta.names, theta.masters, strict=True)
+    }
     return Walked(said, weights, bytes(state["generator"].tolist()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from afd.training.caches import Store
 if TYPE_CHECKING:
     from afd.config import RunConfig
 
+_log = logging.getLogger("afd")
 # Frames per second of clips that are taken as they come.
 RATE = 16.0
 
@@ -47,6 +49,8 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     critic = None
     if config.method in ("afd", "gan"):
         critic = build_critic(config, student, ranks)
+        if config.video.codec_match and critic.sees == "latent":
+            _log.info("video.codec_match does nothing here: the discriminator sees latents")
     names, trained = versions(config)
     section = config.student
     policies = make_policies(

@@ -75,9 +75,15 @@ class Weights:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, put together from all processes where it is sharded."""
+    """A tensor on the CPU; a sharded one is put together, on the main process only.
+
+    Every process of a sharded run must ask; the others get nothing, [0].
+    """
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    if not isinstance(tensor, DTensor):
+        return tensor.cpu()
+    full = tensor.full_tensor()
+    return full.cpu() if tensor.device_mesh.get_rank() == 0 else torch.empty(0)
 
 
 def laid_out_like(tensor: Tensor, full: Tensor) -> Tensor:
