@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, model_validator
 
 from afd.config import ConfigError
-from afd.models.config import DTYPES
+from afd.models.config import DTYPES, WanParts
 from afd.schedules import ShiftedFlow, check_steps
-from afd.section import Count, Natural, Positive, Section
+from afd.section import Count, Natural, Positive
 
 # Video frames per latent frame after the first, and pixels per latent row and column.
 WAN_SCALE = (4, 8)
@@ -19,7 +19,7 @@ WAN_SCALE = (4, 8)
 FREE = ("prompts", "out", "samples", "batch", "device", "compile", "cuda_graphs", "threads")
 
 
-class StreamConfig(Section):
+class StreamConfig(WanParts):
     """The student, its files, and how it streams: what `afd sample` and `afd eval` both need."""
 
     student: Literal["wan", "toy"] = Field(
@@ -29,23 +29,6 @@ class StreamConfig(Section):
         default=None,
         description="wan: .pt file, diffusers folder or .safetensors; toy: 'base' or a file",
     )
-    ema: bool | None = Field(
-        default=None,
-        description="of a .pt file: true generator_ema, false generator, null the average if any",
-    )
-    head_dim: Count | None = Field(
-        default=None, description="channels of a head; null: as config.json says, else 128"
-    )
-    pretrained: str = Field(
-        default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        description="folder or hub name with text_encoder/, tokenizer/ and vae/",
-    )
-    text_encoder: str | None = Field(default=None, description="another source; null: pretrained")
-    tokenizer: str | None = Field(
-        default=None, description="folder of its own; null: where the text encoder comes from"
-    )
-    vae: str | None = Field(default=None, description="another source; null: pretrained")
-    text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
 
     out: Path | None = Field(default=None, description="folder of the mp4 files")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
@@ -61,20 +44,8 @@ class StreamConfig(Section):
     fps: Positive = Field(default=16.0, description="frames per second of the file")
     crf: Natural = Field(default=18, description="constant rate factor of h264; lower is better")
 
-    chunk: Count = Field(default=3, description="latent frames denoised together; 1: framewise")
     independent_first_frame: bool = Field(
         default=False, description="the first latent frame is a chunk of its own"
-    )
-    steps: list[float] = Field(
-        default=[1000, 750, 500, 250],
-        description="denoising steps before the warp, falling from 1000 (toy: times from 1)",
-    )
-    first_chunk_steps: list[float] | None = Field(
-        default=None, description="the steps of the first chunk that is generated; null: steps"
-    )
-    shift: Positive = Field(default=5.0, description="shift of the table of noise levels")
-    context_noise: float = Field(
-        default=0.0, ge=0, le=1000, description="time that the context pass is told"
     )
     window: Count | None = Field(
         default=None, description="latent frames a chunk sees, sink and itself included; null: all"
@@ -83,9 +54,6 @@ class StreamConfig(Section):
 
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="what the network and the text encoder compute in"
-    )
-    vae_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="what the autoencoder computes in"
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         default="auto", description="auto: cuda where there is one"

@@ -51,13 +51,9 @@ class ToyStudentConfig(StudentConfig):
     )
 
 
-class WanStudentConfig(StudentConfig):
-    """A released causal student, its text encoder and its autoencoder."""
+class WanParts(Section):
+    """Where a Wan student's parts are, and how it denoises: the same for training and sampling."""
 
-    kind: Literal["wan"] = Field(description="a Self-Forcing or Causal-Forcing student")
-    checkpoint: Path | None = Field(
-        default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
-    )
     ema: bool | None = Field(
         default=None,
         description="of a .pt file: true generator_ema, false generator, null the average if any",
@@ -78,8 +74,7 @@ class WanStudentConfig(StudentConfig):
     chunk: Count = Field(default=3, description="latent frames denoised together; 1: framewise")
     steps: list[float] = Field(
         default=[1000, 750, 500, 250],
-        min_length=1,
-        description="denoising steps before the warp, falling from 1000",
+        description="denoising steps before the warp, falling from 1000 (toy: times from 1)",
     )
     first_chunk_steps: list[float] | None = Field(
         default=None, description="the steps of the first chunk; null: steps"
@@ -88,12 +83,21 @@ class WanStudentConfig(StudentConfig):
     context_noise: float = Field(
         default=0.0, ge=0, le=1000, description="time that the context pass is told"
     )
+    vae_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="what the autoencoder computes in"
+    )
+
+
+class WanStudentConfig(WanParts, StudentConfig):
+    """A released causal student, its text encoder and its autoencoder."""
+
+    kind: Literal["wan"] = Field(description="a Self-Forcing or Causal-Forcing student")
+    checkpoint: Path | None = Field(
+        default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16",
         description="what the network computes in; trained weights are kept in float32",
-    )
-    vae_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="what the autoencoder computes in"
     )
     lora: LoraConfig | None = Field(
         default=LoraConfig(), description="train low-rank adapters; null: every weight"
