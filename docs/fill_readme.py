@@ -125,7 +125,7 @@ def train_step_table(path: Path) -> str:
     lines = [
         "| student | videos | rollout ms | critic ms | plain ms | "
         + " | ".join(f"{mode} ms" for mode in modes)
-        + " | × plain | kept / recompute |",
+        + " | plain / recompute | kept / recompute |",
         "|---" * (7 + len(modes)) + "|",
     ]
     for case in dict.fromkeys(key[0] for key in found):
@@ -152,7 +152,7 @@ def provenance(path: Path, saved: dict[str, Any]) -> str:
     commit, _, changed = about["commit"].partition("+")
     state = f"{commit[:9]} with changes" if changed else commit[:9]
     return (
-        f"`python benchmarks/{path.stem}.py`, {about['device_name']}, {about['threads']} threads, "
+        f"`python benchmarks/{path.stem}.py`, {about['device_name']}, threads: {about['threads']}, "
         f"torch {about['versions']['torch']}, {about['date'][:10]}, commit {state}; "
         f"all rows of this and more in `{path.relative_to(ROOT)}`."
     )
