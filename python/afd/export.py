@@ -31,8 +31,8 @@ from afd.models.checkpoints import (
     to_diffusers,
 )
 from afd.models.config import DTYPES, LoraConfig
-from afd.models.policies import refuse_another_start, start_digest
-from afd.models.sources import need
+from afd.models.policies import start_digest
+from afd.models.sources import need, refuse_other_weights
 from afd.models.toy import ToyStudent
 from afd.section import Section
 from afd.training import checkpoint
@@ -199,7 +199,7 @@ class _Learned:
         state = weights
         if student.lora is not None:
             computed = torch.float32 if student.kind == "toy" else DTYPES[student.dtype]
-            refuse_another_start(self.start, start_digest(network, computed))
+            refuse_other_weights("student.checkpoint", self.start, start_digest(network, computed))
             state = merged(network, weights, student.lora)
         return {name: tensor.to(self.dtype) for name, tensor in state.items()}
 

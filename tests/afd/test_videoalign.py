@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from afd.config import ConfigError
 from afd.discriminators.base import DifferentiableCritic
 from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.videoalign import VideoAlignCritic
@@ -377,6 +378,17 @@ def test_a_saved_discriminator_continues_with_the_same_bits(released: Path) -> N
     assert torch.equal(first.score(seen(), PROMPTS), second.score(seen(), PROMPTS))
     with pytest.raises(ValueError, match="state"):
         make(released, lora_rank=2).load_state_dict(first.state_dict())
+
+
+def test_a_saved_discriminator_refuses_another_released_checkpoint(
+    released: Path, altered: Callable[..., Path]
+) -> None:
+    def nudge(state: dict[str, Tensor]) -> None:
+        state["base_model.model.rm_head.weight"] += 1
+
+    state = make(released).state_dict()
+    with pytest.raises(ConfigError, match=r"discriminator\.checkpoint: holds other weights"):
+        make(altered(nudge)).load_state_dict(state)
 
 
 def test_the_rate_rises_and_gradients_are_clipped(released: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.pairs import CriticOptimizer, PairCritic
 from afd.discriminators.videoalign_model import VideoAlign, rewards
+from afd.models.sources import refuse_other_weights, weights_digest
 from afd.ranks import ALONE, Ranks
 from afd_kernels.contracts import require
 
@@ -45,6 +46,8 @@ class VideoAlignCritic(PairCritic):
         require(video_fps > 0, "video_fps", video_fps, "a positive rate")
         self.scorer, self.video_fps, self.ranks = scorer, video_fps, ranks
         self.config: VideoAlignConfig = config
+        released = {**dict(scorer.network.named_parameters()), "rm_head": scorer.head_OD}
+        self.start = weights_digest(released)
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=TARGETS, bias="none"
         )
@@ -90,12 +93,18 @@ class VideoAlignCritic(PairCritic):
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """What was trained and the optimizer; the released weights stay in their file."""
+        """What was trained and the optimizer; of the released weights, which stay in their file,
+        the digest."""
         trained = {name: value.detach().clone() for name, value in self.trained().items()}
-        return {"trained": trained, "optimizer": self.optimizer.state_dict()}
+        return {
+            "start": self.start,
+            "trained": trained,
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        refuse_other_weights("discriminator.checkpoint", state["start"], self.start)
         held, ours = state["trained"], self.trained()
         shapes = {name: tuple(value.shape) for name, value in held.items()}
         same = shapes == {name: tuple(value.shape) for name, value in ours.items()}

@@ -15,7 +15,7 @@ import torch
 
 from afd.models.adapters import Adapters
 from afd.models.causal_wan import CausalWan
-from afd.models.sources import weights_digest
+from afd.models.sources import refuse_other_weights, weights_digest
 from afd.models.student import Student
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
@@ -73,7 +73,7 @@ class Policies(ABC):
         """
         needed = {"start", *self.names}
         require(set(state) == needed, "state", sorted(state), f"versions {self.names} and start")
-        refuse_another_start(state["start"], self.start)
+        refuse_other_weights("student.checkpoint", state["start"], self.start)
         for name in self.names:
             self._weights[name].load_state_dict(state[name])
 
@@ -81,17 +81,6 @@ class Policies(ABC):
 def start_digest(net: CausalWan, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of a network's weights, rounded to a dtype: what adapters and a prior stand on."""
     return weights_digest({name: x.to(dtype or x.dtype) for name, x in net.state_dict().items()})
-
-
-def refuse_another_start(there: str | None, now: str | None) -> None:
-    """ConfigError where a state's start weights are not those that were loaded."""
-    from afd.config import ConfigError
-
-    if there != now:
-        raise ConfigError(
-            "student.checkpoint: holds other weights than those that the run started from, without "
-            f"which its state means nothing (SHA-256 {there} there, {now} now)"
-        )
 
 
 class FullPolicies(Policies):

@@ -84,6 +84,17 @@ def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
     return digest.hexdigest()
 
 
+def refuse_other_weights(key: str, there: str | None, now: str | None) -> None:
+    """ConfigError where the start weights of a state (their digest) are not those of `key` now."""
+    from afd.config import ConfigError
+
+    if there != now:
+        raise ConfigError(
+            f"{key}: holds other weights than those that the run started from, without "
+            f"which its state means nothing (SHA-256 {there} there, {now} now)"
+        )
+
+
 def tensor_bytes(tensor: Tensor) -> Any:
     """The numbers of a tensor, row by row, as a buffer of bytes."""
     flat = tensor.detach().cpu().contiguous().view(-1)
