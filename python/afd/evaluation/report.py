@@ -70,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _page(run_dir: Path) -> dict[str, Any]:
-    """Everything the template shows."""
+    """Everything that report_base.html and report_page.html show."""
     parts = read_parts(run_dir)
     measured = {name: part.metrics for name, part in parts.items() if part.metrics}
     unfinished = {
@@ -96,6 +96,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "table": _table(measured, shown),
         "table_note": _table_note(parts),
         "charts": [chart for chart in curves.charts(parts) if chart is not None],
+        "charts_title": "How they learned",
         "charts_note": curves.charts_note(parts),
         "more_charts": [chart for chart in curves.more_charts(parts) if chart is not None],
         "timing": curves.timing(parts),

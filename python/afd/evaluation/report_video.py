@@ -44,7 +44,7 @@ def is_video_run(run_dir: Path) -> bool:
 
 
 def video_page(run_dir: Path) -> dict[str, Any]:
-    """Everything that report_video.html shows."""
+    """Everything that report_base.html and report_video.html show."""
     parts = read_parts(run_dir)
     run = next((part for part in runs(parts) if part.folder is not None), parts["afd"])
     base = parts["base"].metrics
@@ -53,14 +53,15 @@ def video_page(run_dir: Path) -> dict[str, Any]:
         "date": run.when.strftime("%d %B %Y, %H:%M").lstrip("0") if run.when else "",
         "headline": _headline(run, base),
         "basis": _basis(run),
+        "plane": None,
         "notices": list(_notices(run)),
         "alarms": run.warnings,
         "films": [group for group in _films(run_dir) if group["films"]],
-        "part": run.name,
-        "label": run.label,
+        "parts": [{"name": part.name, "label": part.label} for part in (parts["base"], run)],
         "table": list(_table(run, base)),
         "table_note": "Means over the held-out videos of the last evaluation, and of the first.",
         "charts": [chart for chart in _charts(parts, run) if chart is not None],
+        "charts_title": "How it learned",
         "charts_note": curves.charts_note(parts),
         "more_charts": [chart for chart in _more(parts, run) if chart is not None],
         "timing": curves.timing(parts),
@@ -101,16 +102,20 @@ def _notices(run: Part) -> Iterator[str]:
     yield from run.problems
 
 
-def _table(run: Part, base: dict[str, float]) -> Iterator[dict[str, str]]:
+def _table(run: Part, base: dict[str, float]) -> Iterator[dict[str, Any]]:
     now = run.metrics
     for key in dict.fromkeys([k for k in MEANINGS if k in now] + sorted(now)):
         name, meaning = MEANINGS.get(key, (key, ""))
+        before = number(base[key]) if key in base else "–"
         yield {
             "name": name,
             "key": key if key != name else "",
             "meaning": meaning,
-            "base": number(base[key]) if key in base else "–",
-            "now": number(now[key]),
+            "direction": "",
+            "cells": [
+                {"name": "base", "text": before, "best": False},
+                {"name": run.name, "text": number(now[key]), "best": False},
+            ],
         }
 
 
