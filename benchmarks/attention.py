@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -312,9 +308,11 @@ class Row:
 
 
 def measure(
-    case: Case, args: argparse.Namespace, absent: dict[str, list[str]], failed: dict[str, str]
-) -> list[Row]:
-    """Rows of the providers that run and agree with float64."""
+    case: Case, args: argparse.Namespace, absent: dict[str, list[str]]
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows of the providers that run and agree with float64, and why others were not timed."""
+    torch._dynamo.reset()  # a compiled function keeps at most eight specialisations
+    failed: dict[str, str] = {}
     given = case.tensors(args.device, 0)
     nbytes = sum(x.numel() * x.element_size() for x in given.values())
     count = harness.input_sets(nbytes, args.device)
@@ -342,11 +340,7 @@ def measure(
                 queries=case.rows.queries,
                 keys=case.rows.keys,
                 backward=case.backward,
-                median_ms=timing.median_ms,
-                p20=timing.p20,
-                p80=timing.p80,
-                host_ms=timing.host_ms,
-                reps=timing.reps,
+                **asdict(timing),
                 tflops=rate,
                 pct_of_floor=100 * rate / floor,
                 peak_mib=harness.peak_mib(run, args.device),
@@ -354,7 +348,7 @@ def measure(
                 speedup=None if dense is None else dense.median_ms / timing.median_ms,
             )
         )
-    return rows
+    return rows, failed
 
 
 def _on(step: Step, sets: list[Tensors]) -> harness.Run:
@@ -392,84 +386,25 @@ def show(rows: list[Row]) -> None:
     first = rows[0]
     what = "forward and backward" if first.backward else "forward"
     title = f"{first.case}: {first.queries} x {first.keys}, {first.dtype}, B={first.B}, {what}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("provider", no_wrap=True)
-    for name in ("ms", "p20", "p80", "host ms", "TFLOP/s", "% floor", "peak MiB", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("speedup", justify="right", no_wrap=True)
-    for row in rows:
-        numbers = (row.median_ms, row.p20, row.p80, row.host_ms, row.tflops, row.pct_of_floor)
-        table.add_row(
-            row.provider,
-            *map(_number, (*numbers, row.peak_mib)),
-            f"{row.error:.1e}",
-            _number(row.speedup),
-        )
-    Console(width=None if Console().is_terminal else 200).print(table)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def save(folder: Path, device: str, rows: list[Row], **more: Any) -> Path:
-    """Writes <folder>/attention.json and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "attention.json"
-    document = {"name": "attention", "environment": report.environment(device), "how": HOW} | more
-    document["rows"] = [asdict(row) for row in rows]
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--case", default="", help="only cases whose name holds this")
-    parser.add_argument("--reps", type=int, default=30, help="most repetitions per case")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing per case")
-    parser.add_argument(
-        "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
+    report.table(
+        title,
+        ("provider",),
+        ("ms", "p20", "p80", "host ms", "TFLOP/s", "% floor", "peak MiB", "error", "speedup"),
+        [
+            (
+                *(row.provider, row.median_ms, row.p20, row.p80, row.host_ms, row.tflops),
+                *(row.pct_of_floor, row.peak_mib, f"{row.error:.1e}", row.speedup),
+            )
+            for row in rows
+        ],
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, no compile (for CI)")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the JSON; --quick writes none by itself"
-    )
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
-    if args.out is None and not args.quick:
-        args.out = report.ROOT / "benchmarks" / "results" / report.device_slug(args.device)
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    rows: list[Row] = []
+    args = report.parse(report.arguments(__doc__.splitlines()[0], PROVIDERS), argv)
     absent: dict[str, list[str]] = {}
-    failed: dict[str, str] = {}
-    started = time.monotonic()
-    for case in cases(args):
-        if args.case not in case.name:
-            continue
-        if time.monotonic() - started > args.deadline:
-            print(f"skipped {case.name}: {args.deadline:g} s have passed")
-            continue
-        new = measure(case, args, absent, failed)
-        torch._dynamo.reset()
-        rows += new
-        if new:
-            show(new)
-    print(HOW)
-    if args.out is not None and rows:
-        print(f"wrote {save(args.out, args.device, rows, absent=absent, failed=failed)}")
-    for what, where in absent.items():
-        print(f"absent {what} ({'; '.join(where)})")
-    for what, why in failed.items():
-        print(f"FAILED {what}: {why}")
-    if failed or not rows:
-        sys.exit(1)
+    named = ((case.name, partial(measure, case, args, absent)) for case in cases(args))
+    report.run("attention", HOW, named, show, args, absent=absent)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 from afd import ops
-from afd_kernels.forward_noise.reference import normal
-from benchmarks import official, report, suite
+from benchmarks import official, suite
 from benchmarks.suite import OURS, Inputs, Step
-from tests.cases import WAN_480
 
 # Dtype of the latents and of the noise.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -98,19 +96,15 @@ class Noising:
         def given(i: Inputs) -> Tensor:
             return official.noised(i["x0"], i["noise"], i["t"]).to(i["x0"].dtype)
 
-        def drawn(i: Inputs) -> Tensor:
-            return given(i | {"noise": torch.randn(i["x0"].shape, device=i["x0"].device)})
-
-        step = given if source == "given" else drawn
+        step = given if source == "given" else suite.drawing(given)
         return torch.compile(step, dynamic=False, fullgraph=True) if provider == "compile" else step
 
     def exact(self, inputs: Inputs) -> dict[str, Tensor]:
         """x_t in float64, with the noise given and with that of the seeds."""
         x0, t = inputs["x0"].double(), inputs["t"].double()
-        noise = torch.cat([normal(seed, x0[0].numel()) for seed in inputs["seed"].split(1)])
         return {
             "given": official.noised(x0, inputs["noise"].double(), t),
-            "seed": official.noised(x0, noise.reshape(x0.shape).double(), t),
+            "seed": official.noised(x0, suite.seeded_noise(inputs).double(), t),
         }
 
 
@@ -127,10 +121,7 @@ def cases(args: Any) -> Iterator[suite.Case]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = report.arguments(__doc__.splitlines()[0], suite.PROVIDERS)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--shape", type=int, nargs="+", default=WAN_480, help="of one sample")
-    args = report.parse(parser, argv)
+    args = suite.parse(suite.arguments(__doc__.splitlines()[0], DTYPES), argv)
     suite.run("forward_noise", cases(args), args)
 
 

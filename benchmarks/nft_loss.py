@@ -25,10 +25,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 from afd import ops
-from afd_kernels.forward_noise.reference import normal
-from benchmarks import official, report, suite
+from benchmarks import official, suite
 from benchmarks.suite import OURS, Inputs, Step
-from tests.cases import WAN_480
 
 NFT_BETA, PRIOR_WEIGHT = 0.1, 1e-4
 # Dtypes of the predictions, of the latents and of the noise.
@@ -104,13 +102,9 @@ class Nft:
         """Forward and backward: inputs to (loss, gradient of v_theta)."""
         if provider in OURS:
             return self._our_step(provider, source)
-        given = official_loss(self.weighting)
-
-        def drawn(i: Inputs) -> Tensor:
-            # The trainer draws float32 noise whatever the dtype of its latents.
-            return given(i | {"noise": torch.randn(i["x0"].shape, device=i["x0"].device)})
-
-        loss = given if source == "given" else drawn
+        loss: Step = official_loss(self.weighting)
+        if source == "seed":
+            loss = suite.drawing(loss)
         if provider == "compile":
             loss = torch.compile(loss, dynamic=False, fullgraph=True)
         return lambda i: _differentiate(loss(i), i)
@@ -133,11 +127,9 @@ class Nft:
 
     def exact(self, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
         """Loss and gradient in float64, with the noise given and with that of the seeds."""
-        count = inputs["x0"][0].numel()
-        noise = torch.cat([normal(seed, count) for seed in inputs["seed"].split(1)])
         return {
             "given": self.oracle(inputs),
-            "seed": self.oracle(inputs | {"noise": noise.reshape(inputs["x0"].shape)}),
+            "seed": self.oracle(inputs | {"noise": suite.seeded_noise(inputs)}),
         }
 
     def oracle(self, i: Inputs) -> tuple[Tensor, Tensor]:
@@ -188,12 +180,10 @@ def cases(args: Any) -> Iterator[suite.Case]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = report.arguments(__doc__.splitlines()[0], suite.PROVIDERS)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser = suite.arguments(__doc__.splitlines()[0], DTYPES)
     weightings = ["x0_adaptive", "velocity"]
     parser.add_argument("--weighting", nargs="+", choices=weightings, default=weightings)
-    parser.add_argument("--shape", type=int, nargs="+", default=WAN_480, help="of one sample")
-    args = report.parse(parser, argv)
+    args = suite.parse(parser, argv)
     suite.run("nft_loss", cases(args), args)
 
 

@@ -11,18 +11,14 @@ video from the same noise: one that disagrees with eager in float32 is not timed
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -205,6 +201,7 @@ def measure(
     case: Case, batch: int, machine: Machine, args: Any
 ) -> tuple[list[Row], dict[str, str]]:
     """Rows of the providers that agree, and why others were not timed."""
+    torch._dynamo.reset()  # a compiled function keeps at most eight specialisations
     streams, failed = {}, {}
     videos: dict[str, Tensor] = {}
     fill = -(-case.kept // case.wan.chunk) + 2
@@ -240,11 +237,7 @@ def measure(
                 provider=name,
                 dtype=case.dtype,
                 B=batch,
-                median_ms=timing.median_ms,
-                p20=timing.p20,
-                p80=timing.p80,
-                host_ms=timing.host_ms,
-                reps=timing.reps,
+                **asdict(timing),
                 chunks_per_s=1e3 * batch / timing.median_ms,
                 fps=4e3 * batch * case.wan.chunk / timing.median_ms,
                 speedup=speedup("eager", timing.median_ms),
@@ -323,100 +316,41 @@ def show(rows: list[Row]) -> None:
     """The table of one case."""
     first = rows[0]
     title = f"{first.case}: {first.tokens} tokens see {first.keys}, {first.dtype}, B={first.B}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("provider", no_wrap=True)
-    names = ("ms a chunk", "p20", "p80", "host ms", "chunks/s", "FPS", "x floor", "GFLOP", "GB")
-    more = ("traffic GB", "ops", "syncs", "cache MiB", "formula", "peak MiB", "error", "x eager")
-    for name in (*names, *more, "x released"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        numbers = (row.median_ms, row.p20, row.p80, row.host_ms, row.chunks_per_s, row.fps)
-        held = (row.cache_mib, row.formula_mib, row.peak_mib)
-        table.add_row(
-            row.provider,
-            *map(_number, (*numbers, row.median_ms / row.floor_ms, row.gflop, row.gb)),
-            *map(_number, (row.traffic_gb, row.ops, row.syncs, *held)),
-            f"{row.error:.1e}",
-            _number(row.speedup),
-            _number(row.speedup_released),
-        )
-    Console(width=None if Console().is_terminal else 200).print(table)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def save(folder: Path, device: str, machine: Machine, rows: list[Row], failed: Any) -> Path:
-    """Writes <folder>/rollout.json and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "rollout.json"
-    document = {
-        "name": "rollout",
-        "environment": report.environment(device),
-        "how": HOW,
-        "machine": asdict(machine),
-        "failed": failed,
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
-    parser.add_argument("--case", default="", help="only cases whose name holds this")
-    parser.add_argument("--reps", type=int, default=30, help="most repetitions per case")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing per case")
-    parser.add_argument(
-        "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
+    report.table(
+        title,
+        ("provider",),
+        (
+            *("ms a chunk", "p20", "p80", "host ms", "chunks/s", "FPS", "x floor", "GFLOP", "GB"),
+            *("traffic GB", "ops", "syncs", "cache MiB", "formula", "peak MiB", "error", "x eager"),
+            "x released",
+        ),
+        [
+            (
+                *(row.provider, row.median_ms, row.p20, row.p80, row.host_ms, row.chunks_per_s),
+                *(row.fps, row.median_ms / row.floor_ms, row.gflop, row.gb, row.traffic_gb),
+                *(row.ops, row.syncs, row.cache_mib, row.formula_mib, row.peak_mib),
+                *(f"{row.error:.1e}", row.speedup, row.speedup_released),
+            )
+            for row in rows
+        ],
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, no compile (for CI)")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the JSON; --quick writes none by itself"
-    )
-    args = parser.parse_args(argv)
-    if args.providers is None:
-        args.providers = list(PROVIDERS[: 5 if args.device == "cuda" else 4])
-    if args.quick:
-        args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
-        args.providers = [name for name in args.providers if name != "compile"]
-    if args.out is None and not args.quick:
-        args.out = report.ROOT / "benchmarks" / "results" / report.device_slug(args.device)
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    parser = report.arguments(__doc__.splitlines()[0], PROVIDERS)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    args = report.parse(parser, argv)
+    if args.device != "cuda":
+        args.providers = [name for name in args.providers if name != "graph"]
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     machine = Machine.measured(args.device, dtype, 0.02 if args.quick else 0.5)
     print(f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.matmul / 1e12:.3g} TFLOP/s")
-    rows: list[Row] = []
-    failed: dict[str, str] = {}
-    started = time.monotonic()
-    for case in cases(args):
-        for batch in args.batch:
-            if args.case not in case.name:
-                continue
-            if time.monotonic() - started > args.deadline:
-                print(f"skipped {case.name} B={batch}: {args.deadline:g} s have passed")
-                continue
-            new, broken = measure(case, batch, machine, args)
-            torch._dynamo.reset()
-            failed |= broken
-            rows += new
-            if new:
-                show(new)
-    print(HOW)
-    if args.out is not None and rows:
-        print(f"wrote {save(args.out, args.device, machine, rows, failed)}")
-    for what, why in failed.items():
-        print(f"FAILED {what}: {why}")
-    if failed or not rows:
-        sys.exit(1)
+    named = (
+        (f"{case.name} B={batch}", partial(measure, case, batch, machine, args))
+        for case in cases(args)
+        for batch in args.batch
+    )
+    report.run("rollout", HOW, named, show, args, machine=asdict(machine))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""The loop every op's benchmark shares: check, time interleaved, print, save, plot."""
+"""What the benchmarks of one op share: check, time interleaved, print, save, plot."""
 
 from __future__ import annotations
 
-import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from afd import ops
+from afd_kernels.forward_noise.reference import normal
 from benchmarks import floors, harness, report
+from benchmarks.harness import Timing
+from tests.cases import WAN_480
 
 OURS = ("reference", "native", "triton")
 PROVIDERS = ("eager", "compile", *OURS)
@@ -22,6 +25,15 @@ SOURCES = ("given", "seed")  # of the noise; eager's "seed" is a fresh draw in t
 Inputs = dict[str, Tensor]
 Step = Callable[[Inputs], Any]
 Key = tuple[str, str]  # provider, source of the noise
+
+COUNTING = (
+    "bytes: the fewest the algorithm can move (every operand read once per pass, two passes where "
+    "the adaptive weights force a second, one write), the same for every provider; GB/s = bytes / "
+    "median; % floor = GB/s over the 5R1W stream's GB/s in the same run; x 1-pass = median over "
+    "the time in which the stream moves one pass (each operand once and the write). traffic: what "
+    "eager's unfused ops read and write, counted. peak: allocated during the call above what was "
+    "alive before; ours includes the gradient. speedup: eager's median over this one's."
+)
 
 
 @dataclass(frozen=True)
@@ -48,14 +60,98 @@ class Case:
         return f"{self.op} {self.name} {self.dtype} B={self.batch}"
 
 
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case. Times in milliseconds."""
+
+    op: str
+    backend: str
+    case: str
+    dtype: str
+    B: int
+    noise: str  # "seed" (drawn or regenerated in the call) or "given"
+    median_ms: float
+    p20: float
+    p80: float
+    host_ms: float | None
+    reps: int
+    bytes: int
+    gb_per_s: float
+    pct_of_floor: float
+    x_one_pass: float
+    traffic_bytes: int | None
+    peak_mib: float
+    speedup: float | None
+    error: dict[str, float]  # against float64, measured before the timing
+
+    @classmethod
+    def measured(
+        cls,
+        timing: Timing,
+        *,
+        floor_gb_per_s: float,
+        one_pass_bytes: int,
+        eager_ms: float | None,
+        **fields: Any,
+    ) -> Row:
+        """A row from its timing and the floor of the same run."""
+        rate = fields["bytes"] / timing.median_ms / 1e6
+        return cls(
+            **asdict(timing),
+            gb_per_s=rate,
+            pct_of_floor=100 * rate / floor_gb_per_s,
+            x_one_pass=timing.median_ms / (one_pass_bytes / floor_gb_per_s / 1e6),
+            speedup=None if eager_ms is None else eager_ms / timing.median_ms,
+            **fields,
+        )
+
+
 @dataclass
 class Results:
     """What a run found. `failed` is what raised or disagreed with float64: it is not timed."""
 
-    rows: list[report.Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     floors: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+
+def arguments(description: str, dtypes: Iterable[str]) -> ArgumentParser:
+    """The options of an op's benchmark."""
+    parser = report.arguments(description, PROVIDERS)
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="default 1 2 4 8, and on CUDA 32, as memory allows"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=list(dtypes))
+    parser.add_argument("--shape", type=int, nargs="+", default=WAN_480, help="of one sample")
+    parser.add_argument("--plot", action="store_true", help="also writes a PNG")
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Parses; --quick means two samples of a tiny odd shape."""
+    args = report.parse(parser, argv)
+    if args.batch is None:
+        args.batch = [1, 2, 4, 8, 32] if args.device == "cuda" else [1, 2, 4, 8]
+    if args.quick:
+        args.batch, args.shape = [2], (4, 3, 10, 13)
+    return args
+
+
+def seeded_noise(inputs: Inputs) -> Tensor:
+    """The noise of inputs["seed"], float32 of the shape of inputs["x0"]."""
+    count = inputs["x0"][0].numel()
+    noise = torch.cat([normal(seed, count) for seed in inputs["seed"].split(1)])
+    return noise.reshape(inputs["x0"].shape)
+
+
+def drawing(step: Step) -> Step:
+    """`step` with noise drawn in the call: float32 whatever the latents' dtype, as trainers do."""
+
+    def drawn(i: Inputs) -> Any:
+        return step(i | {"noise": torch.randn(i["x0"].shape, device=i["x0"].device)})
+
+    return drawn
 
 
 def run(name: str, cases: Iterable[Case], args: Namespace) -> None:
@@ -64,11 +160,10 @@ def run(name: str, cases: Iterable[Case], args: Namespace) -> None:
     Exits with 1 where a provider failed, after having measured the others.
     """
     results = Results()
-    folder = args.out
-    if folder is None and not args.quick:
-        folder = report.ROOT / "benchmarks" / "results" / report.device_slug(args.device)
     start = time.monotonic()
     for case in cases:
+        if args.case not in str(case):
+            continue
         refusal = _no_room(case, args.device)
         if time.monotonic() - start > args.deadline:
             refusal = f"the deadline of {args.deadline:g} s has passed"
@@ -76,24 +171,21 @@ def run(name: str, cases: Iterable[Case], args: Namespace) -> None:
             results.skipped[str(case)] = refusal
             continue
         rows = _measure(case, args, results)
-        report.show(str(case), rows)
+        show(str(case), rows)
         torch._dynamo.reset()  # a compiled function keeps at most eight specialisations
         results.rows += rows
-        if folder is not None:
-            path = report.save(folder, name, args.device, **vars(results))
+        if args.out is not None:
+            path = report.save(args.out, name, args.device, COUNTING, **vars(results))
     _print_regeneration(results.rows)
-    print(f"\n{report.COUNTING}")
-    if folder is not None and results.rows:
+    print(f"\n{COUNTING}")
+    if args.out is not None and results.rows:
         print(f"wrote {path}")
         if args.plot:
             title = f"{name} on {report.device_name(args.device)}"
-            print(f"wrote {report.plot(path.with_suffix('.png'), title, results.rows)}")
+            print(f"wrote {plot(path.with_suffix('.png'), title, results.rows)}")
     for what, why in results.skipped.items():
         print(f"skipped {what}: {why}")
-    for what, why in results.failed.items():
-        print(f"FAILED {what}: {why}")
-    if results.failed or not results.rows:
-        sys.exit(1)
+    report.finish(results.rows, results.failed)
 
 
 def _no_room(case: Case, device: str) -> str | None:
@@ -103,7 +195,7 @@ def _no_room(case: Case, device: str) -> str | None:
     return f"needs about {case.eager_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
 
 
-def _measure(case: Case, args: Namespace, results: Results) -> list[report.Row]:
+def _measure(case: Case, args: Namespace, results: Results) -> list[Row]:
     one_pass, _ = case.bytes("given")
     count = harness.input_sets(one_pass, args.device)
     sets = [case.inputs(args.device, seed) for seed in range(count)]
@@ -132,7 +224,7 @@ def _measure(case: Case, args: Namespace, results: Results) -> list[report.Row]:
         eager = timings.get(f"eager {source}")
         one, moved = case.bytes(source)
         rows.append(
-            report.Row.measured(
+            Row.measured(
                 timings[f"{provider} {source}"],
                 floor_gb_per_s=max(rates[name] for name in streams),
                 one_pass_bytes=one,
@@ -199,7 +291,7 @@ def _checked(
     return found
 
 
-def _print_regeneration(rows: list[report.Row]) -> None:
+def _print_regeneration(rows: list[Row]) -> None:
     """What regenerating the noise costs against reading it."""
     by_key = {(r.case, r.dtype, r.B, r.backend, r.noise): r.median_ms for r in rows}
     print("\nregenerating the noise from seeds, against reading it:")
@@ -211,3 +303,69 @@ def _print_regeneration(rows: list[report.Row]) -> None:
                 f"  {row.case} {row.dtype} B={row.B} {row.backend}: {given:.3g} -> {seed:.3g} ms "
                 f"({seed - given:+.3g} ms, x {seed / given:.2f})"
             )
+
+
+def show(title: str, rows: Iterable[Row]) -> None:
+    """Prints the rows as a table."""
+    report.table(
+        title,
+        ("op", "backend", "case", "dtype", "B", "noise"),
+        (
+            *("median ms", "p20", "p80", "host ms", "MB", "GB/s", "% floor", "x 1-pass"),
+            *("traffic MB", "peak MiB", "speedup"),
+        ),
+        [
+            (
+                *(row.op, row.backend, row.case, row.dtype, row.B, row.noise),
+                *(row.median_ms, row.p20, row.p80, row.host_ms, row.bytes / 1e6, row.gb_per_s),
+                *(row.pct_of_floor, row.x_one_pass),
+                None if row.traffic_bytes is None else row.traffic_bytes / 1e6,
+                *(row.peak_mib, row.speedup),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _panels(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row.case, row.dtype) for row in rows))
+
+
+def plot(path: Path, title: str, rows: list[Row]) -> Path:
+    """A PNG: median time over batch size, one panel per case and dtype, noise given."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    given = [row for row in rows if row.noise == "given"]
+    names, dtypes = (list(dict.fromkeys(column)) for column in zip(*_panels(given), strict=True))
+    figure, axes = pyplot.subplots(
+        len(names),
+        len(dtypes),
+        figsize=(4 * len(dtypes), 3.5 * len(names)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    batches = sorted({row.B for row in given})
+    for i, name in enumerate(names):
+        for j, dtype in enumerate(dtypes):
+            axis = axes[i][j]
+            mine = [row for row in given if (row.case, row.dtype) == (name, dtype)]
+            for backend in dict.fromkeys(row.backend for row in mine):
+                line = sorted((row.B, row.median_ms) for row in mine if row.backend == backend)
+                axis.plot(*zip(*line, strict=True), marker="o", label=backend)
+            axis.set(title=f"{name} {dtype}", xscale="log", yscale="log")
+            axis.set_xticks(batches, [str(b) for b in batches])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[i][0].set_ylabel("median ms")
+    for axis in axes[-1]:
+        axis.set_xlabel("B")
+    axes[0][0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -12,17 +12,15 @@ small one on latents; VideoAlign, the autoencoder and the codec are not part of 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 # So that it runs from a checkout where nothing is installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -222,91 +220,33 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 def show(rows: list[Row]) -> None:
     """The table of one case, and what an iteration takes in each mode."""
     first = rows[0]
-    table = Table(title=f"{first.case}: {first.B} videos, {first.dtype}", title_justify="left")
-    for name in ("phase", "provider"):
-        table.add_column(name, no_wrap=True)
-    numbers = ("ms", "p20", "p80", "reps", "floor ms", "x floor", "GFLOP", "peak MiB")
-    for name in (*numbers, "x recompute", "x eager"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        over = None if row.floor_ms is None else row.median_ms / row.floor_ms
-        values = (row.median_ms, row.p20, row.p80, row.reps, row.floor_ms, over, row.gflop)
-        more = (row.peak_mib, row.x_recompute, row.speedup)
-        table.add_row(row.phase, row.provider, *map(_number, (*values, *more)))
-    Console(width=None if Console().is_terminal else 160).print(table)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def save(
-    folder: Path, device: str, machine: Machine, rows: list[Row], failed: dict[str, str]
-) -> Path:
-    """Writes <folder>/train_step.json and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "train_step.json"
-    document = {
-        "name": "train_step",
-        "environment": report.environment(device),
-        "how": HOW,
-        "machine": asdict(machine),
-        "failed": failed,
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    names = ("eager", *MODES)
-    parser.add_argument("--providers", nargs="+", choices=names, default=list(names))
-    parser.add_argument("--case", default="", help="only cases whose name holds this")
-    parser.add_argument("--reps", type=int, default=30, help="most rounds of a case")
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing per case")
-    parser.add_argument(
-        "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
+    report.table(
+        f"{first.case}: {first.B} videos, {first.dtype}",
+        ("phase", "provider"),
+        (
+            *("ms", "p20", "p80", "reps", "floor ms", "x floor", "GFLOP", "peak MiB"),
+            *("x recompute", "x eager"),
+        ),
+        [
+            (
+                *(row.phase, row.provider, row.median_ms, row.p20, row.p80, row.reps),
+                row.floor_ms,
+                None if row.floor_ms is None else row.median_ms / row.floor_ms,
+                *(row.gflop, row.peak_mib, row.x_recompute, row.speedup),
+            )
+            for row in rows
+        ],
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes (for CI)")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the JSON; --quick writes none by itself"
-    )
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
-    if args.out is None and not args.quick:
-        args.out = report.ROOT / "benchmarks" / "results" / report.device_slug(args.device)
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    parser = report.arguments(__doc__.splitlines()[0], ("eager", *MODES), budget_s=30.0)
+    args = report.parse(parser, argv)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     machine = Machine.measured(args.device, dtype, 0.02 if args.quick else 0.5)
     print(f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.matmul / 1e12:.3g} TFLOP/s")
-    rows: list[Row] = []
-    failed: dict[str, str] = {}
-    started = time.monotonic()
-    for case in cases(args):
-        if args.case not in case.name:
-            continue
-        if time.monotonic() - started > args.deadline:
-            print(f"skipped {case.name}: {args.deadline:g} s have passed")
-            continue
-        new, broken = measure(case, machine, args)
-        failed |= broken
-        rows += new
-        if new:
-            show(new)
-    print(HOW)
-    if args.out is not None and rows:
-        print(f"wrote {save(args.out, args.device, machine, rows, failed)}")
-    for what, why in failed.items():
-        print(f"FAILED {what}: {why}")
-    if failed or not rows:
-        sys.exit(1)
+    named = ((case.name, partial(measure, case, machine, args)) for case in cases(args))
+    report.run("train_step", HOW, named, show, args, machine=asdict(machine))
 
 
 if __name__ == "__main__":
