@@ -22,6 +22,10 @@ from torch.nn.functional import interpolate
 
 from afd_kernels.contracts import require
 
+# Containers that hold their pictures themselves. FFmpeg also opens lists (m3u8, ffconcat), which
+# would take a manifest's path out of its folder.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
+
 
 class VideoError(ValueError):
     """A video file cannot be used; the message names the file and says why."""
@@ -297,9 +301,14 @@ class _opened:
     def __enter__(self) -> tuple[Any, Any]:
         if isinstance(self.source, Path) and not self.source.is_file():
             raise VideoError(f"{self.name}: no such file")
-        source: Any = str(self.source) if isinstance(self.source, Path) else self.source
+        source: Any = self.source
+        if isinstance(source, Path):
+            # Absolute, as a name such as "concat:a.mp4" would be a protocol.
+            source = str(source.absolute())
         try:
-            self.container = av.open(source)
+            self.container = av.open(source, options={"format_whitelist": CONTAINERS})
+        except av.ArgumentError:
+            raise VideoError(f"{self.name}: is none of the containers {CONTAINERS}") from None
         except av.FFmpegError as error:
             raise VideoError(f"{self.name}: cannot be read as a video ({error.strerror})") from None
         if not self.container.streams.video:

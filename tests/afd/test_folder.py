@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -101,14 +102,60 @@ def test_one_error_lists_every_fault(clips: Path) -> None:
             "1.mp4: has an empty prompt",
             "outside.mp4: lies outside",
             "link.mp4: lies outside",
-            'needs {"file": "...", "prompt": "..."}',
-            'needs {"file": "...", "prompt": "..."}',
+            "needs a file and a prompt",
+            "needs a file and a prompt",
             "not JSON",
-            'needs {"file": "...", "prompt": "..."}',
+            "list, not an object",
         ],
         start=2,
     ):
         assert any(told.startswith(f"  line {line}: ") and fault in told for told in lines), fault
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("prompts.jsonl", '{"file": "a\\u0000.mp4", "prompt": "a"}', "is no path"),
+        ("prompts.jsonl", json.dumps({"file": "a" * 5000, "prompt": "a"}), "is no path"),
+        ("prompts.jsonl", '{"file": "ring.mp4", "prompt": "a"}', "is no path"),
+        ("prompts.jsonl", '{"file": "0.mp4", "prompt": "\\ud800"}', "not JSON"),
+        ("prompts.jsonl", "[" * 100_000, "not JSON"),
+        ("prompts.jsonl", f'{{"file": "0.mp4", "prompt": {"1" * 5000}}}', "not JSON"),
+        ("prompts.csv", f'file,prompt\n0.mp4,"{"a" * 200_000}"\n', "not CSV"),
+    ],
+)
+def test_whatever_stands_in_a_manifest_its_line_is_named(
+    clips: Path, name: str, text: str, fault: str
+) -> None:
+    os.symlink("ring.mp4", clips / "ring.mp4")
+    (clips / name).write_text(text, encoding="utf-8")
+    with pytest.raises(TeacherError, match=f"line [12]: .*{fault}"):
+        FolderTeacher(clips)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\n{outside}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile 0.mp4\n",
+    ],
+)
+def test_a_file_that_only_lists_other_files_is_no_video(
+    clips: Path, tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    """FFmpeg would play them, wherever they are."""
+    outside = tmp_path_factory.mktemp("outside") / "clip.ts"
+    with av.open(str(clips / "0.mp4")) as held, av.open(str(outside), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=24)
+        stream.height = stream.width = 16
+        for frame in held.decode(video=0):
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24")))
+            )
+        container.mux(stream.encode(None))
+    (clips / "list.m3u8").write_text(text.format(outside=outside), encoding="utf-8")
+    with pytest.raises(TeacherError, match=r"list\.m3u8: is none of the containers mov"):
+        FolderTeacher(manifest(clips, ("list.m3u8", "a")))
 
 
 def test_clips_too_short_for_the_run_are_found_before_it(clips: Path) -> None:
@@ -125,8 +172,8 @@ def test_clips_too_short_for_the_run_are_found_before_it(clips: Path) -> None:
     ("name", "text", "fault"),
     [
         ("prompts.jsonl", "", "lists no video"),
-        ("prompts.csv", "path,prompt\n0.mp4,a\n", "needs the columns file and prompt"),
-        ("prompts.csv", "file,prompt\n0.mp4\n", "line 2: needs a value"),
+        ("prompts.csv", "path,prompt\n0.mp4,a\n", "needs file and prompt"),
+        ("prompts.csv", "file,prompt\n0.mp4\n", "line 2: needs a file and a prompt"),
         ("prompts.txt", "0.mp4 no tab\n", "line 1: needs file and prompt with a tab"),
     ],
 )

@@ -15,7 +15,7 @@ from afd.config import to_yaml
 from afd.teachers.base import TeacherError
 from afd.teachers.folder import FolderTeacher
 from afd.teachers.http import Saved
-from afd.teachers.ledger import BudgetError, Claims, Ledger
+from afd.teachers.ledger import NAME, BudgetError, Claims, Ledger
 from afd.teachers.provider import Order
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, Service
@@ -94,6 +94,21 @@ def test_what_is_written_is_there_for_the_next_process(ledger: Ledger, tmp_path:
     again.close()
     with pytest.raises(TeacherError, match="was bought as"):
         Ledger(tmp_path, {"provider": "fal"})
+
+
+def test_a_ledger_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text("no database, whatever its name says")
+    with pytest.raises(TeacherError, match=r"ledger\.sqlite3: cannot be used \(file is not a data"):
+        Ledger(tmp_path)
+    full = Ledger(tmp_path / "full", {"provider": "ark"})
+    kept = full.reserve(order(), 1.0, 10.0)
+    (pages,) = full._database.execute("PRAGMA page_count").fetchone()
+    full._database.execute(f"PRAGMA max_page_count = {pages}")
+    many = (full.reserve(order(number), 0.0, 10.0) for number in range(1, 10_000))
+    with pytest.raises(TeacherError, match=r"cannot be used \(database or disk is full\)"):
+        list(many)
+    assert full.latest(order().key) == kept
+    full.close()
 
 
 def test_many_together_never_reserve_more_than_the_budget(tmp_path: Path) -> None:

@@ -238,8 +238,9 @@ def test_prompts_are_read_from_every_format(tmp_path: Path, name: str, text: str
     [
         ("p.txt", "\n", "holds no prompt"),
         ("p.jsonl", '{"text": "one"}\n', 'line 1 needs {"prompt"'),
-        ("p.jsonl", "{torn\n", "line 1 needs"),
-        ("p.csv", "x\n1\n", "needs the column prompt"),
+        ("p.jsonl", "{torn\n", "line 1: not JSON"),
+        ("p.jsonl", '{"prompt": "\\ud800"}\n', "line 1: not JSON"),
+        ("p.csv", "x\n1\n", "the header is ['x'], needs prompt"),
         ("p.parquet", "", "needs the ending .txt, .jsonl or .csv"),
     ],
 )

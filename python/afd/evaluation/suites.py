@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from afd.config import ConfigError
+from afd.rows import csv_rows, json_rows
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,13 @@ def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, st
         if len(columns) > 1:
             raise ConfigError(f"{key} {path}: a .txt has no column {columns[1]}")
         return [{columns[0]: line} for line in read_lines(path, key)]
-    readers = {".csv": _csv, ".jsonl": _jsonl}
+    readers = {".csv": csv_rows, ".jsonl": json_rows}
     if path.suffix not in readers:
         raise ConfigError(f"{key} {path}: needs the ending .csv, .jsonl or .txt")
     rows = []
-    for number, row in readers[path.suffix](read_text(path, key), f"{key} {path}"):
+    for number, row in readers[path.suffix](read_text(path, key)):
+        if isinstance(row, str):
+            raise ConfigError(f"{key} {path}:{number}: {row}")
         for column in columns:
             if not isinstance(row.get(column), str) or not row[column].strip():
                 there = ", ".join(map(str, row)) or "nothing"
@@ -93,25 +94,6 @@ def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, st
     if not rows:
         raise ConfigError(f"{key} {path}: holds none")
     return rows
-
-
-def _csv(text: str, _: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        yield reader.line_num, row
-
-
-def _jsonl(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where}:{number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{where}:{number}: got {type(row).__name__}; needed: an object")
-        yield number, row
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

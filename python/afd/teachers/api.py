@@ -6,9 +6,7 @@ Importing this needs no network and no key; the first purchase does.
 from __future__ import annotations
 
 import asyncio
-import csv
 import hashlib
-import io
 import json
 import logging
 import threading
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afd.rows import Rows, csv_rows, json_rows
 from afd.teachers.ark import Ark
 from afd.teachers.base import Request, TeacherError, Unanswered
 from afd.teachers.config import TeacherConfig
@@ -245,18 +244,16 @@ def read_prompts(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TeacherError(f"teacher.api.prompts {path}: cannot be read ({error})") from None
-    prompts: list[str] = []
+    rows: Rows
     if path.suffix == ".txt":
-        prompts = [line.strip() for line in text.split("\n")]
+        rows = ((n, {"prompt": line}) for n, line in enumerate(text.split("\n"), 1))
     elif path.suffix == ".csv":
-        prompts = [(row.get("prompt") or "").strip() for row in _csv(path, text)]
+        rows = csv_rows(text, ("prompt",))
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                prompts.append(_prompt(path, number, line))
+        rows = json_rows(text)
     else:
         raise TeacherError(f"teacher.api.prompts {path}: needs the ending .txt, .jsonl or .csv")
-    there = [prompt for prompt in prompts if prompt]
+    there = [prompt for number, row in rows if (prompt := _prompt(path, number, row))]
     once = list(dict.fromkeys(there))
     if not once:
         raise TeacherError(f"teacher.api.prompts {path}: holds no prompt")
@@ -265,22 +262,14 @@ def read_prompts(path: Path) -> list[str]:
     return once
 
 
-def _csv(path: Path, text: str) -> list[dict[str, str]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if "prompt" not in (rows.fieldnames or ()):
-        raise TeacherError(f"teacher.api.prompts {path}: the header needs the column prompt")
-    return list(rows)
-
-
-def _prompt(path: Path, number: int, line: str) -> str:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        entry = None
-    prompt = entry.get("prompt") if isinstance(entry, dict) else None
-    if not isinstance(prompt, str):
+def _prompt(path: Path, number: int, row: dict[str, Any] | str) -> str:
+    if isinstance(row, str):
+        raise TeacherError(f"teacher.api.prompts {path}: line {number}: {row}")
+    prompt = row.get("prompt")
+    # A row of a .csv may end before its column.
+    if path.suffix == ".jsonl" and not isinstance(prompt, str):
         raise TeacherError(f'teacher.api.prompts {path}: line {number} needs {{"prompt": "..."}}')
-    return prompt.strip()
+    return (prompt or "").strip()
 
 
 def _seed(seed: int, request: Request) -> int:

@@ -9,12 +9,10 @@ Manifest formats, by file ending; video paths are relative to the folder and mus
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from afd.rows import Rows, csv_rows, json_rows
 from afd.teachers.base import Request, TeacherError
 from afd.video import VideoError, check_video
 
@@ -35,23 +33,19 @@ class FolderTeacher:
         """`frames` and `fps`: what will be read of each video (see `video.read_video`), so that a
         clip too short for it is found now. `manifest` None looks for MANIFESTS in the folder."""
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise TeacherError(f"teacher folder {self.folder}: no such folder")
-        self.manifest = Path(manifest) if manifest is not None else _find(self.folder)
-        problems: list[str] = []
+        self.manifest, entries, problems = read_manifest(self.folder, manifest)
         self._files: dict[Request, Path] = {}
         seen: dict[Path, str] = {}
         draws: dict[str, int] = {}
-        for where, file, prompt in _entries(self.manifest, problems):
+        for where, file, prompt in entries:
             path = self.folder / file
             problem = _problem(self.folder, path, prompt, frames, fps)
-            resolved = path.resolve()
-            if problem is None and resolved in seen:
-                problem = f"{path}: is listed twice (also {seen[resolved]})"
+            if problem is None and path.resolve() in seen:
+                problem = f"{path}: is listed twice (also {seen[path.resolve()]})"
             if problem is not None:
                 problems.append(f"{where}: {problem}")
                 continue
-            seen[resolved] = where
+            seen[path.resolve()] = where
             draw = draws.get(prompt, 0)
             draws[prompt] = draw + 1
             self._files[Request(prompt, draw)] = path
@@ -78,6 +72,36 @@ class FolderTeacher:
         return self._files[request]
 
 
+def read_manifest(
+    folder: Path, manifest: Path | str | None = None
+) -> tuple[Path, list[tuple[str, str, str]], list[str]]:
+    """The manifest's path; where, file and prompt of its entries; and what is wrong with others.
+
+    No video is looked at. Raises TeacherError where there is no folder, or no manifest to read.
+    """
+    if not folder.is_dir():
+        raise TeacherError(f"teacher folder {folder}: no such folder")
+    path = Path(manifest) if manifest is not None else _find(folder)
+    readers = {".jsonl": json_rows, ".csv": _csv, ".txt": _txt}
+    if path.suffix not in readers:
+        raise TeacherError(f"teacher manifest {path}: needs the ending .jsonl, .csv or .txt")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TeacherError(f"teacher manifest {path}: cannot be read ({error})") from None
+    entries, problems = [], []
+    for line, row in readers[path.suffix](text):
+        if isinstance(row, str):
+            problems.append(f"line {line}: {row}")
+            continue
+        file, prompt = row.get("file"), row.get("prompt")
+        if isinstance(file, str) and file and isinstance(prompt, str):
+            entries.append((f"line {line}", file, prompt))
+        else:
+            problems.append(f"line {line}: needs a file and a prompt")
+    return path, entries, problems
+
+
 def _find(folder: Path) -> Path:
     for name in MANIFESTS:
         if (folder / name).is_file():
@@ -89,70 +113,27 @@ def _problem(folder: Path, path: Path, prompt: str, frames: int, fps: float | No
     """Why an entry cannot be used, or None."""
     if not prompt.strip():
         return f"{path}: has an empty prompt"
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return f"{path}: lies outside {folder}"
     try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{path}: lies outside {folder}"
         check_video(path, frames=frames, fps=fps)
     except VideoError as error:
         return str(error)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a ring
+        return f"{str(path)[:200]!r}: is no path ({str(error)[:60]})"
     return None
 
 
-def _entries(manifest: Path, problems: list[str]) -> Iterator[tuple[str, str, str]]:
-    """(where, file, prompt) of every readable entry; what cannot be read goes to `problems`."""
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}
-    if manifest.suffix not in readers:
-        raise TeacherError(f"teacher manifest {manifest}: needs the ending .jsonl, .csv or .txt")
-    try:
-        text = manifest.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher manifest {manifest}: cannot be read ({error})") from None
-    for line, entry in readers[manifest.suffix](text):
-        where = f"line {line}"
-        if isinstance(entry, str):
-            problems.append(f"{where}: {entry}")
-        else:
-            yield where, *entry
+def _csv(text: str) -> Rows:
+    return csv_rows(text, ("file", "prompt"))
 
 
-_Entries = Iterator[tuple[int, "tuple[str, str] | str"]]
-
-
-def _jsonl(text: str) -> _Entries:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, f"not JSON ({error})"
-            continue
-        file = entry.get("file") if isinstance(entry, dict) else None
-        prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        if isinstance(file, str) and isinstance(prompt, str) and file:
-            yield number, (file, prompt)
-        else:
-            yield number, 'needs {"file": "...", "prompt": "..."}'
-
-
-def _csv(text: str) -> _Entries:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"file", "prompt"} <= set(rows.fieldnames or ()):
-        yield 1, f"the header is {rows.fieldnames}, needs the columns file and prompt"
-        return
-    for row in rows:
-        if row["file"] and row["prompt"] is not None:
-            yield rows.line_num, (row["file"], row["prompt"])
-        else:
-            yield rows.line_num, "needs a value in the columns file and prompt"
-
-
-def _txt(text: str) -> _Entries:
+def _txt(text: str) -> Rows:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         file, tab, prompt = line.partition("\t")
         if tab and file:
-            yield number, (file, prompt)
+            yield number, {"file": file, "prompt": prompt}
         else:
             yield number, "needs file and prompt with a tab between them"

@@ -85,13 +85,15 @@ class Ledger:
 
     def __init__(self, folder: Path, about: dict[str, Any] | None = None) -> None:
         """`about`: what the folder's videos are (provider, model, parameters). A folder made for
-        something else is refused with TeacherError; None takes the folder as it is."""
+        something else is refused with TeacherError, and so is a file that is no ledger; None takes
+        the folder as it is."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(folder / NAME, timeout=60.0, isolation_level=None)
-        self._database.row_factory = sqlite3.Row
-        # Every commit reaches the disk; the rollback journal also works on network folders.
-        self._database.execute("PRAGMA synchronous = FULL")
+        with self._named_errors():
+            self._database = sqlite3.connect(folder / NAME, timeout=60.0, isolation_level=None)
+            self._database.row_factory = sqlite3.Row
+            # Every commit reaches the disk; the rollback journal also works on network folders.
+            self._database.execute("PRAGMA synchronous = FULL")
         with self._writing():
             for statement in _SCHEMA.split(";"):
                 self._database.execute(statement)
@@ -275,13 +277,28 @@ class Ledger:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
+        with self._named_errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._database.execute("COMMIT")
+            except BaseException:
+                # A full disk has ended the transaction already.
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+        except sqlite3.IntegrityError:
+            raise  # a rule of ours
+        except sqlite3.Error as error:  # no database, no space, no right to write
+            raise TeacherError(
+                f"{self.folder / NAME}: cannot be used ({error}); it knows what is paid, so "
+                "nothing is bought without it"
+            ) from None
 
 
 def _row(found: sqlite3.Row) -> Row:

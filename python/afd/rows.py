@@ -1,0 +1,41 @@
+"""Rows of the .jsonl and .csv files that a user names. Whatever stands there, a line is named."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# Line number, from 1, and the row as an object's or a header's keys give it; or why it is none.
+Rows = Iterator[tuple[int, "dict[str, Any] | str"]]
+
+
+def json_rows(text: str) -> Rows:
+    """One JSON object a line; empty lines are passed over."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            # JSON can write halves of characters, which no file or tokenizer takes.
+            json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            yield number, f"not JSON ({error})"
+            continue
+        yield number, row if isinstance(row, dict) else f"{type(row).__name__}, not an object"
+
+
+def csv_rows(text: str, columns: Sequence[str] = ()) -> Rows:
+    """Rows under a header, which must have the `columns`; None where a row is too short."""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        header = rows.fieldnames
+        if not set(columns) <= set(header or ()):
+            yield 1, f"the header is {header}, needs {' and '.join(columns)}"
+            return
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        yield rows.line_num, f"not CSV ({error})"
