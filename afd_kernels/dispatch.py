@@ -1,8 +1,8 @@
 """Which backend runs an op here, and why the others do not.
 
-The order is fixed; the first backend whose `refuse(...)` returns None runs. An explicit request
-(`use_backend`) that cannot be met raises with every reason; the automatic choice falls through
-and logs each reason once.
+The order is fixed; the first backend runs whose `refuse(device, dtypes)`, and where it has one
+`unfit(tensors)`, return None. An explicit request (`use_backend`) that cannot be met raises with
+every reason; the automatic choice falls through and logs each reason once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,9 +51,18 @@ def use_backend(backend: str, *ops: str) -> Iterator[None]:
         _requested.pop()
 
 
-def explain(op: str, device: str, dtypes: set[torch.dtype]) -> dict[str, str | None]:
-    """For each backend the sentence with which it refuses such inputs, or None where it runs."""
-    return {name: _refusal(op, name, device, frozenset(dtypes)) for name in OPS[op]}
+def explain(
+    op: str, device: str, dtypes: set[torch.dtype], tensors: Sequence[torch.Tensor] = ()
+) -> dict[str, str | None]:
+    """For each backend the sentence with which it refuses such inputs, or None where it runs.
+
+    `tensors`: the op's first inputs themselves; what is said may then be of their widths, strides
+    and addresses, too.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}; needed: one of {', '.join(OPS)}")
+    kinds = frozenset(dtypes)
+    return {name: _against(op, name, device, kinds, tensors) for name in OPS[op]}
 
 
 def pick(op: str, *tensors: torch.Tensor | None) -> Any:
@@ -66,15 +75,14 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     device, dtypes = given[0].device.type, frozenset(x.dtype for x in given)
     requested = next((b for b, ops in reversed(_requested) if not ops or op in ops), None)
     for name in (requested,) if requested else OPS[op]:
-        reason = _refusal(op, name, device, dtypes)
+        reason = _against(op, name, device, dtypes, given)
         if reason is None:
             return _module(op, name)
         if not requested and (op, name, reason) not in _logged:
             _logged.add((op, name, reason))
             _log.info("%s: %s backend not used: %s", op, name, reason)
-    reasons = "; ".join(
-        f"{name}: {why or 'would run'}" for name, why in explain(op, device, set(dtypes)).items()
-    )
+    states = explain(op, device, set(dtypes), given)
+    reasons = "; ".join(f"{name}: {why or 'would run'}" for name, why in states.items())
     raise RuntimeError(f"{op}: backend {requested!r} was requested and cannot run it ({reasons})")
 
 
@@ -100,6 +108,21 @@ def _available(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
 def _module(op: str, backend: str) -> Any:
     suffix = "" if backend == "reference" else "_impl"
     return importlib.import_module(f"afd_kernels.{op}.{backend}{suffix}")
+
+
+def _against(
+    op: str,
+    backend: str,
+    device: str,
+    dtypes: frozenset[torch.dtype],
+    tensors: Sequence[torch.Tensor],
+) -> str | None:
+    """What the backend has against tensors like these, or against these."""
+    reason = _refusal(op, backend, device, dtypes)
+    if reason is not None or not tensors:
+        return reason
+    unfit: Callable[..., str | None] | None = getattr(_module(op, backend), "unfit", None)
+    return None if unfit is None else unfit(tensors)
 
 
 @functools.cache

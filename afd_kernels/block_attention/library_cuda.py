@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
@@ -291,3 +291,23 @@ def refuse(dtypes: set[torch.dtype]) -> str | None:
         return None
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons(major(), 128).items())
     return f"no attention library ({why})"
+
+
+def unfit(tensors: Sequence[Tensor]) -> str | None:
+    """Why no library here takes these tensors [B, l, h, d] where they lie, or None.
+
+    Libraries copy 16 bytes at once, by TMA on Hopper: of an address that 16 does not divide some
+    read wrong numbers, some end the process. Own kernels see it and load what they may.
+    """
+    first_tensor = tensors[0]
+    width, number = first_tensor.shape[-1], major(first_tensor.device)
+    if first(number, width) is None:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons(number, width).items())
+        return f"no attention library for heads of {width} channels ({why})"
+    for x in tensors:
+        step = 16 // x.element_size()
+        # The stride of a dimension of one is never used.
+        apart = (s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)
+        if x.data_ptr() % 16 or any(stride % step for stride in apart):
+            return "attention libraries read 16 bytes at once, and a tensor's rows begin elsewhere"
+    return None

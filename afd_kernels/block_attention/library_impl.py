@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -60,6 +60,11 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     if device != "cuda":
         return f"there is no attention library for {device}"
     return library_cuda.refuse(dtypes)
+
+
+def unfit(tensors: Sequence[Tensor]) -> str | None:
+    """Why no library can read these very tensors [B, l, h, d] where they lie, or None."""
+    return None if tensors[0].device.type == "cpu" else library_cuda.unfit(tensors)
 
 
 def describe(device: str, dtype: torch.dtype) -> str:

@@ -32,8 +32,9 @@ def _block_attention(
 ) -> tuple[Tensor, Tensor]:
     tensors = (q, k, v, k_context, v_context)
     intervals = plan_block_attention(*tensors, flat, streams, scale)
-    backend = dispatch.pick("block_attention", q)
-    return backend.block_attention(*map(_rowwise, tensors), intervals, scale)
+    rows = [_rowwise(x) for x in tensors]
+    backend = dispatch.pick("block_attention", *rows)
+    return backend.block_attention(*rows, intervals, scale)
 
 
 def _fake(
@@ -68,12 +69,14 @@ def _block_attention_bwd(
     tensors = (q, k, v, k_context, v_context)
     intervals = plan_block_attention(*tensors, flat, streams, scale)
     _check_saved(grad_out, q, out, lse)
-    backend = dispatch.pick("block_attention", q)
+    rows = [_rowwise(x) for x in tensors]
+    grad_out, out = rowwise(grad_out), rowwise(out)
+    backend = dispatch.pick("block_attention", *rows, grad_out, out)
     wanted = (needs[0], needs[1], needs[2] and k_context is not None)
     grads = backend.block_attention_bwd(
-        rowwise(grad_out),
-        *map(_rowwise, tensors),
-        rowwise(out),
+        grad_out,
+        *rows,
+        out,
         lse.contiguous(),
         intervals,
         scale,

@@ -5,6 +5,8 @@ Letters: B streams, L queries, N keys, Nc keys of the context, h heads, d channe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -17,7 +19,6 @@ from afd_kernels.block_attention.triton_bwd import (
     _block_attention_dq_kernel,
 )
 from afd_kernels.block_attention.triton_fwd import _block_attention_fwd_kernel
-from afd_kernels.contracts import require
 from afd_kernels.forward_noise import triton_impl as noising
 from afd_kernels.launch_config import device_arch, launch_config
 
@@ -30,6 +31,16 @@ MIN_CHANNELS = 16
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     """Why Triton cannot run tensors of these dtypes on this kind of device, or None."""
     return noising.refuse(device, dtypes)
+
+
+def unfit(tensors: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot take these very tensors [B, l, h, d], or None."""
+    batch, _, heads, width = tensors[0].shape
+    if width > MAX_CHANNELS:
+        return f"heads of {width} channels; triton takes at most {MAX_CHANNELS}"
+    if max(batch, heads) > noising.MAX_BATCH:
+        return f"{batch} streams of {heads} heads; triton takes at most {noising.MAX_BATCH}"
+    return None
 
 
 def _config(part: str, q: Tensor) -> tuple[dict[str, int], dict[str, object]]:
@@ -74,15 +85,6 @@ def _sources(
     return (k, v, k_context, v_context), k_context.shape[1]
 
 
-def _check(q: Tensor) -> None:
-    require(
-        q.shape[-1] <= MAX_CHANNELS,
-        "q",
-        q,
-        f"at most {MAX_CHANNELS} channels per head for triton",
-    )
-
-
 def _copies(intervals: Intervals, batch: int) -> int:
     """Streams that share one table: all, or none where each has rows of its own."""
     return batch if intervals.streams == 1 else 1
@@ -98,7 +100,6 @@ def block_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out like q and lse fp32 [B, h, L]; the last dimension of every tensor is contiguous."""
-    _check(q)
     batch, queries, heads, _ = q.shape
     sources, border = _sources(k, v, k_context, v_context)
     config, constants = _config("fwd", q)
@@ -136,7 +137,6 @@ def block_attention_bwd(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, k_context and v_context; None where `needs` (q, k, context) says no."""
-    _check(q)
     out = out.contiguous()
     delta = None
     if needs[1] or needs[2]:

@@ -136,6 +136,8 @@ def test_a_backend_that_cannot_run_says_why() -> None:
     assert "reference: would run" in str(caught.value)
     with pytest.raises(ValueError, match=r"backend: got 'cuda'"), use_backend("cuda"):
         pass
+    with pytest.raises(ValueError, match=r"op: got 'attention'; needed: one of forward_noise"):
+        ops.explain("attention", "cpu", {torch.float32})
 
 
 def test_the_automatic_choice_falls_through_to_the_reference() -> None:

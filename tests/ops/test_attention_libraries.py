@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afd import ops
 from afd.ops import Intervals, intervals
+from afd_kernels import dispatch
 from afd_kernels.block_attention import library_cuda, library_impl
 from tests.ops.test_block_attention import (
     FEW,
@@ -121,6 +122,39 @@ def test_on_cuda_each_library_says_why_not() -> None:
     refusal = str(library_cuda.refuse({torch.float32}))
     # The fixture `place` knows these words.
     assert refusal == "attention libraries on CUDA take bfloat16 and float16, not float32"
+
+
+def test_views_that_do_not_begin_at_16_bytes_are_not_given_to_a_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of tensors on the CPU, whose addresses and strides are as true as a GPU's."""
+    monkeypatch.setattr(library_cuda, "major", lambda device=None: 9)
+    monkeypatch.setattr(library_cuda, "first", lambda number, width: width % 8 == 0 or None)
+    room = torch.zeros(2, 9, 3, 72, dtype=torch.bfloat16)
+    whole = room[..., :64]
+    fused = torch.zeros(2, 9, 3 * 3 * 64, dtype=torch.bfloat16).unflatten(2, (9, 64))[:, :, 3:6]
+    alone = torch.zeros(1, 9, 1, 67, dtype=torch.bfloat16).as_strided((1, 9, 1, 64), (7, 64, 5, 1))
+    for fits in (whole, whole[:, 3:], whole.expand(2, -1, -1, -1), fused, whole[:, :0], alone):
+        assert library_cuda.unfit([whole, fits]) is None
+    odd_rows = torch.zeros(2, 9, 3, 67, dtype=torch.bfloat16)[..., :64]
+    for misfit in (room[..., 4:68], odd_rows):
+        assert "16 bytes at once" in str(library_cuda.unfit([whole, misfit]))
+    assert "heads of 36 channels" in str(library_cuda.unfit([whole[..., :36]]))
+
+
+def test_what_no_library_can_take_goes_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = FEW[0]
+    tensors = case.tensors()
+    expected, _ = attend(case, tensors)
+    monkeypatch.setattr(library_impl, "unfit", lambda tensors: f"{len(tensors)} tensors")
+    assert ops.explain(OP, "cpu", {torch.float32})["library"] is None
+    assert ops.explain(OP, "cpu", {torch.float32}, tensors)["library"] == "3 tensors"
+    with pytest.raises(RuntimeError, match=r"'library' was requested.*library: 3 tensors"):
+        attend(case, tensors)
+    monkeypatch.setattr(dispatch, "_requested", [])
+    assert_attention(attend(case, tensors)[0].detach(), expected.detach().double())
+    wide = torch.zeros(1, 2, 1, 136)
+    assert "at most 128" in str(ops.explain(OP, "cpu", {torch.float32}, [wide])["triton"])
 
 
 @pytest.mark.parametrize("forward", [library_cuda.cudnn, library_cuda.aten_flash])
