@@ -11,20 +11,11 @@ from rich.console import Console
 
 from afd.ablation import AblationConfig, ablation, study
 from afd.config import ConfigError, load_config, plain
+from tests.afd.test_quickstart import SMALL as QUICKSTART
 
 FOLDER = Path(__file__).parents[2] / "configs" / "ablations"
 FILES = sorted(FOLDER.glob("*.yaml"))
-SMALL = [
-    "steps=2",
-    "prompts_per_step=2",
-    "teacher.count=36",
-    "afd.samples_per_prompt=2",
-    "discriminator.warmup_steps=1",
-    "evaluation.every=0",
-    "evaluation.videos=36",
-    "evaluation.curve_videos=36",
-    "logging.tensorboard=false",
-]
+SMALL = [*QUICKSTART, "evaluation.every=0"]
 
 
 def console() -> Console:

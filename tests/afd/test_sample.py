@@ -26,19 +26,11 @@ from afd.sample import dry_run, memory, sample
 from afd.sample_config import SampleConfig
 from afd.sample_jobs import read_jobs
 from afd.video import VideoWriter, read_comment, read_video, write_video
+from tests.afd.released_models import STUDENT
 from tests.afd.test_text import LENGTH, diffusers_folder
 from tests.afd.test_vae import model as vae_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SIZES: dict[str, Any] = {
-    "dim": 32,
-    "num_heads": 2,
-    "ffn_dim": 48,
-    "num_layers": 2,
-    "freq_dim": 16,
-    "text_dim": 24,
-    "text_len": LENGTH,
-}
 # Nine latent frames; a chunk is three of them, twelve video frames.
 FRAMES, SIZE = 33, {"height": 32, "width": 48}
 
@@ -51,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae_model().save_pretrained(folder / "vae")
     torch.manual_seed(0)
     for name in ("generator", "generator_ema"):
-        net = CausalWan(WanConfig(**SIZES))
+        net = CausalWan(WanConfig(**STUDENT))
         save_self_forcing(folder / f"{name}.pt", **{name: net})
     return folder
 
@@ -283,7 +275,7 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
     config = make(models, tmp_path, window=6, sink=3, batch=2)
     held = dry_run(config, quiet())
     assert held == memory(config)
-    assert held.parameters == sum(p.numel() for p in CausalWan(WanConfig(**SIZES)).parameters())
+    assert held.parameters == sum(p.numel() for p in CausalWan(WanConfig(**STUDENT)).parameters())
     pipeline = sampling.load(config, ["a ball", "the table"])
     cache = pipeline.cache(pipeline.text(["a ball", "the table"]), config.latent_frames)
     assert cache.bytes == held.cache

@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +97,17 @@ def budgets() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """compiler → architecture → kernel → limits."""
     table: dict[str, dict[str, dict[str, dict[str, float]]]] = json.loads(PATH.read_text())
     return table
+
+
+def assert_inside(results: Sequence[Result], arch: str) -> None:
+    """Every kernel compiled for `arch` keeps to its budget, and has one where its compiler does."""
+    assert results
+    table = budgets()
+    for result in results:
+        limits = table.get(result.compiler, {}).get(arch, {}).get(result.kernel)
+        assert violations(result, limits) == [], result.kernel
+        if result.compiler in table:
+            assert limits, f"{result.kernel}: no budget; run python -m tests.offline.budget --write"
 
 
 def start(folder: str) -> None:
