@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.models.causal_wan import WanConfig
+from afd.models.causal_wan import CausalWan, WanConfig
 from afd.schedules import ShiftedFlow
 
 EPS = 1e-6
@@ -228,6 +228,17 @@ def attention(q_BLhd: Tensor, k_BNhd: Tensor, v_BNhd: Tensor) -> Tensor:
     """[B, L, D], by PyTorch's best kernel for it."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLhd, k_BNhd, v_BNhd))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def random_network(config: WanConfig, device: torch.device | str, dtype: torch.dtype) -> CausalWan:
+    """A frozen network of random weights, always the same; all parameters matter."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = CausalWan(config)
+    for parameter in net.parameters():
+        if parameter.ndim == 1:  # norms begin at one, biases at zero
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return net.to(dtype).requires_grad_(False)
 
 
 def _ladder(pairs: int) -> Tensor:

@@ -104,6 +104,8 @@ def run(
 
 def finish(rows: Sequence[Any], failed: Mapping[str, str]) -> None:
     """Says what failed; exits with 1 where something did, or nothing was measured."""
+    if not rows:
+        print("nothing was measured")
     for what, why in failed.items():
         print(f"FAILED {what}: {why}")
     if failed or not rows:

@@ -26,13 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.causal_wan import WanConfig
 from afd.models.kv_cache import cache_bytes
 from afd.models.toy import ToyConfig
 from afd.models.wan import WanStudent
 from afd.rollout import denoise_chunk
 from benchmarks import harness, report
-from benchmarks.eager_wan import EagerWan, denoised
+from benchmarks.eager_wan import EagerWan, denoised, random_network
 from benchmarks.hardware import Machine, chunk_seconds, pass_work
 
 # "eager+text" also runs the text MLP in every call, as the released code does; "eager" keeps its
@@ -179,14 +179,8 @@ class Counter(TorchDispatchMode):
 
 
 def make_student(case: Case, device: str, provider: str) -> WanStudent:
-    """Random weights, the same for every provider; all parameters matter."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        net = CausalWan(case.wan)
-    for parameter in net.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(0.02 * torch.randn_like(parameter))
-    net = net.to(DTYPES[case.dtype]).requires_grad_(False)
+    """The same weights for every provider."""
+    net = random_network(case.wan, device, DTYPES[case.dtype])
     if not provider.startswith("eager"):
         net.fuse_projections()
     if provider == "compile":

@@ -20,7 +20,7 @@ from afd.discriminators.toy import ToyCritic
 from afd.methods.afd import Afd, versions
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig
-from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.causal_wan import WanConfig
 from afd.models.config import LoraConfig, ToyStudentConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
@@ -28,6 +28,7 @@ from afd.models.toy import ToyConfig, ToyStudent
 from afd.models.wan import WanStudent
 from afd.rollout import stream_layout
 from benchmarks.eager_train import EagerTrained, EagerUpdate, Lora, rolled_out
+from benchmarks.eager_wan import random_network
 
 # Who makes the clean context; "kept" is the rollout's own cache.
 MODES: dict[str, dict[str, Any]] = {
@@ -251,13 +252,7 @@ def _student(case: Case, device: torch.device) -> tuple[Student, Critic, list[fl
         toy = ToyStudent.load().to(device)
         critic: Critic = ToyCritic(ToyDiscriminatorConfig(warmup_steps=0), toy.config.frames)
         return toy, critic, ToyStudentConfig().steps
-    torch.manual_seed(0)
-    with torch.device(device):
-        net = CausalWan(case.wan)
-    for parameter in net.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(0.02 * torch.randn_like(parameter))
-    net = net.to(DTYPES[case.dtype]).requires_grad_(False)
+    net = random_network(case.wan, device, DTYPES[case.dtype])
     net.checkpoint_blocks = case.checkpoint_blocks
     text_LE = torch.randn(case.wan.text_len, case.wan.text_dim, device=device)
 
