@@ -1,0 +1,232 @@
+"""Norms, rotation and modulation of tokens: afd.ops.qk_norm_rope(_append_) and adaln.
+
+    python benchmarks/row_ops.py                  # CPU: float32, a small student's chunk
+    python benchmarks/row_ops.py --device cuda    # a chunk of 480x832 in bfloat16, B = 1 and 4
+
+Forward only, as in a rollout: inputs are slices of fused projections, and append writes k and v
+into a cache. Backends take turns in one run with a copy of as many bytes. Each is first compared
+with the reference in float64; one that disagrees is not timed and fails the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# So that it runs from a checkout where nothing is installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+
+from afd import ops
+from benchmarks import floors, harness, report
+
+BACKENDS = ("reference", "native", "triton")
+OPS = ("qk_norm_rope", "qk_norm_rope_append_", "adaln")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Relative L2 error against float64: fp32 arithmetic, or one rounding to bfloat16 (adaln's norm
+# reads the residual as rounded).
+BOUND = {"fp32": 1e-5, "bf16": 1e-2}
+HOW = (
+    "ms: median of one call, p20 and p80; bytes: every token read and written once, and the rotary "
+    "table; GB/s = bytes / median; % copy: of the GB/s of a copy of as many bytes in the same run; "
+    "error: the worst relative L2 error against float64; speedup: the reference's median, plain "
+    "PyTorch, over this one's."
+)
+
+Tensors = dict[str, Tensor]
+Result = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape: a chunk of `frames` frames of `tokens` tokens a video."""
+
+    op: str
+    dtype: str
+    batch: int
+    frames: int
+    tokens: int
+    heads: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.dtype} B={self.batch}"
+
+    @property
+    def length(self) -> int:
+        return self.frames * self.tokens
+
+    @property
+    def bytes(self) -> int:
+        """That the op must move."""
+        token = self.heads * self.width * DTYPES[self.dtype].itemsize
+        streams = 6 if self.op == "qk_norm_rope_append_" else 4
+        table = 0 if self.op == "adaln" else 4 * self.length * self.width
+        return self.batch * self.length * token * streams + table
+
+    def tensors(self, device: str, seed: int) -> Tensors:
+        """q, k and v are slices of one projection, modulations of one table."""
+        g = torch.Generator(device).manual_seed(seed)
+        dtype, channels = DTYPES[self.dtype], self.heads * self.width
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g, device=device).to(dtype)
+
+        if self.op == "adaln":
+            x, branch = draw(2, self.batch, self.length, channels)
+            gate, scale, shift = draw(self.batch, self.frames, 6, channels).unbind(2)[:3]
+            return {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
+        q, k, v = draw(self.batch, self.length, 3, self.heads, self.width).unbind(2)
+        angles = torch.rand(1, self.length, self.width // 2, generator=g, device=device)
+        given = {"q": q, "k": k, "weight_q": draw(channels), "weight_k": draw(channels)}
+        given["rope"] = torch.stack((angles.cos(), angles.sin()), -1)
+        if self.op == "qk_norm_rope":
+            return given
+        k_cache, v_cache = draw(2, self.batch, 2 * self.length, self.heads, self.width)
+        # The first token's frame: the second half of the cache.
+        position = torch.tensor([self.frames], device=device)
+        return given | {"v": v, "k_cache": k_cache, "v_cache": v_cache, "position": position}
+
+    def step(self, backend: str) -> Callable[[Tensors], Result]:
+        """All that the op returns or writes."""
+
+        def run(i: Tensors) -> Result:
+            with torch.no_grad(), ops.use_backend(backend):
+                if self.op == "adaln":
+                    return ops.adaln(**i)
+                if self.op == "qk_norm_rope":
+                    return ops.qk_norm_rope(**i)
+                q = ops.qk_norm_rope_append_(**i, tokens_per_frame=self.tokens, sink_frames=0)
+                return q, i["k_cache"], i["v_cache"]
+
+        return run
+
+    def exact(self, i: Tensors) -> Result:
+        """In float64, the caches copied first; the reference takes it as it is."""
+        plain = {n: x.double() if x.is_floating_point() else x for n, x in i.items()}
+        if "rope" in plain:
+            plain["rope"] = i["rope"]
+        return self.step("reference")(plain)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend on one case. Times in milliseconds."""
+
+    case: str
+    dtype: str
+    B: int
+    backend: str
+    median_ms: float
+    p20: float
+    p80: float
+    host_ms: float | None
+    reps: int
+    bytes: int
+    gb_per_s: float
+    pct_of_copy: float
+    error: float
+    speedup: float | None  # against "reference"
+
+
+def measure(case: Case, args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """Rows of the backends that run here and agree with float64, and why others failed."""
+    count = harness.input_sets(case.bytes, args.device)
+    sets = [case.tensors(args.device, seed) for seed in range(count)]
+    exact = case.exact({name: x.clone() for name, x in sets[0].items()})
+    op = case.op.removesuffix("_append_")  # which has the same backends
+    refusals = ops.explain(op, args.device, {DTYPES[case.dtype]})
+    errors, failed, runs = {}, dict[str, str](), dict[str, harness.Run]()
+    for backend in args.providers:
+        if refusals.get(backend, "no such backend") is not None:
+            continue
+        step = case.step(backend)
+        try:
+            error = _error(step({name: x.clone() for name, x in sets[0].items()}), exact)
+        except Exception as broken:  # it must not take the others' numbers along
+            failed[f"{case}, {backend}"] = f"{type(broken).__name__}: {broken}"
+            continue
+        if not error <= BOUND[case.dtype]:  # NaN comes here too
+            failed[f"{case}, {backend}"] = f"relative error {error:.3g} is above the bound"
+            continue
+        errors[backend], runs[backend] = error, _on(step, sets)
+    floor = floors.copy(case.bytes, args.device)
+    timings = harness.timed(runs | {"copy": floor.run}, args.device, count, args.reps, args.budget)
+    copied = floor.bytes / timings["copy"].median_ms / 1e6
+    print(f"{case}: copy {copied:.1f} GB/s")
+    rows = []
+    for backend in runs:
+        timing = timings[backend]
+        rate, plain = case.bytes / timing.median_ms / 1e6, timings.get("reference")
+        rows.append(
+            Row(
+                case=case.op,
+                dtype=case.dtype,
+                B=case.batch,
+                backend=backend,
+                **asdict(timing),
+                bytes=case.bytes,
+                gb_per_s=rate,
+                pct_of_copy=100 * rate / copied,
+                error=errors[backend],
+                speedup=None if plain is None else plain.median_ms / timing.median_ms,
+            )
+        )
+    return rows, failed
+
+
+def _on(step: Callable[[Tensors], Result], sets: list[Tensors]) -> harness.Run:
+    return lambda index: step(sets[index])
+
+
+def _error(out: Result, exact: Result) -> float:
+    """The worst of the results; of tensors, because Python's max() passes over a NaN."""
+    pairs = zip(out, exact, strict=True)
+    distances = [float((x.double() - y).norm() / y.norm()) for x, y in pairs]
+    return float(torch.tensor(distances).max())
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """On a GPU a chunk of the released student; else what a CPU can do."""
+    if args.quick:
+        shapes = [("fp32", 2, 2, 8, 2, 8)]
+    elif args.device == "cuda":
+        shapes = [("bf16", batch, 3, 1560, 12, 128) for batch in (4, 1)]
+    else:
+        shapes = [(dtype, 1, 3, 1560, 4, 64) for dtype in DTYPES]
+    for shape in shapes:
+        for op in OPS:
+            yield Case(op, *shape)
+
+
+def show(rows: list[Row]) -> None:
+    """The table of one case."""
+    report.table(
+        f"{rows[0].case}, {rows[0].dtype}, B={rows[0].B}",
+        ("backend",),
+        ("ms", "p20", "p80", "host ms", "MB", "GB/s", "% copy", "error", "speedup"),
+        [
+            (
+                *(row.backend, row.median_ms, row.p20, row.p80, row.host_ms, row.bytes / 1e6),
+                *(row.gb_per_s, row.pct_of_copy, f"{row.error:.1e}", row.speedup),
+            )
+            for row in rows
+        ],
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = report.parse(report.arguments(__doc__.splitlines()[0], BACKENDS), argv)
+    named = ((str(case), partial(measure, case, args)) for case in cases(args))
+    report.run("row_ops", HOW, named, show, args)
+
+
+if __name__ == "__main__":
+    main()
