@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -311,13 +312,20 @@ def measure(
     case: Case, args: argparse.Namespace, absent: dict[str, list[str]]
 ) -> tuple[list[Row], dict[str, str]]:
     """Rows of the providers that run and agree with float64, and why others were not timed."""
+    return compare(case, steps(case, args, absent), args)
+
+
+def compare(
+    case: Case, found: dict[str, Step], args: argparse.Namespace
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows of these steps of one case."""
     torch._dynamo.reset()  # a compiled function keeps at most eight specialisations
     failed: dict[str, str] = {}
     given = case.tensors(args.device, 0)
     nbytes = sum(x.numel() * x.element_size() for x in given.values())
     count = harness.input_sets(nbytes, args.device)
     sets = [given, *(case.tensors(args.device, seed) for seed in range(1, count))]
-    errors = _checked(case, given, steps(case, args, absent), failed)
+    errors = _checked(case, given, found, failed)
     runs = {name: _on(step, sets) for name, (step, _) in errors.items()}
     side = 8192 if args.device == "cuda" else 1024
     a, b = (torch.randn(side, side, device=args.device).to(DTYPES[case.dtype]) for _ in "ab")
@@ -403,8 +411,15 @@ def show(rows: list[Row]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = report.parse(report.arguments(__doc__.splitlines()[0], PROVIDERS), argv)
     absent: dict[str, list[str]] = {}
+    # Imported here, because it builds on this file.
+    from benchmarks import attention_parts
+
     named = ((case.name, partial(measure, case, args, absent)) for case in cases(args))
-    report.run("attention", HOW, named, show, args, absent=absent)
+    parts = (
+        (case.name, partial(compare, case, case.steps(), args))
+        for case in attention_parts.cases(args)
+    )
+    report.run("attention", HOW, chain(parts, named), show, args, absent=absent)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,13 @@ def test_a_row_per_case_and_provider_that_runs_here(tmp_path: Path) -> None:
     document, printed = run("attention", tmp_path)
     rows = document["rows"]
     keys = {(row["case"], row["provider"]) for row in rows}
-    assert len(keys) == len(rows) == 3 * 4
-    assert {name for _, name in keys} == {"dense mask", "sdpa per block", "ours", "library"}
+    assert len(keys) == len(rows) == 3 * 4 + 2 * 2
+    assert {name for _, name in keys if "," not in name} == {
+        "dense mask",
+        "sdpa per block",
+        "ours",
+        "library",
+    }
     for row in rows:
         assert 0 < row["p20"] <= row["median_ms"] <= row["p80"]
         assert row["error"] < attention.BOUND["fp32"]
@@ -25,6 +30,9 @@ def test_a_row_per_case_and_provider_that_runs_here(tmp_path: Path) -> None:
         assert row["pct_of_floor"] > 0
         assert row["peak_mib"] > 0
         assert (row["speedup"] == 1) == (row["provider"] == "dense mask")
+    # The parts: what a merge costs, and a backward for dq alone.
+    assert ("context apart", "library, merged") in keys
+    assert ("context, backward", "library, dq alone") in keys
     assert any("needs a CUDA device" in reason for reason in document["absent"])
     assert not document["failed"]
     assert "absent flex: --quick compiles nothing" in printed
