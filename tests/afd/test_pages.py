@@ -1,4 +1,4 @@
-"""The commands on the pages about training and evaluation are ones that work."""
+"""The commands in README and on the pages about training and evaluation are ones that work."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def commands(page: str, heading: str = "") -> list[list[str]]:
     part = part[: part.index("\n## ", 3)] if heading else part
     lines = "".join(re.findall(r"```sh\n(.*?)```", part, re.S)).splitlines()
     found = [re.fullmatch(r"(?:torchrun .*-m )?afd (.+)", line) for line in lines]
-    return [shlex.split(match[1]) for match in found if match]
+    return [shlex.split(match[1], comments=True) for match in found if match]
 
 
 @pytest.mark.parametrize(
-    "words", [*commands("TRAINING.md"), *commands("EVALUATION.md")], ids=" ".join
+    "words",
+    [*commands("../README.md"), *commands("TRAINING.md"), *commands("EVALUATION.md")],
+    ids=" ".join,
 )
 def test_a_command_and_its_keys_exist(words: list[str]) -> None:
     options = _parser().parse_args(words)
