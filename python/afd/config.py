@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, overload
 
 import yaml
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
@@ -174,6 +174,37 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        """Parts that cannot work together; the toy's size stands in its checkpoint."""
+        student = self.student
+        if isinstance(student, ToyStudentConfig):
+            return self
+        if self.evaluation.kind == "physics":
+            raise ValueError(
+                "evaluation.kind: got physics, which measures the toy task; needed: video or none "
+                "for student.kind=wan"
+            )
+        if self.method in ("afd", "gan") and self.discriminator.kind == "toy":
+            raise ValueError(
+                "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
+                "latent for student.kind=wan"
+            )
+        height, width, frames = self.video.height, self.video.width, self.video.frames
+        if height % 16 or width % 16:
+            raise ValueError(
+                f"video.height, video.width: got {height}, {width}; needed: multiples of 16, as "
+                "two latent pixels of eight make a token"
+            )
+        latents = 1 + (frames - 1) // 4
+        if (frames - 1) % 4 or latents % student.chunk:
+            whole = 1 + 4 * (max(1, round(latents / student.chunk)) * student.chunk - 1)
+            raise ValueError(
+                f"video.frames: got {frames}; needed: 1 + 4 (n - 1) for n latent frames in "
+                f"chunks of {student.chunk} (student.chunk), such as {whole}"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         """The run folder: `out`, or runs/<name>."""
@@ -326,6 +357,9 @@ def _explain(
     key = ".".join(loc)
     source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
     if detail["type"] == "extra_forbidden":
+        if key in known_keys(kind):
+            section, held = detail["loc"][:2]
+            return f"{source}: unknown key {key!r} of {section}.kind={held}; another kind has it"
         return f"{source}: unknown key {key!r}; {_suggest(key, kind)}"
     if detail["type"] == "value_error":
         return f"{source}: {detail['msg'].removeprefix('Value error, ')}"

@@ -101,6 +101,7 @@ def _needs() -> tuple[int, int]:
         "student": {"kind": "wan"},
         "discriminator": {"kind": "videoalign", "micro_batch": 1},
         "afd": {"draws": 1, "keep_context": False, "micro_batch": 1},
+        "evaluation": {"kind": "video"},
     }
     plan = make_plan(make_config(data))
     return max(plan.peaks().values()), (plan.config.checkpoint.keep + 1) * plan.checkpoint_bytes

@@ -17,9 +17,11 @@ from rich.table import Table
 from afd import cost_model as cost
 from afd.config import ConfigError, RunConfig
 from afd.cost_model import MACHINES, Net
+from afd.methods.build import toy_student
+from afd.methods.config import TimesConfig
+from afd.methods.noised import check_chunks
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.checkpoints import infer_config, read_weights
-from afd.models.toy import ToyStudent
 from afd.plan_teacher import TeacherPlan, missing_files, teacher_plan
 from afd.plan_work import GIB, Part, Phase, Work, gib
 
@@ -59,14 +61,21 @@ class Plan:
 def make_plan(config: RunConfig, processes: int = 1) -> Plan:
     """The plan of a run on so many processes, one GPU each.
 
-    Raises ConfigError where the student's checkpoint is there and is none.
+    Raises ConfigError where the run would, as far as that is known without its large files.
     """
-    if not 1 <= processes <= config.prompts_per_step:
+    prompts = config.prompts_per_step
+    if not 1 <= processes <= prompts:
+        raise ConfigError(f"processes is {processes}; needed: 1 to prompts_per_step, {prompts}")
+    if config.parallel == "fsdp" and prompts % processes:
         raise ConfigError(
-            f"processes is {processes}; needed: 1 to prompts_per_step, {config.prompts_per_step}"
+            f"prompts_per_step is {prompts}; parallel=fsdp needs a multiple of {processes} "
+            "(processes)"
         )
+    method = getattr(config, config.method)
     try:
         net = student_net(config)
+        if isinstance(method, TimesConfig):
+            check_chunks(method, net.chunks)
     except ValueError as error:  # what the checkpoint holds is not what is needed
         raise ConfigError(str(error)) from error
     work = Work(config, net, processes)
@@ -88,7 +97,7 @@ def student_net(config: RunConfig) -> Net:
     student = config.student
     rank = student.lora.rank if student.lora is not None else None
     if student.kind == "toy":
-        toy = ToyStudent.load(student.checkpoint)
+        toy = toy_student(config, student)
         wan, frames = toy.net.config, toy.frames
         grid = wan.grid(*toy.frame_shape[1:])
     else:

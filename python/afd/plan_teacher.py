@@ -11,6 +11,7 @@ from afd.config import RunConfig
 from afd.discriminators.config import VideoAlignConfig
 from afd.teachers.base import TeacherError
 from afd.teachers.config import API_KINDS
+from afd.teachers.folder import read_manifest
 
 # Assumed of a service that has made no video for this folder yet.
 SECONDS_PER_VIDEO = 120.0
@@ -100,7 +101,10 @@ def teacher_plan(config: RunConfig) -> TeacherPlan:
         return _bought(config, drawn)
     if teacher.kind == "simulator":
         return TeacherPlan("simulator", teacher.count, 0, 0, min(drawn, teacher.count))
-    listed = _listed(config)
+    try:
+        listed = len(read_manifest(config.teacher_dir, teacher.manifest)[1])
+    except TeacherError:  # named among the missing files
+        listed = 0
     return TeacherPlan("folder", listed, listed, 0, min(drawn, listed or drawn))
 
 
@@ -142,21 +146,6 @@ def _bought(config: RunConfig, drawn: int) -> TeacherPlan:
     )
 
 
-def _listed(config: RunConfig) -> int:
-    """Videos in a folder's manifest, by its lines; 0 where there is none."""
-    # The videos themselves are checked when the run starts.
-    from afd.teachers.folder import MANIFESTS
-
-    folder = config.teacher_dir
-    named = config.teacher.manifest
-    candidates = [named] if named is not None else [folder / name for name in MANIFESTS]
-    for path in candidates:
-        if path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            return len(lines) - (path.suffix == ".csv")
-    return 0
-
-
 # --- what is not there ---
 
 
@@ -180,16 +169,43 @@ def missing_files(config: RunConfig) -> Iterator[str]:
         else:
             yield from _path("discriminator.checkout", critic.checkout, "VideoAlign's code")
     if teacher.kind == "folder":
-        yield from _path("teacher.path", teacher.path, "the folder of the teacher's videos")
+        yield from _folder(config)
     elif teacher.kind in API_KINDS:
-        from afd.teachers.api import PROVIDERS
+        from afd.teachers.api import PROVIDERS, read_prompts
 
-        yield from _path("teacher.api.prompts", teacher.api.prompts, "the prompts to ask")
+        assert teacher.api.prompts is not None
+        try:
+            read_prompts(teacher.api.prompts)
+        except TeacherError as error:
+            yield f"the prompts to ask: {error}"
         variable = PROVIDERS[teacher.kind](teacher.api.base_url).key_variable
         if not os.environ.get(variable, "").strip():
             yield f"the environment variable {variable} with the API key is not set"
     if config.evaluation.prompts is not None:
         yield from _path("evaluation.prompts", config.evaluation.prompts, "held-out prompts")
+
+
+def _folder(config: RunConfig) -> Iterator[str]:
+    """The videos themselves are read when the run starts."""
+    folder = config.teacher_dir
+    try:
+        manifest, entries, problems = read_manifest(folder, config.teacher.manifest)
+    except TeacherError as error:
+        yield str(error)
+        return
+    gone = [f"{file}: no such file" for _, file, _ in entries if not _is_file(folder, file)]
+    for told in (problems, gone):
+        if told:
+            yield f"teacher manifest {manifest}: {len(told)} wrong, such as {told[0]}"
+    if not entries and not problems:
+        yield f"teacher manifest {manifest}: lists no video"
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).is_file()
+    except (OSError, ValueError):  # too long, a zero byte
+        return False
 
 
 def _path(key: str, path: Path | None, what: str) -> Iterator[str]:

@@ -165,6 +165,12 @@ class Work:
         elif isinstance(critic, LatentConfig):
             numbers = sum(p.numel() for p in self._scorer(critic).parameters())
             yield Part("discriminator", 4 * cost.FLOAT * numbers, "always", "weights and Adam")
+        elif self.config.method == "dmd":
+            checkpointed = self.config.student.checkpoint_blocks
+            sizes = self.net, self.micro, self.item
+            kept = 2 * cost.activation_bytes(*sizes, checkpointed=checkpointed)
+            note = f"real or fake, {self.micro} video(s) a pass, and through their context"
+            yield Part("fields' activations", kept, "critic", note)
 
     def _scorer(self, critic: LatentConfig) -> LatentScorer:
         with torch.device("meta"):
@@ -232,17 +238,18 @@ class Work:
             yield Phase(
                 "rollout", videos * rollout, 0.0, config.steps, f"{videos} videos, {passes}"
             )
-        if self.sees_video and self.config.method == "afd":
+        if self.sees_video:
             yield Phase("decode", 0.0, videos * decode, config.steps, f"{videos} videos")
         if self.critic is not None or config.method == "dmd":
             flop, note = self._critic_work(videos)
             yield Phase("critic", flop, 0.0, config.steps, note)
         flop, convolutions, note = self._student_work(videos, decode)
-        updates = max(0, config.steps - self._warmup())
+        updates = max(0, config.steps - self._waits())
         yield Phase("student", flop, convolutions, updates, note)
         measured = self._evaluated()
         if measured:
-            rate = self._score_flop() if self.sees_video else 0.0
+            # The discriminator, and the untouched model in it.
+            rate = 2 * self._score_flop() if self.sees_video else 0.0
             note = f"{measured} held-out videos in all, and their decode"
             yield Phase("evaluation", rollout + rate, decode, measured, note)
 
@@ -251,14 +258,22 @@ class Work:
         if config.method == "dmd":
             fits, checkpointed = config.dmd.score_updates, config.student.checkpoint_blocks
             flop = cost.sft_flop(self.net, draws=1, checkpointed=checkpointed)
-            return 2 * fits * videos * flop, f"{fits} update(s) of both fields on {videos} videos"
+            teachers = config.prompts_per_step
+            note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
+            return fits * (teachers + videos) * flop, note
         if isinstance(critic, VideoAlignConfig):
             patches, pictures = self._patches()
             one = READER.train_flop(
                 patches, pictures, critic.lora_rank, checkpointed=critic.gradient_checkpointing
             )
-            total = 2 * videos * one * critic.steps_per_update + videos * self._score_flop()
-            return total, f"{critic.steps_per_update} step(s) on {videos} pairs, and their scores"
+            scored = videos
+            if config.method == "gan":
+                scored = 0  # in the student's update
+            elif config.afd.baseline == "teacher":
+                scored += config.prompts_per_step
+            total = 2 * videos * one * critic.steps_per_update + scored * self._score_flop()
+            note = f"{critic.steps_per_update} step(s) on {videos} pairs"
+            return total, note + (f", and {scored} scores" if scored else "")
         return 0.0, "small; not counted"
 
     def _score_flop(self) -> float:
@@ -305,9 +320,11 @@ class Work:
         flop += 3 * self._score_flop()
         return videos * flop, videos * 4 * decode, f"through the last step and the decode; {told}"
 
-    def _warmup(self) -> int:
+    def _waits(self) -> int:
+        """Updates of the run before the first one of the student."""
         if self.config.method == "dmd":
-            return self.config.dmd.score_warmup_steps
+            dmd = self.config.dmd
+            return max(0, -(-dmd.score_warmup_steps // dmd.score_updates) - 1)
         return self.critic.warmup_steps if self.critic is not None else 0
 
     def _evaluated(self) -> int:

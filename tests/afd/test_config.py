@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from afd.cli import main
 from afd.config import (
     ConfigError,
     RunConfig,
@@ -121,10 +122,44 @@ def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str) -> None
 def test_a_section_of_several_kinds_takes_the_keys_of_its_kind() -> None:
     config = make_config({}, ["discriminator.kind=latent", "discriminator.width=8"])
     assert config.discriminator == LatentConfig(width=8)
-    with pytest.raises(ConfigError, match=r"unknown key 'discriminator\.r1'"):
+    with pytest.raises(ConfigError, match=r"'discriminator\.r1' of discriminator\.kind=latent; an"):
         make_config({}, ["discriminator.kind=latent", "discriminator.r1=1"])
     with pytest.raises(ConfigError, match=r"discriminator.*'toy', 'videoalign', 'latent'"):
         make_config({}, ["discriminator.kind=clip"])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("evaluation.kind=physics", "evaluation.kind: got physics, which measures the toy task"),
+        ("video.height=488", "video.height, video.width: got 488, 832; needed: multiples of 16"),
+        ("video.frames=80", "video.frames: got 80; needed: 1 + 4 (n - 1) for n latent frames"),
+        ("video.frames=77", "in chunks of 3 (student.chunk), such as 81"),
+        ("student.chunk=4", "in chunks of 4 (student.chunk), such as 77"),
+        ("afd.samples_per_prompt=1", "afd.samples_per_prompt: got 1; needed: 2 or more"),
+        ("dmd.t_range=[0.9,0.1]", "dmd.t_range: got 0.9, 0.1; needed: two rising times"),
+        ("afd.betas=[0.9,1]", "afd.betas.1 is 1; Input should be less than 1"),
+        ("afd.old_decay_slope=.inf", "afd.old_decay_slope is inf; Input should be a finite number"),
+        ("afd.learning_rate=.nan", "afd.learning_rate is nan; Input should be a finite number"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_anything_is_loaded(
+    change: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(CONFIGS / "afd_self_forcing_480x832.yaml")
+    for plan in ([], ["--dry-run"]):
+        assert main(["train", file, change, *plan]) == 2
+        assert told in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"discriminator\.kind: got toy, .*videoalign or latent"):
+        make_config({"student": {"kind": "wan"}, "evaluation": {"kind": "none"}})
+
+
+def test_frames_that_are_proposed_fit() -> None:
+    wan = {"student": {"kind": "wan"}, "evaluation": {"kind": "none"}, "method": "sft"}
+    for chunk in (1, 3, 4, 7):
+        with pytest.raises(ConfigError) as error:
+            make_config(wan, [f"student.chunk={chunk}", "video.frames=80"])
+        make_config(wan, [f"student.chunk={chunk}", f"video.frames={str(error.value).split()[-1]}"])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

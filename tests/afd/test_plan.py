@@ -269,6 +269,34 @@ def test_two_gpus_halve_the_hours_and_shards_the_weights() -> None:
         make_plan(config, 9)
 
 
+def test_what_a_run_would_refuse_its_plan_refuses() -> None:
+    config = load_config(CONFIGS / "afd_self_forcing_480x832.yaml", ["parallel=fsdp"])
+    with pytest.raises(ConfigError, match=r"prompts_per_step is 8; parallel=fsdp .* multiple of 3"):
+        make_plan(config, 3)
+    for file in ("afd_self_forcing_480x832", "quickstart"):
+        with pytest.raises(ConfigError, match="chunks_per_update: got 9; needed: at most the"):
+            make_plan(load_config(CONFIGS / f"{file}.yaml", ["afd.chunks_per_update=9"]))
+    with pytest.raises(ConfigError, match=r"video\.frames.*got 9, 16, 16; needed: 12, 16, 16"):
+        make_plan(make_config({}, ["video.frames=9"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "holds none of prompts.jsonl"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"", "lists no video"),
+        (b'{"file": "a.mp4"}\n', "1 wrong, such as line 1: needs a file and a prompt"),
+        (b'{"file": "a.mp4", "prompt": "p"}\n' * 2, "2 wrong, such as a.mp4: no such file"),
+    ],
+)
+def test_what_a_folder_lacks_is_told(tmp_path: Path, text: bytes | None, told: str) -> None:
+    if text is not None:
+        (tmp_path / "prompts.jsonl").write_bytes(text)
+    config = load_config(CONFIGS / "folder.yaml", [f"teacher.path={tmp_path}"])
+    assert any(told in line for line in make_plan(config).missing)
+
+
 def test_kept_contexts_are_the_roofline_gigabytes() -> None:
     # kernels.md: 193 GB for the caches of 32 videos, the prompts' not counted.
     config = load_config(CONFIGS / "afd_self_forcing_480x832.yaml", ["afd.keep_context=true"])
@@ -290,6 +318,25 @@ def test_a_gan_pays_for_gradients_through_the_decode() -> None:
     assert gan.peaks()["student"] > afd.peaks()["student"]
     convolutions = {phase.name: phase.convolutions for phase in gan.phases}
     assert convolutions["student"] > 0
+
+    # Every rollout is shown to the discriminator before the update makes it again.
+    decoded = convolutions["decode"], convolutions["student"]
+    assert decoded[1] == 4 * decoded[0] > 0
+
+
+def test_a_fields_update_costs_and_keeps_what_fine_tuning_does() -> None:
+    names = ("steps=10", "dmd.score_updates=3", "dmd.score_warmup_steps=20")
+    dmd = make_plan(load_config(CONFIGS / "dmd_self_forcing_480x832.yaml", names))
+    sft = make_plan(load_config(CONFIGS / "sft_self_forcing_480x832.yaml"))
+    phases = {phase.name: phase for phase in dmd.phases}
+    fine_tuning = next(phase.flop for phase in sft.phases if phase.name == "student")
+    # 32 videos there; here 3 updates of real on 8 teacher's and of fake on 32 rollouts.
+    assert phases["critic"].flop == pytest.approx(fine_tuning * 3 * (8 + 32) / 32)
+    # The student begins once a field has 20 updates: in the seventh of the run.
+    assert phases["student"].times == 10 - 6
+    bytes_of = [{p.name: p.bytes for p in plan.memory} for plan in (dmd, sft)]
+    assert bytes_of[0]["fields' activations"] == bytes_of[1]["activations"]
+    assert dmd.peaks()["critic"] > dmd.peaks()["student"]
 
 
 def test_the_toy_has_memory_and_no_gpu_time() -> None:
@@ -353,7 +400,7 @@ def test_without_its_prompts_a_teachers_cost_is_not_made_up(tmp_path: Path) -> N
         "teacher: ark, about 0.50 USD a video; how many is not known without the prompts"
     )
     missing = make_plan(config).missing
-    assert any("teacher.api.prompts" in line and "is not there" in line for line in missing)
+    assert any("teacher.api.prompts" in line and "cannot be read" in line for line in missing)
 
 
 # --- the command ---

@@ -158,9 +158,6 @@ def test_held_out_prompts_come_from_their_file_or_the_teacher(tmp_path: Path) ->
     file.unlink()
     with pytest.raises(ConfigError, match=r"held_out\.txt: cannot be read"):
         evaluation_prompts(config, [])
-    released = make_config({"student": {"kind": "wan"}})
-    with pytest.raises(ConfigError, match=r"evaluation\.kind: got physics.*needed: video or none"):
-        evaluation_prompts(released, [])
 
 
 # --- a whole run ---

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from afd.section import Count, Natural, Positive, Section
+from afd.section import Count, Natural, Positive, Section, Share
 
 
 class CriticConfig(Section):
@@ -17,7 +17,7 @@ class CriticConfig(Section):
         default="bt", description="Bradley-Terry on prompt-matched pairs, or the vanilla GAN loss"
     )
     learning_rate: float = Field(default=5e-6, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
     warmup_steps: Natural = Field(
         default=0, description="critic steps before the first student step"
@@ -38,7 +38,7 @@ class ToyDiscriminatorConfig(CriticConfig):
         description="safetensors file of the motion backbone; 'motion' is the shipped one",
     )
     learning_rate: float = Field(default=1e-3, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.5, 0.99), description="AdamW betas")
+    betas: tuple[Share, Share] = Field(default=(0.5, 0.99), description="AdamW betas")
     warmup_steps: Natural = Field(
         default=30, description="critic steps before the first student step"
     )
@@ -113,5 +113,5 @@ class LatentConfig(PairConfig):
 
     kind: Literal["latent"] = Field(default="latent", description="a small network on latents")
     learning_rate: float = Field(default=2e-4, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.5, 0.99), description="AdamW betas")
+    betas: tuple[Share, Share] = Field(default=(0.5, 0.99), description="AdamW betas")
     width: Count = Field(default=64, description="channels of the first layer; a multiple of 4")

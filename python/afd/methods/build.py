@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from afd.config import ConfigError
 from afd.discriminators.base import DifferentiableCritic
-from afd.discriminators.config import ToyDiscriminatorConfig, VideoAlignConfig
+from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.latent import LatentCritic
 from afd.discriminators.toy import ToyCritic
 from afd.methods import afd
@@ -27,7 +27,6 @@ from afd.models.student import Student
 from afd.models.toy import ToyStudent
 from afd.models.wan_loading import load_wan
 from afd.ranks import ALONE, Ranks
-from afd.rollout import chunk_layout
 from afd.training.caches import Store
 
 if TYPE_CHECKING:
@@ -116,14 +115,15 @@ def build_student(
     codec: Codec = Pixels()
     with _config_errors("student"):
         if section.kind == "toy":
-            student = _toy(config, section)
+            student = toy_student(config, section)
         else:
             student, codec = _wan(config, section, ranks, prompts)
     student.net.checkpoint_blocks = section.checkpoint_blocks
     return student.to(ranks.device), codec
 
 
-def _toy(config: RunConfig, section: ToyStudentConfig) -> ToyStudent:
+def toy_student(config: RunConfig, section: ToyStudentConfig) -> ToyStudent:
+    """The toy from its checkpoint; ConfigError where the videos are of another size."""
     student, video = ToyStudent.load(section.checkpoint), config.video
     size = student.config.frames, student.config.height, student.config.width
     if (video.frames, video.height, video.width) != size:
@@ -140,28 +140,12 @@ def _wan(
     if section.checkpoint is None:
         raise ConfigError("student.checkpoint: not given; needed: the student's weights")
     video = config.video
-    if video.height % 16 or video.width % 16:
-        raise ConfigError(
-            f"video.height, video.width: got {video.height}, {video.width}; needed: multiples of "
-            "16, as two latent pixels of eight make a token"
-        )
-    frames = 1 + (video.frames - 1) // 4
-    whole = 1 + 4 * (max(1, round(frames / section.chunk)) * section.chunk - 1)
-    try:
-        fits = (video.frames - 1) % 4 == 0 and bool(chunk_layout(frames, section.chunk))
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ConfigError(
-            f"video.frames: got {video.frames}; needed: 1 + 4 (n - 1) for n latent frames in "
-            f"chunks of {section.chunk} (student.chunk), such as {whole}"
-        )
     return load_wan(
         section,
         prompts,
         height=video.height // 8,
         width=video.width // 8,
-        frames=frames,
+        frames=1 + (video.frames - 1) // 4,
         device=ranks.device,
         store=Store.of(config.cache),
         ranks=ranks,
@@ -176,7 +160,7 @@ def build_critic(config: RunConfig, student: Student, ranks: Ranks = ALONE) -> D
     section = config.discriminator
     with _config_errors("discriminator"):
         if section.kind == "toy":
-            return _toy_critic(config, section, ranks)
+            return ToyCritic(section, config.video.frames, seed=config.seed, ranks=ranks)
         if section.kind == "videoalign":
             return _videoalign(config, section, ranks)
         wan = student.net.config
@@ -189,15 +173,6 @@ def build_critic(config: RunConfig, student: Student, ranks: Ranks = ALONE) -> D
             seed=config.seed,
             ranks=ranks,
         )
-
-
-def _toy_critic(config: RunConfig, section: ToyDiscriminatorConfig, ranks: Ranks) -> ToyCritic:
-    if config.student.kind != "toy":
-        raise ConfigError(
-            "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
-            f"latent for student.kind={config.student.kind}"
-        )
-    return ToyCritic(section, config.video.frames, seed=config.seed, ranks=ranks)
 
 
 def _videoalign(config: RunConfig, section: VideoAlignConfig, ranks: Ranks) -> DifferentiableCritic:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from afd.section import Count, Natural, Positive, Section
+from afd.section import Count, Natural, Positive, Section, Share
 
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
 
@@ -15,7 +15,7 @@ class StudentOptimizerConfig(Section):
     """How every method updates the student."""
 
     learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW betas")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
     warmup_steps: Natural = Field(
         default=0, description="updates over which the rate rises linearly"
@@ -110,6 +110,15 @@ class AfdConfig(TimesConfig):
         description="updates between logs of how far the score ranks by physics (toy prompts only)",
     )
 
+    @model_validator(mode="after")
+    def _groups(self) -> AfdConfig:
+        if self.samples_per_prompt == 1 and "group" in (self.baseline, self.normalize):
+            raise ValueError(
+                "afd.samples_per_prompt: got 1; needed: 2 or more, or afd.baseline and "
+                "afd.normalize other than group, which says nothing of a single video"
+            )
+        return self
+
 
 class SftConfig(TimesConfig):
     """Supervised flow matching on the teacher's videos: the baseline."""
@@ -184,3 +193,10 @@ class DmdConfig(LastStepConfig):
     t_range: tuple[float, float] = Field(
         default=(0.02, 0.98), description="noise levels of the comparison are clamped to this range"
     )
+
+    @model_validator(mode="after")
+    def _range(self) -> DmdConfig:
+        low, high = self.t_range
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"dmd.t_range: got {low}, {high}; needed: two rising times in [0, 1]")
+        return self

@@ -66,13 +66,11 @@ class FetchConfig(Section):
     budget_usd: float = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
         description="the most that this folder's videos may ever cost, in USD",
     )
     price_usd: float | None = Field(
         default=None,
         ge=0,
-        allow_inf_nan=False,
         description="USD per video, per second of video or per million tokens, see price_per",
     )
     price_per: Literal["video", "second", "million_tokens"] = Field(
@@ -80,7 +78,6 @@ class FetchConfig(Section):
     )
     units: Positive | None = Field(
         default=None,
-        allow_inf_nan=False,
         description="seconds or tokens of one video, for the estimate before a submit; null: "
         "seconds are read from the options",
     )

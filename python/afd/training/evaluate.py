@@ -85,14 +85,9 @@ def make_evaluator(
 def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[str]:
     """The prompts of held-out videos of kind "video": `evaluation.prompts`, or the teacher's.
 
-    Raises ConfigError where they cannot be read, or the kind does not fit the student.
+    Raises ConfigError where they cannot be read.
     """
     evaluation = config.evaluation
-    if evaluation.kind == "physics" and config.student.kind != "toy":
-        raise ConfigError(
-            f"evaluation.kind: got physics, which measures the toy task; needed: video or none for "
-            f"student.kind={config.student.kind}"
-        )
     if evaluation.kind != "video":
         return []
     if evaluation.prompts is None:
@@ -104,7 +99,7 @@ def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[s
             raise ConfigError(
                 f"evaluation.prompts {evaluation.prompts}: cannot be read ({error})"
             ) from None
-        found = [line.strip() for line in text.splitlines() if line.strip()]
+        found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
         raise ConfigError("evaluation.prompts: holds no prompt; needed: one a line")
     return found[: max(evaluation.videos, evaluation.curve_videos)]
