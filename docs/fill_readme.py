@@ -28,59 +28,55 @@ MEANING = {
 }
 
 
+Rows = list[dict[str, Any]]
+
+
 def quickstart_table(root: Path) -> str:
     """The final metrics of teacher, base, SFT and AFD, with their provenance."""
     columns = [c for c in COLUMNS if c in MEANING]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for name, folder in (("teacher", "base"), ("base", "base"), ("sft", "sft"), ("afd", "afd")):
         line = final_evaluation(root / folder, name)
         if line is None:
             raise SystemExit(f"{root / folder}: no evaluation of {name}; run `make quickstart`")
-        values = " | ".join(f"{line['metrics'][c]:.3f}" for c in columns)
-        lines.append(f"| {name.upper() if name in ('sft', 'afd') else name} | {values} |")
+        label = name.upper() if name in ("sft", "afd") else name
+        rows.append([label, *(f"{line['metrics'][c]:.3f}" for c in columns)])
     spent = {m: (root / m / "DONE").read_text().strip() for m in ("sft", "afd")}
     meanings = "; ".join(f"`{c}`: {MEANING[c]}" for c in columns)
-    lines += [
-        "",
+    return (
+        f"{_table(['', *columns], rows)}\n\n"
         f"{meanings}. Held-out seeds, one training seed ({line['seed']}), teacher look `nuis`. "
         f"SFT: {spent['sft']}; AFD: {spent['afd']} ({device_name('cpu')}, Python "
-        f"{platform.python_version()}, torch {torch.__version__}).",
-    ]
-    return "\n".join(lines)
+        f"{platform.python_version()}, torch {torch.__version__})."
+    )
 
 
-def benchmark_table(path: Path) -> str:
-    """Eager, torch.compile and ours side by side, with provenance, from one saved benchmark."""
-    saved = json.loads(path.read_text())
+def nft_loss_table(rows: Rows) -> str:
+    """Eager, torch.compile and ours side by side."""
     # A part that fits a page: the official weighting, one small and one large batch.
-    shown = [r for r in saved["rows"] if r["case"] == "x0_adaptive" and r["B"] in (2, 8)]
+    shown = [r for r in rows if r["case"] == "x0_adaptive" and r["B"] in (2, 8)]
     found = {(r["dtype"], r["B"], r["noise"], r["backend"]): r for r in shown}
-    lines = [
-        "| inputs | B | noise | eager ms | compile ms | afd ms | × eager | × compile | "
-        "% of stream | MiB eager → afd |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["inputs", "B", "noise", "eager ms", "compile ms", "afd ms", "× eager", "× compile"]
+    columns += ["% of stream", "MiB eager → afd"]
+    lines = []
     for dtype, batch, noise in dict.fromkeys(key[:3] for key in found):
         eager, compiled, ours = (
             found[dtype, batch, noise, backend] for backend in ("eager", "compile", "native")
         )
         ms = [r["median_ms"] for r in (eager, compiled, ours)]
-        lines.append(
-            f"| {dtype} | {batch} | {noise} | {ms[0]:.1f} | {ms[1]:.1f} | {ms[2]:.1f} | "
-            f"{ms[0] / ms[2]:.0f} | {ms[1] / ms[2]:.1f} | {ours['pct_of_floor']:.0f} | "
-            f"{eager['peak_mib']:.0f} → {ours['peak_mib']:.0f} |"
-        )
-    return "\n".join([*lines, "", provenance(path, saved)])
+        cells = [f"{value:.1f}" for value in ms]
+        cells += [f"{ms[0] / ms[2]:.0f}", f"{ms[1] / ms[2]:.1f}", f"{ours['pct_of_floor']:.0f}"]
+        cells += [f"{eager['peak_mib']:.0f} → {ours['peak_mib']:.0f}"]
+        lines.append([dtype, str(batch), noise, *cells])
+    return _table(columns, lines)
 
 
-def attention_table(path: Path) -> str:
-    """Every pass against one dense-masked SDPA, from one saved benchmark."""
-    saved = json.loads(path.read_text())
-    found = {(row["case"], row["B"], row["provider"]): row for row in saved["rows"]}
-    lines = [
-        "| pass | B | queries × keys | dense mask ms | flex ms | afd ms | × dense mask | × flex |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def attention_table(rows: Rows) -> str:
+    """Every pass against one dense-masked SDPA."""
+    found = {(row["case"], row["B"], row["provider"]): row for row in rows}
+    columns = ["pass", "B", "queries × keys", "dense mask ms", "flex ms", "afd ms"]
+    columns += ["× dense mask", "× flex"]
+    lines = []
     for case, batch in dict.fromkeys(key[:2] for key in found):
         dense, flex, ours = (
             found.get((case, batch, provider)) for provider in ("dense mask", "flex", "ours")
@@ -91,19 +87,16 @@ def attention_table(path: Path) -> str:
         times = [_ratio(row, None) for row in (dense, flex, ours)]
         ratios = [_ratio(row, ours) for row in (dense, flex)]
         shape = f"{ours['queries']} × {ours['keys']}"
-        lines.append("| " + " | ".join([name, str(batch), shape, *times, *ratios]) + " |")
-    return "\n".join([*lines, "", provenance(path, saved)])
+        lines.append([name, str(batch), shape, *times, *ratios])
+    return _table(columns, lines)
 
 
-def rollout_table(path: Path) -> str:
-    """Milliseconds a chunk of a stream that goes on, from one saved benchmark."""
-    saved = json.loads(path.read_text())
-    found = {(row["case"], row["B"], row["provider"]): row for row in saved["rows"]}
-    lines = [
-        "| student | tokens see | plain ms | plain, text kept ms | afd ms | × plain | "
-        "× text kept | × floor | ops | host waits |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def rollout_table(rows: Rows) -> str:
+    """Milliseconds a chunk of a stream that goes on."""
+    found = {(row["case"], row["B"], row["provider"]): row for row in rows}
+    columns = ["student", "tokens see", "plain ms", "plain, text kept ms", "afd ms", "× plain"]
+    columns += ["× text kept", "× floor", "ops", "host waits"]
+    lines = []
     for case, batch in dict.fromkeys(key[:2] for key in found):
         released, kept, ours = (
             found[case, batch, provider] for provider in ("eager+text", "eager", "ours")
@@ -112,30 +105,31 @@ def rollout_table(path: Path) -> str:
         cells += [_ratio(row, ours) for row in (released, kept)]
         cells += [f"{ours['median_ms'] / ours['floor_ms']:.1f}"]
         cells += [f"{kept[key]} → {ours[key]}" for key in ("ops", "syncs")]
-        seen = f"{ours['tokens']} × {ours['keys']}"
-        lines.append("| " + " | ".join([case, seen, *cells]) + " |")
-    return "\n".join([*lines, "", provenance(path, saved)])
+        lines.append([case, f"{ours['tokens']} × {ours['keys']}", *cells])
+    return _table(columns, lines)
 
 
-def train_step_table(path: Path) -> str:
-    """The student's update in each context mode, and the phases before it, from one benchmark."""
-    saved = json.loads(path.read_text())
-    found = {(row["case"], row["phase"], row["provider"]): row for row in saved["rows"]}
+def train_step_table(rows: Rows) -> str:
+    """The student's update in each context mode, and the phases before it."""
+    found = {(row["case"], row["phase"], row["provider"]): row for row in rows}
     modes = ("recompute", "own_context", "shared_context", "shared_context, kept")
-    lines = [
-        "| student | videos | rollout ms | critic ms | plain ms | "
-        + " | ".join(f"{mode} ms" for mode in modes)
-        + " | plain / recompute | kept / recompute |",
-        "|---" * (7 + len(modes)) + "|",
-    ]
+    columns = ["student", "videos", "rollout ms", "critic ms", "plain ms"]
+    columns += [*(f"{mode} ms" for mode in modes), "plain / recompute", "kept / recompute"]
+    lines = []
     for case in dict.fromkeys(key[0] for key in found):
         plain = found.get((case, "update", "eager"))
         ours = [found[case, "update", mode] for mode in modes]
         before = [found.get((case, phase, modes[0])) for phase in ("rollout", "critic")]
         cells = [_ratio(row, None) for row in (*before, plain, *ours)]
         cells += [_ratio(plain, ours[0]), _ratio(ours[-1], ours[0])]
-        lines.append("| " + " | ".join([case, str(ours[0]["B"]), *cells]) + " |")
-    return "\n".join([*lines, "", provenance(path, saved)])
+        lines.append([case, str(ours[0]["B"]), *cells])
+    return _table(columns, lines)
+
+
+def _table(columns: list[str], lines: list[list[str]]) -> str:
+    """Markdown."""
+    head, *rest = (f"| {' | '.join(cells)} |" for cells in (columns, *lines))
+    return "\n".join([head, "|---" * len(columns) + "|", *rest])
 
 
 def _ratio(row: dict[str, Any] | None, to: dict[str, Any] | None) -> str:
@@ -165,19 +159,25 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 TABLES = {
-    "nft_loss": benchmark_table,
+    "nft_loss": nft_loss_table,
     "attention": attention_table,
     "rollout": rollout_table,
     "train_step": train_step_table,
 }
 
 
+def benchmark_table(path: Path) -> str:
+    """The table of one saved benchmark, with provenance."""
+    saved = json.loads(path.read_text())
+    return f"{TABLES[path.stem](saved['rows'])}\n\n{provenance(path, saved)}"
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "quickstart", quickstart_table(ROOT / "runs" / "quickstart"))
-    for name, table in TABLES.items():
+    for name in TABLES:
         results = sorted((ROOT / "benchmarks" / "results").glob(f"*/{name}.json"))
-        text = fill(text, name, "\n\n".join(table(path) for path in results))
+        text = fill(text, name, "\n\n".join(map(benchmark_table, results)))
     readme.write_text(text)
 
 
