@@ -77,7 +77,7 @@ def make_evaluator(
     if kind == "none":
         return None
     if kind == "physics":
-        return _physics(config, teacher_videos)
+        return _physics(config, teacher_videos, ranks)
     judge = critic if hasattr(critic, "released_ratings") else None
     return _video(config, codec or Pixels(), judge, list(prompts), ranks)
 
@@ -105,21 +105,33 @@ def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[s
     return found[: max(evaluation.videos, evaluation.curve_videos)]
 
 
-def _physics(config: RunConfig, teacher_videos: Callable[[], Tensor]) -> Evaluator:
+def _physics(config: RunConfig, teacher_videos: Callable[[], Tensor], ranks: Ranks) -> Evaluator:
     """Held-out video i has the simulator's prompt i modulo 36 and seed evaluation.seed + i: every
     run shows the same noise, whatever its method."""
     training_tracks: list[Tensor] = []
 
     def evaluate(policy: Student, count: int) -> Evaluation:
-        if not training_tracks:
-            training_tracks.append(physics.track_ball(teacher_videos())[0])
         prompts = [ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)]
         seeds = [config.evaluation.seed + i for i in range(count)]
-        videos_BFCHW = rollout(policy, prompts, seeds, steps=config.student.steps).cpu()
-        metrics = physics.measure(videos_BFCHW, prompts, training_tracks[0])
-        return Evaluation(finite(metrics), to_uint8(videos_BFCHW), prompts, seeds)
+        own = _own(count, ranks)
+        mine = [prompts[i] for i in own], [seeds[i] for i in own]
+        made_BFCHW = rollout(policy, *mine, steps=config.student.steps)
+        videos_BFCHW = ranks.gather(made_BFCHW)[:count].cpu()
+        metrics = None
+        if ranks.main:
+            if not training_tracks:
+                training_tracks.append(physics.track_ball(teacher_videos())[0])
+            metrics = finite(physics.measure(videos_BFCHW, prompts, training_tracks[0]))
+        return Evaluation(ranks.same(metrics), to_uint8(videos_BFCHW), prompts, seeds)
 
     return evaluate
+
+
+def _own(count: int, ranks: Ranks) -> list[int]:
+    """Which of `count` videos this process makes, in order; the last one again where they do not
+    divide: a sharded network needs all processes in each pass."""
+    each = -(-count // ranks.world)
+    return [min(i, count - 1) for i in range(ranks.rank * each, (ranks.rank + 1) * each)]
 
 
 def _video(
@@ -132,9 +144,7 @@ def _video(
     def evaluate(policy: Student, count: int) -> Evaluation:
         asked = [prompts[i % len(prompts)] for i in range(count)]
         seeds = [config.evaluation.seed + i for i in range(count)]
-        # Every process makes as many passes: a sharded network needs all of them in each.
-        each = -(-count // ranks.world)
-        own = [min(i, count - 1) for i in range(ranks.rank * each, (ranks.rank + 1) * each)]
+        own = _own(count, ranks)
         rows: list[list[float]] = []
         pictures: list[Tensor] = []
         names: list[str] = []
