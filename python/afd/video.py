@@ -24,7 +24,10 @@ from afd_kernels.contracts import require
 
 # Containers that hold their pictures themselves. FFmpeg also opens lists (m3u8, ffconcat), which
 # would take a manifest's path out of its folder.
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"  # single pictures: a stream may begin so
+)
 
 
 class VideoError(ValueError):
