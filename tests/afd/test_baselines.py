@@ -306,6 +306,18 @@ def test_the_gan_waits_for_its_discriminator() -> None:
     assert not torch.equal(masters(method), before)
 
 
+@pytest.mark.parametrize("kind", ["toy", "wan"])
+def test_the_gans_loss_goes_through_the_discriminator_and_not_into_it(kind: str) -> None:
+    method = make("gan", kind)
+    method.rollout(batch(kind))
+    before = masters(method)
+    method.student_step(batch(kind))
+    assert not torch.equal(masters(method), before)
+    assert all(weight.grad is None for weight in method.critic.weights())
+    # And it learns on.
+    assert all(weight.requires_grad for weight in method.critic.weights())
+
+
 def test_scores_with_gradients_are_the_same_for_a_batch_and_its_parts() -> None:
     critic, of = ToyCritic(ToyDiscriminatorConfig(), 12), batch("toy")
     video = of.teacher_BFCHW.clone().requires_grad_()

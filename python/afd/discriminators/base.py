@@ -5,7 +5,8 @@ Shape letters: B videos or pairs of a teacher and a student video, F frames, C c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -55,11 +56,26 @@ class DifferentiableCritic(Critic, Protocol):
     """A critic through which a generator's loss can reach the videos (the GAN baseline)."""
 
     def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to what was looked at.
-
-        The discriminator's own weights may get gradients as well; its next `step` clears them.
-        """
+        """Scores [B] with gradients to what was looked at, and to the weights unless `held`."""
         ...
+
+    def weights(self) -> Iterable[Tensor]:
+        """What it trains."""
+        ...
+
+
+@contextmanager
+def held(critic: DifferentiableCritic) -> Iterator[None]:
+    """The discriminator's weights as constants: a loss, and its backward, in the block goes through
+    it and not into it."""
+    weights = list(critic.weights())
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def bradley_terry_loss(teacher_B: Tensor, student_B: Tensor) -> Tensor:

@@ -81,10 +81,11 @@ class PairCritic(ABC):
 
     @abstractmethod
     def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to what was looked at, for a generator's loss.
+        """Scores [B] with gradients to what was looked at and to the weights."""
 
-        The discriminator's own weights get gradients as well; its next `step` clears them.
-        """
+    def weights(self) -> Iterable[Tensor]:
+        """What it trains."""
+        return self.optimizer.parameters
 
     @torch.no_grad()
     def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -6,7 +6,7 @@ Shape letters: B videos, F frames, C colour channels, H x W pixels, M motion fea
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,8 +147,9 @@ class ToyCritic:
                 self.net = FrozenFeatureScorer(_standardised(MotionBackbone()), frames)
             else:
                 self.net = FrozenFeatureScorer(MotionBackbone.load(config.checkpoint), frames)
+        self._weights = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            [p for p in self.net.parameters() if p.requires_grad],
+            self._weights,
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -157,6 +158,10 @@ class ToyCritic:
     def look(self, video_BFCHW: Tensor) -> Tensor:
         """All of it."""
         return video_BFCHW
+
+    def weights(self) -> Iterable[Tensor]:
+        """What it trains."""
+        return self._weights
 
     def _restyled(self, video_BFCHW: Tensor, generator: Generator, shared: bool = False) -> Tensor:
         if not self.config.random_looks:

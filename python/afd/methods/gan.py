@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd.config import VideoConfig
-from afd.discriminators.base import DifferentiableCritic
+from afd.discriminators.base import DifferentiableCritic, held
 from afd.methods.base import Batch
 from afd.methods.config import GanConfig
 from afd.methods.last_step import LastStepMethod
@@ -77,7 +77,8 @@ class Gan(LastStepMethod):
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
         if batch.step >= self.critic.config.warmup_steps:
-            metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
+            with held(self.critic):
+                metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
         self._rollouts = None
         return metrics
 
