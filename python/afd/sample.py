@@ -25,14 +25,18 @@ from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.checkpoints import infer_config, read_weights
 from afd.models.codec import Codec, Pixels
 from afd.models.kv_cache import KVCache, cache_bytes
+from afd.models.sources import named_errors, pinned
 from afd.models.student import Student
-from afd.models.toy import ToyStudent
+from afd.models.toy import ToyStudent, checkpoint_path
 from afd.models.wan_loading import load_wan
 from afd.recorder import Recorder
 from afd.rollout import Layout, chunk_layout, counted_noise, stream, stream_layout
 from afd.sample_config import SampleConfig
 from afd.sample_jobs import Job, read_jobs
 from afd.video import VideoError, read_comment, read_video
+
+# Where parts may come from besides `pretrained`, and which they are.
+PARTS = {"text_encoder": ("text_encoder", "tokenizer"), "vae": ("vae",)}
 
 
 @dataclass
@@ -82,9 +86,12 @@ def sample(config: SampleConfig, console: Console) -> Sampled:
 
 def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Sampled:
     """`sample` for jobs of one's own; who may write into `config.out` is the caller's business."""
-    assert config.out is not None
+    out = config.out
+    assert out is not None
     if config.checkpoint is None:
         raise ConfigError("checkpoint: not given; needed: the student's weights")
+    if config.student == "wan" and not Path(config.checkpoint).exists():
+        raise ConfigError(f"checkpoint: {config.checkpoint} does not exist")
     layout = _layout(config, jobs)
     for job in jobs:
         if job.prefix is not None and not job.prefix.is_file():
@@ -95,6 +102,7 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
                 raise ConfigError(
                     f"prompts: {job.name} switches at chunk {chunk}; it has {len(layout(job))}"
                 )
+    config = _pinned(config)
     todo = [job for job in jobs if not _finished(job, config)]
     if len(todo) < len(jobs):
         console.print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already")
@@ -107,7 +115,7 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
         pipeline = load(config, sorted({prompt for job in todo for prompt in job.prompts}))
     except ValueError as error:  # what a file holds is not what the configuration says
         raise ConfigError(str(error)) from error
-    config.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with _progress(console, todo, layout) as advance:
         for batch in _batches(todo, config):
             started = time.monotonic()
@@ -117,6 +125,23 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
             result.chunk_seconds.extend(seconds)
             console.print(_told(config, batch, seconds), highlight=False, soft_wrap=True)
     return result
+
+
+def _pinned(config: SampleConfig) -> SampleConfig:
+    """The configuration with the commits that its hub names stand for now, as every file says."""
+    if config.student == "toy":
+        return config
+    from_pipeline: tuple[str, ...] = ()
+    update = {}
+    for key, parts in PARTS.items():
+        named = getattr(config, key)
+        if named is None:
+            from_pipeline += parts
+        else:
+            update[key] = pinned(named, parts)
+    if from_pipeline:
+        update["pretrained"] = pinned(config.pretrained, from_pipeline)
+    return config.model_copy(update=update)
 
 
 def _record(
@@ -211,12 +236,14 @@ def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
         alone = config.independent_first_frame or given == 1
         try:
             chunks = chunk_layout(config.latent_frames, config.chunk, first_alone=alone)
-        except ValueError as error:
+        except ValueError:
             single = int(alone and config.chunk > 1)
             whole = max(1, -(-(config.latent_frames - single) // config.chunk))
             fits = 1 + (single + whole * config.chunk - 1) * config.scale[0]
+            needed = f"{'one frame and ' * single}chunks of {config.chunk}"
             raise ConfigError(
-                f"{config.frames} frames are {error} (latent frames), such as frames={fits}"
+                f"frames: got {config.frames}, which is {config.latent_frames} latent frames; "
+                f"needed: {needed}, such as frames={fits}"
             ) from None
         ends = [start + count for start, count in chunks[:-1]]
         if given and given not in ends:
@@ -274,15 +301,11 @@ def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
         # Kernels and graphs are launched on the current device.
         torch.cuda.set_device(device)
     if config.student == "toy":
-        toy = ToyStudent.load(config.checkpoint).to(device, config.torch_dtype)
-        toy = toy.requires_grad_(False)
-        _matches_toy(config, toy)
+        toy = _toy(config).to(device, config.torch_dtype).requires_grad_(False)
         student: Student = toy
         codec: Codec = Pixels()
         toy.net.config = _remembering(toy.net.config, config)
     else:
-        if not Path(config.checkpoint).exists():
-            raise ConfigError(f"checkpoint: {config.checkpoint} does not exist")
         height, width = config.latent_size
         student, codec = load_wan(config, prompts, height=height, width=width, device=device)
     student.eval()
@@ -304,13 +327,18 @@ def _remembering(wan: WanConfig, config: SampleConfig) -> WanConfig:
     )
 
 
-def _matches_toy(config: SampleConfig, toy: ToyStudent) -> None:
+def _toy(config: SampleConfig) -> ToyStudent:
+    """The checkpoint's, which must be of the size asked for."""
+    path = checkpoint_path(config.checkpoint or "base")
+    with named_errors("checkpoint", path):
+        toy = ToyStudent.load(str(path))
     size = (toy.config.height, toy.config.width, toy.chunk)
     if (config.height, config.width, config.chunk) != size:
         raise ConfigError(
             f"height, width, chunk: got {config.height}, {config.width}, {config.chunk}; "
             f"needed: {', '.join(map(str, size))}, those of the checkpoint"
         )
+    return toy
 
 
 # --- what is told ---
@@ -369,11 +397,19 @@ def memory(config: SampleConfig) -> Memory:
     return Memory(parameters, parameters * dtype.itemsize, cache, latents, kept)
 
 
+def _sized_by(config: SampleConfig) -> str:
+    given = config.checkpoint
+    if config.student == "toy":
+        return f"as in {given or 'base'}"
+    if given is None or not Path(given).exists():
+        missing = "no checkpoint is given" if given is None else f"{given} does not exist"
+        return f"the released sizes ({missing})"
+    return f"as in {given}"
+
+
 def _network(config: SampleConfig) -> WanConfig:
     if config.student == "toy":
-        toy = ToyStudent.load(config.checkpoint or "base")
-        _matches_toy(config, toy)
-        return _remembering(toy.net.config, config)
+        return _remembering(_toy(config).net.config, config)
     if config.checkpoint is not None and Path(config.checkpoint).exists():
         weights, written = read_weights(config.checkpoint, ema=config.ema)
         found = infer_config(weights, written, head_dim=config.head_dim)
@@ -399,7 +435,8 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
         f"videos      {len(jobs)}, {config.batch} at a time",
         f"video       {config.frames} frames of {config.height}x{config.width}; "
         f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes",
-        f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB {config.dtype}",
+        f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB {config.dtype}, "
+        f"{_sized_by(config)}",
         f"cache       {held.cache / gib:.3f} GiB: {held.kept_frames} frames and the prompt, "
         f"keys and values of every layer",
         f"latents     {held.latents / 2**20:.3f} MiB: a chunk's input, noise and result",

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from afd.config import ConfigError
 from afd.models.config import DTYPES, WanParts
+from afd.models.sources import fingerprint
+from afd.models.toy import checkpoint_path
 from afd.schedules import ShiftedFlow, check_steps
 from afd.section import Count, Natural, Positive
 
@@ -42,7 +44,9 @@ class StreamConfig(WanParts):
         default=81, description="frames of the video, prefix included; may exceed the training's"
     )
     fps: Positive = Field(default=16.0, description="frames per second of the file")
-    crf: Natural = Field(default=18, description="constant rate factor of h264; lower is better")
+    crf: Annotated[int, Field(ge=0, le=51)] = Field(
+        default=18, description="constant rate factor of h264, 0 to 51; lower is better"
+    )
 
     independent_first_frame: bool = Field(
         default=False, description="the first latent frame is a chunk of its own"
@@ -156,4 +160,10 @@ class SampleConfig(StreamConfig):
 
     def settings(self) -> dict[str, Any]:
         """What a video depends on besides its prompt and seed, as plain data."""
-        return self.model_dump(mode="json", exclude=set(FREE))
+        settings = self.model_dump(mode="json", exclude=set(FREE))
+        if self.checkpoint is None:
+            return settings
+        toy = self.student == "toy"
+        path = checkpoint_path(self.checkpoint) if toy else Path(self.checkpoint)
+        # Another file under the same name makes other videos.
+        return settings | {"checkpoint": f"{self.checkpoint} {fingerprint(path)}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,18 +105,25 @@ def _lines(config: SampleConfig) -> Iterator[Line]:
     if given is None or not given:
         raise ConfigError("prompts: not given; needed: a .txt or .jsonl file, a prompt, or a list")
     if isinstance(given, list):
-        for prompt in given:
+        for number, prompt in enumerate(given, 1):
+            if not prompt.strip():
+                raise ConfigError(f"prompts: number {number} of the list is empty")
             yield Line(prompt=prompt)
         return
     path = Path(given)
     if path.suffix not in (".txt", ".jsonl"):
+        if os.path.isfile(given):  # not Path's, which raises for a prompt as long as no name is
+            raise ConfigError(
+                f"prompts: got the file {given}; needed: its name to end in .txt or .jsonl"
+            )
         yield Line(prompt=given)
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts {path}: cannot be read ({error})") from error
-    numbered = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines, which also cuts at separators that a prompt may hold.
+    numbered = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered:
         raise ConfigError(f"prompts {path}: holds none")
     for number, line in numbered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from urllib.parse import urlsplit
 import pytest
 
 NAME = "someone/Wan"
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 class Hub:
@@ -69,7 +74,7 @@ class Hub:
                 "type": "file",
                 "path": path,
                 "size": self.said.get(path, len(content)),
-                "oid": f"{len(path):040x}",
+                "oid": _oid(content),
             }
             for path, content in self.files.items()
         ]
@@ -81,7 +86,7 @@ class Hub:
             return None
         self.given.append(path)
         size = self.said.get(path, len(self.files[path]))
-        headers = {"ETag": f'"{len(path):040x}"', "X-Repo-Commit": commit}
+        headers = {"ETag": f'"{_oid(self.files[path])}"', "X-Repo-Commit": commit}
         return self.files[path], {**headers, "X-Linked-Size": str(size)}
 
     @contextmanager

@@ -206,7 +206,7 @@ def test_prompts_seeds_switches_and_prefixes_come_from_a_jsonl(
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     # An image is a frame of its own before whole chunks: 1 + 3 + 3 latent frames.
-    with pytest.raises(ConfigError, match=r"33 frames are .*1 \+ a multiple of the chunk 3"):
+    with pytest.raises(ConfigError, match=r"got 33, which is 9 .*one frame and chunks of 3"):
         sample(make(models, tmp_path / "out", prompts=str(path)), quiet())
     path.write_text("\n".join(map(json.dumps, lines[:2])), encoding="utf-8")
     out = tmp_path / "out"
@@ -295,7 +295,7 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
         ({"cuda_graphs": True}, "cuda_graphs: got 'cpu'"),
         ({"prompts": None}, "prompts: not given"),
         ({"prompts": "/none.txt"}, "prompts /none.txt: cannot be read"),
-        ({"frames": 29}, "29 frames are frames: got 8; needed: a multiple of the chunk 3"),
+        ({"frames": 29}, "frames: got 29, which is 8 latent frames; needed: chunks of 3"),
         ({"frames": 29}, "such as frames=33"),
         ({"image": "/none.png", "frames": 37}, "image: got /none.png for "),
     ],
@@ -321,6 +321,7 @@ def test_what_is_missing_is_named(
         ("window=2", "window: got 2; needed: at least sink + chunk = 3"),
         ("stepz=[1000]", "unknown key 'stepz'; did you mean steps"),
         ("device=tpu", "device is 'tpu'"),
+        ("crf=52", "crf is 52"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(override: str, told: str | None) -> None:

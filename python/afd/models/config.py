@@ -63,7 +63,7 @@ class WanParts(Section):
     )
     pretrained: str = Field(
         default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        description="folder or hub name with text_encoder/, tokenizer/ and vae/",
+        description="folder or hub name (a @commit pins it) with text_encoder/, tokenizer/, vae/",
     )
     text_encoder: str | None = Field(default=None, description="another source; null: pretrained")
     tokenizer: str | None = Field(

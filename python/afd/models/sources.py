@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from torch import Tensor
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # More than any released part has; a name that stands for more was not meant.
 HUB_BYTES = 64 * 2**30
+# Bytes of either end of a file that tell it from another one.
+ENDS = 2**20
 
 
 def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
@@ -31,18 +34,34 @@ def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
     reason = "there is no such path"
     if isinstance(source, str) and (match := _HUB_NAME.fullmatch(source)):
         try:
-            wanted = [name for part in parts for name in (part, f"{part}/*")]
-            return _from_hub(match["name"], match["revision"], wanted)
+            return _from_hub(match["name"], match["revision"], parts)
         except (OSError, ValueError) as error:
             reason = f"there is no such path, and the hub said: {error}"
     raise FileNotFoundError(f"{parts[0]}: got {source}; needed: {needed} ({reason})")
 
 
-def _from_hub(name: str, revision: str | None, wanted: list[str]) -> Path:
+def pinned(source: str, parts: tuple[str, ...]) -> str:
+    """A hub name with the commit it stands for now, `owner/name@commit`; anything else as it is.
+
+    What `local_copy` would ask the hub for is then in its cache. A name that neither hub nor cache
+    knows stays as it is: whoever loads it says so.
+    """
+    match = None if Path(source).exists() else _HUB_NAME.fullmatch(source)
+    if match is None:
+        return source
+    try:
+        return f"{match['name']}@{_from_hub(match['name'], match['revision'], parts).name}"
+    except (OSError, ValueError):
+        return source
+
+
+def _from_hub(name: str, revision: str | None, parts: tuple[str, ...]) -> Path:
+    need(name, "huggingface_hub")
     # Imported here: most runs have local folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 
+    wanted = [name for part in parts for name in (part, f"{part}/*")]
     try:
         files = snapshot_download(name, revision=revision, allow_patterns=wanted, dry_run=True)
     except DryRunError:
@@ -73,6 +92,31 @@ def need(key: str, *packages: str) -> None:
             f"{key}: needs {', '.join(missing)}, which is not installed here; "
             f"pip install {' '.join(missing)}"
         )
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits that change with a checkpoint: with the size and both ends of its files.
+
+    Training changes every tensor, and the end of a .pt file holds the checksums of all, so what
+    lies between need not be read: of released files that would take longer than a short video.
+    """
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    digest = hashlib.sha256()
+    for part in filter(Path.is_file, files):
+        stat = part.stat()
+        digest.update(f"{part.name if folder.is_dir() else ''} {stat.st_size}".encode())
+        digest.update(_ends(part, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(path: Path, size: int, changed_ns: int) -> bytes:
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(ENDS))
+        file.seek(max(0, size - ENDS))
+        digest.update(file.read(ENDS))
+    return digest.digest()
 
 
 def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
