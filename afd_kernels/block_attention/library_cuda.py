@@ -296,8 +296,8 @@ def refuse(dtypes: set[torch.dtype]) -> str | None:
 def unfit(tensors: Sequence[Tensor]) -> str | None:
     """Why no library here takes these tensors [B, l, h, d] where they lie, or None.
 
-    Libraries copy 16 bytes at once, by TMA on Hopper: of an address that 16 does not divide some
-    read wrong numbers, some end the process. Own kernels see it and load what they may.
+    Libraries copy 16 bytes at once, by TMA on Hopper, and promise nothing where 16 does not divide
+    an address. Own kernels are compiled for what an address is divided by.
     """
     first_tensor = tensors[0]
     width, number = first_tensor.shape[-1], major(first_tensor.device)
