@@ -16,7 +16,8 @@ from afd.cli import main
 from afd.models.causal_wan import CausalWan
 from afd.models.checkpoints import save_diffusers
 from afd.sample_config import SampleConfig
-from tests.afd.test_sample import CONFIGS, SIZES, WanConfig, make, models
+from tests.afd.released_models import STUDENT
+from tests.afd.test_sample import CONFIGS, WanConfig, make, models
 
 __all__ = ["models"]
 
@@ -53,7 +54,7 @@ def test_a_damaged_configuration_of_a_part_is_named(
 ) -> None:
     torch.manual_seed(0)
     student = tmp_path / "student"
-    save_diffusers(student, CausalWan(WanConfig(**SIZES)))
+    save_diffusers(student, CausalWan(WanConfig(**STUDENT)))
     (student / "config.json").write_text('{"eps": 1e-')
     said = told([*words, f"checkpoint={student}"], capsys)
     assert f"{student / 'config.json'}: it is no JSON" in said
@@ -77,7 +78,7 @@ def test_an_index_of_weights_that_is_none_is_named(
 ) -> None:
     torch.manual_seed(0)
     student = tmp_path / "student"
-    save_diffusers(student, CausalWan(WanConfig(**SIZES)))
+    save_diffusers(student, CausalWan(WanConfig(**STUDENT)))
     index = student / "diffusion_pytorch_model.safetensors.index.json"
     for held in ("{", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}'):
         index.write_text(held)
