@@ -114,15 +114,24 @@ def show(facts: dict[str, Any], console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for device, ops in facts["ops_by_device"].items():
         table = Table("op", *dispatch.BACKENDS, title=f"backends on {device}", title_justify="left")
+        # Why a backend does not run is one sentence for many ops: said once, below.
+        notes: dict[str, int] = {}
         for op, states in ops.items():
-            cells = (
-                states[n].replace("available", "runs", 1)
-                if n == states["chosen"]
-                else states.get(n, "-")
-                for n in dispatch.BACKENDS
-            )
+            cells = (_cell(states, backend, notes) for backend in dispatch.BACKENDS)
             table.add_row(op, *map(escape, cells))
         console.print(table)
+        for sentence, number in notes.items():
+            line = f"({number}) {sentence}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cell(states: dict[str, str], backend: str, notes: dict[str, int]) -> str:
+    state = states.get(backend, "-")
+    if backend == states["chosen"]:
+        return state.replace("available", "runs", 1)
+    if state == "-" or state.startswith("available"):
+        return state
+    return f"no ({notes.setdefault(state, len(notes) + 1)})"
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[str]:

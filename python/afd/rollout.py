@@ -114,7 +114,10 @@ def stream(
         remember_last=remember_last,
         last_inputs=last_inputs,
     )
-    cache = student.new_cache(text_BLE, frames) if cache is None else cache
+    if cache is None:
+        cache = student.new_cache(text_BLE, frames)
+    kept = cache.self_kv[0][0]
+    require(len(kept) == len(text_BLE), "cache", kept, f"one of {len(text_BLE)} streams")
     return _chunks(student, cache, noise, plan, prefix_BFCHW)
 
 
@@ -187,10 +190,10 @@ def _check_prefix(student: Student, prefix: Tensor, batch: int, layout: Layout) 
     shape = f"[{batch}, P, {', '.join(map(str, student.frame_shape))}]"
     require(
         prefix.shape == (batch, prefix.shape[1], *student.frame_shape)
-        and prefix.device == student.device,
+        and (prefix.device, prefix.dtype) == (student.device, student.dtype),
         "prefix",
         prefix,
-        f"{shape} on {student.device}",
+        f"{student.dtype} {shape} on {student.device}",
     )
     require(
         prefix.shape[1] in ends, "prefix", prefix, f"{shape} with P one of {ends}, whole chunks"
@@ -209,6 +212,7 @@ def rollout(
     batch: int = 256,
 ) -> Tensor:
     """Whole videos [B, F, C, H, W], one per prompt and seed, `batch` of them at a time."""
+    require(bool(prompts), "prompts", prompts, "at least one prompt")
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds: {len(seeds)} came for {len(prompts)} prompts")
     layout = stream_layout(student, student.frames if frames is None else frames)
@@ -301,5 +305,6 @@ def self_forcing_rollout(
         leak=leak,
         frames_with_gradient=frames_with_gradient,
     )
-    after = [*steps[1:], 0.0]
-    return SelfForced(x_BFCHW, steps[exits[-1]], after[exits[-1]])
+    last = first_steps if first_steps is not None and len(exits) == 1 else steps
+    after = [*last[1:], 0.0]
+    return SelfForced(x_BFCHW, last[exits[-1]], after[exits[-1]])

@@ -48,6 +48,15 @@ def test_every_op_has_a_backend_and_every_other_backend_its_reason(facts: dict[s
         assert states[states["chosen"]].partition(":")[0] == "available"
         assert op in text
     assert set(facts["ops_by_device"]) >= {"cpu"}
+    reasons = {
+        states[backend]
+        for ops in facts["ops_by_device"].values()
+        for states in ops.values()
+        for backend in states.keys() - {"chosen"}
+        if not states[backend].startswith("available")
+    }
+    for reason in reasons:
+        assert text.count(f") {reason}\n") == 1
 
 
 def test_what_is_missing_is_told_with_the_command_that_brings_it() -> None:

@@ -212,6 +212,8 @@ def test_an_image_is_a_chunk_of_its_own(
 def test_whole_videos_need_a_seed_each(student: WanStudent) -> None:
     with pytest.raises(ValueError, match="seeds: 1 came for 2 prompts"):
         rollout(student, ["a", "b"], [1])
+    with pytest.raises(ValueError, match=r"prompts: got .*; needed: at least one prompt"):
+        rollout(student, [], [])
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,8 @@ def test_whole_videos_need_a_seed_each(student: WanStudent) -> None:
         ({"switches": {1: torch.zeros(1, 5, 12)}}, r"switches: got float32 \[1, 5, 12\]"),
         ({"prefix_BFCHW": torch.zeros(2, 3, 4, 4, 6)}, r"prefix: .* P one of \[2, 4\]"),
         ({"prefix_BFCHW": torch.zeros(2, 6, 4, 4, 6)}, r"prefix: .* P one of \[2, 4\]"),
-        ({"prefix_BFCHW": torch.zeros(1, 2, 4, 4, 6)}, r"prefix: got .*; needed: \[2, P, 4, 4, 6"),
+        ({"prefix_BFCHW": torch.zeros(1, 2, 4, 4, 6)}, r"prefix: got .* \[2, P, 4, 4, 6\]"),
+        ({"prefix_BFCHW": torch.zeros(2, 2, 4, 4, 6).half()}, r"prefix: got float16 .*float32 \["),
     ],
 )
 def test_a_mistake_is_told_before_the_first_chunk(
@@ -233,6 +236,14 @@ def test_a_mistake_is_told_before_the_first_chunk(
     noise = noise_of(student, [1, 2])
     with pytest.raises(ValueError, match=told):
         stream(student, text, noise, **{"steps": TWO, **options})
+
+
+def test_a_cache_of_another_batch_is_told_before_the_first_chunk(
+    student: WanStudent, text: Tensor
+) -> None:
+    cache = student.new_cache(text[:1], 6)
+    with pytest.raises(ValueError, match=r"cache: got .*; needed: one of 2 streams"):
+        stream(student, text, noise_of(student, [1, 2]), steps=TWO, cache=cache)
 
 
 def test_noise_of_another_layout_is_refused(text: Tensor) -> None:
@@ -312,6 +323,8 @@ def test_a_rollout_with_gradients_is_the_stream_up_to_its_noised_context(
     torch.testing.assert_close(made.x_BFCHW[:, :2], first, **SAME)
     later = self_forcing_rollout(student, text, noise, [3, 0, 0], steps=[1000], first_steps=FOUR)
     assert (later.t_from, later.t_to) == (1000, 0)
+    alone = self_forcing_rollout(student, text, noise, [2], steps=[1000], first_steps=FOUR)
+    assert (alone.t_from, alone.t_to) == (500, 250)
 
 
 @pytest.mark.parametrize("name", ["sf_train_grad_reference", "sf_train_grad_detached"])
