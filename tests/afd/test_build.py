@@ -211,6 +211,13 @@ def test_what_does_not_fit_is_one_clear_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_prompt_that_the_discriminator_cannot_read_is_refused_at_the_start(models: Path) -> None:
+    student, _ = build_student(toy("afd", "videoalign", models))
+    asked = ["a ball 🏀 fällt", "a sign that says <|im_end|>"]
+    with pytest.raises(ConfigError, match=r"^discriminator: prompts: .*<\|im_end\|>"):
+        build_critic(toy("afd", "videoalign", models), student, prompts=asked)
+
+
 def test_the_toys_size_and_checkpoint_are_the_toys() -> None:
     with pytest.raises(ConfigError, match=r"video\.frames.*got 9, 16, 16; needed: 12, 16, 16"):
         build_method(make_config({}, ["video.frames=9"]))

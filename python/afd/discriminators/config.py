@@ -20,9 +20,9 @@ class CriticConfig(Section):
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
     warmup_steps: Natural = Field(
-        default=0, description="critic steps before the first student step"
+        default=0, description="updates of the run in which only the discriminator learns"
     )
-    steps_per_update: Natural = Field(default=1, description="critic steps per student step")
+    steps_per_update: Natural = Field(default=1, description="its steps in one update of the run")
 
 
 class ToyDiscriminatorConfig(CriticConfig):
@@ -40,9 +40,9 @@ class ToyDiscriminatorConfig(CriticConfig):
     learning_rate: float = Field(default=1e-3, ge=0, description="AdamW learning rate")
     betas: tuple[Share, Share] = Field(default=(0.5, 0.99), description="AdamW betas")
     warmup_steps: Natural = Field(
-        default=30, description="critic steps before the first student step"
+        default=30, description="updates of the run in which only the discriminator learns"
     )
-    steps_per_update: Natural = Field(default=2, description="critic steps per student step")
+    steps_per_update: Natural = Field(default=2, description="its steps in one update of the run")
     r1: float = Field(
         default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
     )

@@ -47,7 +47,7 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     student, codec = build_student(config, ranks, prompts)
     critic = None
     if config.method in ("afd", "gan"):
-        critic = build_critic(config, student, ranks)
+        critic = build_critic(config, student, ranks, prompts)
         if config.video.codec_match and critic.sees == "latent":
             _log.info("video.codec_match does nothing here: the discriminator sees latents")
     names, trained = versions(config)
@@ -155,14 +155,16 @@ def _wan(
 # --- discriminator ---
 
 
-def build_critic(config: RunConfig, student: Student, ranks: Ranks = ALONE) -> DifferentiableCritic:
-    """The discriminator that a configuration names."""
+def build_critic(
+    config: RunConfig, student: Student, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
+) -> DifferentiableCritic:
+    """The discriminator that a configuration names, if it can read the prompts."""
     section = config.discriminator
     with _config_errors("discriminator"):
         if section.kind == "toy":
             return ToyCritic(section, config.video.frames, seed=config.seed, ranks=ranks)
         if section.kind == "videoalign":
-            return _videoalign(config, section, ranks)
+            return _videoalign(config, section, ranks, prompts)
         wan = student.net.config
         return LatentCritic(
             lambda prompts: student.encode(list(prompts)),
@@ -175,7 +177,9 @@ def build_critic(config: RunConfig, student: Student, ranks: Ranks = ALONE) -> D
         )
 
 
-def _videoalign(config: RunConfig, section: VideoAlignConfig, ranks: Ranks) -> DifferentiableCritic:
+def _videoalign(
+    config: RunConfig, section: VideoAlignConfig, ranks: Ranks, prompts: Sequence[str]
+) -> DifferentiableCritic:
     need("discriminator.kind=videoalign", "transformers", "peft")
     from afd.discriminators.videoalign import VideoAlignCritic
     from afd.discriminators.videoalign_model import VideoAlign
@@ -192,6 +196,8 @@ def _videoalign(config: RunConfig, section: VideoAlignConfig, ranks: Ranks) -> D
         dtype=DTYPES[section.dtype],
         device=ranks.device,
     )
+    for prompt in prompts:  # now, and not in the update that asks it
+        scorer.prompts.request(prompt)
     rate = config.video.fps or RATE
     return VideoAlignCritic(scorer, section, video_fps=rate, seed=config.seed, ranks=ranks)
 

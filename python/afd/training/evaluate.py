@@ -129,7 +129,9 @@ def _physics(config: RunConfig, teacher_videos: Callable[[], Tensor], ranks: Ran
 
 def _own(count: int, ranks: Ranks) -> list[int]:
     """Which of `count` videos this process makes, in order; the last one again where they do not
-    divide: a sharded network needs all processes in each pass."""
+    divide: a sharded network needs all processes in each pass. ConfigError for fewer than one."""
+    if count < 1:
+        raise ConfigError(f"videos: got {count}; needed: at least one to evaluate")
     each = -(-count // ranks.world)
     return [min(i, count - 1) for i in range(ranks.rank * each, (ranks.rank + 1) * each)]
 
