@@ -20,7 +20,6 @@ from afd.models.codec import Codec
 from afd.models.kv_cache import LayerKV
 from afd.models.student import Student
 from afd.rollout import stream, stream_layout
-from afd.video import through_codec
 
 # Parts of a rollout that are encoded at a time.
 ENCODERS = 4
@@ -88,6 +87,8 @@ class Show:
         """The rest; of pixels on the CPU it needs no accelerator."""
         video = self.video
         if self.critic.sees == "video" and video is not None and video.codec_match:
+            from afd.video import through_codec  # needs PyAV, which no other rollout does
+
             decoded_BFCHW = through_codec(decoded_BFCHW, fps=video.fps, crf=video.crf)
         return self.critic.look(decoded_BFCHW)
 

@@ -20,7 +20,6 @@ from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from torch import Generator, Tensor
@@ -207,6 +206,8 @@ def sample_videos(
 
 def write_video(path: Path, video_FCHW: Tensor) -> None:
     """One lossless H.264 mp4 (RGB, so that the colours of 16 x 16 pixels survive)."""
+    import av  # here, so that the student's prompts and physics can be had without it
+
     frames = ((video_FCHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
