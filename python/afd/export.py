@@ -76,7 +76,8 @@ def export(folder: Path, config: ExportConfig) -> Path:
     path = checkpoint.latest(folder / "checkpoints")
     if path is None:
         raise ConfigError(f"run folder {folder}: has no checkpoint, so there is nothing to export")
-    state = checkpoint.load(path, method=run.method, config=plain(run))
+    only = "method_state/policies/"
+    state = checkpoint.load(path, method=run.method, config=plain(run), only=only)
     versions = dict(state["method_state"]["policies"])
     start = versions.pop("start")
     kind = config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")

@@ -66,12 +66,12 @@ class Ranks:
         # Bytes, because the transports know few dtypes.
         mine = x.detach().contiguous().view(-1).view(torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(self.world)]
-        _together(dist.all_gather, sizes, torch.tensor([mine.numel()], device=x.device))
+        collective(dist.all_gather, sizes, torch.tensor([mine.numel()], device=x.device))
         lengths = [int(size) for size in sizes]
         padded = mine.new_zeros(max(lengths))
         padded[: mine.numel()] = mine
         parts = [torch.empty_like(padded) for _ in lengths]
-        _together(dist.all_gather, parts, padded)
+        collective(dist.all_gather, parts, padded)
         whole = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
         rows = sum(lengths) // (x.element_size() * prod(x.shape[1:]))
         return whole.view(x.dtype).view(rows, *x.shape[1:])
@@ -82,7 +82,7 @@ class Ranks:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([x.reshape(-1) for x in bucket])
-            _together(dist.all_reduce, flat)
+            collective(dist.all_reduce, flat)
             parts = flat.split([x.numel() for x in bucket])
             for x, part in zip(bucket, parts, strict=True):
                 x.copy_(part.view_as(x))
@@ -93,11 +93,11 @@ class Ranks:
             return value
         data = bytearray(json.dumps(value).encode()) if self.main else bytearray()
         size = torch.tensor([len(data)])
-        _together(dist.broadcast, size, 0)
+        collective(dist.broadcast, size, 0)
         sent = torch.zeros(int(size), dtype=torch.uint8)
         if self.main:
             sent = torch.frombuffer(data, dtype=torch.uint8)
-        _together(dist.broadcast, sent, 0)
+        collective(dist.broadcast, sent, 0)
         return json.loads(bytes(sent.tolist()))
 
     def each(self, value: Any) -> list[Any]:
@@ -119,8 +119,8 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _together(call: Callable[..., Any], *args: Any) -> None:
-    """One collective call; what breaks it is the end of another process."""
+def collective(call: Callable[..., Any], *args: Any) -> None:
+    """One call that all processes make together; LostError where another one's end breaks it."""
     try:
         call(*args)
     except RuntimeError as error:

@@ -26,6 +26,7 @@ from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.sharding import shard_over
 from afd.ranks import Ranks, join
+from afd.training import shards
 from afd.training.loop import train
 from tests.afd.tiny_methods import CHANNELS, TEXT, WAN_STEPS, wan_batch, wan_student, words
 
@@ -77,7 +78,7 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
 
 @dataclass(frozen=True)
 class Leg:
-    """Some updates of a method; `given`, `left`: files of the states before and after them."""
+    """Some updates of a method; `given`, `left`: folders of the states before and after them."""
 
     method: str
     parallel: str
@@ -104,17 +105,19 @@ def walk(legs: list[Leg]) -> list[Walked]:
 def _walk(leg: Leg, ranks: Ranks) -> Walked:
     method, first, said = wan_method(leg.method, ranks, leg.parallel), 0, []
     if leg.given is not None:
-        state = torch.load(leg.given, weights_only=True)
-        method.load_state_dict(state["method"])
-        first = state["updates"]
+        given = shards.read(leg.given, ranks, into={"method": method.state_dict()})
+        method.load_state_dict(given["method"])
+        first = given["updates"]
     for step in range(first, first + leg.updates):
         batch = sharing(wan_batch(step), ranks)
         method.rollout(batch)
         said.append(method.critic_step(batch) | method.student_step(batch))
     state = method.state_dict()
-    if leg.left is not None and ranks.main:
-        torch.save({"method": state, "updates": first + leg.updates}, leg.left)
-    ranks.barrier()
+    if leg.left is not None:
+        leg.left.mkdir(exist_ok=True)
+        ranks.barrier()
+        shards.write(leg.left, {"method": state, "updates": first + leg.updates}, ranks)
+        ranks.barrier()
     # Tensors would need this process to live on until they are read.
     theta = method.policies.weights("theta")
     weights = {

@@ -17,6 +17,7 @@ from afd.training import checkpoint
 from afd.training.checkpoint import CheckpointError
 
 CONFIG = plain(make_config({}))
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def state(step: int, **more: Any) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def test_a_half_written_one_is_not_found_and_is_cleaned_up(tmp_path: Path) -> No
     checkpoint.save(tmp_path, state(1), keep=3)
     torn = tmp_path / "step_000002.partial"
     torn.mkdir()
-    (torn / "state.pt").write_bytes(b"half")
+    (torn / "state.json").write_bytes(b"half")
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
     assert newest.name == "step_000001"
@@ -60,7 +61,7 @@ def test_a_half_written_one_is_not_found_and_is_cleaned_up(tmp_path: Path) -> No
     assert names(tmp_path) == ["step_000001", "step_000003"]
 
 
-@pytest.mark.parametrize("file", ["state.pt", "meta.json"])
+@pytest.mark.parametrize("file", [SHARD, "state.json", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "garbage"])
 def test_a_damaged_one_is_passed_over_and_refused(tmp_path: Path, file: str, damage: str) -> None:
     checkpoint.save(tmp_path, state(1), keep=3)
@@ -79,11 +80,23 @@ def test_a_damaged_one_is_passed_over_and_refused(tmp_path: Path, file: str, dam
     assert checkpoint.latest(tmp_path) == path
 
 
+def test_one_with_a_file_too_many_or_another_promise_is_passed_over(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), keep=3)
+    (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"of another run")
+    assert checkpoint.latest(tmp_path) is None
+    path = checkpoint.save(tmp_path, state(1), keep=3)
+    assert checkpoint.latest(tmp_path) == path
+    meta = (path / "meta.json").read_text()
+    digest = json.loads(meta)["files"][SHARD]
+    (path / "meta.json").write_text(meta.replace(digest, "0" * 64))
+    assert checkpoint.latest(tmp_path) is None
+
+
 def test_saving_a_step_again_leaves_the_whole_one_alone(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, state(1), keep=3)
-    before = (path / "state.pt").stat().st_mtime_ns
+    before = (path / SHARD).stat().st_mtime_ns
     checkpoint.save(tmp_path, state(1), keep=3)
-    assert (path / "state.pt").stat().st_mtime_ns == before
+    assert (path / SHARD).stat().st_mtime_ns == before
 
 
 def test_one_of_another_configuration_is_refused_with_every_differing_key(tmp_path: Path) -> None:
@@ -135,9 +148,11 @@ def test_a_checkpoint_says_who_wrote_it(tmp_path: Path) -> None:
     assert (meta["written_by"]["commit"] is not None) == in_a_repository
 
 
-def test_one_of_another_format_is_refused(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(1), keep=1)
-    meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps(meta | {"format": 1}))
-    with pytest.raises(CheckpointError, match="has format 1, this afd reads 2"):
+def test_one_of_another_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001"
+    path.mkdir()
+    meta = {"step": 1, "method": "afd", "config": CONFIG, "format": 2, "sha256": "of state.pt"}
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert checkpoint.latest(tmp_path) == path
+    with pytest.raises(CheckpointError, match="has format 2, this afd reads 3"):
         checkpoint.load(path, method="afd", config=CONFIG)

@@ -39,10 +39,10 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Walked]]:
     folder = tmp_path_factory.mktemp("states")
 
     def first(world: int) -> list[Leg]:
-        return [Leg(m, p, 2, left=folder / f"{m} {world}.pt") for m, p in METHODS]
+        return [Leg(m, p, 2, left=folder / f"{m} {world}") for m, p in METHODS]
 
     def then(world: int) -> list[Leg]:
-        return [Leg(m, p, 1, given=folder / f"{m} {world}.pt") for m, p in METHODS]
+        return [Leg(m, p, 1, given=folder / f"{m} {world}") for m, p in METHODS]
 
     n = len(METHODS)
     one = together(1, walk, [*first(1), *then(1)])[0]
@@ -92,6 +92,14 @@ def test_a_state_goes_on_in_any_number_of_processes(
     walks: dict[str, list[Walked]], number: int, way: str
 ) -> None:
     assert_alike(walks[way][number], walks["1 then 1"][number])
+
+
+def test_a_sharded_state_goes_on_bit_by_bit_in_as_many_processes(tmp_path: Path) -> None:
+    name, left = "afd full", tmp_path / "state"
+    legs = [Leg(name, "fsdp", 3), Leg(name, "fsdp", 2, left=left), Leg(name, "fsdp", 1, given=left)]
+    straight, before, after = together(2, walk, legs)[0]
+    assert [*before.said, *after.said] == straight.said
+    assert all(np.array_equal(after.weights[key], x) for key, x in straight.weights.items())
 
 
 @pytest.mark.parametrize(
@@ -171,6 +179,8 @@ def test_a_sharded_run_that_one_process_is_told_to_stop_ends_in_one_process(
     assert [line["step"] for line in lines(out, "metrics.jsonl")] == [1, 2]
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
+    assert len(list(newest.glob("*.safetensors"))) == 2, "each process has written its shares"
+    assert {file.suffix for file in newest.iterdir()} == {".json", ".safetensors"}
     written_by = json.loads((newest / "meta.json").read_text())["written_by"]
     assert written_by["processes"] == 2
     assert train(load_run(out, ["parallel=ddp"])) is Outcome.FINISHED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from afd.models.policies import Policies, make_policies
 from afd.models.student import Student
 from afd.models.toy import ToyStudent
 from afd.models.wan import WanStudent
+from afd.ranks import ALONE
+from afd.training import shards
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 
 LORA = LoraConfig(rank=4, alpha=4)
@@ -184,7 +187,7 @@ def alone() -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 @KINDS
 def test_sharded_weights_are_their_own_masters_and_save_as_whole_ones(
-    lora: LoraConfig | None,
+    lora: LoraConfig | None, tmp_path: Path
 ) -> None:
     mesh = init_device_mesh("cpu", (1,))
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -200,11 +203,17 @@ def test_sharded_weights_are_their_own_masters_and_save_as_whole_ones(
         optimizer.step(loss_of(sharded.student, dtype=torch.bfloat16))
     sharded.average("old", "theta", 0.5)
     # The state of a sharded run goes into one that is not, and back.
-    state, adam = sharded.state_dict(), optimizer.state_dict()
+    (tmp_path / "state").mkdir()
+    shards.write(
+        tmp_path / "state",
+        {"policies": sharded.state_dict(), "adam": optimizer.state_dict()},
+        ALONE,
+    )
+    held = shards.read(tmp_path / "state", ALONE)
     whole = make_policies(student(), names, lora=lora)
     plain = StudentOptimizer(whole.weights("theta"), CONFIG)
-    whole.load_state_dict(state)
-    plain.load_state_dict(adam)
+    whole.load_state_dict(held["policies"])
+    plain.load_state_dict(held["adam"])
     again = make_policies(student(), names, lora=lora, shard=shard)
     back = StudentOptimizer(again.weights("theta"), CONFIG)
     again.load_state_dict(whole.state_dict())

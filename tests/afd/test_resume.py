@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from afd.config import ConfigError
-from afd.training import checkpoint
+from afd.ranks import ALONE
+from afd.training import checkpoint, shards
 from afd.training.loop import Outcome, load_run, train
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 
@@ -43,8 +44,7 @@ def final_state(out: Path) -> dict[str, Any]:
     path = checkpoint.latest(out / "checkpoints")
     assert path is not None
     assert path.name == "step_000006"
-    state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
-    return state
+    return shards.read(path, ALONE)
 
 
 def assert_same_run(out: Path, straight: Path) -> None:
@@ -85,9 +85,9 @@ def test_a_stopped_run_continues_bit_by_bit(
 
 
 def test_a_killed_run_continues_bit_by_bit(tmp_path: Path, clips: Path, straight: Path) -> None:
-    # Events are the syncs, renames and half-written states of a run, in order: config and lines,
-    # then three checkpoints, then the end.
-    events = [1, 2, 3, 5, 6, 8, 9, 10, 12, 14, 17, 21, 26]
+    # Events are the syncs, renames and half-written shards of a run, in order: config and lines,
+    # then three checkpoints (of 9 with their lines: 6 to 14 is the first), then the end.
+    events = [1, 3, 5, 7, 8, 9, 10, 11, 12, 14, 17, 29, 34]
     said = subprocess.run(
         [sys.executable, "-m", "tests.afd.tiny", str(tmp_path), str(clips), *map(str, events)],
         cwd=ROOT,
@@ -112,9 +112,10 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
     assert newest.name == "step_000005"
-    damaged = bytearray((newest / "state.pt").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (newest / "state.pt").write_bytes(damaged)
+    (shard,) = newest.glob("*.safetensors")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
     assert train(tiny_config(out, clips), method=TinyMethod()) is Outcome.FINISHED
     assert "step_000005 is passed over" in (out / "train.log").read_text()
     assert_same_run(out, straight)

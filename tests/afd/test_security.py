@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -20,7 +21,6 @@ from afd.models.vae import VideoVAE
 from afd.sample_config import SampleConfig
 from afd.sample_jobs import read_jobs
 from afd.training import checkpoint
-from afd.training.checkpoint import CheckpointError
 from afd.training.loop import train
 from tests.afd.hub import NAME, Hub
 from tests.afd.paid import paid_config, video_bytes
@@ -121,10 +121,28 @@ def test_pickles_in_a_pipelines_folder_are_not_run(tmp_path: Path, part: str) ->
 
 
 def test_a_runs_checkpoint_with_code_is_not_run(tmp_path: Path) -> None:
-    """Its digest is right, so that only the unpickler stands between it and us."""
-    state = {"step": 1, "method": "afd", "config": {}, "method_state": Bomb(tmp_path / "ran")}
-    path = checkpoint.save(tmp_path / "checkpoints", state, keep=1)
-    with pytest.raises((CheckpointError, pickle.UnpicklingError)):
+    """Its digests are right, so that only we, who read no pickle, stand between it and us."""
+    bomb = Bomb(tmp_path / "ran")
+    state = {"step": 1, "method": "afd", "config": {}, "w": torch.ones(2)}
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(TypeError, match=r"state: 'bomb' is .*Bomb"):
+        checkpoint.save(folder, state | {"bomb": bomb}, keep=1)
+    path = checkpoint.save(folder, state, keep=1)
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    held = checkpoint.load(path, method="afd", config={})
+    assert torch.equal(held["w"], torch.ones(2))
+    # Where torch.distributed.checkpoint itself would keep and read one.
+    meta = json.loads((path / "meta.json").read_text())
+    for name, write in {".metadata": pickle.dumps, "state.json": pickle.dumps}.items():
+        (path / name).write_bytes(write(bomb))
+        meta["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        files = json.dumps(meta["files"], sort_keys=True).encode()
+        meta["sha256"] = hashlib.sha256(files).hexdigest()
+        (path / "meta.json").write_text(json.dumps(meta))
+        assert checkpoint.latest(folder) == path
+        if name == ".metadata":
+            assert checkpoint.load(path, method="afd", config={}).keys() == held.keys()
+    with pytest.raises(ValueError, match=r"utf-8|Expecting value"):
         checkpoint.load(path, method="afd", config={})
     assert not (tmp_path / "ran").exists()
 
@@ -203,7 +221,7 @@ def test_a_run_with_a_paid_teacher_writes_its_key_nowhere(
     write_report(tmp_path / "run")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     kinds = {path.suffix for path in files} | {path.name.split(".")[0] for path in files}
-    assert {".html", ".pt", ".yaml", ".log", "doctor", "events"} <= kinds
+    assert {".html", ".safetensors", ".yaml", ".log", "doctor", "events"} <= kinds
     for path in files:
         assert KEY.encode() not in path.read_bytes(), path
     said = capsys.readouterr()

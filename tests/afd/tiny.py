@@ -10,12 +10,14 @@ import io
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from afd.config import RunConfig, make_config
 from afd.methods.base import Batch
@@ -121,7 +123,7 @@ class Interrupted(TinyMethod):
 
 
 def die_at(event: int) -> None:
-    """SIGKILL this process at its n-th sync, rename or half-written state."""
+    """SIGKILL this process at its n-th sync, rename or half-written shard."""
     seen = 0
 
     def here() -> None:
@@ -137,16 +139,19 @@ def die_at(event: int) -> None:
 
         return wrapped
 
-    def save_in_halves(state: Any, file: Any) -> None:
-        whole = io.BytesIO()
-        save(state, whole)
-        half = len(whole.getvalue()) // 2
-        file.write(whole.getvalue()[:half])
-        file.flush()
-        here()
-        file.write(whole.getvalue()[half:])
+    class InHalves(io.FileIO):
+        def write(self, data: Any) -> int:
+            half = len(data) // 2
+            written = super().write(data[:half])
+            here()
+            return written + super().write(data[half:])
 
-    save, torch.save = torch.save, save_in_halves
+    @contextmanager
+    def create_stream(_: FileSystem, path: str, mode: str) -> Iterator[io.FileIO]:
+        with InHalves(path, mode) as stream:
+            yield stream
+
+    FileSystem.create_stream = create_stream  # type: ignore[method-assign,assignment]
     os.fsync, os.rename, os.replace = before(os.fsync), before(os.rename), before(os.replace)
 
 

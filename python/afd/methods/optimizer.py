@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from afd.methods.config import StudentOptimizerConfig
-from afd.models.weights import Weights, laid_out_like, local, whole
+from afd.models.weights import Weights, fill, local
 from afd.ranks import ALONE, Ranks
+from afd_kernels.contracts import require
 
 
 class TrainingError(RuntimeError):
@@ -120,23 +121,20 @@ class StudentOptimizer:
         return f"{self.name}: update {self.updates + 1}: the {where} is not finite ({shown})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors on the CPU, whatever the sharding. Every process must ask."""
-        adam = self.adam.state_dict()
-        adam["state"] = {
-            index: {key: whole(value) for key, value in held.items()}
-            for index, held in adam["state"].items()
-        }
-        return {"adam": adam, "updates": self.updates}
+        """Adam's tensors themselves, not copied: in a sharded run its shares."""
+        for master in self.weights.masters:
+            # What Adam's first step would make; a checkpoint is then read straight into it.
+            if not self.adam.state[master]:
+                moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[master] = {"step": torch.tensor(0.0), **moments}
+        return {"adam": self.adam.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave, from a run of any number of processes."""
-        adam = dict(state["adam"])
-        adam["state"] = {
-            index: {
-                key: laid_out_like(self.weights.masters[index], v) if v.ndim else v.clone()
-                for key, v in held.items()
-            }
-            for index, held in adam["state"].items()
-        }
-        self.adam.load_state_dict(adam)
+        """What `state_dict` gave, or the same whole, from a run of any number of processes."""
+        ours, theirs = self.state_dict()["adam"]["state"], state["adam"]["state"]
+        same = theirs.keys() == ours.keys()
+        require(same, "state", f"{len(theirs)} moments", f"those of {len(ours)} weights")
+        for index, held in theirs.items():
+            for key, value in held.items():
+                fill(ours[index][key], value)
         self.updates = state["updates"]

@@ -59,10 +59,8 @@ class Policies(ABC):
         self.weights(name).average(self.weights(source), decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """The masters of all versions by name: whole, fp32, on the CPU; and `start`, the digest.
-
-        Every process must ask.
-        """
+        """The masters of all versions by name, not copied (`Weights.state_dict`); and `start`, the
+        digest."""
         versions = {name: self._weights[name].state_dict() for name in self.names}
         return {"start": self.start, **versions}
 

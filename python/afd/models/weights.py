@@ -58,41 +58,29 @@ class Weights:
         self.publish()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The masters by name: whole, fp32, on the CPU. Every process of a sharded run must ask."""
+        """The masters themselves by name, fp32: not copied, in a sharded run its shares."""
         masters = zip(self.names, self.masters, strict=True)
-        return {name: whole(master) for name, master in masters}
+        return {name: master.detach() for name, master in masters}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """What `state_dict` gave, from a run of any number of processes; publishes it."""
+        """Take values for every master, by name (see `fill`); publishes them."""
         odd = sorted(set(state) ^ set(self.names))
         require(not odd, "state", odd[:4], "the weights of this version, each under its name")
         for name, master in zip(self.names, self.masters, strict=True):
             same = state[name].shape == master.shape
             require(same, f"state: {name}", state[name], f"shape {list(master.shape)}")
-            local(master).copy_(local(laid_out_like(master, state[name])))
+            fill(master, state[name])
         self.publish()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU; a sharded one is put together, on the main process only.
-
-    Every process of a sharded run must ask; the others get nothing, [0].
-    """
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor.cpu()
-    full = tensor.full_tensor()
-    return full.cpu() if tensor.device_mesh.get_rank() == 0 else torch.empty(0)
-
-
-def laid_out_like(tensor: Tensor, full: Tensor) -> Tensor:
-    """A copy of a whole tensor (the same on every process) on the device, and in the shares, of
-    another."""
-    full = full.to(tensor.device, copy=True)
-    if not isinstance(tensor, DTensor):
-        return full
-    return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+@torch.no_grad()
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """tensor <- value, which is whole and the same on every process, or in the tensor's shares."""
+    if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
+        mesh, placements = tensor.device_mesh, tensor.placements
+        value = distribute_tensor(value.to(tensor.device), mesh, placements, src_data_rank=None)
+    local(tensor).copy_(local(value))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Checkpoints: one folder per step that is either whole or not there.
 
-`checkpoints/step_000400/` holds `state.pt` (torch.save, readable with weights_only) and `meta.json`
-(its SHA-256, step, method, configuration, and who wrote it). It is written under another name,
-flushed to disk and renamed, so a power cut at any moment leaves the newest whole checkpoint in
-place. Tensors are whole, whatever the number of processes: any other number reads them.
+`checkpoints/step_000400/` holds the shards that every process wrote for itself and `state.json`
+(afd.training.shards), and `meta.json`: step, method, configuration, who wrote it, and the SHA-256
+of every other file. It is written under another name, flushed to disk by all processes and renamed,
+so a power cut at any moment leaves the newest whole checkpoint in place. Any number of processes
+reads it, sharded or not. All functions that take `ranks` are called by every process.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,9 +28,12 @@ from torch import Tensor
 
 import afd
 from afd.config import ConfigError, differences
+from afd.ranks import ALONE, Ranks
+from afd.training import shards
 
+META = "meta.json"
 # Changes whenever older checkpoints can no longer be read.
-FORMAT = 2
+FORMAT = 3
 _log = logging.getLogger("afd")
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -38,64 +42,75 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message says why."""
 
 
-def save(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
+def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE) -> Path:
     """Write `state` (with the keys step, method, config) atomically; keep the newest `keep`.
 
-    One process writes; `written_by` in the state says who.
+    `written_by` in the state says who writes. What a state may hold: `shards.write`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.partial"):
-        shutil.rmtree(leftover)
     final = folder / f"step_{state['step']:06d}"
-    if final.exists() and _problem(final) is None:
-        return final
     partial = final.with_suffix(".partial")
-    partial.mkdir()
-    with (partial / "state.pt").open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    meta = {key: state[key] for key in ("step", "method", "config")}
-    meta |= {"format": FORMAT, "written_by": state.get("written_by", written_by())}
-    meta["sha256"] = _sha256(partial / "state.pt")
-    with (partial / "meta.json").open("w", encoding="utf-8") as text:
-        json.dump(meta, text, indent=1)
-        text.flush()
-        os.fsync(text.fileno())
-    _sync_folder(partial)
-    if final.exists():
-        shutil.rmtree(final)  # damaged, or we had returned above
-    partial.rename(final)
-    _sync_folder(folder)
-    for old in list(_newest_first(folder))[keep:]:
-        shutil.rmtree(old)
+    if ranks.same(final.exists()) and _problem(final, ranks) is None:
+        return final
+    if ranks.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+    ranks.barrier()
+    shards.write(partial, state, ranks)
+    digests = _digests(partial, ranks)
+    if ranks.main:
+        meta = {key: state[key] for key in ("step", "method", "config")}
+        meta |= {"format": FORMAT, "written_by": state.get("written_by", written_by())}
+        meta |= {"sha256": _of_all(digests), "files": digests}
+        with (partial / META).open("w", encoding="utf-8") as text:
+            json.dump(meta, text, indent=1)
+            text.flush()
+            os.fsync(text.fileno())
+        _sync_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)  # damaged, or we had returned above
+        partial.rename(final)
+        _sync_folder(folder)
+        for old in list(_newest_first(folder))[keep:]:
+            shutil.rmtree(old)
+    ranks.barrier()
     return final
 
 
-def latest(folder: Path) -> Path | None:
+def latest(folder: Path, ranks: Ranks = ALONE) -> Path | None:
     """The newest whole checkpoint, or None. Damaged ones are passed over and named in the log."""
-    for path in _newest_first(folder):
-        problem = _problem(path)
+    for name in ranks.same([path.name for path in _newest_first(folder)]):
+        problem = _problem(folder / name, ranks)
         if problem is None:
-            return path
-        _log.warning("checkpoint %s is passed over: %s", path, problem)
+            return folder / name
+        _log.warning("checkpoint %s is passed over: %s", folder / name, problem)
     return None
 
 
-def load(path: Path, *, method: str, config: dict[str, Any]) -> dict[str, Any]:
+def load(
+    path: Path,
+    *,
+    method: str,
+    config: dict[str, Any],
+    into: dict[str, Any] | None = None,
+    only: str = "",
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
     """The state in a checkpoint folder.
 
-    Its tensors stay in the file until they are used. Raises CheckpointError where it is damaged or
-    of another format, ConfigError where it belongs to another method or another configuration
-    (naming each differing key).
+    Tensors are read into those of `into` where it has them, and are left out where `only` says so:
+    see `shards.read`. Raises CheckpointError where the checkpoint is damaged or of another format,
+    ConfigError where it belongs to another method or another configuration (naming each differing
+    key).
     """
-    problem = _problem(path)
+    problem = _problem(path, ranks)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path}: {problem}")
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    if meta.get("format") != FORMAT:
+    meta = json.loads((path / META).read_text(encoding="utf-8"))
+    if meta["format"] != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path}: has format {meta.get('format')}, this afd reads {FORMAT}; go on "
+            f"checkpoint {path}: has format {meta['format']}, this afd reads {FORMAT}; go on "
             f"with the one that wrote it ({meta.get('written_by', 'unknown')}), or train again"
         )
     wrong = differences(meta["config"], config)
@@ -107,10 +122,7 @@ def load(path: Path, *, method: str, config: dict[str, Any]) -> dict[str, Any]:
             f"checkpoint {path}: belongs to another run:\n{listed}\nchoose another out=, or the "
             "settings it was made with"
         )
-    state: dict[str, Any] = torch.load(
-        str(path / "state.pt"), map_location="cpu", weights_only=True, mmap=True
-    )
-    return state
+    return shards.read(path, ranks, into=into, only=only)
 
 
 @lru_cache
@@ -175,22 +187,49 @@ def _newest_first(folder: Path) -> Iterator[Path]:
     yield from sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
-def _problem(path: Path) -> str | None:
-    """Why a checkpoint is not whole, or None."""
+def _problem(path: Path, ranks: Ranks = ALONE) -> str | None:
+    """Why a checkpoint is not whole, or None; one of another format is for `load` to refuse."""
+    files, problem = ranks.same(_promised(path))
+    if files is None:
+        return cast("str | None", problem)
+    there = _digests(path, ranks)
+    odd = [name for name in files | there if not files.get(name) == there.get(name) is not None]
+    return f"{min(odd)} differs from the SHA-256 in {META}" if odd else None
+
+
+def _promised(path: Path) -> tuple[dict[str, str] | None, str | None]:
+    """The files that meta.json names, with their SHA-256; or None, and perhaps the reason."""
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        if _sha256(path / "state.pt") != meta["sha256"]:
-            return "state.pt differs from the SHA-256 in meta.json"
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            return None, None
+        files = dict(meta["files"])
+        return (files, None) if _of_all(files) == meta["sha256"] else (None, f"{META} is damaged")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"meta.json or state.pt cannot be read ({error!r})"
-    return None
+        return None, f"{META} cannot be read ({error!r})"
 
 
-def _sha256(path: Path) -> str:
+def _digests(folder: Path, ranks: Ranks) -> dict[str, str | None]:
+    """SHA-256 of every file but meta.json, or None; each process reads some of them."""
+    names = ranks.same(sorted(path.name for path in folder.iterdir() if path.name != META))
+    own = {name: _sha256(folder / name) for name in names[ranks.share(len(names))]}
+    return {name: digest for part in ranks.each(own) for name, digest in part.items()}
+
+
+def _of_all(digests: Mapping[str, str | None]) -> str:
+    """One SHA-256 for all files."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str | None:
+    """None where the file cannot be read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return None
     return digest.hexdigest()
 
 

@@ -190,16 +190,24 @@ def _evaluate_newest(
 ) -> Evaluation:
     teacher = open_teacher(config)
     method = build_method(config, ranks, _prompts(config, teacher))
-    path = checkpoint.latest(folder / "checkpoints")
+    path = checkpoint.latest(folder / "checkpoints", ranks)
     clips = _open_videos(config, method, teacher, ranks)
     evaluate = _evaluator(config, method, teacher, clips, ranks)
     if path is None or evaluate is None:
         why = "has no checkpoint" if path is None else "has evaluation.kind=none"
         raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
-    state = checkpoint.load(path, method=method.name, config=plain(config))
-    method.load_state_dict(state["method_state"])
+    _load(path, method, config, ranks)
     with method.evaluation_policy() as policy:
         return evaluate(policy, videos or config.evaluation.videos)
+
+
+def _load(path: Path, method: Method, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """Bring a method to where it stood at a checkpoint; returns the whole state."""
+    into = {"method_state": method.state_dict()}
+    how: dict[str, Any] = {"config": plain(config), "into": into, "ranks": ranks}
+    state = checkpoint.load(path, method=method.name, **how)
+    method.load_state_dict(state["method_state"])
+    return state
 
 
 class Trainer:
@@ -344,38 +352,30 @@ class Trainer:
 
     def _save(self) -> None:
         """Everything the next update depends on. The lines up to here reach the disk before it."""
-        # Every process has its part of a sharded network, and its own random numbers; else the
-        # others need not bring their gigabytes to the CPU.
-        sharded = self.config.parallel == "fsdp"
-        method_state = self.method.state_dict() if self.ranks.main or sharded else {}
-        random = self.ranks.each(checkpoint.random_state())
-        if self.records is None:
-            return
-        self.records.sync()
+        if self.records is not None:
+            self.records.sync()
         state = {
             "step": self.step,
             "method": self.method.name,
             "config": plain(self.config),
             "written_by": checkpoint.written_by() | {"processes": self.ranks.world},
             "elapsed_s": self.elapsed_s,
-            "method_state": method_state,
-            "random": random,
+            "method_state": self.method.state_dict(),
+            "random": self.ranks.each(checkpoint.random_state()),
             "sampler": self.sampler.state_dict(),
             "teacher": _state_of(self.teacher),
         }
-        checkpoint.save(self.checkpoints, state, keep=self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self.checkpoints, state, keep=keep, ranks=self.ranks)
 
     def _restore(self) -> None:
         """Go to the newest whole checkpoint, if there is one."""
-        newest = checkpoint.latest(self.checkpoints) if self.ranks.main else None
-        found = self.ranks.same(None if newest is None else str(newest))
-        if found is None:
+        path = checkpoint.latest(self.checkpoints, self.ranks)
+        if path is None:
             return
-        path = Path(found)
-        state = checkpoint.load(path, method=self.method.name, config=plain(self.config))
+        state = _load(path, self.method, self.config, self.ranks)
         if state["teacher"] is not None:
             cast("Any", self.teacher).load_state_dict(state["teacher"])
-        self.method.load_state_dict(state["method_state"])
         self.sampler.load_state_dict(state["sampler"])
         checkpoint.set_random_state(state["random"], self.ranks.rank)
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
