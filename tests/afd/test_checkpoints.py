@@ -284,6 +284,14 @@ def test_what_is_missing_extra_and_misshaped_is_listed(tmp_path: Path) -> None:
         ({"generator": {"patch_embedding.weight": 3}}, "tensors only"),
         ({"optimizer": {"step": 3}}, r"ema: got None.*optimizer \(1 tensors\)"),
         ([torch.zeros(2)], "got 'list'"),
+        ({}, "this holds no tensors"),
+        ({"generator": {"a": torch.eye(2).to_sparse()}}, "got 'a'; needed: named, dense tensors"),
+        ({"generator": {"a": torch.empty(2, device="meta")}}, "needed: named, dense tensors"),
+        ({"generator": {0: torch.zeros(2)}}, "got '0'; needed: named, dense tensors"),
+        (
+            network().state_dict() | {"time_embedding.0.weight": torch.zeros(3)},
+            r"time_embedding\.0\.weight: got \(3,\); needed: a matrix",
+        ),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path: Path, held: object, match: str) -> None:

@@ -240,10 +240,18 @@ def infer_config(
     if lacking:
         raise ValueError(
             f"checkpoint: no {_few(lacking)}; a Wan network has them, this holds "
-            f"{_few(list(weights))}"
+            f"{_few(list(weights)) or 'no tensors'}"
         )
-    patch, text, time, head, ffn = (weights[name].shape for name in _SIZED)
+    patch, *matrices = (weights[name].shape for name in _SIZED)
     require(len(patch) == 5 and patch[2] == 1, "patch_embedding", tuple(patch), "[D, C, 1, ph, pw]")
+    for name, shape in zip(_SIZED[1:], matrices, strict=True):
+        require(len(shape) == 2 and 0 not in shape, name, tuple(shape), "a matrix")
+    text, time, head, ffn = matrices
+    for key in ("num_attention_heads", "num_heads", "text_len"):
+        number = written.get(key, 1)
+        require(
+            isinstance(number, int) and number > 0, f"config.json: {key}", number, "a number > 0"
+        )
     eps = written.get("eps", EPS)
     require(eps == EPS, "config.json: eps", eps, f"{EPS}, which every released Wan network has")
     dim = patch[0]
@@ -281,10 +289,15 @@ def _pick(held: Mapping[str, Any], ema: bool | None, path: Path) -> Mapping[str,
                 f"ema: got {ema}; needed: a file with {wanted}; {path} holds {has or 'no parts'}"
             )
         chosen = held[part]
-    odd = [name for name, value in chosen.items() if not isinstance(value, Tensor)]
-    require(not odd, f"checkpoint {path}", _few(odd), "tensors only")
+    odd = [str(name) for name, value in chosen.items() if not _is_weight(name, value)]
+    require(not odd, f"checkpoint {path}", _few(odd), "named, dense tensors only")
     _log.info("checkpoint %s: %s", path, part)
     return chosen
+
+
+def _is_weight(name: object, value: object) -> bool:
+    held = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return held and isinstance(name, str)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
