@@ -5,6 +5,7 @@ Shape letters: P prompts, F frames, C = 3, H rows, W columns.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import subprocess
@@ -75,6 +76,8 @@ class Sampler:
 
     def __init__(self, requests: Sequence[Request], seed: int) -> None:
         self._requests = list(requests)
+        asked = json.dumps([[request.prompt, request.draw] for request in self._requests])
+        self._asked = hashlib.sha256(asked.encode()).hexdigest()
         self._seed = seed
         self._round = 0
         self._position = 0
@@ -96,14 +99,20 @@ class Sampler:
         return [self._requests[i] for i in self._order[self._position : self._position + count]]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"round": self._round, "position": self._position, "of": len(self._requests)}
+        cursor = {"round": self._round, "position": self._position}
+        return cursor | {"of": len(self._requests), "asked": self._asked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved cursor; refuses one of a teacher with another number of videos."""
+        """Go to a saved cursor; refuses one of other requests, or of the same in another order."""
         if state["of"] != len(self._requests):
             raise TeacherError(
                 f"the checkpoint was made with {state['of']} teacher videos, "
                 f"the folder holds {len(self._requests)} now"
+            )
+        if state["asked"] != self._asked:
+            raise TeacherError(
+                "the checkpoint was made with other prompts, or with these in another order; put "
+                "back the list that the run began with"
             )
         self._round, self._position = state["round"], state["position"]
         self._order = self._shuffled()
