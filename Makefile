@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?=
+SECTIONS ?=
+WHEELS ?= .wheels
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard $(addprefix csrc/,*/*.cpp */*.cu */*.cuh */*.h include/afd/*.h))
 
-.PHONY: quickstart quickstart-full test check format bench offline gpu-check base motion-backbone \
+.PHONY: quickstart quickstart-full test check format bench offline gpu-check gpu-wheels base motion-backbone \
         screenshot readme lock setup clean
 
 quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
@@ -36,11 +38,22 @@ bench: setup ## the benchmarks of this device; tables, JSON and plots in benchma
 	$(BIN)/python -m benchmarks.nft_loss --plot
 	$(BIN)/python -m benchmarks.forward_noise --plot
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.row_ops
 	$(BIN)/python -m benchmarks.rollout
+	$(BIN)/python -m benchmarks.videos
 	$(BIN)/python -m benchmarks.train_step
 
 gpu-check: ## build, test and measure on a GPU box with what it has; needs no network
-	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) \
+	  $(if $(SECTIONS),--sections $(SECTIONS)) $(if $(wildcard $(WHEELS)),--wheels $(WHEELS)) $(ARGS)
+
+# Of Python 3.12 on x86-64, at the lock's versions. pip matches each platform exactly.
+gpu-wheels: ## fetch what gpu-check's sections want and a bare GPU box may lack; carry the folder there
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint requirements.lock \
+	  --implementation cp --python-version 3.12 --platform manylinux_2_28_x86_64 \
+	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest $(WHEELS) \
+	  pydantic pydantic-core annotated-types typing-inspection hypothesis sortedcontainers \
+	  diffusers importlib-metadata zipp pillow requests charset-normalizer idna urllib3 certifi
 
 base: setup ## make the shipped base student again
 	$(BIN)/python -m afd.pretrain base

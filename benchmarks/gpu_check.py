@@ -1,14 +1,15 @@
 """Builds, tests and measures on a machine with a GPU, in under ten minutes, offline.
 
     make gpu-check OUT=folder
-    python benchmarks/gpu_check.py --out folder --sections build,tests
+    make gpu-check OUT=folder SECTIONS=build,bench-nft_loss,bench-attention
 
-Needs nothing installed but torch, triton, numpy, einops, rich, safetensors, pytest, hypothesis, a
-compiler, nvcc, cmake, ninja and pybind11; for the training step also pydantic, pyyaml and peft (it
-is skipped without them). A section that fails does not stop the others. Leaves in the folder:
-gpu-check.log (everything printed), one JSON per benchmark (nft_loss, forward_noise, attention,
-rollout, train_step), plots of the first two, summary.json and summary.md. Exits with 1 if a section
-failed.
+Needs torch, triton, numpy, safetensors, rich, pytest, pybind11, cmake, ninja, nvcc and a compiler.
+What else sections want (pydantic, hypothesis, diffusers) is in the folder that `make gpu-wheels`
+fills on a machine with a network; a section without it says so, and the others run. Sections stand
+in the order of what is least to be lost: a failure, a limit or the end of the time stops one of
+them, not the check, and what was found so far lies in the folder at any moment: gpu-check.log
+(everything printed), one JSON per benchmark, and summary.md (sections, targets, tables), at most
+eight files. Exits with 1 if a section failed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.machinery import PathFinder
+from math import inf
 from pathlib import Path
 from typing import IO, Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import gpu_check_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 # Golden files of the released code; they lie beside the checkout where there are any.
@@ -38,8 +47,11 @@ STUDENT_TESTS = ("tests/afd/test_streaming_cost.py", "tests/afd/test_rollout.py"
 # Per benchmark, the columns of its table in the summary.
 _KERNEL = ("case", "dtype", "B", "noise", "backend", "median_ms", "gb_per_s", "pct_of_floor")
 _KERNEL += ("peak_mib", "speedup")
+_ROWS = ("case", "dtype", "B", "backend", "median_ms", "gb_per_s", "pct_of_copy", "speedup")
 _ATTENTION = ("case", "dtype", "B", "queries", "keys", "backward", "provider", "median_ms")
 _ATTENTION += ("tflops", "pct_of_floor", "peak_mib", "error")
+_VIDEOS = ("case", "dtype", "B", "frames", "provider", "seconds", "reps", "fps", "floor_s")
+_VIDEOS += ("cache_mib", "peak_mib", "speedup", "speedup_released")
 _ROLLOUT = ("case", "dtype", "B", "provider", "median_ms", "fps", "floor_ms", "syncs")
 _ROLLOUT += ("cache_mib", "peak_mib", "speedup", "speedup_released")
 _TRAIN = ("case", "phase", "provider", "dtype", "B", "median_ms", "reps", "floor_ms", "peak_mib")
@@ -47,10 +59,14 @@ _TRAIN += ("x_recompute", "speedup")
 RESULTS = {
     "nft_loss": _KERNEL,
     "forward_noise": _KERNEL,
+    "row_ops": _ROWS,
     "attention": _ATTENTION,
+    "videos": _VIDEOS,
     "rollout": _ROLLOUT,
     "train_step": _TRAIN,
 }
+# Without the dense mask, which takes gigabytes at full size.
+PROVIDERS = ("ours", "library", "triton", "sdpa per block", "flash-attn per block", "flex")
 _TAIL = 30  # lines of a failed section's output in the summary
 
 
@@ -66,6 +82,7 @@ class Section:
     needs_path: Path | None = None
     needs_modules: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+    asked_only: bool = False  # runs only where it is named
 
 
 @dataclass(frozen=True)
@@ -86,63 +103,88 @@ class Machine:
     slug: str
     name: str
     has_gpu: bool
+    packages: tuple[str, ...] = ()  # folders that carried wheels were installed to
 
 
-def sections(out: Path, build_dir: Path) -> list[Section]:
+def sections(out: Path, build_dir: Path, golden: Path = GOLDEN) -> list[Section]:
     """The whole check. The limits add up to less than ten minutes."""
     python = sys.executable
-    parity = [python, "-m", "afd.testing.parity", str(GOLDEN), "--device", "cuda"]
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    batches = ["--batch", "8", "1", "32", "2", "4"]
-    bench = ["--device", "cuda", "--budget", "2", "--out", str(out)]
+    parity = [python, "-m", "afd.testing.parity", str(golden), "--device", "cuda"]
+    # The project's own options ask for a plugin (pytest-benchmark) that these tests do not use.
+    pytest = [python, "-m", "pytest", "-q", "-rfE", "-o", "addopts=--strict-markers"]
+    pytest += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    at_once = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    # torch.compile takes most of the time, so only what the targets name.
+    losses = ["--batch", "8", "32", "1", "--dtype", "bf16", "--budget", "1"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20"]
     drive = [python, "benchmarks/sanitize.py"]
     configure = ["cmake", "-S", ".", "-B", str(build_dir), "-G", "Ninja"]
     configure += [f"-DPython_EXECUTABLE={python}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'afd_kernels'}"]
+    bench = partial(_bench, out=out)
     return [
-        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 65),
+        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 70),
         Section(
             "tests",
             [
                 [*pytest, "-m", "gpu", *OP_TESTS, *STUDENT_TESTS],
-                [*pytest, "-m", "not gpu and not slow", *OP_TESTS],
+                [*pytest, *at_once, "-m", "not gpu and not slow", "-k", "cuda", *OP_TESTS],
             ],
-            185,
+            105,
             needs_gpu=True,
         ),
-        Section(
-            "parity",
-            [parity, [*parity, "--dtype", "bfloat16"]],
-            25,
-            needs_gpu=True,
-            needs_path=GOLDEN,
-        ),
+        bench("nft_loss", [*losses, "--weighting", "x0_adaptive"], 45),
+        bench("attention", ["--providers", *PROVIDERS, "--budget", "1"], 60),
+        bench("row_ops", ["--budget", "1"], 15),
+        bench("videos", ["--budget", "4"], 145, starts_s=115),
+        bench("train_step", ["--budget", "8"], 65, needs_modules=("pydantic", "yaml", "peft")),
+        bench("forward_noise", losses, 20),
         Section(
             "sanitizer",
             [[*sanitizer, "--tool", tool, *drive] for tool in ("memcheck", "racecheck")],
-            50,
+            25,
             needs_gpu=True,
             needs_tool="compute-sanitizer",
             # Every tensor its own allocation: an access past its end is then one that is seen.
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
-        _bench("nft_loss", [*batches, *bench, "--plot"], 45),
-        _bench("forward_noise", [*batches, *bench, "--plot"], 20),
-        _bench("attention", bench, 40),
-        _bench("rollout", bench, 45),
-        _bench("train_step", bench, 60, needs_modules=("pydantic", "yaml", "peft")),
-        # The other architectures are proved where there is time.
-        Section("offline", [[*pytest, "tests/offline", "-k", "sm_90 or gate"]], 60),
+        Section(
+            "parity",
+            [parity, [*parity, "--dtype", "bfloat16"]],
+            15,
+            needs_gpu=True,
+            needs_path=golden,
+        ),
+        # Instruction sets that the machine where the rest was proved may not have.
+        Section("tests-native", [[*pytest, "tests/native"]], 15),
+        # What the whole videos leave out: every provider's chunk, its launches and waits.
+        bench("rollout", ["--budget", "2"], 120, asked_only=True),
+        # Proved without a GPU; here with this machine's Triton and nvcc.
+        Section("offline", [[*pytest, "tests/offline"]], 300, asked_only=True),
     ]
 
 
 def _bench(
-    name: str, options: list[str], limit_s: float, needs_modules: tuple[str, ...] = ()
+    name: str,
+    options: list[str],
+    limit_s: float,
+    *,
+    out: Path,
+    starts_s: float | None = None,
+    needs_modules: tuple[str, ...] = (),
+    asked_only: bool = False,
 ) -> Section:
-    """A benchmark that starts no case in the last third of its time."""
-    command = [sys.executable, f"benchmarks/{name}.py", *options, "--deadline", f"{limit_s / 1.5}"]
-    return Section(f"bench-{name}", [command], limit_s, needs_gpu=True, needs_modules=needs_modules)
+    """A benchmark that starts no case after `starts_s`, by default in the last third."""
+    command = [sys.executable, f"benchmarks/{name}.py", "--device", "cuda", "--out", str(out)]
+    command += [*options, "--deadline", f"{starts_s or limit_s / 1.5:.0f}"]
+    return Section(
+        f"bench-{name}",
+        [command],
+        limit_s,
+        needs_gpu=True,
+        needs_modules=needs_modules,
+        asked_only=asked_only,
+    )
 
 
 def probe() -> Machine:
@@ -159,37 +201,42 @@ def probe() -> Machine:
     return Machine(*json.loads(done.stdout))
 
 
-def _environment() -> dict[str, str]:
-    """This process's, with the checkout importable without being installed."""
-    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+def _environment(packages: tuple[str, ...] = ()) -> dict[str, str]:
+    """This process's, with the checkout and the carried packages importable."""
+    paths = [str(ROOT), str(ROOT / "python"), *packages, os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(filter(None, paths))
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def run(section: Section, machine: Machine, log: IO[str]) -> Outcome:
-    """Runs a section or says why not; its output goes to the log."""
+def carry(wheels: Path, target: Path, log: IO[str]) -> Outcome:
+    """Installs the wheels of a folder for the sections, and for nobody else."""
+    files = sorted(str(path) for path in wheels.glob("*.whl"))
+    if not files:
+        return Outcome("wheels", "failed", 0.0, f"{wheels} holds no wheels")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    command += ["--no-compile", "--target", str(target), *files]
+    start = time.monotonic()
+    note, text = _execute(command, _environment(), 60, log)
+    status = "failed" if note else "passed"
+    return Outcome("wheels", status, time.monotonic() - start, note, text[-2000:])
+
+
+def run(section: Section, machine: Machine, log: IO[str], left_s: float = inf) -> Outcome:
+    """Runs a section or says why not; its output goes to the log as it comes."""
     log.write(f"\n===== {section.name} =====\n")
-    reason = None
-    if section.needs_gpu and not machine.has_gpu:
-        reason = "no CUDA device"
-    elif section.needs_tool is not None and shutil.which(section.needs_tool) is None:
-        reason = f"{section.needs_tool} is not on the PATH"
-    elif section.needs_path is not None and not section.needs_path.exists():
-        reason = f"{section.needs_path} is not there"
-    else:
-        missing = [m for m in section.needs_modules if importlib.util.find_spec(m) is None]
-        if missing:
-            reason = f"{', '.join(missing)} cannot be imported"
+    reason = _why_not(section, machine)
+    if reason is None and left_s < 5:
+        reason = "no time is left"
     if reason is not None:
         log.write(f"skipped: {reason}\n")
         return Outcome(section.name, "skipped", 0.0, reason)
-    start = time.monotonic()
+    start, limit_s = time.monotonic(), min(section.limit_s, left_s)
+    environment = _environment(machine.packages) | section.env
     notes, output = [], []
     for command in section.commands:
-        left = section.limit_s - (time.monotonic() - start)
-        note, text = _execute(command, section.env, max(left, 1.0))
-        log.write(f"$ {' '.join(command)}\n{text}\n")
-        log.flush()
+        left = limit_s - (time.monotonic() - start)
+        log.write(f"$ {' '.join(command)}\n")
+        note, text = _execute(command, environment, max(left, 1.0), log)
         output.append(text)
         if note:
             notes.append(f"`{' '.join(command)}` {note}")
@@ -198,43 +245,78 @@ def run(section: Section, machine: Machine, log: IO[str]) -> Outcome:
     return Outcome(section.name, "failed" if notes else "passed", seconds, "; ".join(notes), tail)
 
 
-def _execute(command: list[str], env: dict[str, str], limit_s: float) -> tuple[str, str]:
+def _why_not(section: Section, machine: Machine) -> str | None:
+    if section.needs_gpu and not machine.has_gpu:
+        return "no CUDA device"
+    if section.needs_tool is not None and shutil.which(section.needs_tool) is None:
+        return f"{section.needs_tool} is not on the PATH"
+    if section.needs_path is not None and not section.needs_path.exists():
+        return f"{section.needs_path} is not there"
+    missing = [
+        name
+        for name in section.needs_modules
+        if not importlib.util.find_spec(name)
+        and not PathFinder.find_spec(name, list(machine.packages))
+    ]
+    if missing:
+        return f"{', '.join(missing)} cannot be imported; `make gpu-wheels` fetches what is missing"
+    return None
+
+
+def _execute(
+    command: list[str], env: dict[str, str], limit_s: float, log: IO[str]
+) -> tuple[str, str]:
     """What went wrong ("" if nothing) and everything printed. Kills the whole group on time-out."""
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        try:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=_environment() | env,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return f"could not start ({error})", ""
-        try:
-            code = process.wait(limit_s)
-            note = "" if code == 0 else f"exited with {code}"
-        except subprocess.TimeoutExpired:
+    log.flush()
+    path = Path(log.name)
+    before = path.stat().st_size
+    try:
+        # The log is open for appending, so both processes write at its end.
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"could not start ({error})", ""
+    try:
+        code = process.wait(limit_s)
+        note = "" if code == 0 else f"exited with {code}"
+    except subprocess.TimeoutExpired:
+        note = f"was stopped at the limit of {limit_s:.0f} s"
+    finally:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            note = f"was stopped at the limit of {limit_s:.0f} s"
-        output.seek(0)
-        return note, output.read()
+    return note, path.read_bytes()[before:].decode(errors="replace")
 
 
 def summarise(out: Path, machine: Machine, outcomes: Sequence[Outcome]) -> None:
-    """Writes summary.json and summary.md."""
-    document = {"device": machine.name, "sections": [asdict(outcome) for outcome in outcomes]}
-    (out / "summary.json").write_text(json.dumps(document, indent=1) + "\n")
-    lines = [f"# gpu-check on {machine.name}", "", "| section | outcome | s | note |"]
-    lines.append("| --- | --- | ---: | --- |")
+    """Writes summary.md: sections, targets, the benchmarks' tables, ends of failed outputs.
+
+    Of JSONs only those of the sections that ran: others may lie there from another run.
+    """
+    ran = {outcome.section for outcome in outcomes}
+    documents = {
+        name: document
+        for name, document in gpu_check_targets.read(out).items()
+        if f"bench-{name}" in ran
+    }
+    lines = [f"# gpu-check on {machine.name}", ""]
+    for document in list(documents.values())[:1]:
+        made = document["environment"]
+        versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+        lines += [f"{versions}; commit {made['commit']}; {made['date']}", ""]
+    lines += ["| section | outcome | s | note |", "| --- | --- | ---: | --- |"]
     for o in outcomes:
         lines.append(f"| {o.section} | {o.status} | {o.seconds:.0f} | {o.note} |")
-    for name in RESULTS:
-        path = out / f"{name}.json"
-        if f"bench-{name}" in {o.section for o in outcomes} and path.exists():
-            lines += ["", *result_table(name, json.loads(path.read_text()))]
+    if documents:
+        lines += ["", "## Targets", "", *gpu_check_targets.table(documents)]
+    for name in filter(documents.__contains__, RESULTS):
+        lines += ["", *result_table(name, documents[name])]
     for o in outcomes:
         if o.status == "failed":
             lines += ["", f"## {o.section}: end of the output", "", "```", o.tail, "```"]
@@ -261,29 +343,48 @@ def main(argv: list[str] | None = None, check: list[Section] | None = None) -> i
     """Runs the sections asked for (of `check`, by default all); 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
-    parser.add_argument("--sections", help="comma-separated; default: all")
+    parser.add_argument("--sections", help="comma-separated; default: all but rollout and offline")
+    parser.add_argument("--wheels", type=Path, help="folder that `make gpu-wheels` filled")
+    parser.add_argument("--golden", type=Path, default=GOLDEN, help="golden files, for parity")
+    parser.add_argument("--limit", type=float, default=585, help="seconds for everything")
     args = parser.parse_args(argv)
+    start = time.monotonic()
     machine = probe()
     out: Path = args.out or ROOT / "benchmarks" / "results" / machine.slug
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as build_dir, (out / "gpu-check.log").open("w") as log:
-        known = check or sections(out, Path(build_dir))
+    outcomes: list[Outcome] = []
+    (out / "gpu-check.log").write_text("")
+    with tempfile.TemporaryDirectory() as temporary, (out / "gpu-check.log").open("a") as log:
+        build_dir, site = Path(temporary, "build"), Path(temporary, "site")
+        known = check or sections(out, build_dir, args.golden.resolve())
         names = [section.name for section in known]
-        wanted = args.sections.split(",") if args.sections else names
+        wanted = [section.name for section in known if not section.asked_only]
+        if args.sections:
+            wanted = args.sections.split(",")
         unknown = sorted(set(wanted) - set(names))
         if unknown:
             parser.error(f"--sections: got {', '.join(unknown)}; needed: of {', '.join(names)}")
-        outcomes = []
+        if args.wheels is not None:
+            outcomes.append(carry(args.wheels, site, log))
+            machine = replace(machine, packages=(str(site),))
         for section in known:
-            if section.name in wanted:
-                outcomes.append(run(section, machine, log))
-                last = outcomes[-1]
-                print(f"{last.section}: {last.status} ({last.seconds:.0f} s) {last.note}")
-                summarise(out, machine, outcomes)  # so that a killed check leaves what it has
+            if section.name not in wanted:
+                continue
+            outcomes.append(Outcome(section.name, "failed", 0.0, "was interrupted"))
+            summarise(out, machine, outcomes)  # so that a killed check leaves what it has
+            outcomes[-1] = run(section, machine, log, args.limit - (time.monotonic() - start))
+            last = outcomes[-1]
+            print(f"{last.section}: {last.status} ({last.seconds:.0f} s) {last.note}", flush=True)
+        summarise(out, machine, outcomes)
     print((out / "summary.md").read_text())
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
+def _stop(*_: object) -> None:
+    raise SystemExit("gpu-check was told to stop")
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

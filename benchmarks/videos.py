@@ -94,7 +94,6 @@ def measure(
     if device == "cuda":  # what the last provider held makes room
         gc.collect()
         torch.cuda.empty_cache()
-    lengths = [case.frames, LONGER * case.frames][: 1 if case.wan.window is None else 2]
     try:
         stream = Stream(case, run.batch, make_student(case, device, run.provider), run.provider)
         first = stream.next().float().cpu()
@@ -105,7 +104,7 @@ def measure(
         if not error <= BOUND[case.dtype]:  # NaN comes here too
             return [], {str(run): f"relative error {error:.2g} against eager"}
         rows = []
-        for frames in lengths:
+        for frames in lengths(case):
             seconds, peak = _timed(partial(_whole, stream, frames), args)
             rows.append(
                 _row(run, frames, seconds, peak, stream.cache_bytes, error, machine, before)
@@ -114,6 +113,11 @@ def measure(
         return [], {str(run): f"{type(broken).__name__}: {broken}"}
     before += rows
     return rows, {}
+
+
+def lengths(case: Case) -> tuple[int, ...]:
+    """Latent frames: a video's, and with a window `LONGER` times that."""
+    return (case.frames,) if case.wan.window is None else (case.frames, LONGER * case.frames)
 
 
 def _whole(stream: Stream, frames: int) -> None:

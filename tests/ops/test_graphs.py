@@ -1,4 +1,4 @@
-"""Losses in a CUDA graph: a replay reads seeds, times and inputs anew and gives the launched bits."""
+"""Losses in a CUDA graph: a replay reads seeds, times and inputs anew and gives the same bits."""
 
 from __future__ import annotations
 
