@@ -20,8 +20,13 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _all_keys(x: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (x if context is None else torch.cat((context, x), dim=1)).to(dtype)
+def _all_keys(
+    x: Tensor, context: Tensor | None, intervals: Intervals, dtype: torch.dtype
+) -> Tensor:
+    """[B, N, h, d]; 0 where nobody attends, as a weight of 0 would not hide a NaN."""
+    x = (x if context is None else torch.cat((context, x), dim=1)).to(dtype)
+    attended_BN = intervals.mask(x.shape[1], x.device).any(1)
+    return x.masked_fill(~attended_BN[:, :, None, None], 0)
 
 
 def _scores(q_BLhd: Tensor, k_BNhd: Tensor, mask_BhLN: Tensor, scale: float) -> Tensor:
@@ -44,7 +49,8 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, h, d] in q's dtype and lse [B, h, L] in the wide dtype."""
     dtype = _wide(q)
-    key, value = _all_keys(k, k_context, dtype), _all_keys(v, v_context, dtype)
+    key = _all_keys(k, k_context, intervals, dtype)
+    value = _all_keys(v, v_context, intervals, dtype)
     mask = _mask(intervals, key)
     scores = _scores(q.to(dtype), key, mask, scale)
     # The maximum of a row is a constant shift; a row without keys shifts by 0 and weighs 0.
@@ -77,7 +83,8 @@ def block_attention_bwd(
     """dq, dk, dv, dk_context, dv_context in their tensors' dtypes; None where not needed."""
     dtype = _wide(q)
     query, grad = q.to(dtype), grad_out.to(dtype)
-    key, value = _all_keys(k, k_context, dtype), _all_keys(v, v_context, dtype)
+    key = _all_keys(k, k_context, intervals, dtype)
+    value = _all_keys(v, v_context, intervals, dtype)
     mask = _mask(intervals, key)
     scores = _scores(query, key, mask, scale)
     shift = lse.to(dtype).masked_fill(lse == -torch.inf, 0)[..., None]

@@ -237,6 +237,23 @@ def test_two_runs_return_the_same_bits(place: Place, case: Case) -> None:
         assert torch.equal(a, b)
 
 
+def test_keys_that_nobody_attends_may_hold_anything(place: Place) -> None:
+    """As the slots of a cache do that were never written."""
+    case = Case("spare", intervals.cache([3, 5], 4), batch=2, spare=3)
+    clean = case.tensors(place[1])
+    dirty = [x.detach().clone() for x in clean]
+    for x in dirty[1:]:
+        x[:, 5:] = torch.nan
+    dirty = [x.requires_grad_() for x in dirty]
+    for one, other in zip(attend(case, clean), attend(case, dirty), strict=True):
+        assert torch.equal(one, other)
+    grads, others = (
+        torch.autograd.grad(attend(case, x)[0].square().sum(), x) for x in (clean, dirty)
+    )
+    for grad, other in zip(grads, others, strict=True):
+        assert torch.equal(grad, other)
+
+
 def test_queries_without_keys_are_zero_and_leave_no_nan(place: Place) -> None:
     case = Case("none", intervals.cache(0, 3), batch=2)
     tensors = case.tensors(place[1])
