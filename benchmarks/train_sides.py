@@ -69,7 +69,9 @@ class Case:
     @property
     def afd(self) -> AfdConfig:
         """The quickstart's settings for the toy, the reported ones else."""
-        sizes = {"samples_per_prompt": self.group, "draws": self.draws}
+        sizes: dict[str, Any] = {"samples_per_prompt": self.group, "draws": self.draws}
+        if self.group == 1:  # which a group says nothing of
+            sizes |= {"baseline": "batch", "normalize": "batch"}
         if self.wan is None:
             return AfdConfig(**sizes)
         more: dict[str, Any] = {"nft_beta": 0.1, "adv_clip": 5.0, "learning_rate": 1e-5}
