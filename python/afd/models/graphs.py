@@ -115,7 +115,8 @@ class GraphedPasses(FixedPasses):
                     self._net.streamed(x_BFCHW, times, cache, context)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Not "global": a thread that records an earlier chunk may wait for its event meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = self._net.streamed(x_BFCHW, times, cache, context)
         return _Recorded(x_BFCHW, times, out, graph.replay)
 
