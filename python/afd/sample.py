@@ -92,6 +92,9 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
         raise ConfigError("checkpoint: not given; needed: the student's weights")
     if config.student == "wan" and not Path(config.checkpoint).exists():
         raise ConfigError(f"checkpoint: {config.checkpoint} does not exist")
+    # Before anything is downloaded or loaded.
+    if config.torch_device.type != "cuda" and config.cuda_graphs:
+        raise ConfigError("cuda_graphs: got 'cpu'; needed: a CUDA device")
     layout = _layout(config, jobs)
     for job in jobs:
         if job.prefix is not None and not job.prefix.is_file():

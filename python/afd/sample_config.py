@@ -116,12 +116,16 @@ class StreamConfig(WanParts):
 
     @property
     def torch_device(self) -> torch.device:
-        there = torch.cuda.is_available()
+        there = torch.cuda.device_count()
         if self.device == "auto":
             return torch.device("cuda" if there else "cpu")
-        if self.device != "cpu" and not there:
-            raise ConfigError(f"device: got {self.device}; there is no CUDA device here")
-        return torch.device(self.device)
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= there:
+            has = (
+                f"needed: one of the {there} from cuda:0 on" if there else "there is no CUDA device"
+            )
+            raise ConfigError(f"device: got {self.device}; {has} here")
+        return device
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -293,6 +293,7 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
         ({"checkpoint": "/none.pt"}, "checkpoint: /none.pt does not exist"),
         ({"head_dim": 5}, "head_dim: got 5; needed: a divisor of the width 32"),
         ({"cuda_graphs": True}, "cuda_graphs: got 'cpu'"),
+        ({"device": "cuda:99"}, "device: got cuda:99; "),
         ({"prompts": None}, "prompts: not given"),
         ({"prompts": "/none.txt"}, "prompts /none.txt: cannot be read"),
         ({"frames": 29}, "frames: got 29, which is 8 latent frames; needed: chunks of 3"),
