@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -45,20 +45,24 @@ class Pipeline:
 
     student: Student
     codec: Codec
-    caches: dict[int, KVCache] = field(default_factory=dict)
+    graphs: bool = False
+    kept: KVCache | None = None
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, L, E] on the student's device."""
         return self.student.encode(list(prompts)).to(self.student.dtype)
 
     def cache(self, text_BLE: Tensor, frames: int) -> KVCache:
-        """One cache per batch size, its memory used by one batch after another."""
-        known = self.caches.get(len(text_BLE))
-        if known is None:
-            known = self.caches[len(text_BLE)] = self.student.new_cache(text_BLE, frames)
-        else:
-            known.reset(self.student.net.text_kv(text_BLE))
-        return known
+        """The one cache, its memory used by one batch after another; made anew for another size."""
+        if self.kept is not None and len(self.kept.self_kv[0][0]) == len(text_BLE):
+            self.kept.reset(self.student.net.text_kv(text_BLE))
+            return self.kept
+        # The last batch may be a smaller one: what the others used goes first, and who holds it.
+        self.kept = None
+        if self.graphs:
+            self.student.use_graphs()
+        self.kept = self.student.new_cache(text_BLE, frames)
+        return self.kept
 
 
 @dataclass(frozen=True)
@@ -315,9 +319,7 @@ def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
     student.net.fuse_projections()
     if config.compile:
         student.net.compile_blocks()
-    if config.cuda_graphs:
-        student.use_graphs()
-    return Pipeline(student, codec)
+    return Pipeline(student, codec, config.cuda_graphs)
 
 
 def _remembering(wan: WanConfig, config: SampleConfig) -> WanConfig:

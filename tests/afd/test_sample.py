@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,15 @@ def test_a_batch_makes_the_videos_that_one_after_another_makes(
         assert a.name == b.name
         assert (video_of(a) - video_of(b)).abs().max() < 0.05
     assert (video_of(a) - video_of(tmp_path / "a" / "0000-a-red-ball-0.mp4")).abs().mean() > 0.01
+
+
+def test_a_smaller_last_batch_holds_one_cache_not_two(models: Path, tmp_path: Path) -> None:
+    pipeline = sampling.load(make(models, tmp_path), ["a red ball", "the table"])
+    both = pipeline.text(["a red ball", "the table"])
+    cache = weakref.ref(pipeline.cache(both, 9))
+    assert pipeline.cache(both, 9) is cache()
+    assert pipeline.cache(both[:1], 9).self_kv[0][0].shape[0] == 1
+    assert cache() is None
 
 
 def test_what_is_there_is_skipped_and_the_rest_is_made(models: Path, tmp_path: Path) -> None:
