@@ -113,7 +113,7 @@ def test_distillation_raises_what_the_discriminator_scores(
 def velocities(method: Afd, batch: Batch) -> dict[tuple[str, str], Tensor]:
     """v of every version in every context mode, on the same copies of the same rollouts."""
     method.rollout(batch)
-    rollouts, _ = method._current()
+    rollouts = method._current()
     copies = draw_copies(
         method.config, len(rollouts.prompts), method.chunks, method.times, torch.Generator()
     )
@@ -291,7 +291,7 @@ def test_a_student_with_a_first_list_of_its_own_streams_and_learns_by_it() -> No
     plain = make_afd(wan_student())
     for one in (method, plain):
         one.rollout(wan_batch())
-    ours, theirs = method._current()[0].x_BFCHW, plain._current()[0].x_BFCHW
+    ours, theirs = method._current().x_BFCHW, plain._current().x_BFCHW
     assert not torch.allclose(ours[:, :3], theirs[:, :3])
     assert method.first_times == [method.times[0], method.times[2]]
     method.critic_step(wan_batch())

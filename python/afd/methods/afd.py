@@ -8,28 +8,24 @@ of them, F frames, C channels, H x W pixels or latents, K chunks, L text tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from afd import ops
-from afd.config import VideoConfig
 from afd.discriminators.base import Critic
 from afd.evaluation.diagnostics import rank_agreement
 from afd.methods.advantage import optimality
 from afd.methods.base import Batch, Shown
+from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
 from afd.methods.noised import Copies, check_chunks, draw_copies
-from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import Rollouts, Show, Streaming, roll_out
-from afd.models.codec import Codec, Pixels
+from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.kv_cache import LayerKV
 from afd.models.policies import Policies
 from afd.models.student import Student
-from afd.ranks import ALONE, Ranks
 
 # What the loss op measures of every copy, by the name in the metrics.
 MEASURED = {
@@ -52,55 +48,26 @@ def versions(config: AfdConfig) -> tuple[str, ...]:
     return tuple(name for name, needed in wanted.items() if needed)
 
 
-class Afd:
+class Afd(StudentMethod):
     """AFD (see `Method`).
 
     Args:
         policies: the `versions` of the student.
-        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
-        codec: between the student's space and pixels.
-        video: whose `codec_match` puts the student's videos through h264.
-        rollout_batch: videos streamed and decoded together; None: all.
+        how: what all methods are given (see `StudentMethod`).
     """
 
     name, needs_rollout, needs_critic = "afd", True, True
 
-    def __init__(
-        self,
-        policies: Policies,
-        critic: Critic,
-        config: AfdConfig,
-        *,
-        steps: Sequence[float],
-        codec: Codec | None = None,
-        video: VideoConfig | None = None,
-        ranks: Ranks = ALONE,
-        first_steps: Sequence[float] | None = None,
-        context_noise: float = 0.0,
-        rollout_batch: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.policies, self.critic, self.config, self.ranks = policies, critic, config, ranks
-        self.codec = codec or Pixels()
-        self.sees: Literal["video", "latent"] = critic.sees
-        self.streaming = Streaming(steps, first_steps, context_noise, rollout_batch)
-        self.times = policies.student.times(steps)
-        self.first_times = policies.student.times(first_steps) if first_steps else None
-        self.chunks = policies.student.frames // policies.student.chunk
+    def __init__(self, policies: Policies, critic: Critic, config: AfdConfig, **how: Any) -> None:
+        super().__init__(policies, config, critic, **how)
+        self.config: AfdConfig = config
+        self.critic = critic
         check_chunks(config, self.chunks)
         # With old="current" the student anchors itself: v_old is its own, without gradient.
         self.old = "old" if config.old == "ema" else "theta"
-        self.show = Show(critic, self.codec, video)
-        self.generator = Generator().manual_seed(seed)
         self.score_average: float | None = None
-        self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
-        self.shown: Shown | None = None
-        self._rollouts: Rollouts | None = None
 
     # --- one step ---
-
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        return self.critic.look(video_BFCHW)
 
     def rollout(self, batch: Batch) -> None:
         """Let the old policy make `samples_per_prompt` videos for every prompt."""
@@ -116,26 +83,26 @@ class Afd:
                 keep_context=config.context == "shared_context" and config.keep_context,
             )
 
-    def _current(self) -> tuple[Rollouts, Tensor]:
-        """This step's rollouts and what the discriminator sees of them."""
-        if self._rollouts is None or self._rollouts.seen_BFCHW is None:
-            raise RuntimeError("no rollouts: call rollout(batch) before critic_step, student_step")
-        return self._rollouts, self._rollouts.seen_BFCHW
-
     def critic_step(self, batch: Batch) -> dict[str, float]:
-        rollouts, seen_BFCHW = self._current()
+        rollouts, seen_BFCHW = self._seen()
         teacher = self._matched(batch)
         metrics: dict[str, float] = {}
         for _ in range(self.critic.config.steps_per_update):
             metrics = self.critic.step(teacher, seen_BFCHW, rollouts.prompts)
         return {f"critic/{key}": value for key, value in metrics.items()}
 
+    def _seen(self) -> tuple[Rollouts, Tensor]:
+        """This step's rollouts and what the discriminator sees of them."""
+        rollouts = self._current()
+        assert rollouts.seen_BFCHW is not None
+        return rollouts, rollouts.seen_BFCHW
+
     def _matched(self, batch: Batch) -> Tensor:
         """Each rollout's teacher video."""
         return batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
 
     def student_step(self, batch: Batch) -> dict[str, float]:
-        rollouts, seen_BFCHW = self._current()
+        rollouts, seen_BFCHW = self._seen()
         group = self.config.samples_per_prompt
         score_B = self.critic.score(seen_BFCHW, rollouts.prompts).float().cpu()
         r_B, metrics = self._weights(batch, self.ranks.gather(score_B))

@@ -17,23 +17,19 @@ chunks, L text tokens, E text channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from afd import ops
-from afd.config import VideoConfig
 from afd.methods.base import Batch, draw_times
 from afd.methods.config import DmdConfig
 from afd.methods.last_step import LastStepMethod, clean, pieces
 from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import Rollouts, Streaming
-from afd.models.codec import Codec, Pixels
+from afd.methods.rollouts import Rollouts
 from afd.models.policies import Policies
 from afd.models.student import Student
-from afd.ranks import ALONE, Ranks
 
 FIELDS = ("real", "fake")
 # A squared error of x0 is divided by max(t, smallest)^power: |v - v*|² is |x0 - x0*|² / t².
@@ -45,43 +41,21 @@ class Dmd(LastStepMethod):
 
     Args:
         policies: the `versions` of the student, and "ref" where the prior has a weight.
-        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
-        codec: between the student's space and pixels; used by those who show videos.
-        video: nothing here looks at pixels; taken as by the other methods.
-        rollout_batch: videos streamed together; None: all.
+        how: what all methods are given (see `StudentMethod`).
     """
 
     name = "dmd"
     versions, trained = ("theta", "ema", *FIELDS), ("theta", *FIELDS)
-    sees: Literal["video", "latent"] = "latent"
 
-    def __init__(
-        self,
-        policies: Policies,
-        config: DmdConfig,
-        *,
-        steps: Sequence[float],
-        codec: Codec | None = None,
-        video: VideoConfig | None = None,
-        ranks: Ranks = ALONE,
-        first_steps: Sequence[float] | None = None,
-        context_noise: float = 0.0,
-        rollout_batch: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        streaming = Streaming(steps, first_steps, context_noise, rollout_batch)
-        super().__init__(policies, config, streaming, ranks, seed)
+    def __init__(self, policies: Policies, config: DmdConfig, **how: Any) -> None:
+        super().__init__(policies, config, **how)
         self.config: DmdConfig = config
-        self.codec = codec or Pixels()
         constant = {"learning_rate": config.score_learning_rate, "cosine_steps": None}
         score_config = config.model_copy(update=constant)
         self.fits = {
-            name: StudentOptimizer(policies.weights(name), score_config, ranks, name)
+            name: StudentOptimizer(policies.weights(name), score_config, self.ranks, name)
             for name in FIELDS
         }
-
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        return video_BFCHW
 
     def critic_step(self, batch: Batch) -> dict[str, float]:
         """Fit `real` to the teacher's videos and `fake` to the student's."""
@@ -116,7 +90,7 @@ class Dmd(LastStepMethod):
         """x_t like x0 and its times [B, K]; drawn for all processes, as everything is."""
         config, count, own = self.config, batch.count * copies, batch.own(copies)
         t_BK = draw_times(config.timesteps, count, self.chunks, self.times, self.generator)
-        if config.timesteps == "student" and self.streaming.first_steps is not None:
+        if config.timesteps == "student" and self.first_times is not None:
             t_BK[:, :1] = draw_times("student", count, 1, self.first_times, self.generator)
         seed_B = ops.draw_seeds(count, self.generator)[own].to(x0_BFCHW.device)
         t_BK = t_BK[own].clamp(*clamp).to(x0_BFCHW.device)

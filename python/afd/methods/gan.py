@@ -8,62 +8,35 @@ Shape letters: B rollouts of this process, F frames, C channels, H x W pixels or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from afd.config import VideoConfig
 from afd.discriminators.base import DifferentiableCritic, held
 from afd.methods.base import Batch
 from afd.methods.config import GanConfig
 from afd.methods.last_step import LastStepMethod
-from afd.methods.rollouts import Rollouts, Show, Streaming
-from afd.models.codec import Codec, Pixels
+from afd.methods.rollouts import Rollouts
 from afd.models.policies import Policies
-from afd.ranks import ALONE, Ranks
 
 
 class Gan(LastStepMethod):
-    """The GAN baseline (see `Method`).
+    """The GAN baseline (see `Method`); its gradient passes the `video.codec_match` unchanged.
 
     Args:
         policies: the `versions` of the student, and "ref" where the prior has a weight.
-        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
-        codec: between the student's space and pixels.
-        video: whose `codec_match` puts the student's videos through h264; the gradient passes it
-            unchanged.
-        rollout_batch: videos streamed and decoded together; None: all.
+        how: what all methods are given (see `StudentMethod`).
     """
 
     name = "gan"
     versions, trained = ("theta", "ema"), ("theta",)
 
     def __init__(
-        self,
-        policies: Policies,
-        critic: DifferentiableCritic,
-        config: GanConfig,
-        *,
-        steps: Sequence[float],
-        codec: Codec | None = None,
-        video: VideoConfig | None = None,
-        ranks: Ranks = ALONE,
-        first_steps: Sequence[float] | None = None,
-        context_noise: float = 0.0,
-        rollout_batch: int | None = None,
-        seed: int = 0,
+        self, policies: Policies, critic: DifferentiableCritic, config: GanConfig, **how: Any
     ) -> None:
-        self.critic, self.codec = critic, codec or Pixels()
-        self.sees: Literal["video", "latent"] = critic.sees
-        self.see = Show(critic, self.codec, video)
-        streaming = Streaming(steps, first_steps, context_noise, rollout_batch)
-        super().__init__(policies, config, streaming, ranks, seed, show=self.see)
-
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        return self.critic.look(video_BFCHW)
+        super().__init__(policies, config, critic, **how)
+        self.critic = critic
 
     def critic_step(self, batch: Batch) -> dict[str, float]:
         rollouts = self._current()
@@ -84,10 +57,11 @@ class Gan(LastStepMethod):
 
     def _update(self, rollouts: Rollouts, count: int) -> dict[str, float]:
         """One update; `count`: videos of all processes."""
+        assert self.show is not None
         scores, priors = [], []
         for part in self._parts(rollouts):
             x_BFCHW, prior_B = self.predict(rollouts, part)
-            score_B = self.critic.differentiable_score(self.see(x_BFCHW), rollouts.prompts[part])
+            score_B = self.critic.differentiable_score(self.show(x_BFCHW), rollouts.prompts[part])
             loss = F.softplus(-score_B).sum() + self.config.prior_weight * prior_B.sum()
             self.optimizer.add(loss / count)
             scores.append(score_B.detach())

@@ -11,51 +11,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from afd.discriminators.base import Critic
 from afd.methods.base import Batch, Shown
+from afd.methods.common import StudentMethod
 from afd.methods.config import LastStepConfig
-from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import Rollouts, Show, Streaming, roll_out
+from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.policies import Policies
 from afd.models.student import Student
-from afd.ranks import Ranks
 
 
-class LastStepMethod:
+class LastStepMethod(StudentMethod):
     """The student's side of both methods.
 
     Args:
         policies: versions "theta" and "ema", and "ref" where the prior has a weight.
-        show: what a discriminator looks at of the student's videos, if there is one.
+        how: what all methods are given (see `StudentMethod`).
     """
 
     needs_rollout, needs_critic = True, True
 
     def __init__(
-        self,
-        policies: Policies,
-        config: LastStepConfig,
-        streaming: Streaming,
-        ranks: Ranks,
-        seed: int,
-        show: Show | None = None,
+        self, policies: Policies, config: LastStepConfig, critic: Critic | None = None, **how: Any
     ) -> None:
-        self.policies, self.ranks, self.streaming, self.show = policies, ranks, streaming, show
+        super().__init__(policies, config, critic, **how)
         self.config: LastStepConfig = config
-        student = policies.student
-        self.chunks = student.frames // student.chunk
-        self.times = student.times(streaming.steps)
-        first = streaming.first_steps
-        self.first_times = self.times if first is None else student.times(first)
-        last = [self.first_times[-1], *self.times[-1:] * (self.chunks - 1)]
-        self.last_t_1K = torch.tensor([last], dtype=torch.float32, device=student.device)
-        self.generator = Generator().manual_seed(seed)
-        self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
-        self.shown: Shown | None = None
-        self._rollouts: Rollouts | None = None
+        first = self.first_times or self.times
+        last = [first[-1], *self.times[-1:] * (self.chunks - 1)]
+        device = policies.student.device
+        self.last_t_1K = torch.tensor([last], dtype=torch.float32, device=device)
 
     def rollout(self, batch: Batch) -> None:
         """Let the student make `samples_per_prompt` videos for every prompt."""
@@ -70,11 +58,6 @@ class LastStepMethod:
                 keep_last_inputs=True,
             )
         self.shown = Shown(self._rollouts.prompts[0], self._rollouts.x_BFCHW[0].cpu())
-
-    def _current(self) -> Rollouts:
-        if self._rollouts is None:
-            raise RuntimeError("no rollouts: call rollout(batch) before critic_step, student_step")
-        return self._rollouts
 
     def _parts(self, rollouts: Rollouts) -> Iterator[slice]:
         return pieces(len(rollouts.prompts), self.config.micro_batch)

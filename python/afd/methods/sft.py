@@ -6,22 +6,18 @@ chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from afd.config import VideoConfig
-from afd.methods.base import Batch, Shown
+from afd.methods.base import Batch
+from afd.methods.common import StudentMethod
 from afd.methods.config import SftConfig
 from afd.methods.noised import Copies, check_chunks, draw_copies
-from afd.methods.optimizer import StudentOptimizer
-from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
 from afd.models.student import Student
-from afd.ranks import ALONE, Ranks
 
 VERSIONS = ("theta", "ema")
 
@@ -61,44 +57,20 @@ def denoising_loss(
     return (error.unflatten(1, (t_NK.shape[1], -1)).mean((2, 3, 4, 5)) * weight_NK).mean()
 
 
-class Sft:
+class Sft(StudentMethod):
     """Fine-tuning on finished teacher videos (see `Method`).
 
     Args:
         policies: versions "theta" and "ema".
-        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
-        codec: between the student's space and pixels.
-        video, rollout_batch: of other methods; nothing is rolled out here.
+        how: what all methods are given (see `StudentMethod`).
     """
 
     name, needs_rollout, needs_critic = "sft", False, False
-    sees: Literal["video", "latent"] = "latent"
 
-    def __init__(
-        self,
-        policies: Policies,
-        config: SftConfig,
-        *,
-        steps: Sequence[float],
-        codec: Codec | None = None,
-        video: VideoConfig | None = None,
-        ranks: Ranks = ALONE,
-        first_steps: Sequence[float] | None = None,
-        context_noise: float = 0.0,
-        rollout_batch: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.policies, self.config, self.context_noise = policies, config, context_noise
-        self.codec = codec or Pixels()
-        check_chunks(config, policies.student.frames // policies.student.chunk)
-        self.times = policies.student.times(steps)
-        self.first_times = policies.student.times(first_steps) if first_steps else None
-        self.generator = Generator().manual_seed(seed)
-        self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
-        self.shown: Shown | None = None
-
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        return video_BFCHW
+    def __init__(self, policies: Policies, config: SftConfig, **how: Any) -> None:
+        super().__init__(policies, config, **how)
+        self.config: SftConfig = config
+        check_chunks(config, self.chunks)
 
     def rollout(self, batch: Batch) -> None:
         """Nothing: the videos are the teacher's."""
@@ -122,7 +94,8 @@ class Sft:
         )
         for piece in copies.pieces(config.micro_batch):
             x0, text = x0_BFCHW[piece.video_N], text_BLE[piece.video_N]
-            loss = denoising_loss(student, x0, text, piece, config.loss, self.context_noise)
+            told = self.streaming.context_noise
+            loss = denoising_loss(student, x0, text, piece, config.loss, told)
             self.optimizer.add(loss * piece.share)
         metrics = self.optimizer.step()
         self.policies.average("ema", "theta", min(config.ema_decay, 0.02 * batch.step))
