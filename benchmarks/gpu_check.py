@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ from benchmarks import gpu_check_targets
 ROOT = Path(__file__).resolve().parents[1]
 # Golden files of the released code; they lie beside the checkout where there are any.
 GOLDEN = ROOT.parent / "shared" / "golden"
+# What the build makes.
+CORE = ROOT / "afd_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 # Of the trainer's and student's tests these need a GPU; the others need packages that a bare GPU
 # box lacks, and no GPU.
 OP_TESTS = ("tests/ops", "tests/contract", "tests/native")
@@ -156,7 +159,7 @@ def sections(out: Path, build_dir: Path, golden: Path = GOLDEN) -> list[Section]
             needs_path=golden,
         ),
         # Instruction sets that the machine where the rest was proved may not have.
-        Section("tests-native", [[*pytest, "tests/native"]], 15),
+        Section("tests-native", [[*pytest, "tests/native"]], 15, needs_path=CORE),
         # What the whole videos leave out: every provider's chunk, its launches and waits.
         bench("rollout", ["--budget", "2"], 120, asked_only=True),
         # Proved without a GPU; here with this machine's Triton and nvcc.
