@@ -2,6 +2,7 @@
 
     python -m benchmarks.hardware                       # of this machine, which it measures
     python -m benchmarks.hardware --bandwidth 4.3e12 --matmul 788e12     # of one that is not here
+    python -m benchmarks.hardware --bandwidth 4.3e12 --matmul 788e12 --ops   # of single ops
 
 A floor divides the work that the algorithm cannot avoid by two rates of the machine: bytes per
 second of a large copy (read and write counted) and floating point operations per second of a large
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
@@ -30,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 from afd.models.causal_wan import WanConfig
+from benchmarks import report
 
 # Bytes that a channel of a token costs in elements of the dtype, once through each fused op of a
 # block: q and k in and out and v copied into the cache (6); three times residual and branch in,
@@ -168,12 +170,38 @@ def _fastest(call: Callable[[], object], device: str, seconds: float) -> float:
     return best
 
 
+def op_floors(machine: Machine) -> Iterator[tuple[str, float, float, float]]:
+    """Of the cases that the GPU targets name: what, FLOP, bytes that must move, milliseconds."""
+    # Imported here, because they build on this file.
+    from benchmarks import attention, attention_parts, forward_noise, nft_loss, row_ops
+    from benchmarks.suite import WAN_480
+
+    asked = argparse.Namespace(device="cuda", quick=False, batch=[8, 32], dtype=["bf16"])
+    asked.shape, asked.weighting = WAN_480, ["x0_adaptive"]
+    for case in (*nft_loss.cases(asked), *forward_noise.cases(asked)):
+        for noise in ("seed", "given"):
+            moved = case.bytes(noise)[1]
+            what = f"{case.op} {case.dtype} B={case.batch}, noise {noise}"
+            yield what, 0.0, moved, 1e3 * elementwise_seconds(machine, moved)
+    for row in row_ops.cases(asked):
+        yield str(row), 0.0, row.bytes, 1e3 * elementwise_seconds(machine, row.bytes)
+    for seen in (*attention.cases(asked), *attention_parts.cases(asked)):
+        channels = seen.heads * seen.width * attention.DTYPES[seen.dtype].itemsize
+        moved = 2 * seen.batch * (seen.rows.queries + seen.rows.keys) * channels
+        moved *= 2 if seen.backward else 1  # gradients come in and go out likewise
+        what = f"attention, {seen.name} B={seen.batch}"
+        if seen.backward and not isinstance(seen, attention_parts.Backward):
+            what += ", forward and backward"
+        yield what, seen.flop, moved, 1e3 * attention_seconds(machine, seen.flop, moved)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bandwidth", type=float, help="bytes per second; measured if absent")
     parser.add_argument("--matmul", type=float, help="FLOP per second; measured if absent")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--ops", action="store_true", help="of single ops instead of a rollout")
     args = parser.parse_args(argv)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     if args.bandwidth and args.matmul:
@@ -181,6 +209,14 @@ def main(argv: list[str] | None = None) -> None:
     else:
         machine = Machine.measured(args.device, dtype)
     print(f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.matmul / 1e12:.3g} TFLOP/s")
+    if args.ops:
+        report.table(
+            "Ops at 480x832: floors",
+            ("op",),
+            ("TFLOP", "GB", "ms"),
+            [(op, flop / 1e12, moved / 1e9, ms) for op, flop, moved, ms in op_floors(machine)],
+        )
+        return
     table = Table(title="Wan2.1 1.3B, 480x832, 81 frames, 4 steps: floors", title_justify="left")
     for name in ("chunk", "TFLOP a pass", "GB a pass", *(f"ms a chunk, B={b}" for b in args.batch)):
         table.add_column(name, justify="right")

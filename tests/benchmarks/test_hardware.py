@@ -64,3 +64,18 @@ def test_rates_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "4300.0 GB/s, 788 TFLOP/s" in said
     assert "frames per second" in said
+
+
+def test_the_floor_of_an_op_is_its_bytes_or_its_arithmetic() -> None:
+    floors = {op: (flop, moved, ms) for op, flop, moved, ms in hardware.op_floors(H200)}
+    # Two passes of 8 bytes and a gradient of 2 for every one of 32 x 2,096,640 elements.
+    _, moved, ms = floors["nft_loss bf16 B=32, noise seed"]
+    assert moved == 18 * 32 * 16 * 21 * 60 * 104
+    assert ms == pytest.approx(1e3 * moved / 4.3e12)
+    flop, _, ms = floors["attention, rollout, chunk 7 B=1"]
+    assert flop == 4 * 4680 * 7 * 4680 * 1536
+    assert ms == pytest.approx(1e3 * flop / 788e12)
+    whole, alone = (floors[f"attention, {name}"][0] for name in (
+        "noisy half B=1, forward and backward", "context, backward B=1"
+    ))  # fmt: skip
+    assert alone < whole

@@ -4,6 +4,7 @@
     python -m tests.offline.budget --write    and writes what it measured to budgets.json,
                                               beside what other compiler versions wrote
     python -m tests.offline.budget nft_loss   only kernels whose name holds "nft_loss"
+    python -m tests.offline.budget --arch sm_90 attention   and only for this architecture
 
 Some limits hold always: no stack, no spills, no atomics, 16-byte accesses for streamed data, the
 architecture's own matrix instructions. Registers, shared memory, instructions (per element, or of
@@ -189,14 +190,14 @@ def _programs(measured: Measured, arch: str, warps: int) -> int:
 
 
 def submit_all(
-    workers: ProcessPoolExecutor, only: str = ""
+    workers: ProcessPoolExecutor, only: str = "", only_arch: str | None = None
 ) -> dict[tuple[str, str], Future[list[Result]]]:
     """Every call on every architecture, by ("nft_loss.bf16", "sm_90")."""
     return {
         (f"{call.op}.{call.name}", arch): workers.submit(compile_call, call, arch)
         for call in CALLS
         for arch in call.archs
-        if only in f"{call.op}.{call.name}"
+        if only in f"{call.op}.{call.name}" and only_arch in (None, arch)
     }
 
 
@@ -212,13 +213,19 @@ def _submit_cuda(workers: ProcessPoolExecutor) -> list[Future[list[Result]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("only", nargs="?", default="", help='part of a name; "cuda": CUDA sources')
+    parser.add_argument("--arch", choices=ARCHS, help="only this architecture")
     parser.add_argument("--write", action="store_true", help="write budgets.json")
     args = parser.parse_args()
+    if args.write and args.arch:
+        parser.error("--arch: got it with --write; needed: every architecture")
     table = budgets() if PATH.is_file() else {}
     fresh: set[str] = set()
-    print(f"{'kernel':34} {'arch':7} {'regs':>5} {'shared':>7} {'instr/elem':>10}  broken limits")
+    columns = f"{'regs':>5} {'spills':>6} {'shared':>7} {'instr/elem':>10} {'programs':>8}"
+    print(f"{'kernel':34} {'arch':7} {columns}  broken limits")
     with tempfile.TemporaryDirectory() as folder, pool(folder) as workers:
-        futures = [] if args.only == "cuda" else [*submit_all(workers, args.only).values()]
+        futures = []
+        if args.only != "cuda":
+            futures = list(submit_all(workers, args.only, args.arch).values())
         if args.only in ("", "cuda"):
             futures += _submit_cuda(workers)
         for future in futures:
@@ -233,8 +240,9 @@ def main() -> None:
                 broken = violations(result, kernels.get(result.kernel))
                 m = result.measured
                 print(
-                    f"{result.kernel:34} {result.arch:7} {m.registers:5} {m.shared:7} "
-                    f"{result.per_element:10.2f}  {'; '.join(broken)}",
+                    f"{result.kernel:34} {result.arch:7} {m.registers:5} {m.spills:6} "
+                    f"{m.shared:7} {result.per_element:10.2f} {result.programs:8}  "
+                    f"{'; '.join(broken)}",
                     flush=True,
                 )
     if args.write:
