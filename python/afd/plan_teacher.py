@@ -188,6 +188,9 @@ def missing_files(config: RunConfig) -> Iterator[str]:
 def _folder(config: RunConfig) -> Iterator[str]:
     """The videos themselves are read when the run starts."""
     folder = config.teacher_dir
+    yield from _path("teacher.path", folder, "the folder of the teacher's videos")
+    if not folder.exists():
+        return
     try:
         manifest, entries, problems = read_manifest(folder, config.teacher.manifest)
     except TeacherError as error:
