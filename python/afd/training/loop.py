@@ -113,7 +113,7 @@ def _home(out: Path, config: RunConfig, console: Console, ranks: Ranks) -> Itera
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.steps, config.seed)
         if ranks.world > 1:
             _log.info("%d processes, %s", ranks.world, config.parallel)
-        for op, state in facts["ops"].items():
+        for op, state in facts["ops_by_device"][ranks.device.type].items():
             _log.info("op %s runs on backend %s", op, state["chosen"])
         yield
 
