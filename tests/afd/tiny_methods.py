@@ -88,6 +88,7 @@ def make_afd(
             LatentConfig(**{"width": 8, "learning_rate": 1e-3, **pace}),
             channels=CHANNELS,
             text_dim=TEXT,
+            device=student.device,
             seed=seed,
         )
         given = {"critic": latent, "steps": WAN_STEPS}
