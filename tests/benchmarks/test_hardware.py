@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from afd.models.causal_wan import CausalWan, WanConfig
-from benchmarks import hardware
+from benchmarks import hardware, report
 from benchmarks.hardware import Machine, chunk_seconds, pass_work, rollout_seconds
+from tests.offline import budget
 
 H200 = Machine(4.3e12, 788e12)  # copy and bf16 product, as measured on one
 
@@ -79,3 +80,20 @@ def test_the_floor_of_an_op_is_its_bytes_or_its_arithmetic() -> None:
         "noisy half B=1, forward and backward", "context, backward B=1"
     ))  # fmt: skip
     assert alone < whole
+
+
+def test_the_page_shows_what_the_commands_print() -> None:
+    page = (report.ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines)}
+    floors = {op: f"{ms:.3g}" for op, _, _, ms in hardware.op_floors(H200)}
+    shown = rows.keys() & floors.keys()
+    assert len(shown) == 13
+    assert {op: rows[op][0] for op in shown} == {op: floors[op] for op in shown}
+    old, new = (budget.budgets()[f"triton {version}"]["sm_90"] for version in ("3.6", "3.9"))
+    kernels = rows.keys() & old.keys()
+    assert len(kernels) == 6
+    for name in kernels:
+        registers = f"{old[name]['registers']} / {new[name]['registers']}"
+        shared, programs = round(old[name]["shared"] / 1024), old[name]["programs"]
+        assert rows[name][1:] == [registers, str(shared), str(programs)], name
