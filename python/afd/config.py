@@ -249,13 +249,35 @@ def load_config(
     return make_config(data, overrides, str(path), kind)
 
 
+# Dates that are none, and lists without end, are not yaml's own errors.
+_BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only. Of a key that stands twice YAML would take the last, silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused below
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; ConfigError where it holds anything else."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    try:
+        data = _Loader(text).get_single_data()
+    except _BAD_YAML as error:
         raise ConfigError(f"config {path}: not valid YAML ({error})") from error
     if data is None:
         data = {}
@@ -334,7 +356,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
         raise ConfigError(f"override {override!r}: needs the form key=value or section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _BAD_YAML as error:
         raise ConfigError(f"override {override!r}: {text!r} is not valid YAML ({error})") from None
     where = data
     for i, part in enumerate(parts[:-1]):

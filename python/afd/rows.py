@@ -12,16 +12,25 @@ from typing import Any
 Rows = Iterator[tuple[int, "dict[str, Any] | str"]]
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text holds. ValueError for whatever is wrong with it, also for halves of
+    characters, which JSON can write and no file or tokenizer takes."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
 def json_rows(text: str) -> Rows:
     """One JSON object a line; empty lines are passed over."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            # JSON can write halves of characters, which no file or tokenizer takes.
-            json.dumps(row, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             yield number, f"not JSON ({error})"
             continue
         yield number, row if isinstance(row, dict) else f"{type(row).__name__}, not an object"

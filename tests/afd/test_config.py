@@ -112,7 +112,24 @@ def test_an_override_below_a_plain_value_is_refused() -> None:
         make_config({"teacher": 3}, ["teacher.style=mark"])
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
+def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "teacher: {count: 8}\nsteps: 3\nteacher:\n  count: 9\n")
+    with pytest.raises(ConfigError, match=r"(?s)key 'teacher' stands twice.*line 3"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "a: [",
+        "just words",
+        "name: 2026-13-45",
+        pytest.param("[" * 10_000, id="deep"),
+        "? [a]\n: 1",
+        "a: !!python/x",
+    ],
+)
 def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError, match=str(path)):

@@ -244,6 +244,15 @@ def test_a_prompt_that_is_no_file_name_is_refused_before_anything_is_made(
     assert why in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '[{"prompt_en": "\\ud800", "dimension": []}]'], ids=["deep", "half"]
+)
+def test_a_list_of_prompts_that_is_no_json_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "info.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"vbench\.prompts .*info\.json: not valid JSON"):
+        vbench.read(VBenchConfig(prompts=tmp_path / "info.json"))
+
+
 def test_prompts_that_differ_by_case_need_a_disk_that_tells_them_apart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def test_one_error_lists_every_fault(clips: Path) -> None:
         ("prompts.jsonl", f'{{"file": "0.mp4", "prompt": {"1" * 5000}}}', "not JSON"),
         ("prompts.csv", f'file,prompt\n0.mp4,"{"a" * 200_000}"\n', "not CSV"),
     ],
+    ids=["zero byte", "long name", "ring", "half a character", "deep", "long number", "long field"],
 )
 def test_whatever_stands_in_a_manifest_its_line_is_named(
     clips: Path, name: str, text: str, fault: str

@@ -15,11 +15,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from afd.config import ConfigError
 from afd.evaluation.config import VBenchConfig
 from afd.evaluation.suites import Clip, Prompt, Score, need, read_lines, read_text
+from afd.rows import parse_json
 
 _log = logging.getLogger("afd")
 FLICKERING = "temporal_flickering"
@@ -162,8 +162,8 @@ def _results(file: Path) -> dict[str, tuple[float, int | None]]:
 def _full_info(path: Path, key: str) -> list[tuple[str, tuple[str, ...]]]:
     """Prompt and dimensions of every entry of VBench_full_info.json."""
     try:
-        held: Any = json.loads(read_text(path, key))
-    except json.JSONDecodeError as error:
+        held = parse_json(read_text(path, key))
+    except ValueError as error:
         raise ConfigError(f"{key} {path}: not valid JSON ({error})") from error
     found = []
     for number, entry in enumerate(held if isinstance(held, list) else [None]):
