@@ -24,8 +24,8 @@ def test_providers_make_the_same_videos_and_a_window_goes_on(tmp_path: Path) -> 
         if case != "autoencoder":
             assert row["floor_s"] > 0
             assert row["error"] < 1e-4
-        if case == "quick":
-            eager = rows["quick", "eager", batch, frames]
+        if case == "quick" and batch == 1:
+            eager = rows["quick", "eager", 1, frames]
             assert row["speedup"] == pytest.approx(eager["seconds"] / row["seconds"])
             assert (row["speedup"] == 1) == (provider == "eager")
     short, long = (rows["quick, window", "ours", 1, frames] for frames in (9, 90))
