@@ -68,12 +68,19 @@ def unfit(tensors: Sequence[Tensor]) -> str | None:
 
 
 def describe(device: str, dtype: torch.dtype) -> str:
-    """Which library runs the forward and which the full backward, for heads of 128 channels."""
+    """Which library runs the forward and which the full backward, for heads of 128 channels.
+
+    And why those do not that would be tried before it.
+    """
     if device == "cpu":
         return f"forward and backward {_CPU.name}"
     capability = library_cuda.major()
-    forward, backward = (pick(capability, 128, backward=b) for b in (False, True))
-    return f"forward {_name(forward)}, backward {_name(backward)}"
+    forward, backward = (_name(pick(capability, 128, backward=b)) for b in (False, True))
+    earlier = itertools.takewhile(
+        lambda item: item[0] != forward, library_cuda.reasons(capability, 128).items()
+    )
+    passed = "".join(f"; not {name}: {why}" for name, why in earlier)
+    return f"forward {forward}, backward {backward}{passed}"
 
 
 def _name(runs: Any) -> str:

@@ -191,6 +191,22 @@ def test_the_library_is_named() -> None:
     assert "aten flash for CPU" in ops.report("cpu")[OP]["library"]
 
 
+def test_what_would_be_tried_before_it_is_named_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library_cuda, "major", lambda device=None: 9)
+    for library in library_cuda.ORDER:
+        gone = None if library.name == "cuDNN" else f"no {library.name} here"
+        monkeypatch.setattr(type(library), "missing", lambda self, why=gone: why)
+    library_cuda.first.cache_clear()
+    said = library_impl.describe("cuda", torch.bfloat16)
+    library_cuda.first.cache_clear()
+    assert said == (
+        "forward cuDNN, backward triton; not FlashAttention 3: no FlashAttention 3 here; "
+        "not FlashAttention 4: no FlashAttention 4 here"
+    )
+
+
 def test_on_a_gpu_the_newest_library_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def runs(
         *present: type, head_dim: int = 128, keys: bool = True, major: int = 9
