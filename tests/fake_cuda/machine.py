@@ -355,8 +355,8 @@ def _to(machine: FakeCuda, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> T
         return func(moved, *args, **kwargs)
 
 
-def _cuda(machine: FakeCuda, func: Any, x: Tensor, device: Any = 0, **how: Any) -> Tensor:
-    return machine.move(x, device_of(device), **how)
+def _cuda(machine: FakeCuda, func: Any, x: Tensor, device: Any = None, **how: Any) -> Tensor:
+    return machine.move(x, device_of(0 if device is None else device), **how)
 
 
 def _cpu(machine: FakeCuda, func: Any, x: Tensor, **how: Any) -> Tensor:
