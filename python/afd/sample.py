@@ -88,6 +88,19 @@ def sample(config: SampleConfig, console: Console) -> Sampled:
         return make_videos(config, jobs, console)
 
 
+@contextmanager
+def _said_when_full() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device: too little memory ({said}); --dry-run says what is held; a smaller batch, a "
+            "window or fewer frames take less"
+        ) from error
+
+
+@_said_when_full()
 def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Sampled:
     """`sample` for jobs of one's own; who may write into `config.out` is the caller's business."""
     out = config.out

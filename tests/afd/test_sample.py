@@ -189,6 +189,18 @@ def test_a_stream_that_fails_leaves_no_half_written_file(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_device_that_is_too_small_is_told_with_what_takes_less(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Student, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(Student, "remember", full)
+    with pytest.raises(ConfigError, match=r"memory \(CUDA out of memory\.\); --dry-run .*batch"):
+        sample(make(models, tmp_path), quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_window_with_sink_streams_beyond_the_training_length(
     models: Path, tmp_path: Path
 ) -> None:
