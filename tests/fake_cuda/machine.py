@@ -229,11 +229,12 @@ class FakeCuda(TorchFunctionMode):
         with patch.object(dispatch, "_requested", _ON_CPU) if ours else contextlib.nullcontext():
             out = (library or func)(*plain_args, **plain_kwargs)
         changed = {id(inner_of(x)): x for x in tensors}
-        if isinstance(out, Tensor):
-            return changed[id(out)] if id(out) in changed else OnGpu(out)
-        return tree_map_only(
-            Tensor, lambda x: changed[id(x)] if id(x) in changed else OnGpu(x), out
-        )
+
+        def outer(x: Tensor) -> Tensor:
+            # A conjugate that is only marked as one would not be marked outside.
+            return changed[id(x)] if id(x) in changed else OnGpu(x.resolve_conj().resolve_neg())
+
+        return outer(out) if isinstance(out, Tensor) else tree_map_only(Tensor, outer, out)
 
     def _refuse(
         self, func: Any, args: Any, tensors: list[Tensor], strangers: list[Tensor], strict: bool
@@ -267,7 +268,9 @@ class FakeCuda(TorchFunctionMode):
         self._seen.add(kind)
         name = func.overloadpacket.__name__
         module = importlib.import_module(f"afd_kernels.{_folder(name)}.op")
-        args, kwargs = tree_map_only(OnGpu, lambda x: OnGpu(_same_strides(x.inner)), (args, kwargs))
+        args, kwargs = tree_map_only(
+            Tensor, lambda x: OnGpu(_same_strides(inner_of(x))), (args, kwargs)
+        )
         op = name if name in dispatch.OPS else _folder(name)
         refusals = dispatch.explain(op, "cuda", {next(x.dtype for x in args if x is not None)})
         self._within += 1
