@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,8 +61,11 @@ def explain(
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}; needed: one of {', '.join(OPS)}")
-    kinds = frozenset(dtypes)
-    return {name: _against(op, name, device, kinds, tensors) for name in OPS[op]}
+    reasons = {name: _refusal(op, name, device, frozenset(dtypes)) for name in OPS[op]}
+    for name, reason in reasons.items():
+        if tensors and reason is None and (looks := _looks(op, name)) is not None:
+            reasons[name] = looks.unfit(tensors)
+    return reasons
 
 
 def pick(op: str, *tensors: torch.Tensor | None) -> Any:
@@ -75,7 +78,9 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     device, dtypes = given[0].device.type, frozenset(x.dtype for x in given)
     requested = next((b for b, ops in reversed(_requested) if not ops or op in ops), None)
     for name in (requested,) if requested else OPS[op]:
-        reason = _against(op, name, device, dtypes, given)
+        reason = _refusal(op, name, device, dtypes)
+        if reason is None and (looks := _looks(op, name)) is not None:
+            reason = looks.unfit(given)
         if reason is None:
             return _module(op, name)
         if not requested and (op, name, reason) not in _logged:
@@ -110,19 +115,11 @@ def _module(op: str, backend: str) -> Any:
     return importlib.import_module(f"afd_kernels.{op}.{backend}{suffix}")
 
 
-def _against(
-    op: str,
-    backend: str,
-    device: str,
-    dtypes: frozenset[torch.dtype],
-    tensors: Sequence[torch.Tensor],
-) -> str | None:
-    """What the backend has against tensors like these, or against these."""
-    reason = _refusal(op, backend, device, dtypes)
-    if reason is not None or not tensors:
-        return reason
-    unfit: Callable[..., str | None] | None = getattr(_module(op, backend), "unfit", None)
-    return None if unfit is None else unfit(tensors)
+@functools.cache
+def _looks(op: str, backend: str) -> Any | None:
+    """The backend's module where it looks at the tensors themselves, too."""
+    module = _module(op, backend)
+    return module if hasattr(module, "unfit") else None
 
 
 @functools.cache
