@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
 from afd.ops import intervals
-from benchmarks import attention
+from benchmarks import attention, attention_parts
 from tests.benchmarks.test_benchmarks import run
+from tests.fake_cuda import fake_cuda
 
 
 def test_a_row_per_case_and_provider_that_runs_here(tmp_path: Path) -> None:
@@ -81,3 +83,13 @@ def test_providers_agree_where_a_block_has_two_intervals() -> None:
         output = attention._step(name, case, "cpu")(given)
         for x, y in zip(output, exact, strict=True):
             assert torch.allclose(x[:, :, :1].double(), y, atol=1e-5)
+
+
+def test_on_a_gpu_the_parts_run_and_equal_float64() -> None:
+    with fake_cuda() as gpu:
+        for case in attention_parts.cases(Namespace(quick=True, device="cuda")):
+            given, failed = case.tensors("cuda", 0), dict[str, str]()
+            # The fake GPU has no cuDNN.
+            steps = {name: step for name, step in case.steps().items() if "cuDNN" not in name}
+            assert attention._checked(case, given, steps, failed).keys() == steps.keys(), failed
+    assert gpu.launches["_block_attention_dq_kernel"] > gpu.launches["_block_attention_dkdv_kernel"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import row_ops
 from tests.benchmarks.test_benchmarks import run
+from tests.fake_cuda import fake_cuda
 
 
 def test_a_row_per_op_and_backend_that_runs_here(tmp_path: Path) -> None:
@@ -40,3 +42,13 @@ def test_a_backend_that_disagrees_is_not_timed(
     with pytest.raises(SystemExit):
         row_ops.main(["--quick", "--device", "cpu", "--providers", "reference", "--case", "adaln"])
     assert "FAILED adaln fp32 B=2, reference: relative error" in capsys.readouterr().out
+
+
+def test_on_a_gpu_every_op_is_launched(tmp_path: Path) -> None:
+    with fake_cuda() as gpu:
+        row_ops.main(["--quick", "--device", "cuda", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "row_ops.json").read_text())["rows"]
+    assert {(r["case"], r["backend"]) for r in rows if r["backend"] != "reference"} == {
+        (op, "triton") for op in row_ops.OPS
+    }
+    assert {"_qk_norm_rope_fwd_kernel", "_adaln_fwd_kernel"} <= gpu.launches.keys()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import videos
+from benchmarks.hardware import Machine
+from tests.fake_cuda import fake_cuda
 
 QUICK = ["--quick", "--device", "cpu"]
 
@@ -41,3 +45,14 @@ def test_a_provider_that_disagrees_is_not_timed(
     with pytest.raises(SystemExit):
         videos.main([*QUICK, "--providers", "ours"])
     assert "FAILED quick B=1 ours: relative error" in capsys.readouterr().out
+
+
+def test_on_a_gpu_videos_are_made_and_a_graph_that_fails_takes_nothing_along() -> None:
+    args = Namespace(device="cuda", quick=True, budget=0.1, providers=["eager", "ours", "graph"])
+    before, firsts, failed = list[videos.Row](), dict[int, torch.Tensor](), dict[str, str]()
+    with fake_cuda():
+        for run in videos.runs(args):
+            failed |= videos.measure(run, Machine(1e12, 1e15), before, firsts, args)[1]
+    assert {(row.provider, row.B) for row in before} == {("eager", 1), ("ours", 1), ("eager", 2)}
+    assert all(row.error < 1e-4 for row in before if row.error is not None)
+    assert {why for why in failed.values()} == {"RuntimeError: no CUDA graph on a fake GPU"}
