@@ -359,8 +359,9 @@ def main(argv: list[str] | None = None, check: list[Section] | None = None) -> i
     outcomes: list[Outcome] = []
     (out / "gpu-check.log").write_text("")
     with tempfile.TemporaryDirectory() as temporary, (out / "gpu-check.log").open("a") as log:
-        build_dir, site = Path(temporary, "build"), Path(temporary, "site")
-        known = check or sections(out, build_dir, args.golden.resolve())
+        site = Path(temporary, "site")
+        # Kept, so that a build that was stopped goes on in the next check.
+        known = check or sections(out, ROOT / "build" / "gpu-check", args.golden.resolve())
         names = [section.name for section in known]
         wanted = [section.name for section in known if not section.asked_only]
         if args.sections:
