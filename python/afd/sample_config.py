@@ -131,10 +131,6 @@ class StreamConfig(WanParts):
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    @property
-    def torch_vae_dtype(self) -> torch.dtype:
-        return DTYPES[self.vae_dtype]
-
 
 class SampleConfig(StreamConfig):
     """One run of `afd sample`."""

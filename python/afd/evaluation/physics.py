@@ -79,9 +79,6 @@ def track_ball(video_NFCHW: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([x, y], -1), colour_N
 
 
-Curve = Callable[[Tensor], Tensor]  # parameters [..., P] -> curve [..., F]
-
-
 def _free_fall(parameters: Tensor, frames: int) -> Tensor:
     y0, vy, gravity = parameters.unbind(-1)
     return fall(y0, vy, gravity, torch.tensor(BOUNCE), frames)

@@ -93,21 +93,21 @@ class Student(nn.Module, ABC):
         A video's noise depends on its own seed alone.
         """
 
-    @abstractmethod
+    # --- what is alike ---
+
     def velocity(
         self,
         x_t_BFCHW: Tensor,
         t_BK: Tensor,
         text_BLE: Tensor,
         context: list[LayerKV] | None = None,
-        *,
-        clean_BFCHW: Tensor | None = None,
-        context_noise: float = 0.0,
-        chunks_BN: Tensor | None = None,
+        **how: Any,
     ) -> Tensor:
-        """Rectified-flow velocity (noise minus video) at x_t, shaped like it (see `predict`)."""
+        """Rectified-flow velocity (noise minus video) at x_t, shaped like it.
 
-    # --- what is alike ---
+        Arguments as in `predict`, whose output it is unless a student's network says otherwise.
+        """
+        return self.predict(x_t_BFCHW, t_BK, text_BLE, context, **how)
 
     def predict(
         self,

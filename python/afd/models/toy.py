@@ -110,21 +110,10 @@ class ToyStudent(Student):
         t_BK: Tensor,
         text_BLE: Tensor,
         context: list[LayerKV] | None = None,
-        *,
-        clean_BFCHW: Tensor | None = None,
-        context_noise: float = 0.0,
-        chunks_BN: Tensor | None = None,
+        **how: Any,
     ) -> Tensor:
-        """Rectified-flow velocity (noise minus video) at x_t, shaped like it (see `predict`)."""
-        x0_BFCHW = self.predict_x0(
-            x_t_BFCHW,
-            t_BK,
-            text_BLE,
-            context,
-            clean_BFCHW=clean_BFCHW,
-            context_noise=context_noise,
-            chunks_BN=chunks_BN,
-        )
+        """Of the clean video that the network predicts, in float32."""
+        x0_BFCHW = self.predict_x0(x_t_BFCHW, t_BK, text_BLE, context, **how)
         t_BF = frame_times(x_t_BFCHW, t_BK).clamp_min(self.config.smallest_t)
         return (x_t_BFCHW - x0_BFCHW) / t_BF[..., None, None, None]
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from afd.models.causal_wan import CausalWan
-from afd.models.kv_cache import LayerKV
 from afd.models.noise import Layout, NoiseSource, counted_noise
 from afd.models.student import Level, Student
 from afd.schedules import ShiftedFlow, check_steps, x0_from_flow
@@ -84,28 +83,6 @@ class WanStudent(Student):
             self.frame_shape,
             device=self.device,
             dtype=self.dtype,
-        )
-
-    def velocity(
-        self,
-        x_t_BFCHW: Tensor,
-        t_BK: Tensor,
-        text_BLE: Tensor,
-        context: list[LayerKV] | None = None,
-        *,
-        clean_BFCHW: Tensor | None = None,
-        context_noise: float = 0.0,
-        chunks_BN: Tensor | None = None,
-    ) -> Tensor:
-        """The network's output, in its dtype (see `predict`)."""
-        return self.predict(
-            x_t_BFCHW,
-            t_BK,
-            text_BLE,
-            context,
-            clean_BFCHW=clean_BFCHW,
-            context_noise=context_noise,
-            chunks_BN=chunks_BN,
         )
 
     def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:

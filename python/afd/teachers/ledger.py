@@ -116,11 +116,6 @@ class Ledger:
         found = self._one("SELECT * FROM submits WHERE key = ? ORDER BY id DESC LIMIT 1", key)
         return None if found is None else _row(found)
 
-    def submits(self, key: str) -> int:
-        """How many submits a video has had that the provider accepted or may have accepted."""
-        query = "SELECT count(*) FROM submits WHERE key = ? AND state != 'refused'"
-        return int(self._database.execute(query, (key,)).fetchone()[0])
-
     def reserve(self, order: Order, price_usd: float, budget_usd: float) -> Row:
         """Write that a submit is about to leave and count its price, or raise BudgetError.
 
