@@ -89,6 +89,21 @@ def test_a_finished_run_of_another_configuration_is_refused(
     assert "choose another out=" in str(error.value)
 
 
+class Broken(TinyMethod):
+    """Fails before the first number."""
+
+    def rollout(self, batch: Batch) -> None:
+        raise RuntimeError("no memory")
+
+
+def test_a_run_that_wrote_no_number_yet_may_be_corrected(tmp_path: Path, clips: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no memory"):
+        train(tiny_config(out, clips, "evaluation.every=0"), method=Broken())
+    corrected = tiny_config(out, clips, "evaluation.every=0", "seed=1")
+    assert train(corrected, method=TinyMethod()) is Outcome.FINISHED
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_update_and_saves(tmp_path: Path, clips: Path, number: int) -> None:
     out = tmp_path / "run"

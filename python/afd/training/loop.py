@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -191,14 +191,14 @@ def _evaluate_newest(
     teacher = open_teacher(config)
     method = build_method(config, ranks, _prompts(config, teacher))
     path = checkpoint.latest(folder / "checkpoints", ranks)
-    clips = _open_videos(config, method, teacher, ranks)
-    evaluate = _evaluator(config, method, teacher, clips, ranks)
-    if path is None or evaluate is None:
-        why = "has no checkpoint" if path is None else "has evaluation.kind=none"
-        raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
-    _load(path, method, config, ranks)
-    with method.evaluation_policy() as policy:
-        return evaluate(policy, videos or config.evaluation.videos)
+    with closing(_open_videos(config, method, teacher, ranks)) as clips:
+        evaluate = _evaluator(config, method, teacher, clips, ranks)
+        if path is None or evaluate is None:
+            why = "has no checkpoint" if path is None else "has evaluation.kind=none"
+            raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
+        _load(path, method, config, ranks)
+        with method.evaluation_policy() as policy:
+            return evaluate(policy, videos or config.evaluation.videos)
 
 
 def _load(path: Path, method: Method, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
@@ -401,9 +401,13 @@ def _due(step: int, every: int) -> bool:
 
 
 def refuse_another_run(out: Path, config: RunConfig) -> None:
-    """A run folder belongs to one configuration; a finished one also to its number of updates."""
+    """A run folder belongs to one configuration; a finished one also to its number of updates.
+
+    One that never came to a first number or checkpoint belongs to nobody yet.
+    """
     path = out / "config.yaml"
-    if not path.is_file():
+    written = (*out.glob("*.jsonl"), *out.glob("checkpoints/step_*/meta.json"))
+    if not path.is_file() or not any(file.stat().st_size for file in written):
         return
     there, now = yaml.safe_load(path.read_text(encoding="utf-8")), plain(config)
     wrong = differences(there, now)
