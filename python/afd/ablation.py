@@ -103,7 +103,7 @@ def _updates(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def draw(table: Study, path: Path) -> None:
     """r over the updates and physics error at the evaluations, a line for every finished run."""
-    figure = Figure(figsize=(4 * (len(CURVES) + 1), 3.4), layout="constrained")
+    figure = Figure(figsize=(4 * (len(CURVES) + 1) + 1.5, 3.4), layout="constrained")
     panels = figure.subplots(1, len(CURVES) + 1)
     for number, row in enumerate(table.rows):
         for index, folder in enumerate(table.finished(row)):
@@ -125,7 +125,8 @@ def draw(table: Study, path: Path) -> None:
         panel.grid(alpha=0.3)
     for panel in panels[:-1]:
         panel.set_ylim(-0.03, 1.03)
-    panels[-1].legend(fontsize="small")
+    named = panels[-1].get_legend_handles_labels()
+    figure.legend(*named, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=110)
 
 
