@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?=
 SECTIONS ?=
+MINUTES ?= 10
 WHEELS ?= .wheels
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard $(addprefix csrc/,*/*.cpp */*.cu */*.cuh */*.h include/afd/*.h))
 
-.PHONY: quickstart quickstart-full test check format bench offline gpu-check gpu-wheels base motion-backbone \
+.PHONY: quickstart quickstart-full test soak check format bench offline gpu-check gpu-wheels base motion-backbone \
         screenshot readme lock setup clean
 
 quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
@@ -22,6 +23,9 @@ test: setup ## every test that needs no GPU; ARGS goes to pytest
 
 offline: setup ## compile every GPU kernel for every target and hold it to its budget
 	$(BIN)/python -m pytest tests/offline $(ARGS)
+
+soak: setup ## the long tests: sanitizers, then property tests with new seeds for MINUTES
+	$(BIN)/python -m tests.properties.soak --minutes $(MINUTES)
 
 check: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
