@@ -1,4 +1,4 @@
-"""Hypothesis profiles: a fixed, bounded search in `make test`, a longer random one in `make soak`."""
+"""Hypothesis profiles: a fixed, bounded search in `make test`, a random one in `make soak`."""
 
 from __future__ import annotations
 

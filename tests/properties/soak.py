@@ -1,4 +1,4 @@
-"""The long tests: once what is marked `soak`, then the property tests with new seeds until time is up.
+"""The long tests: once what is marked `soak`, then property tests with new seeds until time is up.
 
 `make soak MINUTES=30`, or `python -m tests.properties.soak --minutes 30`.
 """
