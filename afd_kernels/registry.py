@@ -1,4 +1,4 @@
-"""The one `Library("afd")`: how an op is defined, faked, differentiated and refused."""
+"""The one `Library("afd")`: how an op is defined and faked, with its derivatives."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from afd_kernels import derivatives
+from afd_kernels.derivatives import Rule
+
 LIBRARY = Library("afd", "DEF")
 
 
 def define(
-    schema: str, impl: Callable[..., Any], fake: Callable[..., Any], *, mutates: bool = False
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    rule: Rule,
+    *,
+    mutates: bool = False,
 ) -> None:
     """Registers `afd::<schema>` as an opaque op with `impl` on CPU and CUDA and `fake` on meta.
 
-    The backend is chosen inside `impl`, so a compiled graph holds one node per call.
+    The backend is chosen inside `impl`, so a compiled graph holds one node per call. `rule` holds
+    the derivatives; an op that mutates has none.
     """
     name = schema.split("(")[0]
     tags = () if mutates else (torch.Tag.pt2_compliant_tag,)
@@ -26,6 +35,7 @@ def define(
     LIBRARY.impl(name, impl, "CPU")
     LIBRARY.impl(name, _on_its_device(impl), "CUDA")
     torch.library.register_fake(f"afd::{name}", fake, lib=LIBRARY)
+    derivatives.register(LIBRARY, name, rule, mutates=mutates)
 
 
 def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,23 +53,3 @@ def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
             return impl(*args, **kwargs)
 
     return run
-
-
-def differentiate(
-    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> None:
-    """Registers the first derivative of `afd::<name>`."""
-    torch.library.register_autograd(
-        f"afd::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
-
-
-def refuse_double_backward(name: str, instead: str) -> None:
-    """Gives `afd::<name>` a derivative that raises; without one autograd is silently wrong."""
-
-    def backward(_ctx: Any, *_grads: Any) -> Any:
-        raise RuntimeError(
-            f"afd::{name} has no derivative (double backward); {instead} is twice differentiable"
-        )
-
-    differentiate(name, lambda ctx, inputs, output: None, backward)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from afd_kernels import dispatch, registry
 from afd_kernels.adaln.contract import check, check_bwd, dense, per_frame
+from afd_kernels.derivatives import Rule
 
 
 def _adaln(
@@ -107,11 +108,13 @@ def _backward(
     return dx, dbranch, dgate, dscale, dshift, None, None
 
 
+_REFERENCE = "afd_kernels.adaln.reference.residual_norm"
 registry.define(
     "adaln(Tensor x, Tensor? branch, Tensor? gate, Tensor scale, Tensor shift, "
     "float scale_offset, float eps) -> (Tensor x_out, Tensor h)",
     _adaln,
     _fake,
+    Rule(_REFERENCE, _setup_context, _backward),
 )
 registry.define(
     "adaln_bwd(Tensor? grad_x_out, Tensor grad_h, Tensor x_out, Tensor? branch, Tensor? gate, "
@@ -119,6 +122,5 @@ registry.define(
     "-> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift)",
     _adaln_bwd,
     _fake_bwd,
+    Rule(_REFERENCE),
 )
-registry.differentiate("adaln", _setup_context, _backward)
-registry.refuse_double_backward("adaln_bwd", "afd_kernels.adaln.reference.residual_norm")

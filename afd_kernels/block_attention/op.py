@@ -10,6 +10,7 @@ from torch import Tensor
 from afd_kernels import dispatch, registry
 from afd_kernels.block_attention.contract import plan_block_attention, rowwise
 from afd_kernels.contracts import require
+from afd_kernels.derivatives import Rule
 
 
 def _rowwise(x: Tensor | None) -> Tensor | None:
@@ -126,22 +127,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, _lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad
+    wanted = ctx.needs_input_grad[:5]
     if grad_out is None:
-        return (None,) * len(wanted)
+        return (None,) * 8
     needs = (wanted[0], wanted[1] or wanted[2], wanted[3] or wanted[4])
     grads = torch.ops.afd.block_attention_bwd(
         grad_out, *ctx.saved_tensors, ctx.flat, ctx.streams, ctx.scale, needs
     )
-    kept = (g if want else None for g, want in zip(grads, wanted[:5], strict=True))
+    kept = (g if want else None for g, want in zip(grads, wanted, strict=True))
     return *kept, None, None, None
 
 
+_REFERENCE = "afd_kernels.block_attention.reference.block_attention"
 registry.define(
     "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_context, Tensor? v_context, "
     "int[] intervals, int streams, float scale) -> (Tensor out, Tensor lse)",
     _block_attention,
     _fake,
+    Rule(_REFERENCE, _setup_context, _backward),
 )
 registry.define(
     "block_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? k_context, "
@@ -150,8 +153,5 @@ registry.define(
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_context, Tensor dv_context)",
     _block_attention_bwd,
     _fake_bwd,
-)
-registry.differentiate("block_attention", _setup_context, _backward)
-registry.refuse_double_backward(
-    "block_attention_bwd", "afd_kernels.block_attention.reference.block_attention"
+    Rule(_REFERENCE),
 )

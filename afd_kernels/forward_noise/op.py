@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels import contracts, dispatch, registry
+from afd_kernels.derivatives import Rule
 
 
 def _forward_noise(
@@ -61,31 +62,55 @@ def _fake_bwd(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _x0, t, _seed, noise, ctx.schedule, ctx.schedule_args, ctx.layout = inputs
     ctx.save_for_backward(t)
+    ctx.save_for_forward(t)
+    ctx.set_materialize_grads(False)
     if noise is not None and noise.requires_grad:
         raise RuntimeError("noise: got a tensor that requires grad; needed: noise without gradient")
     if t.requires_grad:
         raise RuntimeError("t: got a tensor that requires grad; needed: timesteps without gradient")
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     (t,) = ctx.saved_tensors
     grad_x0 = torch.ops.afd.forward_noise_bwd(grad, t, ctx.schedule, ctx.schedule_args, ctx.layout)
     return grad_x0, None, None, None, None, None, None
 
 
+def _jvp(ctx: Any, x0: Tensor | None, *others: Tensor | None) -> Tensor | None:
+    """x_t is linear in x0, so its tangent is alpha_t times that of x0, like a gradient's."""
+    _refuse_tangents(others)
+    if x0 is None:
+        return None
+    (t,) = ctx.saved_tensors
+    return torch.ops.afd.forward_noise_bwd(x0, t, ctx.schedule, ctx.schedule_args, ctx.layout)
+
+
+def _setup_context_bwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _grad, t, ctx.schedule, ctx.schedule_args, ctx.layout = inputs
+    ctx.save_for_forward(t)
+    ctx.set_materialize_grads(False)
+
+
+def _refuse_tangents(others: tuple[Tensor | None, ...]) -> None:
+    for name, tangent in zip(("t", "seed", "noise"), others, strict=False):
+        if tangent is not None:
+            raise RuntimeError(f"{name}: got a tensor with a tangent; needed: {name}.detach()")
+
+
+_REFERENCE = "afd_kernels.forward_noise.reference.forward_noise"
 registry.define(
     "forward_noise(Tensor x0, Tensor t, Tensor? seed, Tensor? noise, str schedule, "
     "float[] schedule_args, str layout) -> Tensor",
     _forward_noise,
     _fake,
+    Rule(_REFERENCE, _setup_context, _backward, _jvp),
 )
 registry.define(
     "forward_noise_bwd(Tensor grad, Tensor t, str schedule, float[] schedule_args, str layout) "
     "-> Tensor",
     _forward_noise_bwd,
     _fake_bwd,
-)
-registry.differentiate("forward_noise", _setup_context, _backward)
-registry.refuse_double_backward(
-    "forward_noise_bwd", "afd_kernels.forward_noise.reference.forward_noise"
+    Rule(_REFERENCE, _setup_context_bwd, jvp=_jvp),
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from afd_kernels import native
 from afd_kernels.contracts import METRICS, NftPlan
+from afd_kernels.nft_loss.storage import grad_power
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
@@ -26,7 +27,7 @@ def nft_loss(
     frame_mask: Tensor | None,
     plan: NftPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss fp32 [], metrics fp64 [B, G, 7], grad like v_theta ([0] when not wanted).
+    """loss fp32 [], metrics fp64 [B, G, 7], grad_power times the gradient ([0] when not wanted).
 
     Every tensor contiguous. Besides the results nothing of the size of a sample is allocated.
     """
@@ -42,6 +43,7 @@ def nft_loss(
     problem.nft_beta = plan.nft_beta
     problem.prior_weight = plan.prior_weight
     problem.adv_clip = plan.adv_clip
+    problem.grad_power = grad_power(v_theta.dtype, plan, frame_mask is not None)
     problem.velocity_weighting = plan.weighting == "velocity"
     problem.prior_by_r = plan.prior_by_r
     problem.prediction_type = native.type_code(v_theta.dtype)

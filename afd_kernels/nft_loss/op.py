@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from afd_kernels import contracts, dispatch, registry
+from afd_kernels.derivatives import Rule
+from afd_kernels.nft_loss.storage import grad_power
 
 
 def _nft_loss(
@@ -68,45 +70,75 @@ def _nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
     dispatch.pick("nft_loss", grad).nft_loss_bwd_(grad, grad_loss.contiguous())
 
 
-_DIFFERENTIABLE = 0  # v_theta; every other input is data
+def _prepare(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The gradient is wanted although vmap hides from the caller that v_theta requires it."""
+    return *args[:-1], True
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    for position, value in enumerate(inputs):
-        if isinstance(value, Tensor) and value.requires_grad and position != _DIFFERENTIABLE:
-            name = _ARGUMENTS[position]
+    for name, value in zip(_ARGUMENTS[1:], inputs[1:], strict=True):
+        if isinstance(value, Tensor) and value.requires_grad:
             raise RuntimeError(f"{name}: got a tensor that requires grad; needed: {name}.detach()")
-    ctx.needs_grad = inputs[-1]
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(output[2])
+    grad = output[2]
+    ctx.power, ctx.loss_dtype = 1.0, output[0].dtype
+    if grad.dtype == torch.float16:
+        plan = contracts.plan_nft_loss(*inputs)
+        ctx.power = grad_power(grad.dtype, plan, inputs[8] is not None)
+    # Where a second derivative can be asked for, the gradient stays differentiable, to refuse it.
+    ctx.mark_non_differentiable(output[1], *([] if ctx.transformed else [grad]))
+    ctx.save_for_backward(grad)
+    ctx.save_for_forward(grad)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_loss: Tensor | None, _metrics: Tensor | None, _grad: Tensor | None
+    ctx: Any, grad_loss: Tensor | None, _metrics: Tensor | None, of_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "afd::nft_loss has no second derivative (double backward, create_graph=True); "
-            "afd_kernels.nft_loss.reference.loss is twice differentiable"
-        )
+    if of_grad is not None or (torch.is_grad_enabled() and not ctx.transformed):
+        raise RuntimeError(_ONCE)
     grad = None
     if grad_loss is not None:
-        if not ctx.needs_grad:
-            raise RuntimeError("needs_grad: got False; needed: True to differentiate nft_loss")
         (grad,) = ctx.saved_tensors
-        if _may_donate(grad):
+        if ctx.power != 1.0:
+            grad_loss = grad_loss / ctx.power
+        if not ctx.transformed and _may_donate(grad, grad_loss):
             torch.ops.afd.nft_loss_bwd_(grad, grad_loss)
         else:
             grad = torch.ops.afd.nft_loss_bwd(grad, grad_loss)
     return grad, *(None,) * (len(_ARGUMENTS) - 1)
 
 
-def _may_donate(grad: Tensor) -> bool:
-    """Whether nobody can ask for the saved gradient again: no retain_graph, no tracing."""
-    return type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+def _jvp(ctx: Any, v_theta: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """<gradient, tangent of v_theta>; the metrics carry no tangent, as they carry no gradient.
+
+    The tangent of the gradient itself, a second derivative, is NaN.
+    """
+    for name, tangent in zip(_ARGUMENTS[1:], others, strict=True):
+        if tangent is not None:
+            raise RuntimeError(f"{name}: got a tensor with a tangent; needed: {name}.detach()")
+    assert v_theta is not None
+    if ctx.inner:
+        raise RuntimeError(_ONCE)
+    (grad,) = ctx.saved_tensors
+    wide = ctx.loss_dtype
+    loss = (grad.to(wide) * v_theta.to(wide)).sum(dtype=torch.float64) / ctx.power
+    return loss.to(wide), None, torch.full_like(grad, float("nan"))
 
 
+def _may_donate(grad: Tensor, grad_loss: Tensor) -> bool:
+    """Whether nobody can ask for the saved gradient again: no retain_graph, tracing or vmap."""
+    return (
+        type(grad) is Tensor
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+    )
+
+
+_ONCE = (
+    "afd::nft_loss has no second derivative (double backward, create_graph=True, torch.func.hessian"
+    "); afd_kernels.nft_loss.reference.loss is twice differentiable"
+)
 _SCHEMA = (
     "nft_loss(Tensor v_theta, Tensor v_old, Tensor? v_ref, Tensor x0, Tensor t, Tensor r, "
     "Tensor? seed, Tensor? noise, Tensor? frame_mask, float nft_beta, float prior_weight, "
@@ -118,17 +150,21 @@ _ARGUMENTS = [
     part.split()[-1] for part in _SCHEMA[_SCHEMA.index("(") + 1 : _SCHEMA.index(")")].split(",")
 ]
 
-registry.define(_SCHEMA, _nft_loss, _fake)
+_REFERENCE = "afd_kernels.nft_loss.reference.loss"
+
+registry.define(
+    _SCHEMA, _nft_loss, _fake, Rule(_REFERENCE, _setup_context, _backward, _jvp, _prepare)
+)
 registry.define(
     "nft_loss_bwd(Tensor grad, Tensor grad_loss) -> Tensor",
     _nft_loss_bwd,
     lambda grad, grad_loss: grad.new_empty(grad.shape),
+    Rule(_REFERENCE),
 )
 registry.define(
     "nft_loss_bwd_(Tensor(a!) grad, Tensor grad_loss) -> ()",
     _nft_loss_bwd_,
     lambda grad, grad_loss: None,
+    Rule(_REFERENCE),
     mutates=True,
 )
-registry.differentiate("nft_loss", _setup_context, _backward)
-registry.refuse_double_backward("nft_loss_bwd", "afd_kernels.nft_loss.reference.loss")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from afd_kernels.contracts import NftPlan
 from afd_kernels.forward_noise.reference import as_rows, coefficients, draw, per_frame, wide
+from afd_kernels.nft_loss.storage import grad_power
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
@@ -157,15 +158,16 @@ def nft_loss(
     frame_mask: Tensor | None,
     plan: NftPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss [], metrics fp64 [B, G, 7] and the closed-form gradient with respect to v_theta."""
+    """loss [], metrics fp64 [B, G, 7] and grad_power times the closed-form gradient."""
     errors = _errors(v_theta, v_old, v_ref, x0, t, seed, noise, plan)
     result = _finish(errors, t, r, frame_mask, plan)
     dtype = errors.positive.dtype
     value = result.loss.to(dtype)
     if not plan.needs_grad:
         return value, result.metrics, v_theta.new_empty(0)
+    power = grad_power(v_theta.dtype, plan, frame_mask is not None)
     pos, neg, prior = (
-        c.to(dtype)[:, None, :, None] for c in (result.pos, result.neg, result.prior)
+        (c * power).to(dtype)[:, None, :, None] for c in (result.pos, result.neg, result.prior)
     )
     grad = pos * errors.positive - neg * errors.negative + prior * errors.from_ref
     return value, result.metrics, grad.to(v_theta.dtype).reshape(v_theta.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from afd_kernels.contracts import METRICS, NftPlan
 from afd_kernels.forward_noise import triton_impl as noising
 from afd_kernels.launch_config import device_arch, launch_config
+from afd_kernels.nft_loss.storage import grad_power
 from afd_kernels.nft_loss.triton_kernels import (
     COEFFICIENTS,
     SUMS,
@@ -49,7 +50,7 @@ def nft_loss(
     frame_mask: Tensor | None,
     plan: NftPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss fp32 [], metrics fp64 [B, G, 7] and the gradient like v_theta ([0] if not needed)."""
+    """loss fp32 [], metrics fp64 [B, G, 7] and grad_power times the gradient ([0] if unwanted)."""
     noising.check_batch(plan.batch)
     configs = launch_config("nft_loss", device_arch(x0.device))
     frames = _segments(plan, frame_mask)
@@ -58,7 +59,8 @@ def nft_loss(
     align = noising.row_align(inner)
     adaptive = plan.weighting == "x0_adaptive"
     schedule = noising.schedule_constants(plan)
-    options = (plan.nft_beta, plan.prior_weight, plan.adv_clip)
+    power = grad_power(v_theta.dtype, plan, frame_mask is not None)
+    options = (plan.nft_beta, plan.prior_weight, plan.adv_clip, power)
     loads = [x for x in (v_theta, x0, noise) if x is not None]
     shape = {
         "ONE_ROW": rows == 1,

@@ -115,18 +115,19 @@ def _valid_frames(mask_ptr, sample, frames, BLOCK: tl.constexpr):
 
 @triton.jit
 def _coefficients(
-    t, r, valid, w_pos, w_neg, count, batch, nft_beta, prior_weight, adv_clip,
+    t, r, valid, w_pos, w_neg, count, batch, nft_beta, prior_weight, adv_clip, grad_power,
     ADAPTIVE: tl.constexpr, PRIOR_BY_R: tl.constexpr, SCHEDULE: tl.constexpr,
     BETA_MIN: tl.constexpr, BETA_MAX: tl.constexpr,
 ):  # fmt: skip
-    """Gradient coefficients of e, v_theta - v_old and v_theta - v_ref in fp64, and alpha', sigma'.
+    """Coefficients of e, v_theta - v_old and v_theta - v_ref in grad_power times the gradient, in
+    fp64, and alpha', sigma'.
 
     NaN where t or r is out of range: a device value cannot be refused without a synchronisation.
     """
     alpha, sigma, d_alpha, d_sigma = schedule_coefficients(t, SCHEDULE, BETA_MIN, BETA_MAX)
     r = tl.where((r >= 0.0) & (r <= 1.0), r, float("nan")).to(tl.float64)
     elements = tl.maximum(count, 1).to(tl.float64) * batch
-    common = valid.to(tl.float64) * 2.0 / elements
+    common = valid.to(tl.float64) * 2.0 / elements * grad_power
     if ADAPTIVE:
         kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
         scale = common * kappa * kappa * adv_clip
@@ -163,6 +164,7 @@ def _nft_loss_partials_kernel(
     nft_beta,
     prior_weight,
     adv_clip,
+    grad_power,
     SCHEDULE: tl.constexpr,
     BETA_MIN: tl.constexpr,
     BETA_MAX: tl.constexpr,
@@ -196,7 +198,7 @@ def _nft_loss_partials_kernel(
         count = _valid_frames(mask_ptr, sample, frames, 64) * per_frame
         e_64, old_64, ref_64, d_alpha, d_sigma = _coefficients(
             t, r, tl.full((), 1.0, tl.float64), 1.0, 1.0, count, tl.num_programs(1), nft_beta,
-            prior_weight, adv_clip, False, PRIOR_BY_R, SCHEDULE, BETA_MIN, BETA_MAX,
+            prior_weight, adv_clip, grad_power, False, PRIOR_BY_R, SCHEDULE, BETA_MIN, BETA_MAX,
         )  # fmt: skip
         c_e = e_64.to(tl.float32)
         c_old = old_64.to(tl.float32)
@@ -277,6 +279,7 @@ def _nft_loss_finalize_kernel(
     nft_beta,
     prior_weight,
     adv_clip,
+    grad_power,
     ADAPTIVE: tl.constexpr,
     PRIOR_BY_R: tl.constexpr,
     SCHEDULE: tl.constexpr,
@@ -378,7 +381,8 @@ def _nft_loss_finalize_kernel(
             r = tl.load(r_ptr + sample * r_chunks + f // (frames // r_chunks))
             c_e, c_old, c_ref, d_alpha, d_sigma = _coefficients(
                 t, r, valid.to(tl.float64), w_pos, w_neg, count, tl.num_programs(1), nft_beta,
-                prior_weight, adv_clip, ADAPTIVE, PRIOR_BY_R, SCHEDULE, BETA_MIN, BETA_MAX,
+                prior_weight, adv_clip, grad_power, ADAPTIVE, PRIOR_BY_R, SCHEDULE, BETA_MIN,
+                BETA_MAX,
             )  # fmt: skip
             out = coefficients_ptr + (sample * frames + f) * COEFFICIENTS
             tl.store(out, c_e.to(tl.float32), mask=exists)

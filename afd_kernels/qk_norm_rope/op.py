@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels import contracts, dispatch, registry
+from afd_kernels.derivatives import Rule
 from afd_kernels.qk_norm_rope.contract import (
     check,
     check_append,
@@ -127,14 +128,19 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor rope"
+_REFERENCE = "afd_kernels.qk_norm_rope.reference.norm_rope"
 registry.define(
-    f"qk_norm_rope({_INPUTS}, float eps) -> (Tensor q_out, Tensor k_out)", _qk_norm_rope, _fake
+    f"qk_norm_rope({_INPUTS}, float eps) -> (Tensor q_out, Tensor k_out)",
+    _qk_norm_rope,
+    _fake,
+    Rule(_REFERENCE, _setup_context, _backward),
 )
 registry.define(
     f"qk_norm_rope_bwd(Tensor grad_q, Tensor grad_k, {_INPUTS}, float eps) "
     "-> (Tensor dq, Tensor dk, Tensor dweight_q, Tensor dweight_k)",
     _qk_norm_rope_bwd,
     _fake_bwd,
+    Rule(_REFERENCE),
 )
 registry.define(
     "qk_norm_rope_append_(Tensor q, Tensor k, Tensor v, Tensor weight_q, Tensor weight_k, "
@@ -142,7 +148,6 @@ registry.define(
     "int sink_frames, float eps) -> Tensor",
     _qk_norm_rope_append_,
     _fake_append_,
+    Rule("afd.ops.qk_norm_rope"),
     mutates=True,
 )
-registry.differentiate("qk_norm_rope", _setup_context, _backward)
-registry.refuse_double_backward("qk_norm_rope_bwd", "afd_kernels.qk_norm_rope.reference.norm_rope")

@@ -182,6 +182,7 @@ PYBIND11_MODULE(_native, m) {
   nft.def_readwrite("nft_beta", &Nft::nft_beta);
   nft.def_readwrite("prior_weight", &Nft::prior_weight);
   nft.def_readwrite("adv_clip", &Nft::adv_clip);
+  nft.def_readwrite("grad_power", &Nft::grad_power);
   nft.def_readwrite("velocity_weighting", &Nft::velocity_weighting);
   nft.def_readwrite("prior_by_r", &Nft::prior_by_r);
   type_code(nft, "prediction_type", &Nft::prediction_type);

@@ -73,7 +73,8 @@ AFD_HD double r_of_frame(const NftProblem& p, int64_t sample, int64_t frame) {
   return static_cast<double>(r >= 0.0f && r <= 1.0f ? r : as_float(0x7FC00000u));
 }
 
-// Coefficients of the gradient of the batch's loss; w_plus = w_minus = 1 with velocity weighting.
+// Coefficients of the stored gradient of the batch's loss; w_plus = w_minus = 1 with velocity
+// weighting.
 AFD_HD NftCoefficients nft_coefficients(const NftProblem& p, int64_t sample, int64_t frame,
                                         double valid, double w_plus, double w_minus) {
   const ScheduleAt at = schedule_of_frame(p.rows, p.schedule, p.t, sample, frame);
@@ -83,7 +84,7 @@ AFD_HD NftCoefficients nft_coefficients(const NftProblem& p, int64_t sample, int
     return c;
   }
   const double r = r_of_frame(p, sample, frame);
-  const double share = 2.0 / (valid * static_cast<double>(p.rows.batch));
+  const double share = 2.0 / (valid * static_cast<double>(p.rows.batch)) * p.grad_power;
   const double scale =
       share * (p.velocity_weighting ? p.nft_beta : p.adv_clip * at.kappa * at.kappa);
   c.plus = static_cast<float>(scale * r / w_plus);

@@ -56,6 +56,7 @@ struct NftProblem {
   Schedule schedule;
   int64_t r_chunks, groups;
   double nft_beta, prior_weight, adv_clip;
+  double grad_power = 1.0;  // a power of two by which the gradient is stored
   bool velocity_weighting, prior_by_r;
   DType prediction_type, x0_type, noise_type;
   const void *v_theta, *v_old;

@@ -1,0 +1,189 @@
+"""How an op is differentiated and batched: autograd, forward mode and torch.func in one mechanism.
+
+Each op has one kernel for the Autograd dispatch key, which PyTorch calls at every level: for a
+plain backward, for forward mode, and for each grad or jvp of torch.func around the call; below it
+the call goes on to the next level. A second kernel gives vmap, as a loop over the mapped dimension.
+Whatever a rule does not provide raises a sentence; nothing becomes zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.library import Library
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The derivatives of an op; None where it has none.
+
+    Attributes:
+        instead: the plain PyTorch function that is differentiable where the op is not.
+        setup_context: (ctx, inputs, output), as of torch.autograd.Function. `ctx.transformed` is
+            True where another derivative may be taken of this one's results: under torch.func, or
+            at a forward-mode level.
+        backward: (ctx, *grads), one gradient per argument of the op.
+        jvp: (ctx, *tangents), one tangent (or None) per argument; reads what setup_context saved
+            for forward. `ctx.inner` is True where a torch.func transform inside this one
+            differentiates the same call.
+        prepare: the arguments of a call that is differentiated.
+    """
+
+    instead: str
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+    jvp: Callable[..., Any] | None = None
+    prepare: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
+
+
+class _Levels(threading.local):
+    """How many torch.func transforms that differentiate a call have passed it on to a next one."""
+
+    passed: int = 0
+
+
+_levels = _Levels()
+
+
+def register(library: Library, name: str, rule: Rule, *, mutates: bool) -> None:
+    """Gives `afd::<name>` its derivatives and vmap."""
+    op = getattr(torch.ops.afd, name).default
+    kernel = _in_place_kernel(op, rule) if mutates else _kernel(op, rule)
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+    vmap = _refused_vmap(op, rule) if mutates else _vmap(op)
+    torch.library.register_vmap(f"afd::{name}", vmap, lib=library)
+
+
+def _below(op: Any, keyset: Any, args: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _has_tangent(args: tuple[Any, ...]) -> bool:
+    """Whether forward mode differentiates with respect to one of `args` at this level."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+    )
+
+
+def _kernel(op: Any, rule: Rule) -> Callable[..., Any]:
+    function = _function(op, rule)
+    # Function.apply itself looks at signatures and transforms on every call; neither is needed.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def run(keyset: Any, *args: Any) -> Any:
+        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if forward_ad._current_level < 0:
+            if not reverse:
+                return _below(op, keyset, args)
+        elif not (reverse or _has_tangent(args)):
+            return _below(op, keyset, args)
+        if rule.prepare is not None:
+            args = rule.prepare(args)
+        if not torch._C._are_functorch_transforms_active():
+            return apply(*args, keyset, None)
+        with enable_single_level_autograd_function():
+            return apply(*args, keyset, torch.is_grad_enabled())
+
+    return run
+
+
+@contextlib.contextmanager
+def _next_level(grad_enabled: bool) -> Iterator[None]:
+    """The modes of the caller, which autograd switched off for `forward`, for the next level."""
+    _levels.passed += 1
+    try:
+        with torch.set_grad_enabled(grad_enabled), forward_ad._set_fwd_grad_enabled(True):
+            yield
+    finally:
+        _levels.passed -= 1
+
+
+def _function(op: Any, rule: Rule) -> type[torch.autograd.Function]:
+    name = op._schema.name
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        # transform: None, or the grad mode around the level of torch.func that differentiates.
+        *args, keyset, transform = inputs
+        if transform is None:
+            output = _below(op, keyset, args)
+        else:
+            with _next_level(transform):
+                output = _below(op, keyset, args)
+        ctx.inner = _levels.passed > 0
+        ctx.transformed = transform is not None or ctx.inner or forward_ad._current_level >= 0
+        if rule.setup_context is not None:
+            rule.setup_context(ctx, args, output)
+        return output
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if rule.backward is None:
+            raise RuntimeError(
+                f"{name} has no derivative (double backward); {rule.instead} is twice "
+                "differentiable"
+            )
+        return *rule.backward(ctx, *grads), None, None
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        if rule.jvp is None:
+            raise RuntimeError(
+                f"{name} has no forward-mode derivative (jvp, dual tensors); {rule.instead} has one"
+            )
+        return rule.jvp(ctx, *tangents[:-2])
+
+    members = {"forward": forward, "backward": backward, "jvp": jvp}
+    return type(
+        name.replace("::", "_"),
+        (torch.autograd.Function,),
+        {key: staticmethod(member) for key, member in members.items()},
+    )
+
+
+def _in_place_kernel(op: Any, rule: Rule) -> Callable[..., Any]:
+    def run(keyset: Any, *args: Any) -> Any:
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or _has_tangent(args):
+            raise RuntimeError(
+                f"{op._schema.name} writes in place and has no derivative: call it under "
+                f"torch.no_grad() on tensors without tangents; {rule.instead} is differentiable"
+            )
+        return _below(op, keyset, args)
+
+    return run
+
+
+def _refused_vmap(op: Any, rule: Rule) -> Callable[..., Any]:
+    def run(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(
+            f"{op._schema.name} writes in place and has no vmap; {rule.instead} has one"
+        )
+
+    return run
+
+
+def _vmap(op: Any) -> Callable[..., Any]:
+    """One call per element of the mapped dimension."""
+
+    def run(info: Any, in_dims: Any, *args: Any) -> Any:
+        def element(i: int) -> Any:
+            return op(
+                *(
+                    x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                    for x, dim in zip(args, in_dims, strict=True)
+                )
+            )
+
+        results = [element(i) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+    return run

@@ -1,0 +1,75 @@
+"""The power of two by which a float16 gradient of nft_loss is stored."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from afd_kernels.contracts import SCHEDULES, NftPlan
+from afd_kernels.forward_noise.reference import coefficients
+
+_LARGEST = torch.finfo(torch.float16).max
+_LARGEST_NOISE = 6.77
+# What the rounding of float32 coefficients may add to the bounds below.
+_ROUNDING = 1 + 2.0**-6
+# Keeps the power, its inverse and their products with any loss scale inside float32.
+_MOST = 64
+
+
+def grad_power(dtype: torch.dtype, plan: NftPlan, masked: bool) -> float:
+    """What the gradient was multiplied by when the forward stored it in `dtype`.
+
+    1 unless dtype is float16, whose range ends at 2^-24: the mean over a latent video would leave
+    most of the gradient below it before a loss scale comes in. The power depends on sizes and
+    options alone, and is the largest with which no element of a gradient of finite float16
+    predictions (and latents within float16's range) can overflow. MATH.md derives the bounds.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    # int(): traced with symbolic sizes, they become constants.
+    frames = int(plan.frames) if masked else 1
+    elements = int(plan.outer) * int(plan.frames) * int(plan.inner) // frames
+    return _power(
+        int(plan.batch),
+        elements,
+        plan.weighting,
+        plan.nft_beta,
+        plan.prior_weight,
+        plan.adv_clip,
+        plan.schedule,
+        plan.schedule_args,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _power(
+    batch: int,
+    fewest: int,
+    weighting: str,
+    nft_beta: float,
+    prior_weight: float,
+    adv_clip: float,
+    schedule: str,
+    schedule_args: tuple[float, ...],
+) -> float:
+    """`fewest`: the valid elements of a sample of which only one frame counts."""
+    kappa, d_alpha, d_sigma = _largest(schedule, schedule_args)
+    if weighting == "x0_adaptive":
+        bound = 2 * adv_clip * kappa
+    else:
+        error = (1 + 2 * nft_beta + d_alpha) * _LARGEST + d_sigma * _LARGEST_NOISE
+        bound = 2 * nft_beta * error / fewest
+    bound = (bound + 4 * prior_weight * _LARGEST / fewest) / batch
+    exponent = math.floor(math.log2(_LARGEST) - math.log2(bound * _ROUNDING)) if bound else _MOST
+    return float(2.0 ** max(-_MOST, min(exponent, _MOST)))
+
+
+@functools.cache
+def _largest(schedule: str, args: tuple[float, ...]) -> tuple[float, float, float]:
+    """The largest kappa, |alpha'| and |sigma'| of a schedule."""
+    t = torch.linspace(*SCHEDULES[schedule], 4097, dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = coefficients(schedule, args, t)
+    kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
+    return tuple(x.abs().max().item() for x in (kappa, d_alpha, d_sigma))  # type: ignore[return-value]
