@@ -68,9 +68,19 @@ def _below(op: Any, keyset: Any, args: Sequence[Any]) -> Any:
 
 
 def _has_tangent(args: tuple[Any, ...]) -> bool:
-    """Whether forward mode differentiates with respect to one of `args` at this level."""
-    return forward_ad._current_level >= 0 and any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+    """Whether forward mode differentiates with respect to one of `args` at this level.
+
+    A graph that torch.compile traces enters its level without forward_ad's knowledge, hence the
+    other questions; level 0, because there is no other.
+    """
+    possible = (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+    return possible and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None
+        for x in args
     )
 
 
@@ -81,10 +91,7 @@ def _kernel(op: Any, rule: Rule) -> Callable[..., Any]:
 
     def run(keyset: Any, *args: Any) -> Any:
         reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if forward_ad._current_level < 0:
-            if not reverse:
-                return _below(op, keyset, args)
-        elif not (reverse or _has_tangent(args)):
+        if not (reverse or _has_tangent(args)):
             return _below(op, keyset, args)
         if rule.prepare is not None:
             args = rule.prepare(args)
