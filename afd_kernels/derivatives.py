@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Rule:
         instead: the plain PyTorch function that is differentiable where the op is not.
         setup_context: (ctx, inputs, output), as of torch.autograd.Function. `ctx.transformed` is
             True where another derivative may be taken of this one's results: under torch.func, or
-            at a forward-mode level.
+            beside a tangent.
         backward: (ctx, *grads), one gradient per argument of the op.
         jvp: (ctx, *tangents), one tangent (or None) per argument; reads what setup_context saved
             for forward. `ctx.inner` is True where a torch.func transform inside this one
@@ -42,6 +42,16 @@ class Rule:
     backward: Callable[..., Any] | None = None
     jvp: Callable[..., Any] | None = None
     prepare: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
+
+
+class _Call(NamedTuple):
+    """The last input of an op's autograd function, beside its arguments."""
+
+    keyset: Any
+    # Whether one of the arguments has a tangent.
+    tangent: bool
+    # The grad mode around the level of torch.func that differentiates; None where there is none.
+    grad_enabled: bool | None
 
 
 class _Levels(threading.local):
@@ -90,15 +100,15 @@ def _kernel(op: Any, rule: Rule) -> Callable[..., Any]:
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def run(keyset: Any, *args: Any) -> Any:
-        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if not (reverse or _has_tangent(args)):
+        tangent = _has_tangent(args)
+        if not (tangent or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))):
             return _below(op, keyset, args)
         if rule.prepare is not None:
             args = rule.prepare(args)
         if not torch._C._are_functorch_transforms_active():
-            return apply(*args, keyset, None)
+            return apply(*args, _Call(keyset, tangent, None))
         with enable_single_level_autograd_function():
-            return apply(*args, keyset, torch.is_grad_enabled())
+            return apply(*args, _Call(keyset, tangent, torch.is_grad_enabled()))
 
     return run
 
@@ -118,15 +128,14 @@ def _function(op: Any, rule: Rule) -> type[torch.autograd.Function]:
     name = op._schema.name
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        # transform: None, or the grad mode around the level of torch.func that differentiates.
-        *args, keyset, transform = inputs
-        if transform is None:
-            output = _below(op, keyset, args)
+        *args, call = inputs
+        if call.grad_enabled is None:
+            output = _below(op, call.keyset, args)
         else:
-            with _next_level(transform):
-                output = _below(op, keyset, args)
+            with _next_level(call.grad_enabled):
+                output = _below(op, call.keyset, args)
         ctx.inner = _levels.passed > 0
-        ctx.transformed = transform is not None or ctx.inner or forward_ad._current_level >= 0
+        ctx.transformed = call.grad_enabled is not None or ctx.inner or call.tangent
         if rule.setup_context is not None:
             rule.setup_context(ctx, args, output)
         return output
@@ -137,14 +146,14 @@ def _function(op: Any, rule: Rule) -> type[torch.autograd.Function]:
                 f"{name} has no derivative (double backward); {rule.instead} is twice "
                 "differentiable"
             )
-        return *rule.backward(ctx, *grads), None, None
+        return *rule.backward(ctx, *grads), None
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if rule.jvp is None:
             raise RuntimeError(
                 f"{name} has no forward-mode derivative (jvp, dual tensors); {rule.instead} has one"
             )
-        return rule.jvp(ctx, *tangents[:-2])
+        return rule.jvp(ctx, *tangents[:-1])
 
     members = {"forward": forward, "backward": backward, "jvp": jvp}
     return type(

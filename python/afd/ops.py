@@ -300,6 +300,7 @@ def qk_norm_rope_append_(
     Raises:
         ValueError: naming the argument, what came and what is needed. On an accelerator a negative
             position cannot be seen without a synchronisation and gives NaN.
+        RuntimeError: when a derivative or vmap is asked for.
     """
     return torch.ops.afd.qk_norm_rope_append_(
         q,
