@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -29,6 +30,48 @@ def plan_block_attention(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
+    _check_tensors(q, k, v, k_context, v_context, streams, scale)
+    intervals = Intervals.from_flat(flat, streams)
+    queries = q.shape[1]
+    if intervals.queries != queries:
+        got = f"rows for {intervals.queries} queries"
+        require(False, "intervals", got, f"{queries}, L of q")
+    border = 0 if k_context is None else int(k_context.shape[1])
+    _check_keys(intervals, border, border + int(k.shape[1]))
+    return intervals
+
+
+def check_traced(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    flat: Sequence[int],
+    streams: int,
+    scale: float,
+) -> None:
+    """What a fake can check: all of it, or only the tensors where lengths are symbolic.
+
+    Looking at a symbolic number would make it a constant, and a graph for each length; the op
+    itself looks at the numbers in every call.
+    """
+    lengths = (q.shape[1], k.shape[1], 0 if k_context is None else k_context.shape[1])
+    if all(type(x) is int for x in (*flat, *lengths)):
+        plan_block_attention(q, k, v, k_context, v_context, list(flat), streams, scale)
+    else:
+        _check_tensors(q, k, v, k_context, v_context, streams, scale)
+
+
+def _check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor | None,
+    v_context: Tensor | None,
+    streams: int,
+    scale: float,
+) -> None:
     if (k_context is None) != (v_context is None) or not (
         _fits(q, k, v) and (k_context is None or _fits(q, k_context, v_context))
     ):
@@ -36,17 +79,9 @@ def plan_block_attention(
     require(
         math.isfinite(scale) and scale > 0, "scale", scale, "a finite number > 0 (or None: d^-1/2)"
     )
-    batch, queries = q.shape[:2]
+    batch = q.shape[0]
     if streams not in (1, batch):
         require(False, "intervals", f"{streams} streams", f"1 or {batch}, B of q")
-    intervals = Intervals.from_flat(flat, streams)
-    if intervals.queries != queries:
-        got = f"rows for {intervals.queries} queries"
-        require(False, "intervals", got, f"{queries}, L of q")
-    # int(): traced with symbolic sizes, key counts become constants as the intervals are.
-    border = 0 if k_context is None else int(k_context.shape[1])
-    _check_keys(intervals, border, border + int(k.shape[1]))
-    return intervals
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor | None) -> bool:

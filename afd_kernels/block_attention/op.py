@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels import dispatch, registry
-from afd_kernels.block_attention.contract import plan_block_attention, rowwise
+from afd_kernels.block_attention.contract import check_traced, plan_block_attention, rowwise
 from afd_kernels.contracts import require
 from afd_kernels.derivatives import Rule
 
@@ -48,7 +48,7 @@ def _fake(
     streams: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    plan_block_attention(q, k, v, k_context, v_context, flat, streams, scale)
+    check_traced(q, k, v, k_context, v_context, flat, streams, scale)
     batch, queries, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=_wide(q))
 
@@ -100,7 +100,7 @@ def _fake_bwd(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    plan_block_attention(q, k, v, k_context, v_context, flat, streams, scale)
+    check_traced(q, k, v, k_context, v_context, flat, streams, scale)
     _check_saved(grad_out, q, out, lse)
     wanted = (needs[0], needs[1], needs[1], needs[2], needs[2])
     return tuple(
@@ -141,14 +141,14 @@ def _backward(ctx: Any, grad_out: Tensor | None, _lse: Tensor | None) -> tuple[T
 _REFERENCE = "afd_kernels.block_attention.reference.block_attention"
 registry.define(
     "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_context, Tensor? v_context, "
-    "int[] intervals, int streams, float scale) -> (Tensor out, Tensor lse)",
+    "SymInt[] intervals, int streams, float scale) -> (Tensor out, Tensor lse)",
     _block_attention,
     _fake,
     Rule(_REFERENCE, _setup_context, _backward),
 )
 registry.define(
     "block_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? k_context, "
-    "Tensor? v_context, Tensor out, Tensor lse, int[] intervals, int streams, float scale, "
+    "Tensor? v_context, Tensor out, Tensor lse, SymInt[] intervals, int streams, float scale, "
     "bool[3] needs) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_context, Tensor dv_context)",
     _block_attention_bwd,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from afd import ops
-from afd_kernels.contracts import plan_nft_loss
+from afd_kernels.contracts import SCHEDULES, plan_nft_loss
 from afd_kernels.dispatch import use_backend
-from afd_kernels.nft_loss.storage import grad_power
+from afd_kernels.forward_noise.reference import coefficients
+from afd_kernels.nft_loss.storage import _largest, grad_power
 from tests.cases import BASE, WAN_480, Case
 
 Place = tuple[str, str]
@@ -149,6 +150,28 @@ def test_the_power_is_one_for_every_other_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert grad_power(dtype, plan, False) == 1.0
     assert grad_power(torch.float16, plan, False) > 1.0
+
+
+@pytest.mark.parametrize(("schedule", "args"), [(n, (0.1, 20.0)) for n in SCHEDULES])
+def test_the_bounds_of_the_schedules(schedule: str, args: tuple[float, ...]) -> None:
+    t = torch.linspace(*SCHEDULES[schedule], 4097, dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = coefficients(schedule, args, t)
+    kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
+    want = [x.abs().max().item() for x in (kappa, d_alpha, d_sigma)]
+    assert _largest(schedule, args) == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_step_gives_the_same_bits(dynamic: bool) -> None:
+    inputs = HALF.inputs()
+    want = scaled_gradient(inputs, 4096.0).clone()
+
+    def step(inputs: dict[str, Any]) -> Tensor:
+        return ops.nft_loss(**inputs).loss * 4096.0
+
+    inputs["v_theta"].grad = None
+    torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)(inputs).backward()
+    assert torch.equal(inputs["v_theta"].grad, want)
 
 
 class Student(nn.Module):
