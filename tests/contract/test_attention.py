@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afd import ops
@@ -83,6 +84,31 @@ def test_compiles_to_one_graph_with_the_same_bits(backend: str) -> None:
         traced = torch.autograd.grad(compiled(case), (q, k, v, k_context, v_context))
         for a, b in zip(eager, traced, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["values", "gradients"])
+@pytest.mark.parametrize("sliced", [True, False], ids=["cache", "context"])
+def test_a_growing_cache_needs_few_graphs(sliced: bool, grad: bool) -> None:
+    q, k, v = (torch.randn(1, n, 2, 16).requires_grad_(grad) for n in (4, 64, 64))
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        if sliced:
+            return ops.block_attention(q, k[:, :n], v[:, :n], intervals.cache(n, q.shape[1]))[0]
+        case = intervals.after_context(n - 4, 4)
+        context = {"k_context": k[:, : n - 4], "v_context": v[:, : n - 4]}
+        return ops.block_attention(q, k[:, -4:], v[:, -4:], case, **context)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter, dynamic=True)
+    for n in range(8, 64, 4):
+        eager, traced = attend(q, k, v, n), compiled(q, k, v, n)
+        assert torch.equal(eager, traced)
+        if grad:
+            want, got = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (eager, traced))
+            assert all(map(torch.equal, want, got))
+    assert counter.frame_count <= 3
+    with pytest.raises(Exception, match=r"intervals: got .*; needed: keys below \d+"):
+        compiled(q, k, v, 70) if sliced else compiled(q, k[:, :20], v[:, :20], 70)
 
 
 def test_fake_cuda_tensors_pass_without_a_synchronisation() -> None:
