@@ -52,7 +52,7 @@ using NoiseKernel = void (*)(const NoiseProblem&, int64_t, int64_t, int64_t,
 void for_each_slice(const NoiseProblem& p, int threads, NoiseKernel kernel) {
   const std::vector<NoiseCoefficients> table = noise_coefficients(p);
   const Slices slices(elements_per_sample(p.rows));
-  parallel_for(p.rows.batch * slices.count, threads, [&](int64_t i) {
+  parallel_for(p.rows.batch * slices.count, threads, [&](int64_t i, int) {
     const int64_t b = i / slices.count, s = i % slices.count;
     kernel(p, b, slices.begin(s), slices.end(s), table.data() + b * p.rows.frames);
   });
@@ -99,7 +99,7 @@ void launch_nft_loss(const NftProblem& p, int threads) {
       }
     }
     partial.assign(partial.size(), 0.0);
-    parallel_for(here * slices.count, threads, [&](int64_t piece) {
+    parallel_for(here * slices.count, threads, [&](int64_t piece, int) {
       const int64_t i = piece / slices.count, s = piece % slices.count;
       kernels.nft_sums(p, first + i, slices.begin(s), slices.end(s), table.data() + i * frames,
                        partial.data() + piece * frames * kNftSums);
@@ -123,7 +123,7 @@ void launch_nft_loss(const NftProblem& p, int threads) {
     if (p.grad != nullptr && !one_pass) {
       // Backwards: what the first pass read last is still there.
       const int64_t pieces = here * slices.count;
-      parallel_for(pieces, threads, [&](int64_t reversed) {
+      parallel_for(pieces, threads, [&](int64_t reversed, int) {
         const int64_t piece = pieces - 1 - reversed;
         const int64_t i = piece / slices.count, s = piece % slices.count;
         kernels.nft_gradient(p, first + i, slices.begin(s), slices.end(s),
@@ -139,7 +139,7 @@ void launch_scale(DType type, const void* in, void* out, int64_t count, float fa
     return;
   }
   const Slices slices(count);
-  parallel_for(slices.count, threads, [&](int64_t s) {
+  parallel_for(slices.count, threads, [&](int64_t s, int) {
     cpu_kernels().scale(type, in, out, slices.begin(s), slices.end(s), factor);
   });
 }
@@ -147,7 +147,7 @@ void launch_scale(DType type, const void* in, void* out, int64_t count, float fa
 void launch_stream_5r1w(const float* const in[5], float* out, int64_t count, bool non_temporal,
                         int threads) {
   const Slices slices(count);
-  parallel_for(slices.count, threads, [&](int64_t s) {
+  parallel_for(slices.count, threads, [&](int64_t s, int) {
     cpu_kernels().stream_5r1w(in, out, slices.begin(s), slices.end(s), non_temporal);
   });
 }

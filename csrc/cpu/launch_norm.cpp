@@ -3,9 +3,10 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
+#include <new>
 #include <numeric>
-#include <vector>
 
 #include "huge_pages.h"
 #include "isa.h"
@@ -37,37 +38,49 @@ struct Pieces {
 };
 
 struct Free {
-  void operator()(float* p) const { free(p); }
+  void operator()(void* p) const { free(p); }
 };
 
-// Rows for one piece, aligned to cache lines.
+// For each of `workers` threads a buffer of its own, aligned to cache lines. Allocated before any
+// work begins: an op that lacks memory has then written nothing yet.
+template <class T>
 class Scratch {
  public:
-  Scratch(int64_t rows, int64_t channels)
-      : memory_(static_cast<float*>(aligned_alloc(
-            64, static_cast<size_t>(rows * divided_up(channels, 16) * 16) * sizeof(float)))) {
+  Scratch(int workers, int64_t size)
+      : size_(divided_up(size, kLine) * kLine),
+        memory_(static_cast<T*>(
+            aligned_alloc(64, static_cast<size_t>(std::max(workers, 1) * size_) * sizeof(T)))) {
     if (memory_ == nullptr) {
       throw std::bad_alloc();
     }
   }
-  float* data() { return memory_.get(); }
+  T* of(int worker) const { return memory_.get() + worker * size_; }
 
  private:
-  std::unique_ptr<float, Free> memory_;
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t size_;
+  const std::unique_ptr<T, Free> memory_;
 };
 
-// out = the sum of the rows partial[piece(0)], partial[piece(1)], ..., one after the other in fp64.
+// As many rows as a kernel asks for.
+Scratch<float> scratch_rows(int threads, int64_t rows, int64_t channels) {
+  return {threads, rows * divided_up(channels, 16) * 16};
+}
+
+// out = the sum of the rows partial[piece(0)], partial[piece(1)], ..., one after the other in fp64;
+// `sum` has room for one.
 template <class Piece>
-void add_rows(const float* partial, int64_t channels, int64_t count, Piece piece, float* out) {
-  std::vector<double> sum(static_cast<size_t>(channels), 0.0);
+void add_rows(const float* partial, int64_t channels, int64_t count, Piece piece, double* sum,
+              float* out) {
+  std::fill_n(sum, channels, 0.0);
   for (int64_t i = 0; i < count; ++i) {
     const float* row = partial + piece(i) * channels;
     for (int64_t c = 0; c < channels; ++c) {
-      sum[static_cast<size_t>(c)] += static_cast<double>(row[c]);
+      sum[c] += static_cast<double>(row[c]);
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
-    out[c] = static_cast<float>(sum[static_cast<size_t>(c)]);
+    out[c] = static_cast<float>(sum[c]);
   }
 }
 
@@ -92,10 +105,10 @@ struct Units {
 
   template <class Body>
   void for_each_piece(int threads, Body body) const {
-    parallel_for(count * cut.count, threads, [&](int64_t piece) {
+    parallel_for(count * cut.count, threads, [&](int64_t piece, int worker) {
       const int64_t unit = piece / cut.count, i = piece % cut.count;
       const int64_t first = unit % per_sample * tokens;
-      body(piece, unit / per_sample, first + cut.begin(i), first + cut.end(i));
+      body(piece, worker, unit / per_sample, first + cut.begin(i), first + cut.end(i));
     });
   }
 
@@ -124,17 +137,18 @@ class ModulationSum {
     float* const to = partial_ == nullptr ? out_ : partial_.get();
     return to == nullptr ? nullptr : to + piece * channels_;
   }
-  void finish(int threads) const {
+  // `sums`: a row of doubles for each thread.
+  void finish(int threads, const Scratch<double>& sums) const {
     if (partial_ == nullptr) {
       return;
     }
     const int64_t per_sample = units_.per_sample * units_.cut.count;
     const int64_t run = per_sample / of_.frames;
-    parallel_for(of_.batches * of_.frames, threads, [&](int64_t row) {
+    parallel_for(of_.batches * of_.frames, threads, [&](int64_t row, int worker) {
       const int64_t first = row / of_.frames * per_sample + row % of_.frames * run;
       add_rows(
           partial_.get(), channels_, pieces_of_row(),
-          [&](int64_t i) { return first + i / run * per_sample + i % run; },
+          [&](int64_t i) { return first + i / run * per_sample + i % run; }, sums.of(worker),
           out_ + row * channels_);
     });
   }
@@ -157,9 +171,9 @@ void launch_qk_norm_rope(const QkNormRopeProblem& p, int threads) {
   const int64_t channels = p.heads * p.head_dim;
   const bool stream = prepare({p.q_out, p.k_out}, p.batch * p.tokens * channels * size_of(p.type));
   const Pieces pieces(p.batch * p.tokens, channels, kMostPieces);
-  parallel_for(pieces.count, threads, [&](int64_t i) {
-    Scratch scratch(kQkNormRopeScratch, channels);
-    cpu_kernels().qk_norm_rope(p, pieces.begin(i), pieces.end(i), stream, scratch.data());
+  const Scratch<float> scratch = scratch_rows(threads, kQkNormRopeScratch, channels);
+  parallel_for(pieces.count, threads, [&](int64_t i, int worker) {
+    cpu_kernels().qk_norm_rope(p, pieces.begin(i), pieces.end(i), stream, scratch.of(worker));
   });
 }
 
@@ -170,22 +184,24 @@ void launch_qk_norm_rope_bwd(const QkNormRopeProblem& p, int threads) {
   const std::unique_ptr<float[]> partial(
       new float[static_cast<size_t>(2 * pieces.count * channels)]);
   float *const partial_q = partial.get(), *const partial_k = partial_q + pieces.count * channels;
-  parallel_for(pieces.count, threads, [&](int64_t i) {
-    Scratch scratch(kQkNormRopeBwdScratch, channels);
-    cpu_kernels().qk_norm_rope_bwd(p, pieces.begin(i), pieces.end(i), stream, scratch.data(),
+  const Scratch<float> scratch = scratch_rows(threads, kQkNormRopeBwdScratch, channels);
+  const Scratch<double> sum(1, channels);
+  parallel_for(pieces.count, threads, [&](int64_t i, int worker) {
+    cpu_kernels().qk_norm_rope_bwd(p, pieces.begin(i), pieces.end(i), stream, scratch.of(worker),
                                    partial_q + i * channels, partial_k + i * channels);
   });
   const auto in_order = [](int64_t i) { return i; };
-  add_rows(partial_q, channels, pieces.count, in_order, p.dweight_q);
-  add_rows(partial_k, channels, pieces.count, in_order, p.dweight_k);
+  add_rows(partial_q, channels, pieces.count, in_order, sum.of(0), p.dweight_q);
+  add_rows(partial_k, channels, pieces.count, in_order, sum.of(0), p.dweight_k);
 }
 
 void launch_adaln(const AdalnProblem& p, int threads) {
   const bool stream = prepare({p.x_out, p.h}, p.batch * p.tokens * p.channels * size_of(p.type));
-  Units(p).for_each_piece(threads, [&](int64_t, int64_t sample, int64_t begin, int64_t end) {
-    Scratch scratch(kAdalnScratch, p.channels);
-    cpu_kernels().adaln(p, sample, begin, end, stream, scratch.data());
-  });
+  const Scratch<float> scratch = scratch_rows(threads, kAdalnScratch, p.channels);
+  Units(p).for_each_piece(threads,
+                          [&](int64_t, int worker, int64_t sample, int64_t begin, int64_t end) {
+                            cpu_kernels().adaln(p, sample, begin, end, stream, scratch.of(worker));
+                          });
 }
 
 void launch_adaln_bwd(const AdalnProblem& p, int threads) {
@@ -194,14 +210,16 @@ void launch_adaln_bwd(const AdalnProblem& p, int threads) {
   const ModulationSum gate(units, p.channels, p.batch, p.gate, p.dgate);
   const ModulationSum scale(units, p.channels, p.batch, p.scale, p.dscale);
   const ModulationSum shift(units, p.channels, p.batch, p.scale, p.dshift);
-  units.for_each_piece(threads, [&](int64_t piece, int64_t sample, int64_t begin, int64_t end) {
-    Scratch scratch(kAdalnBwdScratch, p.channels);
-    cpu_kernels().adaln_bwd(p, sample, begin, end, stream, scratch.data(), gate.at(piece),
-                            scale.at(piece), shift.at(piece));
-  });
-  gate.finish(threads);
-  scale.finish(threads);
-  shift.finish(threads);
+  const Scratch<float> scratch = scratch_rows(threads, kAdalnBwdScratch, p.channels);
+  const Scratch<double> sums(threads, p.channels);
+  units.for_each_piece(threads,
+                       [&](int64_t piece, int worker, int64_t sample, int64_t begin, int64_t end) {
+                         cpu_kernels().adaln_bwd(p, sample, begin, end, stream, scratch.of(worker),
+                                                 gate.at(piece), scale.at(piece), shift.at(piece));
+                       });
+  gate.finish(threads, sums);
+  scale.finish(threads, sums);
+  shift.finish(threads, sums);
 }
 
 }  // namespace afd::cpu
