@@ -41,8 +41,15 @@ struct Modulation {
   }
 };
 
-// Subtracts the row's mean (x may be `centred`), and returns 1 / the deviation.
-AFD_INLINE float centre(const float* x, double sum, int64_t count, double eps, float* centred) {
+AFD_INLINE double sum_of(const float* x, int64_t count) {
+  RowSum sum;
+  for_vectors(count, [&](int64_t i, int part) { sum.add(part, load(x + i)); });
+  return sum.total();
+}
+
+// Subtracts the row's mean (x may be `centred`), and returns the sum of the squares of the rest.
+AFD_INLINE double centre(const float* x, int64_t count, float* centred) {
+  const double sum = sum_of(x, count);
   const Float mean(static_cast<float>(sum / static_cast<double>(count)));
   RowSum squares;
   for_vectors(count, [&](int64_t i, int part) {
@@ -50,14 +57,26 @@ AFD_INLINE float centre(const float* x, double sum, int64_t count, double eps, f
     store(centred + i, c);
     squares.add(part, c * c);
   });
-  return inverse_deviation(squares.total(), static_cast<double>(count), eps);
+  return squares.total();
 }
 
-AFD_INLINE double sum_of(const float* x, int64_t count) {
-  RowSum sum;
-  for_vectors(count, [&](int64_t i, int part) { sum.add(part, load(x + i)); });
-  return sum.total();
-}
+// The row minus its mean, times `factor` (see factor_of_row); `inverse` is 1 / their deviation.
+struct Centred {
+  float factor, inverse;
+
+  // `again` reads the row once more: x may be `row`, which holds the result.
+  template <class Again>
+  AFD_INLINE Centred(const float* x, int64_t count, double eps, float* row, Again again) {
+    double squares = centre(x, count, row);
+    factor = factor_of_row(squares, count, eps);
+    if (__builtin_expect(factor != 1.0f, 0)) {
+      multiply_row(again(), factor, count, row);
+      eps *= static_cast<double>(factor) * static_cast<double>(factor);
+      squares = centre(row, count, row);
+    }
+    inverse = inverse_deviation(squares, static_cast<double>(count), eps);
+  }
+};
 
 // out = x + gate branch; `rounded` gets the values that out then holds.
 template <class T>
@@ -90,14 +109,17 @@ void forward(const AdalnProblem& p, int64_t sample, int64_t begin, int64_t end, 
     const int64_t at = (sample * p.tokens + token) * count;
     const T* in = static_cast<const T*>(p.x.data) + row_offset(p.x, sample, token);
     const float* x = widened(in, count, x_row);
+    const T* read = in;
     if (p.branch.data != nullptr) {
       const T* from = static_cast<const T*>(p.branch.data) + row_offset(p.branch, sample, token);
       T* const out = static_cast<T*>(p.x_out) + at;
       residual_row(x, shared.gate, widened(from, count, other), count, stream && can_stream(out),
                    out, x_row);
       x = x_row;
+      read = out;
     }
-    const Float scale(centre(x, sum_of(x, count), count, p.eps, x_row));
+    const auto again = [&] { return widened(read, count, other); };
+    const Float scale(Centred(x, count, p.eps, x_row, again).inverse);
     T* const out = static_cast<T*>(p.h) + at;
     write_row(out, count, stream && can_stream(out), [&](int64_t i) {
       return modulated(load(x_row + i), scale, load(shared.gain + i), load(shared.shift + i));
@@ -120,9 +142,9 @@ void backward(const AdalnProblem& p, int64_t sample, int64_t begin, int64_t end,
       return widened(static_cast<const T*>(from.data) + row_offset(from, sample, token), count,
                      scratch + which * row);
     };
-    const float* x = read(p.x, 3);
-    const float deviation = centre(x, sum_of(x, count), count, p.eps, centred);
-    const Float scale(deviation);
+    const auto again = [&] { return read(p.x, 3); };
+    const Centred normed(again(), count, p.eps, centred, again);
+    const Float scale(normed.inverse), factor(normed.factor);
     const float* g = read(p.grad_h, 5);
     RowSum plain, along;
     for_vectors(count, [&](int64_t i, int part) {
@@ -135,14 +157,14 @@ void backward(const AdalnProblem& p, int64_t sample, int64_t begin, int64_t end,
     });
     const double size = static_cast<double>(count);
     const Float mean(static_cast<float>(plain.total() / size));
-    const Float pull(pull_of(along.total(), size, deviation));
+    const Float pull(pull_of(along.total(), size, normed.inverse));
     const float* passing = p.grad_x_out.data == nullptr ? nullptr : read(p.grad_x_out, 6);
     const bool gated = p.dbranch != nullptr;
     const float* branch = gated ? read(p.branch, 7) : nullptr;
     T* const dx = static_cast<T*>(p.dx) + at;
     write_row(dx, count, stream && can_stream(dx), [&](int64_t i) {
       const Float grad_normed = load(g + i) * load(shared.gain + i);
-      Float d = layer_norm_gradient(grad_normed, mean, load(centred + i), scale, pull);
+      Float d = layer_norm_gradient(grad_normed, mean, load(centred + i), scale, pull) * factor;
       d = passing == nullptr ? d : d + load(passing + i);
       if (gated) {
         store(dx_row + i, d);

@@ -41,13 +41,13 @@ struct Angles {
   }
 };
 
-AFD_INLINE float rms_scale(const float* x, int64_t count, double eps) {
+AFD_INLINE double sum_of_squares(const float* x, int64_t count) {
   RowSum squares;
   for_vectors(count, [&](int64_t i, int part) {
     const Float value = load(x + i);
     squares.add(part, value * value);
   });
-  return inverse_deviation(squares.total(), static_cast<double>(count), eps);
+  return squares.total();
 }
 
 template <class T>
@@ -55,7 +55,15 @@ AFD_INLINE void forward_row(const T* in, const float* weight, const Angles& angl
                             float* scratch, T* out, bool stream) {
   const int64_t channels = angles.parts * angles.length;
   const float* x = widened(in, channels, scratch);
-  const Float scale(rms_scale(x, channels, eps));
+  double squares = sum_of_squares(x, channels);
+  const float factor = factor_of_row(squares, channels, eps);
+  if (__builtin_expect(factor != 1.0f, 0)) {
+    multiply_row(x, factor, channels, scratch);
+    x = scratch;
+    eps *= static_cast<double>(factor) * static_cast<double>(factor);
+    squares = sum_of_squares(x, channels);
+  }
+  const Float scale(inverse_deviation(squares, static_cast<double>(channels), eps));
   stream = stream && can_stream(out);
   for (int64_t h = 0; h < angles.parts; ++h) {
     const int64_t first = h * angles.length;
@@ -104,16 +112,27 @@ AFD_INLINE void backward_row(const T* in, const T* incoming, const float* weight
   const float* g = widened(incoming, channels, scratch + row);
   float* back = scratch + 2 * row;
   RowSum squares, along;
-  for (int64_t h = 0; h < angles.parts; ++h) {
-    const int64_t first = h * angles.length;
-    for_vectors(angles.length, [&](int64_t i, int part) {
-      const int64_t c = first + i;
-      const Float value = load(x + c);
-      const Float y = turned(load(g + c), angles.table + i, Turn::kBack);
-      store(back + c, y);
-      squares.add(part, value * value);
-      along.add(part, y * load(weight + c) * value);
-    });
+  const auto add = [&] {
+    for (int64_t h = 0; h < angles.parts; ++h) {
+      const int64_t first = h * angles.length;
+      for_vectors(angles.length, [&](int64_t i, int part) {
+        const int64_t c = first + i;
+        const Float value = load(x + c);
+        const Float y = turned(load(g + c), angles.table + i, Turn::kBack);
+        store(back + c, y);
+        squares.add(part, value * value);
+        along.add(part, y * load(weight + c) * value);
+      });
+    }
+  };
+  add();
+  const float factor = factor_of_row(squares.total(), channels, eps);
+  if (__builtin_expect(factor != 1.0f, 0)) {
+    multiply_row(x, factor, channels, scratch);
+    x = scratch;
+    eps *= static_cast<double>(factor) * static_cast<double>(factor);
+    squares = along = RowSum();
+    add();
   }
   const double count = static_cast<double>(channels);
   const float scale = inverse_deviation(squares.total(), count, eps);
@@ -121,7 +140,7 @@ AFD_INLINE void backward_row(const T* in, const T* incoming, const float* weight
   write_row(out, channels, stream && can_stream(out), [&](int64_t i) {
     const Float value = load(x + i), y = load(back + i);
     store(dweight + i, load(dweight + i) + y * (value * s));
-    return rms_gradient(y * load(weight + i), value, s, pull);
+    return rms_gradient(y * load(weight + i), value, s, pull) * Float(factor);
   });
 }
 

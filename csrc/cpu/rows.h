@@ -94,4 +94,20 @@ AFD_INLINE void for_vectors(int64_t count, Body body) {
   }
 }
 
+// Squares of very large and very small numbers leave fp32. A norm is blind to its row's length but
+// for eps: the row is then first multiplied by this power of two, and eps by its square. 1 for any
+// row whose squares fp32 holds.
+AFD_INLINE float factor_of_row(double sum_of_squares, int64_t count, double eps) {
+  const double mean = sum_of_squares / static_cast<double>(count) + eps;
+  if (mean >= 1e-24 && mean <= 1e24) {
+    return 1.0f;
+  }
+  return mean < 1e-24 ? 0x1p80f : 0x1p-80f;
+}
+
+// to = x * factor, a padded row; `to` may be x.
+AFD_INLINE void multiply_row(const float* x, float factor, int64_t count, float* to) {
+  for_vectors(count, [&](int64_t i, int) { store(to + i, load(x + i) * Float(factor)); });
+}
+
 }  // namespace afd::AFD_ISA

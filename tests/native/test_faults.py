@@ -1,6 +1,6 @@
 """Injected failures of allocations and of thread starts in every native op.
 
-Once from Python with a preloaded shim, and once without Python under sanitizers (faults/driver.cpp).
+Once from Python with a preloaded shim, once without Python under sanitizers (faults/driver.cpp).
 """
 
 from __future__ import annotations

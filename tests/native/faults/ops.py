@@ -1,7 +1,7 @@
 """Every native op with injected failures; run by test_faults.py with the shim preloaded.
 
-For each op the n-th allocation of the compiled core fails, n = 0, 1, ..., until the op gets by: once
-alone and once with all after it. Each failure is a MemoryError, and the op runs right afterwards.
+For each op the n-th allocation of the compiled core fails, n = 0, 1, ..., until the op gets by:
+once alone and once with all after it. Each failure is a MemoryError, and the op runs right after.
 """
 
 from __future__ import annotations
