@@ -20,6 +20,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.library import Library
 
+from afd_kernels import dispatch
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -134,6 +136,7 @@ def _function(op: Any, rule: Rule) -> type[torch.autograd.Function]:
         else:
             with _next_level(call.grad_enabled):
                 output = _below(op, call.keyset, args)
+        ctx.requested = dispatch.requested()
         ctx.inner = _levels.passed > 0
         ctx.transformed = call.grad_enabled is not None or ctx.inner or call.tangent
         if rule.setup_context is not None:
@@ -146,7 +149,9 @@ def _function(op: Any, rule: Rule) -> type[torch.autograd.Function]:
                 f"{name} has no derivative (double backward); {rule.instead} is twice "
                 "differentiable"
             )
-        return *rule.backward(ctx, *grads), None
+        # Wherever it is called, a backward runs on what its forward was asked to.
+        with dispatch.use_requested(ctx.requested):
+            return *rule.backward(ctx, *grads), None
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if rule.jvp is None:

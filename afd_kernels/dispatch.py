@@ -12,6 +12,7 @@ import importlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,27 +29,60 @@ OPS: dict[str, tuple[str, ...]] = {
 BACKENDS = ("native", "library", "triton", "reference")
 
 _log = logging.getLogger("afd")
-# Process-wide, not a ContextVar: autograd runs CUDA backwards on threads of its own.
-_requested: list[tuple[str, tuple[str, ...]]] = []
+
+
+class Request:
+    """One `use_backend` block; compared by identity."""
+
+    def __init__(self, backend: str, ops: tuple[str, ...]) -> None:
+        self.backend, self.ops = backend, ops
+
+
+# Of this thread and task, innermost last.
+_requested: ContextVar[tuple[Request, ...]] = ContextVar("afd_requested", default=())
 _logged: set[tuple[str, str, str]] = set()
 
 
 @contextmanager
 def use_backend(backend: str, *ops: str) -> Iterator[None]:
-    """Runs `ops` (every op of the process if none is named) on `backend` inside the block.
+    """Runs `ops` (every op if none is named) on `backend` inside the block.
 
     Where the backend refuses, the op raises. Of nested requests for an op the innermost counts.
+    The block is of this thread and asyncio task. A task created inside starts with it; a thread
+    does not (`contextvars.copy_context().run` hands it on). A backward runs on what its forward was
+    asked to, wherever it is called; a compiled graph's, on what is in force where it runs.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; needed: one of {', '.join(BACKENDS)}")
     for op in ops:
         if op not in OPS:
             raise ValueError(f"ops: got {op!r}; needed: one of {', '.join(OPS)}")
-    _requested.append((backend, ops))
+    request = Request(backend, ops)
+    _requested.set((*_requested.get(), request))
     try:
         yield
     finally:
-        _requested.pop()
+        # Not ContextVar.reset: generators may leave their blocks in another order, or elsewhere.
+        _requested.set(tuple(x for x in _requested.get() if x is not request))
+
+
+def requested() -> tuple[Request, ...]:
+    """The blocks in force here, for `use_requested` in another place."""
+    return _requested.get()
+
+
+@contextmanager
+def use_requested(requests: tuple[Request, ...]) -> Iterator[None]:
+    """Runs the block with exactly these requests: a backward with those of its forward.
+
+    Autograd runs backwards of CUDA ops on threads of its own, which start with none.
+    """
+    before = _requested.get()
+    _requested.set(requests)
+    try:
+        yield
+    finally:
+        _requested.set(before)
 
 
 def explain(
@@ -76,7 +110,8 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     """
     given = [x for x in tensors if x is not None]
     device, dtypes = given[0].device.type, frozenset(x.dtype for x in given)
-    requested = next((b for b, ops in reversed(_requested) if not ops or op in ops), None)
+    asked = (x.backend for x in reversed(_requested.get()) if not x.ops or op in x.ops)
+    requested = next(asked, None)
     for name in (requested,) if requested else OPS[op]:
         reason = _refusal(op, name, device, dtypes)
         if reason is None and (looks := _looks(op, name)) is not None:

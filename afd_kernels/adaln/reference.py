@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
@@ -31,6 +30,17 @@ def _per_frame(value_BLD: Tensor, like: Tensor) -> Tensor:
     return (summed if like.shape[0] == len(summed) else summed.sum(0, True)).to(like.dtype)
 
 
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LN without affine [B, L, D] and the inverse deviation [B, L, 1].
+
+    In float64: squares of large and of small float32 numbers leave float32.
+    """
+    centred = x.double()
+    centred = centred - centred.mean(-1, keepdim=True)
+    inverse = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return centred * inverse, inverse
+
+
 def residual_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -48,7 +58,7 @@ def residual_norm(
         if gate is not None:
             gated = gated * _per_token(gate, tokens, wide)
         x_out = (x.to(wide) + gated).to(x.dtype)
-    normed = layer_norm(x_out.to(wide), x.shape[-1:], eps=eps)
+    normed = _normalise(x_out, eps)[0].to(wide)
     h = normed * (scale_offset + _per_token(scale, tokens, wide)) + _per_token(shift, tokens, wide)
     return x_out, h.to(x.dtype)
 
@@ -79,13 +89,12 @@ def adaln_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch, dgate (both empty without a gate), dscale and dshift."""
     wide, tokens = _wide(x_out), x_out.shape[1]
-    grad, centred = grad_h.to(wide), x_out.to(wide)
-    centred = centred - centred.mean(-1, keepdim=True)
-    inverse = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normed = centred * inverse
-    grad_normed = grad * (scale_offset + _per_token(scale, tokens, wide))
+    normed, inverse = _normalise(x_out, eps)
+    grad = grad_h.double()
+    grad_normed = grad * (scale_offset + _per_token(scale, tokens, torch.float64))
     along = (grad_normed * normed).mean(-1, keepdim=True)
     dx = inverse * (grad_normed - grad_normed.mean(-1, keepdim=True) - normed * along)
+    dx = dx.to(wide)
     if grad_x_out is not None:
         dx = dx + grad_x_out.to(wide)
     dbranch, dgate = x_out.new_empty(0), x_out.new_empty(0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels import contracts, dispatch, registry
+from afd_kernels.aliasing import refuse_overlaps
 from afd_kernels.derivatives import Rule
 from afd_kernels.nft_loss.storage import grad_power
 
@@ -63,7 +64,12 @@ def _nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
     return dispatch.pick("nft_loss", grad).nft_loss_bwd(grad.contiguous(), grad_loss.contiguous())
 
 
+def _check_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
+    refuse_overlaps((("grad", grad),), (("grad_loss", grad_loss),))
+
+
 def _nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
+    _check_bwd_(grad, grad_loss)
     if not grad.is_contiguous():
         grad.copy_(_nft_loss_bwd(grad, grad_loss))
         return
@@ -164,7 +170,7 @@ registry.define(
 registry.define(
     "nft_loss_bwd_(Tensor(a!) grad, Tensor grad_loss) -> ()",
     _nft_loss_bwd_,
-    lambda grad, grad_loss: None,
+    _check_bwd_,
     Rule(_REFERENCE),
     mutates=True,
 )

@@ -45,11 +45,21 @@ def _errors(
     t: Tensor,
     seed: Tensor | None,
     noise: Tensor | None,
+    frame_mask: Tensor | None,
     plan: NftPlan,
 ) -> _Errors:
     dtype = wide(v_theta, x0)
-    theta, old, clean = (as_rows(x, plan).to(dtype) for x in (v_theta, v_old, x0))
+
+    def rows(x: Tensor) -> Tensor:
+        """[B, O, F, I], 0 in frames that are left out: a weight of 0 would not hide a NaN."""
+        wide_rows = as_rows(x, plan).to(dtype)
+        if frame_mask is None:
+            return wide_rows
+        return wide_rows.masked_fill(~frame_mask[:, None, :, None], 0)
+
+    theta, old, clean = rows(v_theta), rows(v_old), rows(x0)
     eps = draw(seed, noise, x0, plan).to(dtype)
+    eps = eps if frame_mask is None else eps.masked_fill(~frame_mask[:, None, :, None], 0)
     times = per_frame(t, plan.frames).double()
     _, _, d_alpha, d_sigma = (
         c.to(dtype)[:, None, :, None]
@@ -58,7 +68,7 @@ def _errors(
     from_old = theta - old
     e = old - (d_alpha * clean + d_sigma * eps)
     d = plan.nft_beta * from_old
-    ref = theta if v_ref is None else as_rows(v_ref, plan).to(dtype)
+    ref = theta if v_ref is None else rows(v_ref)
     return _Errors(e + d, e - d, theta - ref, from_old)
 
 
@@ -142,7 +152,7 @@ def loss(
 
     The adaptive weights w are constants of the graph, as in the DiffusionNFT code.
     """
-    errors = _errors(v_theta, v_old, v_ref, x0, t, seed, noise, plan)
+    errors = _errors(v_theta, v_old, v_ref, x0, t, seed, noise, frame_mask, plan)
     return _finish(errors, t, r, frame_mask, plan).loss
 
 
@@ -159,7 +169,7 @@ def nft_loss(
     plan: NftPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], metrics fp64 [B, G, 7] and grad_power times the closed-form gradient."""
-    errors = _errors(v_theta, v_old, v_ref, x0, t, seed, noise, plan)
+    errors = _errors(v_theta, v_old, v_ref, x0, t, seed, noise, frame_mask, plan)
     result = _finish(errors, t, r, frame_mask, plan)
     dtype = errors.positive.dtype
     value = result.loss.to(dtype)

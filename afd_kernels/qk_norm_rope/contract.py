@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from afd_kernels.aliasing import refuse_overlaps
 from afd_kernels.contracts import FLOATS, expect, require
 
 
@@ -69,6 +70,16 @@ def check_append(
         require(
             cache.is_contiguous(), name, cache, "a contiguous buffer, which is written in place"
         )
+    read = (
+        ("q", q),
+        ("k", k),
+        ("v", v),
+        ("weight_q", weight_q),
+        ("weight_k", weight_k),
+        ("rope", rope),
+        ("position", position),
+    )
+    refuse_overlaps((("k_cache", k_cache), ("v_cache", v_cache)), read)
     streams = batch if position.ndim and position.shape[0] == batch else 1
     expect("position", position, (streams,), (torch.int64,), q)
     if tokens_per_frame <= 0 or tokens % tokens_per_frame or slots % tokens_per_frame:

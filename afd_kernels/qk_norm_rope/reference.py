@@ -27,14 +27,17 @@ def _turn(x_BLhd: Tensor, rope: Tensor, sign: int = 1) -> Tensor:
 
 
 def _inverse_rms(x_BLhd: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean of the squares of a token's D channels + eps), [B, L, 1, 1]."""
-    return (x_BLhd.square().mean((-2, -1), keepdim=True) + eps).rsqrt()
+    """1 / sqrt(mean of the squares of a token's D channels + eps), float64 [B, L, 1, 1].
+
+    Squares of large and of small float32 numbers leave float32.
+    """
+    return (x_BLhd.double().square().mean((-2, -1), keepdim=True) + eps).rsqrt()
 
 
 def norm_rope(x_BLhd: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
     """RoPE(RMSNorm over D (x) · weight), rounded once to the dtype of x."""
     x, w = x_BLhd.to(_wide(x_BLhd)), weight.to(_wide(x_BLhd))
-    normed = x * _inverse_rms(x, eps) * w.unflatten(0, x.shape[-2:])
+    normed = (x * _inverse_rms(x, eps)).to(x.dtype) * w.unflatten(0, x.shape[-2:])
     return _turn(normed, rope).to(x_BLhd.dtype)
 
 
@@ -43,9 +46,9 @@ def norm_rope_bwd(
 ) -> tuple[Tensor, Tensor]:
     """The gradients with respect to x and weight."""
     wide = _wide(x_BLhd)
-    x, w = x_BLhd.to(wide), weight.to(wide).unflatten(0, x_BLhd.shape[-2:])
-    inverse = _inverse_rms(x, eps)
-    normed, grad_y = x * inverse, _turn(grad.to(wide), rope, -1)
+    w = weight.double().unflatten(0, x_BLhd.shape[-2:])
+    inverse = _inverse_rms(x_BLhd, eps)
+    normed, grad_y = x_BLhd * inverse, _turn(grad.to(wide), rope, -1).double()
     grad_normed = grad_y * w
     along = (grad_normed * normed).mean((-2, -1), keepdim=True)
     grad_x = inverse * (grad_normed - normed * along)

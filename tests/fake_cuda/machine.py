@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +225,7 @@ class FakeCuda(TorchFunctionMode):
         library = _LIBRARIES.get(packet)
         if library is not None:
             self.launches[packet.__name__] += 1
-        with patch.object(dispatch, "_requested", _ON_CPU) if ours else contextlib.nullcontext():
+        with dispatch.use_requested(_ON_CPU) if ours else contextlib.nullcontext():
             out = (library or func)(*plain_args, **plain_kwargs)
         changed = {id(inner_of(x)): x for x in tensors}
 
@@ -329,7 +328,7 @@ def _flash_backward(
 
 
 # Who makes our ops' values: none whose kernels are replaced.
-_ON_CPU = [] if native.why_missing() is None else [("reference", ())]
+_ON_CPU = () if native.why_missing() is None else (dispatch.Request("reference", ()),)
 _LIBRARIES: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention: _flash,
     aten._scaled_dot_product_flash_attention_backward: _flash_backward,

@@ -151,7 +151,7 @@ def test_what_no_library_can_take_goes_to_the_next_backend(monkeypatch: pytest.M
     assert ops.explain(OP, "cpu", {torch.float32}, tensors)["library"] == "3 tensors"
     with pytest.raises(RuntimeError, match=r"'library' was requested.*library: 3 tensors"):
         attend(case, tensors)
-    monkeypatch.setattr(dispatch, "_requested", [])
+    dispatch._requested.set(())
     assert_attention(attend(case, tensors)[0].detach(), expected.detach().double())
     wide = torch.zeros(1, 2, 1, 136)
     assert "at most 128" in str(ops.explain(OP, "cpu", {torch.float32}, [wide])["triton"])

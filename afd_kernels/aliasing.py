@@ -1,0 +1,68 @@
+"""Refuses tensors that share memory with one that an op writes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+Named = Sequence[tuple[str, Tensor]]
+
+
+def refuse_overlaps(written: Named, read: Named) -> None:
+    """Refuses any overlap of a written tensor with another, written or read.
+
+    Written tensors are dense. A read one counts from its first element to its last, so that rows
+    which lie between each other's are refused, too. Looks at metadata only and runs on every call.
+
+    Raises:
+        ValueError: naming both arguments.
+    """
+    if any(type(x) not in _PLAIN for _, x in written):
+        _refuse_shared_storage(written, read)
+        return
+    starts = [x.data_ptr() for _, x in written]
+    ends = [start + x.nbytes for start, (_, x) in zip(starts, written, strict=True)]
+    first, last = min(starts), max(ends)
+    for name, x in read:
+        start = x.data_ptr()
+        if start < last and start + _extent(x) > first:
+            _refuse(written, starts, ends, name, x, start)
+    for i, (name, x) in enumerate(written[1:], 1):
+        _refuse(written[:i], starts, ends, name, x, starts[i])
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first element to behind the last one."""
+    if x.is_contiguous() or not x.numel():
+        return x.nbytes
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()
+
+
+def _refuse(
+    written: Named, starts: list[int], ends: list[int], name: str, x: Tensor, start: int
+) -> None:
+    """Raises where x, at `start`, overlaps one of `written` (one address space per device)."""
+    for (other, y), its_start, its_end in zip(written, starts, ends, strict=False):
+        if start < its_end and its_start < start + _extent(x) and x.device == y.device:
+            raise ValueError(
+                f"{other}, {name}: got tensors that share memory; needed: memory of its own for "
+                f"{other}, which is written in place"
+            )
+
+
+def _refuse_shared_storage(written: Named, read: Named) -> None:
+    """The same for fake tensors, which have no address but a storage that their views share."""
+    for i, (name, x) in enumerate((*written, *read)):
+        storage, start = x.untyped_storage()._cdata, _offset(x)
+        beside = [y for y in written[:i] if y[1].untyped_storage()._cdata == storage]
+        starts = [_offset(y) for _, y in beside]
+        ends = [at + int(y.nbytes) for at, (_, y) in zip(starts, beside, strict=True)]
+        _refuse(beside, starts, ends, name, x, start)
+
+
+def _offset(x: Tensor) -> int:
+    return int(x.storage_offset()) * x.element_size()
