@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from afd_kernels.block_attention.reference import attend
+
 # Tiles of scores stay in the second-level cache; below one tile a single call is cheaper.
 _TILE_QUERIES = 256
 _TILE_KEYS = 512
 _FEW = 64 * 64
+# A tile of the rows that are computed again.
+_MENDED_QUERIES = 64
 
 
 class CpuFlash:
@@ -21,7 +25,9 @@ class CpuFlash:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
         )
-        return out.transpose(1, 2), lse
+        out = out.transpose(1, 2)
+        _mend(out, lse, q, k, v, scale)
+        return out, lse
 
     def backward(
         self,
@@ -42,6 +48,24 @@ class CpuFlash:
             *heads_first, lse, 0.0, False, scale=scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _mend(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Writes the answers of queries whose scores were not all numbers again, in place.
+
+    The library takes the maximum of a row past a NaN: where nothing else is in the row it answers
+    0, with an lse of 0. Few rows are looked at twice for nothing: an lse of 0 is rare otherwise.
+    """
+    doubtful = (lse == 0) | ~lse.isfinite()
+    if not bool(doubtful.any()):
+        return
+    for b in range(q.shape[0]):
+        rows = doubtful[b].any(0).nonzero().squeeze(1)
+        key, value = k[b : b + 1].float(), v[b : b + 1].float()
+        for some in rows.split(_MENDED_QUERIES):
+            made, its_lse = attend(q[b : b + 1, some].float(), key, value, scale)
+            out[b, some] = made[0].to(out.dtype)
+            lse[b, :, some] = its_lse[0]
 
 
 def _dq_by_tiles(

@@ -70,6 +70,15 @@ def check_append(
         require(
             cache.is_contiguous(), name, cache, "a contiguous buffer, which is written in place"
         )
+    streams = batch if position.ndim and position.shape[0] == batch else 1
+    expect("position", position, (streams,), (torch.int64,), q)
+    if tokens_per_frame <= 0 or tokens % tokens_per_frame or slots % tokens_per_frame:
+        needed = f"a divisor of the {tokens} tokens and of the {slots} slots of the cache"
+        require(False, "tokens_per_frame", tokens_per_frame, needed)
+    free = slots // tokens_per_frame - tokens // tokens_per_frame
+    if not 0 <= sink_frames <= free:
+        needed = f"between 0 and {free}: the ring behind the sink must hold the frames of one call"
+        require(False, "sink_frames", sink_frames, needed)
     read = (
         ("q", q),
         ("k", k),
@@ -80,15 +89,6 @@ def check_append(
         ("position", position),
     )
     refuse_overlaps((("k_cache", k_cache), ("v_cache", v_cache)), read)
-    streams = batch if position.ndim and position.shape[0] == batch else 1
-    expect("position", position, (streams,), (torch.int64,), q)
-    if tokens_per_frame <= 0 or tokens % tokens_per_frame or slots % tokens_per_frame:
-        needed = f"a divisor of the {tokens} tokens and of the {slots} slots of the cache"
-        require(False, "tokens_per_frame", tokens_per_frame, needed)
-    free = slots // tokens_per_frame - tokens // tokens_per_frame
-    if not 0 <= sink_frames <= free:
-        needed = f"between 0 and {free}: the ring behind the sink must hold the frames of one call"
-        require(False, "sink_frames", sink_frames, needed)
     if torch.is_grad_enabled():
         named = {"q": q, "k": k, "v": v, "weight_q": weight_q, "weight_k": weight_k}
         for name, x in named.items():
