@@ -53,6 +53,8 @@ def test_one_special_channel_or_a_whole_row_of_them_in_adaln(
     backend: str, value: float, width: int
 ) -> None:
     require_backend("adaln", backend)
+    if backend == "triton" and abs(value) in (INF, 1e20):
+        pytest.skip("squares that leave float32 are not rescaled in Triton (docs/NUMERICS.md)")
     torch.manual_seed(0)
     x, grad = torch.randn(2, 1, 6, width).unbind()
     scale, shift = torch.randn(2, width).unbind()
@@ -67,7 +69,7 @@ def test_one_special_channel_or_a_whole_row_of_them_in_adaln(
     expected_dx, *_ = adaln_reference.adaln_bwd(
         None, grad.double(), x.double(), None, None, wide[0], 1.0, 1e-6
     )
-    # A constant row: what is left of it in float32 is rounding, which eps hides from small ones only.
+    # A constant row: what is left of it in float32 is rounding; eps hides that of small ones.
     keep = [0, 1, 2, 3, 5] if abs(value) in (INF, 1e20) else list(range(6))
     assert_same("h", h[:, keep], expected[:, keep])
     assert_same("dx", dx[:, keep], expected_dx[:, keep])
@@ -80,6 +82,8 @@ def test_one_special_channel_or_a_whole_row_of_them_in_qk_norm_rope(
     backend: str, value: float, width: int
 ) -> None:
     require_backend("qk_norm_rope", backend)
+    if backend == "triton" and abs(value) in (INF, 1e20):
+        pytest.skip("squares that leave float32 are not rescaled in Triton (docs/NUMERICS.md)")
     torch.manual_seed(0)
     q, k, grad_q, grad_k = torch.randn(4, 1, 6, 2, width // 2).unbind()
     weights = torch.randn(2, width).unbind()
@@ -127,6 +131,11 @@ def test_a_special_value_in_attention(backend: str, which: int, keys: int) -> No
                 (True, True, False),
             )  # fmt: skip
             where = f"{value} at {at}"
+            if backend == "library" and abs(value) == INF:
+                # Merging two intervals makes NaN of an infinity; never a number of one or of NaN.
+                assert (expected.isfinite() | ~out.isfinite()).all(), where
+                assert (~expected.isnan() | out.isnan()).all(), where
+                continue
             assert_same(f"out, {where}", out.detach(), expected)
             assert_same(f"lse, {where}", lse.detach(), expected_lse)
             if abs(value) < 1e20 or value != value:
