@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from afd.config import FREE_KEYS, ConfigError, RunConfig, flatten, plain
+from afd.files import replacing
 from afd.models.adapters import TARGETS
 from afd.models.causal_wan import CausalWan
 from afd.models.checkpoints import (
     load_checkpoint,
-    replacing,
     save_diffusers,
     save_self_forcing,
     to_diffusers,

@@ -11,12 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from afd.files import replacing
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.wan_block import EPS
 from afd_kernels.contracts import require
@@ -416,31 +414,3 @@ def _state(weights: Weights) -> dict[str, Tensor]:
         alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
         state[clean_name(name)] = tensor if alone else tensor.clone()
     return state
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A free name beside `path`; what the body leaves there is flushed and takes its place."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(partial)
-    try:
-        yield partial
-        for written in (*(partial.iterdir() if partial.is_dir() else ()), partial):
-            _flush(written)
-        os.replace(partial, path)
-        _flush(path.parent)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

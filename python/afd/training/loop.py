@@ -26,10 +26,10 @@ from torch import Tensor
 
 from afd import doctor
 from afd.config import ConfigError, RunConfig, differences, load_config, plain, to_yaml
+from afd.files import write_text
 from afd.methods.base import Batch, Method, Shown
 from afd.methods.build import build_method
 from afd.methods.optimizer import TrainingError
-from afd.models.checkpoints import replacing
 from afd.ranks import ALONE, Ranks, join
 from afd.teachers.base import Teacher
 from afd.training import checkpoint
@@ -106,8 +106,7 @@ def _home(out: Path, config: RunConfig, console: Console, ranks: Ranks) -> Itera
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out), log_to(out / "train.log", console):
         # A run that is killed here has the old one or the new one: a torn one is another run's.
-        with replacing(out / "config.yaml") as partial:
-            partial.write_text(to_yaml(config), encoding="utf-8")
+        write_text(out / "config.yaml", to_yaml(config))
         facts = doctor.inspect()
         (out / "doctor.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.steps, config.seed)

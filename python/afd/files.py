@@ -1,0 +1,184 @@
+"""Files that a crash leaves whole: atomic writes, hashes, and JSON lines.
+
+Every OSError that leaves this module names its file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from afd.rows import json_rows
+
+BLOCK = 1 << 20
+PARTIAL = ".partial"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let every OSError of the block name a file: those of a write or a sync name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A free name beside `path`; the file or folder that the block leaves there is flushed to disk
+    and takes its place, or nothing changes.
+
+    `shared`: several processes may write this path at once, and the last one's stays. Without it
+    what a killed process left is removed by the next.
+    """
+    unique = f".{uuid.uuid4().hex[:12]}" if shared else ""
+    partial = path.with_name(f".{path.name}{unique}{PARTIAL}")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        try:
+            yield partial
+            if partial.is_dir():
+                for written in partial.iterdir():
+                    sync(written)
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+        finally:
+            # The error of the write is the one to report.
+            with suppress(OSError):
+                remove(partial)
+
+
+def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
+    """Write a file atomically, with the permissions that the umask gives; see `replacing`."""
+    with replacing(path, shared=shared) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically, as UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write a JSON file atomically. Raises ValueError for NaN and infinities."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # Some network file systems cannot sync a folder, and need not.
+            if error.errno != errno.EINVAL or not path.is_dir():
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with naming(path), path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class JsonLine:
+    """One line of a JSON lines file that is no empty line.
+
+    Attributes:
+        number: from 1.
+        value: the object; None where the line is damaged.
+        problem: what is wrong with it, or None.
+        torn: whether it is the last line, cut off before its end by a kill or a full disk.
+    """
+
+    number: int
+    value: dict[str, Any] | None
+    problem: str | None = None
+    torn: bool = False
+
+
+def read_json_lines(path: Path) -> list[JsonLine]:
+    """The lines of a JSON lines file, damaged ones included; none where there is no file."""
+    try:
+        with naming(path):
+            data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    ended = data.endswith(b"\n")
+    # Bytes that are not UTF-8 become halves of characters, which json_rows refuses.
+    rows = list(json_rows(data.decode("utf-8", "surrogateescape")))
+    lines = []
+    for number, row in rows:
+        if isinstance(row, str):
+            torn = not ended and number == rows[-1][0]
+            lines.append(JsonLine(number, None, row, torn))
+        else:
+            lines.append(JsonLine(number, row))
+    return lines
+
+
+class JsonAppender:
+    """A JSON lines file to append to. A line is with the operating system when `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with naming(path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Append one object. Raises ValueError for NaN and infinities."""
+        data = memoryview(json.dumps(value, allow_nan=False).encode() + b"\n")
+        with naming(self.path):
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk."""
+        with naming(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> JsonAppender:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,127 @@
+"""Atomic writes, hashes and JSON lines: whole or not there, and errors that name the file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from afd.files import (
+    JsonAppender,
+    naming,
+    read_json_lines,
+    remove,
+    replacing,
+    sha256_of,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+
+def test_a_write_replaces_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "file.txt"
+    for text in ("old", "new – 新"):
+        write_text(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    write_json(path, {"a": [1, "ü"]})
+    assert path.read_text(encoding="utf-8") == '{\n "a": [\n  1,\n  "ü"\n ]\n}\n'
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_permissions_of_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_bytes(tmp_path / "one", b"")
+        write_bytes(tmp_path / "two", b"", shared=True)
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("one", "two")} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_error_changes_nothing_and_names_the_file(tmp_path: Path, shared: bool) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with (
+        pytest.raises(OSError, match="No space left") as error,
+        replacing(path, shared=shared) as p,
+    ):
+        p.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert error.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, float("nan"))
+    assert path.read_text() == "old"
+
+
+def test_a_full_device_is_named() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    with JsonAppender(full) as lines, pytest.raises(OSError, match="/dev/full"):
+        lines.write({})
+
+
+def test_an_error_that_names_a_file_keeps_it(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="absent"), naming(tmp_path):
+        (tmp_path / "absent").read_bytes()
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    partial = tmp_path / ".file.partial"
+    partial.mkdir()
+    (partial / "half").write_text("")
+    write_text(path, "new")
+    partial.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    write_text(path, "newer")
+    assert path.read_text() == "newer"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_whole_folder_can_take_a_place(tmp_path: Path) -> None:
+    with replacing(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "a").write_text("1")
+    assert (tmp_path / "folder" / "a").read_text() == "1"
+    remove(tmp_path / "folder")
+    remove(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+    data = os.urandom(3 << 20) + b"x"
+    (tmp_path / "file").write_bytes(data)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(FileNotFoundError, match="absent"):
+        sha256_of(tmp_path / "absent")
+
+
+def test_json_lines_are_read_back_and_a_torn_one_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert read_json_lines(path) == []
+    with JsonAppender(path) as lines:
+        lines.write({"step": 1})
+        lines.write({"step": 2, "ü": 0.5})
+        lines.sync()
+        with pytest.raises(ValueError, match="JSON compliant"):
+            lines.write({"step": float("nan")})
+    whole = path.read_bytes()
+    assert [line.value for line in read_json_lines(path)] == [{"step": 1}, {"step": 2, "ü": 0.5}]
+    for tail in (b'{"st', b"\0" * 7, b"\xff\xfe", b"7"):
+        path.write_bytes(whole + tail)
+        *_, last = read_json_lines(path)
+        assert (last.number, last.value, last.torn) == (3, None, True), tail
+        path.write_bytes(whole + tail + b"\n" + whole)
+        damaged = [line for line in read_json_lines(path) if line.problem]
+        assert [(line.number, line.torn) for line in damaged] == [(3, False)], tail
+    # The end of a line may be all that is missing.
+    path.write_bytes(whole[:-1])
+    assert [line.problem for line in read_json_lines(path)] == [None, None]
