@@ -47,12 +47,14 @@ def test_a_file_has_the_permissions_of_the_umask(tmp_path: Path, umask: int) -> 
 def test_an_error_changes_nothing_and_names_the_file(tmp_path: Path, shared: bool) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with (
-        pytest.raises(OSError, match="No space left") as error,
-        replacing(path, shared=shared) as p,
-    ):
-        p.write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail() -> None:
+        with replacing(path, shared=shared) as partial:
+            partial.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left") as error:
+        fail()
     assert error.value.filename == str(path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
