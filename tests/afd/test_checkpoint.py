@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +82,120 @@ def test_a_damaged_one_is_passed_over_and_refused(tmp_path: Path, file: str, dam
     assert checkpoint.latest(tmp_path) == path
 
 
-def test_one_with_a_file_too_many_or_another_promise_is_passed_over(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(1), keep=3)
-    (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"of another run")
-    assert checkpoint.latest(tmp_path) is None
-    path = checkpoint.save(tmp_path, state(1), keep=3)
+# What file managers, other systems and people leave; the reader of shards looks at endings only.
+STRAYS = (".DS_Store", f"._{SHARD}", "Thumbs.db", "state.json~", ".state.json.swp", "notes.txt")
+STRAYS += ("shard-00002-model-00001-of-00001.safetensors", "model.safetensors.index.json")
+
+
+def test_strange_files_damage_nothing_and_are_not_read(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), keep=1)
+    for folder in (tmp_path, path):
+        for name in STRAYS:
+            (folder / name).write_bytes(b"strange")
+        (folder / "a folder").mkdir()
+        (folder / "of.safetensors").mkdir()
+        os.mkfifo(folder / "pipe.json")
+    for name in ("step_1", "step_000009.bak", "step_000001 copy"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_000003.partial").write_text("of a killed process, and a file")
     assert checkpoint.latest(tmp_path) == path
-    meta = (path / "meta.json").read_text()
-    digest = json.loads(meta)["files"][SHARD]
-    (path / "meta.json").write_text(meta.replace(digest, "0" * 64))
-    assert checkpoint.latest(tmp_path) is None
+    loaded = checkpoint.load(path, method="afd", config=CONFIG)
+    assert torch.equal(loaded["w"], torch.full((3,), 1))
+    assert checkpoint.save(tmp_path, state(2), keep=1).name == "step_000002"
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == [
+        "step_000001 copy",
+        "step_000002",
+        "step_000009.bak",
+        "step_1",
+    ]
+
+
+def replaced(path: Path, by: str) -> None:
+    """Put something else in the place of a file."""
+    path.unlink()
+    if by == "folder":
+        path.mkdir()
+    elif by == "pipe":
+        os.mkfifo(path)
+    elif by == "empty":
+        path.touch()
+    else:
+        path.symlink_to({"link to nothing": "absent", "ring": path.name, "device": "/dev/zero"}[by])
+
+
+@pytest.mark.parametrize("file", [SHARD, "state.json", "meta.json"])
+@pytest.mark.parametrize("by", ["folder", "pipe", "empty", "link to nothing", "ring", "device"])
+def test_something_else_in_the_place_of_a_file_is_named(
+    tmp_path: Path, file: str, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = checkpoint.save(tmp_path, state(1), keep=3)
+    path = checkpoint.save(tmp_path, state(2), keep=3)
+    replaced(path / file, by)
+    assert checkpoint.latest(tmp_path) == older
+    (record,) = [record for record in caplog.records if record.name == "afd"]
+    assert f"{path} is passed over: {file} " in record.getMessage()
+    with pytest.raises(CheckpointError, match=file):
+        checkpoint.load(path, method="afd", config=CONFIG)
+    assert checkpoint.save(tmp_path, state(2), keep=3) == path
+    assert checkpoint.latest(tmp_path) == path
+
+
+def test_every_word_of_meta_is_bound(tmp_path: Path) -> None:
+    """A bit that flips anywhere in it falls back to the older checkpoint."""
+    older = checkpoint.save(tmp_path, state(1), keep=2)
+    path = checkpoint.save(tmp_path, state(2), keep=2)
+    whole = (path / "meta.json").read_bytes()
+    said = json.loads(whole)
+    for at in range(0, len(whole), 7):
+        (path / "meta.json").write_bytes(
+            whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
+        )
+        newest = checkpoint.latest(tmp_path)
+        if newest != older:
+            assert newest == path
+            # A blank between two words may be another one.
+            assert json.loads((path / "meta.json").read_bytes()) == said, whole[at - 9 : at + 9]
+    for key in said:
+        (path / "meta.json").write_text(json.dumps({k: v for k, v in said.items() if k != key}))
+        assert checkpoint.latest(tmp_path) == older, key
+
+
+def test_files_swapped_between_checkpoints_and_renamed_checkpoints_are_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [checkpoint.save(tmp_path, state(step), keep=3) for step in (1, 2, 3)]
+    for file in (SHARD, "state.json", "meta.json"):
+        mine, other = paths[2] / file, paths[1] / file
+        held = mine.read_bytes()
+        mine.write_bytes(other.read_bytes())
+        assert checkpoint.latest(tmp_path) == paths[1], file
+        mine.write_bytes(held)
+    paths[2].rename(tmp_path / "step_000009")
+    assert checkpoint.latest(tmp_path) == paths[1]
+    assert "step_000009 is passed over: meta.json is that of step 3" in caplog.text
+
+
+def test_where_none_is_whole_each_is_named_and_nothing_begins_again(tmp_path: Path) -> None:
+    paths = [checkpoint.save(tmp_path, state(step), keep=3) for step in (1, 2, 3)]
+    (paths[0] / SHARD).unlink()
+    (paths[1] / "meta.json").write_text("[]")
+    shutil.rmtree(paths[2])
+    paths[2].write_text("a file")
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.latest(tmp_path)
+    said = str(error.value)
+    assert "none of them is whole" in said
+    for path in paths:
+        assert str(path) in said
+    assert f"{SHARD} is missing" in said
+
+
+def test_a_damaged_newer_one_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(2), keep=1)
+    (checkpoint.save(tmp_path, state(9), keep=2) / "meta.json").unlink()
+    path = checkpoint.save(tmp_path, state(3), keep=1)
+    assert names(tmp_path) == ["step_000003", "step_000009"]
+    assert checkpoint.latest(tmp_path) == path
 
 
 def test_saving_a_step_again_leaves_the_whole_one_alone(tmp_path: Path) -> None:
@@ -148,11 +254,22 @@ def test_a_checkpoint_says_who_wrote_it(tmp_path: Path) -> None:
     assert (meta["written_by"]["commit"] is not None) == in_a_repository
 
 
-def test_one_of_another_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+def test_one_of_another_format_is_refused_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, state(1), keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 1000)
+        path = checkpoint.save(tmp_path, state(2), keep=2)
+    assert checkpoint.latest(tmp_path) == path
+    with pytest.raises(CheckpointError, match="has format 1000, this afd reads 4"):
+        checkpoint.load(path, method="afd", config=CONFIG)
+
+
+def test_one_from_before_everything_was_bound_is_named(tmp_path: Path) -> None:
     path = tmp_path / "step_000001"
     path.mkdir()
-    meta = {"step": 1, "method": "afd", "config": CONFIG, "format": 2, "sha256": "of state.pt"}
+    meta = {"step": 1, "method": "afd", "config": CONFIG, "format": 3, "sha256": "of state.pt"}
     (path / "meta.json").write_text(json.dumps(meta))
-    assert checkpoint.latest(tmp_path) == path
-    with pytest.raises(CheckpointError, match="has format 2, this afd reads 3"):
-        checkpoint.load(path, method="afd", config=CONFIG)
+    with pytest.raises(CheckpointError, match="step_000001: has format 3, this afd reads 4"):
+        checkpoint.latest(tmp_path)

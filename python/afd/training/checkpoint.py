@@ -1,26 +1,28 @@
 """Checkpoints: one folder per step that is either whole or not there.
 
 `checkpoints/step_000400/` holds the shards that every process wrote for itself and `state.json`
-(afd.training.shards), and `meta.json`: step, method, configuration, who wrote it, and the SHA-256
-of every other file. It is written under another name, flushed to disk by all processes and renamed,
-so a power cut at any moment leaves the newest whole checkpoint in place. Any number of processes
-reads it, sharded or not. All functions that take `ranks` are called by every process.
+(afd.training.shards), and `meta.json`: step, method, configuration, who wrote it, the SHA-256 of
+every file that a resume reads, and the SHA-256 of all this. It is written under another name,
+flushed to disk by all processes and renamed, so a power cut at any moment leaves the newest whole
+checkpoint in place. Whatever else lies in the folder is not looked at. Any number of processes
+reads a checkpoint, sharded or not. All functions that take `ranks` are called by every process.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
-import os
 import random
 import re
-import shutil
+import stat
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +30,19 @@ from torch import Tensor
 
 import afd
 from afd.config import ConfigError, differences
+from afd.files import PARTIAL, naming, remove, sha256_of, sync
 from afd.ranks import ALONE, Ranks
+from afd.rows import parse_json
 from afd.training import shards
 
 META = "meta.json"
 # Changes whenever older checkpoints can no longer be read.
-FORMAT = 3
+FORMAT = 4
 _log = logging.getLogger("afd")
 _NAME = re.compile(r"step_(\d{6,})")
+# What a resume reads; and what a killed process left of it.
+_FILE = re.compile(r"(?!\.)[^/]*\.(safetensors|json)")
+_LEFT = re.compile(_NAME.pattern + re.escape(PARTIAL))
 
 
 class CheckpointError(RuntimeError):
@@ -48,43 +55,72 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE
     `written_by` in the state says who writes. What a state may hold: `shards.write`.
     """
     final = folder / f"step_{state['step']:06d}"
-    partial = final.with_suffix(".partial")
+    partial = final.with_suffix(PARTIAL)
     if ranks.same(final.exists()) and _problem(final, ranks) is None:
         return final
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.partial"):
-            shutil.rmtree(leftover)
+        for left in folder.iterdir():
+            if _LEFT.fullmatch(left.name):
+                remove(left)
         partial.mkdir()
     ranks.barrier()
-    shards.write(partial, state, ranks)
-    digests = _digests(partial, ranks)
-    if ranks.main:
-        meta = {key: state[key] for key in ("step", "method", "config")}
-        meta |= {"format": FORMAT, "written_by": state.get("written_by", written_by())}
-        meta |= {"sha256": _of_all(digests), "files": digests}
-        with (partial / META).open("w", encoding="utf-8") as text:
-            json.dump(meta, text, indent=1)
-            text.flush()
-            os.fsync(text.fileno())
-        _sync_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)  # damaged, or we had returned above
-        partial.rename(final)
-        _sync_folder(folder)
-        for old in list(_newest_first(folder))[keep:]:
-            shutil.rmtree(old)
+    try:
+        shards.write(partial, state, ranks)
+        names = sorted(path.name for path in partial.iterdir() if _FILE.fullmatch(path.name))
+        digests = _digests(partial, ranks.same(names), ranks)
+        if ranks.main:
+            files = {name: digest for name, digest in digests.items() if digest is not None}
+            if len(files) < len(digests):
+                raise OSError(errno.EIO, "what was just written cannot be read", str(partial))
+            _finish(partial, final, state, files)
+            # Newer ones are damaged, or the run would have gone on from them.
+            older = [path for path in _newest_first(folder) if _step(path) <= state["step"]]
+            for old in older[keep:]:
+                remove(old)
+    except OSError:
+        # A disk that is full has room for the rest of the run's files again.
+        with suppress(OSError):
+            remove(partial)
+        raise
     ranks.barrier()
     return final
 
 
+def _finish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, str]) -> None:
+    """Write what binds the files together, and give the folder its name."""
+    meta: dict[str, Any] = {key: state[key] for key in ("step", "method", "config")}
+    meta |= {"format": FORMAT, "written_by": state.get("written_by", written_by()), "files": files}
+    meta["sha256"] = _bound(meta)
+    with naming(partial / META), (partial / META).open("w", encoding="utf-8") as text:
+        json.dump(meta, text, indent=1)
+    sync(partial / META)
+    sync(partial)
+    remove(final)  # damaged, or `save` had returned
+    partial.rename(final)
+    sync(final.parent)
+
+
 def latest(folder: Path, ranks: Ranks = ALONE) -> Path | None:
-    """The newest whole checkpoint, or None. Damaged ones are passed over and named in the log."""
+    """The newest whole checkpoint, or None where there is none at all.
+
+    Damaged ones are passed over and named in the log. Raises CheckpointError where all are damaged:
+    to begin again is for the user to decide.
+    """
+    problems: list[tuple[Path, str]] = []
     for name in ranks.same([path.name for path in _newest_first(folder)]):
         problem = _problem(folder / name, ranks)
         if problem is None:
+            for line in problems:
+                _log.warning("checkpoint %s is passed over: %s", *line)
             return folder / name
-        _log.warning("checkpoint %s is passed over: %s", folder / name, problem)
+        problems.append((folder / name, problem))
+    if problems:
+        listed = "; ".join(f"{path}: {problem}" for path, problem in problems)
+        raise CheckpointError(
+            f"checkpoints {folder}: none of them is whole ({listed}); put a whole one back, or "
+            "remove them to begin again"
+        )
     return None
 
 
@@ -107,7 +143,7 @@ def load(
     problem = _problem(path, ranks)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path}: {problem}")
-    meta = json.loads((path / META).read_text(encoding="utf-8"))
+    meta = ranks.same(_meta(path) if ranks.main else None)
     if meta["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint {path}: has format {meta['format']}, this afd reads {FORMAT}; go on "
@@ -122,7 +158,7 @@ def load(
             f"checkpoint {path}: belongs to another run:\n{listed}\nchoose another out=, or the "
             "settings it was made with"
         )
-    return shards.read(path, ranks, into=into, only=only)
+    return shards.read(path, ranks, into=into, only=only, files=meta["files"])
 
 
 @lru_cache
@@ -182,60 +218,78 @@ def _bytes(text: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
-    yield from sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+def _newest_first(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _problem(path: Path, ranks: Ranks = ALONE) -> str | None:
     """Why a checkpoint is not whole, or None; one of another format is for `load` to refuse."""
-    files, problem = ranks.same(_promised(path))
-    if files is None:
-        return cast("str | None", problem)
-    there = _digests(path, ranks)
-    odd = [name for name in files | there if not files.get(name) == there.get(name) is not None]
-    return f"{min(odd)} differs from the SHA-256 in {META}" if odd else None
+    files, problem = ranks.same(_promised(path) if ranks.main else None)
+    if problem is not None or files is None:
+        return None if problem is None else str(problem)
+    found = _digests(path, sorted(files), ranks)
+    odd = [name for name in sorted(files) if found[name] != files[name]]
+    if not odd:
+        return None
+    problem = _unreadable(path / odd[0])
+    return f"{odd[0]} {problem or f'differs from its SHA-256 in {META}'}"
 
 
 def _promised(path: Path) -> tuple[dict[str, str] | None, str | None]:
-    """The files that meta.json names, with their SHA-256; or None, and perhaps the reason."""
+    """The files that meta.json binds, with their SHA-256; or None, and why they are not known."""
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        meta = _meta(path)
+        bound = meta.pop("sha256") == _bound(meta)
         if meta["format"] != FORMAT:
-            return None, None
-        files = dict(meta["files"])
-        return (files, None) if _of_all(files) == meta["sha256"] else (None, f"{META} is damaged")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"{META} cannot be read ({error!r})"
+            problem = f"has format {meta['format']!r}, this afd reads {FORMAT}"
+            return None, None if bound else problem
+        if not bound:
+            return None, f"{META} is damaged"
+        if path.name != f"step_{meta['step']:06d}":
+            return None, f"{META} is that of step {meta['step']}"
+        return meta["files"], None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{META} {_unreadable(path / META) or f'cannot be read ({error!r})'}"
 
 
-def _digests(folder: Path, ranks: Ranks) -> dict[str, str | None]:
-    """SHA-256 of every file but meta.json, or None; each process reads some of them."""
-    names = ranks.same(sorted(path.name for path in folder.iterdir() if path.name != META))
+def _meta(path: Path) -> dict[str, Any]:
+    if _unreadable(path / META):
+        raise FileNotFoundError(path / META)
+    meta = parse_json((path / META).read_text(encoding="utf-8"))
+    return dict(meta)
+
+
+def _bound(meta: Mapping[str, Any]) -> str:
+    """The SHA-256 of everything that a meta.json says."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path, names: Sequence[str], ranks: Ranks) -> dict[str, str | None]:
+    """SHA-256 of files, None where one cannot be read; each process reads some of them."""
     own = {name: _sha256(folder / name) for name in names[ranks.share(len(names))]}
     return {name: digest for part in ranks.each(own) for name, digest in part.items()}
 
 
-def _of_all(digests: Mapping[str, str | None]) -> str:
-    """One SHA-256 for all files."""
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
 def _sha256(path: Path) -> str | None:
-    """None where the file cannot be read."""
-    digest = hashlib.sha256()
+    # Opening a pipe would wait for ever.
+    if _unreadable(path):
+        return None
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return sha256_of(path)
     except OSError:
         return None
-    return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _unreadable(path: Path) -> str | None:
+    """What keeps a file from being read, as far as its folder tells."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return None if stat.S_ISREG(path.stat().st_mode) else "is not a file"
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"({error.strerror})"

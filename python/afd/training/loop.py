@@ -223,6 +223,7 @@ class Trainer:
         self.step = 0
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
+        self.newest: Path | None = None
         self._restore()
         self.records = Records(config, self.step) if ranks.main else None
         self.evaluated = set(ranks.same(sorted(self.records.evaluated) if self.records else []))
@@ -292,7 +293,7 @@ class Trainer:
         if bad:
             raise TrainingError(
                 f"update {self.step}: {', '.join(f'{k} = {metrics[k]}' for k in bad)}; the newest "
-                f"checkpoint is {checkpoint.latest(self.checkpoints)}"
+                f"checkpoint is {self.newest}"
             )
         if self.records is not None:
             self.records.update(self.step, metrics, phase_s, self.elapsed_s)
@@ -365,7 +366,7 @@ class Trainer:
             "teacher": _state_of(self.teacher),
         }
         keep = self.config.checkpoint.keep
-        checkpoint.save(self.checkpoints, state, keep=keep, ranks=self.ranks)
+        self.newest = checkpoint.save(self.checkpoints, state, keep=keep, ranks=self.ranks)
 
     def _restore(self) -> None:
         """Go to the newest whole checkpoint, if there is one."""
@@ -377,7 +378,7 @@ class Trainer:
             cast("Any", self.teacher).load_state_dict(state["teacher"])
         self.sampler.load_state_dict(state["sampler"])
         checkpoint.set_random_state(state["random"], self.ranks.rank)
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.step, self.elapsed_s, self.newest = state["step"], state["elapsed_s"], path
         _log.info("continuing after update %d from %s", self.step, path)
         before = state["written_by"]["processes"]
         if before != self.ranks.world:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from afd.files import naming, sync
 from afd.models.weights import local
 from afd.ranks import Ranks, collective
 
@@ -52,16 +54,20 @@ def write(folder: Path, tree: Mapping[str, Any], ranks: Ranks) -> None:
         files = {name: 1 + size // FILE_BYTES for name, size in zip(tensors, filled, strict=True)}
         writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
         planner = DefaultSavePlanner(flatten_state_dict=False)
-        _planned(ranks, save, tensors, storage_writer=writer, planner=planner)
+        _planned(folder, ranks, save, tensors, storage_writer=writer, planner=planner)
     if ranks.main:
-        with (folder / TREE).open("w", encoding="utf-8") as file:
+        with naming(folder / TREE), (folder / TREE).open("w", encoding="utf-8") as file:
             json.dump(packed, file)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(folder / TREE)
 
 
 def read(
-    folder: Path, ranks: Ranks, *, into: Mapping[str, Any] | None = None, only: str = ""
+    folder: Path,
+    ranks: Ranks,
+    *,
+    into: Mapping[str, Any] | None = None,
+    only: str = "",
+    files: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """The tree in a folder, written by any number of processes. Every process must call.
 
@@ -70,6 +76,7 @@ def read(
             wherever the folder holds one of the same shape and dtype in the same place. What is
             not there is read whole, onto the CPU.
         only: tensors whose path ("a/b/c") does not begin so are left out: they come as "meta".
+        files: names of those that are read; None: all that lie there.
     """
     there: dict[str, Tensor] = {}
     _pack(into or {}, "", there)
@@ -78,9 +85,21 @@ def read(
     tree = _unpack(packed, lambda name, like: _place(name, like, there, only), tensors)
     if tensors:
         reader = HuggingFaceStorageReader(str(folder))
+        if files is not None:
+            reader.fs = _Only(files)
         planner = DefaultLoadPlanner(flatten_state_dict=False)
-        _planned(ranks, load, tensors, storage_reader=reader, planner=planner)
+        _planned(folder, ranks, load, tensors, storage_reader=reader, planner=planner)
     return dict(tree)
+
+
+class _Only(FileSystem):
+    """The file system of a folder in which strange files may lie."""
+
+    def __init__(self, files: Collection[str]) -> None:
+        self._files = files
+
+    def ls(self, path: str | os.PathLike) -> list[str]:
+        return [str(Path(path) / name) for name in sorted(self._files)]
 
 
 def _place(name: str, like: Tensor, there: Mapping[str, Tensor], only: str) -> Tensor:
@@ -140,13 +159,15 @@ def _unpack(packed: Any, place: Callable[[str, Tensor], Tensor], tensors: dict[s
     return {key: _unpack(value, place, tensors) for key, value in packed.items()}
 
 
-def _planned(ranks: Ranks, call: Callable[..., Any], tensors: Any, **named: Any) -> None:
+def _planned(
+    folder: Path, ranks: Ranks, call: Callable[..., Any], tensors: Any, **named: Any
+) -> None:
     """`save` or `load`; what failed on any process is raised as itself."""
 
     def plan() -> None:
         call(tensors, no_dist=ranks.world == 1, **named)
 
-    with warnings.catch_warnings():
+    with naming(folder), warnings.catch_warnings():
         # One process is all there is, and DCP says so each time.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
