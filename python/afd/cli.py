@@ -1,7 +1,8 @@
 """The `afd` command.
 
 Exit codes: 0 done (or done before), 1 the run failed, 2 a mistake in the command, the configuration
-or a file it names, 130 stopped by Ctrl-C with everything saved.
+or a file it names, 3 the disk failed (full, read-only, gone), 130 stopped by Ctrl-C, SIGTERM or
+SIGHUP. docs/TRAINING.md has the table.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 
 import afd
+from afd.files import DISK, StorageError, what_failed
+from afd.terminal import drop, ended_by_signals, lasting_streams, occupy
 
 if TYPE_CHECKING:
     from afd.config import RunConfig
 
-DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130
+DONE, FAILED, MISTAKE, STORAGE, STOPPED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,20 +36,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The teacher is a black box even here: another process, which reads its own options.
         command = [sys.executable, "-m", "afd.teachers.simulator", *words[2:]]
         return subprocess.run(command, check=False).returncode
+    occupy()
     options = _options(words)
+    with ExitStack() as stack:
+        if options.lasts:
+            stack.enter_context(lasting_streams())
+            stack.enter_context(ended_by_signals())
+        return _run_command(options)
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    """Every error that a user can do something about, as one sentence and an exit code."""
     # Importing torch takes seconds; --help and a mistyped command answer before it.
-    from afd.config import ConfigError
-    from afd.methods.optimizer import TrainingError
-    from afd.ranks import LostError
-    from afd.teachers.base import TeacherError
-    from afd.training.checkpoint import CheckpointError
-    from afd.video import VideoError
+    try:
+        from afd.config import ConfigError
+        from afd.methods.optimizer import TrainingError
+        from afd.ranks import LostError
+        from afd.teachers.base import TeacherError
+        from afd.training.checkpoint import CheckpointError
+        from afd.video import VideoError
+    except KeyboardInterrupt:
+        return STOPPED
 
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except (ConfigError, TeacherError, VideoError) as error:
         return _say(MISTAKE, str(error))
+    except BrokenPipeError:
+        # Of a command that only prints: nobody reads on.
+        drop(1)
+        return FAILED
+    except StorageError as error:
+        return _say(STORAGE, str(error))
     except OSError as error:
+        if error.errno in DISK:
+            remedy = f"{DISK[error.errno]}, and run the same command again"
+            return _say(STORAGE, f"{what_failed(error)}; {remedy}")
         if error.filename is None and not isinstance(error, FileNotFoundError):
             raise  # no file that the user could do something about
         return _say(MISTAKE, str(error))
@@ -78,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="afd", description="On-policy adversarial flow distillation."
     )
     parser.add_argument("--version", action="version", version=f"afd {afd.__version__}")
+    # Whether a command outlives its terminal: those that run for hours, and leave files.
+    parser.set_defaults(lasts=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train what a YAML file says, or continue it")
@@ -89,12 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         "--processes", type=int, default=1, help="dry run: on how many GPUs torchrun will train"
     )
     _takes_overrides(train)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, lasts=True)
 
     resume = commands.add_parser("resume", help="continue a stopped run, bit by bit the same")
     resume.add_argument("folder", type=Path, metavar="RUN_DIR")
     _takes_overrides(resume)
-    resume.set_defaults(run=_resume)
+    resume.set_defaults(run=_resume, lasts=True)
 
     evaluate = commands.add_parser(
         "eval", help="make and rate a benchmark's videos, or measure a run's checkpoint again"
@@ -106,26 +137,26 @@ def _parser() -> argparse.ArgumentParser:
         "--videos", type=int, default=None, help="RUN_DIR: how many of its held-out videos"
     )
     evaluate.add_argument("overrides", nargs="*", metavar="k=v", help="CONFIG.yaml: run=RUN_DIR …")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, lasts=True)
 
     quickstart = commands.add_parser(
         "quickstart", help="teacher, base, SFT and AFD on a laptop, with a report"
     )
     _takes_overrides(quickstart)
-    quickstart.set_defaults(run=_quickstart)
+    quickstart.set_defaults(run=_quickstart, lasts=True)
 
     full = commands.add_parser(
         "quickstart-full", help="the whole table: teachers x runs x seeds, with controls"
     )
     _takes_overrides(full, "also seeds=[0,1,2] and rows=[nuis-sft,...] choose a part")
-    full.set_defaults(run=_quickstart_full)
+    full.set_defaults(run=_quickstart_full, lasts=True)
 
     ablation = commands.add_parser(
         "ablation", help="what a file of configs/ablations asks: its runs, a table, the r curves"
     )
     ablation.add_argument("config", type=Path, metavar="CONFIG.yaml")
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
-    ablation.set_defaults(run=_ablation)
+    ablation.set_defaults(run=_ablation, lasts=True)
 
     sample = commands.add_parser(
         "sample", help="stream videos of prompts from a student's checkpoint into mp4 files"
@@ -136,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     said = "overrides such as checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
     sample.add_argument("overrides", nargs="*", metavar="k=v", help=said)
-    sample.set_defaults(run=_sample)
+    sample.set_defaults(run=_sample, lasts=True)
 
     export = commands.add_parser(
         "export", help="write a run's weights as a LoRA or model that other programs load"
@@ -159,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = teacher.add_subparsers(dest="verb", metavar="VERB")
     verbs.add_parser("simulate", help="write simulated videos: --style S --count N --out DIR")
     fetch = verbs.add_parser("fetch", help="buy every video of a paid teacher beforehand")
+    fetch.set_defaults(lasts=True)
     status = verbs.add_parser("status", help="what a paid teacher's folder holds and has cost")
     status.add_argument("--json", action="store_true", help="for programs")
     for verb in (fetch, status):

@@ -129,6 +129,11 @@ class CheckpointConfig(Section):
         default=100, description="save after every so many updates; 0 only at the end and on Ctrl-C"
     )
     keep: Count = Field(default=2, description="how many of the newest checkpoints stay on disk")
+    accept_changed_inputs: bool = Field(
+        default=False,
+        description="go on where a teacher's video, or another file that the run depends on, holds "
+        "something else than what the run has learnt from; each is named in the log",
+    )
 
 
 class RunConfig(Section):

@@ -20,8 +20,27 @@ from typing import Any
 
 from afd.rows import json_rows
 
+# What a disk answers that is full, read-only or broken, and what can be done about it.
+DISK = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of the quota there",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EROFS: "make it writable, or choose another folder",
+    errno.EIO: "see to the disk, or choose another folder",
+    errno.ESTALE: "mount it again, or choose another folder",
+}
 BLOCK = 1 << 20
 PARTIAL = ".partial"
+
+
+class StorageError(RuntimeError):
+    """The disk failed a command at work; the message says what to do and what is saved."""
+
+
+def what_failed(error: OSError) -> str:
+    """The file and what its system said: "runs/a/metrics.jsonl: No space left on device"."""
+    said = error.strerror or str(error)
+    return said if error.filename is None else f"{error.filename}: {said}"
 
 
 @contextmanager

@@ -20,10 +20,12 @@ from rich.table import Table
 from afd.config import RunConfig, make_config, to_yaml
 from afd.evaluation import physics
 from afd.evaluation.report import write_report
+from afd.files import write_text
 from afd.models.toy import ToyStudent
 from afd.training.evaluate import finite, make_evaluator, write_samples
 from afd.training.logging import log_to
-from afd.training.loop import Outcome, refuse_another_run, train
+from afd.training.loop import Outcome, train
+from afd.training.run_folder import refuse_another_run
 from afd.training.teacher import Videos, open_teacher
 
 _log = logging.getLogger("afd")
@@ -71,7 +73,7 @@ def base(config: RunConfig, console: Console) -> None:
         # As in training: matrix products of other thread counts differ in their last bits.
         if config.threads:
             torch.set_num_threads(config.threads)
-        (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_text(out / "config.yaml", to_yaml(config))
         teacher = open_teacher(config, console)
         requests, videos = teacher.requests, Videos(teacher, config.video)
         evaluate = make_evaluator(config, lambda: videos.fetch(requests))
@@ -87,8 +89,8 @@ def base(config: RunConfig, console: Console) -> None:
             lines.append(_line(config, "base", result.count, result.metrics))
             write_samples(out, result, config.evaluation.samples)
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (out / "evaluation.jsonl").write_text(text, encoding="utf-8")
-        (out / "DONE").write_text("measured\n", encoding="utf-8")
+        write_text(out / "evaluation.jsonl", text)
+        write_text(out / "DONE", "measured\n")
 
 
 def results(root: Path) -> Table:

@@ -299,7 +299,7 @@ def test_the_next_draw_is_decoded_while_this_one_is_used(tmp_path: Path) -> None
     first = videos.draw(sampler, 1, ahead=9)
     videos.fetch(first)
     (coming,) = videos._coming
-    assert videos._coming[coming].result(timeout=30).shape == (9, 16, 24, 3)
+    assert videos._coming[coming].result(timeout=30)[0].shape == (9, 16, 24, 3)
     for path in (tmp_path / "clips").glob("*.mp4"):
         path.unlink()
     assert videos.draw(sampler, 1, ahead=0) == [coming]

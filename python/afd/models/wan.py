@@ -49,6 +49,11 @@ class WanStudent(Student):
         self._frames, self._encoder = frames, encoder
 
     @property
+    def text_identity(self) -> str | None:
+        """The content of the text encoder's files, where `encoder` knows it."""
+        return getattr(self._encoder, "identity", None)
+
+    @property
     def frames(self) -> int:
         return self._frames
 

@@ -111,6 +111,11 @@ class Texts:
             if self._store is not None:
                 self._store.put("text", self._of(prompt), self._known[prompt])
 
+    @property
+    def identity(self) -> str:
+        """What the encoder's files hold (`files_identity`)."""
+        return str(self._of("")["encoder"])
+
     def _of(self, prompt: str) -> Facts:
         """What a prompt's embedding depends on."""
         if self._facts is None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from afd.config import RunConfig, plain
+from afd.files import what_failed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -22,33 +26,58 @@ _log = logging.getLogger("afd")
 
 
 class Boards:
-    """The boards that `config.logging` asks for, of a run that continues after `step`."""
+    """The boards that `config.logging` asks for, of a run that continues after `step`.
+
+    They are for people to look at: where one cannot be written, the run goes on without it.
+    """
 
     def __init__(self, config: RunConfig, step: int) -> None:
-        self._tensorboard = _tensorboard(config, step) if config.logging.tensorboard else None
+        self._tensorboard: SummaryWriter | None = None
+        self._excepthook = threading.excepthook
+        if config.logging.tensorboard:
+            with self._or_without():
+                self._tensorboard = _tensorboard(config, step)
+                # It writes on a thread, and what that raises is raised here again by the next call.
+                threading.excepthook = self._raised
         self._wandb = _wandb(config) if config.logging.wandb is not None else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        if self._tensorboard is not None:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, step)
+        with self._or_without():
+            if self._tensorboard is not None:
+                for key, value in values.items():
+                    self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log({**values, "update": step})
 
     def video(self, step: int, name: str, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
         """A video that lies at `path`; its pictures are uint8."""
-        if self._tensorboard is not None:
-            _add_gif(self._tensorboard, step, name, video_FHWC, fps)
+        with self._or_without():
+            if self._tensorboard is not None:
+                _add_gif(self._tensorboard, step, name, video_FHWC, fps)
         if self._wandb is not None:
             import wandb
 
             self._wandb.log({name: wandb.Video(str(path), format="mp4"), "update": step})
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._or_without():
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        threading.excepthook = self._excepthook
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._tensorboard = None
+            _log.warning("tensorboard: cannot be written, goes on without (%s)", what_failed(error))
+
+    def _raised(self, raised: threading.ExceptHookArgs) -> None:
+        if not isinstance(raised.exc_value, OSError) or self._tensorboard is None:
+            self._excepthook(raised)
 
 
 def _tensorboard(config: RunConfig, step: int) -> SummaryWriter:

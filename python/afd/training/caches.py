@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from afd.config import ConfigError
+from afd.files import sha256_of, write_bytes
 from afd.models.sources import tensor_bytes
 
 DEFAULT = Path("~/.cache/afd")
@@ -39,7 +39,13 @@ class Store:
     """Tensors by kind and facts; several processes may read and write one folder at once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser()
+        try:
+            self.folder = folder.expanduser()
+        except RuntimeError:
+            raise ConfigError(
+                f"cache: is {folder} (the default is {DEFAULT}), and this account has no home "
+                "folder; needed: another folder"
+            ) from None
         self._writes = True
 
     @classmethod
@@ -80,8 +86,7 @@ class Store:
         sha256 = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         data = save({"tensor": tensor}, {"facts": _written(kind, facts), "sha256": sha256})
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, data)
+            write_bytes(path, data, shared=True)
         except OSError as error:
             if self._writes:
                 _log.warning("cache %s: cannot be written, goes on without (%s)", path, error)
@@ -101,7 +106,7 @@ class Store:
 def files_identity(paths: Sequence[Path], store: Store | None = None) -> str:
     """What files and folders hold, as one line: a hub's name and revision, or a SHA-256.
 
-    With a store a file's hash is taken from it while size and time of change stay what they were.
+    With a store a file's hash is taken from it while size and times of change stay what they were.
     """
     digest = hashlib.sha256()
     names = []
@@ -120,38 +125,17 @@ def files_identity(paths: Sequence[Path], store: Store | None = None) -> str:
 def file_hash(path: Path, store: Store | None = None) -> str:
     """SHA-256 of a file's bytes (see `files_identity`)."""
     stat, path = path.stat(), path.resolve()
-    facts = {"path": str(path), "bytes": stat.st_size, "time_ns": stat.st_mtime_ns}
+    # The time of the last change of the file's own record is nobody's to set.
+    times = {"time_ns": stat.st_mtime_ns, "changed_ns": stat.st_ctime_ns, "inode": stat.st_ino}
+    facts = {"path": str(path), "bytes": stat.st_size, **times}
     known = store.get("hashes", facts) if store is not None else None
     if known is None:
-        with path.open("rb") as file:
-            digest = bytearray(_hash(file))
+        digest = bytearray.fromhex(sha256_of(path))
         known = torch.frombuffer(digest, dtype=torch.uint8)
         if store is not None:
             store.put("hashes", facts, known)
     return bytes(known.tolist()).hex()
 
 
-def _hash(file: Any) -> bytes:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.digest()
-
-
 def _written(kind: str, facts: Facts) -> str:
     return json.dumps({"version": VERSION, "kind": kind, **facts}, sort_keys=True)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Under its name only when it is whole and on disk; of two writers the last one's stays."""
-    handle, partial = tempfile.mkstemp(prefix=path.stem[:16], suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from afd.config import ConfigError, RunConfig
 from afd.evaluation import physics
 from afd.evaluation.motion import DYNAMIC, motion
+from afd.files import write_bytes, write_text
 from afd.models.codec import Codec, Pixels
 from afd.models.student import Student
 from afd.ranks import ALONE, Ranks
@@ -222,19 +223,14 @@ def write_samples(out: Path, result: Evaluation, count: int) -> None:
         write_video(folder / f"{i:03d}.mp4", from_uint8(picture_FHWC), fps=result.fps)
         line = {"file": f"samples/{i:03d}.mp4", "prompt": result.prompts[i]}
         lines.append(json.dumps(line | {"seed": result.seeds[i]}, ensure_ascii=False) + "\n")
-    (out / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_text(out / "samples.jsonl", "".join(lines))
 
 
 def _write_tensors(path: Path, result: Evaluation, count: int) -> None:
     if count == 0:
         return
-    partial = path.with_name(path.name + ".partial")
-    save_file(
+    data = save(
         {"videos": result.pictures_BFHWC[:count].contiguous()},
-        str(partial),
-        metadata={
-            "prompts": json.dumps(result.prompts[:count]),
-            "seeds": json.dumps(result.seeds[:count]),
-        },
+        {"prompts": json.dumps(result.prompts[:count]), "seeds": json.dumps(result.seeds[:count])},
     )
-    partial.replace(path)
+    write_bytes(path, data)

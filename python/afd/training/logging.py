@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from afd.files import JsonAppender, read_json_lines, write_bytes, write_text
+
 PHASES = ("teacher", "rollout", "critic", "student", "evaluate")
 LABELS = dict(
     zip(PHASES, ("teacher wait", "rollout", "discriminator", "student", "evaluation"), strict=True)
@@ -37,7 +41,7 @@ _log = logging.getLogger("afd")
 @contextmanager
 def log_to(path: Path, console: Console) -> Iterator[None]:
     """Send the package's log to a file (appended, DEBUG) and the console (INFO) for the block."""
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _File(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     screen = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
     level = _log.level
@@ -52,6 +56,26 @@ def log_to(path: Path, console: Console) -> Iterator[None]:
             _log.removeHandler(handler)
             handler.close()
         _log.setLevel(level)
+
+
+class _File(logging.FileHandler):
+    """A log that cannot be written any more is missed, once in a warning, and stops nobody."""
+
+    missed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.missed:
+            self.missed = True
+            why = error.strerror
+            _log.warning("log %s: cannot be written, goes on without (%s)", self.baseFilename, why)
+
+    def close(self) -> None:
+        # What its buffer holds is tried once more.
+        with suppress(OSError):
+            super().close()
 
 
 class Timers:
@@ -79,33 +103,94 @@ class Timers:
 
 
 class Lines:
-    """A .jsonl file, one object with a "step" a line; `resumed_at` drops every later line.
+    """A .jsonl file of a run, one object with a "step" a line; later lines than `resumed_at` go.
+
+    A last line that was cut off is dropped with a warning; so is a damaged one before it, and then
+    the file as it was stays beside it, as <name>.damaged.
 
     Attributes:
         kept: the lines that were there.
         steps: their steps.
     """
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        self.kept = kept = [line for line in _lines(path) if line["step"] <= resumed_at]
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        partial.replace(path)
+    def __init__(
+        self,
+        path: Path,
+        resumed_at: int,
+        *,
+        needs: Sequence[str] = (),
+        promised: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`needs`: keys that every line has; `promised`: the `state_dict` of a checkpoint at
+        `resumed_at`, which says what the kept lines were."""
+        self.path = path
+        lines = read_json_lines(path)
+        problems = {line.number: line.problem or _oddity(line.value or {}, needs) for line in lines}
+        whole = [line.value or {} for line in lines if problems[line.number] is None]
+        self.kept = kept = [value for value in whole if value["step"] <= resumed_at]
+        damaged = [line for line in lines if problems[line.number] is not None]
+        for line in damaged:
+            if line.torn:
+                _log.warning("%s: its last line was cut off, and is dropped", path)
+            else:
+                said = "%s: line %d is damaged (%s), and is dropped; the file as it was: %s"
+                _log.warning(said, path, line.number, problems[line.number], _aside(path).name)
+        if any(not line.torn for line in damaged):
+            write_bytes(_aside(path), path.read_bytes())
+        self._digest, self._lines = hashlib.sha256(), len(kept)
+        text = "".join(self._counted(value) + "\n" for value in kept)
+        if path.is_file() and path.read_bytes() != text.encode():
+            write_text(path, text)
+        if promised is not None and promised != self.state_dict():
+            _log.warning(
+                "%s: holds other lines than the run wrote up to update %d (%d, now %d)",
+                path,
+                resumed_at,
+                promised["lines"],
+                len(kept),
+            )
         self.steps = {line["step"] for line in kept}
-        self._file = path.open("a", encoding="utf-8")
+        self._file = JsonAppender(path)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append; the line is with the operating system when this returns."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write(line)
+        self._counted(line)
+        self._lines += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many lines there are, and the SHA-256 of all."""
+        return {"lines": self._lines, "sha256": self._digest.hexdigest()}
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
+
+    def _counted(self, line: dict[str, Any]) -> str:
+        text = json.dumps(line, allow_nan=False)
+        self._digest.update(text.encode() + b"\n")
+        return text
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".damaged")
+
+
+def _oddity(line: Mapping[str, Any], needs: Sequence[str]) -> str | None:
+    """What keeps an object from being a line of a run, or None."""
+    missing = [key for key in ("step", *needs) if key not in line]
+    if missing:
+        return f"has no {missing[0]}"
+    if type(line["step"]) is not int:
+        return f"step is {line['step']!r}"
+    for key, value in line.items():
+        within = value.values() if isinstance(value, dict) else [value]
+        if key != "method" and not all(isinstance(v, int | float) and isfinite(v) for v in within):
+            return f"{key} is {str(value)[:80]}"
+    return None
 
 
 @contextmanager
@@ -188,14 +273,3 @@ def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a .jsonl file, up to the first torn one."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return

@@ -7,7 +7,6 @@ every process makes its part of each update (afd.ranks); the main one writes the
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -20,13 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
 from afd import doctor
-from afd.config import ConfigError, RunConfig, differences, load_config, plain, to_yaml
-from afd.files import write_text
+from afd.config import ConfigError, RunConfig, load_config, plain
+from afd.files import DISK, StorageError, what_failed, write_json, write_text
 from afd.methods.base import Batch, Method, Shown
 from afd.methods.build import build_method
 from afd.methods.optimizer import TrainingError
@@ -43,8 +41,10 @@ from afd.training.evaluate import (
     rolled,
     write_samples,
 )
+from afd.training.inputs import inputs_of, refuse_other_inputs
 from afd.training.logging import Timers, log_to, progress_bar
 from afd.training.records import Records
+from afd.training.run_folder import CONFIG, DONE, RunFolder, refuse_another_run, run_folder
 from afd.training.stop import stop_request
 from afd.training.teacher import Sampler, Videos, open_teacher
 from afd.training.videos import write_side_by_side
@@ -73,48 +73,63 @@ def train(
     `method` and `teacher` replace what the configuration names (for one's own). A finished run is
     never touched: it returns ALREADY_FINISHED. Raises ConfigError where the run folder holds a run
     of another configuration, TeacherError for a bad teacher, TrainingError for a loss or metric
-    that is not finite.
+    that is not finite, StorageError where the run folder cannot be written any more or has gone.
     """
     out = config.run_dir
     with join(config) as ranks:
         if ranks.main:
             refuse_another_run(out, config)
-        if ranks.same((out / "DONE").exists()):
+        if ranks.same((out / DONE).exists()):
             return Outcome.ALREADY_FINISHED
         _refuse_idle_processes(config, ranks)
         console = console or Console(quiet=not ranks.main)
-        with _home(out, config, console, ranks):
+        with _home(config, console, ranks) as home:
             if config.threads:
                 torch.set_num_threads(config.threads)
             checkpoint.seed_everything(config.seed)
             teacher = teacher or _open_teacher(config, console, ranks)
             method = method or build_method(config, ranks, _prompts(config, teacher))
-            trainer = Trainer(config, method, teacher, ranks)
+            trainer = Trainer(config, method, teacher, ranks, home)
             try:
                 return trainer.run(console)
+            except OSError as error:
+                raise _stopped_by_disk(error, trainer) from error
             finally:
                 trainer.close()
 
 
+def _stopped_by_disk(error: OSError, trainer: Trainer) -> Exception:
+    """What ends a run whose files cannot be written; any other error stays what it is."""
+    own = error.filename is not None and Path(error.filename).is_relative_to(trainer.out)
+    if error.errno not in DISK and not own:
+        return error
+    newest = trainer.newest
+    saved = "nothing is saved yet" if newest is None else f"the newest checkpoint is {newest}"
+    remedy = DISK.get(error.errno or 0, "make it writable again")
+    if trainer.home is not None and trainer.home.gone:
+        remedy = "the run folder was moved or removed: put it back"
+    return StorageError(
+        f"{what_failed(error)}; {remedy} and continue: afd resume {trainer.out} ({saved})"
+    )
+
+
 @contextmanager
-def _home(out: Path, config: RunConfig, console: Console, ranks: Ranks) -> Iterator[None]:
+def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFolder | None]:
     """The run folder for the block: locked, logged to and described by the main process."""
     if not ranks.main:
         _log.addHandler(logging.NullHandler())
-        yield
+        yield None
         return
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out), log_to(out / "train.log", console):
-        # A run that is killed here has the old one or the new one: a torn one is another run's.
-        write_text(out / "config.yaml", to_yaml(config))
+    out = config.run_dir
+    with run_folder(config) as home, log_to(out / "train.log", console):
         facts = doctor.inspect()
-        (out / "doctor.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        write_json(out / "doctor.json", facts)
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.steps, config.seed)
         if ranks.world > 1:
             _log.info("%d processes, %s", ranks.world, config.parallel)
         for op, state in facts["ops_by_device"][ranks.device.type].items():
             _log.info("op %s runs on backend %s", op, state["chosen"])
-        yield
+        yield home
 
 
 def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
@@ -143,8 +158,10 @@ def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ran
         sees=method.sees,
         look=method.look,
         codec=method.codec,
-        store=Store.of(config.cache),
+        # Pixels are not kept, so that a run on them needs no home for a cache.
+        store=Store.of(config.cache) if method.sees == "latent" else None,
         ranks=ranks,
+        accept=config.checkpoint.accept_changed_inputs,
     )
 
 
@@ -174,7 +191,7 @@ def _evaluator(
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of the run in a folder; `overrides` may change config.FREE_KEYS only."""
-    return load_config(folder / "config.yaml", [*overrides, f"out={json.dumps(str(folder))}"])
+    return load_config(folder / CONFIG, [*overrides, f"out={json.dumps(str(folder))}"])
 
 
 def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
@@ -213,19 +230,25 @@ class Trainer:
     """State of one run between two updates."""
 
     def __init__(
-        self, config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks = ALONE
+        self,
+        config: RunConfig,
+        method: Method,
+        teacher: Teacher,
+        ranks: Ranks = ALONE,
+        home: RunFolder | None = None,
     ) -> None:
         self.config, self.method, self.out, self.ranks = config, method, config.run_dir, ranks
-        self.teacher = teacher
+        self.teacher, self.home = teacher, home
         self.sampler = Sampler(teacher.requests, config.seed)
         self.videos = _open_videos(config, method, teacher, ranks)
         self.evaluate = _evaluator(config, method, teacher, self.videos, ranks)
+        self.inputs = inputs_of(method, evaluation_prompts(config, teacher.requests))
         self.step = 0
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
         self.newest: Path | None = None
-        self._restore()
-        self.records = Records(config, self.step) if ranks.main else None
+        records = self._restore()
+        self.records = Records(config, self.step, records) if ranks.main else None
         self.evaluated = set(ranks.same(sorted(self.records.evaluated) if self.records else []))
 
     def run(self, console: Console) -> Outcome:
@@ -249,11 +272,20 @@ class Trainer:
                 self.elapsed_s = time.perf_counter() - began
                 self._record(metrics, phase_s)
                 bar.advance(phase_s)
-                stopping = self.ranks.any(bool(stop))
-                if _due(self.step, config.checkpoint.every) or self.step == config.steps:
+                gone = self.home is not None and self.home.gone
+                stopping = self.ranks.any(bool(stop) or gone)
+                last = stopping or self.step == config.steps
+                if last or _due(self.step, config.checkpoint.every):
                     self._save()
+                if gone:
+                    raise StorageError(
+                        f"run folder {self.out}: was moved or removed while the run wrote there; "
+                        f"its state after update {self.step} is at the old place again, without "
+                        f"the numbers until then: afd resume {self.out}"
+                    )
             if self.step < config.steps:
-                self._save()
+                if self.step == 0:
+                    self._save()
                 _log.info("stopped after update %d; continue: afd resume %s", self.step, self.out)
                 return Outcome.STOPPED
         self._finish()
@@ -336,7 +368,11 @@ class Trainer:
         left, right = (to_uint8(x).numpy() for x in (self.videos.clip(self.asked), student))
         fps = self.config.video.fps or RATE
         folder = self.out / "videos"
-        path, video_FHWC = write_side_by_side(folder, left, right, shown, self.step, fps)
+        try:
+            path, video_FHWC = write_side_by_side(folder, left, right, shown, self.step, fps)
+        except OSError as error:  # it is for people to look at
+            _log.warning("videos: cannot be written (%s); goes on without", what_failed(error))
+            return
         self.records.video(self.step, path, video_FHWC, fps)
 
     def _finish(self) -> None:
@@ -347,11 +383,13 @@ class Trainer:
         if result is not None:
             write_samples(self.out, result, self.config.evaluation.samples)
         self.records.sync()
-        (self.out / "DONE").write_text(f"{self.step} updates, {self.elapsed_s:.1f} s\n")
+        write_text(self.out / DONE, f"{self.step} updates, {self.elapsed_s:.1f} s\n")
         _log.info("finished: %d updates in %.1f s", self.step, self.elapsed_s)
 
     def _save(self) -> None:
         """Everything the next update depends on. The lines up to here reach the disk before it."""
+        if self.home is not None and self.home.gone:
+            self.home.make_again()
         if self.records is not None:
             self.records.sync()
         state = {
@@ -364,25 +402,32 @@ class Trainer:
             "random": self.ranks.each(checkpoint.random_state()),
             "sampler": self.sampler.state_dict(),
             "teacher": _state_of(self.teacher),
+            "videos": self.videos.state_dict(),
+            "inputs": self.inputs,
+            "records": None if self.records is None else self.records.state_dict(),
         }
         keep = self.config.checkpoint.keep
         self.newest = checkpoint.save(self.checkpoints, state, keep=keep, ranks=self.ranks)
 
-    def _restore(self) -> None:
-        """Go to the newest whole checkpoint, if there is one."""
+    def _restore(self) -> dict[str, Any] | None:
+        """Go to the newest whole checkpoint, if there is one; returns the records' state."""
         path = checkpoint.latest(self.checkpoints, self.ranks)
         if path is None:
-            return
+            return None
         state = _load(path, self.method, self.config, self.ranks)
         if state["teacher"] is not None:
             cast("Any", self.teacher).load_state_dict(state["teacher"])
         self.sampler.load_state_dict(state["sampler"])
+        accept = self.config.checkpoint.accept_changed_inputs
+        refuse_other_inputs(state["inputs"], self.inputs, accept=accept)
+        self.videos.load_state_dict(state["videos"])
         checkpoint.set_random_state(state["random"], self.ranks.rank)
         self.step, self.elapsed_s, self.newest = state["step"], state["elapsed_s"], path
         _log.info("continuing after update %d from %s", self.step, path)
         before = state["written_by"]["processes"]
         if before != self.ranks.world:
             _log.info("processes: %d now, %d before", self.ranks.world, before)
+        return dict(state["records"])
 
     def close(self) -> None:
         self.videos.close()
@@ -398,32 +443,3 @@ def _state_of(teacher: Teacher) -> dict[str, Any] | None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def refuse_another_run(out: Path, config: RunConfig) -> None:
-    """A run folder belongs to one configuration; a finished one also to its number of updates.
-
-    One that never came to a first number or checkpoint belongs to nobody yet.
-    """
-    path = out / "config.yaml"
-    written = (*out.glob("*.jsonl"), *out.glob("checkpoints/step_*/meta.json"))
-    if not path.is_file() or not any(file.stat().st_size for file in written):
-        return
-    there, now = yaml.safe_load(path.read_text(encoding="utf-8")), plain(config)
-    wrong = differences(there, now)
-    if (out / "DONE").exists() and there["steps"] != now["steps"]:
-        wrong.append(f"steps: {there['steps']} there (finished), {now['steps']} now")
-    if wrong:
-        listed = "\n".join(f"  {line}" for line in wrong)
-        raise ConfigError(f"run folder {out}: holds another run:\n{listed}\nchoose another out=")
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Two processes must not write one run folder; the lock goes with the process."""
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(f"run folder {out}: another process is training here") from None
-        yield

@@ -4,6 +4,7 @@ main process only."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ class Records:
     Lines of later updates, which a killed run has written after its last checkpoint, are dropped.
     """
 
-    def __init__(self, config: RunConfig, step: int) -> None:
+    def __init__(
+        self, config: RunConfig, step: int, promised: Mapping[str, Any] | None = None
+    ) -> None:
+        """`promised`: the `state_dict` of the checkpoint that the run continues from."""
         self._config = config
-        out = config.run_dir
-        self._metrics = Lines(out / "metrics.jsonl", step)
-        self._evaluations = Lines(out / "evaluation.jsonl", step)
+        of = promised or {"metrics": None, "evaluation": None}
+        metrics, evaluation = (config.run_dir / f"{name}.jsonl" for name in of)
+        self._metrics = Lines(metrics, step, promised=of["metrics"])
+        self._evaluations = Lines(evaluation, step, needs=["metrics"], promised=of["evaluation"])
         self._boards = Boards(config, step)
         self._signs = Signs()
         self._signs.replay(self._metrics.kept, self._evaluations.kept)
@@ -72,6 +77,13 @@ class Records:
     def video(self, step: int, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
         """Teacher and student side by side, which lie at `path`."""
         self._boards.video(step, "teacher | student", path, video_FHWC, fps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the files hold now, for a resumed run to compare."""
+        return {
+            "metrics": self._metrics.state_dict(),
+            "evaluation": self._evaluations.state_dict(),
+        }
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""

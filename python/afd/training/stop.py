@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the loop finishes its update, saves and leaves."""
+"""A signal as a request: the loop finishes its update, saves and leaves."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from afd.terminal import ENDS, handled, restore
+
 _log = logging.getLogger("afd")
 
 
 class StopRequest:
-    """Becomes true once SIGINT or SIGTERM came."""
+    """Becomes true once SIGINT, SIGTERM or SIGHUP came."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -24,7 +26,11 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM for as long as the block; a second SIGINT interrupts at once."""
+    """Catch SIGINT, SIGTERM and SIGHUP for the block; a second SIGINT interrupts at once.
+
+    A run whose terminal is closed stops, saved, as torchrun would have it killed 30 seconds later.
+    Under nohup, where SIGHUP is ignored, it goes on.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may set handlers; elsewhere the caller owns the signals.
@@ -32,14 +38,16 @@ def stop_request() -> Iterator[StopRequest]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if request.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # a service manager sends SIGTERM and SIGHUP
         request.requested = True
-        _log.info("stopping after this update (again Ctrl-C: at once, without saving)")
+        name = signal.Signals(number).name
+        _log.info("%s: stopping after this update (Ctrl-C now: at once, without saving)", name)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = handled((signal.SIGINT, *ENDS), handle)
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore(before)

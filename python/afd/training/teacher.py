@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,12 +21,15 @@ from rich.console import Console
 from torch import Tensor
 
 from afd.config import RunConfig, VideoConfig
+from afd.files import sha256_of, write_json
 from afd.models.codec import Codec, Pixels
 from afd.ranks import ALONE, Ranks
+from afd.rows import parse_json
 from afd.teachers.base import Request, Teacher, TeacherError, Unanswered
 from afd.teachers.config import API_KINDS
 from afd.teachers.folder import FolderTeacher
 from afd.training.caches import Facts, Store, file_hash
+from afd.training.inputs import Content, Contents
 from afd.video import frame_size, from_uint8, read_video, through_codec, to_uint8
 
 if TYPE_CHECKING:
@@ -142,10 +146,13 @@ class Videos:
         store: Store | None = None,
         ranks: Ranks = ALONE,
         memory: int = MEMORY,
+        accept: bool = False,
     ) -> None:
         """`look`: what is kept of pixels [1, F, 3, H, W] (None: all); `codec`: makes the latents
-        that sees="latent" means; `memory`: bytes that may be held."""
+        that sees="latent" means; `memory`: bytes that may be held; `accept`: videos may be
+        replaced by others."""
         self._teacher, self._video, self._ranks = teacher, video, ranks
+        self._contents = Contents(teacher.requests, accept=accept)
         self._look, self._codec, self._store = look, codec or Pixels(), store
         # None: pixels are wanted. Found here, because it may come from weights on a GPU.
         self._identity = self._codec.identity if sees == "latent" else None
@@ -153,7 +160,7 @@ class Videos:
         self._paths: dict[Request, Path] = {}
         self._kept: dict[Request, Tensor] = {}  # the one asked for last comes last
         self._memory = memory
-        self._coming: dict[Request, Future[Tensor]] = {}
+        self._coming: dict[Request, Future[tuple[Tensor, Content]]] = {}
         self._pool = ThreadPoolExecutor(THREADS, "afd decode")
         self._made, self._found = 0, 0  # latents: encoded, and read from the store
 
@@ -218,7 +225,24 @@ class Videos:
 
     def clip(self, request: Request) -> Tensor:
         """The whole clip, float32 [F, 3, H, W] in [-1, 1], whatever a method sees of it."""
-        return from_uint8(to_uint8(self._read(self._path(request))))
+        path = self._path(request)
+        frames, content = self._with_content(path, lambda path: to_uint8(self._read(path)))
+        self._contents.look(request, path, content)
+        return from_uint8(frames)
+
+    def state_dict(self) -> list[Any]:
+        """The content of every video seen so far. Every process must call."""
+        return self._contents.state_dict(self._ranks)
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Know these contents again. Raises TeacherError for a video that was replaced since."""
+
+        def path(request: Request) -> Path | None:
+            # Only the main process asks the teacher, and for nothing that is not there.
+            known = self._ranks.main and self._is_there(request)
+            return self._teacher.answer(request) if known else None
+
+        self._contents.load_state_dict(state, path, sha256_of)
 
     def close(self) -> None:
         """End the decoding threads. What was made is told."""
@@ -232,14 +256,16 @@ class Videos:
 
     def _begin(self, request: Request) -> None:
         if request not in self._kept and request not in self._coming:
-            self._coming[request] = self._pool.submit(self._load, self._path(request))
+            path = self._path(request)
+            self._coming[request] = self._pool.submit(self._with_content, path, self._load)
 
     def _one(self, request: Request) -> Tensor:
         if request in self._kept:
             held = self._kept.pop(request)
         else:
             self._begin(request)
-            held = self._coming.pop(request).result()
+            held, content = self._coming.pop(request).result()
+            self._contents.look(request, self._path(request), content)
             if self._identity is not None:
                 self._found += held.dtype != torch.uint8
                 if held.dtype == torch.uint8:
@@ -248,6 +274,21 @@ class Videos:
         while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > self._memory:
             del self._kept[next(iter(self._kept))]
         return held.float() if self._identity is not None else from_uint8(held)
+
+    def _with_content(self, path: Path, load: Callable[[Path], Tensor]) -> tuple[Tensor, Content]:
+        """What is loaded of a file, and of which content that is."""
+        latents = self._identity is not None and self._store is not None
+        try:
+            # What is not decoded again is not read again either.
+            content = Content.of(
+                path, partial(file_hash, store=self._store) if latents else sha256_of
+            )
+            loaded = load(path)
+            if not content.is_of(path):
+                raise TeacherError(f"teacher video {path}: changed while it was read")
+        except FileNotFoundError:
+            raise TeacherError(f"teacher video {path}: is not there any more") from None
+        return loaded, content
 
     def _load(self, path: Path) -> Tensor:
         """Of a file: frames as uint8 [F, H, W, 3], or its latents where the store has them.
@@ -309,15 +350,20 @@ def _simulate(config: RunConfig, console: Console) -> None:
     asked = config.teacher.model_dump(include={"style", "count", "seed"})
     note = folder.with_name(folder.name + ".request.json")
     if folder.exists():
-        made = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else "something else"
+        try:
+            text = note.read_text(encoding="utf-8") if note.exists() else '"something else"'
+            made = parse_json(text)
+        except (OSError, ValueError) as error:
+            raise TeacherError(
+                f"teacher folder {folder}: its note {note} is damaged ({error})"
+            ) from None
         if made != asked:
             raise TeacherError(
                 f"teacher folder {folder}: was made for {made}, this run asks for {asked}; "
                 "choose another teacher.path= or out=, or teacher.kind=folder to use it as it is"
             )
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(asked), encoding="utf-8")
+    write_json(note, asked)
     command = [sys.executable, "-m", "afd.teachers.simulator", "--out", str(folder)]
     for key, value in asked.items():
         command += [f"--{key}", str(value)]
