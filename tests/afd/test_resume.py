@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,10 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config import ConfigError
+from afd.config import ConfigError, VideoConfig
 from afd.ranks import ALONE
+from afd.teachers.base import TeacherError
+from afd.teachers.folder import FolderTeacher
 from afd.training import checkpoint, shards
+from afd.training.inputs import refuse_other_inputs
 from afd.training.loop import Outcome, load_run, train
+from afd.training.teacher import Videos
+from afd.video import write_video
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -137,3 +143,130 @@ def test_a_resumed_run_may_not_change_what_it_learns(tmp_path: Path, clips: Path
     train(tiny_config(out, clips), method=Interrupted(2, signal.SIGINT))
     with pytest.raises(ConfigError, match=r"afd\.nft_beta: 1\.0 there, 0\.5 now"):
         train(load_run(out, ["afd.nft_beta=0.5"]), method=TinyMethod())
+
+
+def replace_clip(clips: Path, name: str, *, same_times: bool = False) -> None:
+    """Another video under the name of one, of the same size and time where asked."""
+    path = clips / name
+    stat, size = path.stat(), path.stat().st_size
+    write_video(path, torch.full((3, 3, 16, 16), 0.9), fps=8)
+    if same_times:
+        data = path.read_bytes()
+        path.write_bytes(data[:size].ljust(size, b"\0"))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.fixture
+def own_clips(tmp_path: Path) -> Path:
+    return make_clips(tmp_path / "clips")
+
+
+@pytest.mark.parametrize("same_times", [False, True])
+def test_a_teachers_video_that_was_replaced_is_refused_and_can_be_accepted(
+    tmp_path: Path, own_clips: Path, same_times: bool
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_config(out, own_clips), method=Interrupted(3, signal.SIGINT))  # all five were seen
+    replace_clip(own_clips, "2.mp4", same_times=same_times)
+    with pytest.raises(TeacherError, match=r"2\.mp4: is not the one .* accept_changed_inputs=true"):
+        train(load_run(out), method=TinyMethod())
+    accepted = load_run(out, ["checkpoint.accept_changed_inputs=true"])
+    assert train(accepted, method=TinyMethod()) is Outcome.FINISHED
+    log = (out / "train.log").read_text()
+    assert log.count("2.mp4: is not the one that this run has learnt from") == 1
+    assert "goes on with the new one" in log
+
+
+def test_touched_and_copied_videos_are_the_same_videos(
+    tmp_path: Path, own_clips: Path, straight: Path
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_config(out, own_clips), method=Interrupted(3, signal.SIGINT))
+    for path in own_clips.glob("*.mp4"):
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    assert train(load_run(out), method=TinyMethod()) is Outcome.FINISHED
+    assert numbers(out) == numbers(straight)
+
+
+def test_a_video_that_is_replaced_while_a_run_goes_on_is_refused_when_decoded_again(
+    own_clips: Path,
+) -> None:
+    teacher = FolderTeacher(own_clips)
+    videos = Videos(teacher, VideoConfig(frames=3), memory=1)
+    videos.fetch(teacher.requests)
+    replace_clip(own_clips, "0.mp4")
+    for look in (
+        lambda: videos.fetch(teacher.requests[:1]),
+        lambda: videos.clip(teacher.requests[0]),
+    ):
+        with pytest.raises(TeacherError, match=r"0\.mp4: is not the one"):
+            look()
+    (own_clips / "0.mp4").unlink()
+    with pytest.raises(TeacherError, match=r"0\.mp4: is not there any more"):
+        videos.clip(teacher.requests[0])
+    videos.close()
+
+
+def test_other_inputs_that_changed_are_named_and_can_be_accepted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    then, now = {"evaluation.prompts": "a", "student.vae": "b"}, {"student.vae": "b"}
+    refuse_other_inputs(then, dict(then))
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: holds something else"):
+        refuse_other_inputs(then, now)
+    refuse_other_inputs(then, now, accept=True)
+    assert "evaluation.prompts: holds something else" in caplog.text
+
+
+# What may befall the lines of a run that continues after update 4.
+@pytest.mark.parametrize(
+    ("damage", "said", "lost"),
+    [
+        (lambda text: text, None, 0),
+        (lambda text: text + '{"step": 5, "cri', "its last line was cut off, and is dropped", 0),
+        (lambda text: text + '{"step": 5}\n{"step": 5}\n', None, 0),
+        (lambda text: text[: text.index('"step": 4')], "its last line was cut off", 1),
+        (lambda text: text.replace('"step": 2,', '"step": \0,'), "line 2 is damaged (not JSON", 1),
+        (lambda text: text.replace('"step": 2,', '"step": "2",'), "line 2 is damaged (step is", 1),
+        (lambda text: text.replace("loss", "lost"), "holds other lines than the run wrote", 0),
+        (lambda text: "", "holds other lines than the run wrote up to update 4 (4, now 0)", 4),
+    ],
+)
+def test_damaged_lines_are_named_and_what_is_whole_stays(
+    tmp_path: Path, clips: Path, straight: Path, damage: Any, said: str | None, lost: int
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_config(out, clips), method=Interrupted(3, signal.SIGINT))
+    path = out / "metrics.jsonl"
+    before = path.read_text()
+    path.write_text(damage(before))
+    (out / "train.log").unlink()
+    assert train(load_run(out), method=TinyMethod()) is Outcome.FINISHED
+    log = (out / "train.log").read_text()
+    if said is None:
+        assert "WARNING" not in log
+        assert_same_run(out, straight)
+    else:
+        assert f"{path}: {said}" in log
+        assert ("holds other lines" in log) == (lost > 0 or "lost" in path.read_text())
+        assert len(numbers(out)) == 6 - lost
+    aside = path.with_name("metrics.jsonl.damaged")
+    assert aside.exists() == (said is not None and "is damaged" in said)
+    if aside.exists():
+        assert aside.read_text() == damage(before)
+
+
+@pytest.mark.parametrize("held", [b"", b"\xff\xfe\0", b"- 1\n", b"steps: [1", b"a: &a [*a]\n"])
+def test_a_damaged_config_of_a_run_is_named_or_written_again(
+    tmp_path: Path, clips: Path, straight: Path, held: bytes
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_config(out, clips), method=Interrupted(3, signal.SIGINT))
+    (out / "config.yaml").write_bytes(held)
+    with pytest.raises(ConfigError):
+        train(load_run(out, ["name=run"]), method=TinyMethod())
+    assert train(tiny_config(out, clips), method=TinyMethod()) is Outcome.FINISHED
+    assert_same_run(out, straight)
+    assert load_run(out) == tiny_config(out, clips)

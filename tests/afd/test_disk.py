@@ -1,0 +1,178 @@
+"""Disks that are full, folders that go away under a run: a sentence, and a state to resume."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.afd.commands import (
+    UPDATES,
+    assert_same_run,
+    begin,
+    ended,
+    lines,
+    saved,
+    small_run,
+    wait_for,
+)
+from tests.afd.test_resume import numbers
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory.mktemp("disk"))
+
+
+@pytest.fixture(scope="module")
+def straight(config: Path) -> Path:
+    """The run that nothing happens to."""
+    out = config.parent / "straight"
+    assert ended(begin(["train", str(config), f"out={out}"])) == 0
+    return out
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a file system, where that is allowed at all")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take what is left of a disk, to the last byte."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            return path
+
+
+def sentence(said: Path) -> str:
+    """The one line on the standard streams that says what is wrong."""
+    text = said.read_text()
+    assert "Traceback" not in text
+    (found,) = [line for line in text.splitlines() if "afd: error:" in line]
+    return found
+
+
+def test_a_disk_that_gets_full_ends_a_run_that_then_continues_to_the_same_bits(
+    tmp_path: Path, config: Path, straight: Path, small_disk: Path
+) -> None:
+    out, said = small_disk / "run", tmp_path / "said"
+    more = ["logging.tensorboard=true", "logging.videos_every=2"]
+    process = begin(["train", str(config), f"out={out}", *more], out=said)
+    wait_for(lambda: (out / "checkpoints" / "step_000004").is_dir(), process)
+    filler = fill(small_disk)
+    assert ended(process) == 3
+    error = sentence(said)
+    assert "No space left on device; free some space there and continue: afd resume" in error
+    assert f"the newest checkpoint is {out}/checkpoints/step_000004" in error
+    assert str(out) in error.split("afd: error:")[1].split(":")[0]
+    assert saved(out) == 4
+    # Still full: it says so again, and breaks nothing.
+    assert ended(begin(["resume", str(out)], out=said)) == 3
+    filler.unlink()
+    assert ended(begin(["resume", str(out)], out=said)) == 0
+    assert_same_run(out, straight)
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_limit_on_the_size_of_files_is_named(
+    tmp_path: Path, config: Path, straight: Path
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    process = begin(["train", str(config), f"out={out}"], out=said, file_bytes=60_000)
+    assert ended(process) == 3
+    assert "File too large; raise the limit on the size of files" in sentence(said)
+    assert "(nothing is saved yet)" in sentence(said)
+    assert not list((out / "checkpoints").iterdir())
+    assert ended(begin(["resume", str(out)])) == 0
+    assert_same_run(out, straight)
+
+
+@pytest.mark.parametrize("how", ["removed", "moved"])
+def test_a_run_whose_folder_goes_away_saves_itself_there_again(
+    tmp_path: Path, config: Path, straight: Path, how: str
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    process = begin(["train", str(config), f"out={out}"], out=said)
+    wait_for(lambda: lines(out) >= 5, process)
+    out.rename(tmp_path / "moved")
+    if how == "removed":
+        shutil.rmtree(tmp_path / "moved")
+    assert ended(process) == 3
+    step = saved(out)
+    assert 5 <= step < UPDATES
+    error = sentence(said)
+    assert f"run folder {out}: was moved or removed while the run wrote there" in error
+    assert f"its state after update {step} is at the old place again" in error
+    assert ended(begin(["resume", str(out)])) == 0
+    # The numbers until then went with the folder, and the log says so.
+    kept = numbers(out)
+    assert kept == numbers(straight)[step:]
+    assert (
+        f"metrics.jsonl: holds other lines than the run wrote up to update {step}"
+        in (out / "train.log").read_text()
+    )
+    if how == "moved":
+        assert ended(begin(["resume", str(tmp_path / "moved")])) == 0
+        assert_same_run(tmp_path / "moved", straight)
+
+
+def test_a_folder_in_the_place_of_the_runs_is_left_alone(tmp_path: Path, config: Path) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    process = begin(["train", str(config), f"out={out}"], out=said)
+    wait_for(lambda: lines(out) >= 5, process)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("somebody's")
+    out.rename(tmp_path / "moved")
+    (tmp_path / "other").rename(out)
+    assert ended(process) == 3
+    assert "something else lies there now" in sentence(said)
+    assert os.listdir(out) == ["file"]
+    assert saved(tmp_path / "moved") == 4
+
+
+def test_what_lies_in_the_way_of_a_checkpoint_is_named(
+    tmp_path: Path, config: Path, straight: Path
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    out.mkdir()
+    (out / "checkpoints").write_text("a file")
+    process = begin(["train", str(config), f"out={out}"], out=said)
+    assert ended(process) == 3
+    assert f"{out}/checkpoints: File exists" in sentence(said)
+    (out / "checkpoints").unlink()
+    assert ended(begin(["resume", str(out)])) == 0
+    assert_same_run(out, straight)
+
+
+def test_a_teachers_folder_that_goes_away_is_named(
+    tmp_path: Path, config: Path, straight: Path
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    clips = tmp_path / "clips"
+    shutil.copytree(config.parent / "clips", clips)
+    process = begin(["train", str(config), f"out={out}", f"teacher.path={clips}"], out=said)
+    # Before everything is in memory.
+    wait_for(lambda: (out / "train.log").is_file(), process)
+    clips.rename(tmp_path / "away")
+    assert ended(process) == 2
+    assert str(clips) in sentence(said)
+    (tmp_path / "away").rename(clips)
+    assert ended(begin(["train", str(config), f"out={out}", f"teacher.path={clips}"])) == 0
+    assert_same_run(out, straight)
