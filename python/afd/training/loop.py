@@ -44,7 +44,14 @@ from afd.training.evaluate import (
 from afd.training.inputs import inputs_of, refuse_other_inputs
 from afd.training.logging import Timers, log_to, progress_bar
 from afd.training.records import Records
-from afd.training.run_folder import CONFIG, DONE, RunFolder, refuse_another_run, run_folder
+from afd.training.run_folder import (
+    CONFIG,
+    DONE,
+    RunFolder,
+    refuse_another_run,
+    run_folder,
+    written_config,
+)
 from afd.training.stop import stop_request
 from afd.training.teacher import Sampler, Videos, open_teacher
 from afd.training.videos import write_side_by_side
@@ -191,6 +198,7 @@ def _evaluator(
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of the run in a folder; `overrides` may change config.FREE_KEYS only."""
+    written_config(folder / CONFIG)
     return load_config(folder / CONFIG, [*overrides, f"out={json.dumps(str(folder))}"])
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from afd.config import ConfigError, RunConfig, differences, plain, read_yaml, to_yaml
 from afd.files import StorageError, write_text
@@ -94,7 +95,7 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
     if not path.is_file() or not _written([*out.glob("*.jsonl"), *checkpoints]):
         return
     try:
-        there = read_yaml(path)
+        there = written_config(path)
     except ConfigError as error:
         if not checkpoints or (out / DONE).exists():
             raise
@@ -102,11 +103,23 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
         return
     now = plain(config)
     wrong = differences(there, now)
-    if (out / DONE).exists() and there.get("steps") != now["steps"]:
-        wrong.append(f"steps: {there.get('steps')} there (finished), {now['steps']} now")
+    if (out / DONE).exists() and there["steps"] != now["steps"]:
+        wrong.append(f"steps: {there['steps']} there (finished), {now['steps']} now")
     if wrong:
         listed = "\n".join(f"  {line}" for line in wrong)
         raise ConfigError(f"run folder {out}: holds another run:\n{listed}\nchoose another out=")
+
+
+def written_config(path: Path) -> dict[str, Any]:
+    """What a run's config.yaml holds: every section. Raises ConfigError where it is damaged."""
+    there = read_yaml(path)
+    missing = [key for key in RunConfig.model_fields if key not in there]
+    if missing:
+        raise ConfigError(
+            f"config {path}: is damaged, it lacks {', '.join(missing[:4])}; needed: what the run "
+            f"began with (afd train CONFIG.yaml out={path.parent} writes it again)"
+        )
+    return there
 
 
 def _written(files: Sequence[Path]) -> bool:
