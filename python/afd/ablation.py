@@ -19,8 +19,10 @@ from rich.console import Console
 
 from afd.config import load_config, make_config, read_yaml
 from afd.evaluation.report_charts import running_mean, window
+from afd.files import write_text
+from afd.quickstart import lines
 from afd.section import Natural, Section
-from afd.study import SIGNS, Study, choice, lines
+from afd.study import SIGNS, Study, choice
 
 # Key of metrics.jsonl and title of its panel.
 CURVES = {
@@ -49,7 +51,7 @@ def ablation(path: Path, overrides: Sequence[str], console: Console) -> bool:
     results = table.write(console)
     draw(table, table.root / "curves.png")
     text = document(config, table, results)
-    (table.root / "results.md").write_text(text, encoding="utf-8")
+    write_text(table.root / "results.md", text)
     files = (str(table.root / name) for name in ("results.json", "results.md", "curves.png"))
     console.print(*files, soft_wrap=True)
     return True

@@ -336,10 +336,12 @@ def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two plain configurations outside FREE_KEYS, one sentence a key."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], free_keys: Sequence[str] = FREE_KEYS
+) -> list[str]:
+    """What differs between two plain configurations outside `free_keys`, one sentence a key."""
     a, b = dict(flatten(old)), dict(flatten(new))
-    free = tuple(f"{key}." for key in FREE_KEYS)
+    free = tuple(f"{key}." for key in free_keys)
     keys = [k for k in sorted(a.keys() | b.keys()) if not f"{k}.".startswith(free)]
     absent = "(absent)"
     return [

@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from afd.config import RunConfig, make_config, to_yaml
+from afd.config import ConfigError, RunConfig, make_config, to_yaml
 from afd.evaluation import physics
 from afd.evaluation.report import write_report
-from afd.files import write_text
+from afd.files import read_json_lines, write_text
 from afd.models.toy import ToyStudent
 from afd.training.evaluate import finite, make_evaluator, write_samples
 from afd.training.logging import log_to
@@ -106,10 +106,18 @@ def results(root: Path) -> Table:
 
 def final_evaluation(folder: Path, method: str) -> dict[str, Any] | None:
     """The last line of a part's evaluation.jsonl that measured `method`."""
-    path = folder / "evaluation.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
-    return next((line for line in reversed(lines) if line["method"] == method), None)
+    found = lines(folder / "evaluation.jsonl")
+    return next((line for line in reversed(found) if line["method"] == method), None)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; none where there is no file. ConfigError for a damaged one."""
+    found = []
+    for line in read_json_lines(path):
+        if line.value is None:
+            raise ConfigError(f"{path}: line {line.number} is damaged ({line.problem})")
+        found.append(line.value)
+    return found
 
 
 def _line(config: RunConfig, method: str, count: int, metrics: dict[str, float]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ continues where it stopped. `quickstart_full` and `ablation` say which rows ther
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from afd.config import ConfigError, RunConfig, make_config
-from afd.quickstart import COLUMNS, base, final_evaluation
+from afd.files import write_json
+from afd.quickstart import COLUMNS, base, final_evaluation, lines
 from afd.training.loop import Outcome, train
 
 SIGNS = ("critic/margin", "critic/accuracy", "agreement/phys")
@@ -129,7 +129,7 @@ class Study:
     def write(self, console: Console) -> dict[str, Any]:
         """results.json and the printed table; returns what `collect` found."""
         results = self.collect()
-        (self.root / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json(self.root / "results.json", results)
         table = Table(*self._header())
         for name, row in results.items():
             table.add_row(name, *self._printed(row))
@@ -157,12 +157,6 @@ class Study:
                 spread = f" ± {row['std'][column]:.3f}" if several else ""
                 printed.append(f"{row['mean'][column]:.3f}{spread}")
         return printed
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; none where there is no file."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _row(cells: dict[str, Any]) -> dict[str, Any]:

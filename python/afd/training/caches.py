@@ -62,6 +62,9 @@ class Store:
         """The tensor, on the CPU; None where it is not there or its file is damaged."""
         path = self.path(kind, facts)
         try:
+            # Opening a pipe would wait for ever.
+            if path.exists() and not path.is_file():
+                raise OSError("is not a file")
             with safe_open(path, "pt") as file:
                 tensor: Tensor = file.get_tensor("tensor")
                 said = file.metadata() or {}

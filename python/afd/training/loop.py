@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from afd import doctor
-from afd.config import ConfigError, RunConfig, load_config, plain
+from afd.config import ConfigError, RunConfig, differences, load_config, plain
 from afd.files import DISK, StorageError, what_failed, write_json, write_text
 from afd.methods.base import Batch, Method, Shown
 from afd.methods.build import build_method
@@ -112,7 +112,7 @@ def _stopped_by_disk(error: OSError, trainer: Trainer) -> Exception:
         return error
     newest = trainer.newest
     saved = "nothing is saved yet" if newest is None else f"the newest checkpoint is {newest}"
-    remedy = DISK.get(error.errno or 0, "make it writable again")
+    remedy = DISK.get(error.errno or 0, "put that right")
     if trainer.home is not None and trainer.home.gone:
         remedy = "the run folder was moved or removed: put it back"
     return StorageError(
@@ -432,6 +432,8 @@ class Trainer:
         checkpoint.set_random_state(state["random"], self.ranks.rank)
         self.step, self.elapsed_s, self.newest = state["step"], state["elapsed_s"], path
         _log.info("continuing after update %d from %s", self.step, path)
+        for line in differences(state["config"], plain(self.config), ("name", "out")):
+            _log.info("changed: %s", line)
         before = state["written_by"]["processes"]
         if before != self.ranks.world:
             _log.info("processes: %d now, %d before", self.ranks.world, before)
