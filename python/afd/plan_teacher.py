@@ -125,7 +125,7 @@ def _bought(config: RunConfig, drawn: int) -> TeacherPlan:
     there = rejected = 0
     spent, seconds = 0.0, None
     if (config.teacher_dir / NAME).is_file():
-        ledger = Ledger(config.teacher_dir)
+        ledger = Ledger.snapshot(config.teacher_dir)
         try:
             counts, spent, seconds = ledger.counts(), ledger.spent_usd(), ledger.typical_seconds()
         finally:

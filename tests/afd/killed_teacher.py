@@ -130,8 +130,8 @@ def main() -> None:
 if __name__ == "__main__":
     # What a run imports and reads on its way: the forked processes start with it.
     import afd.teachers.api
-    import afd.teachers.http
+    import afd.teachers.network
 
     assert afd.teachers.api.PROVIDERS
-    afd.teachers.http._certificates()
+    afd.teachers.network.certificates()
     main()

@@ -114,14 +114,31 @@ def test_the_folder_is_a_folder_teacher_without_the_ledger(
     assert entry["provider"] == wire
 
 
-def test_a_shared_folder_without_its_ledger_is_not_bought_again(
-    wire: str, service: Service, tmp_path: Path
+@pytest.mark.parametrize("lost", ["missing", "no bytes", "no rows", "older"])
+def test_videos_that_the_ledger_does_not_know_are_refused_and_adopted_only_if_asked(
+    wire: str, service: Service, tmp_path: Path, lost: str
 ) -> None:
+    ledger = tmp_path / "videos" / "ledger.sqlite3"
+    Ledger(tmp_path / "videos").close()
+    empty = ledger.read_bytes()
+    if lost == "older":
+        buy(wire, service, tmp_path)
+        empty = ledger.read_bytes()
     got = buy(wire, service, tmp_path, prompts=2)
-    (tmp_path / "videos" / "ledger.sqlite3").unlink()
+    if lost == "missing":
+        ledger.unlink()
+    else:
+        ledger.write_bytes(b"" if lost == "no bytes" else empty)
+    number = 1 if lost == "older" else 2
+    with pytest.raises(
+        TeacherError, match=rf"know {number} of .* teacher\.fetch\.adopt_videos=true"
+    ):
+        buy(wire, service, tmp_path, prompts=2)
+    assert len(service.jobs) == 2
+    assert buy(wire, service, tmp_path, prompts=2, adopt_videos=True) == got
     assert buy(wire, service, tmp_path, prompts=2) == got
     assert len(service.jobs) == 2
-    assert spent(tmp_path) == 0.0
+    assert spent(tmp_path) == (1.0 if lost == "older" else 0.0)
     assert len(FolderTeacher(tmp_path / "videos").requests) == 2
 
 

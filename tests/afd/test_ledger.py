@@ -13,8 +13,8 @@ import pytest
 
 from afd.config import to_yaml
 from afd.teachers.base import TeacherError
+from afd.teachers.contents import Saved
 from afd.teachers.folder import FolderTeacher
-from afd.teachers.http import Saved
 from afd.teachers.ledger import NAME, BudgetError, Claims, Ledger
 from afd.teachers.provider import Order
 from tests.afd.paid import paid_config, teacher_of, video_bytes

@@ -25,7 +25,7 @@ from afd.models.vae import VideoVAE
 from afd.models.wan import WanStudent
 from afd.plan import Plan, make_plan, show, student_net
 from afd.plan_teacher import teacher_plan
-from afd.teachers.http import Saved
+from afd.teachers.contents import Saved
 from afd.teachers.ledger import Ledger
 from afd.teachers.provider import Order
 from benchmarks.hardware import pass_work

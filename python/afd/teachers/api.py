@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
+import math
 import threading
+import time
 import weakref
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
@@ -19,14 +20,15 @@ from typing import Any
 
 from afd.rows import Rows, csv_rows, json_rows
 from afd.teachers.ark import Ark
-from afd.teachers.base import Request, TeacherError, Unanswered
+from afd.teachers.base import Rejected, Request, TeacherError
 from afd.teachers.config import TeacherConfig
+from afd.teachers.contents import compare
 from afd.teachers.fal import Fal
 from afd.teachers.fetch import Engine
 from afd.teachers.http import Http, Secret
-from afd.teachers.ledger import NAME, Ledger
+from afd.teachers.ledger import NAME, Ledger, Row, refuse_unknown_videos
 from afd.teachers.openai import OpenAI
-from afd.teachers.provider import Order, Provider
+from afd.teachers.provider import Order, Provider, canonical
 from afd.video import check_video
 
 PROVIDERS: dict[str, type[Provider]] = {"ark": Ark, "openai": OpenAI, "fal": Fal}
@@ -83,6 +85,8 @@ class ApiTeacher:
             for request in self._requests
         }
         self.about = {"provider": config.kind, "model": api.model, "parameters": parameters}
+        if not config.fetch.adopt_videos:
+            refuse_unknown_videos(folder)
         self._ledger = Ledger(folder, self.about)
         # A process that died may have left its last videos out.
         self._ledger.write_manifest()
@@ -128,17 +132,31 @@ class ApiTeacher:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the ledger stands, for a checkpoint: its length and the USD it counts."""
-        return {"submits": self._ledger.length(), "spent_usd": self._ledger.spent_usd()}
+        """Where the ledger stands, for a checkpoint: its length, the USD it counts, and one hash of
+        the videos that lie there now (Unix seconds), if any."""
+        length, until = self._ledger.length(), time.time()
+        contents = self._ledger.contents(length, until)
+        state = {"submits": length, "spent_usd": self._ledger.spent_usd()}
+        return state | ({"videos": contents, "until": until} if contents else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse a ledger that has lost what it held at a checkpoint: it would pay again."""
-        now = self.state_dict()
-        if now["submits"] < state["submits"]:
+        """Refuse a ledger that has lost what it held at a checkpoint: it would pay again; and one
+        that knows other videos: the run would go on with them."""
+        length = self._ledger.length()
+        if length < state["submits"]:
             raise TeacherError(
-                f"teacher folder {self.folder}: its ledger holds {now['submits']} submits for "
-                f"{now['spent_usd']:.2f} USD, at the checkpoint it held {state['submits']} for "
-                f"{state['spent_usd']:.2f} USD; it is another folder or an older copy"
+                f"teacher folder {self.folder}: its ledger holds {length} submits for "
+                f"{self._ledger.spent_usd():.2f} USD, at the checkpoint it held "
+                f"{state['submits']} for {state['spent_usd']:.2f} USD; it is another folder or an older copy"
+            )
+        known = state.get("videos", "")
+        if not known or self.config.fetch.accept_changed_videos:
+            return
+        if self._ledger.contents(state["submits"], state["until"]) != known:
+            raise TeacherError(
+                f"teacher folder {self.folder}: its ledger knows other videos than at the "
+                "checkpoint; put back the folder that the run began with, or go on with these with "
+                "teacher.fetch.accept_changed_videos=true"
             )
 
     def close(self) -> None:
@@ -158,12 +176,12 @@ class ApiTeacher:
         if order is None:
             raise TeacherError(f"teacher {self.config.kind}: was not configured for {request}")
         future: Future[Path] = Future()
+        fetch = self.config.fetch
         row = self._ledger.latest(order.key)
-        path = self.folder / order.file
-        if row is not None and row.holds(path):
-            future.set_result(path)
-        elif row is not None and row.kind == "content" and not self.config.fetch.retry_rejected:
-            future.set_exception(Unanswered(f"{request.prompt!r} was rejected: {row.reason}"))
+        if row is not None and row.state == "done" and self._held(order, row, future):
+            pass
+        elif row is not None and row.kind == "content" and not fetch.retry_rejected:
+            future.set_exception(Rejected(f"{request.prompt!r} was rejected: {row.reason}"))
         else:
             if self._worker is None:
                 self._worker = _Worker(self)
@@ -173,6 +191,18 @@ class ApiTeacher:
         self._asked[request] = future
         return future
 
+    def _held(self, order: Order, row: Row, future: Future[Path]) -> bool:
+        """Whether the video's future is settled by what lies in the folder."""
+        path = self.folder / order.file
+        found = compare(path, row.sha256)
+        try:
+            if not self._ledger.holds(row, path, found, self.config.fetch.accept_changed_videos):
+                return False
+            future.set_result(path)
+        except TeacherError as error:
+            future.set_exception(error)
+        return True
+
 
 class _Worker:
     """A thread with an event loop, the engine in it, and everything the engine owns."""
@@ -180,7 +210,7 @@ class _Worker:
     def __init__(self, teacher: ApiTeacher) -> None:
         provider, config, folder = teacher.provider, teacher.config.fetch, teacher.folder
         secret = Secret.from_environment(provider.key_variable)
-        if secret.hide(json.dumps(teacher.about)) != json.dumps(teacher.about):
+        if secret.stands_in(canonical(teacher.about)) or secret.stands_in(str(teacher.about)):
             raise TeacherError("teacher.api holds the API key; it belongs in the environment only")
         frames, fps = teacher._reads
         self._loop = asyncio.new_event_loop()
@@ -279,25 +309,32 @@ def _seed(seed: int, request: Request) -> int:
 
 
 def price_of(config: TeacherConfig, provider: Provider, parameters: dict[str, Any]) -> float:
-    """USD one video is expected to cost."""
+    """USD one video is expected to cost: finite, and for what the options say of its length or
+    tokens no less than the service's own rule gives, whatever teacher.fetch.units says."""
     fetch = config.fetch
     assert fetch.price_usd is not None
     if fetch.price_per == "video":
         return fetch.price_usd
     if fetch.price_per == "million_tokens":
-        if fetch.units is None:
-            raise TeacherError(
-                "teacher.fetch.price_per=million_tokens needs teacher.fetch.units, the tokens of "
-                "one video (Seedance: width x height x frames per second x seconds / 1024)"
-            )
-        return fetch.price_usd * fetch.units / 1e6
-    seconds = fetch.units or provider.seconds(parameters)
-    if seconds is None:
-        raise TeacherError(
+        per_unit, rule = fetch.price_usd / 1e6, provider.tokens(parameters)
+        missing = (
+            "teacher.fetch.price_per=million_tokens needs teacher.fetch.units, the tokens of "
+            "one video (Seedance: width x height x frames per second x seconds / 1024)"
+        )
+    else:
+        per_unit, rule = fetch.price_usd, provider.seconds(parameters)
+        missing = (
             "teacher.fetch.price_per=second needs the length: teacher.fetch.units in seconds, or "
             "the provider's own field in teacher.api.options"
         )
-    return fetch.price_usd * seconds
+    units = max(fetch.units or 0.0, rule or 0.0)
+    if not units:
+        raise TeacherError(missing)
+    if not math.isfinite(per_unit * units):
+        raise TeacherError(
+            f"teacher.fetch.price_usd={fetch.price_usd:g} x {units:g} units: needs a finite price"
+        )
+    return per_unit * units
 
 
 __all__ = ["NAME", "PROVIDERS", "ApiTeacher", "Progress", "price_of", "read_prompts"]

@@ -2,48 +2,75 @@
 
 Written against volcengine-ark-runtime 5.0.54 and the vendor's pages; never run against the live
 service. The vendor keeps tasks for 7 days and addresses of videos for 24 hours, and says that only
-videos that succeed are billed.
+videos that succeed are billed: width x height x 24 frames a second x seconds / 1024 tokens.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from afd.teachers.answers import Address, Amount, Answer, Failure, Name, Number, Word, parse
 from afd.teachers.http import Http
+from afd.teachers.moderation import complaint
 from afd.teachers.provider import (
     Order,
     Provider,
-    Reply,
     Sightings,
     State,
     Status,
     Task,
-    created_since,
     failed_kind,
     given,
+    length,
     refusal,
-    text,
-    unknown,
+    segment,
+    state_of,
+    unfinished,
 )
 
 TASKS = "/contents/generations/tasks"
 MARK = "execution_expires_after"
-CONTENT = r"Sensitive|RiskDetection|PolicyViolation|ContentSecurity|Copyright|Moderation"
 QUOTA = r"Overdue|[Ii]nsufficient|SetLimitExceeded|ModelNotOpen|Authentication|AccessDenied"
 INVALID = r"^(InvalidParameter|MissingParameter|InvalidEndpoint|UnsupportedModel)"
+FPS = 24.0
 DAY_S = 86_400
 KEPT_S = 7 * DAY_S
 PAGE, PAGES = 100, 100
-STATES = {
-    "queued": State.QUEUED,
-    "running": State.RUNNING,
-    "succeeded": State.SUCCEEDED,
-    "failed": State.FAILED,
-    "cancelled": State.CANCELLED,
-    "expired": State.EXPIRED,
-}
+
+
+class _Submitted(Answer):
+    id: Name
+
+
+class _Content(Answer):
+    video_url: Address | None = None
+
+
+class _Usage(Answer):
+    total_tokens: Amount = None
+
+
+class _Task(Answer):
+    status: Word = ""
+    # Content of another form is a broken answer, not a video that is missing.
+    content: _Content | None = None
+    usage: Any = None
+    duration: Amount = None
+
+
+class _Listed(Answer):
+    id: Name
+    created_at: Number = None
+    seed: Number = None
+    execution_expires_after: Number = None
+
+
+class _Page(Answer):
+    items: list[dict[str, Any]] | None = None
+    total: Number = None
 
 
 class Ark(Provider):
@@ -61,42 +88,45 @@ class Ark(Provider):
         return {"generate_audio": False, "watermark": False}
 
     def seconds(self, parameters: Mapping[str, Any]) -> float | None:
-        frames, duration = parameters.get("frames"), parameters.get("duration")
-        if isinstance(frames, int | float):
-            return frames / 24
-        return float(duration) if isinstance(duration, int | float) and duration > 0 else None
+        frames = length(parameters.get("frames"))
+        return frames / FPS if frames else length(parameters.get("duration"))
+
+    def tokens(self, parameters: Mapping[str, Any]) -> float | None:
+        """The vendor's rule for the smallest picture of a resolution: 480p has at least 480 x 640
+        pixels, whatever its ratio and model."""
+        rows = re.fullmatch(r"(\d{3,4})p", str(parameters.get("resolution", "")), re.ASCII)
+        seconds = self.seconds(parameters)
+        if rows is None or seconds is None:
+            return None
+        return int(rows[1]) ** 2 * 4 / 3 * FPS * seconds / 1024
 
     async def submit(self, http: Http, order: Order, headers: Mapping[str, str]) -> Task:
         reply = await http.call("POST", TASKS, json=self._body(order), headers=dict(headers))
-        if not reply.ok:
-            raise _refusal(reply)
-        number = text(reply.object().get("id"))
-        if not number:
-            raise _refusal(reply)
-        return {"id": number}
+        if not reply.ok or "id" not in reply.object():
+            raise refusal(reply, QUOTA)
+        return {"id": reply.read(_Submitted).id}
 
     async def poll(self, http: Http, task: Task) -> Status:
-        reply = await http.call("GET", f"{TASKS}/{task['id']}")
+        reply = await http.call("GET", f"{TASKS}/{segment(task['id'])}")
         if not reply.ok:
-            raise _refusal(reply)
-        told = reply.object()
-        state = STATES.get(text(told.get("status")))
-        if state is None:
-            return unknown(text(told.get("status")))
-        code, message = _error(told)
-        return Status(
-            state,
-            # Content of another form is a broken answer, not a video that is missing.
-            video_url=(told.get("content") or {}).get("video_url"),
-            kind=failed_kind(code, CONTENT, QUOTA, INVALID),
-            reason=f"{code}: {message}" if code else "",
-            tokens=_part(told, "usage").get("total_tokens"),
-        )
+            raise refusal(reply, QUOTA)
+        answer, found = reply.object(), reply.read(_Task)
+        state = state_of(found.status)
+        if state is State.SUCCEEDED:
+            wrong = complaint({"error": answer.get("error")})
+            url = None if wrong.moderated or found.content is None else found.content.video_url
+            usage = found.usage if isinstance(found.usage, dict) else {}
+            tokens = parse(usage, _Usage).total_tokens
+            return Status(state, url, reason=wrong.reason, tokens=tokens, seconds=found.duration)
+        wrong = complaint(answer)
+        if state is State.FAILED:
+            return Status(state, kind=failed_kind(wrong, QUOTA, INVALID), reason=wrong.reason)
+        return unfinished(state, found.status, wrong)
 
     async def cancel(self, http: Http, task: Task) -> None:
-        reply = await http.call("DELETE", f"{TASKS}/{task['id']}")
+        reply = await http.call("DELETE", f"{TASKS}/{segment(task['id'])}")
         if not reply.ok:
-            raise _refusal(reply)
+            raise refusal(reply, QUOTA)
 
     async def find(self, http: Http, order: Order, since: float) -> Sightings | None:
         """The list tells neither prompt nor name, but the seed and the expiry of each task."""
@@ -105,34 +135,38 @@ class Ark(Provider):
             return sightings  # older than the list
         tier = order.parameters.get("service_tier")
         filters = {} if tier is None else {"filter.service_tier": tier}
-        seen = 0
-        for page in range(1, PAGES + 1):
-            where = {"page_num": page, "page_size": PAGE, **filters}
+        seen, whole = 0, True
+        for number in range(1, PAGES + 1):
+            where = {"page_num": number, "page_size": PAGE, **filters}
             reply = await http.call("GET", TASKS, params=where)
             if not reply.ok:
-                raise _refusal(reply)
-            told = reply.object()
-            items = told.get("items") or []
-            seen += len(items)
-            for item in items:
-                if isinstance(item, dict) and created_since(item, since):
-                    self._sort(order, item, sightings)
-            total = told.get("total")
-            if not items or (isinstance(total, int) and seen >= total):
-                sightings.complete = True
+                raise refusal(reply, QUOTA)
+            page = reply.read(_Page)
+            listed = page.items or []
+            seen += len(listed)
+            for raw in listed:
+                try:
+                    item = parse(raw, _Listed)
+                except Failure:  # it may be ours
+                    whole = False
+                    continue
+                if item.created_at is None or item.created_at >= since:
+                    self._sort(order, raw, item, sightings)
+            if not listed or (page.total is not None and seen >= page.total):
+                sightings.complete = whole
                 break
         return sightings
 
-    def _sort(self, order: Order, item: dict[str, Any], sightings: Sightings) -> None:
-        ours, task = self._body(order), {"id": text(item.get("id"))}
+    def _sort(self, order: Order, raw: dict[str, Any], item: _Listed, sightings: Sightings) -> None:
+        ours, task = self._body(order), {"id": item.id}
         for name in ("resolution", "ratio", "duration"):
-            if name in ours and item.get(name) not in (None, ours[name], "adaptive"):
+            if name in ours and raw.get(name) not in (None, ours[name], "adaptive"):
                 return
-        mark, own = item.get(MARK), MARK not in order.parameters
+        mark, own = item.execution_expires_after, MARK not in order.parameters
         if own and mark is not None and mark != ours[MARK]:
             return
         # Models without seeds tell one of their own; then only the mark counts.
-        same_seed = order.send_seed and item.get("seed") == order.seed
+        same_seed = order.send_seed and item.seed == order.seed
         if (own and mark is not None) or same_seed:
             sightings.ours.append(task)
         else:
@@ -140,10 +174,10 @@ class Ark(Provider):
 
     def _body(self, order: Order) -> dict[str, Any]:
         options = dict(order.parameters)
-        said = order.prompt + options.pop("prompt_suffix", "")
+        asked = order.prompt + options.pop("prompt_suffix", "")
         body = {
             "model": order.model,
-            "content": [{"type": "text", "text": said}],
+            "content": [{"type": "text", "text": asked}],
             **({"seed": order.seed} if order.send_seed else {}),
             # Between 24 and 48 hours, a different second for each order: the mark by which a
             # submit without an answer is found in the list.
@@ -151,18 +185,3 @@ class Ark(Provider):
             **options,
         }
         return given(body)
-
-
-def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
-    part = told.get(name)
-    return part if isinstance(part, dict) else {}
-
-
-def _error(told: Any) -> tuple[str, str]:
-    error = _part(told, "error") if isinstance(told, dict) else {}
-    return text(error.get("code")), text(error.get("message"))
-
-
-def _refusal(reply: Reply) -> Exception:
-    code, message = _error(reply.json)
-    return refusal(reply, code, message, CONTENT, QUOTA)

@@ -20,6 +20,14 @@ class Unanswered(TeacherError):
     """One request has no video and gets none in this run; other requests may."""
 
 
+class Rejected(Unanswered):
+    """Moderation refused the request, for good."""
+
+
+class ContentsError(TeacherError):
+    """A file of the folder is not what its ledger knows; other requests may have theirs."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One question to the teacher. `draw` numbers repeated questions with the same prompt."""

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from afd.config import RunConfig
-from afd.teachers.base import TeacherError, Unanswered
+from afd.teachers.base import Rejected, TeacherError, Unanswered
 from afd.teachers.config import API_KINDS
 from afd.teachers.ledger import NAME, Ledger, Row
 from afd.training.teacher import open_api_teacher
@@ -47,7 +47,7 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
                     if error is None:
                         there += 1
                     elif isinstance(error, Unanswered):
-                        rejected = "was rejected" in str(error)
+                        rejected = isinstance(error, Rejected)
                         skipped, missing = skipped + rejected, missing + (not rejected)
                         if not rejected:
                             _log.warning("%s", error)
@@ -72,9 +72,9 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
         teacher.close()
         _log.removeHandler(screen)
         _log.setLevel(level)
-    with_ledger = Ledger(teacher.folder)
-    spent = with_ledger.spent_usd()
-    with_ledger.close()
+    books = Ledger.snapshot(teacher.folder)
+    spent = books.spent_usd()
+    books.close()
     console.print(
         f"{teacher.folder}: {there} videos, {skipped} rejected, {missing} missing; "
         f"{spent:.2f} of {config.teacher.fetch.budget_usd:.2f} USD spent",
@@ -92,7 +92,7 @@ def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int
     folder = config.teacher_dir
     if not (folder / NAME).is_file():
         raise TeacherError(f"teacher folder {folder}: holds no ledger; afd teacher fetch makes one")
-    ledger = Ledger(folder)
+    ledger = Ledger.snapshot(folder)
     try:
         facts = {
             "folder": str(folder),

@@ -119,6 +119,21 @@ class FetchConfig(Section):
         description="submit again what may have been paid already but cannot be found; its price "
         "stays counted",
     )
+    retry_faults: bool = Field(
+        default=False,
+        description="look again at videos that failed five times in a way afd did not foresee; "
+        "what may be paid is collected, not bought again",
+    )
+    adopt_videos: bool = Field(
+        default=False,
+        description="take finished videos of this teacher that its ledger does not know as bought "
+        "before, at no cost; without it a folder with such videos is refused",
+    )
+    accept_changed_videos: bool = Field(
+        default=False,
+        description="take videos whose contents are no longer those that were bought as they are; "
+        "without it they are refused",
+    )
     idempotency_header: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9-]+$",

@@ -8,36 +8,68 @@ it can find a lost submit but never prove that one did not arrive.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
+from urllib.parse import urlsplit
 
+from afd.teachers.answers import Address, Answer, Failure, Kind, Name, Number, Reply, Word, parse
 from afd.teachers.http import Http
+from afd.teachers.moderation import complaint
 from afd.teachers.provider import (
-    Failure,
-    Kind,
     Order,
     Provider,
-    Reply,
     Sightings,
     State,
     Status,
     Task,
     failed_kind,
     given,
+    length,
     refusal,
-    text,
-    unknown,
+    segment,
+    state_of,
+    unfinished,
 )
 
-CONTENT = r"content_policy|nsfw|moderation|safety|no_media_generated"
 QUOTA = r"balance|billing|locked|insufficient|payment"
 INVALID = (
     r"missing|_type$|_parsing$|greater_than|less_than|one_of|literal_error|value_error|unsupported"
 )
 PLATFORM = "https://api.fal.ai/v1"
 PAGES = 100
-STATES = {"IN_QUEUE": State.QUEUED, "IN_PROGRESS": State.RUNNING, "COMPLETED": State.SUCCEEDED}
+
+
+class _Submitted(Answer):
+    request_id: Name
+
+
+class _Named(Answer):
+    status_url: Address | None = None
+    response_url: Address | None = None
+    cancel_url: Address | None = None
+
+
+class _Queue(Answer):
+    status: Word = ""
+
+
+class _File(Answer):
+    url: Address
+
+
+class _Past(Answer):
+    request_id: Name
+    json_input: Any = None
+    json_output: Any = None
+    status_code: Number = None
+
+
+class _Page(Answer):
+    items: list[dict[str, Any]] | None = None
+    next_cursor: Word = ""
+    has_more: bool | None = None
 
 
 class Fal(Provider):
@@ -59,84 +91,79 @@ class Fal(Provider):
         return [self.base_url, self._platform]
 
     def seconds(self, parameters: Mapping[str, Any]) -> float | None:
-        length = text(parameters.get("duration")).removesuffix("s")
-        return float(length) if length.replace(".", "", 1).isdigit() else None
+        return length(parameters.get("duration"))
 
     async def submit(self, http: Http, order: Order, headers: Mapping[str, str]) -> Task:
         url = f"/{order.model.strip('/')}"
         reply = await http.call("POST", url, json=self._input(order), headers=dict(headers))
         if not reply.ok:
             raise self._unsent(reply)
-        told = reply.object()
-        number = text(told.get("request_id"))
-        if not number:
-            raise _refusal(reply)
-        return self._task(http, order.model, number, told)
+        if "request_id" not in reply.object():
+            raise refusal(reply, QUOTA)
+        return self._task(http, order.model, reply.read(_Submitted).request_id, reply.object())
 
     async def poll(self, http: Http, task: Task) -> Status:
         reply = await http.call("GET", task["status_url"])
         if reply.status == 404:
-            return await self._remembered(http, task, _refusal(reply))
+            return await self._remembered(http, task, refusal(reply, QUOTA))
         if not reply.ok:
-            raise _refusal(reply)
-        told = reply.object()
-        word = text(told.get("status"))
-        state = STATES.get(word)
-        if state is None:
-            return unknown(word)
+            raise refusal(reply, QUOTA)
+        answer, word = reply.object(), reply.read(_Queue).status
+        state = state_of(word)
+        wrong = complaint(answer)
+        if state is State.FAILED or (state is State.SUCCEEDED and answer.get("error")):
+            kind = failed_kind(wrong, QUOTA, INVALID)
+            return Status(State.FAILED, kind=kind, reason=wrong.reason)
         if state is not State.SUCCEEDED:
-            return Status(state)
-        if told.get("error"):
-            code = text(told.get("error_type"))
-            kind = failed_kind(f"{code} {told['error']}", CONTENT, QUOTA, INVALID)
-            return Status(State.FAILED, kind=kind, reason=f"{code}: {told['error']}")
+            return unfinished(state, word, wrong)
         result = await http.call("GET", task["response_url"])
         if result.status in (404, 410):
-            return await self._remembered(http, task, _refusal(result))
+            return await self._remembered(http, task, refusal(result, QUOTA))
         if result.ok:
-            return Status(State.SUCCEEDED, video_url=_video(result.object()))
+            return _succeeded(result.object())
         if result.status == 429 or not any(
             word in result.text for word in ("error_type", "detail")
         ):
             # Not the model's answer but that of something on the way to it.
-            raise _refusal(result)
-        code, message = _error(result.json)
-        kind = failed_kind(code, CONTENT, QUOTA, INVALID)
-        return Status(State.FAILED, kind=kind, reason=f"{code}: {message}")
+            raise refusal(result, QUOTA)
+        wrong = complaint(result.json)
+        kind = failed_kind(wrong, QUOTA, INVALID)
+        return Status(State.FAILED, kind=kind, reason=wrong.reason)
 
     async def cancel(self, http: Http, task: Task) -> None:
         reply = await http.call("PUT", task["cancel_url"])
         if not reply.ok:
-            raise _refusal(reply)
+            raise refusal(reply, QUOTA)
 
     async def find(self, http: Http, order: Order, since: float) -> Sightings | None:
-        sightings, ours = Sightings(), self._input(order)
+        sightings, ours = Sightings(), http.plain(self._input(order))
         for item in await self._history(http, order.model, start=_iso(since)):
-            number, told = text(item.get("request_id")), item.get("json_input")
-            task = self._task(http, order.model, number, {})
-            if not isinstance(told, dict):
+            task = self._task(http, order.model, item.request_id, {})
+            asked = item.json_input
+            if not isinstance(asked, dict):
                 sightings.lookalikes.append(task)
-            elif all(told.get(name) == value for name, value in ours.items()):
+            elif all(asked.get(name) == value for name, value in ours.items()):
                 sightings.ours.append(task)
         return sightings
 
     async def _remembered(self, http: Http, task: Task, gone: Failure) -> Status:
         """What the history says of a request that the queue does not know (any more)."""
         for item in await self._history(http, task["model"], request_id=task["id"]):
-            if text(item.get("request_id")) != task["id"]:
+            if item.request_id != task["id"]:
                 continue
-            output, code = item.get("json_output"), int(item.get("status_code") or 0)
-            if code == 200 and isinstance(output, dict):
-                return Status(State.SUCCEEDED, video_url=_video(output))
+            code = item.status_code or 0
+            if code == 200 and isinstance(item.json_output, dict):
+                return _succeeded(item.json_output)
             if code >= 400:
-                word, message = _error(output)
-                kind = failed_kind(word, CONTENT, QUOTA, INVALID)
-                return Status(State.FAILED, kind=kind, reason=f"HTTP {code} {word}: {message}")
+                wrong = complaint(item.json_output)
+                kind = failed_kind(wrong, QUOTA, INVALID)
+                return Status(State.FAILED, kind=kind, reason=f"HTTP {code:.0f} {wrong.reason}")
         raise gone
 
-    async def _history(self, http: Http, model: str, **filters: str) -> list[dict[str, Any]]:
+    async def _history(self, http: Http, model: str, **filters: str) -> list[_Past]:
+        """Finished requests; those of a form not known here are left out: none is proof."""
         url, cursor = f"{self._platform}/models/requests/by-endpoint", ""
-        items: list[dict[str, Any]] = []
+        items: list[_Past] = []
         for _ in range(PAGES):
             where = {"endpoint_id": model, "expand": "payloads", "limit": "100", **filters}
             where |= {"cursor": cursor} if cursor else {}
@@ -144,40 +171,65 @@ class Fal(Provider):
             if not reply.ok:
                 # The history is an aid: a key that may not read it can still buy.
                 raise Failure(Kind.RETRYABLE, f"request history: HTTP {reply.status}")
-            told = reply.object()
-            items += [item for item in told.get("items") or [] if isinstance(item, dict)]
-            cursor = text(told.get("next_cursor"))
-            if not told.get("has_more") or not cursor:
+            page = reply.read(_Page)
+            for raw in page.items or []:
+                try:
+                    items.append(parse(raw, _Past))
+                except Failure:
+                    continue
+            cursor = page.next_cursor
+            if not page.has_more or not cursor:
                 break
         return items
 
     def _unsent(self, reply: Reply) -> Failure:
         """fal's own client repeats a submit that its ingress answered without a request id."""
-        failure = _refusal(reply)
+        failure = refusal(reply, QUOTA)
         ingress = reply.status in (502, 503, 504) and "nginx" in reply.text
         if ingress and "x-fal-request-id" not in reply.headers:
             failure.certain = True
         return failure
 
-    def _task(self, http: Http, model: str, number: str, told: Mapping[str, Any]) -> Task:
+    def _task(self, http: Http, model: str, number: str, answer: Mapping[str, Any]) -> Task:
         owner_app = "/".join(model.strip("/").split("/")[:2])
-        root = f"{self.base_url}/{owner_app}/requests/{number}"
+        root = f"{self.base_url}/{owner_app}/requests/{segment(number)}"
         task = {"id": number, "model": model}
-        for name, own in (
-            ("status_url", f"{root}/status"),
-            ("response_url", root),
-            ("cancel_url", f"{root}/cancel"),
+        try:
+            named = parse(dict(answer), _Named).model_dump()
+        except Failure:
+            named = {}
+        for name, ending in (
+            ("status_url", "/status"),
+            ("response_url", ""),
+            ("cancel_url", "/cancel"),
         ):
-            # The key goes nowhere but to the queue, whatever the answer says.
-            named = text(told.get(name))
-            task[name] = named if named and http.trusts(named) else own
+            url = named.get(name)
+            # The key goes nowhere but to the queue, and there to this request only, whatever the
+            # answer says.
+            ours = url is not None and http.trusts(url) and _leads_to(url, number)
+            task[name] = str(url) if ours else root + ending
         return task
 
     def _input(self, order: Order) -> dict[str, Any]:
         options = dict(order.parameters)
-        said = order.prompt + options.pop("prompt_suffix", "")
+        asked = order.prompt + options.pop("prompt_suffix", "")
         seed = {"seed": order.seed} if order.send_seed else {}
-        return given({"prompt": said, **seed, **options})
+        return given({"prompt": asked, **seed, **options})
+
+
+def _leads_to(url: str, number: str) -> bool:
+    """Whether an address of the queue is that of this request and nothing else."""
+    path = r"(/(?!\.)[\w.-]+)+/requests/" + re.escape(number) + r"(/status|/response|/cancel)?"
+    parts = urlsplit(url)
+    return not parts.query and re.fullmatch(path, parts.path, re.ASCII) is not None
+
+
+def _succeeded(output: dict[str, Any]) -> Status:
+    """A model's output. A checker that found something leaves a black video or none."""
+    flags = {name: value for name, value in output.items() if "nsfw" in name.lower()}
+    wrong = complaint({"error": output.get("error"), **flags})
+    url = None if wrong.moderated else _video(output)
+    return Status(State.SUCCEEDED, video_url=url, reason=wrong.reason)
 
 
 def _video(output: Mapping[str, Any]) -> str | None:
@@ -187,28 +239,10 @@ def _video(output: Mapping[str, Any]) -> str | None:
         output.get("video"),
         several[0] if isinstance(several, list) and several else None,
     ):
-        if isinstance(place, str) and place:
-            return place
-        if isinstance(place, dict) and place.get("url"):
-            return text(place["url"])
+        if place:
+            return parse({"url": place} if isinstance(place, str) else place, _File).url
     return None
 
 
 def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _error(told: Any) -> tuple[str, str]:
-    """Platform errors have error_type and a sentence; models' have a list with type and msg."""
-    if not isinstance(told, dict):
-        return "", ""
-    detail = told.get("detail")
-    if isinstance(detail, list) and detail and isinstance(detail[0], dict):
-        return text(detail[0].get("type")), text(detail[0].get("msg"))
-    return text(told.get("error_type")), text(detail)
-
-
-def _refusal(reply: Reply) -> Failure:
-    code, message = _error(reply.json)
-    # Models without typed errors only say it in words.
-    return refusal(reply, code or message, message if code else "", CONTENT, QUOTA)

@@ -7,21 +7,23 @@ last one of a process; the next process continues from what the ledger and the f
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import random
 import time
-from collections import deque
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from afd.teachers.base import TeacherError, Unanswered
+from afd.teachers.answers import Failure, Kind
+from afd.teachers.base import ContentsError, Rejected, TeacherError, Unanswered
 from afd.teachers.config import FetchConfig
-from afd.teachers.http import Http, Saved
+from afd.teachers.contents import compare, lying, writing
+from afd.teachers.http import Http
 from afd.teachers.ledger import LIVE, Claims, Ledger, Row
-from afd.teachers.provider import Failure, Kind, Order, Provider, State, Status
+from afd.teachers.limiter import Limiter
+from afd.teachers.provider import Order, Provider, State, Status
 from afd.video import VideoError, check_video
 
 _T = TypeVar("_T")
@@ -30,63 +32,8 @@ _log = logging.getLogger("afd")
 SKEW_S = 3600.0
 MANIFEST_S = 5.0
 DECIDED = 20  # videos before a share of rejections means anything
-
-
-class Limiter:
-    """How many videos are under way: additive increase, halved when the provider says 429."""
-
-    def __init__(self, ceiling: int) -> None:
-        self.ceiling, self.limit = ceiling, float(ceiling)
-        self.under_way = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._paused_until = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def enter(self) -> None:
-        """Wait for a place; first come, first served."""
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
-        self._admit()
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self.leave()
-            raise
-
-    def leave(self) -> None:
-        self.under_way -= 1
-        self._admit()
-
-    def accepted(self) -> None:
-        """A submit went through: one more place per round."""
-        self.limit = min(float(self.ceiling), self.limit + 1.0 / self.limit)
-        self._admit()
-
-    def throttled(self, pause_s: float) -> None:
-        """429: half the places, and nobody enters for a while. Once per pause."""
-        now = time.monotonic()
-        if now >= self._paused_until:
-            self.limit = max(1.0, min(self.limit, self.under_way) / 2)
-            _log.info("the provider throttles: at most %d videos under way", int(self.limit))
-        self._paused_until = max(self._paused_until, now + pause_s)
-
-    def _admit(self) -> None:
-        pause_s = self._paused_until - time.monotonic()
-        if pause_s > 0:
-            if self._timer is None:
-                loop = asyncio.get_running_loop()
-                self._timer = loop.call_later(pause_s, self._resume)
-            return
-        while self._waiting and self.under_way < int(self.limit):
-            place = self._waiting.popleft()
-            if not place.done():
-                self.under_way += 1
-                place.set_result(None)
-
-    def _resume(self) -> None:
-        self._timer = None
-        self._admit()
+FAULTS = 5  # unexpected errors of one video, over all processes, before it is left alone
+WORDS = 5  # unknown states that are named
 
 
 class Engine:
@@ -110,7 +57,7 @@ class Engine:
         self._accept = accept
         self._claims = Claims(ledger.folder)
         self._asking: set[asyncio.Task[Row]] = set()
-        self._told: set[str] = set()
+        self._unknown: set[str] = set()
         self._accepted = 0
         self._manifest_at = time.monotonic()
 
@@ -121,6 +68,7 @@ class Engine:
         """
         while True:
             await self.limiter.enter()
+            fault: Exception | None = None
             try:
                 if self._claims.take(order.key):
                     try:
@@ -128,11 +76,15 @@ class Engine:
                     finally:
                         self._claims.release(order.key)
             except TeacherError as error:
-                if not isinstance(error, Unanswered):
+                if not isinstance(error, Unanswered | ContentsError):
                     self.fatal = self.fatal or error
                 raise
+            except Exception as error:
+                fault = error
             finally:
                 self.limiter.leave()
+            if fault is not None:
+                raise self._fault(order, fault)
             # Another process is at it; it ends or dies, and either frees the claim.
             await asyncio.sleep(self.config.poll_s)
 
@@ -152,22 +104,29 @@ class Engine:
                 await asyncio.sleep(self._pause_s(attempt))
             row = self.ledger.latest(order.key)
             path = self.ledger.folder / order.file
-            if row is not None and row.holds(path):
-                return path
-            if path.is_file() and (saved := await self._lying(path)) is not None:
+            if row is not None and row.state == "done":
+                lies = await asyncio.to_thread(compare, path, row.sha256)
+                if self.ledger.holds(row, path, lies, self.config.accept_changed_videos):
+                    return path
+            elif path.is_file() and (saved := await asyncio.to_thread(lying, path)) is not None:
                 if row is not None and row.state == "running":
                     # The end came between the rename and the ledger.
                     self.ledger.done(row, order.file, saved, None)
                     return path
                 if row is None or row.state not in LIVE:
-                    self.ledger.found(order, saved)
+                    self.ledger.found(order, saved, path, self.config.adopt_videos)
                     return path
+            if row is not None and row.faults >= FAULTS and not self.config.retry_faults:
+                raise Unanswered(
+                    f"{order.prompt!r}: failed unexpectedly {row.faults} times, last: {row.fault}; "
+                    "its price stays counted, teacher.fetch.retry_faults=true tries it again"
+                )
             if row is not None and row.state == "done" and row.task is None:
                 self.ledger.end(row, "written_off", "retryable", "the file is gone", paid=True)
                 row = None
             if row is None or row.state not in LIVE:
                 if row is not None and row.kind == "content" and not self.config.retry_rejected:
-                    raise Unanswered(f"{order.prompt!r} was rejected: {row.reason}")
+                    raise Rejected(f"{order.prompt!r} was rejected: {row.reason}")
                 row = await self._submit(order)
             if row.state == "asked":
                 found = await self._look_up(order, row)
@@ -233,7 +192,7 @@ class Engine:
     async def _ask(self, order: Order, row: Row) -> Row:
         name = self.config.idempotency_header
         header = {} if name is None else {name: f"{order.key}-{row.id}"}
-        task = await _understood(self.provider.submit(self.http, order, header))
+        task = await self._understood(self.provider.submit(self.http, order, header))
         running = self.ledger.running(row, task)
         if running is None:
             raise Failure(Kind.RETRYABLE, f"the task {task['id']} was given out twice")
@@ -255,7 +214,7 @@ class Engine:
             try:
                 if self.config.idempotency_header is not None:
                     return await self._ask(order, row)
-                seen = await _understood(
+                seen = await self._understood(
                     self.provider.find(self.http, order, row.asked_at - SKEW_S)
                 )
                 if seen is None:
@@ -291,7 +250,7 @@ class Engine:
         cancelled = False
         while True:
             try:
-                status = await _understood(self.provider.poll(self.http, row.task))
+                status = await self._understood(self.provider.poll(self.http, row.task))
             except Failure as failure:
                 if failure.kind is Kind.QUOTA:
                     raise self._stop(failure.reason) from None
@@ -304,10 +263,14 @@ class Engine:
                 await asyncio.sleep(wait_s)
                 continue
             faults = 0
-            if status.unknown and status.unknown not in self._told:
-                self._told.add(status.unknown)
+            if (
+                status.unknown
+                and status.unknown not in self._unknown
+                and len(self._unknown) < WORDS
+            ):
+                self._unknown.add(status.unknown)
                 _log.warning(
-                    "%s tells an unknown state %r; waiting on", self.provider.name, status.unknown
+                    "%s names an unknown state %r; waiting on", self.provider.name, status.unknown
                 )
             if status.state is State.SUCCEEDED and status.video_url:
                 try:
@@ -334,7 +297,7 @@ class Engine:
                     return self._stuck(order, row, waited)
                 cancelled = True  # only what has not begun: its end is not paid, and known soon
                 try:
-                    await _understood(self.provider.cancel(self.http, row.task))
+                    await self._understood(self.provider.cancel(self.http, row.task))
                 except Failure as failure:
                     _log.info("cancelling %s: %s", row.task["id"], failure.reason)
             await asyncio.sleep(self.config.poll_s)
@@ -367,14 +330,15 @@ class Engine:
             most = int(self.config.max_mib * 2**20)
             saved = await self.provider.download(self.http, status, partial, most)
             await asyncio.to_thread(check_video, partial)
-            os.replace(partial, path)
+            # What is collected again is what was bought, or is refused.
+            if row.state == "done" and saved.sha256 != row.sha256:
+                self.ledger.holds(row, path, (False, saved), self.config.accept_changed_videos)
+            with writing(folder):
+                os.replace(partial, path)
+                _sync(folder)
         finally:
             partial.unlink(missing_ok=True)
-        _sync(folder)
-        cost = None
-        if status.tokens is not None and self.config.price_per == "million_tokens":
-            cost = status.tokens / 1e6 * (self.config.price_usd or 0.0)
-        self.ledger.done(row, order.file, saved, cost)
+        self.ledger.done(row, order.file, saved, self._bill_usd(status))
         if time.monotonic() - self._manifest_at > MANIFEST_S:
             self._manifest_at = time.monotonic()
             self.ledger.write_manifest()
@@ -385,21 +349,11 @@ class Engine:
             raise self.fatal from None
         return path
 
-    async def _lying(self, path: Path) -> Saved | None:
-        """What a file under a video's own name is, if it is a video."""
-
-        def look() -> Saved | None:
-            try:
-                check_video(path)
-            except VideoError:
-                return None
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(2**20):
-                    digest.update(chunk)
-            return Saved(digest.hexdigest(), path.stat().st_size)
-
-        return await asyncio.to_thread(look)
+    def _bill_usd(self, status: Status) -> float | None:
+        """What the service says it billed, by its own units; None where it does not say."""
+        units = {"million_tokens": (status.tokens or 0.0) / 1e6, "second": status.seconds}
+        found = units.get(self.config.price_per)
+        return found * (self.config.price_usd or 0.0) if found else None
 
     def _stuck(self, order: Order, row: Row, reason: str) -> str:
         """A task that may be paid gives no video now. The next fetch looks at it again."""
@@ -416,7 +370,7 @@ class Engine:
             "teacher.fetch.resubmit_in_doubt=true submits it again"
         )
 
-    def _rejected(self, order: Order, reason: str) -> Unanswered:
+    def _rejected(self, order: Order, reason: str) -> Rejected:
         """Log the share of rejected prompts: it biases what the student learns from."""
         counts = self.ledger.counts()
         rejected = counts.get(Kind.CONTENT.value, 0)
@@ -434,7 +388,36 @@ class Engine:
                 f"{rejected} of {decided} videos were rejected, more than "
                 f"teacher.fetch.max_rejected={self.config.max_rejected:g}"
             )
-        return Unanswered(f"{order.prompt!r} was rejected: {reason}")
+        return Rejected(f"{order.prompt!r} was rejected: {reason}")
+
+    async def _understood(self, exchange: Awaitable[_T]) -> _T:
+        """A provider's verb; what nobody foresaw in an answer is a Failure like others."""
+        try:
+            return await exchange
+        except (Failure, TeacherError):
+            raise
+        except Exception as error:
+            what = self._described(error)
+        _log.error("%s: unexpected in an answer: %s", self.provider.name, what)
+        raise Failure(Kind.RETRYABLE, f"an answer of a form not known here ({what})")
+
+    def _fault(self, order: Order, error: Exception) -> TeacherError:
+        """An error that nobody foresaw ends this order only, and is remembered: what may be paid is
+        looked at again by later processes, a few times, and not bought again."""
+        what = self._described(error)
+        _log.error("%r: unexpected: %s; this video fails, others go on", order.prompt, what)
+        try:
+            self.ledger.fault(order.key, what)
+        except TeacherError as lost:
+            self.fatal = self.fatal or lost
+            return lost
+        return Unanswered(f"{order.prompt!r}: unexpected: {what}; the next fetch looks again")
+
+    def _described(self, error: Exception) -> str:
+        """Type, place and words of an error."""
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+        return f"{type(error).__name__} at {where}: {self.http.words(str(error))}"
 
     def _stop(self, reason: str) -> TeacherError:
         return TeacherError(
@@ -447,15 +430,6 @@ class Engine:
         grown = self.config.backoff_s * 2.0 ** min(tries - 1, 30)
         wanted = min(grown, self.config.backoff_max_s) * random.uniform(0.5, 1.0)
         return min(max(wanted, at_least_s), self.config.deadline_s)
-
-
-async def _understood(exchange: Awaitable[_T]) -> _T:
-    """A provider's verb; an answer in a form that nobody foresaw is a Failure like others."""
-    try:
-        return await exchange
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        said = f"an answer of a form not known here ({type(error).__name__})"
-    raise Failure(Kind.RETRYABLE, said)
 
 
 def _sync(folder: Path) -> None:

@@ -9,8 +9,12 @@ money is USD. API keys never come here.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import logging
+import math
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -20,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from afd.teachers.base import TeacherError
-from afd.teachers.http import Saved
+from afd.teachers.base import ContentsError, TeacherError
+from afd.teachers.contents import Saved, writing
 from afd.teachers.provider import Order, Task, canonical
+from afd.teachers.schema import SchemaError, prepare
 
 NAME, LOCK, MANIFEST = "ledger.sqlite3", "ledger.lock", "prompts.jsonl"
 # asked: the submit left or was about to, no answer is recorded (after a crash: in doubt)
@@ -30,31 +35,8 @@ NAME, LOCK, MANIFEST = "ledger.sqlite3", "ledger.lock", "prompts.jsonl"
 # refused: surely not accepted        failed, cancelled, expired: the task's own end
 # written_off: in doubt or stuck, and the user chose to submit again; its price stays counted
 LIVE = ("asked", "running", "done")
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS submits (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    key TEXT NOT NULL,
-    prompt TEXT NOT NULL,
-    draw INTEGER NOT NULL,
-    seed INTEGER,
-    state TEXT NOT NULL,
-    kind TEXT,
-    reason TEXT,
-    task TEXT,
-    task_id TEXT UNIQUE,
-    price_usd REAL NOT NULL,
-    cost_usd REAL NOT NULL,
-    asked_at REAL NOT NULL,
-    ended_at REAL,
-    file TEXT,
-    sha256 TEXT,
-    bytes INTEGER
-);
-CREATE UNIQUE INDEX IF NOT EXISTS one_purchase ON submits (key)
-    WHERE state IN ('asked', 'running', 'done');
-CREATE INDEX IF NOT EXISTS by_key ON submits (key);
-"""
+_BOUGHT = re.compile(r"[0-9a-f]{32}\.mp4")  # names of bought videos
+_log = logging.getLogger("afd")
 
 
 class BudgetError(TeacherError):
@@ -73,11 +55,10 @@ class Row:
     task: Task | None
     price_usd: float
     asked_at: float
+    sha256: str | None
     bytes: int | None
-
-    def holds(self, path: Path) -> bool:
-        """Whether this submit's video lies there, as long as it was."""
-        return self.state == "done" and path.is_file() and path.stat().st_size == self.bytes
+    faults: int  # unexpected errors on the way
+    fault: str | None  # the last of them
 
 
 class Ledger:
@@ -88,15 +69,15 @@ class Ledger:
         something else is refused with TeacherError, and so is a file that is no ledger; None takes
         the folder as it is."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         with self._named_errors():
-            self._database = sqlite3.connect(folder / NAME, timeout=60.0, isolation_level=None)
-            self._database.row_factory = sqlite3.Row
+            self._database = _connect(str(folder / NAME))
             # Every commit reaches the disk; the rollback journal also works on network folders.
             self._database.execute("PRAGMA synchronous = FULL")
+            self._check()
         with self._writing():
-            for statement in _SCHEMA.split(";"):
-                self._database.execute(statement)
+            prepare(self._database)
             there = self._one("SELECT value FROM about WHERE name = 'about'")
             if about is not None and there is None:
                 self._database.execute("INSERT INTO about VALUES ('about', ?)", (canonical(about),))
@@ -108,8 +89,38 @@ class Ledger:
                 "teacher.kind=folder to use it as it is"
             )
 
+    @classmethod
+    def snapshot(cls, folder: Path) -> Ledger:
+        """A copy in memory of what the folder's ledger holds now, to look at: nothing is written
+        to the folder. An empty one where there is none."""
+        ledger = cls.__new__(cls)
+        ledger.folder = folder
+        with ledger._named_errors():
+            ledger._database = _connect(":memory:")
+            if (folder / NAME).is_file():
+                source = _connect(f"{(folder / NAME).absolute().as_uri()}?mode=rw", uri=True)
+                try:
+                    source.backup(ledger._database)
+                finally:
+                    source.close()
+            ledger._check()
+            prepare(ledger._database)
+        return ledger
+
     def close(self) -> None:
         self._database.close()
+
+    def unknown_videos(self) -> list[str]:
+        """Names of bought videos that lie in the folder and stand in no row: the ledger is new, or
+        an older copy than they."""
+        if not self.folder.is_dir():
+            return []
+        there = {name.name for name in self.folder.iterdir() if _BOUGHT.fullmatch(name.name)}
+        known = {
+            f"{found['name']}.mp4"
+            for found in self._all("SELECT DISTINCT substr(key, 1, 32) AS name FROM submits")
+        }
+        return sorted(there - known)
 
     def latest(self, key: str) -> Row | None:
         """The newest submit of a video."""
@@ -122,11 +133,19 @@ class Ledger:
         One transaction: many processes together never reserve more than the budget.
         """
         with self._writing():
-            # Bills above their estimate raise the next estimate alike.
+            # Bills above their estimate raise the next one alike, and those of what is under way.
             excess = "SELECT max(cost_usd / price_usd) FROM submits WHERE price_usd > 0"
-            price_usd *= max(1.0, self._database.execute(excess).fetchone()[0] or 1.0)
-            spent = self._spent()
-            if spent + price_usd > budget_usd * (1 + 1e-9):
+            price_usd *= max(1.0, self._one(excess)[0] or 1.0)
+            if not (math.isfinite(price_usd) and price_usd >= 0):
+                raise BudgetError(f"the next video has no finite price ({price_usd} USD)")
+            spent = float(
+                self._one(
+                    "SELECT total(CASE WHEN state IN ('asked', 'running') THEN max(cost_usd, ?)"
+                    " ELSE cost_usd END) FROM submits",
+                    price_usd,
+                )[0]
+            )
+            if not spent + price_usd <= budget_usd * (1 + 1e-9):
                 raise BudgetError(
                     f"{spent:.2f} USD of teacher.fetch.budget_usd={budget_usd:.2f} are spent or "
                     f"reserved, the next video may cost {price_usd:.2f} USD"
@@ -154,13 +173,43 @@ class Ledger:
             return None
         return self._get(row.id)
 
-    def done(self, row: Row, file: str, saved: Saved, cost_usd: float | None) -> None:
-        """The video lies in the folder under its name. `cost_usd` None: the estimate stands."""
-        extra = {} if cost_usd is None else {"cost_usd": cost_usd}
-        self._end(row, "done", file=file, sha256=saved.sha256, bytes=saved.bytes, **extra)
+    def done(self, row: Row, file: str, saved: Saved, bill_usd: float | None) -> None:
+        """The video lies in the folder under its name. A bill may raise what was reserved for
+        it and never lowers it; None: there is none."""
+        bill_usd = bill_usd if bill_usd is not None and math.isfinite(bill_usd) else 0.0
+        with self._writing():
+            self._database.execute(
+                "UPDATE submits SET state = 'done', ended_at = CASE WHEN state = 'done' THEN"
+                " ended_at ELSE ? END, file = ?, sha256 = ?, bytes = ?, cost_usd = max(cost_usd, ?)"
+                " WHERE id = ?",
+                (time.time(), file, saved.sha256, saved.bytes, bill_usd, row.id),
+            )
 
-    def found(self, order: Order, saved: Saved) -> None:
-        """A finished video of this order lay in the folder without a submit: it costs nothing."""
+    def holds(
+        self, row: Row, path: Path, found: tuple[bool, Saved | None], accept_changed: bool
+    ) -> bool:
+        """Whether the video of a done submit lies there. `found`: as `contents.compare` has it.
+
+        Another video in its place is refused with ContentsError, or bound anew if accepted.
+        """
+        same, saved = found
+        if same or saved is None:
+            return same
+        if row.sha256 is not None and not accept_changed:
+            raise ContentsError(
+                f"{path}: is not the video that was bought (sha256 {saved.sha256[:16]}..., the "
+                f"ledger has {row.sha256[:16]}...); put it back, delete it so that it is fetched "
+                "again, or take it with teacher.fetch.accept_changed_videos=true"
+            )
+        _log.warning("%s: taken with other contents than were bought", path)
+        self._update(row, sha256=saved.sha256, bytes=saved.bytes)
+        return True
+
+    def found(self, order: Order, saved: Saved, path: Path, adopt: bool) -> None:
+        """A finished video of this order lay in the folder without a submit: adopted, it costs
+        nothing; else ContentsError."""
+        if not adopt:
+            raise ContentsError(_unknown(self.folder, [path.name]))
         with self._writing():
             self._database.execute(
                 "INSERT INTO submits (key, prompt, draw, seed, state, reason, price_usd, cost_usd,"
@@ -179,30 +228,54 @@ class Ledger:
                 ),
             )
 
+    def fault(self, key: str, what: str) -> None:
+        """Count an unexpected error of a video's newest submit, if there is one."""
+        with self._writing():
+            self._database.execute(
+                "UPDATE submits SET faults = faults + 1, fault = ?"
+                " WHERE id = (SELECT max(id) FROM submits WHERE key = ?)",
+                (what[:500], key),
+            )
+
     def end(self, row: Row, state: str, kind: str, reason: str, *, paid: bool) -> None:
         """A submit came to nothing; `paid` says whether its price may have been charged."""
-        self._end(row, state, kind=kind, reason=reason, cost_usd=row.price_usd if paid else 0.0)
+        cost = "max(cost_usd, price_usd)" if paid else "0.0"
+        with self._writing():
+            self._database.execute(
+                "UPDATE submits SET state = ?, kind = ?, reason = ?, ended_at = ?,"
+                f" cost_usd = {cost} WHERE id = ?",
+                (state, kind, reason[:500], time.time(), row.id),
+            )
 
     def task_ids(self) -> set[str]:
         """Every task that belongs to a submit."""
         query = "SELECT task_id FROM submits WHERE task_id IS NOT NULL"
-        return {found["task_id"] for found in self._database.execute(query)}
+        return {found["task_id"] for found in self._all(query)}
 
     def spent_usd(self) -> float:
         """Paid, reserved and possibly paid."""
-        return self._spent()
+        return float(self._all("SELECT total(cost_usd) FROM submits")[0][0])
 
     def length(self) -> int:
         """Submits ever written down; none is taken back, so this only grows."""
-        found = self._database.execute("SELECT coalesce(max(id), 0) FROM submits").fetchone()
-        return int(found[0])
+        return int(self._all("SELECT coalesce(max(id), 0) FROM submits")[0][0])
+
+    def contents(self, length: int, until: float) -> str:
+        """One hash of the videos that lay there at a time (Unix seconds), of the first `length`
+        submits: empty where there were none."""
+        query = (
+            "SELECT key, sha256 FROM submits WHERE state = 'done' AND id <= ? AND ended_at <= ?"
+            " ORDER BY id"
+        )
+        lines = [f"{found['key']} {found['sha256']}\n" for found in self._all(query, length, until)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
 
     def typical_seconds(self) -> float | None:
         """Mean time from a submit to its video on the disk; None where none was bought yet."""
         query = (
             "SELECT avg(ended_at - asked_at) FROM submits WHERE state = 'done' AND price_usd > 0"
         )
-        found = self._database.execute(query).fetchone()[0]
+        found = self._all(query)[0][0]
         return None if found is None else float(found)
 
     def counts(self) -> dict[str, int]:
@@ -211,12 +284,12 @@ class Ledger:
             "SELECT CASE WHEN state = 'failed' THEN kind ELSE state END AS stands, count(*) AS n "
             "FROM submits WHERE id IN (SELECT max(id) FROM submits GROUP BY key) GROUP BY stands"
         )
-        return {found["stands"]: found["n"] for found in self._database.execute(query)}
+        return {found["stands"]: found["n"] for found in self._all(query)}
 
     def open_rows(self) -> list[tuple[str, Row]]:
         """(prompt, row) of every submit that is asked or running, oldest first."""
         query = "SELECT * FROM submits WHERE state IN ('asked', 'running') ORDER BY id"
-        return [(found["prompt"], _row(found)) for found in self._database.execute(query)]
+        return [(found["prompt"], _row(found)) for found in self._all(query)]
 
     def about(self) -> dict[str, Any]:
         """What the folder's videos are."""
@@ -230,13 +303,13 @@ class Ledger:
         """
         query = "SELECT * FROM submits WHERE state = 'done' ORDER BY draw, id"
         path = self.folder / MANIFEST
-        with (self.folder / f"{MANIFEST}.lock").open("w") as lock:
+        with writing(self.folder), (self.folder / f"{MANIFEST}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             made_by = {k: v for k, v in self.about().items() if k in ("provider", "model")}
             mine = [
                 {"file": f["file"], "prompt": f["prompt"], "seed": f["seed"], "sha256": f["sha256"]}
                 | made_by
-                for f in self._database.execute(query)
+                for f in self._all(query)
                 if (self.folder / f["file"]).is_file()
             ]
             names = {entry["file"] for entry in mine}
@@ -249,12 +322,6 @@ class Ledger:
                 os.fsync(file.fileno())
             partial.replace(path)
 
-    def _spent(self) -> float:
-        return float(self._database.execute("SELECT total(cost_usd) FROM submits").fetchone()[0])
-
-    def _end(self, row: Row, state: str, **values: Any) -> None:
-        self._update(row, state=state, ended_at=time.time(), **values)
-
     def _update(self, row: Row, **values: Any) -> None:
         with self._writing():
             self._database.execute(
@@ -263,12 +330,21 @@ class Ledger:
             )
 
     def _get(self, number: int | None) -> Row:
-        return _row(
-            self._database.execute("SELECT * FROM submits WHERE id = ?", (number,)).fetchone()
-        )
+        return _row(self._all("SELECT * FROM submits WHERE id = ?", number)[0])
 
-    def _one(self, query: str, *values: Any) -> sqlite3.Row | None:
-        return self._database.execute(query, values).fetchone()
+    def _one(self, query: str, *values: Any) -> Any:
+        found = self._all(query, *values)
+        return found[0] if found else None
+
+    def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        with self._named_errors():
+            return self._database.execute(query, values).fetchall()
+
+    def _check(self) -> None:
+        """Refuse a damaged file before anything is added to it."""
+        found = self._database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise SchemaError(f"it is damaged: {found}")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -289,11 +365,39 @@ class Ledger:
             yield
         except sqlite3.IntegrityError:
             raise  # a rule of ours
-        except sqlite3.Error as error:  # no database, no space, no right to write
+        # No database, no space, no right to write; a schema of another version.
+        except (sqlite3.Error, SchemaError) as error:
             raise TeacherError(
                 f"{self.folder / NAME}: cannot be used ({error}); it knows what is paid, so "
                 "nothing is bought without it"
             ) from None
+
+
+def refuse_unknown_videos(folder: Path) -> None:
+    """TeacherError where bought videos lie in a folder whose ledger does not know them: it is gone,
+    empty or an older copy, and what it counted as paid with it."""
+    ledger = Ledger.snapshot(folder)
+    try:
+        names = ledger.unknown_videos()
+    finally:
+        ledger.close()
+    if names:
+        raise TeacherError(_unknown(folder, names))
+
+
+def _unknown(folder: Path, names: list[str]) -> str:
+    return (
+        f"teacher folder {folder}: its {NAME} does not know {len(names)} of the bought videos "
+        f"there ({', '.join(names[:3])}): it is missing, empty or an older copy, and what was paid "
+        "is not counted; put it back, or take the videos as they are with "
+        "teacher.fetch.adopt_videos=true"
+    )
+
+
+def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
+    database = sqlite3.connect(name, timeout=60.0, isolation_level=None, uri=uri)
+    database.row_factory = sqlite3.Row
+    return database
 
 
 def _row(found: sqlite3.Row) -> Row:
@@ -331,7 +435,8 @@ class Claims:
         name = (os.getpid(), str((folder / LOCK).resolve()))
         with self._guard:
             if name not in self._files:
-                descriptor = os.open(name[1], os.O_RDWR | os.O_CREAT, 0o644)
+                with writing(folder):
+                    descriptor = os.open(name[1], os.O_RDWR | os.O_CREAT, 0o644)
                 self._files[name] = descriptor, set()
             self._descriptor, self._mine = self._files[name]
 

@@ -8,38 +8,59 @@ not documented, so its price stays counted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from afd.teachers.answers import Answer, Failure, Name, Number, Word, parse
 from afd.teachers.http import Http
+from afd.teachers.moderation import complaint
 from afd.teachers.provider import (
     Order,
     Provider,
-    Reply,
     Sightings,
     State,
     Status,
     Task,
-    created_since,
     failed_kind,
     given,
+    length,
     refusal,
-    text,
-    unknown,
+    segment,
+    state_of,
+    unfinished,
 )
 
-CONTENT = r"moderation|content_policy|safety|sentinel_block|misalignment"
 QUOTA = r"insufficient|billing|invalid_api_key|account_deactivated"
 INVALID = r"^invalid_|unsupported_"
 PAGES = 100
-STATES = {
-    "queued": State.QUEUED,
-    "in_progress": State.RUNNING,
-    "completed": State.SUCCEEDED,
-    "failed": State.FAILED,
-    "cancelled": State.CANCELLED,
-    "expired": State.EXPIRED,
-}
+
+
+class _Submitted(Answer):
+    id: Name
+
+
+class _Video(Answer):
+    status: Word = ""
+    seconds: Number = None
+
+
+class _Listed(Answer):
+    id: Name
+    created_at: Number = None
+    prompt: str | None = None
+    size: Word = ""
+    seconds: Word = ""
+
+    def before(self, since: float) -> bool:
+        """Whether it is surely older."""
+        return self.created_at is not None and self.created_at < since
+
+
+class _Page(Answer):
+    data: list[dict[str, Any]] | None = None
+    has_more: bool = False
+    last_id: Word = ""
 
 
 class OpenAI(Provider):
@@ -53,34 +74,30 @@ class OpenAI(Provider):
     bills_failures = True
 
     def seconds(self, parameters: Mapping[str, Any]) -> float | None:
-        return float(parameters.get("seconds", 4))
+        return length(parameters.get("seconds", 4))
 
     async def submit(self, http: Http, order: Order, headers: Mapping[str, str]) -> Task:
         form = {name: (None, _field(value)) for name, value in self._body(order).items()}
         reply = await http.call("POST", "/videos", files=form, headers=dict(headers))
-        if not reply.ok:
-            raise _refusal(reply)
-        number = text(reply.object().get("id"))
-        if not number:
-            raise _refusal(reply)
-        return {"id": number}
+        if not reply.ok or "id" not in reply.object():
+            raise refusal(reply, QUOTA)
+        return {"id": reply.read(_Submitted).id}
 
     async def poll(self, http: Http, task: Task) -> Status:
-        reply = await http.call("GET", f"/videos/{task['id']}")
+        path = f"/videos/{segment(task['id'])}"
+        reply = await http.call("GET", path)
         if not reply.ok:
-            raise _refusal(reply)
-        told = reply.object()
-        state = STATES.get(text(told.get("status")))
-        if state is None:
-            return unknown(text(told.get("status")))
-        code, message = _error(told)
-        silent = state is State.SUCCEEDED and bool(code)
-        return Status(
-            state,
-            video_url=None if silent else f"{http.base_url}/videos/{task['id']}/content",
-            kind=failed_kind(code, CONTENT, QUOTA, INVALID),
-            reason=f"{code}: {message}" if code else "",
-        )
+            raise refusal(reply, QUOTA)
+        answer, video = reply.object(), reply.read(_Video)
+        state = state_of(video.status)
+        if state is State.SUCCEEDED:
+            wrong = complaint({"error": answer.get("error")})
+            url = None if wrong.moderated else f"{http.base_url}{path}/content"
+            return Status(state, video_url=url, reason=wrong.reason, seconds=video.seconds)
+        wrong = complaint(answer)
+        if state is State.FAILED:
+            return Status(state, kind=failed_kind(wrong, QUOTA, INVALID), reason=wrong.reason)
+        return unfinished(state, video.status, wrong)
 
     async def cancel(self, http: Http, task: Task) -> None:
         """There is no cancel; DELETE would lose a video that finished meanwhile."""
@@ -88,49 +105,47 @@ class OpenAI(Provider):
     async def find(self, http: Http, order: Order, since: float) -> Sightings | None:
         """The list tells prompt, size and seconds. Draws of one prompt are alike, so any of its
         videos that nobody holds will do."""
-        sightings, after = Sightings(), ""
+        sightings, after, whole = Sightings(), "", True
         ours = self._body(order)
         for _ in range(PAGES):
             where = {"limit": 100, "order": "desc", **({"after": after} if after else {})}
             reply = await http.call("GET", "/videos", params=where)
             if not reply.ok:
-                raise _refusal(reply)
-            told = reply.object()
-            items = [item for item in told.get("data") or [] if isinstance(item, dict)]
-            for item in items:
-                said = item.get("prompt")
-                other = said is not None and text(said).split() != ours["prompt"].split()
-                if other or not created_since(item, since):
+                raise refusal(reply, QUOTA)
+            page = reply.read(_Page)
+            last: _Listed | None = None
+            for raw in page.data or []:
+                try:
+                    last = parse(raw, _Listed)
+                except Failure:  # it may be ours
+                    whole = False
                     continue
-                shared = [n for n in ("size", "seconds") if n in ours and item.get(n) is not None]
-                same = said is not None and all(text(item[n]) == text(ours[n]) for n in shared)
-                where_to = sightings.ours if same else sightings.lookalikes
-                where_to.append({"id": text(item.get("id"))})
-            old = bool(items) and not created_since(items[-1], since)
-            if old or not items or not told.get("has_more"):
-                sightings.complete = True
+                self._sort(http.plain(ours["prompt"]), ours, last, since, sightings)
+            if not page.data or not page.has_more or (last is not None and last.before(since)):
+                sightings.complete = whole
                 break
-            after = text(told.get("last_id") or items[-1].get("id"))
+            after = page.last_id or (last.id if last is not None else "")
         return sightings
+
+    def _sort(
+        self, prompt: str, ours: dict[str, Any], item: _Listed, since: float, seen: Sightings
+    ) -> None:
+        """`prompt`: ours, as it comes through the door of answers."""
+        other = item.prompt is not None and item.prompt.split() != prompt.split()
+        if other or item.before(since):
+            return
+        shared = [name for name in ("size", "seconds") if name in ours and getattr(item, name)]
+        same = all(getattr(item, name) == str(ours[name]) for name in shared)
+        where_to = seen.ours if same and item.prompt is not None else seen.lookalikes
+        where_to.append({"id": item.id})
 
     def _body(self, order: Order) -> dict[str, Any]:
         options = dict(order.parameters)
-        said = order.prompt + options.pop("prompt_suffix", "")
+        asked = order.prompt + options.pop("prompt_suffix", "")
         seed = {"seed": order.seed} if order.send_seed else {}
-        return given({"model": order.model, "prompt": said, **seed, **options})
+        return given({"model": order.model, "prompt": asked, **seed, **options})
 
 
 def _field(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _error(told: Any) -> tuple[str, str]:
-    error = told.get("error") if isinstance(told, dict) else None
-    if not isinstance(error, dict):
-        return "", ""
-    return text(error.get("code") or error.get("type")), text(error.get("message"))
-
-
-def _refusal(reply: Reply) -> Exception:
-    code, message = _error(reply.json)
-    return refusal(reply, code, message, CONTENT, QUOTA)
+    """A form's field; what is no text travels as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+from urllib.parse import quote
 
-if TYPE_CHECKING:
-    from afd.teachers.http import Http, Saved
+from afd.teachers.answers import Failure, Kind, Reply
+from afd.teachers.http import Http, Saved
+from afd.teachers.moderation import Complaint, any_moderated, complaint
 
 # What a provider needs to find a task of its own again; goes into the ledger as JSON. `id` is
 # unique within the provider.
@@ -35,52 +38,16 @@ class State(str, Enum):
     EXPIRED = "expired"
 
 
-class Kind(str, Enum):
-    """Why something failed, as far as it decides what to do next."""
-
-    RETRYABLE = "retryable"  # passing: the same request may succeed later
-    CONTENT = "content"  # moderation: this prompt is skipped
-    QUOTA = "quota"  # the account: no money, no permission; everything stops
-    INVALID = "invalid"  # the request itself is wrong
-
-
-@dataclass(eq=False)
-class Failure(Exception):
-    """One HTTP exchange did not give what was wanted. The reason holds no secret.
-
-    `certain`: the provider surely did not act on the request. Only then may a submit be repeated.
-    """
-
-    kind: Kind
-    reason: str
-    certain: bool = False
-    throttled: bool = False
-    gone: bool = False  # the address is not valid (any more): ask for a fresh one
-    retry_after_s: float = 0.0
-
-    def __str__(self) -> str:
-        return self.reason
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An API's answer. `json` is None where the body is empty or not JSON."""
-
-    status: int
-    headers: Mapping[str, str]
-    json: Any
-    text: str
-
-    @property
-    def ok(self) -> bool:
-        return 200 <= self.status < 300
-
-    def object(self) -> dict[str, Any]:
-        """The JSON object of the body; Failure for anything else, such as an empty 200."""
-        if not isinstance(self.json, dict):
-            said = "an empty body" if not self.text.strip() else "no JSON object"
-            raise Failure(Kind.RETRYABLE, f"HTTP {self.status} with {said}")
-        return self.json
+# Every service's own words, and those that gateways put in their place.
+STATES = {
+    State.QUEUED: "queued in_queue pending submitted created waiting not_started throttled",
+    State.RUNNING: "running in_progress processing generating started dreaming",
+    State.SUCCEEDED: "succeeded completed success succeed finished complete",
+    State.FAILED: "failed error failure fail",
+    State.CANCELLED: "cancelled canceled aborted",
+    State.EXPIRED: "expired timeout",
+}
+_STATES = {word: state for state, words in STATES.items() for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -91,7 +58,8 @@ class Status:
     video_url: str | None = None
     kind: Kind = Kind.RETRYABLE  # of FAILED
     reason: str = ""
-    tokens: int | None = None  # billed, where the provider tells
+    tokens: float | None = None  # billed, where the provider tells; above 0
+    seconds: float | None = None  # of the video, where the provider tells; above 0
     unknown: str | None = None  # the provider's word, where it is none of those we know
 
 
@@ -164,6 +132,11 @@ class Provider(Protocol):
         """Length of the video in seconds, if the options say it; for the price."""
         return None
 
+    def tokens(self, parameters: Mapping[str, Any]) -> float | None:
+        """The least that a video of these options is billed in tokens by the service's own rule, if
+        they say it; for the price."""
+        return None
+
     async def submit(self, http: Http, order: Order, headers: Mapping[str, str]) -> Task:
         """Ask for the video. A Failure is `certain` only if nothing can have been started."""
         ...
@@ -192,16 +165,37 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def refusal(reply: Reply, code: str, message: str, content: str, quota: str) -> Failure:
-    """The Failure of an HTTP error. `content` and `quota`: patterns of the provider's codes."""
-    said = f"{code}: {message}" if code else message or reply.text[:200].strip()
-    reason = f"HTTP {reply.status} {said}".strip()
-    wait_s = _seconds(reply.headers.get("retry-after"))
-    status = reply.status
-    if re.search(content, code):
+def state_of(word: str) -> State | None:
+    """The state that a service's word means, in whatever case; None for one not known."""
+    return _STATES.get(re.sub(r"[\s_-]+", "_", word.strip().lower()))
+
+
+def unfinished(state: State | None, word: str, wrong: Complaint) -> Status:
+    """A task without a video, by its state, the service's word for it, and what went wrong.
+
+    A word of moderation is a rejection, and so is moderation without any state. Another state that
+    this version does not know is waited for, but named.
+    """
+    moderated = any_moderated([word]) or (state is None and wrong.surely_moderated)
+    if moderated:
+        return Status(State.FAILED, kind=Kind.CONTENT, reason=wrong.reason or word)
+    if state is None:
+        return Status(State.RUNNING, unknown=word[:64] or "(none)")
+    return Status(state, reason=wrong.reason)
+
+
+def refusal(reply: Reply, quota: str) -> Failure:
+    """The Failure of an HTTP error. `quota`: pattern of the provider's codes of an account."""
+    body = reply.json
+    if body is None and not reply.text.lstrip().startswith("<"):
+        body = reply.text
+    wrong, status = complaint(body), reply.status
+    reason = f"HTTP {status} {wrong.reason or reply.text[:200].strip()}".strip()
+    if _rejects(status, wrong):
         return Failure(Kind.CONTENT, reason, certain=True)
-    if status in (401, 402, 403) or re.search(quota, code):
+    if status in (401, 402, 403) or _named(quota, wrong):
         return Failure(Kind.QUOTA, reason, certain=True)
+    wait_s = reply.retry_after_s
     if status == 429:
         return Failure(Kind.RETRYABLE, reason, True, throttled=True, retry_after_s=wait_s)
     if status >= 500 or status in (408, 409, 425) or 200 <= status < 300:
@@ -209,52 +203,48 @@ def refusal(reply: Reply, code: str, message: str, content: str, quota: str) -> 
     return Failure(Kind.INVALID, reason, certain=True, gone=status in (404, 410))
 
 
-def failed_kind(code: str, content: str, quota: str, invalid: str) -> Kind:
-    """The Kind of a task that failed, by the provider's code."""
-    for pattern, kind in (
-        (content, Kind.CONTENT),
-        (quota, Kind.QUOTA),
-        (invalid, Kind.INVALID),
-    ):
-        if re.search(pattern, code):
-            return kind
-    return Kind.RETRYABLE
+def _rejects(status: int, wrong: Complaint) -> bool:
+    """Whether an HTTP answer is a rejection of the prompt. A code says so under every status but
+    those of an account; a sentence only under those that speak of the request."""
+    if status in (401, 402):
+        return False
+    if wrong.surely_moderated:
+        return True
+    of_account = status == 403 and any("account" in word.lower() for word in wrong.sentences)
+    speaks = 200 <= status < 300 or status in (400, 403, 406, 422, 451)
+    return speaks and not of_account and wrong.moderated
 
 
-def unknown(word: str) -> Status:
-    """A state that this version does not know: keep waiting, but say so."""
-    return Status(State.RUNNING, unknown=word or "(none)")
+def failed_kind(wrong: Complaint, quota: str, invalid: str) -> Kind:
+    """The Kind of a task that failed, by the provider's codes."""
+    if wrong.moderated:
+        return Kind.CONTENT
+    if _named(quota, wrong):
+        return Kind.QUOTA
+    return Kind.INVALID if _named(invalid, wrong) else Kind.RETRYABLE
+
+
+def _named(pattern: str, wrong: Complaint) -> bool:
+    return any(re.search(pattern, word) for word in wrong.codes or wrong.sentences)
+
+
+def segment(identifier: str) -> str:
+    """An identifier as one part of a path, wherever it came from."""
+    if identifier.strip(".") == "":
+        raise Failure(Kind.RETRYABLE, f"the identifier {identifier!r} is no part of a path")
+    return quote(identifier, safe=":@=+,~")
+
+
+def length(value: Any) -> float | None:
+    """An option as a positive, finite number, also one in a string such as "5s"; else None."""
+    if isinstance(value, str):
+        number = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*", value, re.ASCII)
+        value = float(number.group(1)) if number else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 < value < 1e9 and math.isfinite(value) else None
 
 
 def given(fields: dict[str, Any]) -> dict[str, Any]:
     """A request's fields without those that the options set to null."""
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def created_since(item: Mapping[str, Any], since: float) -> bool:
-    """Whether a listed task is not older than `since`; one without a time may be younger."""
-    at = item.get("created_at")
-    return not isinstance(at, int | float) or at >= since
-
-
-def text(value: Any) -> str:
-    """A field of an answer as text; absent is empty."""
-    return "" if value is None else str(value)
-
-
-def _seconds(value: str | None) -> float:
-    """Retry-After in seconds; an HTTP date counts from now."""
-    if not value:
-        return 0.0
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    from datetime import datetime, timezone
-    from email.utils import parsedate_to_datetime
-
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    return max(0.0, (when - datetime.now(timezone.utc)).total_seconds()) if when.tzinfo else 0.0
