@@ -20,7 +20,7 @@ from typing import Any
 
 from afd.rows import Rows, csv_rows, json_rows
 from afd.teachers.ark import Ark
-from afd.teachers.base import Rejected, Request, TeacherError
+from afd.teachers.base import Request, TeacherError, Unanswered
 from afd.teachers.config import TeacherConfig
 from afd.teachers.contents import compare
 from afd.teachers.fal import Fal
@@ -144,10 +144,11 @@ class ApiTeacher:
         that knows other videos: the run would go on with them."""
         length = self._ledger.length()
         if length < state["submits"]:
+            held = f"{self._ledger.spent_usd():.2f} USD, at the checkpoint it held"
             raise TeacherError(
-                f"teacher folder {self.folder}: its ledger holds {length} submits for "
-                f"{self._ledger.spent_usd():.2f} USD, at the checkpoint it held "
-                f"{state['submits']} for {state['spent_usd']:.2f} USD; it is another folder or an older copy"
+                f"teacher folder {self.folder}: its ledger holds {length} submits for {held} "
+                f"{state['submits']} for {state['spent_usd']:.2f} USD; it is another folder or an "
+                "older copy"
             )
         known = state.get("videos", "")
         if not known or self.config.fetch.accept_changed_videos:
@@ -181,7 +182,8 @@ class ApiTeacher:
         if row is not None and row.state == "done" and self._held(order, row, future):
             pass
         elif row is not None and row.kind == "content" and not fetch.retry_rejected:
-            future.set_exception(Rejected(f"{request.prompt!r} was rejected: {row.reason}"))
+            why = f"{request.prompt!r} was rejected: {row.reason}"
+            future.set_exception(Unanswered(why, rejected=True))
         else:
             if self._worker is None:
                 self._worker = _Worker(self)

@@ -19,9 +19,10 @@ class TeacherError(ValueError):
 class Unanswered(TeacherError):
     """One request has no video and gets none in this run; other requests may."""
 
-
-class Rejected(Unanswered):
-    """Moderation refused the request, for good."""
+    def __init__(self, message: str, *, rejected: bool = False) -> None:
+        """`rejected`: moderation refused it, for good."""
+        super().__init__(message)
+        self.rejected = rejected
 
 
 class ContentsError(TeacherError):

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from afd.config import RunConfig
-from afd.teachers.base import Rejected, TeacherError, Unanswered
+from afd.teachers.base import TeacherError, Unanswered
 from afd.teachers.config import API_KINDS
 from afd.teachers.ledger import NAME, Ledger, Row
 from afd.training.teacher import open_api_teacher
@@ -47,7 +47,7 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
                     if error is None:
                         there += 1
                     elif isinstance(error, Unanswered):
-                        rejected = isinstance(error, Rejected)
+                        rejected = error.rejected
                         skipped, missing = skipped + rejected, missing + (not rejected)
                         if not rejected:
                             _log.warning("%s", error)

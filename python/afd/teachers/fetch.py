@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from afd.teachers.answers import Failure, Kind
-from afd.teachers.base import ContentsError, Rejected, TeacherError, Unanswered
+from afd.teachers.base import ContentsError, TeacherError, Unanswered
 from afd.teachers.config import FetchConfig
 from afd.teachers.contents import compare, lying, writing
 from afd.teachers.http import Http
@@ -126,7 +126,7 @@ class Engine:
                 row = None
             if row is None or row.state not in LIVE:
                 if row is not None and row.kind == "content" and not self.config.retry_rejected:
-                    raise Rejected(f"{order.prompt!r} was rejected: {row.reason}")
+                    raise _rejection(order, row.reason)
                 row = await self._submit(order)
             if row.state == "asked":
                 found = await self._look_up(order, row)
@@ -370,7 +370,7 @@ class Engine:
             "teacher.fetch.resubmit_in_doubt=true submits it again"
         )
 
-    def _rejected(self, order: Order, reason: str) -> Rejected:
+    def _rejected(self, order: Order, reason: str) -> Unanswered:
         """Log the share of rejected prompts: it biases what the student learns from."""
         counts = self.ledger.counts()
         rejected = counts.get(Kind.CONTENT.value, 0)
@@ -388,7 +388,7 @@ class Engine:
                 f"{rejected} of {decided} videos were rejected, more than "
                 f"teacher.fetch.max_rejected={self.config.max_rejected:g}"
             )
-        return Rejected(f"{order.prompt!r} was rejected: {reason}")
+        return _rejection(order, reason)
 
     async def _understood(self, exchange: Awaitable[_T]) -> _T:
         """A provider's verb; what nobody foresaw in an answer is a Failure like others."""
@@ -430,6 +430,10 @@ class Engine:
         grown = self.config.backoff_s * 2.0 ** min(tries - 1, 30)
         wanted = min(grown, self.config.backoff_max_s) * random.uniform(0.5, 1.0)
         return min(max(wanted, at_least_s), self.config.deadline_s)
+
+
+def _rejection(order: Order, reason: str | None) -> Unanswered:
+    return Unanswered(f"{order.prompt!r} was rejected: {reason}", rejected=True)
 
 
 def _sync(folder: Path) -> None:

@@ -167,9 +167,9 @@ def complaint(answer: Any) -> Complaint:
     codes: list[str] = []
     sentences: list[str] = []
     for is_code, word in _words(answer, False, 6):
-        # A single word is a code, wherever it stands; several may be both.
+        # A single word is a code, wherever it stands; several words may be both.
         several = re.search(r"[\s\u3000-\uffef]", word) is not None
-        for into, fits in ((codes, is_code or not several), (sentences, several)):
+        for into, fits in ((codes, is_code or not several), (sentences, several or not is_code)):
             if fits and word not in into and len(codes) + len(sentences) < _MOST:
                 into.append(word)
     return Complaint(tuple(codes), tuple(sentences))
