@@ -105,10 +105,10 @@ def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / NAME).read_bytes() == before
 
 
-@pytest.mark.parametrize("at", [0, 100, 4096, 4200, 9000])
+@pytest.mark.parametrize("at", [0, 100, 8192, 12288])
 def test_a_damaged_ledger_ends_in_a_sentence(tmp_path: Path, at: int) -> None:
     ledger = Ledger(tmp_path)
-    for number in range(200):
+    for number in range(30):
         ledger.reserve(order(number), 0.01, 10.0)
     ledger.close()
     data = bytearray((tmp_path / NAME).read_bytes())
@@ -117,6 +117,19 @@ def test_a_damaged_ledger_ends_in_a_sentence(tmp_path: Path, at: int) -> None:
     for way in (Ledger, Ledger.snapshot):
         with pytest.raises(TeacherError, match=r"ledger\.sqlite3: cannot be used \("):
             way(tmp_path)
+
+
+def test_a_damaged_row_ends_in_a_sentence(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.running(ledger.reserve(order(), 1.0, 10.0), {"id": "t"})
+    for torn in ("{'id'", "[1]", '"t"', "1"):
+        ledger._database.execute("UPDATE submits SET task = ?", (torn,))
+        with pytest.raises(TeacherError, match="submit 1 holds no task"):
+            ledger.latest(order().key)
+    ledger._database.execute("UPDATE submits SET task = CAST(x'fffe' AS TEXT)")
+    with pytest.raises(TeacherError, match="cannot be used"):
+        ledger.latest(order().key)
+    ledger.close()
 
 
 def test_a_full_disk_stops_the_buying_with_a_sentence(

@@ -403,7 +403,14 @@ def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
 def _row(found: sqlite3.Row) -> Row:
     names = Row.__dataclass_fields__
     values = {name: found[name] for name in names}
-    values["task"] = json.loads(found["task"]) if found["task"] else None
+    if found["task"]:
+        try:
+            task = json.loads(found["task"])
+        except ValueError:
+            task = None
+        if not isinstance(task, dict):
+            raise TeacherError(f"{NAME}: submit {found['id']} holds no task that can be read")
+        values["task"] = task
     return Row(**values)
 
 
