@@ -294,7 +294,13 @@ class Ledger:
     def about(self) -> dict[str, Any]:
         """What the folder's videos are."""
         found = self._one("SELECT value FROM about WHERE name = 'about'")
-        return {} if found is None else json.loads(found["value"])
+        try:
+            about = {} if found is None else json.loads(found["value"])
+        except ValueError:
+            about = None
+        if not isinstance(about, dict):
+            raise TeacherError(f"{self.folder / NAME}: does not say what its videos are")
+        return about
 
     def write_manifest(self) -> None:
         """prompts.jsonl with every finished video, so that the folder is a `folder` teacher.
