@@ -212,6 +212,9 @@ class Exchange(BaseHTTPRequestHandler):
         return self.service.jobs[re.search(rf"{self.wire}-\d+", self.place)[0]]
 
     def on_poll(self) -> None:
+        if not any(number in self.place for number in self.service.jobs):
+            self.say(404, {"error": {"code": "not_found", "message": "no such task"}})
+            return
         job = self.job()
         with self.service.lock:
             if job.state in ("queued", "running") and not self._is_result():

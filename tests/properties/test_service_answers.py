@@ -163,7 +163,7 @@ def _changed(draw: Any, value: Any) -> Any:
     """The value with one part, at any depth, exchanged, left out or moved."""
     inside = isinstance(value, dict | list) and value
     if not inside or not draw(st.integers(0, 3)):
-        return draw(st.sampled_from(ODD))
+        return copy.deepcopy(draw(st.sampled_from(ODD)))
     place = draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
     if isinstance(value, dict) and not draw(st.integers(0, 4)):
         value.pop(place)
