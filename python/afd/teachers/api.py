@@ -196,8 +196,8 @@ class ApiTeacher:
     def _held(self, order: Order, row: Row, future: Future[Path]) -> bool:
         """Whether the video's future is settled by what lies in the folder."""
         path = self.folder / order.file
-        found = compare(path, row.sha256)
         try:
+            found = compare(path, row.sha256)
             if not self._ledger.holds(row, path, found, self.config.fetch.accept_changed_videos):
                 return False
             future.set_result(path)

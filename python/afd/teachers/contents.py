@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from afd.teachers.base import TeacherError
+from afd.teachers.base import ContentsError, TeacherError
 from afd.video import VideoError, check_video
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
@@ -38,6 +38,8 @@ def compare(path: Path, sha256: str | None) -> tuple[bool, Saved | None]:
         found = _hashed(path)
     except (FileNotFoundError, IsADirectoryError):
         return False, None
+    except OSError as error:
+        raise ContentsError(f"{path}: cannot be read ({error.strerror})") from None
     if found.sha256 == sha256:
         return True, found
     return False, lying(path)
