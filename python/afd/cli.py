@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,10 @@ DONE, FAILED, MISTAKE, STORAGE, STOPPED = 0, 1, 2, 3, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A path may hold bytes that are no characters, and a prompt letters that a terminal lacks.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == ["teacher", "simulate"]:
         # The teacher is a black box even here: another process, which reads its own options.
@@ -199,6 +204,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _console() -> Console:
+    """For output in which paths and prompts stand as they are: [x] and :x: are no markup."""
+    return Console(markup=False, emoji=False)
+
+
 def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
     said = "overrides such as afd.nft_beta=0.5 teacher.style=mark"
     parser.add_argument("overrides", nargs="*", metavar="k=v", help=f"{said}; {more}".rstrip("; "))
@@ -211,7 +221,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from afd.plan import make_plan, show
 
-        show(make_plan(config, options.processes), Console())
+        show(make_plan(config, options.processes), _console())
         return DONE
     return _run(config)
 
@@ -251,26 +261,26 @@ def _evaluate_benchmarks(options: argparse.Namespace) -> int:
 
     if options.videos is not None:
         return _say(MISTAKE, "eval: --videos belongs to a RUN_DIR; needed: limit=N with a config")
-    evaluate(load_config(options.target, options.overrides, EvalConfig), Console())
+    evaluate(load_config(options.target, options.overrides, EvalConfig), _console())
     return DONE
 
 
 def _quickstart(options: argparse.Namespace) -> int:
     from afd.quickstart import quickstart
 
-    return DONE if quickstart(options.overrides, Console()) else STOPPED
+    return DONE if quickstart(options.overrides, _console()) else STOPPED
 
 
 def _quickstart_full(options: argparse.Namespace) -> int:
     from afd.quickstart_full import quickstart_full
 
-    return DONE if quickstart_full(options.overrides, Console()) else STOPPED
+    return DONE if quickstart_full(options.overrides, _console()) else STOPPED
 
 
 def _ablation(options: argparse.Namespace) -> int:
     from afd.ablation import ablation
 
-    return DONE if ablation(options.config, options.overrides, Console()) else STOPPED
+    return DONE if ablation(options.config, options.overrides, _console()) else STOPPED
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -280,9 +290,9 @@ def _sample(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides, SampleConfig)
     if options.dry_run:
-        dry_run(config, Console())
+        dry_run(config, _console())
     else:
-        sample(config, Console())
+        sample(config, _console())
     return DONE
 
 
@@ -310,7 +320,7 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(facts, indent=1))
     else:
-        doctor.show(facts, Console())
+        doctor.show(facts, _console())
     return DONE
 
 
@@ -323,8 +333,8 @@ def _teacher(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     if options.verb == "status":
-        return command.status(config, Console(), as_json=options.json)
-    whole = command.fetch(config, Console())
+        return command.status(config, _console(), as_json=options.json)
+    whole = command.fetch(config, _console())
     return STOPPED if whole is None else DONE if whole else FAILED
 
 

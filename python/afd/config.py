@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, overload
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
 import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
@@ -19,6 +20,7 @@ from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.models.config import ToyStudentConfig, WanStudentConfig
 from afd.section import Count, Natural, Positive, Section
 from afd.teachers.config import TeacherConfig
+from afd.yaml_data import MAX_BYTES, YamlError, parse_yaml
 
 
 class ConfigError(ValueError):
@@ -139,7 +141,7 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = Field(
         default="run", description="name of the run; letters, digits, dot, dash, underscore"
     )
     out: Path | None = Field(default=None, description="run folder; null is runs/<name>")
@@ -254,41 +256,38 @@ def load_config(
     return make_config(data, overrides, str(path), kind)
 
 
-# Dates that are none, and lists without end, are not yaml's own errors.
-_BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only. Of a key that stands twice YAML would take the last, silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # refused below
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; ConfigError where it holds anything else."""
+    where = f"config {_shown(str(path), 400)}"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: cannot be read ({error})") from error
-    try:
-        data = _Loader(text).get_single_data()
-    except _BAD_YAML as error:
-        raise ConfigError(f"config {path}: not valid YAML ({error})") from error
+        with path.open("rb") as file:
+            # One byte more than is allowed; a device or pipe may have no end.
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{where}: cannot be read ({_reason(error)})") from error
+    data = parse_value(text, where)
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"config {path}: holds {type(data).__name__}, needs keys and values")
+        raise ConfigError(f"{where}: holds {type(data).__name__}, needs keys and values")
     return data
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The plain value that YAML text stands for; ConfigError, which begins with `where`."""
+    try:
+        return parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{where}: not valid YAML ({error})") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        line = 1 + error.object[: error.start].count(b"\n")
+        return f"line {line}: byte {error.object[error.start]:#04x} is not UTF-8"
+    return str(error)  # a zero byte in a path
 
 
 @overload
@@ -309,7 +308,7 @@ def make_config(
     data = _copy(data)
     came_from: dict[str, str] = {}
     for override in overrides:
-        came_from[_apply(data, override)] = f"override {override!r}"
+        came_from[_apply(data, override, kind)] = _named(override)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -355,16 +354,23 @@ def _copy(data: dict[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, dict) else v for k, v in data.items()}
 
 
-def _apply(data: dict[str, Any], override: str) -> str:
+def _named(override: str) -> str:
+    return f"override {_shown(override)}"
+
+
+def _shown(value: object, width: int = 120) -> str:
+    """A value's repr, cut where it is long; a path or another text that is short stays as it is."""
+    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
+    return text if len(text) <= width else f"{text[:width]}…"
+
+
+def _apply(data: dict[str, Any], override: str, kind: type[Section]) -> str:
     """Set one `dotted.key=value` in nested data; returns the dotted key."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"override {override!r}: needs the form key=value or section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except _BAD_YAML as error:
-        raise ConfigError(f"override {override!r}: {text!r} is not valid YAML ({error})") from None
+        raise ConfigError(f"{_named(override)}: needs the form key=value or section.key=value")
+    value = _value(text, override, _annotations(kind, parts))
     where = data
     for i, part in enumerate(parts[:-1]):
         if where.get(part) is None:
@@ -372,9 +378,52 @@ def _apply(data: dict[str, Any], override: str) -> str:
         where = where[part]
         if not isinstance(where, dict):
             section = ".".join(parts[: i + 1])
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+            raise ConfigError(f"{_named(override)}: {section} is a value, not a section")
     where[parts[-1]] = value
     return ".".join(parts)
+
+
+def _value(text: str, override: str, annotations: Sequence[Any]) -> Any:
+    """An override's value: YAML, or where the key takes a path or free text that text itself.
+
+    There YAML would cut "a #1", and take "a: b", [x], 2026 and *x for other things. What stands in
+    quotes, null, and a list where the key takes one, are YAML for every key.
+    """
+    kinds = {part for annotation in annotations for part in _parts(annotation)}
+    literal = bool(kinds & {str, Path})
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    listed = list in kinds and text.startswith("[")
+    if literal and not (quoted or listed or text in ("", "~", "null")):
+        return text
+    try:
+        return parse_value(text, f"{_named(override)}: {_shown(text)}")
+    except ConfigError:
+        if literal and quoted:
+            return text  # a name that begins and ends with a quote
+        raise
+
+
+def _annotations(kind: type[BaseModel], parts: Sequence[str]) -> list[Any]:
+    """The types of a dotted key, one of each section that has it."""
+    field = kind.model_fields.get(parts[0])
+    if field is None:
+        return []
+    if len(parts) == 1:
+        return [field.annotation]
+    below = sections_of(field.annotation)
+    return [found for section in below for found in _annotations(section, parts[1:])]
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The plain types in a union; Path and str, but neither literals nor what a list holds."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _parts(part)
+    elif origin is Annotated:
+        yield from _parts(get_args(annotation)[0])
+    else:
+        yield origin or annotation
 
 
 def _explain(
@@ -389,10 +438,10 @@ def _explain(
         if key in known_keys(kind):
             section, held = detail["loc"][:2]
             return f"{source}: unknown key {key!r} of {section}.kind={held}; another kind has it"
-        return f"{source}: unknown key {key!r}; {_suggest(key, kind)}"
+        return f"{source}: unknown key {_shown(key)}; {_suggest(key[:200], kind)}"
     if detail["type"] == "value_error":
         return f"{source}: {detail['msg'].removeprefix('Value error, ')}"
-    return f"{source}: {key} is {detail['input']!r}; {detail['msg']}"
+    return f"{source}: {key} is {_shown(detail['input'])}; {detail['msg']}"
 
 
 def _suggest(key: str, kind: type[Section]) -> str:

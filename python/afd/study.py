@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from afd.config import ConfigError, RunConfig, make_config
+from afd.config import ConfigError, RunConfig, make_config, parse_value
 from afd.files import write_json
 from afd.quickstart import COLUMNS, base, final_evaluation, lines
 from afd.training.loop import Outcome, train
@@ -107,6 +106,8 @@ class Study:
 
     def _cell(self, folder: Path) -> dict[str, Any]:
         evaluations, updates = lines(folder / "evaluation.jsonl"), lines(folder / "metrics.jsonl")
+        if not updates:
+            raise ConfigError(f"{folder}: is finished and has no metrics.jsonl; remove it")
         late = updates[-max(1, len(updates) // 8) :]
         found = {
             "metrics": {
@@ -184,12 +185,13 @@ def choice(
     for override in overrides:
         key, _, text = override.partition("=")
         if key in chosen:
-            chosen[key] = yaml.safe_load(text)
+            chosen[key] = parse_value(text, f"override {override!r}")
         else:
             common.append(override)
-    if not isinstance(chosen["rows"], list) or not set(chosen["rows"]) <= set(rows):
-        raise ConfigError(f"rows: got {chosen['rows']!r}, needs a list of {', '.join(rows)}")
+    named = chosen["rows"]
+    if not isinstance(named, list) or not all(row in rows for row in named):
+        raise ConfigError(f"rows: got {named!r}, needs a list of {', '.join(rows)}")
     wanted = chosen["seeds"]
-    if not isinstance(wanted, list) or not all(isinstance(s, int) and s >= 0 for s in wanted):
+    if not isinstance(wanted, list) or not all(type(s) is int and s >= 0 for s in wanted):
         raise ConfigError(f"seeds: got {wanted!r}, needs a list of whole numbers such as [0,1,2]")
     return chosen["rows"], wanted, common

@@ -114,7 +114,7 @@ def test_an_override_below_a_plain_value_is_refused() -> None:
 
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "teacher: {count: 8}\nsteps: 3\nteacher:\n  count: 9\n")
-    with pytest.raises(ConfigError, match=r"(?s)key 'teacher' stands twice.*line 3"):
+    with pytest.raises(ConfigError, match=r"line 3: key 'teacher' stands twice"):
         load_config(path)
 
 
@@ -124,7 +124,6 @@ def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
         "[1, 2]",
         "a: [",
         "just words",
-        "name: 2026-13-45",
         pytest.param("[" * 10_000, id="deep"),
         "? [a]\n: 1",
         "a: !!python/x",
