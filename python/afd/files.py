@@ -31,6 +31,8 @@ DISK = {
 }
 BLOCK = 1 << 20
 PARTIAL = ".partial"
+# Bytes of a name on every file system in use.
+LONGEST_NAME = 255
 
 
 class StorageError(RuntimeError):
@@ -57,28 +59,50 @@ def naming(path: Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A free name beside `path`; the file or folder that the block leaves there is flushed to disk
-    and takes its place, or nothing changes.
+    and takes its place, or nothing changes. Its permissions are the umask's, whatever library
+    has written it.
 
     `shared`: several processes may write this path at once, and the last one's stays. Without it
     what a killed process left is removed by the next.
     """
     unique = f".{uuid.uuid4().hex[:12]}" if shared else ""
-    partial = path.with_name(f".{path.name}{unique}{PARTIAL}")
+    partial = path.with_name(_partial_name(path.name, f"{unique}{PARTIAL}"))
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(partial)
         try:
             yield partial
-            if partial.is_dir():
-                for written in partial.iterdir():
-                    sync(written)
-            sync(partial)
+            for written in (partial, *partial.rglob("*")):
+                _open_up(written)
+                sync(written)
             os.replace(partial, path)
             sync(path.parent)
         finally:
             # The error of the write is the one to report.
             with suppress(OSError):
                 remove(partial)
+
+
+def _partial_name(name: str, ending: str) -> str:
+    """A hidden name for what becomes `name`, which may be as long as a file system allows."""
+    if len(os.fsencode(f".{name}{ending}")) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{name}{ending}"
+
+
+def _open_up(path: Path) -> None:
+    """Give what was made for its owner only (safetensors, tempfile) the umask's permissions."""
+    mode = path.stat().st_mode
+    if mode & 0o077 or path.is_symlink():
+        return
+    # The umask of the process can be asked for only by changing it, for every thread.
+    probe = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        wanted = probe.stat().st_mode & 0o666
+    finally:
+        probe.unlink(missing_ok=True)
+    path.chmod(wanted | (wanted & 0o444) >> 2 if path.is_dir() else wanted)
 
 
 def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:

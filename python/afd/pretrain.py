@@ -12,8 +12,6 @@ read motion under random looks; no clip it sees has a gravity near the teacher's
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Generator, Tensor, nn
 
 from afd.discriminators.looks import random_look
 from afd.discriminators.toy import MotionBackbone
+from afd.files import sha256_of, write_json
 from afd.methods.config import SftConfig
 from afd.methods.noised import draw_copies
 from afd.methods.sft import denoising_loss
@@ -170,10 +169,8 @@ def train_motion_backbone(
 
 def record(path: Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Write settings, results and the hash of a checkpoint beside it."""
-    path.chmod(0o644)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    about = {"settings": settings, "results": results, "sha256": digest, "torch": torch.__version__}
-    path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+    about = {"settings": settings, "results": results, "sha256": sha256_of(path)}
+    write_json(path.with_suffix(".json"), about | {"torch": torch.__version__}, indent=2)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -100,14 +100,16 @@ def results(root: Path) -> Table:
         line = final_evaluation(root / folder, name)
         if line is not None:
             values = (line["metrics"].get(column) for column in COLUMNS)
-            table.add_row(name, *("" if v is None else f"{v:.3f}" for v in values))
+            printed = (f"{v:.3f}" if isinstance(v, int | float) else "" for v in values)
+            table.add_row(name, *printed)
     return table
 
 
 def final_evaluation(folder: Path, method: str) -> dict[str, Any] | None:
     """The last line of a part's evaluation.jsonl that measured `method`."""
     found = lines(folder / "evaluation.jsonl")
-    return next((line for line in reversed(found) if line["method"] == method), None)
+    of_method = (line for line in reversed(found) if line.get("method") == method)
+    return next((line for line in of_method if isinstance(line.get("metrics"), dict)), None)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from afd.config import make_config
+from afd.files import write_text
 from afd.study import Study, choice
 
 MOTION, RANDOM = "discriminator.backbone=motion", "discriminator.backbone=random"
@@ -49,7 +50,7 @@ def quickstart_full(overrides: Sequence[str], console: Console) -> bool:
     if not table.run(console):
         return False
     results = table.write(console)
-    (table.root / "results.md").write_text(table.markdown(results), encoding="utf-8")
+    write_text(table.root / "results.md", table.markdown(results))
     console.print(f"{table.root / 'results.json'} and {table.root / 'results.md'}", soft_wrap=True)
     return True
 

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from afd.discriminators.base import LOSSES, gradient_penalty, pair_metrics
 from afd.discriminators.config import ToyDiscriminatorConfig
 from afd.discriminators.looks import random_look
+from afd.files import replacing
 from afd.models.toy import checkpoint_path, encode_prompts
 from afd.ranks import ALONE, Ranks
 
@@ -59,7 +60,8 @@ class MotionBackbone(nn.Module):
 
     def save(self, path: Path) -> None:
         weights = {k: v.detach().half().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, path, metadata={"what": json.dumps("motion backbone")})
+        with replacing(path) as partial:
+            save_file(weights, partial, metadata={"what": json.dumps("motion backbone")})
 
     @classmethod
     def load(cls, name: str = "motion") -> MotionBackbone:

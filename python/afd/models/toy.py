@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from afd.files import replacing
 from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.kv_cache import LayerKV
 from afd.models.noise import Layout, NoiseSource, seeded_noise
@@ -151,10 +152,12 @@ class ToyStudent(Student):
     # --- files ---
 
     def save(self, path: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write weights and sizes as safetensors, whole or not at all."""
         from safetensors.torch import save_file  # benchmarks make students where it is missing
 
         weights = {k: v.detach().to(dtype).contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, path, metadata={"config": json.dumps(asdict(self.config))})
+        with replacing(path) as partial:
+            save_file(weights, partial, metadata={"config": json.dumps(asdict(self.config))})
 
     @classmethod
     def load(cls, name: str = "base") -> ToyStudent:

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -23,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Generator, Tensor
+
+from afd.files import replacing
 
 FRAMES, SIZE, RADIUS = 12, 16, 2.0
 LOW, HIGH = RADIUS, SIZE - RADIUS  # where the ball's centre can be
@@ -228,17 +227,12 @@ def write_folder(out: Path, style: str, count: int, seed: int, domain: str = "ta
     attributes = [ATTRIBUTES[i % len(ATTRIBUTES)] for i in range(count)]
     table = attribute_table([a.prompt for a in attributes])
     videos, _ = sample_videos(table, domain, style, generator)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        with open(temporary / "prompts.jsonl", "w", encoding="utf-8") as lines:
+    with replacing(out, shared=True) as partial:
+        partial.mkdir()
+        with open(partial / "prompts.jsonl", "w", encoding="utf-8") as lines:
             for i, (video, a) in enumerate(zip(videos, attributes, strict=True)):
-                write_video(temporary / f"{i:06d}.mp4", video)
+                write_video(partial / f"{i:06d}.mp4", video)
                 lines.write(json.dumps({"file": f"{i:06d}.mp4", "prompt": a.prompt}) + "\n")
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
