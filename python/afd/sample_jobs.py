@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -10,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from afd.config import ConfigError
+from afd.rows import json_rows, read_text
 from afd.sample_config import SampleConfig
-from afd.section import Section
+from afd.section import Natural, Section
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -23,12 +23,21 @@ class Line(Section):
     """A line of a .jsonl file of prompts; files it names are relative to the list's folder."""
 
     prompt: Annotated[str, Field(min_length=1)]
-    name: Annotated[str, Field(pattern=_NAME)] | None = None
+    # With -<seed>.mp4.partial behind it it is still a file's name.
+    name: Annotated[str, Field(pattern=_NAME, max_length=200)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     image: Path | None = None
     video: Path | None = None
     # From which chunk on which prompt.
-    switches: tuple[tuple[Annotated[int, Field(ge=0)], str], ...] = ()
+    switches: tuple[tuple[Natural, str], ...] = ()
+
+    @model_validator(mode="after")
+    def _text(self) -> Line:
+        for prompt in (self.prompt, *(prompt for _, prompt in self.switches)):
+            # What no tokenizer takes, such as the bytes of another encoding on a command line.
+            if "\0" in prompt or not _encodable(prompt):
+                raise ValueError("a prompt holds a zero byte, or bytes that are not UTF-8")
+        return self
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ def read_jobs(config: SampleConfig) -> list[Job]:
         for sample in range(config.samples):
             seed = config.seed + index * config.samples + sample
             seed = seed if line.seed is None else line.seed + sample
+            if seed >= 2**63:
+                raise ConfigError(f"seed: video {index + 1} has {seed}; needed: below 2**63")
             own = line.image is not None or line.video is not None
             job = Job(
                 name=_name(index, line, seed, config.samples),
@@ -91,6 +102,14 @@ def read_jobs(config: SampleConfig) -> list[Job]:
                 raise ConfigError(f"prompts: two videos are named {job.name}")
             jobs[job.name] = job
     return list(jobs.values())
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _name(index: int, line: Line, seed: int, samples: int) -> str:
@@ -108,7 +127,7 @@ def _lines(config: SampleConfig) -> Iterator[Line]:
         for number, prompt in enumerate(given, 1):
             if not prompt.strip():
                 raise ConfigError(f"prompts: number {number} of the list is empty")
-            yield Line(prompt=prompt)
+            yield _line(f"prompts: number {number} of the list", {"prompt": prompt})
         return
     path = Path(given)
     if path.suffix not in (".txt", ".jsonl"):
@@ -116,49 +135,56 @@ def _lines(config: SampleConfig) -> Iterator[Line]:
             raise ConfigError(
                 f"prompts: got the file {given}; needed: its name to end in .txt or .jsonl"
             )
-        yield Line(prompt=given)
+        yield _line("prompts", {"prompt": given})
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts {path}: cannot be read ({error})") from error
-    # Not splitlines, which also cuts at separators that a prompt may hold.
-    numbered = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not numbered:
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigError(f"prompts {path}: {error}") from error
+    if not text.strip():
         raise ConfigError(f"prompts {path}: holds none")
-    for number, line in numbered:
-        yield Line(prompt=line.strip()) if path.suffix == ".txt" else _parsed(path, number, line)
+    if path.suffix == ".txt":
+        # Not splitlines, which also cuts at separators that a prompt may hold.
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield _line(f"prompts {path}:{number}", {"prompt": line.strip()})
+        return
+    for number, row in json_rows(text):
+        where = f"prompts {path}:{number}"
+        if isinstance(row, str):
+            raise ConfigError(f"{where}: not valid JSON ({row})")
+        yield _files_of(_line(where, row), path, where)
 
 
-def _parsed(path: Path, number: int, line: str) -> Line:
+def _line(where: str, row: dict[str, Any]) -> Line:
     try:
-        parsed = Line.model_validate(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"prompts {path}:{number}: not valid JSON ({error})") from None
+        return Line.model_validate(row)
     except ValidationError as error:
-        told = error.errors()[0]
-        where = ".".join(map(str, told["loc"])) or "the line"
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the line"
         known = ", ".join(Line.model_fields)
-        raise ConfigError(
-            f"prompts {path}:{number}: {where}: {told['msg']}; known are {known}"
-        ) from None
-    if parsed.image is not None and parsed.video is not None:
-        raise ConfigError(f"prompts {path}:{number}: got image and video; needed: one of them")
-    return parsed.model_copy(
-        update={
-            key: _inside(path, number, key, named)
-            for key in ("image", "video")
-            if (named := getattr(parsed, key)) is not None
-        }
-    )
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {key}: {message}; known are {known}") from None
 
 
-def _inside(path: Path, number: int, key: str, named: Path) -> Path:
+def _files_of(line: Line, path: Path, where: str) -> Line:
+    """A line with the files that it names as they lie beside its list."""
+    if line.image is not None and line.video is not None:
+        raise ConfigError(f"{where}: got image and video; needed: one of them")
+    named = {key: getattr(line, key) for key in ("image", "video")}
+    inside = {k: _inside(path, where, k, v) for k, v in named.items() if v is not None}
+    return line.model_copy(update=inside)
+
+
+def _inside(path: Path, where: str, key: str, named: Path) -> Path:
     """A file that a line names: beside the list or below, so that no list reads other files."""
     file = path.parent / named
-    if not file.resolve().is_relative_to(path.parent.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(path.parent.resolve())
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise ConfigError(f"{where}: {key}: {named} cannot be found ({error})") from error
+    if not inside:
         raise ConfigError(
-            f"prompts {path}:{number}: {key}: {named} lies outside {path.parent}, the folder of "
-            "the list"
+            f"{where}: {key}: {named} lies outside {path.parent}, the folder of the list"
         )
     return file

@@ -112,7 +112,7 @@ class EvalConfig(StreamConfig):
     version: Literal["ema", "old", "theta"] | None = Field(
         default=None, description="which of the run's weights; null: those that it evaluates"
     )
-    name: Annotated[str, Field(pattern=_NAME)] | None = Field(
+    name: Annotated[str, Field(pattern=_NAME, max_length=200)] | None = Field(
         default=None, description="first folder below `out`; null: the run's name, or the file's"
     )
     suites: list[Suite] = Field(

@@ -5,7 +5,6 @@ Every number comes from the run's own files; what is missing is named, never gue
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from afd.evaluation.report_read import (
     same_noise,
 )
 from afd.evaluation.report_video import is_video_run, video_page
+from afd.files import write_bytes
 
 PROMPTS = 6
 ROLES = {
@@ -60,12 +60,8 @@ def write_report(run_dir: Path) -> Path:
         template, page = "report_page.html", _page(run_dir)
     html = environment.get_template(template).render(page)
     path = run_dir / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(html)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    # A name may hold bytes that are no characters.
+    write_bytes(path, html.encode("utf-8", "backslashreplace"))
     return path
 
 

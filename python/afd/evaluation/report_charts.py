@@ -160,7 +160,7 @@ class _Axis:
     """Values between low and high to positions between start and end."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        if high <= low:
+        if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-100):
             pad = abs(low) * 0.1 or 1.0
             low, high = low - pad, high + pad
         self.low, self.high, self.start, self.end = low, high, start, end

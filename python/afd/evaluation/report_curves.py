@@ -190,7 +190,7 @@ def timing(parts: dict[str, Part]) -> dict[str, Any] | None:
         seconds: dict[str, float] = {}
         for update in part.updates:
             for phase, value in numbers(update.get("phase_s")).items():
-                seconds[phase] = seconds.get(phase, 0.0) + value
+                seconds[phase] = seconds.get(phase, 0.0) + max(value, 0.0)
         elapsed = max([0.0, *(numbers(u).get("time_s", 0.0) for u in part.updates)])
         if seconds or elapsed:
             seconds["other"] = max(0.0, elapsed - sum(seconds.values()))

@@ -28,7 +28,7 @@ def facts(parts: dict[str, Part]) -> Iterator[tuple[str, str]]:
     teacher = next((t for p in runs(parts) if isinstance(t := p.config.get("teacher"), dict)), {})
     source = parts["teacher"].source
     if source is not None:
-        look = f", look “{teacher['style']}”" if teacher.get("kind") == "simulator" else ""
+        look = f", look “{teacher.get('style', '?')}”" if teacher.get("kind") == "simulator" else ""
         yield "Teacher", f"{len(source.requests)} finished videos{look}"
     ops = doctor.get("ops")
     for op, state in ops.items() if isinstance(ops, dict) else ():

@@ -4,7 +4,6 @@ sentence in the report and never an exception.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -15,15 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors import SafetensorError, safe_open
 
+from afd.config import ConfigError, read_yaml
+from afd.files import read_json_lines
+from afd.rows import parse_json
 from afd.teachers.base import Request, TeacherError
 from afd.teachers.folder import FolderTeacher
 from afd.video import VideoError, read_video, to_uint8
 
 COLUMNS = ("teacher", "base", "afd", "sft")
 RUNS = ("afd", "sft", "gan", "dmd")
+# What a report can draw: beyond are mistakes, and sums that are no numbers any more.
+LARGEST, LAST_STEP = 1e100, 2**53
+# Samples are pictures in the page.
+MAX_SAMPLES_BYTES = 1 << 29
+MAX_JSON_BYTES = 1 << 24
 LABELS = {"teacher": "Teacher", "base": "Base"} | {name: name.upper() for name in RUNS}
 
 
@@ -84,8 +90,11 @@ class Part:
             return None
         names = ("DONE", "evaluation.jsonl", "metrics.jsonl")
         paths = [self.folder / name for name in names]
-        times = [path.stat().st_mtime for path in paths if path.is_file()]
-        return datetime.fromtimestamp(times[0]) if times else None
+        try:
+            times = [path.stat().st_mtime for path in paths if path.is_file()]
+            return datetime.fromtimestamp(times[0]) if times else None
+        except (OSError, ValueError, OverflowError):  # removed meanwhile, or of no year
+            return None
 
 
 def read_parts(run_dir: Path) -> dict[str, Part]:
@@ -102,9 +111,9 @@ def read_parts(run_dir: Path) -> dict[str, Part]:
     if parts["teacher"].folder is None:
         for run in runs(parts):
             named = run.config.get("teacher")
-            named = named if isinstance(named, dict) else {}
-            if named.get("path") and Path(named["path"]).is_dir():
-                parts["teacher"] = _part("teacher", Path(named["path"]), named.get("manifest"))
+            path = named.get("path") if isinstance(named, dict) else None
+            if path and isinstance(path, str) and isinstance(named, dict):
+                parts["teacher"] = _part("teacher", Path(path), named.get("manifest"))
     parts = _route(parts)
     if not parts["base"].evaluations:
         # Before its first update a run is the base student.
@@ -119,9 +128,12 @@ def runs(parts: dict[str, Part]) -> list[Part]:
     return [part for part in parts.values() if part.is_run]
 
 
-def _part(name: str, folder: Path, manifest: str | None = None) -> Part:
-    if not folder.is_dir():
-        return Part(name)
+def _part(name: str, folder: Path, manifest: Any = None) -> Part:
+    try:
+        if not folder.is_dir():
+            return Part(name)
+    except OSError as error:  # a name that is too long
+        return Part(name, problems=[f"cannot be looked at ({error})"])
     problems: list[str] = []
     return Part(
         name,
@@ -140,8 +152,8 @@ def _part(name: str, folder: Path, manifest: str | None = None) -> Part:
 
 def _open_teacher(folder: Path, manifest: Any, problems: list[str]) -> FolderTeacher | None:
     try:
-        return FolderTeacher(folder, manifest)
-    except TeacherError as error:
+        return FolderTeacher(folder, manifest if isinstance(manifest, str) else None)
+    except (TeacherError, OSError, ValueError) as error:
         problems.append(str(error))
         return None
 
@@ -155,28 +167,22 @@ def _route(parts: dict[str, Part]) -> dict[str, Part]:
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
     for name, part in parts.items():
         for line in part.evaluations:
-            method = line.get("method")
+            method = str(line.get("method"))
             lines[method if method in parts and not part.is_run else name].append(line)
     return {name: replace(part, evaluations=by_step(lines[name])) for name, part in parts.items()}
 
 
 def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; lines that are none (a cut-off last one) are skipped."""
-    if not path.is_file():
+    try:
+        lines = read_json_lines(path) if path.is_file() else []
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read ({error.strerror})")
         return []
-    found, broken = [], 0
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
-        if isinstance(line, dict):
-            found.append(line)
-        elif text.strip():
-            broken += 1
+    broken = sum(line.value is None for line in lines)
     if broken:
         problems.append(f"{path.name}: {broken} unreadable line(s) skipped")
-    return found
+    return [line.value for line in lines if line.value is not None]
 
 
 def by_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,33 +190,41 @@ def by_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:
         step = line.get("step", 0)
-        if isinstance(step, int) and not isinstance(step, bool):
+        if type(step) is int and 0 <= step < LAST_STEP:
             kept[step, str(line.get("method", ""))] = {**line, "step": step}
     return sorted(kept.values(), key=lambda line: line["step"])
 
 
 def numbers(data: Any) -> dict[str, float]:
-    """The finite numbers of a mapping, whatever else it holds."""
+    """The finite numbers of a mapping that can be drawn, whatever else it holds."""
     if not isinstance(data, dict):
         return {}
     return {
         str(key): float(value)
         for key, value in data.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # A comparison with NaN is false.
+        if type(value) in (int, float) and -LARGEST <= value <= LARGEST
     }
 
 
 def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:
-    """A YAML or JSON file that holds a mapping (JSON is YAML), else an empty one."""
+    """A YAML or JSON file that holds a mapping, else an empty one."""
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        problems.append(f"{path.name}: cannot be read ({type(error).__name__})")
-        return {}
-    return data if isinstance(data, dict) else {}
+        if path.suffix != ".json":
+            return read_yaml(path)
+        with path.open("rb") as file:
+            data = parse_json(file.read(MAX_JSON_BYTES).decode("utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"{type(data).__name__}, not an object")
+    except ConfigError as error:
+        problems.append(str(error))
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name}: cannot be read ({error})")
+    else:
+        return data
+    return {}
 
 
 def _read_clips(path: Path, problems: list[str]) -> Clips | None:
@@ -218,16 +232,22 @@ def _read_clips(path: Path, problems: list[str]) -> Clips | None:
         return None
     try:
         with safe_open(str(path), framework="np") as file:
-            videos, extra = file.get_tensor("videos"), file.metadata() or {}
-        prompts = json.loads(extra.get("prompts", "[]"))
-        seeds = json.loads(extra.get("seeds", "[]"))
-    except (SafetensorError, OSError, ValueError) as error:
+            # What is no picture has no dtype of numpy's, perhaps.
+            kind, shape = file.get_slice("videos").get_dtype(), file.get_slice("videos").get_shape()
+            if kind == "U8" and math.prod(shape) > MAX_SAMPLES_BYTES:
+                raise ValueError(f"more than {MAX_SAMPLES_BYTES} bytes of videos")
+            videos = file.get_tensor("videos") if kind == "U8" else np.zeros(0, np.float32)
+            extra = file.metadata() or {}
+        prompts = parse_json(extra.get("prompts", "[]"))
+        seeds = parse_json(extra.get("seeds", "[]"))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         problems.append(f"{path.name}: cannot be read ({error})")
         return None
     if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != np.uint8 or not videos.size:
-        problems.append(
-            f"{path.name}: holds {videos.dtype} {videos.shape}, not uint8 [N, F, H, W, 3]"
-        )
+        problems.append(f"{path.name}: holds {kind} {list(shape)}, not uint8 [N, F, H, W, 3]")
+        return None
+    if not isinstance(prompts, list):
+        problems.append(f"{path.name}: its prompts are {type(prompts).__name__}, not a list")
         return None
     if len(prompts) != len(videos):
         problems.append(f"{path.name}: {len(videos)} videos but {len(prompts)} prompts")
@@ -236,13 +256,21 @@ def _read_clips(path: Path, problems: list[str]) -> Clips | None:
     return Clips(videos, [str(p) for p in prompts], seeds if known else [None] * len(videos))
 
 
+def _log_lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+    except OSError:
+        return
+
+
 def _read_warnings(path: Path) -> list[str]:
     """Distinct warnings of a log, each with the step where it came first and how often it came."""
     if not path.is_file():
         return []
     first: dict[str, str] = {}
     count: Counter[str] = Counter()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _log_lines(path):
         found = re.search(r"\bWARNING:? (?:(?:step|update) (\d+): )?(.*)", line)
         if found:
             first.setdefault(found[2], found[1] or "")
@@ -311,14 +339,15 @@ def _shape(parts: dict[str, Part]) -> dict[str, Any]:
     """The size in which the trainer saw the teacher's videos (the toy's where no config tells)."""
     configs = (run.config.get("video") for run in runs(parts))
     video = next((config for config in configs if isinstance(config, dict)), {})
-    return {"frames": 12, "height": 16, "width": 16} | {
-        key: video[key] for key in ("frames", "height", "width", "fps") if key in video
-    }
+    shape: dict[str, Any] = {"frames": 12, "height": 16, "width": 16}
+    shape |= {k: v for k in shape if type(v := video.get(k)) is int and 0 < v < 1 << 14}
+    fps = numbers(video).get("fps", 0.0)
+    return shape | ({"fps": fps} if fps > 0 else {})
 
 
 def _decode(source: FolderTeacher, shape: dict[str, Any], prompt: str) -> np.ndarray | str:
     try:
         path = source.answer(Request(prompt))
         return to_uint8(read_video(path, short="repeat", **shape)).numpy()
-    except (TeacherError, VideoError, ValueError) as error:
+    except (TeacherError, VideoError, OSError, ValueError) as error:
         return str(error)

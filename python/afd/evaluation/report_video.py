@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from afd.config import ConfigError, read_yaml
 from afd.evaluation import report_curves as curves
 from afd.evaluation.motion import DEFINITION, DYNAMIC
 from afd.evaluation.report_charts import Chart, Series, draw
@@ -34,12 +34,15 @@ SHOWN = (
 )  # fmt: skip
 
 
+_UPDATE = re.compile(r"update_[0-9]{1,15}\Z")
+
+
 def is_video_run(run_dir: Path) -> bool:
     """Whether a folder holds one run that is evaluated as video."""
     try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(run_dir / "config.yaml")
         return bool(config["evaluation"]["kind"] == "video")
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError):
         return False
 
 
@@ -123,7 +126,7 @@ def _table(run: Part, base: dict[str, float]) -> Iterator[dict[str, Any]]:
 
 
 def _films(run_dir: Path) -> Iterator[dict[str, Any]]:
-    way = sorted((run_dir / "videos").glob("update_*.mp4"))
+    way = sorted(path for path in (run_dir / "videos").glob("*.mp4") if _UPDATE.match(path.stem))
     if len(way) > WAY:  # the first, the last, and some evenly between
         way = [way[round(i * (len(way) - 1) / (WAY - 1))] for i in range(WAY)]
     yield {
@@ -148,11 +151,18 @@ def _films(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 def _film(path: Path, caption: str) -> dict[str, str]:
     """A video as a data URI, or why it is not shown."""
-    if not path.is_file():
-        return {"caption": caption, "missing": f"{path.name} is not there"}
-    if path.stat().st_size > LARGEST:
-        return {"caption": caption, "missing": f"{path.name} is large; it lies in the run's folder"}
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    try:
+        if not path.is_file():
+            return {"caption": caption, "missing": f"{path.name} is not there"}
+        if path.stat().st_size > LARGEST:
+            missing = f"{path.name} is large; it lies in the run's folder"
+            return {"caption": caption, "missing": missing}
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+    except OSError as error:
+        return {
+            "caption": caption,
+            "missing": f"{path.name[:80]} cannot be read ({error.strerror})",
+        }
     return {"caption": caption, "missing": "", "data": f"data:video/mp4;base64,{data}"}
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from afd import rows
 from afd.config import ConfigError
-from afd.rows import csv_rows, json_rows
+from afd.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ def need(path: Path | None, key: str, what: str) -> Path:
 
 
 def read_text(path: Path, key: str) -> str:
+    """The text of a file that a key names, or ConfigError; see `rows.read_text`."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key} {path}: cannot be read ({error})") from error
+        return rows.read_text(path)
+    except ValueError as error:
+        raise ConfigError(f"{key} {path}: {error}") from error
 
 
 def read_lines(path: Path, key: str) -> list[str]:
@@ -79,10 +81,10 @@ def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, st
         if len(columns) > 1:
             raise ConfigError(f"{key} {path}: a .txt has no column {columns[1]}")
         return [{columns[0]: line} for line in read_lines(path, key)]
-    readers = {".csv": csv_rows, ".jsonl": json_rows}
+    readers = {".csv": rows.csv_rows, ".jsonl": rows.json_rows}
     if path.suffix not in readers:
         raise ConfigError(f"{key} {path}: needs the ending .csv, .jsonl or .txt")
-    rows = []
+    found = []
     for number, row in readers[path.suffix](read_text(path, key)):
         if isinstance(row, str):
             raise ConfigError(f"{key} {path}:{number}: {row}")
@@ -90,22 +92,21 @@ def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, st
             if not isinstance(row.get(column), str) or not row[column].strip():
                 there = ", ".join(map(str, row)) or "nothing"
                 raise ConfigError(f"{key} {path}:{number}: no text in {column}; it has {there}")
-        rows.append({column: row[column] for column in columns})
-    if not rows:
+        found.append({column: row[column] for column in columns})
+    if not found:
         raise ConfigError(f"{key} {path}: holds none")
-    return rows
+    return found
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
     """Whole or not at all."""
     held = io.StringIO(newline="")
     writer = csv.writer(held)
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows(lines)
     write_whole(path, held.getvalue())
 
 
 def write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    partial.replace(path)
+    """A text, in which a path of any bytes stands as those bytes."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))

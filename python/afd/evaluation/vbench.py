@@ -7,8 +7,8 @@ of 25. So a prompt must be a file name, and of one dimension no two may name the
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -146,12 +146,14 @@ def read_results(folder: Path, clips: Sequence[Clip]) -> list[Score]:
 def _results(file: Path) -> dict[str, tuple[float, int | None]]:
     """Mean and number of videos by dimension of one *_eval_results.json."""
     try:
-        held = json.loads(read_text(file, "vbench.results"))
+        held = parse_json(read_text(file, "vbench.results"))
         found = {}
         for dimension, (mean, *each) in held.items():
             found[str(dimension)] = float(mean), len(each[0]) if each else None
+        if not all(math.isfinite(mean) for mean, _ in found.values()):
+            raise ValueError("a mean is not finite")
         return found
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
