@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard $(addprefix csrc/,*/*.cpp */*.cu */*.cuh */*.h include/afd/*.h))
 
-.PHONY: quickstart quickstart-full test soak check format bench offline gpu-check gpu-wheels base motion-backbone \
+.PHONY: quickstart quickstart-full test soak lowest check format bench offline gpu-check gpu-wheels base motion-backbone \
         screenshot readme lock setup clean
 
 quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
@@ -26,6 +26,9 @@ offline: setup ## compile every GPU kernel for every target and hold it to its b
 
 soak: setup ## the long tests: sanitizers, then property tests with new seeds for MINUTES
 	$(BIN)/python -m tests.properties.soak --minutes $(MINUTES)
+
+lowest: setup ## the tests of every dependency at its lower bound, in an environment of their own
+	$(BIN)/python -m tests.lowest $(ARGS)
 
 check: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
