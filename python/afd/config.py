@@ -18,7 +18,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.models.config import ToyStudentConfig, WanStudentConfig
-from afd.section import Count, Natural, Positive, Section
+from afd.section import Count, Folder, Natural, Positive, Section
 from afd.teachers.config import TeacherConfig
 from afd.yaml_data import MAX_BYTES, YamlError, parse_yaml
 
@@ -144,7 +144,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = Field(
         default="run", description="name of the run; letters, digits, dot, dash, underscore"
     )
-    out: Path | None = Field(default=None, description="run folder; null is runs/<name>")
+    out: Folder | None = Field(default=None, description="run folder; null is runs/<name>")
     method: Literal["afd", "sft", "gan", "dmd"] = Field(
         default="afd",
         description="afd: adversarial flow distillation, sft: fit the teacher's videos, gan: "
@@ -165,7 +165,7 @@ class RunConfig(Section):
         default="ddp",
         description="under torchrun: every process holds all weights, or a share of them",
     )
-    cache: Path | None = Field(
+    cache: Folder | None = Field(
         default=None,
         description="folder of text embeddings and teacher latents; null is ~/.cache/afd",
     )

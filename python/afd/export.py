@@ -34,7 +34,7 @@ from afd.models.config import DTYPES, LoraConfig
 from afd.models.policies import start_digest
 from afd.models.sources import need, refuse_other_weights
 from afd.models.toy import ToyStudent
-from afd.section import Section
+from afd.section import Folder, Section
 from afd.training import checkpoint
 from afd.training.loop import load_run
 
@@ -45,7 +45,7 @@ PREFERRED = ("ema", "old", "theta")
 class ExportConfig(Section):
     """What `afd export` writes, and where."""
 
-    out: Path = Field(description="folder to write, new or empty")
+    out: Folder = Field(description="folder to write, new or empty")
     kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers", "toy"] | None = Field(
         default=None,
         description="peft: adapter folder; diffusers_lora: for load_lora_weights; self_forcing: "

@@ -161,7 +161,7 @@ def _line(where: str, row: dict[str, Any]) -> Line:
         return Line.model_validate(row)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
+        key = ".".join(map(str, first["loc"]))[:80] or "the line"
         known = ", ".join(Line.model_fields)
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {key}: {message}; known are {known}") from None

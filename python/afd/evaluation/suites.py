@@ -90,7 +90,7 @@ def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, st
             raise ConfigError(f"{key} {path}:{number}: {row}")
         for column in columns:
             if not isinstance(row.get(column), str) or not row[column].strip():
-                there = ", ".join(map(str, row)) or "nothing"
+                there = ", ".join(map(str, row))[:200] or "nothing"
                 raise ConfigError(f"{key} {path}:{number}: no text in {column}; it has {there}")
         found.append({column: row[column] for column in columns})
     if not found:

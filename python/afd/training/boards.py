@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,11 +81,17 @@ class Boards:
             self._excepthook(raised)
 
 
-def _tensorboard(config: RunConfig, step: int) -> SummaryWriter:
+def _tensorboard(config: RunConfig, step: int) -> SummaryWriter | None:
+    folder = str(config.run_dir / "tensorboard")
+    if os.fsencode(folder) != folder.encode("utf-8", "replace"):
+        _log.warning(
+            "tensorboard: %s is not UTF-8, which its writer needs; goes on without", folder
+        )
+        return None
     # Imported here because it takes seconds, also of a run that does not want it.
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def _wandb(config: RunConfig) -> Any:
