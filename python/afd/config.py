@@ -36,13 +36,26 @@ class VideoConfig(Section):
     frames: Count = Field(default=12, description="frames per video the trainer sees")
     height: Count = Field(default=16, description="rows of a frame in pixels")
     width: Count = Field(default=16, description="columns of a frame in pixels")
-    fps: Positive | None = Field(
+    fps: Annotated[float, Field(ge=1e-3, le=1e4)] | None = Field(
         default=None,
         description="resample clips to this rate (nearest frame in time); null: as they come",
     )
     short: Literal["error", "repeat"] = Field(
         default="error",
         description="a clip that ends too early: refuse it, or repeat its last frame",
+    )
+
+    hdr: Literal["tonemap", "refuse"] = Field(
+        default="tonemap",
+        description="HDR clips (HLG or PQ): map them to BT.709, reference white to white, or "
+        "refuse them",
+    )
+    max_pixels: Count = Field(
+        default=2**25, description="a clip with larger stored frames is refused before decoding"
+    )
+    max_frames: Count = Field(default=500_000, description="a clip with more frames is refused")
+    max_seconds: Positive = Field(
+        default=14_400.0, description="a clip that is read to beyond this time is refused"
     )
 
     codec_match: bool = Field(

@@ -342,7 +342,8 @@ def _shape(parts: dict[str, Part]) -> dict[str, Any]:
     shape: dict[str, Any] = {"frames": 12, "height": 16, "width": 16}
     shape |= {k: v for k in shape if type(v := video.get(k)) is int and 0 < v < 1 << 14}
     fps = numbers(video).get("fps", 0.0)
-    return shape | ({"fps": fps} if fps > 0 else {})
+    shape |= {"fps": fps} if fps > 0 else {}
+    return shape | ({"hdr": video["hdr"]} if video.get("hdr") in ("tonemap", "refuse") else {})
 
 
 def _decode(source: FolderTeacher, shape: dict[str, Any], prompt: str) -> np.ndarray | str:

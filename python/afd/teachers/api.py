@@ -29,7 +29,7 @@ from afd.teachers.http import Http, Secret
 from afd.teachers.ledger import NAME, Ledger, Row, refuse_unknown_videos
 from afd.teachers.openai import OpenAI
 from afd.teachers.provider import Order, Provider, canonical
-from afd.video import check_video
+from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
 
 PROVIDERS: dict[str, type[Provider]] = {"ark": Ark, "openai": OpenAI, "fal": Fal}
 # Said by other parts of the configuration, or by the core.
@@ -51,10 +51,17 @@ class ApiTeacher:
     """The Teacher of kinds ark, openai and fal."""
 
     def __init__(
-        self, config: TeacherConfig, folder: Path, *, frames: int = 1, fps: float | None = None
+        self,
+        config: TeacherConfig,
+        folder: Path,
+        *,
+        frames: int = 1,
+        fps: float | None = None,
+        hdr: Hdr = "tonemap",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """`folder`: where the videos and the ledger are kept. `frames`, `fps`: what will be read of
-        each video (as `video.check_video`), so that the first one too short stops the buying."""
+        """`folder`: where the videos and the ledger are kept. `frames` to `limits`: how each video
+        will be read (as `video.check_video`), so that the first unusable one stops the buying."""
         api = config.api
         assert api.model is not None
         assert api.prompts is not None
@@ -90,7 +97,9 @@ class ApiTeacher:
         self._ledger = Ledger(folder, self.about)
         # A process that died may have left its last videos out.
         self._ledger.write_manifest()
-        self._reads = frames, fps
+        self._accept = lambda path: check_video(
+            path, frames=frames, fps=fps, hdr=hdr, limits=limits
+        )
         self._asked: dict[Request, Future[Path]] = {}
         self._worker: _Worker | None = None
 
@@ -214,7 +223,6 @@ class _Worker:
         secret = Secret.from_environment(provider.key_variable)
         if secret.stands_in(canonical(teacher.about)) or secret.stands_in(str(teacher.about)):
             raise TeacherError("teacher.api holds the API key; it belongs in the environment only")
-        frames, fps = teacher._reads
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="afd teacher", daemon=True)
         self._thread.start()
@@ -231,7 +239,7 @@ class _Worker:
                     ledger,
                     config,
                     teacher.price_usd,
-                    lambda path: check_video(path, frames=frames, fps=fps),
+                    teacher._accept,
                 ),
             )
 

@@ -9,14 +9,19 @@ Manifest formats, by file ending; video paths are relative to the folder and mus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from afd.rows import Rows, csv_rows, json_rows
 from afd.teachers.base import Request, TeacherError
-from afd.video import VideoError, check_video
+from afd.video import DEFAULT_LIMITS, Hdr, Limits, VideoError, check_video
 
 MANIFESTS = ("prompts.jsonl", "prompts.csv", "prompts.txt")
+# Clips checked at the same time; a large one decodes in several threads of its own.
+THREADS = min(8, os.cpu_count() or 1)
 
 
 class FolderTeacher:
@@ -29,17 +34,25 @@ class FolderTeacher:
         *,
         frames: int = 1,
         fps: float | None = None,
+        hdr: Hdr = "tonemap",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """`frames` and `fps`: what will be read of each video (see `video.read_video`), so that a
-        clip too short for it is found now. `manifest` None looks for MANIFESTS in the folder."""
+        """`frames` to `limits`: how each video will be read (see `video.read_video`), so that an
+        unusable one is found now. `manifest` None looks for MANIFESTS in the folder."""
         self.folder = Path(folder)
         self.manifest, entries, problems = read_manifest(self.folder, manifest)
         self._files: dict[Request, Path] = {}
         seen: dict[Path, str] = {}
         draws: dict[str, int] = {}
-        for where, file, prompt in entries:
-            path = self.folder / file
-            problem = _problem(self.folder, path, prompt, frames, fps)
+
+        def check(path: Path) -> None:
+            check_video(path, frames=frames, fps=fps, hdr=hdr, limits=limits)
+
+        paths = [self.folder / file for _, file, _ in entries]
+        with ThreadPoolExecutor(THREADS, "afd check") as pool:
+            prompts = [prompt for _, _, prompt in entries]
+            found = list(pool.map(partial(_problem, self.folder, check), paths, prompts))
+        for (where, _, prompt), path, problem in zip(entries, paths, found, strict=True):
             if problem is None and path.resolve() in seen:
                 problem = f"{path}: is listed twice (also {seen[path.resolve()]})"
             if problem is not None:
@@ -109,14 +122,14 @@ def _find(folder: Path) -> Path:
     raise TeacherError(f"teacher folder {folder}: holds none of {', '.join(MANIFESTS)}")
 
 
-def _problem(folder: Path, path: Path, prompt: str, frames: int, fps: float | None) -> str | None:
+def _problem(folder: Path, check: Callable[[Path], None], path: Path, prompt: str) -> str | None:
     """Why an entry cannot be used, or None."""
     if not prompt.strip():
         return f"{path}: has an empty prompt"
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             return f"{path}: lies outside {folder}"
-        check_video(path, frames=frames, fps=fps)
+        check(path)
     except VideoError as error:
         return str(error)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a ring

@@ -30,7 +30,7 @@ from afd.teachers.config import API_KINDS
 from afd.teachers.folder import FolderTeacher
 from afd.training.caches import Facts, Store, file_hash
 from afd.training.inputs import Content, Contents
-from afd.video import frame_size, from_uint8, read_video, through_codec, to_uint8
+from afd.video import Clip, Limits, from_uint8, read_clip, through_codec, to_uint8
 
 if TYPE_CHECKING:
     from afd.teachers.api import ApiTeacher
@@ -56,7 +56,12 @@ def open_teacher(config: RunConfig, console: Console | None = None) -> Teacher:
     video = config.video
     frames = video.frames if video.short == "error" else 1
     teacher = FolderTeacher(
-        config.teacher_dir, config.teacher.manifest, frames=frames, fps=video.fps
+        config.teacher_dir,
+        config.teacher.manifest,
+        frames=frames,
+        fps=video.fps,
+        hdr=video.hdr,
+        limits=_limits(video),
     )
     _log.info("teacher %s: %d videos", teacher.folder, len(teacher.requests))
     return teacher
@@ -69,7 +74,14 @@ def open_api_teacher(config: RunConfig) -> ApiTeacher:
 
     video = config.video
     frames = video.frames if video.short == "error" else 1
-    return ApiTeacher(config.teacher, config.teacher_dir, frames=frames, fps=video.fps)
+    return ApiTeacher(
+        config.teacher,
+        config.teacher_dir,
+        frames=frames,
+        fps=video.fps,
+        hdr=video.hdr,
+        limits=_limits(video),
+    )
 
 
 class Sampler:
@@ -226,7 +238,7 @@ class Videos:
     def clip(self, request: Request) -> Tensor:
         """The whole clip, float32 [F, 3, H, W] in [-1, 1], whatever a method sees of it."""
         path = self._path(request)
-        frames, content = self._with_content(path, lambda path: to_uint8(self._read(path)))
+        frames, content = self._with_content(path, lambda path: to_uint8(self._read(path).video_FCHW))
         self._contents.look(request, path, content)
         return from_uint8(frames)
 
@@ -299,10 +311,9 @@ class Videos:
             known = self._store.get("latents", self._facts(path))
             if known is not None:
                 return known
-        video_FCHW = self._read(path)
+        video_FCHW, own_pixels = self._read(path)
         if self._seen:
-            size = self._video.height, self._video.width
-            if self._video.codec_match and frame_size(path) != size:
+            if self._video.codec_match and not own_pixels:
                 # Its own codec's traces were scaled with it: the last pass shall be at this size,
                 # as the student's is.
                 video_FCHW = through_codec(
@@ -312,15 +323,17 @@ class Videos:
                 video_FCHW = self._look(video_FCHW[None])[0]
         return to_uint8(video_FCHW)
 
-    def _read(self, path: Path) -> Tensor:
+    def _read(self, path: Path) -> Clip:
         video = self._video
-        return read_video(
+        return read_clip(
             path,
             frames=video.frames,
             height=video.height,
             width=video.width,
             fps=video.fps,
             short=video.short,
+            hdr=video.hdr,
+            limits=_limits(video),
         )
 
     def _encode(self, video_FHWC: Tensor, path: Path) -> Tensor:
@@ -332,8 +345,12 @@ class Videos:
 
     def _facts(self, path: Path) -> Facts:
         """What latents depend on."""
-        video = self._video.model_dump(include={"frames", "height", "width", "fps", "short"})
+        video = self._video.model_dump(include={"frames", "height", "width", "fps", "short", "hdr"})
         return {"video": file_hash(path, self._store), "codec": self._identity, **video}
+
+
+def _limits(video: VideoConfig) -> Limits:
+    return Limits(video.max_pixels, video.max_frames, video.max_seconds)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,0 +1,131 @@
+"""A decoded frame as the picture that a screen would show.
+
+Colours: the matrix, range and transfer that the frame is tagged with; without a tag BT.601, in
+limited range but for the formats and pictures that are full range by definition. That is what
+FFmpeg, and so most of what writes clips without tags, does at every size.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from afd.video.levels import from_uint8
+from afd.video.orientation import frame_orientation
+from afd.video.source import Source, VideoError
+from afd.video.timeline import Shown
+
+Hdr = Literal["tonemap", "refuse"]
+
+# Numbers of ISO/IEC 23091-2 (H.273), which FFmpeg's enumerations are.
+_UNTAGGED = {2, 3}
+_BT601, _BT2020 = 6, 9
+_MATRICES = {1, 4, 5, 6, 7, 9}  # BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020
+_LIMITED, _FULL = 1, 2
+_HDR = {16: "PQ", 18: "HLG"}
+
+
+class Picture(NamedTuple):
+    """uint8 [H, W, 3] upright; the width of a pixel over its height; whether the pixels are the
+    decoder's own, in other places at most."""
+
+    pixels_HWC: np.ndarray
+    aspect: float
+    own: bool
+
+
+def picture(source: Source, shown: Shown, hdr: Hdr) -> Picture:
+    """A frame upright, in standard-range RGB. VideoError where it cannot be shown as it should."""
+    frame = shown.frame
+    orientation = source.orientation or frame_orientation(frame)
+    if orientation is None:
+        raise VideoError(
+            f"{source.name}: is to be shown turned by an angle that is no quarter turn; re-encode "
+            "it upright"
+        )
+    name = _HDR.get(frame.color_trc)
+    if name is not None and hdr == "refuse":
+        raise VideoError(
+            f"{source.name}: is an HDR clip ({name}); convert it to BT.709, or let it be converted "
+            "here with video.hdr=tonemap"
+        )
+    own = name is None and not shown.deinterlaced
+    _tag(source, frame)
+    if name is None:
+        # Transfer and primaries are to be left alone, which not every PyAV does of itself.
+        frame.color_trc = frame.color_primaries = 2
+        pixels_HWC = frame.to_ndarray(format="rgb24")
+    else:
+        pixels_HWC = _tone_mapped(frame)
+    aspect = 1 / source.aspect if orientation.transpose else source.aspect
+    return Picture(orientation.apply(pixels_HWC), aspect, own)
+
+
+def _tag(source: Source, frame: Any) -> None:
+    """State matrix and range, so that no converter has to guess them."""
+    if frame.format.is_rgb or "pal8" in frame.format.name:
+        return
+    full = frame.format.name.startswith("yuvj") or source.orientation is not None
+    if frame.color_range not in (_LIMITED, _FULL):
+        frame.color_range = _FULL if full else _LIMITED
+    if len(frame.format.components) < 3:
+        return  # grey has no matrix
+    if frame.colorspace in _UNTAGGED:
+        hdr = frame.color_trc in _HDR
+        frame.colorspace = _BT2020 if hdr else _BT601
+    if frame.colorspace not in _MATRICES:
+        raise VideoError(
+            f"{source.name}: has the colour matrix {frame.colorspace} (of ISO/IEC 23091-2), which "
+            "cannot be converted; re-encode it in BT.709"
+        )
+
+
+def _tone_mapped(frame: Any) -> np.ndarray:
+    """PQ or HLG to BT.709 by FFmpeg's scale filter: reference white (203 cd/m2) becomes white."""
+    if frame.color_primaries in _UNTAGGED:
+        frame.color_primaries = _BT2020
+    graph = av.filter.Graph()
+    nodes = [
+        graph.add_buffer(
+            width=frame.width,
+            height=frame.height,
+            format=frame.format,
+            time_base=Fraction(1, 1000),
+        ),
+        graph.add("scale", "out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"),
+        graph.add("format", "pix_fmts=rgb24"),
+        graph.add("buffersink"),
+    ]
+    graph.link_nodes(*nodes).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray()
+
+
+def displayed_size(source: Source, frame: Any) -> tuple[int, int]:
+    """Rows and columns on a screen with square pixels."""
+    rows, columns = frame.height, max(1, round(frame.width * source.aspect))
+    orientation = source.orientation or frame_orientation(frame)
+    return (columns, rows) if orientation and orientation.transpose else (rows, columns)
+
+
+def fitted(upright: Picture, height: int, width: int) -> tuple[Tensor, bool]:
+    """float32 [3, height, width] in [-1, 1]: the largest centred part of the target's shape,
+    resized; and whether these are the decoder's own pixels, all of them."""
+    rows, columns = upright.pixels_HWC.shape[:2]
+    keep_rows = min(rows, max(1, round(columns * upright.aspect * height / width)))
+    keep_columns = min(columns, max(1, round(rows * width / height / upright.aspect)))
+    top, left = (rows - keep_rows) // 2, (columns - keep_columns) // 2
+    crop = upright.pixels_HWC[top : top + keep_rows, left : left + keep_columns]
+    crop_CHW = from_uint8(torch.from_numpy(np.ascontiguousarray(crop)))
+    if crop_CHW.shape[1:] == (height, width):
+        return crop_CHW, upright.own and (rows, columns) == (height, width)
+    resized = interpolate(
+        crop_CHW[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized[0].clamp(-1, 1), False

@@ -1,0 +1,162 @@
+"""Video files in: whether a clip can be used, and its frames in the size and rate wanted.
+
+Shapes: F frames, C = 3 (red, green, blue), H rows, W columns; values in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from afd.video.picture import Hdr, displayed_size, fitted, picture
+from afd.video.source import DEFAULT_LIMITS, Limits, VideoError, frame_rate, opened
+from afd.video.timeline import chosen, decoded, from_packets
+
+# Stored pixels (frames x rows x columns) up to which a check decodes what will be read, although
+# packets might do: 81 frames of 480x832.
+DECODED_PIXELS = 81 * 480 * 832
+
+
+class Clip(NamedTuple):
+    """What is read of a file: float32 [F, 3, H, W] in [-1, 1], and whether these are the decoder's
+    own pixels (neither scaled nor cropped, deinterlaced or tone-mapped)."""
+
+    video_FCHW: Tensor
+    own_pixels: bool
+
+
+def check_video(
+    path: Path | str,
+    *,
+    frames: int = 1,
+    fps: float | None = None,
+    hdr: Hdr = "tonemap",
+    limits: Limits = DEFAULT_LIMITS,
+) -> None:
+    """Raise VideoError where `read_video` with these arguments could not read the file, or where
+    its end is missing.
+
+    The packets of the whole file are read. The frames that are wanted are decoded too, unless the
+    clip is large and of a kind in which packets tell which frames there are; then only the first
+    frame is decoded, and pictures damaged inside are found when they are read.
+    """
+    path = Path(path)
+    _check_arguments(frames, 1, 1, fps)
+    with opened(path, limits=limits) as source:
+        packets = from_packets(source)
+    with opened(path, limits=limits) as source:
+        clip = decoded(source)
+        first = next(clip)
+        picture(source, first, hdr)
+        size = first.frame.width * first.frame.height
+        if packets is not None and len(packets) * size > DECODED_PIXELS and not first.deinterlaced:
+            there = sum(1 for _ in chosen(source, packets, frames, fps))
+        else:
+            there, converted = 0, _looks(first.frame)
+            for shown in chosen(source, chain([first], clip), frames, fps):
+                there += 1
+                if _looks(shown.frame) != converted:
+                    picture(source, shown, hdr)
+                    converted = _looks(shown.frame)
+    if there < frames:
+        raise VideoError(_too_short(str(path), there, frames, fps))
+
+
+def read_video(
+    path: Path | str,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float | None = None,
+    short: Literal["error", "repeat"] = "error",
+    hdr: Hdr = "tonemap",
+    limits: Limits = DEFAULT_LIMITS,
+) -> Tensor:
+    """Decode to float32 [F, 3, height, width] in [-1, 1].
+
+    Time: frame k is the one shown nearest to k / fps seconds after the first; fps None takes the
+    first F frames as they come. A clip that ends before is refused or its last frame repeated.
+    Space: upright and unmirrored as a player shows it, the largest centred part with the target's
+    shape (after the pixel aspect), then an antialiased bilinear resize. Interlaced frames are
+    deinterlaced. `hdr`: PQ and HLG clips are mapped to BT.709, or refused. `limits`: what a clip
+    may hold. Raises VideoError for what is wrong with the file.
+    """
+    return read_clip(
+        path,
+        frames=frames,
+        height=height,
+        width=width,
+        fps=fps,
+        short=short,
+        hdr=hdr,
+        limits=limits,
+    ).video_FCHW
+
+
+def read_clip(
+    source: Path | str | BytesIO,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float | None = None,
+    short: Literal["error", "repeat"] = "error",
+    hdr: Hdr = "tonemap",
+    limits: Limits = DEFAULT_LIMITS,
+) -> Clip:
+    """`read_video`, of bytes too, with what became of the pixels."""
+    _check_arguments(frames, height, width, fps)
+    file = source if isinstance(source, BytesIO) else Path(source)
+    name = "a video in memory" if isinstance(source, BytesIO) else str(source)
+    video_FCHW, there, own_pixels = torch.empty(frames, 3, height, width), 0, True
+    with opened(file, name, limits) as held:
+        # One decoded full-size frame in memory at a time.
+        for shown in chosen(held, decoded(held), frames, fps):
+            video_FCHW[there], own = fitted(picture(held, shown, hdr), height, width)
+            own_pixels = own_pixels and own
+            there += 1
+    if there < frames and short == "error":
+        raise VideoError(_too_short(name, there, frames, fps))
+    video_FCHW[there:] = video_FCHW[there - 1]
+    return Clip(video_FCHW, own_pixels)
+
+
+def frame_size(path: Path | str) -> tuple[int, int]:
+    """Rows and columns of a file's first frame as a player shows it, in square pixels."""
+    with opened(Path(path)) as source:
+        return displayed_size(source, next(decoded(source)).frame)
+
+
+def read_comment(path: Path | str) -> str | None:
+    """The comment in a video file, or None."""
+    with opened(Path(path)) as source:
+        return cast("str | None", source.container.metadata.get("comment"))
+
+
+def _check_arguments(frames: int, height: int, width: int, fps: float | None) -> None:
+    if min(frames, height, width) < 1 or (fps is not None and not fps > 0):
+        raise ValueError(
+            f"frames, height, width, fps: got {frames}, {height}, {width}, {fps}; "
+            "all must be positive"
+        )
+    if fps is not None:
+        frame_rate(fps)
+
+
+def _looks(frame: Any) -> tuple[Any, ...]:
+    """What decides how a frame is converted."""
+    return frame.width, frame.height, frame.format.name, frame.color_trc, frame.colorspace
+
+
+def _too_short(name: str, there: int, frames: int, fps: float | None) -> str:
+    wanted = f"{frames} frames" + (f" at {fps:g} a second" if fps else "")
+    return (
+        f"{name}: is too short, it gives {there} of the {wanted} wanted; "
+        "ask for fewer frames, a higher fps, or short=repeat"
+    )

@@ -1,0 +1,203 @@
+"""When each frame of a clip is shown, and which frames a rate takes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from itertools import islice
+from typing import Any, NamedTuple
+
+import av
+
+from afd.video.source import Source, VideoError, frame_rate
+
+# Codecs of which a packet is one shown frame, in containers that keep a time with every packet.
+_ONE_TO_ONE = {"h264", "hevc", "av1"}
+_TIMED = ("mov", "matroska")
+
+
+class Shown(NamedTuple):
+    """A frame on the clip's own clock.
+
+    time: seconds after the first frame. length: seconds on screen where nothing follows. frame:
+    PyAV's, or None where only packets were read. deinterlaced: whether a filter made it.
+    """
+
+    time: Fraction
+    length: Fraction
+    frame: Any
+    deinterlaced: bool = False
+
+
+def decoded(source: Source) -> Iterator[Shown]:
+    """Every frame a player would show, interlaced ones made whole.
+
+    A frame without a time, or with one before its predecessor's (joined streams), follows its
+    predecessor by that one's length, and so do those after it.
+    """
+    return _deinterlaced(source, _timed(source))
+
+
+def from_packets(source: Source) -> list[Shown] | None:
+    """The same times from the packets alone; None where only decoding tells them.
+
+    Reads the whole file and raises VideoError where the container's index goes beyond its end.
+    """
+    name, stream = source.name, source.stream
+    there = source.file.stat().st_size if hasattr(source.file, "stat") else None
+    plain = stream.codec_context.name in _ONE_TO_ONE
+    plain = plain and source.container.format.name.startswith(_TIMED)
+    held: list[tuple[int, int]] = []
+    count = 0
+    for packet in source.container.demux(stream):
+        if not packet.size:
+            continue
+        count += 1
+        source.check_count(count)
+        plain = plain and _is_plain(packet, first=count == 1)
+        if plain:
+            held.append((packet.pts, packet.duration or 0))
+    index = stream.index_entries
+    if there is not None and source.container.format.name.startswith("mov"):
+        whole = sum(entry.pos + entry.size <= there for entry in index)
+        if whole < len(index):
+            raise VideoError(f"{name}: is cut off ({whole} of {len(index)} frames are there)")
+    # A frame shown before the first packet's needs one that is not there.
+    if not plain or not held or min(held) != held[0]:
+        return None
+    base = Fraction(stream.time_base)
+    start, nominal = held[0][0], source.frame_length
+    shown = []
+    for (pts, duration), following in zip(sorted(held), [*sorted(held)[1:], None], strict=True):
+        if following is not None and following[0] == pts:
+            return None
+        length = duration * base or nominal
+        if length is None:
+            return None
+        shown.append(Shown((pts - start) * base, length, None))
+    source.check_time(shown[-1].time)
+    return shown
+
+
+def _is_plain(packet: Any, first: bool) -> bool:
+    """Whether a packet is shown, whole, in its own time and with the stream's own settings."""
+    if packet.pts is None or packet.is_discard or packet.is_corrupt:
+        return False
+    return not packet.has_sidedata("new_extradata") and (packet.is_keyframe or not first)
+
+
+def chosen(
+    source: Source, clip: Iterable[Shown], frames: int, fps: float | None
+) -> Iterator[Shown]:
+    """The frames that are read, in order, at most `frames` of them.
+
+    Frame k is the one shown nearest to k / fps seconds, the earlier of two as near; fps None takes
+    them as they come.
+    """
+    if fps is None:
+        for shown in islice(clip, frames):
+            source.check_time(shown.time)
+            yield shown
+        return
+    # Exact: a wanted time half-way between two frames must not depend on rounding.
+    step = 1 / frame_rate(fps)
+    taken = 0
+    before: Shown | None = None
+    for shown in clip:
+        source.check_time(shown.time)
+        # An earlier frame may still be nearer to the wanted time than this one.
+        while before is not None and taken < frames and taken * step <= shown.time:
+            wanted = taken * step
+            nearer = wanted - before.time <= shown.time - wanted
+            yield before if nearer else shown
+            taken += 1
+        before = shown
+        if taken == frames:
+            return
+    # The last frame stays on screen for its own length.
+    while before is not None and taken < frames and taken * step < before.time + before.length:
+        yield before
+        taken += 1
+
+
+def _timed(source: Source) -> Iterator[Shown]:
+    """Decoded frames on the clip's clock."""
+    nominal = source.frame_length
+    before: Shown | None = None
+    # Container time of the clip's zero; None until a frame has a time.
+    zero: Fraction | None = None
+    for index, frame in enumerate(source.frames()):
+        base = Fraction(frame.time_base or source.stream.time_base or 0)
+        stamp = None if frame.pts is None else frame.pts * base
+        length = (frame.duration or 0) * base or nominal
+        follows = Fraction(0) if before is None else before.time + before.length
+        if length is None:
+            if stamp is None:
+                raise VideoError(
+                    f"{source.name}: frame {index} has no presentation time, and the file no rate"
+                )
+            length = Fraction(0)
+        time = follows if stamp is None or zero is None else stamp - zero
+        if before is not None and time < before.time:
+            time = follows
+        if stamp is not None:
+            zero = stamp - time
+        before = Shown(time, length, frame)
+        yield before
+
+
+def _deinterlaced(source: Source, clip: Iterator[Shown]) -> Iterator[Shown]:
+    """The same frames at the same times, from the first interlaced one on through FFmpeg's bwdif,
+    which looks at the frames before and after; progressive ones pass it untouched."""
+    graph: Any = None
+    waiting: deque[Shown] = deque()
+    shape: tuple[int, int, str] | None = None
+
+    def push(frame: Any) -> Iterator[Shown]:
+        graph.push(frame)
+        while waiting:
+            try:
+                whole = graph.pull()
+            except (av.BlockingIOError, av.EOFError):
+                return
+            shown = waiting.popleft()
+            yield shown._replace(frame=whole, deinterlaced=shown.frame.interlaced_frame)
+
+    for shown in clip:
+        frame = shown.frame
+        now = frame.width, frame.height, frame.format.name
+        if graph is not None and now != shape:
+            yield from push(None)
+            graph = None
+        if graph is None and frame.interlaced_frame:
+            graph, shape = _bwdif(source, frame), now
+        if graph is None:
+            yield shown
+        else:
+            waiting.append(shown)
+            yield from push(frame)
+    if graph is not None:
+        yield from push(None)
+
+
+def _bwdif(source: Source, frame: Any) -> Any:
+    """One frame out for each one in."""
+    if frame.width < 3 or frame.height < 4:
+        raise VideoError(
+            f"{source.name}: is interlaced, and {frame.width}x{frame.height} is too small to "
+            "deinterlace"
+        )
+    graph = av.filter.Graph()
+    nodes = [
+        graph.add_buffer(
+            width=frame.width,
+            height=frame.height,
+            format=frame.format,
+            time_base=frame.time_base or Fraction(1, 1000),
+        ),
+        graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced"),
+        graph.add("buffersink"),
+    ]
+    graph.link_nodes(*nodes).configure()
+    return graph

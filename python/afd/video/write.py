@@ -1,0 +1,202 @@
+"""Video files out: h264 mp4, whose bytes depend on the pixels and the settings alone."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from torch import Tensor
+
+from afd.video.levels import to_uint8
+from afd.video.read import read_clip
+from afd.video.source import frame_rate
+from afd_kernels.contracts import require
+
+# x264's B-frame decision reads memory that nobody wrote: without them the bytes are the same in
+# every process, wherever the frames lie.
+DETERMINISTIC = {"bf": "0"}
+# Numbers of ISO/IEC 23091-2, which FFmpeg's enumerations are.
+_BT601, _LIMITED = 6, 1
+
+
+def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 18) -> None:
+    """Encode float [F, 3, H, W] in [-1, 1] (H and W even) as h264 yuv420p mp4.
+
+    The file appears under its name only when it is whole. The same input gives the same bytes.
+    """
+    path = Path(path)
+    _check_encodable(video_FCHW)
+    partial = path.with_name(path.name + ".partial")
+    _encode(str(partial), video_FCHW, fps, crf)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def through_codec(video_BFCHW: Tensor, *, fps: float | None = None, crf: int = 18) -> Tensor:
+    """What is read back of each video once `write_video` has written it: [B, F, 3, H, W] again.
+
+    No file is written. float32 on the video's device; a gradient passes through as if nothing had
+    happened. fps None: 16, for the encoder takes quantisers from it.
+    """
+    require(
+        video_BFCHW.ndim == 5, "video_BFCHW", video_BFCHW, "[B, F, 3, even H, even W] in [-1, 1]"
+    )
+    rate = 16.0 if fps is None else fps
+
+    def one(video_FCHW: Tensor) -> Tensor:
+        _check_encodable(video_FCHW)
+        frames, _, height, width = video_FCHW.shape
+        held = BytesIO()
+        _encode(held, video_FCHW, rate, crf)
+        held.seek(0)
+        return read_clip(held, frames=frames, height=height, width=width).video_FCHW
+
+    # The encoder has one thread a video, so that its bytes are the same everywhere.
+    workers = max(1, min(len(video_BFCHW), os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers) as pool:
+        seen = list(pool.map(one, video_BFCHW.detach().cpu().unbind()))
+    seen_BFCHW = torch.stack(seen).to(video_BFCHW.device)
+    if video_BFCHW.requires_grad:
+        return seen_BFCHW + (video_BFCHW - video_BFCHW.detach()).float()
+    return seen_BFCHW
+
+
+def _check_encodable(video_FCHW: Tensor) -> None:
+    shape = tuple(video_FCHW.shape)
+    if len(shape) != 4 or shape[0] < 1 or shape[1] != 3 or shape[2] % 2 or shape[3] % 2:
+        raise ValueError(f"video_FCHW: got shape {shape}, needs [F >= 1, 3, even H, even W]")
+
+
+def _encode(target: Any, video_FCHW: Tensor, fps: float, crf: int) -> None:
+    """An h264 yuv420p mp4 to a path or a binary file."""
+    with av.open(target, "w", format="mp4") as container:
+        height, width = video_FCHW.shape[2:]
+        # More threads would make the bytes depend on the machine.
+        stream = _add_stream(container, height, width, frame_rate(fps), crf, 1, DETERMINISTIC)
+        for picture_CHW in video_FCHW:
+            container.mux(stream.encode(_yuv(to_uint8(picture_CHW))))
+        container.mux(stream.encode(None))
+
+
+def _add_stream(
+    container: Any,
+    height: int,
+    width: int,
+    rate: Fraction,
+    crf: int,
+    threads: int,
+    options: dict[str, str],
+) -> Any:
+    stream: Any = container.add_stream("libx264", rate=rate)
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    stream.options = {"crf": str(crf), **options}
+    stream.codec_context.thread_count = threads
+    # Players take a large clip without tags for BT.709.
+    stream.codec_context.colorspace, stream.codec_context.color_range = _BT601, _LIMITED
+    return stream
+
+
+def _yuv(picture_HWC: Tensor) -> Any:
+    """A uint8 [H, W, 3] picture as the encoder's frame."""
+    frame = av.VideoFrame.from_ndarray(picture_HWC.numpy(), format="rgb24")
+    return frame.reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG
+    )
+
+
+class VideoWriter:
+    """An mp4 that is written while its frames are still being made.
+
+    Frames go to <path>.partial, which any player can show at any time; `close` makes it an ordinary
+    mp4 under its own name. As a context manager an error leaves no file.
+    """
+
+    def __init__(
+        self, path: Path | str, *, fps: float, crf: int = 18, comment: str | None = None
+    ) -> None:
+        """`comment` is kept in the file; `read_comment` reads it."""
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._rate, self._crf, self._comment = frame_rate(fps), crf, comment
+        # Each frame is a fragment that is on disk when the frame is encoded.
+        options = {
+            "movflags": "frag_every_frame+empty_moov+default_base_moof",
+            "flush_packets": "1",
+        }
+        self._container: Any = av.open(str(self.partial), "w", format="mp4", options=options)
+        self._stream: Any = None
+        self.frames = 0
+
+    def append(self, video_FHWC: Tensor) -> None:
+        """Encode uint8 [F, H, W, 3] (H and W even, the same in every call) as h264 yuv420p."""
+        shape = tuple(video_FHWC.shape)
+        even = len(shape) == 4 and shape[3] == 3 and shape[1] % 2 == shape[2] % 2 == 0
+        require(
+            even and video_FHWC.dtype == torch.uint8,
+            "video_FHWC",
+            video_FHWC,
+            "uint8 [F, even H, even W, 3]",
+        )
+        if self._stream is None:
+            # No frame waits for later ones. A fixed count of threads gives the same bytes anywhere.
+            live = {"tune": "zerolatency"}
+            self._stream = _add_stream(
+                self._container, shape[1], shape[2], self._rate, self._crf, 4, live
+            )
+        for picture_HWC in video_FHWC:
+            self._container.mux(self._stream.encode(_yuv(picture_HWC)))
+        self.frames += shape[0]
+
+    def close(self) -> None:
+        """Finish the file; it appears under its name whole, or nothing is left."""
+        try:
+            self._finish()
+        except BaseException:  # a full disk, for instance
+            self.abort()
+            raise
+
+    def _finish(self) -> None:
+        require(self.frames > 0, "frames", self.frames, "at least one frame before close")
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        whole = self.path.with_name(self.path.name + ".whole")
+        with (
+            av.open(str(self.partial), format="mp4") as source,
+            av.open(str(whole), "w", format="mp4", options={"movflags": "faststart"}) as target,
+        ):
+            if self._comment is not None:
+                target.metadata["comment"] = self._comment
+            copied: Any = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = copied
+                    target.mux(packet)
+        with whole.open("rb") as file:
+            os.fsync(file.fileno())
+        whole.replace(self.path)
+        self.partial.unlink()
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        try:
+            self._container.close()
+        finally:
+            for suffix in (".partial", ".whole"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
