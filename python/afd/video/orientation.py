@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+# Formats whose size and orientation Pillow reads.
+STILLS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 # The EXIF tag, and what its values 1 to 8 mean.
 _EXIF_TAG = 0x0112
 
@@ -48,7 +50,13 @@ def frame_orientation(frame: Any) -> Orientation | None:
     The matrix [[a, b, u], [c, d, v], [x, y, w]] shows the stored point (p, q) at
     (a p + c q + x, b p + d q + y).
     """
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # Beside side data that this PyAV has no name for (EXIF in a video's pictures), it gives
+        # the angle alone.
+        turns = round(frame.rotation / 90) % 4
+        return (UPRIGHT, _EXIF[8], _EXIF[3], _EXIF[6])[turns]
     if data is None:
         return UPRIGHT
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])
@@ -63,11 +71,24 @@ def frame_orientation(frame: Any) -> Orientation | None:
     return None
 
 
-def exif_orientation(path: Path) -> Orientation:
-    """What a picture file's EXIF asks for; upright where it holds none that can be read."""
+def read_still(path: Path) -> tuple[tuple[int, int], Orientation] | None:
+    """Width and height of a picture file and what its EXIF asks for, from its header alone.
+
+    None for a file that Pillow does not know; DecompressionBombError where it is absurdly large.
+    """
     try:
-        with Image.open(path) as picture:
-            value = picture.getexif().get(_EXIF_TAG, 1)
-    except Exception:  # whatever Pillow finds wrong, the pixels may still be read
-        return UPRIGHT
-    return _EXIF.get(value, UPRIGHT) if isinstance(value, int) else UPRIGHT
+        with Image.open(path, formats=STILLS) as still:
+            size = still.size
+            value = None if still.format in ("GIF", "BMP") else _exif_value(still)
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # whatever Pillow finds wrong, FFmpeg may still read the pixels
+        return None
+    return size, _EXIF.get(value, UPRIGHT) if isinstance(value, int) else UPRIGHT
+
+
+def _exif_value(still: Any) -> Any:
+    # Of a PNG, Pillow would otherwise decode the pixels to look for it behind them.
+    if still.format == "PNG" and "exif" not in still.info:
+        return None
+    return still.getexif().get(_EXIF_TAG)

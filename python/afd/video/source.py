@@ -12,8 +12,9 @@ from typing import Any
 
 import av
 from av.stream import Disposition
+from PIL import Image
 
-from afd.video.orientation import Orientation, exif_orientation
+from afd.video.orientation import Orientation, read_still
 
 # Containers that hold their pictures themselves. FFmpeg also opens lists (m3u8, ffconcat), which
 # would take a manifest's path out of its folder.
@@ -63,11 +64,14 @@ class Source:
         # Absolute, as a name such as "concat:a.mp4" would be a protocol.
         file: Any = str(self.file.absolute()) if isinstance(self.file, Path) else self.file
         # Opening decodes a little already, so the limit is set before.
-        options = {"format_whitelist": CONTAINERS, "max_pixels": str(self.limits.pixels)}
+        options = {"format_whitelist": CONTAINERS, "max_pixels": self._most_pixels}
         try:
+            still = self._still()
             self.container = av.open(file, options=options, metadata_errors="replace")
             self.stream = self._choose()
             self._prepare()
+            if still is not None and self.container.format.name.endswith("_pipe"):
+                self.orientation = still
         except BaseException as error:
             self._close()
             if isinstance(error, av.ArgumentError):
@@ -106,12 +110,32 @@ class Source:
         if context is None:
             raise VideoError(f"{self.name}: its codec is unknown to this FFmpeg")
         self.check_size(context.width, context.height)
-        context.options = {"max_pixels": str(self.limits.pixels)}
+        context.options = {"max_pixels": self._most_pixels}
         # Starting threads costs more than decoding a small picture.
         if context.width * context.height >= 256 * 256:
             self.stream.thread_type = "AUTO"
-        if isinstance(self.file, Path) and self.container.format.name.endswith("_pipe"):
-            self.orientation = exif_orientation(self.file)
+
+    @property
+    def _most_pixels(self) -> str:
+        """The decoder's own bound: it counts whole blocks, `check_size` what is shown."""
+        return str(2 * self.limits.pixels + 2**16)
+
+    def _still(self) -> Orientation | None:
+        """Of a picture file, how it is to be shown; its size is checked before FFmpeg sees it."""
+        if not isinstance(self.file, Path):
+            return None
+        try:
+            still = read_still(self.file)
+        except Image.DecompressionBombError as error:
+            raise VideoError(
+                f"{self.name}: is larger than the {self.limits.pixels} pixels of video.max_pixels "
+                f"({_words(error)})"
+            ) from None
+        if still is None:
+            return None
+        size, orientation = still
+        self.check_size(*size)
+        return orientation
 
     @property
     def aspect(self) -> float:
@@ -150,22 +174,26 @@ class Source:
         What a stream that was cut without re-encoding holds before its first whole picture is
         passed over, as players do; damage after it is an error.
         """
-        count, end = 0, None
-        for packet in self.container.demux(self.stream):
-            if packet.size:
-                for frame in self._decoded(packet, count):
-                    count += 1
-                    self.check_count(count)
-                    self.check_size(frame.width, frame.height)
-                    yield frame
-            else:
-                # It would tell the decoder that the stream ends here; some files hold such ones.
-                end = packet
-        for frame in self._decoded(end, count):
-            count += 1
-            yield frame
+        count = 0
+        for packet in self._packets():
+            for frame in self._decoded(packet, count):
+                count += 1
+                self.check_count(count)
+                self.check_size(frame.width, frame.height)
+                yield frame
         if count == 0:
             raise VideoError(f"{self.name}: has a video stream without a single frame")
+
+    def _packets(self) -> Iterator[Any]:
+        """The stream's packets and, last, the empty one that flushes the decoder. Some files hold
+        empty ones in between."""
+        end = None
+        for packet in self.container.demux(self.stream):
+            if packet.size:
+                yield packet
+            else:
+                end = packet
+        yield end
 
     def _decoded(self, packet: Any, count: int) -> list[Any]:
         """The decoder's next whole frames; `count` came before."""
@@ -175,6 +203,11 @@ class Source:
             if count == 0:
                 return []
             raise VideoError(f"{self.name}: is damaged after frame {count - 1}") from None
+        except av.ArgumentError as error:
+            raise VideoError(
+                f"{self.name}: cannot be decoded ({_words(error)}); it is damaged, or its frames "
+                f"have far more than the {self.limits.pixels} pixels of video.max_pixels"
+            ) from None
         whole: list[Any] = []
         for frame in frames:
             if not frame.is_corrupt:

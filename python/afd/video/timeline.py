@@ -124,12 +124,14 @@ def chosen(
 def _timed(source: Source) -> Iterator[Shown]:
     """Decoded frames on the clip's clock."""
     nominal = source.frame_length
+    stamps = _Stamps(source.container.format.name == "avi")
     before: Shown | None = None
     # Container time of the clip's zero; None until a frame has a time.
     zero: Fraction | None = None
     for index, frame in enumerate(source.frames()):
         base = Fraction(frame.time_base or source.stream.time_base or 0)
-        stamp = None if frame.pts is None else frame.pts * base
+        ticks = stamps.best(frame.pts, frame.dts)
+        stamp = None if ticks is None else ticks * base
         length = (frame.duration or 0) * base or nominal
         follows = Fraction(0) if before is None else before.time + before.length
         if length is None:
@@ -145,6 +147,31 @@ def _timed(source: Source) -> Iterator[Shown]:
             zero = stamp - time
         before = Shown(time, length, frame)
         yield before
+
+
+class _Stamps:
+    """Which of a frame's two times is right: FFmpeg's own rule, by which of them fails to rise.
+
+    `decode_only`: of containers such as AVI, where a reordered frame's presentation time is
+    another's.
+    """
+
+    def __init__(self, decode_only: bool) -> None:
+        self._faulty_pts, self._faulty_dts = int(decode_only), 0
+        self._last_pts: int | None = None
+        self._last_dts: int | None = None
+
+    def best(self, pts: int | None, dts: int | None) -> int | None:
+        """The time to use of the next frame's two."""
+        if dts is not None and self._last_dts is not None:
+            self._faulty_dts += dts <= self._last_dts
+        if pts is not None and self._last_pts is not None:
+            self._faulty_pts += pts <= self._last_pts
+        self._last_dts = pts if dts is None else dts
+        self._last_pts = dts if pts is None else pts
+        if pts is not None and (dts is None or self._faulty_pts <= self._faulty_dts):
+            return pts
+        return dts
 
 
 def _deinterlaced(source: Source, clip: Iterator[Shown]) -> Iterator[Shown]:
