@@ -7,6 +7,7 @@ FFmpeg, and so most of what writes clips without tags, does at every size.
 
 from __future__ import annotations
 
+import threading
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,8 @@ _BT601, _BT2020 = 6, 9
 _MATRICES = {1, 4, 5, 6, 7, 9}  # BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020
 _LIMITED, _FULL = 1, 2
 _HDR = {16: "PQ", 18: "HLG"}
+# Each thread's last filter for HDR frames, and for which frames it was made.
+_mapper = threading.local()
 
 
 class Picture(NamedTuple):
@@ -90,6 +93,16 @@ def _tone_mapped(frame: Any) -> np.ndarray:
     """PQ or HLG to BT.709 by FFmpeg's scale filter: reference white (203 cd/m2) becomes white."""
     if frame.color_primaries in _UNTAGGED:
         frame.color_primaries = _BT2020
+    key = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+    key += (frame.color_primaries, frame.color_trc)
+    # Its table of colours takes a second or more to make, then a frame costs nothing much.
+    if getattr(_mapper, "key", None) != key:
+        _mapper.key, _mapper.graph = key, _hdr_graph(frame)
+    _mapper.graph.push(frame)
+    return _mapper.graph.pull().to_ndarray()
+
+
+def _hdr_graph(frame: Any) -> Any:
     graph = av.filter.Graph()
     nodes = [
         graph.add_buffer(
@@ -103,8 +116,7 @@ def _tone_mapped(frame: Any) -> np.ndarray:
         graph.add("buffersink"),
     ]
     graph.link_nodes(*nodes).configure()
-    graph.push(frame)
-    return graph.pull().to_ndarray()
+    return graph
 
 
 def displayed_size(source: Source, frame: Any) -> tuple[int, int]:
