@@ -48,6 +48,7 @@ bench: setup ## the benchmarks of this device; tables, JSON and plots in benchma
 	$(BIN)/python -m benchmarks.row_ops
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.videos
+	$(BIN)/python -m benchmarks.clips
 	$(BIN)/python -m benchmarks.train_step
 
 gpu-check: ## build, test and measure on a GPU box with what it has; needs no network

@@ -93,8 +93,9 @@ def _tone_mapped(frame: Any) -> np.ndarray:
     """PQ or HLG to BT.709 by FFmpeg's scale filter: reference white (203 cd/m2) becomes white."""
     if frame.color_primaries in _UNTAGGED:
         frame.color_primaries = _BT2020
-    key = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
-    key += (frame.color_primaries, frame.color_trc)
+    shape = frame.width, frame.height, frame.format.name
+    tags = frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc
+    key = shape, tags
     # Its table of colours takes a second or more to make, then a frame costs nothing much.
     if getattr(_mapper, "key", None) != key:
         _mapper.key, _mapper.graph = key, _hdr_graph(frame)
