@@ -238,7 +238,9 @@ class Videos:
     def clip(self, request: Request) -> Tensor:
         """The whole clip, float32 [F, 3, H, W] in [-1, 1], whatever a method sees of it."""
         path = self._path(request)
-        frames, content = self._with_content(path, lambda path: to_uint8(self._read(path).video_FCHW))
+        frames, content = self._with_content(
+            path, lambda path: to_uint8(self._read(path).video_FCHW)
+        )
         self._contents.look(request, path, content)
         return from_uint8(frames)
 
