@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 
+from afd.config import make_config
+from afd.training.boards import Boards
+from afd.training.logging import log_to
 from tests.afd.commands import (
     UPDATES,
     assert_same_run,
@@ -21,6 +29,8 @@ from tests.afd.commands import (
     wait_for,
 )
 from tests.afd.test_resume import numbers
+
+_log = logging.getLogger("afd")
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +186,46 @@ def test_a_teachers_folder_that_goes_away_is_named(
     (tmp_path / "away").rename(clips)
     assert ended(begin(["train", str(config), f"out={out}", f"teacher.path={clips}"])) == 0
     assert_same_run(out, straight)
+
+
+def test_a_log_and_boards_that_cannot_be_written_are_missed_once(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config({"out": str(small_disk / "run"), "logging": {"tensorboard": True}})
+    config.run_dir.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), np.uint8)
+    boards = Boards(config, 0)
+    screen = io.StringIO()
+    with log_to(config.run_dir / "train.log", Console(file=screen, width=500)):
+        fill(small_disk)
+        for step in range(3):
+            _log.info("update %d %s", step, "x" * 9000)
+            boards.video(step, "video", tmp_path, noise, 8)
+            boards.scalars(step, {"key": 1.0})
+            # It writes beside us; a flush waits for it.
+            with boards._or_without():
+                if boards._tensorboard is not None:
+                    boards._tensorboard.flush()
+        boards.close()
+    said = screen.getvalue()
+    assert said.count("train.log: cannot be written, goes on without (No space left") == 1
+    assert said.count("tensorboard: cannot be written, goes on without") == 1
+    assert "update 2" in said
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_sampling_that_is_ended_or_has_no_room_leaves_no_half_video(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    said, out = tmp_path / "said", small_disk / "videos"
+    words = ["sample", "--config", "configs/sample_toy.yaml", f"out={out}", "device=cpu"]
+    filler = fill(small_disk)
+    assert ended(begin(words, out=said)) == 3
+    assert "No space left on device; free some space there" in sentence(said)
+    filler.unlink()
+    process = begin([*words, "batch=1"], out=said)
+    wait_for(lambda: out.is_dir() and any(out.iterdir()), process)
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGHUP)
+    assert ended(process) in (130, 0)
+    assert all(path.suffix == ".mp4" for path in out.glob("*"))

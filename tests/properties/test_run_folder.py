@@ -77,6 +77,8 @@ def swap(path: Path, at: float) -> None:
 def stray(path: Path, at: float) -> None:
     names = (".DS_Store", f"._{path.name}", "Thumbs.db", f"{path.name}~", f"{path.name}.partial")
     place = path.parent / names[int(at * len(names)) % len(names)]
+    if place.exists():
+        return
     place.mkdir() if at > 0.8 else place.write_bytes(b"\0strange")
 
 
