@@ -114,7 +114,7 @@ def test_a_damaged_run_folder_gives_the_same_bits_or_a_sentence(
         damage(path, at)
     ended = resumed(out)
     if isinstance(ended, Exception):
-        assert any(name in str(ended) for name in os.listdir(out)), ended
+        assert str(out) in str(ended), ended
     elif "config.yaml" not in hurt:  # which may ask for more updates, and the log says so
         ours, theirs = final_state(out), final_state(straight)
         for key in ("step", "method_state", "random", "sampler"):
