@@ -178,7 +178,7 @@ def test_killed_at_any_event_nothing_is_paid_twice_and_no_video_is_lost(
     """Each event has a prompt and a folder of its own, so the service tells their books apart."""
     service = Service(video_bytes())
     with service.running():
-        config = paid_config(wire, service, tmp_path, deadline_s=0.6)
+        config = paid_config(wire, service, tmp_path, deadline_s=2.0)
         file = tmp_path / f"{wire}.yaml"
         file.write_text(to_yaml(config), encoding="utf-8")
         key = {"ark": "ARK_API_KEY", "openai": "OPENAI_API_KEY", "fal": "FAL_KEY"}[wire]

@@ -84,12 +84,12 @@ _STOPPED = (
     r"(reject|block|refus|flag|filter|declin|denied|trigger|violat|against|fail|not pass|held)"
 )
 SENTENCES = (
-    rf"content management policy|{_STOPPED}\w*[^.;]{{0,80}}{_POLICY}"
+    rf"content management policy|{_STOPPED}\w{{0,9}}[^.;]{{0,80}}{_POLICY}"
     rf"|{_POLICY}[^.;]{{0,40}}{_STOPPED}"
-    rf"|(contain|includ|related to|flagged|detected|consider|deem|identif|generat)\w*[^.;]{{0,60}}"
+    rf"|(contain|includ|related to|flagged|detected|consider|deem|identif|generat)\w{{0,9}}[^.;]{{0,60}}"
     rf"{_CONTENT}|{_CONTENT}[ \w-]{{0,30}}(content|words?|information|material)?"
     rf"[ \w-]{{0,20}}(detected|flagged|blocked|found|not allowed)"
-    rf"|{_STOPPED}\w*[^.;]{{0,80}}(moderation|safety (system|filter|check|reason|polic|setting|"
+    rf"|{_STOPPED}\w{{0,9}}[^.;]{{0,80}}(moderation|safety (system|filter|check|reason|polic|setting|"
     r"guideline|concern)|content (checker|filter|safety|review|moderation|security)|risk control"
     r"|copyright|sensitive)"
     rf"|(moderation|safety (system|filter|check\w*)|content (filter|review|security)|risk control)"
@@ -127,7 +127,7 @@ _IN_WORDS = (
 _WRAPPERS = "data response result output body"
 _NAMES_OF_CODES, _NAMES_OF_WORDS = set(_IN_CODES.split()), set(_IN_WORDS.split())
 _FLAGS = {"nsfw", "flagged", "has_nsfw_concepts", "moderated", "is_nsfw", "content_filtered"}
-_MOST = 64  # words that are looked at
+_MOST = 32  # words that are looked at
 
 
 @dataclass(frozen=True)
