@@ -91,6 +91,9 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
         return _why_missing
     if device == "cuda" and not has_cuda():
         return "the compiled core was built without nvcc, so it has no CUDA code"
+    if device == "cuda" and (why := core().cuda_unusable()) is not None:
+        archs = ", ".join(f"sm_{arch}" for arch in cuda_archs())
+        return f"the compiled core's CUDA code (for {archs}) cannot run on this device: {why}"
     if device not in ("cpu", "cuda"):
         return f"device {device} is neither cpu nor cuda"
     for dtype in dtypes - set(_TYPES):

@@ -244,6 +244,8 @@ PYBIND11_MODULE(_native, m) {
 
 #ifdef AFD_WITH_CUDA
   m.attr("cuda_archs") = AFD_CUDA_ARCHS;
+  m.def("cuda_unusable", afd::cuda::unusable,
+        "Why the current CUDA device cannot run the kernels, or None.");
   m.def("forward_noise_cuda", [](const afd::NoiseProblem& p, Pointer stream) {
     afd::cuda::launch_forward_noise(p, reinterpret_cast<void*>(stream));
   });

@@ -6,8 +6,8 @@ namespace afd::cuda {
 namespace {
 
 template <class X, bool kBackward>
-__global__ void __launch_bounds__(kThreads) _forward_noise_kernel(NoiseProblem p) {
-  const Place at = place(p.rows, blockIdx.x, blockIdx.y);
+__global__ void __launch_bounds__(kThreads) _forward_noise_kernel(NoiseProblem p, int64_t first) {
+  const Place at = place(p.rows, blockIdx.x, first + blockIdx.y);
   __shared__ float coefficients[2];
   if (threadIdx.x == 0) {
     const ScheduleAt s = schedule_of_frame(p.rows, p.schedule, p.t, at.sample, at.frame);
@@ -15,10 +15,11 @@ __global__ void __launch_bounds__(kThreads) _forward_noise_kernel(NoiseProblem p
     coefficients[1] = static_cast<float>(s.sigma);
   }
   __syncthreads();
-  const float alpha = coefficients[0], sigma = coefficients[1];
   const PhiloxKey key = philox_key(p.seed == nullptr ? 0 : p.seed[at.sample]);
   for_each_pack(at, [&](int64_t position, int count) {
     const int64_t offset = element_offset(p.rows, at.sample, position);
+    // Read for each pack: in registers they would be two too many.
+    const float alpha = coefficients[0], sigma = coefficients[1];
     float x[kPack], noise[kPack];
     load_pack(static_cast<const X*>(p.x0) + offset, count, x);
     if constexpr (kBackward) {
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int here = left < kPack ? static_cast<int>(left) : kPack;
   float x[kPack];
-  load_pack(in + position, here, x);
+  load_pack<Source::kInPlace>(in + position, here, x);
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     x[i] = x[i] * scale;
@@ -63,18 +64,24 @@ __global__ void __launch_bounds__(kThreads)
   store_pack(out + position, here, x);
 }
 
-template <bool kBackward>
+template <class X, bool kBackward>
 void launch(const NoiseProblem& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.rows.outer * p.rows.frames * blocks_per_row(p.rows)),
-                  static_cast<unsigned>(p.rows.batch));
-  if (p.x0_type == DType::kFloat32) {
-    _forward_noise_kernel<float, kBackward><<<grid, kThreads, 0, stream>>>(p);
-  } else if (p.x0_type == DType::kBFloat16) {
-    _forward_noise_kernel<bf16, kBackward><<<grid, kThreads, 0, stream>>>(p);
-  } else {
-    _forward_noise_kernel<f16, kBackward><<<grid, kThreads, 0, stream>>>(p);
-  }
+  for_each_grid(p.rows, [&](dim3 grid, int64_t first) {
+    _forward_noise_kernel<X, kBackward><<<grid, kThreads, 0, stream>>>(p, first);
+  });
   check_launch();
+}
+
+template <bool kBackward>
+void launch(const NoiseProblem& p, void* stream) {
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (p.x0_type == DType::kFloat32) {
+    launch<float, kBackward>(p, s);
+  } else if (p.x0_type == DType::kBFloat16) {
+    launch<bf16, kBackward>(p, s);
+  } else {
+    launch<f16, kBackward>(p, s);
+  }
 }
 
 template <class X>
@@ -88,13 +95,16 @@ void scale(const void* in, void* out, int64_t count, const float* factor, cudaSt
 
 }  // namespace
 
-void launch_forward_noise(const NoiseProblem& p, void* stream) {
-  launch<false>(p, static_cast<cudaStream_t>(stream));
+const char* unusable() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, _scale_kernel<float>);
+  cudaGetLastError();  // or the next launch would find it
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-void launch_forward_noise_bwd(const NoiseProblem& p, void* stream) {
-  launch<true>(p, static_cast<cudaStream_t>(stream));
-}
+void launch_forward_noise(const NoiseProblem& p, void* stream) { launch<false>(p, stream); }
+
+void launch_forward_noise_bwd(const NoiseProblem& p, void* stream) { launch<true>(p, stream); }
 
 void launch_scale(DType type, const void* in, void* out, int64_t count, const float* factor,
                   void* stream) {

@@ -6,6 +6,10 @@
 
 namespace afd::cuda {
 
+// Why the current device cannot run these kernels (a driver too old, an architecture they were not
+// compiled for), or null.
+const char* unusable();
+
 void launch_forward_noise(const NoiseProblem& p, void* stream);
 // x_t = alpha x0, the gradient of forward_noise with respect to x0 (p.x0 holds the incoming one).
 void launch_forward_noise_bwd(const NoiseProblem& p, void* stream);

@@ -67,14 +67,15 @@ __device__ __forceinline__ void write_loss(const NftProblem& p, const Workspace&
 }
 
 template <class P, bool kSums, bool kGrad>
-__global__ void __launch_bounds__(kThreads) _nft_loss_fwd_kernel(NftProblem p, void* memory) {
+__global__ void __launch_bounds__(kThreads)
+    _nft_loss_fwd_kernel(NftProblem p, void* memory, int64_t first) {
   const Workspace w(p, memory);
   // The gradient pass runs backwards: what the sums read last is still in the second-level cache.
   const bool reversed = kGrad && !kSums;
   const int64_t block = reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int64_t sample = reversed ? gridDim.y - 1 - blockIdx.y : blockIdx.y;
+  const int64_t sample = first + (reversed ? gridDim.y - 1 - blockIdx.y : blockIdx.y);
   const Place at = place(p.rows, block, sample);
-  if (reversed && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+  if (reversed && blockIdx.x == 0 && blockIdx.y == 0 && first == 0 && threadIdx.x == 0) {
     write_loss(p, w);
   }
   __shared__ NftCoefficients c;
@@ -91,7 +92,6 @@ __global__ void __launch_bounds__(kThreads) _nft_loss_fwd_kernel(NftProblem p, v
     }
   }
   __syncthreads();
-  const bool counts = frame_counts(p, sample, at.frame);
   const float beta = static_cast<float>(p.nft_beta);
   const PhiloxKey key = philox_key(p.seed == nullptr ? 0 : p.seed[sample]);
   const P* v_theta = static_cast<const P*>(p.v_theta);
@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kThreads) _nft_loss_fwd_kernel(NftProblem p, v
   for_each_pack(at, [&](int64_t position, int count) {
     const int64_t offset = element_offset(p.rows, sample, position);
     float g[kPack] = {};
-    if (counts) {
+    // Asked for each pack: a register that lives through the loop would be one too many.
+    if (frame_counts(p, sample, at.frame)) {
       float theta[kPack], old[kPack], ref[kPack], x0[kPack], noise[kPack];
       load_pack(v_theta + offset, count, theta);
       load_pack(v_old + offset, count, old);
@@ -130,7 +131,9 @@ __global__ void __launch_bounds__(kThreads) _nft_loss_fwd_kernel(NftProblem p, v
     }
   });
   if (kSums) {
-    reduce_block(sum, w.partial + (sample * gridDim.x + block) * kNftSums);
+    // Made anew: what lives through the loop costs registers.
+    const int64_t here = (first + blockIdx.y) * gridDim.x + blockIdx.x;
+    reduce_block(sum, w.partial + here * kNftSums);
   }
 }
 
@@ -172,19 +175,22 @@ __global__ void _nft_loss_mean_kernel(NftProblem p, void* memory) {
 
 template <class P>
 void launch(const NftProblem& p, void* memory, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.rows.outer * p.rows.frames * blocks_per_row(p.rows)),
-                  static_cast<unsigned>(p.rows.batch));
   const bool one_pass = p.velocity_weighting && p.grad != nullptr;
-  if (one_pass) {
-    _nft_loss_fwd_kernel<P, true, true><<<grid, kThreads, 0, stream>>>(p, memory);
-  } else {
-    _nft_loss_fwd_kernel<P, true, false><<<grid, kThreads, 0, stream>>>(p, memory);
-  }
-  _nft_loss_finalize_kernel<<<grid.y, kThreads, 0, stream>>>(p, memory);
+  for_each_grid(p.rows, [&](dim3 grid, int64_t first) {
+    if (one_pass) {
+      _nft_loss_fwd_kernel<P, true, true><<<grid, kThreads, 0, stream>>>(p, memory, first);
+    } else {
+      _nft_loss_fwd_kernel<P, true, false><<<grid, kThreads, 0, stream>>>(p, memory, first);
+    }
+  });
+  const unsigned samples = static_cast<unsigned>(p.rows.batch);
+  _nft_loss_finalize_kernel<<<samples, kThreads, 0, stream>>>(p, memory);
   if (one_pass || p.grad == nullptr) {
     _nft_loss_mean_kernel<<<1, 1, 0, stream>>>(p, memory);
   } else {
-    _nft_loss_fwd_kernel<P, false, true><<<grid, kThreads, 0, stream>>>(p, memory);
+    for_each_grid(p.rows, [&](dim3 grid, int64_t first) {
+      _nft_loss_fwd_kernel<P, false, true><<<grid, kThreads, 0, stream>>>(p, memory, first);
+    });
   }
   check_launch();
 }

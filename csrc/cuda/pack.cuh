@@ -44,14 +44,19 @@ __device__ __forceinline__ bool aligned(const void* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
 
+// Where a pack is read from: memory that nobody writes meanwhile, or the memory it goes back to,
+// which the read-only cache must not hold.
+enum class Source { kReadOnly, kInPlace };
+
 // Elements p[0..count) of a pack, zeros beyond.
-template <class T>
+template <Source kSource = Source::kReadOnly, class T>
 __device__ __forceinline__ void load_pack(const T* p, int count, float (&x)[kPack]) {
   constexpr int kWidth = 16 / sizeof(T);
   if (count == kPack && aligned(p)) {
 #pragma unroll
     for (int v = 0; v < kPack / kWidth; ++v) {
-      const int4 raw = __ldg(reinterpret_cast<const int4*>(p) + v);
+      const int4* at = reinterpret_cast<const int4*>(p) + v;
+      const int4 raw = kSource == Source::kReadOnly ? __ldg(at) : __ldca(at);
       Vector<T> vector;
       memcpy(&vector, &raw, sizeof raw);
 #pragma unroll
@@ -93,7 +98,8 @@ __device__ __forceinline__ void store_pack(T* p, int count, const float (&x)[kPa
       }
       int4 raw;
       memcpy(&raw, &vector, sizeof raw);
-      reinterpret_cast<int4*>(p)[v] = raw;
+      // A plain assignment is taken apart again, into stores of what made up the vector.
+      __stwb(reinterpret_cast<int4*>(p) + v, raw);
     }
     return;
   }
@@ -147,6 +153,23 @@ struct Place {
 
 AFD_HD int64_t blocks_per_row(const Rows& rows) {
   return (rows.inner + kBlockElements - 1) / kBlockElements;
+}
+
+// CUDA's limit on the second dimension of a grid, where the samples are.
+constexpr int64_t kSamplesAtOnce = 65535;
+
+// Calls launch(grid, first) for the samples from `first` on, as often as it takes to reach all.
+template <class Launch>
+void for_each_grid(const Rows& rows, Launch launch) {
+  const int64_t blocks = rows.outer * rows.frames * blocks_per_row(rows);
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error("x0: got more rows than a CUDA grid has blocks");
+  }
+  for (int64_t first = 0; first < rows.batch; first += kSamplesAtOnce) {
+    const int64_t left = rows.batch - first;
+    const int64_t samples = left < kSamplesAtOnce ? left : kSamplesAtOnce;
+    launch(dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(samples)), first);
+  }
 }
 
 __device__ __forceinline__ Place place(const Rows& rows, int64_t block, int64_t sample) {

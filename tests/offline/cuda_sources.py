@@ -15,6 +15,18 @@ from tests.offline.budget import Result
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ("sm_80", "sm_90", "sm_100")
+PACK = 8  # csrc/cuda/pack.cuh: elements that a thread takes at once
+# What a kernel streams, by its short name: packs that it loads and stores in the type it is
+# compiled for, and packs that it loads in one of three types chosen at run time.
+STREAMS = {
+    r"_forward_noise_kernel<(\w+?E?)Lb1EE>": (1, 1, 0),
+    r"_forward_noise_kernel<(\w+?E?)Lb0EE>": (1, 1, 1),
+    r"_scale_kernel<(\w+?)E>": (1, 1, 0),
+    r"_nft_loss_fwd_kernel<(\w+?E?)Lb[01]ELb1EE>": (3, 1, 2),
+    r"_nft_loss_fwd_kernel<(\w+?E?)Lb1ELb0EE>": (3, 0, 2),
+    r"_nft_loss_(finalize|mean)_kernel": (0, 0, 0),
+}
+_BYTES = {"f": 4, "NS_4bf16E": 2, "NS_3f16E": 2}
 # The flags of CMakeLists.txt that change device code.
 FLAGS = ("-O3", "-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc' / 'include'}")
 
@@ -55,6 +67,20 @@ def short_name(mangled: str) -> str:
     return f"{name}<{template[1]}>" if template else name
 
 
+def streamed(kernel: str) -> tuple[int, int]:
+    """Bytes per thread that a kernel must load and store 16 at once, by its short name.
+
+    Raises:
+        KeyError: for a kernel that STREAMS does not know.
+    """
+    for pattern, (loaded, stored, chosen) in STREAMS.items():
+        if found := re.fullmatch(pattern, kernel):
+            size = PACK * _BYTES.get(found[1], 0)
+            # Each of the three types has its own loads.
+            return loaded * size + chosen * PACK * (4 + 2 + 2), stored * size
+    raise KeyError(f"{kernel}: say in STREAMS what it loads and stores")
+
+
 def compile_source(source: Path, arch: str) -> list[Result]:
     """Every kernel of one source on one architecture; runs in a worker."""
     compiler, tool, version = nvcc(), cuobjdump(), nvcc_version()
@@ -74,10 +100,11 @@ def compile_source(source: Path, arch: str) -> list[Result]:
             compiler=version,
             measured=measured,
             per_element=measured.instructions,
-            loaded=0,
-            stored=0,
+            loaded=loaded,
+            stored=stored,
         )
         for name, measured in kernels.items()
+        for loaded, stored in [streamed(short_name(name))]
     ]
 
 
