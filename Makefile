@@ -8,6 +8,7 @@ WHEELS ?= .wheels
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard $(addprefix csrc/,*/*.cpp */*.cu */*.cuh */*.h include/afd/*.h))
+SHIM := $(wildcard $(addprefix tests/cuda_on_cpu/,*/*.cpp */*.cu */*.h))
 
 .PHONY: quickstart quickstart-full test soak lowest check format bench offline gpu-check gpu-wheels base motion-backbone \
         screenshot readme lock setup clean
@@ -34,12 +35,12 @@ check: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(SHIM)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(SHIM)
 
 bench: setup ## the benchmarks of this device; tables, JSON and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks.nft_loss --plot
