@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from afd.models.causal_wan import CausalWan
 from afd.models.graphs import FixedPasses, GraphedPasses
 from afd.models.kv_cache import KVCache
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
+from tests.fake_cuda import fake_cuda
 from tests.tolerances import NETWORK_REORDERED as SAME
 
 STEPS = (1000.0, 625.0)
@@ -179,6 +181,44 @@ def test_a_recorded_stream_takes_new_prompts_weights_and_caches() -> None:
     assert other is not None
     torch.testing.assert_close(other, expected, **SAME)
     assert passes.count == 1
+
+
+def test_every_pass_is_warmed_up_and_captured_on_one_stream_of_the_network_s_device() -> None:
+    """PyTorch's own default would be a stream of the device that was current first."""
+    used: list[tuple[str, Any]] = []
+
+    @contextmanager
+    def running(stream: Any) -> Iterator[None]:
+        used.append(("warm-up", stream))
+        yield
+
+    @contextmanager
+    def capturing(graph: Any, pool: Any = None, stream: Any = None, **_: Any) -> Iterator[None]:
+        used.append(("capture", stream))
+        yield
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    class Stream:
+        def __init__(self, device: Any = None) -> None:
+            self.device = device
+
+        def wait_stream(self, other: Any) -> None: ...
+
+    with fake_cuda(), torch.no_grad():
+        changes = {"CUDAGraph": Graph, "graph": capturing, "stream": running, "Stream": Stream}
+        with patch.multiple(torch.cuda, **changes):
+            net = tiny(window=7, sink=1).requires_grad_(False).cuda()
+            cache = net.new_cache(text(net).cuda(), None, HEIGHT, WIDTH)
+            passes = GraphedPasses(net)
+            for start in (0, 3):
+                x = video(net, 3).cuda()
+                passes(x, torch.zeros(1, 1, device="cuda"), cache, start, False)
+        device = net.patch_embedding.weight.device
+        assert [kind for kind, _ in used] == ["warm-up", "capture"] * 2
+        assert len({id(stream) for _, stream in used}) == 1
+        assert used[0][1].device == device
 
 
 @pytest.mark.gpu

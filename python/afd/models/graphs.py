@@ -102,21 +102,25 @@ class GraphedPasses(FixedPasses):
         require(device.type == "cuda", "cuda_graphs", str(device), "a network on a CUDA device")
         # Replays never overlap, so all graphs share the memory of their intermediates.
         self._pool = torch.cuda.graph_pool_handle()
+        # Of the network's device. PyTorch's default is one stream for the whole process, of the
+        # device that was current at its first capture.
+        self._stream = torch.cuda.Stream(device)
 
     def _record(
         self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context: bool
     ) -> _Recorded:
         # Streams and captures are the current device's, which need not be the network's.
         with torch.cuda.device(x_BFCHW.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            stream = self._stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 for _ in range(WARMUPS):
                     self._net.streamed(x_BFCHW, times, cache, context)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Not "global": a thread that records an earlier chunk may wait for its event meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            mode = "thread_local"
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode=mode):
                 out = self._net.streamed(x_BFCHW, times, cache, context)
         return _Recorded(x_BFCHW, times, out, graph.replay)
 
