@@ -121,12 +121,21 @@ class Flash4:
         "_flash_attn_bwd": (6, ("softmax_scale", "deterministic")),
     }
     majors = (9, 10, 11)
-    # Asked for a fixed order, it asserts one of these.
-    backward_majors = (10, 11)
     widest = 128
 
     def missing(self) -> str | None:
         return _missing(self.module, self.calls)
+
+    def unordered(self, major: int) -> bool:
+        """Whether its backward has no fixed order on compute capability `major`.x: on 9.x the
+        first versions assert that none is asked for, and have no number to know them by."""
+        if major != 9:
+            return False
+        try:
+            source = inspect.getsource(_import(self.module)[0]._flash_attn_bwd)
+        except (OSError, TypeError, AttributeError):
+            return True
+        return "deterministic only supported for sm100" in source
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _import(self.module)[0]._flash_attn_fwd(
@@ -256,12 +265,16 @@ def _reason(library: Any, major: int, head_dim: int, backward: bool) -> str | No
         return f"not for compute capability {major}.x"
     if backward and not hasattr(library, "backward"):
         return "its backward adds in no fixed order"
-    if backward and major not in getattr(library, "backward_majors", library.majors):
-        return f"its backward adds in no fixed order on compute capability {major}.x"
     if head_dim % 8 or head_dim > library.widest:
         return f"head_dim {head_dim} is not a multiple of 8 up to {library.widest}"
     missing: str | None = library.missing()
+    if missing is None and backward and getattr(library, "unordered", _never)(major):
+        return f"its backward adds in no fixed order on compute capability {major}.x"
     return missing
+
+
+def _never(major: int) -> bool:
+    return False
 
 
 @functools.cache

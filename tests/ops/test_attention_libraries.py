@@ -187,6 +187,28 @@ def test_a_library_of_another_version_is_passed_over(
     assert library.missing() == "not installed"
 
 
+def _first_version(q: torch.Tensor, deterministic: bool) -> None:
+    assert deterministic is False, "bwd deterministic only supported for sm100/sm110 for now"
+
+
+def _later_version(q: torch.Tensor, deterministic: bool) -> None: ...
+
+
+def test_a_version_of_flash_attention_4_is_known_by_what_its_backward_asserts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flash4 = library_cuda.Flash4()
+    for backward, fixed in ((_first_version, False), (_later_version, True), (print, False)):
+        module = SimpleNamespace(_flash_attn_bwd=backward)
+        monkeypatch.setattr(library_cuda, "_import", lambda name, found=module: (found, None))
+        monkeypatch.setattr(library_cuda.Flash4, "missing", lambda self: None)
+        reason = library_cuda.reasons(9, 128, backward=True)["FlashAttention 4"]
+        assert (reason is None) == fixed
+        assert fixed or "no fixed order on compute capability 9.x" in str(reason)
+        assert not flash4.unordered(10)
+        assert library_cuda.reasons(9, 128)["FlashAttention 4"] is None
+
+
 def test_the_library_is_named() -> None:
     assert "aten flash for CPU" in ops.report("cpu")[OP]["library"]
 
@@ -224,8 +246,11 @@ def test_on_a_gpu_the_newest_library_goes_first(monkeypatch: pytest.MonkeyPatch)
 
     flash3, flash4, cudnn, aten, _ = (type(library) for library in library_cuda.ORDER)
     assert runs(flash3, flash4, cudnn, aten) == ("FlashAttention 3",) * 2
+    monkeypatch.setattr(flash4, "unordered", lambda self, major: major == 9)
     assert runs(flash4, cudnn, aten) == ("FlashAttention 4", "triton")
     assert runs(flash4, cudnn, aten, major=10) == ("FlashAttention 4",) * 2
+    monkeypatch.setattr(flash4, "unordered", lambda self, major: False)
+    assert runs(flash4, cudnn, aten) == ("FlashAttention 4",) * 2
     assert runs(flash3, keys=False) == ("FlashAttention 3", "triton")
     assert runs(cudnn, aten) == ("cuDNN", "triton")
     assert runs(aten) == ("aten flash", "triton")
