@@ -20,27 +20,33 @@ MAX_BATCH = 65535
 
 
 @triton.jit
+def wide(x: tl.constexpr):
+    """A constant in fp64: written as a plain number, Triton would round it to fp32 first."""
+    return tl.full((), x, tl.float64)
+
+
+@triton.jit
 def _cos_sin_quarter(t):
     """cos and sin of pi t / 2 for fp64 t in [0, 1]; libdevice's would spill to the stack."""
-    mirrored = t > 0.5
-    a = tl.where(mirrored, 1.0 - t, t) * 1.5707963267948966
+    mirrored = t > wide(0.5)
+    a = tl.where(mirrored, wide(1.0) - t, t) * wide(1.5707963267948966)
     s = a * a
     # Taylor series to x^15 and x^16: below 1e-16 on [0, pi/4].
-    sin = tl.fma(s, -7.647163731819816e-13, 1.6059043836821613e-10)
-    sin = tl.fma(sin, s, -2.505210838544172e-08)
-    sin = tl.fma(sin, s, 2.7557319223985893e-06)
-    sin = tl.fma(sin, s, -1.984126984126984e-04)
-    sin = tl.fma(sin, s, 8.333333333333333e-03)
-    sin = tl.fma(sin, s, -1.6666666666666666e-01)
+    sin = tl.fma(s, wide(-7.647163731819816e-13), wide(1.6059043836821613e-10))
+    sin = tl.fma(sin, s, wide(-2.505210838544172e-08))
+    sin = tl.fma(sin, s, wide(2.7557319223985893e-06))
+    sin = tl.fma(sin, s, wide(-1.984126984126984e-04))
+    sin = tl.fma(sin, s, wide(8.333333333333333e-03))
+    sin = tl.fma(sin, s, wide(-1.6666666666666666e-01))
     sin = tl.fma(sin * s, a, a)
-    cos = tl.fma(s, 4.779477332387385e-14, -1.1470745597729725e-11)
-    cos = tl.fma(cos, s, 2.08767569878681e-09)
-    cos = tl.fma(cos, s, -2.755731922398589e-07)
-    cos = tl.fma(cos, s, 2.48015873015873e-05)
-    cos = tl.fma(cos, s, -1.388888888888889e-03)
-    cos = tl.fma(cos, s, 4.1666666666666664e-02)
-    cos = tl.fma(cos, s, -0.5)
-    cos = tl.fma(cos, s, 1.0)
+    cos = tl.fma(s, wide(4.779477332387385e-14), wide(-1.1470745597729725e-11))
+    cos = tl.fma(cos, s, wide(2.08767569878681e-09))
+    cos = tl.fma(cos, s, wide(-2.755731922398589e-07))
+    cos = tl.fma(cos, s, wide(2.48015873015873e-05))
+    cos = tl.fma(cos, s, wide(-1.388888888888889e-03))
+    cos = tl.fma(cos, s, wide(4.1666666666666664e-02))
+    cos = tl.fma(cos, s, wide(-0.5))
+    cos = tl.fma(cos, s, wide(1.0))
     return tl.where(mirrored, sin, cos), tl.where(mirrored, cos, sin)
 
 
@@ -56,22 +62,24 @@ def schedule_coefficients(
     t = tl.where((t >= low) & (t <= 1.0), t, float("nan"))
     t = t.to(tl.float64)
     if SCHEDULE == "rectified_flow":
-        alpha = 1.0 - t
+        alpha = wide(1.0) - t
         sigma = t
-        d_sigma = t * 0.0 + 1.0
+        d_sigma = t * wide(0.0) + wide(1.0)
         d_alpha = -d_sigma
     elif SCHEDULE == "vp_cosine":
         alpha, sigma = _cos_sin_quarter(t)
-        d_alpha = -1.5707963267948966 * sigma
-        d_sigma = 1.5707963267948966 * alpha
+        d_alpha = wide(-1.5707963267948966) * sigma
+        d_sigma = wide(1.5707963267948966) * alpha
     else:
-        rate = tl.fma(t, BETA_MAX - BETA_MIN, t * 0.0 + BETA_MIN)
-        integral = (BETA_MIN + 0.5 * (BETA_MAX - BETA_MIN) * t) * t
-        alpha = tl.exp(-0.5 * integral)
+        least, slope = wide(BETA_MIN), wide(BETA_MAX - BETA_MIN)
+        half = wide(0.5)
+        rate = tl.fma(t, slope, least)
+        integral = (least + half * slope * t) * t
+        alpha = tl.exp(-half * integral)
         # integral >= 1e-6: 1 - exp keeps ten digits in fp64, more than fp32 can show.
-        sigma = tl.sqrt(1.0 - alpha * alpha)
-        d_alpha = -0.5 * rate * alpha
-        d_sigma = 0.5 * rate * alpha * alpha / sigma
+        sigma = tl.sqrt(wide(1.0) - alpha * alpha)
+        d_alpha = -half * rate * alpha
+        d_sigma = half * rate * alpha * alpha / sigma
     return alpha, sigma, d_alpha, d_sigma
 
 

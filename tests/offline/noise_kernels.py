@@ -8,10 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from afd_kernels.forward_noise.triton_impl import INTERPRETED, tile_of_row
+from afd_kernels.forward_noise.triton_impl import (
+    INTERPRETED,
+    schedule_coefficients,
+    tile_of_row,
+)
 from afd_kernels.philox_triton import normal_tile, philox_quads
 
-__all__ = ["INTERPRETED", "fma_rounds_once", "noise", "place", "words"]
+__all__ = ["INTERPRETED", "coefficients", "fma_rounds_once", "noise", "place", "words"]
 
 
 @triton.jit
@@ -41,6 +45,16 @@ def _place_kernel(block_ptr, inner_ptr, tiles, out_ptr, TILE: tl.constexpr, ONE_
 
 
 @triton.jit
+def _coefficients_kernel(
+    t_ptr, out_ptr, SCHEDULE: tl.constexpr, BETA_MIN: tl.constexpr, BETA_MAX: tl.constexpr
+):
+    at = tl.program_id(0)
+    found = schedule_coefficients(tl.load(t_ptr + at), SCHEDULE, BETA_MIN, BETA_MAX)
+    for i in tl.static_range(4):
+        tl.store(out_ptr + 4 * at + i, found[i])
+
+
+@triton.jit
 def _fma_kernel(ab_ptr, c_ptr, out_ptr):
     tl.store(out_ptr, tl.fma(tl.load(ab_ptr), tl.load(ab_ptr), tl.load(c_ptr)))
 
@@ -50,6 +64,13 @@ def fma_rounds_once(device: str) -> bool:
     a, c, out = torch.tensor([[1 + 2.0**-12], [-1 - 2.0**-11], [0.0]], device=device)
     _fma_kernel[(1,)](a, c, out, enable_fp_fusion=False)
     return out.item() == 2.0**-24
+
+
+def coefficients(t: torch.Tensor, schedule: str, beta: tuple[float, float]) -> torch.Tensor:
+    """alpha, sigma, alpha', sigma' fp64 [n, 4] of a schedule at t fp32 [n]."""
+    out = torch.empty(t.numel(), 4, dtype=torch.float64, device=t.device)
+    _coefficients_kernel[(t.numel(),)](t, out, schedule, *beta, enable_fp_fusion=False)
+    return out
 
 
 def noise(seed: int, start: int, out: torch.Tensor, quads: bool, vector: int) -> None:
