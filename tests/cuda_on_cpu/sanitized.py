@@ -16,7 +16,8 @@ SETTINGS = {
     # Python and torch are not built for a sanitizer: what they keep is no leak of ours.
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_segv=0:allow_user_segv_handler=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:exitcode=66:report_signal_unsafe=0",
+    # Races are reported only while both accesses are remembered: as many as there can be.
+    "TSAN_OPTIONS": "history_size=7:exitcode=66:report_signal_unsafe=0",
     "OMP_NUM_THREADS": "1",
 }
 # Planted faults that are races: two threads at one place, and no barrier between.
