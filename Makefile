@@ -10,8 +10,8 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard $(addprefix csrc/,*/*.cpp */*.cu */*.cuh */*.h include/afd/*.h))
 SHIM := $(wildcard $(addprefix tests/cuda_on_cpu/,*/*.cpp */*.cu */*.h))
 
-.PHONY: quickstart quickstart-full test soak lowest check format bench offline gpu-check gpu-wheels base motion-backbone \
-        screenshot readme lock setup clean
+.PHONY: quickstart quickstart-full test soak lowest check format bench offline gpu-check gpu-rehearsal \
+        gpu-wheels base motion-backbone screenshot readme lock setup clean
 
 quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
 	$(BIN)/afd quickstart $(ARGS)
@@ -55,6 +55,10 @@ bench: setup ## the benchmarks of this device; tables, JSON and plots in benchma
 gpu-check: ## build, test and measure on a GPU box with what it has; needs no network
 	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) \
 	  $(if $(SECTIONS),--sections $(SECTIONS)) $(if $(wildcard $(WHEELS)),--wheels $(WHEELS)) $(ARGS)
+
+gpu-rehearsal: setup ## gpu-check on a simulated GPU: seconds by section against their limits
+	$(BIN)/python -m benchmarks.gpu_rehearsal $(if $(OUT),--out $(OUT)) \
+	  $(if $(SECTIONS),--sections $(SECTIONS)) $(ARGS)
 
 # Of Python 3.12 on x86-64, at the lock's versions. pip matches each platform exactly.
 gpu-wheels: ## fetch what gpu-check's sections want and a bare GPU box may lack; carry the folder there

@@ -9,16 +9,18 @@ fills on a machine with a network; a section without it says so, and the others 
 in the order of what is least to be lost: a failure, a limit or the end of the time stops one of
 them, not the check, and what was found so far lies in the folder at any moment: gpu-check.log
 (everything printed), one JSON per benchmark, and summary.md (sections, targets, tables), at most
-eight files. Exits with 1 if a section failed.
+eight files. Exits with 1 if a section failed or had not enough time.
+
+Triton's cache is taken to be empty. While the core is built, the tests run on a simulated GPU, in
+as many processes as there are cores, so that the kernels they launch are compiled when the tests
+come, which are then shared out in the same way. `make gpu-rehearsal` runs all this without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +28,8 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from importlib.machinery import PathFinder
-from math import inf
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,8 +37,17 @@ if __package__ in (None, ""):  # run as a file
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_check_targets
+from benchmarks.sections import (
+    ROOT,
+    SIMULATED,
+    Machine,
+    Outcome,
+    Section,
+    environment,
+    execute,
+    run,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
 # Golden files of the released code; they lie beside the checkout where there are any.
 GOLDEN = ROOT.parent / "shared" / "golden"
 # What the build makes.
@@ -68,55 +77,40 @@ RESULTS = {
     "rollout": _ROLLOUT,
     "train_step": _TRAIN,
 }
+# Seconds a section may take from the start of its first process, Triton's cache being empty; what
+# they are made of, `make gpu-rehearsal` shows.
+LIMITS = {
+    "build": 70,
+    "tests": 75,
+    "bench-nft_loss": 40,
+    "bench-attention": 60,
+    "bench-row_ops": 20,
+    "bench-videos": 145,
+    "bench-train_step": 65,
+    "bench-forward_noise": 20,
+    "sanitizer": 40,
+    "parity": 30,
+    "tests-native": 20,
+    "bench-rollout": 120,
+    "offline": 300,
+}
+CORES = os.cpu_count() or 1
 # Without the dense mask, which takes gigabytes at full size.
 PROVIDERS = ("ours", "library", "triton", "sdpa per block", "flash-attn per block", "flex")
-_TAIL = 30  # lines of a failed section's output in the summary
 
 
-@dataclass(frozen=True)
-class Section:
-    """Commands run one after the other, all of them, within one time limit."""
-
-    name: str
-    commands: list[list[str]]
-    limit_s: float
-    needs_gpu: bool = False
-    needs_tool: str | None = None
-    needs_path: Path | None = None
-    needs_modules: tuple[str, ...] = ()
-    env: dict[str, str] = field(default_factory=dict)
-    asked_only: bool = False  # runs only where it is named
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """`status` is "passed", "failed" or "skipped"; `note` says why, `tail` is the output's end."""
-
-    section: str
-    status: str
-    seconds: float
-    note: str = ""
-    tail: str = ""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the sections can count on."""
-
-    slug: str
-    name: str
-    has_gpu: bool
-    packages: tuple[str, ...] = ()  # folders that carried wheels were installed to
-
-
-def sections(out: Path, build_dir: Path, golden: Path = GOLDEN) -> list[Section]:
-    """The whole check. The limits add up to less than ten minutes."""
+def sections(
+    out: Path, build_dir: Path, golden: Path = GOLDEN, arch: int = SIMULATED, cores: int = CORES
+) -> list[Section]:
+    """The whole check on a GPU of capability `arch` / 10; its limits make less than ten minutes."""
     python = sys.executable
     parity = [python, "-m", "afd.testing.parity", str(golden), "--device", "cuda"]
+    parities = [parity, [*parity, "--dtype", "bfloat16"]]
     # The project's own options ask for a plugin (pytest-benchmark) that these tests do not use.
-    pytest = [python, "-m", "pytest", "-q", "-rfE", "-o", "addopts=--strict-markers"]
-    pytest += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    at_once = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    pytest = ["pytest", "-q", "-rfE", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
+    pytest += ["--continue-on-collection-errors"]
+    plain = [*pytest, "-m", "not gpu and not slow", "-k", "cuda", *OP_TESTS]
+    shares = max(1, cores - 4)  # the others build, or wait for the GPU
     # torch.compile takes most of the time, so only what the targets name.
     losses = ["--batch", "8", "32", "1", "--dtype", "bf16", "--budget", "1"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20"]
@@ -125,61 +119,80 @@ def sections(out: Path, build_dir: Path, golden: Path = GOLDEN) -> list[Section]
     configure += [f"-DPython_EXECUTABLE={python}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'afd_kernels'}"]
     bench = partial(_bench, out=out)
+    ahead = [python, "-m", "benchmarks.compile_ahead"]
+    early = [[*ahead, *_share(plain, i, shares, LIMITS["build"])] for i in range(shares)]
+    early += [[*ahead, "benchmarks.sanitize"]]
+    early += [[*ahead, *command[2:]] for command in parities if golden.exists()]
     return [
-        Section("build", [configure, ["cmake", "--build", str(build_dir)]], 70),
+        Section(
+            "build",
+            [configure, ["cmake", "--build", str(build_dir)]],
+            LIMITS["build"],
+            beside=early if arch == SIMULATED else [],
+        ),
         Section(
             "tests",
-            [
-                [*pytest, "-m", "gpu", *OP_TESTS, *STUDENT_TESTS],
-                [*pytest, *at_once, "-m", "not gpu and not slow", "-k", "cuda", *OP_TESTS],
-            ],
-            100,
+            [[python, "-m", *_share([*pytest, "-m", "gpu", *OP_TESTS, *STUDENT_TESTS], 0, 1)]],
+            LIMITS["tests"],
+            beside=[[python, "-m", *_share(plain, i, shares)] for i in range(shares)],
             needs_gpu=True,
         ),
-        bench("nft_loss", [*losses, "--weighting", "x0_adaptive"], 40),
-        bench("attention", ["--providers", *PROVIDERS, "--budget", "1"], 60),
-        bench("row_ops", ["--budget", "1"], 15),
-        bench("videos", ["--budget", "4"], 145, starts_s=112),
-        bench("train_step", ["--budget", "8"], 65, needs_modules=("pydantic", "yaml", "peft")),
-        bench("forward_noise", losses, 15),
+        bench("nft_loss", [*losses, "--weighting", "x0_adaptive"]),
+        bench("attention", ["--providers", *PROVIDERS, "--budget", "1"]),
+        bench("row_ops", ["--budget", "1"]),
+        bench("videos", ["--budget", "4"], last_s=33),
+        bench("train_step", ["--budget", "8"], needs_modules=("pydantic", "yaml", "peft")),
+        bench("forward_noise", losses),
         Section(
             "sanitizer",
             [[*sanitizer, "--tool", tool, *drive] for tool in ("memcheck", "racecheck")],
-            40,
+            LIMITS["sanitizer"],
             needs_gpu=True,
             needs_tool="compute-sanitizer",
             # Every tensor its own allocation: an access past its end is then one that is seen.
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
-        Section(
-            "parity",
-            [parity, [*parity, "--dtype", "bfloat16"]],
-            15,
-            needs_gpu=True,
-            needs_path=golden,
-        ),
+        Section("parity", parities, LIMITS["parity"], needs_gpu=True, needs_path=golden),
         # Instruction sets that the machine where the rest was proved may not have.
-        Section("tests-native", [[*pytest, "tests/native"]], 15, needs_path=CORE),
+        Section(
+            "tests-native",
+            [[python, "-m", *pytest, "tests/native"]],
+            LIMITS["tests-native"],
+            needs_path=CORE,
+        ),
         # What the whole videos leave out: every provider's chunk, its launches and waits.
-        bench("rollout", ["--budget", "2"], 120, asked_only=True),
+        bench("rollout", ["--budget", "2"], asked_only=True),
         # Proved without a GPU; here with this machine's Triton and nvcc.
-        Section("offline", [[*pytest, "tests/offline"]], 300, asked_only=True),
+        Section(
+            "offline",
+            [[python, "-m", *pytest, "tests/offline"]],
+            LIMITS["offline"],
+            asked_only=True,
+        ),
     ]
+
+
+def _share(pytest: list[str], index: int, count: int, limit_s: float | None = None) -> list[str]:
+    """One of `count` processes that share the tests; starts none in the last tenth of its limit."""
+    until = 0.9 * (limit_s or LIMITS["tests"])
+    shard = ["-p", "benchmarks.shard", "--shard", f"{index}/{count}", "--until", f"{until:.0f}"]
+    return [*pytest, *shard]
 
 
 def _bench(
     name: str,
     options: list[str],
-    limit_s: float,
     *,
     out: Path,
-    starts_s: float | None = None,
+    last_s: float | None = None,
     needs_modules: tuple[str, ...] = (),
     asked_only: bool = False,
 ) -> Section:
-    """A benchmark that starts no case after `starts_s`, by default in the last third."""
+    """A benchmark that starts no case in its last `last_s` seconds, by default the last third."""
+    limit_s = LIMITS[f"bench-{name}"]
+    starts_s = limit_s - (last_s or limit_s / 3)
     command = [sys.executable, f"benchmarks/{name}.py", "--device", "cuda", "--out", str(out)]
-    command += [*options, "--deadline", f"{starts_s or limit_s / 1.5:.0f}"]
+    command += [*options, "--deadline", f"{starts_s:.0f}"]
     return Section(
         f"bench-{name}",
         [command],
@@ -195,20 +208,15 @@ def probe() -> Machine:
     code = (
         "import json, torch; from benchmarks import report; gpu = torch.cuda.is_available(); "
         "device = 'cuda' if gpu else 'cpu'; "
-        "print(json.dumps([report.device_slug(device), report.device_name(device), gpu]))"
+        "major, minor = torch.cuda.get_device_capability() if gpu else (9, 0); about = "
+        "[report.device_slug(device), report.device_name(device), gpu, 10 * major + minor]; "
+        "print(json.dumps(about))"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode != 0:
         return Machine("unknown", f"unknown ({done.stderr.strip().splitlines()[-1]})", False)
     return Machine(*json.loads(done.stdout))
-
-
-def _environment(packages: tuple[str, ...] = ()) -> dict[str, str]:
-    """This process's, with the checkout and the carried packages importable."""
-    paths = [str(ROOT), str(ROOT / "python"), *packages, os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, paths))
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def carry(wheels: Path, target: Path, log: IO[str]) -> Outcome:
@@ -219,82 +227,9 @@ def carry(wheels: Path, target: Path, log: IO[str]) -> Outcome:
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     command += ["--no-compile", "--target", str(target), *files]
     start = time.monotonic()
-    note, text = _execute(command, _environment(), 60, log)
+    note, text = execute(command, environment(), 60, log)
     status = "failed" if note else "passed"
     return Outcome("wheels", status, time.monotonic() - start, note, text[-2000:])
-
-
-def run(section: Section, machine: Machine, log: IO[str], left_s: float = inf) -> Outcome:
-    """Runs a section or says why not; its output goes to the log as it comes."""
-    log.write(f"\n===== {section.name} =====\n")
-    reason = _why_not(section, machine)
-    if reason is None and left_s < 5:
-        reason = "no time is left"
-    if reason is not None:
-        log.write(f"skipped: {reason}\n")
-        return Outcome(section.name, "skipped", 0.0, reason)
-    start, limit_s = time.monotonic(), min(section.limit_s, left_s)
-    environment = _environment(machine.packages) | section.env
-    notes, output = [], []
-    for command in section.commands:
-        left = limit_s - (time.monotonic() - start)
-        log.write(f"$ {' '.join(command)}\n")
-        note, text = _execute(command, environment, max(left, 1.0), log)
-        output.append(text)
-        if note:
-            notes.append(f"`{' '.join(command)}` {note}")
-    seconds = time.monotonic() - start
-    tail = "\n".join("".join(output).rstrip().splitlines()[-_TAIL:])
-    return Outcome(section.name, "failed" if notes else "passed", seconds, "; ".join(notes), tail)
-
-
-def _why_not(section: Section, machine: Machine) -> str | None:
-    if section.needs_gpu and not machine.has_gpu:
-        return "no CUDA device"
-    if section.needs_tool is not None and shutil.which(section.needs_tool) is None:
-        return f"{section.needs_tool} is not on the PATH"
-    if section.needs_path is not None and not section.needs_path.exists():
-        return f"{section.needs_path} is not there"
-    missing = [
-        name
-        for name in section.needs_modules
-        if not importlib.util.find_spec(name)
-        and not PathFinder.find_spec(name, list(machine.packages))
-    ]
-    if missing:
-        return f"{', '.join(missing)} cannot be imported; `make gpu-wheels` fetches what is missing"
-    return None
-
-
-def _execute(
-    command: list[str], env: dict[str, str], limit_s: float, log: IO[str]
-) -> tuple[str, str]:
-    """What went wrong ("" if nothing) and everything printed. Kills the whole group on time-out."""
-    log.flush()
-    path = Path(log.name)
-    before = path.stat().st_size
-    try:
-        # The log is open for appending, so both processes write at its end.
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return f"could not start ({error})", ""
-    try:
-        code = process.wait(limit_s)
-        note = "" if code == 0 else f"exited with {code}"
-    except subprocess.TimeoutExpired:
-        note = f"was stopped at the limit of {limit_s:.0f} s"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return note, path.read_bytes()[before:].decode(errors="replace")
 
 
 def summarise(out: Path, machine: Machine, outcomes: Sequence[Outcome]) -> None:
@@ -361,7 +296,8 @@ def main(argv: list[str] | None = None, check: list[Section] | None = None) -> i
     with tempfile.TemporaryDirectory() as temporary, (out / "gpu-check.log").open("a") as log:
         site = Path(temporary, "site")
         # Kept, so that a build that was stopped goes on in the next check.
-        known = check or sections(out, ROOT / "build" / "gpu-check", args.golden.resolve())
+        build = ROOT / "build" / "gpu-check"
+        known = check or sections(out, build, args.golden.resolve(), machine.arch)
         names = [section.name for section in known]
         wanted = [section.name for section in known if not section.asked_only]
         if args.sections:
@@ -382,7 +318,7 @@ def main(argv: list[str] | None = None, check: list[Section] | None = None) -> i
             print(f"{last.section}: {last.status} ({last.seconds:.0f} s) {last.note}", flush=True)
         summarise(out, machine, outcomes)
     print((out / "summary.md").read_text())
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+    return int(any(outcome.status in ("failed", "incomplete") for outcome in outcomes))
 
 
 def _stop(*_: object) -> None:

@@ -11,7 +11,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -23,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import clock
 from benchmarks.gpu_check import result_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,10 @@ def arguments(
     parser.add_argument("--reps", type=int, default=30, help="most repetitions per case")
     parser.add_argument("--budget", type=float, default=budget_s, help="seconds of timing per case")
     parser.add_argument(
-        "--deadline", type=float, default=float("inf"), help="starts no case after so many seconds"
+        "--deadline",
+        type=float,
+        default=float("inf"),
+        help="starts no case so many seconds after the process started",
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, no compile (for CI)")
     parser.add_argument(
@@ -80,12 +83,12 @@ def run(
     rows: list[Any] = []
     failed: dict[str, str] = {}
     path = None
-    started = time.monotonic()
+    late: list[str] = []
     for case, measure in cases:
         if args.case not in case:
             continue
-        if time.monotonic() - started > args.deadline:
-            print(f"skipped {case}: {args.deadline:g} s have passed")
+        if clock.age_s() > args.deadline:
+            late.append(case)
             continue
         new, broken = measure()
         failed |= broken
@@ -99,17 +102,25 @@ def run(
         print(f"wrote {path}")
     for what, where in about.get("absent", {}).items():
         print(f"absent {what} ({'; '.join(where)})")
-    finish(rows, failed)
+    finish(rows, failed, late)
 
 
-def finish(rows: Sequence[Any], failed: Mapping[str, str]) -> None:
-    """Says what failed; exits with 1 where something did, or nothing was measured."""
-    if not rows:
+def finish(rows: Sequence[Any], failed: Mapping[str, str], late: Sequence[str] = ()) -> None:
+    """Says what failed, and of what cases the deadline left nothing.
+
+    Exits with 1 where something failed or nothing was measured, with clock.INCOMPLETE where there
+    was only not enough time.
+    """
+    if not rows and not late:
         print("nothing was measured")
     for what, why in failed.items():
         print(f"FAILED {what}: {why}")
-    if failed or not rows:
+    if late:
+        print(f"{clock.MISSING}{', '.join(late)}")
+    if failed or not (rows or late):
         sys.exit(1)
+    if late:
+        sys.exit(clock.INCOMPLETE)
 
 
 def save(folder: Path, name: str, device: str, how: str, rows: Sequence[Any], **about: Any) -> Path:

@@ -30,7 +30,8 @@ from benchmarks import (
     train_step,
     videos,
 )
-from benchmarks.gpu_check import OP_TESTS, ROOT, STUDENT_TESTS, Machine, Section, main, sections
+from benchmarks.gpu_check import OP_TESTS, STUDENT_TESTS, main, sections
+from benchmarks.sections import ROOT, Machine, Outcome, Section
 
 
 @pytest.fixture
@@ -157,12 +158,12 @@ def test_a_check_that_is_killed_leaves_what_it_printed_and_no_children(tmp_path:
     touch = f"pathlib.Path({str(alive)!r}).touch()"
     child = f"import time, pathlib; print('so far'); time.sleep(3); {touch}"
     code = (
-        "import signal, sys; from benchmarks import gpu_check as g; "
+        "import signal, sys; from benchmarks import gpu_check as g, sections; "
         "signal.signal(signal.SIGTERM, g._stop); "
-        "g.probe = lambda: g.Machine('here', 'a machine', False); "
+        "g.probe = lambda: sections.Machine('here', 'a machine', False); "
         f"g.main(['--out', {str(tmp_path)!r}], "
-        f"[g.Section('first', [[sys.executable, '-c', 'print(1)']], 60), "
-        f"g.Section('long', [[sys.executable, '-c', {child!r}]], 60)])"
+        f"[sections.Section('first', [[sys.executable, '-c', 'print(1)']], 60), "
+        f"sections.Section('long', [[sys.executable, '-c', {child!r}]], 60)])"
     )
     process = subprocess.Popen(python(code), cwd=ROOT, stdout=subprocess.DEVNULL)
     log = tmp_path / "gpu-check.log"
@@ -278,7 +279,7 @@ def test_the_summary_of_a_gpu_run_holds_every_table(tmp_path: Path) -> None:
     for name, document in documents.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
     (tmp_path / "cut.json").write_text('{"rows": [')
-    ran = [gpu_check.Outcome(f"bench-{name}", "passed", 1.0) for name in documents]
+    ran = [Outcome(f"bench-{name}", "passed", 1.0) for name in documents]
     gpu_check.summarise(tmp_path, Machine("here", "a machine", True), ran)
     summary = (tmp_path / "summary.md").read_text()
     for name in documents:

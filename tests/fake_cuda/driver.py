@@ -23,9 +23,14 @@ from tests.fake_cuda.machine import GPU, HIGH, FakeCuda, OnGpu, device_of, inner
 
 
 @contextlib.contextmanager
-def fake_cuda() -> Iterator[FakeCuda]:
-    """A machine with one GPU, and nothing left of it afterwards."""
+def fake_cuda(compiles: bool = False) -> Iterator[FakeCuda]:
+    """A machine with one GPU, and nothing left of it afterwards.
+
+    With `compiles` every launch goes on to Triton, whose active driver must be a simulated one
+    (tests/fake_cuda/compiling.py): kernels are compiled as on the device, and launch nothing.
+    """
     machine = FakeCuda()
+    machine.compiles = compiles
     _forget()
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
@@ -119,23 +124,25 @@ class _Core:
         self._machine.launches[name] += 1
 
 
-def _launcher(machine: FakeCuda, name: str, arguments: list[str]) -> Any:
+def _launcher(machine: FakeCuda, name: str, real: Any) -> Any:
     """In a kernel's place: takes a launch if every tensor of it is on the device."""
 
     class Kernel:
-        arg_names = arguments
+        arg_names = real.arg_names
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             sizes = grid if isinstance(grid, tuple) else ()
             assert all(isinstance(n, int) and n > 0 for n in sizes), (name, grid)
-            return self.run
+            return functools.partial(self.run, grid)
 
-        def run(self, *args: Any, **kwargs: Any) -> None:
+        def run(self, grid: Any, *args: Any, **kwargs: Any) -> None:
             given = dict(zip(self.arg_names, args, strict=False)) | kwargs
             for key, value in given.items():
                 if isinstance(value, Tensor) and not isinstance(value, OnGpu):
                     raise RuntimeError(f"{name}: {key} is on the CPU")
             machine.launches[name] += 1
+            if machine.compiles:
+                real[grid](*args, **kwargs)
 
     return Kernel()
 
@@ -214,7 +221,7 @@ def _changes(machine: FakeCuda) -> Iterator[Any]:
         module = importlib.import_module(found.name)
         kernels = {k: v for k, v in vars(module).items() if k.endswith("_kernel")}
         if kernels:
-            fakes = {k: _launcher(machine, k, v.arg_names) for k, v in kernels.items()}
+            fakes = {k: _launcher(machine, k, v) for k, v in kernels.items()}
             yield patch.multiple(module, **fakes)
 
 

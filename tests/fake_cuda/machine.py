@@ -137,7 +137,10 @@ class FakeCuda(TorchFunctionMode):
     Attributes:
         waits: how often the host would have waited for the device, by (op, file:line of ours).
         launches: names of the Triton kernels and library calls that host code has made.
+        compiles: whether launches go on to Triton's compiler.
     """
+
+    compiles = False
 
     def __init__(self) -> None:
         super().__init__()

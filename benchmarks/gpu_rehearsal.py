@@ -1,0 +1,175 @@
+"""Runs gpu-check's sections without a GPU and sets the seconds they need beside their limits.
+
+    make gpu-rehearsal
+    make gpu-rehearsal SECTIONS=build,tests
+
+Every command runs, one after the other, on the simulated GPU with an empty Triton cache that they
+share: builds are real, kernels are compiled for sm_90 with the Triton at hand, values come from the
+CPU; benchmarks run in small. What is counted is processor time, which other work on the machine
+does not stretch. Expected on a machine of CORES cores as fast as this one's:
+
+    commands in a row: the sum of their times
+    processes side by side: the longest, or all of them over CORES where that is more
+    the build: its longest job, or all of them over CORES
+    a benchmark: until its deadline, which is how it spends its time on a GPU, or what it took here
+
+Not rehearsed: torch.compile's own compilation, C launchers and the loading of kernels, and what
+only compute-sanitizer or a graph costs. Exits with 1 where a section is expected to need more than
+its limit, or all together are less than SLACK times within ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.gpu_check import GOLDEN, sections
+from benchmarks.sections import ROOT, Section, environment
+
+CORES = 16
+SLACK = 1.5
+WHOLE_S = 600
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a section took here. Seconds of processor time; `expected_s` on CORES cores."""
+
+    name: str
+    processor_s: float
+    longest_s: float
+    expected_s: float
+    limit_s: float
+    kernels: int
+    cached: int
+
+    def line(self) -> str:
+        """As a row of the table."""
+        return (
+            f"{self.name:20} {self.processor_s:9.0f} {self.longest_s:9.0f} "
+            f"{self.expected_s:10.0f} {self.limit_s:7.0f} {self.kernels:8} {self.cached:10}"
+        )
+
+
+def rehearsed(command: list[str], record: Path) -> list[str]:
+    """The command on the simulated GPU; builds are themselves."""
+    ahead = [sys.executable, "-m", "benchmarks.compile_ahead", "--record", str(record)]
+    if command[0] == "compute-sanitizer":
+        return [*ahead, "benchmarks.sanitize"]
+    if command[0] != sys.executable:
+        return command
+    if command[1] == "-m":
+        rest = command[2:] if command[2] != "benchmarks.compile_ahead" else command[3:]
+        # Here one process runs after the other, beside whatever else the machine does.
+        until = rest.index("--until") if "--until" in rest else len(rest)
+        return [*ahead, *rest[:until], *rest[until + 2 :]]
+    options = command[2:]
+    del options[options.index("--out") : options.index("--out") + 2]
+    return [*ahead, f"benchmarks.{Path(command[1]).stem}", *options, "--quick"]
+
+
+def spent(command: list[str], env: dict[str, str], log: Path) -> float:
+    """Runs a command; the processor time of it and its children, in seconds."""
+    with log.open("a") as output:
+        output.write(f"$ {' '.join(command)}\n")
+        output.flush()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.write(f"ended with {process.returncode}\n")
+    return usage.ru_utime + usage.ru_stime
+
+
+def longest_share(build: Path) -> float:
+    """The part of a build's time that its longest job takes, 1 where Ninja left no log."""
+    log = build / ".ninja_log"
+    lines = log.read_text().splitlines()[1:] if log.exists() else []
+    jobs = [int(end) - int(start) for start, end, *_ in (line.split("\t") for line in lines)]
+    return max(jobs) / sum(jobs) if jobs else 1.0
+
+
+def expected(row: list[float], beside: list[float], deadline_s: float) -> float:
+    """Seconds on CORES cores of commands in a row and processes beside them, all busy."""
+    together = (sum(row) + sum(beside)) / CORES if beside else 0.0
+    return max(sum(row), *beside, together, deadline_s)
+
+
+def need(section: Section, folder: Path, env: dict[str, str]) -> Need:
+    """Rehearses a section."""
+    record, log = folder / f"{section.name}.jsonl", folder / "gpu-rehearsal.log"
+    env = env | section.env
+    whole = [spent(rehearsed(command, record), env, log) for command in section.commands]
+    beside = [spent(rehearsed(command, record), env, log) for command in section.beside]
+    row = list(whole)
+    if section.name == "build":
+        row = [whole[0], whole[1] * max(longest_share(folder / "build"), 1 / CORES)]
+    lines = record.read_text().splitlines() if record.exists() else []
+    found = [json.loads(line) for line in lines]
+    command = section.commands[-1]
+    deadline = float(command[command.index("--deadline") + 1]) if "--deadline" in command else 0.0
+    return Need(
+        section.name,
+        sum(whole) + sum(beside),
+        max([*row, *beside]),
+        expected(row, beside, deadline),
+        section.limit_s,
+        len(found),
+        sum(kernel["cached"] for kernel in found),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table as it comes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", help="comma-separated; default: all that gpu-check runs")
+    parser.add_argument("--golden", type=Path, default=GOLDEN, help="golden files, for parity")
+    parser.add_argument("--out", type=Path, help="keeps the log and a line for each kernel there")
+    args = parser.parse_args(argv)
+    wanted = args.sections.split(",") if args.sections else None
+    print(
+        f"{'section':20} {'processor':>9} {'longest':>9} {f'{CORES} cores':>10} {'limit':>7} "
+        f"{'kernels':>8} {'from cache':>10}"
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.out or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        env = environment() | {"TRITON_CACHE_DIR": f"{temporary}/triton"}
+        check = sections(folder, Path(temporary, "build"), args.golden.resolve(), cores=CORES)
+        needs = []
+        for section in check:
+            if section.name not in wanted if wanted else section.asked_only:
+                continue
+            commands = [
+                # The core of this checkout stays as it is.
+                [part.replace(str(ROOT / "afd_kernels"), f"{temporary}/core") for part in command]
+                for command in section.commands
+            ]
+            changed = Section(
+                section.name, commands, section.limit_s, section.beside, env=section.env
+            )
+            needs.append(need(changed, folder, env))
+            print(needs[-1].line(), flush=True)
+    total = sum(one.expected_s for one in needs)
+    limits = sum(one.limit_s for one in needs)
+    slack = WHOLE_S / total
+    print(f"{'all':20} {'':9} {'':9} {total:10.0f} {limits:7.0f}")
+    over = [one.name for one in needs if one.expected_s > one.limit_s]
+    print(
+        f"ten minutes are {slack:.2f} times what is expected; over their limits: {over or 'none'}"
+    )
+    return int(slack < SLACK or bool(over))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
