@@ -137,7 +137,7 @@ def sections(
             beside=[[python, "-m", *_share(plain, i, shares)] for i in range(shares)],
             needs_gpu=True,
         ),
-        bench("nft_loss", [*losses, "--weighting", "x0_adaptive"]),
+        bench("nft_loss", ["--all", *losses, "--weighting", "x0_adaptive"]),
         bench("attention", ["--providers", *PROVIDERS, "--budget", "1"]),
         bench("row_ops", ["--budget", "1"]),
         bench("videos", ["--budget", "4"], last_s=33),

@@ -11,7 +11,8 @@ does not stretch. Expected on a machine of CORES cores as fast as this one's:
     commands in a row: the sum of their times
     processes side by side: the longest, or all of them over CORES where that is more
     the build: its longest job, or all of them over CORES
-    a benchmark: until its deadline, which is how it spends its time on a GPU, or what it took here
+    a benchmark: until its deadline, which is how it spends its time on a GPU, or what its kernels
+    take to compile where that is more (what the CPU takes for its values says nothing of a GPU)
 
 Not rehearsed: torch.compile's own compilation, C launchers and the loading of kernels, and what
 only compute-sanitizer or a graph costs. Exits with 1 where a section is expected to need more than
@@ -116,8 +117,10 @@ def need(section: Section, folder: Path, env: dict[str, str]) -> Need:
         row = [whole[0], whole[1] * max(longest_share(folder / "build"), 1 / CORES)]
     lines = record.read_text().splitlines() if record.exists() else []
     found = [json.loads(line) for line in lines]
-    command = section.commands[-1]
-    deadline = float(command[command.index("--deadline") + 1]) if "--deadline" in command else 0.0
+    command, deadline = section.commands[-1], 0.0
+    if "--deadline" in command:
+        deadline = float(command[command.index("--deadline") + 1])
+        row = [sum(kernel["seconds"] for kernel in found)]
     return Need(
         section.name,
         sum(whole) + sum(beside),

@@ -45,9 +45,10 @@ class Timing:
 def timed(
     runs: Mapping[str, Run], device: str, sets: int, reps: int, budget_s: float
 ) -> dict[str, Timing]:
-    """Interleaved timing of `runs`: at most `reps` rounds, at least 3, about `budget_s` seconds.
+    """Interleaved timing of `runs`: at most `reps` rounds, about `budget_s` seconds in all.
 
-    A run that takes more than a tenth of the budget by itself is in the first three rounds only.
+    Each run has the same share of the budget. One that has spent its own is left out from then on,
+    but never before three rounds, so that a slow run takes no repetitions from the others.
     """
     names = list(runs)
     first = {name: _once(runs[name], 0, device, 0.0) for name in names}
@@ -55,19 +56,19 @@ def timed(
     host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in names if name not in slow}
     spent: dict[str, list[float]] = {name: [] for name in names}
     issued: dict[str, list[float]] = {name: [] for name in names}
-    start = perf_counter()
+    used_s = dict.fromkeys(names, 0.0)
     gc.collect()
     gc.disable()
     try:
         for rep in range(reps):
-            if rep >= _MIN_ROUNDS and perf_counter() - start > budget_s:
-                break
             shift = rep % len(names)
             for name in names[shift:] + names[:shift]:
-                if name in slow and rep >= _MIN_ROUNDS:
+                if rep >= _MIN_ROUNDS and used_s[name] > budget_s / len(names):
                     continue
                 head_start_s = 0.0 if name in slow else 1.5 * host_s[name] + 2e-4
+                start = perf_counter()
                 ms, host = _once(runs[name], rep % sets, device, head_start_s)
+                used_s[name] += perf_counter() - start
                 spent[name].append(ms)
                 issued[name].append(host * 1e3)
     finally:

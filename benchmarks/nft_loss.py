@@ -1,174 +1,36 @@
 """The DiffusionNFT loss, forward and backward: the official formula against afd.ops.nft_loss.
 
-    python benchmarks/nft_loss.py                    # 480x832 latents; fp32, bf16 and mixed
-    python benchmarks/nft_loss.py --batch 2 --plot
+    python -m benchmarks.nft_loss                        # a table within a minute
+    python -m benchmarks.nft_loss --out runs/bench       # and its JSON
+    python -m benchmarks.nft_loss --compare old/nft_loss_table.json
+    python -m benchmarks.nft_loss --all                  # every weighting, dtype, batch and noise
+    python -m benchmarks.nft_loss --all --batch 2 --plot
 
-Every provider is compared with the float64 formula on inputs it is timed on; one that disagrees
-is not timed and fails the run. Each is timed with the noise given, and with the noise drawn
-(eager, compile) or regenerated from seeds (ours) in the call; the difference is printed on its
-own. Eager's time includes what the one call of ours replaces: the noising and the metrics.
+The table has a row per provider at 480x832 with the largest batch that fits: time, the machine's
+floor, memory, and the gradient's error against float64 (loss_table.py). It writes nothing unless
+`--out` is given.
+
+With `--all` every provider is compared with the float64 formula on inputs it is timed on; one that
+disagrees is not timed and fails the run. Each is timed with the noise given, and with the noise
+drawn (eager, compile) or regenerated from seeds (ours) in the call; the difference is printed on
+its own. Eager's time includes what the one call of ours replaces: the noising and the metrics.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 # So that it runs from a checkout where nothing is installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd import ops
-from benchmarks import official, suite
-from benchmarks.suite import OURS, Inputs, Step
+from benchmarks import loss_table, suite
+from benchmarks.nft_case import BOUND, DTYPES, NFT_BETA, PRIOR_WEIGHT, Nft, official_loss
 
-NFT_BETA, PRIOR_WEIGHT = 0.1, 1e-4
-# Dtypes of the predictions, of the latents and of the noise.
-DTYPES = {
-    "fp32": (torch.float32, torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    "mixed": (torch.bfloat16, torch.float32, torch.float32),
-}
-# Bounds of ||g - g64|| / ||g64|| and |loss - loss64| / |loss64|: fp32 arithmetic, or one rounding
-# of the gradient to bf16. Eager mixes the velocities in bf16 before it subtracts them.
-BOUND = {"fp32": 1e-5, "bf16": 4e-3, "mixed": 4e-3}
-EAGER_BOUND = {"fp32": 1e-5, "bf16": 5e-2, "mixed": 5e-2}
-_EAGER_BYTES = 250  # per element: what eager holds at its peak, and the inputs
-
-
-@dataclass(frozen=True)
-class Nft:
-    """One case of the loss; `shape` is that of a sample."""
-
-    weighting: str
-    dtype: str
-    batch: int
-    shape: tuple[int, ...]
-
-    def case(self) -> suite.Case:
-        """As the suite takes it."""
-        numel = self.batch * torch.Size(self.shape).numel()
-        return suite.Case(
-            op="nft_loss",
-            name=self.weighting,
-            dtype=self.dtype,
-            dtypes=set(DTYPES[self.dtype]),
-            batch=self.batch,
-            numel=numel,
-            eager_bytes=_EAGER_BYTES * numel,
-            inputs=self.inputs,
-            step=self.step,
-            exact=self.exact,
-            errors=errors,
-            bound=lambda provider: (BOUND if provider in OURS else EAGER_BOUND)[self.dtype],
-            bytes=lambda source: self.bytes(numel, source),
-        )
-
-    def bytes(self, numel: int, source: str) -> tuple[int, int]:
-        """Of one pass, and of the algorithm: the adaptive weights need a pass of their own."""
-        prediction, latent, noise = (dtype.itemsize for dtype in DTYPES[self.dtype])
-        reads = 3 * prediction + latent + (noise if source == "given" else 0)
-        passes = 2 if self.weighting == "x0_adaptive" else 1
-        return numel * (reads + prediction), numel * (passes * reads + prediction)
-
-    def inputs(self, device: str, seed: int) -> Inputs:
-        """Random tensors, a trained policy near the old one."""
-        generator = torch.Generator(device).manual_seed(seed)
-        prediction, latent, noise = DTYPES[self.dtype]
-
-        def draw() -> Tensor:
-            return torch.randn(self.batch, *self.shape, generator=generator, device=device)
-
-        v_old = draw()
-        t, r = torch.rand(2, self.batch, generator=generator, device=device)
-        return {
-            "v_theta": (v_old + 0.1 * draw()).to(prediction).requires_grad_(),
-            "v_old": v_old.to(prediction),
-            "v_ref": (v_old + 0.1 * draw()).to(prediction),
-            "x0": draw().to(latent),
-            "t": 0.05 + 0.9 * t,
-            "r": r,
-            "seed": torch.randint(2**62, (self.batch,), generator=generator, device=device),
-            "noise": draw().to(noise),
-        }
-
-    def step(self, provider: str, source: str) -> Step:
-        """Forward and backward: inputs to (loss, gradient of v_theta)."""
-        if provider in OURS:
-            return self._our_step(provider, source)
-        loss: Step = official_loss(self.weighting)
-        if source == "seed":
-            loss = suite.drawing(loss)
-        if provider == "compile":
-            loss = torch.compile(loss, dynamic=False, fullgraph=True)
-        return lambda i: _differentiate(loss(i), i)
-
-    def _our_step(self, backend: str, source: str) -> Step:
-        options: dict[str, Any] = {
-            "nft_beta": NFT_BETA,
-            "prior_weight": PRIOR_WEIGHT,
-            "weighting": self.weighting,
-        }
-        eps = "noise" if source == "given" else "seed"
-
-        def step(i: Inputs) -> tuple[Tensor, Tensor]:
-            names = ("v_theta", "v_old", "v_ref", "x0", "t", "r", eps)
-            tensors: dict[str, Any] = {name: i[name] for name in names}
-            with ops.use_backend(backend):
-                return _differentiate(ops.nft_loss(**options, **tensors).loss, i)
-
-        return step
-
-    def exact(self, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
-        """Loss and gradient in float64, with the noise given and with that of the seeds."""
-        return {
-            "given": self.oracle(inputs),
-            "seed": self.oracle(inputs | {"noise": suite.seeded_noise(inputs)}),
-        }
-
-    def oracle(self, i: Inputs) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of the formula in float64, sample by sample to bound memory."""
-        losses, grads = [], []
-        for b in range(self.batch):
-            one = {name: x[b : b + 1].detach().double() for name, x in i.items() if name != "seed"}
-            one["v_theta"].requires_grad_()
-            loss, grad = _differentiate(official_loss(self.weighting)(one), one)
-            losses.append(loss.detach())
-            grads.append(grad / self.batch)
-        return torch.stack(losses).mean(), torch.cat(grads)
-
-
-def official_loss(weighting: str) -> Callable[[Inputs], Tensor]:
-    """The official formula as a function of inputs that hold the noise."""
-
-    def loss(i: Inputs) -> Tensor:
-        shared: dict[str, Any] = {k: i[k] for k in ("v_theta", "v_old", "v_ref", "x0", "r")}
-        shared |= {"nft_beta": NFT_BETA, "prior_weight": PRIOR_WEIGHT}
-        if weighting == "velocity":
-            return official.velocity_loss(noise=i["noise"], **shared)[0]
-        x_t = official.noised(i["x0"], i["noise"], i["t"])
-        return official.diffusionnft_loss(x_t=x_t, t=i["t"], **shared)[0]
-
-    return loss
-
-
-def errors(output: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Relative errors of loss and gradient."""
-    return {
-        name: ((x.detach().double() - x64).norm() / x64.norm()).item()
-        for name, x, x64 in zip(("loss", "grad"), output, exact, strict=True)
-    }
-
-
-def _differentiate(loss: Tensor, i: Inputs) -> tuple[Tensor, Tensor]:
-    (grad,) = torch.autograd.grad(loss, i["v_theta"])
-    return loss, grad
+__all__ = ["BOUND", "DTYPES", "NFT_BETA", "PRIOR_WEIGHT", "Nft", "cases", "main", "official_loss"]
 
 
 def cases(args: Any) -> Iterator[suite.Case]:
@@ -183,8 +45,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = suite.arguments(__doc__.splitlines()[0], DTYPES)
     weightings = ["x0_adaptive", "velocity"]
     parser.add_argument("--weighting", nargs="+", choices=weightings, default=weightings)
+    parser.add_argument("--all", action="store_true", help="every case instead of one table")
+    parser.add_argument("--compare", type=Path, help="a JSON of an earlier table, shown beside")
+    out = parser.parse_args(argv).out
     args = suite.parse(parser, argv)
-    suite.run("nft_loss", cases(args), args)
+    if args.all:
+        suite.run("nft_loss", cases(args), args)
+    else:
+        # Only where it is asked to: what is committed stays.
+        args.out = out
+        loss_table.run(args)
 
 
 if __name__ == "__main__":

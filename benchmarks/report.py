@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from afd_kernels import native
 from benchmarks import clock
 from benchmarks.gpu_check import result_table
 
@@ -125,10 +127,19 @@ def finish(rows: Sequence[Any], failed: Mapping[str, str], late: Sequence[str] =
 
 def save(folder: Path, name: str, device: str, how: str, rows: Sequence[Any], **about: Any) -> Path:
     """Writes <folder>/<name>.json and returns its path. Rows are dataclasses."""
+    return write(folder, document(name, device, how, rows, **about))
+
+
+def document(name: str, device: str, how: str, rows: Sequence[Any], **about: Any) -> dict[str, Any]:
+    """What a benchmark's JSON holds."""
+    found = {"name": name, "environment": environment(device), "how": how} | about
+    return found | {"rows": [asdict(row) for row in rows]}
+
+
+def write(folder: Path, document: dict[str, Any]) -> Path:
+    """Writes a document to <folder>/<its name>.json and returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    document = {"name": name, "environment": environment(device), "how": how} | about
-    document["rows"] = [asdict(row) for row in rows]
+    path = folder / f"{document['name']}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 
@@ -177,6 +188,9 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "instruction_set": native.isa() if native.why_missing() is None else None,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
         | {name: _version(name) for name in names},
         "commit": _commit(),

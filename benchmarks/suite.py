@@ -19,6 +19,7 @@ from tests.cases import WAN_480
 
 OURS = ("reference", "native", "triton")
 PROVIDERS = ("eager", "compile", *OURS)
+WIDE = 1.3  # p80 / p20 from which a timing is not to be trusted
 SOURCES = ("given", "seed")  # of the noise; eager's "seed" is a fresh draw in the call
 
 Inputs = dict[str, Tensor]
@@ -218,6 +219,9 @@ def _measure(case: Case, args: Namespace, results: Results) -> list[Row]:
     results.floors.append(
         {"op": case.op, "case": case.name, "dtype": case.dtype, "B": case.batch, "GB/s": rates}
     )
+    for what, timing in timings.items():
+        if timing.p80 > WIDE * timing.p20:
+            print(f"wide: {what}, p80 / p20 = {timing.p80 / timing.p20:.2f}; measure again")
     print("floors: " + ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items()))
     rows = []
     for (provider, source), run in runs.items():

@@ -145,8 +145,9 @@ def provenance(path: Path, saved: dict[str, Any]) -> str:
     about = saved["environment"]
     commit, _, changed = about["commit"].partition("+")
     state = f"{commit[:9]} with changes" if changed else commit[:9]
+    command = f"python benchmarks/{path.stem}.py" + " --all" * (path.stem == "nft_loss")
     return (
-        f"`python benchmarks/{path.stem}.py`, {about['device_name']}, threads: {about['threads']}, "
+        f"`{command}`, {about['device_name']}, threads: {about['threads']}, "
         f"torch {about['versions']['torch']}, {about['date'][:10]}, commit {state}; "
         f"all rows of this and more in `{path.relative_to(ROOT)}`."
     )
