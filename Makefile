@@ -44,6 +44,7 @@ format: setup
 
 bench: setup ## the benchmarks of this device; tables, JSON and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks.nft_loss --all --plot
+	$(BIN)/python -m benchmarks.host_overhead
 	$(BIN)/python -m benchmarks.forward_noise --plot
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.row_ops
