@@ -4,9 +4,9 @@
     python -m benchmarks.host_overhead --out folder
     python -m benchmarks.host_overhead --against folder/host_overhead.json
 
-native: the compiled core on CPU tensors (attention: the CPU's library). triton: the host code of the
-Triton backend on CPU tensors, with a driver that loads and launches nothing: Triton specialises,
-binds and looks its kernels up as on a GPU, after compiling each once for sm_90.
+native: the compiled core on CPU tensors (attention: the CPU's library). triton: the host code of
+the Triton backend on CPU tensors, with a driver that loads and launches nothing: Triton
+specialises, binds and looks its kernels up as on a GPU, after compiling each once for sm_90.
 torch.add is there to read the machine by. Medians over interleaved rounds, in microseconds.
 """
 

@@ -1,4 +1,4 @@
-"""The host's time per call is measured for every op, on both paths, and set beside an earlier run."""
+"""The host's time per call is measured for every op on both paths."""
 
 from __future__ import annotations
 
