@@ -229,6 +229,7 @@ def gpu_rows(name: str, options: list[str]) -> Iterator[dict[str, Any]]:
         module = importlib.import_module(f"benchmarks.{name}")
         parser = suite.arguments("", module.DTYPES)
         parser.add_argument("--weighting", nargs="+")
+        parser.add_argument("--all", action="store_true")
         args = suite.parse(parser, options)
         for case, backend, noise in product(module.cases(args), suite.PROVIDERS, suite.SOURCES):
             yield {
