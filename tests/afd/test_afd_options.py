@@ -87,7 +87,9 @@ def test_the_advantage_mode_decides_which_side_counts(mode: str, expected: list[
 
 def test_the_mode_reaches_the_update() -> None:
     r = {mode: first(adv_mode=mode)[1]["student/r_mean"] for mode in ("all", "positive_only")}
-    assert r["positive_only"] > r["all"] == pytest.approx(0.5)
+    # Standardised scores sum to zero but for the rounding of scores far from zero, divided by their
+    # spread; another order of the network's sums (another CPU) rounds otherwise.
+    assert r["positive_only"] > 0.55 > r["all"] == pytest.approx(0.5, abs=1e-5)
 
 
 def test_an_average_of_past_scores_is_kept_for_the_baseline() -> None:

@@ -385,7 +385,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("afd.models.checkpoints.os.fsync", full)
+    monkeypatch.setattr("afd.files.os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         save_self_forcing(path, generator=network(2))
     with pytest.raises(OSError, match="no space"):

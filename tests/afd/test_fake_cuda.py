@@ -279,7 +279,8 @@ def test_videoalign_looks_scores_and_learns_on_the_device(tmp_path: Path) -> Non
 
 def test_a_run_says_which_backends_its_own_device_has(tmp_path: Path) -> None:
     console = Console(quiet=True)
-    with fake_cuda(), _home(tmp_path, RunConfig(), console, Ranks(device=torch.device("cuda"))):
+    config = RunConfig(out=str(tmp_path))
+    with fake_cuda(), _home(config, console, Ranks(device=torch.device("cuda"))):
         log = (tmp_path / "train.log").read_text()
     assert "op adaln runs on backend triton" in log
 
