@@ -1,4 +1,4 @@
-"""The second half of a deterministic sum in Triton: rows of fp32 partial sums, in a fixed order."""
+"""Sums in Triton: of rows of fp32 partial sums in a fixed order, and of squares that leave fp32."""
 # mypy: ignore-errors
 # (@triton.jit bodies are a language of their own)
 
@@ -21,3 +21,15 @@ def sum_rows(rows_ptr, count, stride, column, inside, ROWS: tl.constexpr, COLUMN
         place = rows_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
         total += tl.load(place, mask=(row < count)[:, None] & inside[None, :], other=0.0)
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def factor_of_row(mean_square):
+    """The power of two by which a row is multiplied before its squares are summed again.
+
+    1 where fp32 holds the squares. A norm is blind to its row's length but for eps, which goes with
+    the factor's square. The limits are those of csrc/cpu/rows.h.
+    """
+    below = mean_square < 1e-24
+    kept = (mean_square >= 1e-24) & (mean_square <= 1e24)
+    return tl.where(kept, 1.0, tl.where(below, 1.2089258196146292e24, 8.271806125530277e-25))

@@ -15,7 +15,7 @@ from torch import Tensor
 from afd_kernels.contracts import require
 from afd_kernels.forward_noise.triton_impl import MAX_BATCH, refuse
 from afd_kernels.launch_config import device_arch, launch_config
-from afd_kernels.reduce_triton import sum_rows
+from afd_kernels.reduce_triton import factor_of_row, sum_rows
 
 __all__ = ["adaln", "adaln_bwd", "refuse"]
 
@@ -28,11 +28,27 @@ def _load(ptr, lane, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def _moments(x, inside, CHANNELS: tl.constexpr):
+    """The mean of a row whose lanes outside are 0, and its variance."""
+    mean = tl.sum(x) / CHANNELS
+    centred = tl.where(inside, x - mean, 0.0)
+    return mean, tl.sum(centred * centred) / CHANNELS
+
+
+@triton.jit
 def _normalise(x, inside, eps, CHANNELS: tl.constexpr):
-    """LN without affine of a row whose lanes outside are 0, and its inverse deviation."""
-    centred = tl.where(inside, x - tl.sum(x) / CHANNELS, 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred) / CHANNELS + eps)
-    return centred * inverse, inverse
+    """LN without affine of a row whose lanes outside are 0, and its inverse deviation.
+
+    x - mean is made a second time: held through the branch it would cost registers.
+    """
+    mean, variance = _moments(x, inside, CHANNELS)
+    factor = factor_of_row(variance + eps)
+    if factor != 1.0:
+        x *= factor
+        mean, variance = _moments(x, inside, CHANNELS)
+        eps *= factor * factor
+    inverse = tl.rsqrt(variance + eps)
+    return tl.where(inside, x - mean, 0.0) * inverse, inverse * factor
 
 
 @triton.jit

@@ -57,10 +57,18 @@ def _mend(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: floa
     0, with an lse of 0. Few rows are looked at twice for nothing: an lse of 0 is rare otherwise.
     """
     doubtful = (lse == 0) | ~lse.isfinite()
-    if not bool(doubtful.any()):
-        return
+    if bool(doubtful.any()):
+        attend_again(doubtful.any(1), out, lse, q, k, v, scale)
+
+
+def attend_again(
+    which: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> None:
+    """Writes the answers of the queries that `which` [B, l] holds anew, without the library."""
     for b in range(q.shape[0]):
-        rows = doubtful[b].any(0).nonzero().squeeze(1)
+        rows = which[b].nonzero().squeeze(1)
+        if not len(rows):
+            continue
         key, value = k[b : b + 1].float(), v[b : b + 1].float()
         for some in rows.split(_MENDED_QUERIES):
             made, its_lse = attend(q[b : b + 1, some].float(), key, value, scale)

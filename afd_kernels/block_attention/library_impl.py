@@ -19,7 +19,7 @@ from torch import Tensor
 
 from afd_kernels.block_attention import library_cuda
 from afd_kernels.block_attention.intervals import Intervals, Row
-from afd_kernels.block_attention.library_cpu import CpuFlash
+from afd_kernels.block_attention.library_cpu import CpuFlash, attend_again
 
 _CPU = CpuFlash()
 _HALF = (torch.bfloat16, torch.float16)
@@ -319,7 +319,33 @@ def forward(
         for part in work.second:
             answer = library.forward(_queries(query, part), *keys.blocks(part), scale)
             merge_(_queries(out_, part), _lse_blocks(lse_, part), *answer)
+        # On a GPU the question would wait for the device.
+        if work.second and q.device.type == "cpu" and not out_.sum(dtype=torch.float32).isfinite():
+            _mend_merged(out_, lse_, query, keys, intervals.rows[at.start or 0], scale)
     return out, lse
+
+
+def _mend_merged(
+    out: Tensor, lse: Tensor, q: Tensor, keys: _Keys, rows: tuple[Row, ...], scale: float
+) -> None:
+    """Writes the answers of queries that are not finite after a merge again, in place.
+
+    An interval whose scores are all -inf is NaN alone and adds nothing beside others, and an
+    infinite value in one times a share of the other's is NaN.
+    """
+    for q0, q1, *ends in rows:
+        if not ends[3]:
+            continue
+        which = ~out[:, q0:q1].isfinite().flatten(2).all(2)
+        if not bool(which.any()):
+            continue
+        border = 0 if keys.k_context is None else keys.k_context.shape[1]
+        both = []
+        for low, high in (ends[:2], ends[2:]):
+            start = low if high <= border else low - border
+            both.append([_tokens(x, start, high - low) for x in keys.source(high <= border)])
+        k, v = (torch.cat(parts, dim=1) for parts in zip(*both, strict=True))
+        attend_again(which, out[:, q0:q1], lse[..., q0:q1], q[:, q0:q1], k, v, scale)
 
 
 def backward(

@@ -12,6 +12,7 @@ import triton.language as tl
 
 # A row of a table of tiles (tiles.py): stream, first and last query, keys a and b, padding.
 QUERY_COLUMNS = tl.constexpr(8)
+LOWEST = tl.constexpr(-3.0e38)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -126,7 +127,8 @@ def _block_attention_fwd_kernel(
     q_offsets = spread(rows, channels, q_stride_t, UNIT)
     q = load_rows(q_at, q_offsets, rows, columns, left, True, PAD)
 
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Not -inf: scores of -inf alone have then weights of 0, and not NaN, beside later keys.
+    highest = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     for side in tl.range(2, num_stages=1):
@@ -153,9 +155,10 @@ def _block_attention_fwd_kernel(
                 scale_log2, True, PAD, WIDEN,
             )  # fmt: skip
 
-    # Without keys: 0 and -inf.
-    total = tl.where(total > 0.0, total, 1.0)
-    acc = acc / total[:, None]
+    # Without keys: 0 and -inf. With scores of -inf alone, as with a NaN among them: NaN.
+    attended = tl.load(tile_ptr + 4) > 0
+    total = tl.where((total == 0.0) & attended, float("nan"), total)
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = (highest + tl.log2(total)) * LN_2
     inside = rows < left
     heads = tl.num_programs(1)

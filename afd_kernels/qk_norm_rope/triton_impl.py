@@ -15,7 +15,7 @@ from torch import Tensor
 from afd_kernels.contracts import require
 from afd_kernels.forward_noise.triton_impl import MAX_BATCH, refuse
 from afd_kernels.launch_config import device_arch, launch_config
-from afd_kernels.reduce_triton import sum_rows
+from afd_kernels.reduce_triton import factor_of_row, sum_rows
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_append_", "qk_norm_rope_bwd", "refuse"]
 
@@ -30,7 +30,14 @@ def _pairs(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def _inverse_rms(x, eps, CHANNELS: tl.constexpr):
-    return tl.rsqrt(tl.sum(x * x) / CHANNELS + eps)
+    square = tl.sum(x * x) / CHANNELS
+    inverse = tl.rsqrt(square + eps)
+    factor = factor_of_row(square + eps)
+    # Only a scalar leaves the branch: a second row would cost registers in every program.
+    if factor != 1.0:
+        scaled = x * factor
+        inverse = tl.rsqrt(tl.sum(scaled * scaled) / CHANNELS + eps * factor * factor) * factor
+    return inverse
 
 
 @triton.jit

@@ -53,8 +53,6 @@ def test_one_special_channel_or_a_whole_row_of_them_in_adaln(
     backend: str, value: float, width: int
 ) -> None:
     require_backend("adaln", backend)
-    if backend == "triton" and abs(value) in (INF, 1e20):
-        pytest.skip("squares that leave float32 are not rescaled in Triton (docs/NUMERICS.md)")
     torch.manual_seed(0)
     x, grad = torch.randn(2, 1, 6, width).unbind()
     scale, shift = torch.randn(2, width).unbind()
@@ -82,8 +80,6 @@ def test_one_special_channel_or_a_whole_row_of_them_in_qk_norm_rope(
     backend: str, value: float, width: int
 ) -> None:
     require_backend("qk_norm_rope", backend)
-    if backend == "triton" and abs(value) in (INF, 1e20):
-        pytest.skip("squares that leave float32 are not rescaled in Triton (docs/NUMERICS.md)")
     torch.manual_seed(0)
     q, k, grad_q, grad_k = torch.randn(4, 1, 6, 2, width // 2).unbind()
     weights = torch.randn(2, width).unbind()
@@ -131,11 +127,6 @@ def test_a_special_value_in_attention(backend: str, which: int, keys: int) -> No
                 (True, True, False),
             )  # fmt: skip
             where = f"{value} at {at}"
-            if backend == "library" and abs(value) == INF:
-                # Merging two intervals makes NaN of an infinity; never a number of one or of NaN.
-                assert (expected.isfinite() | ~out.isfinite()).all(), where
-                assert (~expected.isnan() | out.isnan()).all(), where
-                continue
             assert_same(f"out, {where}", out.detach(), expected)
             assert_same(f"lse, {where}", lse.detach(), expected_lse)
             if abs(value) < 1e20 or value != value:
