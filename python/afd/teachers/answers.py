@@ -50,6 +50,7 @@ class Failure(Exception):
     certain: bool = False
     throttled: bool = False
     gone: bool = False  # the address is not valid (any more): ask for a fresh one
+    received: bool = False  # an answer of success came that does not say what was made
     retry_after_s: float = 0.0
 
     def __str__(self) -> str:
@@ -72,6 +73,14 @@ def _amount(value: Any) -> float | None:
     """A finite number above 0, given as a number; None for anything else."""
     found = None if isinstance(value, str) else _number(value)
     return found if found is not None and found > 0 else None
+
+
+def _moment(value: Any) -> float | None:
+    """Unix seconds, also of milliseconds; None for what is no time since 2001, such as 0."""
+    found = _number(value)
+    if found is not None and found >= 1e11:
+        found /= 1000.0
+    return found if found is not None and 1e9 <= found < 1e11 else None
 
 
 def _name(value: Any) -> str:
@@ -98,12 +107,13 @@ def _word(value: Any) -> str:
 
 
 # An identifier that is safe as one part of a path; a state or code; a web address; a number or
-# nothing; a count of what is billed or nothing.
+# nothing; a count of what is billed or nothing; a time or nothing.
 Name = Annotated[str, BeforeValidator(_name)]
 Word = Annotated[str, BeforeValidator(_word)]
 Address = Annotated[str, Field(min_length=1, max_length=8192), AfterValidator(_address)]
 Number = Annotated[float | None, BeforeValidator(_number)]
 Amount = Annotated[float | None, BeforeValidator(_amount)]
+Moment = Annotated[float | None, BeforeValidator(_moment)]
 
 
 class Answer(BaseModel):
@@ -129,6 +139,11 @@ class Reply:
         return 200 <= self.status < 300
 
     @property
+    def received(self) -> bool:
+        """Whether it says something and is one of success, so that the request surely arrived."""
+        return self.ok and bool(self.text.strip())
+
+    @property
     def retry_after_s(self) -> float:
         return _seconds(self.headers.get("retry-after"))
 
@@ -136,12 +151,17 @@ class Reply:
         """The JSON object of the body; Failure for anything else, such as an empty 200."""
         if not isinstance(self.json, dict):
             held = "an empty body" if not self.text.strip() else "no JSON object"
-            raise Failure(Kind.RETRYABLE, f"HTTP {self.status} with {held}")
+            reason = f"HTTP {self.status} with {held}"
+            raise Failure(Kind.RETRYABLE, reason, received=self.received)
         return self.json
 
     def read(self, model: type[_A]) -> _A:
         """The body's object as typed values; Failure names the first field that is wrong."""
-        return parse(self.object(), model)
+        try:
+            return parse(self.object(), model)
+        except Failure as failure:
+            failure.received = self.received
+            raise
 
 
 def parse(value: Any, model: type[_A]) -> _A:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from afd.teachers.answers import Address, Amount, Answer, Failure, Name, Number, Word, parse
+from afd.teachers.answers import Address, Amount, Answer, Failure, Moment, Name, Number, Word, parse
 from afd.teachers.http import Http
 from afd.teachers.moderation import complaint
 from afd.teachers.provider import (
@@ -28,6 +28,7 @@ from afd.teachers.provider import (
     refusal,
     segment,
     state_of,
+    submitted,
     unfinished,
 )
 
@@ -63,7 +64,7 @@ class _Task(Answer):
 
 class _Listed(Answer):
     id: Name
-    created_at: Number = None
+    created_at: Moment = None
     seed: Number = None
     execution_expires_after: Number = None
 
@@ -88,13 +89,15 @@ class Ark(Provider):
         return {"generate_audio": False, "watermark": False}
 
     def seconds(self, parameters: Mapping[str, Any]) -> float | None:
+        parameters = _with_flags(parameters)
         frames = length(parameters.get("frames"))
         return frames / FPS if frames else length(parameters.get("duration"))
 
     def tokens(self, parameters: Mapping[str, Any]) -> float | None:
         """The vendor's rule for the smallest picture of a resolution: 480p has at least 480 x 640
         pixels, whatever its ratio and model."""
-        rows = re.fullmatch(r"(\d{3,4})p", str(parameters.get("resolution", "")), re.ASCII)
+        resolution = str(_with_flags(parameters).get("resolution", ""))
+        rows = re.fullmatch(r"(\d{3,4})p", resolution, re.ASCII)
         seconds = self.seconds(parameters)
         if rows is None or seconds is None:
             return None
@@ -102,9 +105,7 @@ class Ark(Provider):
 
     async def submit(self, http: Http, order: Order, headers: Mapping[str, str]) -> Task:
         reply = await http.call("POST", TASKS, json=self._body(order), headers=dict(headers))
-        if not reply.ok or "id" not in reply.object():
-            raise refusal(reply, QUOTA)
-        return {"id": reply.read(_Submitted).id}
+        return {"id": submitted(reply, _Submitted, QUOTA).id}
 
     async def poll(self, http: Http, task: Task) -> Status:
         reply = await http.call("GET", f"{TASKS}/{segment(task['id'])}")
@@ -135,42 +136,54 @@ class Ark(Provider):
             return sightings  # older than the list
         tier = order.parameters.get("service_tier")
         filters = {} if tier is None else {"filter.service_tier": tier}
-        seen, whole = 0, True
+        seen: set[str] = set()
+        whole = True
         for number in range(1, PAGES + 1):
             where = {"page_num": number, "page_size": PAGE, **filters}
             reply = await http.call("GET", TASKS, params=where)
             if not reply.ok:
                 raise refusal(reply, QUOTA)
             page = reply.read(_Page)
-            listed = page.items or []
-            seen += len(listed)
+            if page.items is None and page.total != 0:
+                break  # no list, so no proof
+            listed, before = page.items or [], len(seen)
             for raw in listed:
                 try:
                     item = parse(raw, _Listed)
                 except Failure:  # it may be ours
                     whole = False
                     continue
-                if item.created_at is None or item.created_at >= since:
-                    self._sort(order, raw, item, sightings)
-            if not listed or (page.total is not None and seen >= page.total):
+                seen.add(item.id)
+                self._sort(order, raw, item, since, sightings)
+            if not listed or page.total == len(seen):
                 sightings.complete = whole
                 break
+            if len(seen) == before:
+                break  # the same page again
         return sightings
 
-    def _sort(self, order: Order, raw: dict[str, Any], item: _Listed, sightings: Sightings) -> None:
+    def _sort(
+        self, order: Order, raw: dict[str, Any], item: _Listed, since: float, sightings: Sightings
+    ) -> None:
         ours, task = self._body(order), {"id": item.id}
-        for name in ("resolution", "ratio", "duration"):
-            if name in ours and raw.get(name) not in (None, ours[name], "adaptive"):
-                return
-        mark, own = item.execution_expires_after, MARK not in order.parameters
-        if own and mark is not None and mark != ours[MARK]:
-            return
         # Models without seeds tell one of their own; then only the mark counts.
         same_seed = order.send_seed and item.seed == order.seed
-        if (own and mark is not None) or same_seed:
+        mark, own = item.execution_expires_after, MARK not in order.parameters
+        marked = own and mark is not None
+        if marked and mark == ours[MARK] and same_seed:
             sightings.ours.append(task)
-        else:
-            sightings.lookalikes.append(task)
+            return
+        if item.created_at is not None and item.created_at < since:
+            return
+        differs = any(
+            name in ours and _differ(ours[name], raw.get(name))
+            for name in ("resolution", "ratio", "duration")
+        )
+        if (differs or (marked and mark != ours[MARK])) and not same_seed:
+            return
+        # The same seed under another mark: of another order, or of a server with marks of its own.
+        sure = not differs and (mark == ours[MARK] if marked else same_seed)
+        (sightings.ours if sure else sightings.lookalikes).append(task)
 
     def _body(self, order: Order) -> dict[str, Any]:
         options = dict(order.parameters)
@@ -185,3 +198,20 @@ class Ark(Provider):
             **options,
         }
         return given(body)
+
+
+def _with_flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as older models take them, which read flags behind the prompt."""
+    flags = re.findall(r"--(\w+)[ =]+(\S+)", str(parameters.get("prompt_suffix", "")))
+    names = {"rs": "resolution", "dur": "duration", "frames": "frames"}
+    return {**parameters, **{names.get(name, name): value for name, value in flags}}
+
+
+def _differ(ours: Any, listed: Any) -> bool:
+    """Whether a listed task was surely asked with another option; 5, "5" and "5s" are alike."""
+    if listed in (None, "adaptive"):
+        return False
+    seconds = length(ours), length(listed)
+    if None not in seconds:
+        return seconds[0] != seconds[1]
+    return isinstance(listed, str) and str(ours).strip().lower() != listed.strip().lower()

@@ -112,7 +112,9 @@ class FetchConfig(Section):
         description="stop when more than this share of at least 20 videos was refused as content",
     )
     retry_rejected: bool = Field(
-        default=False, description="ask again (and pay again) for what was refused as content"
+        default=False,
+        description="ask again (and pay again) for what was refused as content, and for tasks that "
+        "failed because the request is wrong",
     )
     resubmit_in_doubt: bool = Field(
         default=False,

@@ -13,6 +13,8 @@ from afd.teachers.base import ContentsError, TeacherError
 from afd.video import VideoError, check_video
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+# Something else stands where a folder or file belongs, or it is gone.
+_DISK |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENOENT, errno.ESTALE}
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ from afd.teachers.provider import (
     refusal,
     segment,
     state_of,
+    submitted,
     unfinished,
 )
 
-QUOTA = r"balance|billing|locked|insufficient|payment"
+QUOTA = r"balance|billing|\blocked\b|user_locked|account_locked|insufficient|payment"
 INVALID = (
     r"missing|_type$|_parsing$|greater_than|less_than|one_of|literal_error|value_error|unsupported"
 )
@@ -98,9 +99,8 @@ class Fal(Provider):
         reply = await http.call("POST", url, json=self._input(order), headers=dict(headers))
         if not reply.ok:
             raise self._unsent(reply)
-        if "request_id" not in reply.object():
-            raise refusal(reply, QUOTA)
-        return self._task(http, order.model, reply.read(_Submitted).request_id, reply.object())
+        number = submitted(reply, _Submitted, QUOTA).request_id
+        return self._task(http, order.model, number, reply.object())
 
     async def poll(self, http: Http, task: Task) -> Status:
         reply = await http.call("GET", task["status_url"])

@@ -28,8 +28,8 @@ from afd.video import VideoError, check_video
 
 _T = TypeVar("_T")
 _log = logging.getLogger("afd")
-# A provider's clock may differ from ours by this much.
-SKEW_S = 3600.0
+# A provider's clock may differ from ours by this much, one set to the wrong zone included.
+SKEW_S = 86_400.0
 MANIFEST_S = 5.0
 DECIDED = 20  # videos before a share of rejections means anything
 FAULTS = 5  # unexpected errors of one video, over all processes, before it is left alone
@@ -58,6 +58,7 @@ class Engine:
         self._claims = Claims(ledger.folder)
         self._asking: set[asyncio.Task[Row]] = set()
         self._unknown: set[str] = set()
+        self._first_seen: dict[int, tuple[float, float]] = {}
         self._accepted = 0
         self._manifest_at = time.monotonic()
 
@@ -127,6 +128,12 @@ class Engine:
             if row is None or row.state not in LIVE:
                 if row is not None and row.kind == "content" and not self.config.retry_rejected:
                     raise _rejection(order, row.reason)
+                wrong = row is not None and (row.state, row.kind) == ("failed", "invalid")
+                if row is not None and wrong and not self.config.retry_rejected:
+                    raise Unanswered(
+                        f"{order.prompt!r}: {row.reason}; the same request fails again, "
+                        "teacher.fetch.retry_rejected=true asks again"
+                    )
                 row = await self._submit(order)
             if row.state == "asked":
                 found = await self._look_up(order, row)
@@ -142,11 +149,12 @@ class Engine:
 
     async def _submit(self, order: Order) -> Row:
         """A row that is running, or asked where the answer got lost."""
-        give_up, tries = time.time() + self.config.deadline_s, 0
+        give_up, tries = time.monotonic() + self.config.deadline_s, 0
         while True:
             if self.fatal is not None:
                 raise self.fatal
             row = self.ledger.reserve(order, self.price_usd, self.config.budget_usd)
+            self._age_s(row)
             # Shielded: who stops waiting for the answer must not lose it.
             asking = asyncio.ensure_future(self._ask(order, row))
             self._asking.add(asking)
@@ -157,7 +165,7 @@ class Engine:
                 failure = error
             if not failure.certain:
                 _log.warning("submit without an answer (%s); looking it up", failure.reason)
-                return row
+                return self.ledger.received(row, failure.reason) if failure.received else row
             rejected = failure.kind is Kind.CONTENT
             state = "failed" if rejected else "refused"
             self.ledger.end(row, state, failure.kind.value, failure.reason, paid=False)
@@ -171,7 +179,7 @@ class Engine:
                 raise Unanswered(f"{order.prompt!r}: {failure.reason}")
             tries += 1
             wait_s = self._pause_s(tries, failure.retry_after_s)
-            last = time.time() + wait_s > give_up
+            last = time.monotonic() + wait_s > give_up
             if last or (tries >= self.config.tries and not failure.throttled):
                 raise Unanswered(f"{order.prompt!r}: cannot be submitted: {failure.reason}")
             if failure.throttled:
@@ -195,7 +203,8 @@ class Engine:
         task = await self._understood(self.provider.submit(self.http, order, header))
         running = self.ledger.running(row, task)
         if running is None:
-            raise Failure(Kind.RETRYABLE, f"the task {task['id']} was given out twice")
+            reason = f"the task {task['id']} was given out twice"
+            raise Failure(Kind.RETRYABLE, reason, received=True)
         self._accepted += 1
         self.limiter.accepted()
         return running
@@ -210,7 +219,7 @@ class Engine:
             tries += 1
             partial = False
             # Of the moment before the list is asked for: it must be younger than that.
-            settled = time.time() >= row.asked_at + self.config.settle_s
+            settled = self._age_s(row) >= self.config.settle_s
             try:
                 if self.config.idempotency_header is not None:
                     return await self._ask(order, row)
@@ -225,17 +234,19 @@ class Engine:
                         _log.info("found the task %s of a submit without an answer", task["id"])
                         return found
                 alike = [task["id"] for task in seen.lookalikes if task["id"] not in taken]
-                if settled and seen.complete and not alike:
+                if settled and seen.complete and not alike and not row.reason:
                     self.ledger.end(row, "refused", "retryable", "never arrived", paid=False)
                     return None
                 partial = not seen.complete
                 why = f"it may be {', '.join(alike[:3])}" if alike else "the list is not complete"
+                if seen.complete and row.reason and not alike:
+                    why = f"it was answered, but: {row.reason}"
             except Failure as failure:
                 if failure.kind is Kind.QUOTA:
                     raise self._stop(failure.reason) from None
                 why = failure.reason
             patience_s = self.config.deadline_s if partial else self.config.settle_s
-            late = time.time() >= row.asked_at + patience_s
+            late = self._age_s(row) >= patience_s
             if settled and late and tries >= min(2, self.config.tries):
                 break
             await asyncio.sleep(self._pause_s(tries))
@@ -245,20 +256,25 @@ class Engine:
     async def _follow(self, order: Order, row: Row) -> Path | str:
         """Poll a task to its end: the video, or why another submit is worth it."""
         assert row.task is not None
-        give_up = row.asked_at + self.config.deadline_s
         faults = downloads = silences = 0
-        cancelled = False
+        cancelled = delivered = False
         while True:
             try:
                 status = await self._understood(self.provider.poll(self.http, row.task))
             except Failure as failure:
                 if failure.kind is Kind.QUOTA:
                     raise self._stop(failure.reason) from None
+                if failure.kind is Kind.CONTENT:
+                    silences += 1
+                    if silences > 1:
+                        status = Status(State.FAILED, kind=failure.kind, reason=failure.reason)
+                        return self._ended(order, row, status, cancelled)
                 faults += 1
                 wait_s = self._pause_s(faults, failure.retry_after_s)
                 if failure.throttled:
                     self.limiter.throttled(wait_s)
-                if time.time() + wait_s > give_up or (failure.gone and faults >= self.config.tries):
+                late = self._age_s(row) + wait_s > self.config.deadline_s
+                if late or (failure.gone and faults >= self.config.tries):
                     return self._stuck(order, row, f"cannot be polled: {failure.reason}")
                 await asyncio.sleep(wait_s)
                 continue
@@ -272,6 +288,9 @@ class Engine:
                 _log.warning(
                     "%s names an unknown state %r; waiting on", self.provider.name, status.unknown
                 )
+            if status.state is State.SUCCEEDED and not delivered:
+                self.ledger.delivered(row, self._bill_usd(status))
+                delivered = True
             if status.state is State.SUCCEEDED and status.video_url:
                 try:
                     return await self._download(order, row, status)
@@ -291,7 +310,7 @@ class Engine:
                 continue
             if status.state not in (State.QUEUED, State.RUNNING):
                 return self._ended(order, row, status, cancelled)
-            if time.time() > give_up:
+            if self._age_s(row) > self.config.deadline_s:
                 if cancelled or status.state is not State.QUEUED:
                     waited = f"still {status.state.value} after {self.config.deadline_s:g} s"
                     return self._stuck(order, row, waited)
@@ -354,6 +373,14 @@ class Engine:
         units = {"million_tokens": (status.tokens or 0.0) / 1e6, "second": status.seconds}
         found = units.get(self.config.price_per)
         return found * (self.config.price_usd or 0.0) if found else None
+
+    def _age_s(self, row: Row) -> float:
+        """Seconds since a submit. The clock counts only until this process first saw it: one that
+        is set meanwhile neither proves nor delays anything."""
+        now = time.monotonic()
+        known = (now, max(0.0, time.time() - row.asked_at))
+        first, age_s = self._first_seen.setdefault(row.id, known)
+        return age_s + now - first
 
     def _stuck(self, order: Order, row: Row, reason: str) -> str:
         """A task that may be paid gives no video now. The next fetch looks at it again."""

@@ -130,7 +130,8 @@ class Http:
             async for chunk in response.aiter_bytes():
                 body += chunk
                 if len(body) > JSON_BYTES:
-                    raise Failure(Kind.RETRYABLE, f"the answer exceeds {JSON_BYTES} bytes")
+                    reason = f"the answer exceeds {JSON_BYTES} bytes"
+                    raise Failure(Kind.RETRYABLE, reason, received=response.is_success)
         finally:
             await response.aclose()
         # Large ones take a second, in which the other exchanges go on.
@@ -238,7 +239,8 @@ def _refuse_encoded(response: httpx.Response) -> None:
     answer: refused before anything is decoded."""
     named = ",".join(response.headers.get_list("content-encoding"))
     if {name.strip().lower() for name in named.split(",")} - {"", "identity"}:
-        raise Failure(Kind.RETRYABLE, "an answer in an encoding that nobody asked for")
+        reason = "an answer in an encoding that nobody asked for"
+        raise Failure(Kind.RETRYABLE, reason, received=response.is_success)
 
 
 def place(url: httpx.URL | str) -> str:

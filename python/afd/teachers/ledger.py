@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from afd.teachers.base import ContentsError, TeacherError
 from afd.teachers.contents import Saved, writing
 from afd.teachers.provider import Order, Task, canonical
-from afd.teachers.schema import SchemaError, prepare
+from afd.teachers.schema import SchemaError, connect, copy, create, prepare
 
 NAME, LOCK, MANIFEST = "ledger.sqlite3", "ledger.lock", "prompts.jsonl"
 # asked: the submit left or was about to, no answer is recorded (after a crash: in doubt)
@@ -72,7 +72,7 @@ class Ledger:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with self._named_errors():
-            self._database = _connect(str(folder / NAME))
+            self._database = create(folder / NAME)
             # Every commit reaches the disk; the rollback journal also works on network folders.
             self._database.execute("PRAGMA synchronous = FULL")
             self._check()
@@ -96,13 +96,9 @@ class Ledger:
         ledger = cls.__new__(cls)
         ledger.folder = folder
         with ledger._named_errors():
-            ledger._database = _connect(":memory:")
+            ledger._database = connect(":memory:")
             if (folder / NAME).is_file():
-                source = _connect(f"{(folder / NAME).absolute().as_uri()}?mode=rw", uri=True)
-                try:
-                    source.backup(ledger._database)
-                finally:
-                    source.close()
+                copy(folder / NAME, ledger._database)
             ledger._check()
             prepare(ledger._database)
         return ledger
@@ -173,16 +169,31 @@ class Ledger:
             return None
         return self._get(row.id)
 
+    def received(self, row: Row, reason: str) -> Row:
+        """An answer of success came that does not name the task: it was taken, whatever a list
+        says."""
+        self._update(row, reason=reason[:500])
+        return self._get(row.id)
+
+    def delivered(self, row: Row, bill_usd: float | None) -> None:
+        """The provider says that the video is finished: from here on it is paid, also if the task
+        is said to have failed later. A bill as in `done`."""
+        with self._writing():
+            self._database.execute(
+                "UPDATE submits SET ended_at = coalesce(ended_at, ?), cost_usd = max(cost_usd, ?)"
+                " WHERE id = ?",
+                (time.time(), _bill(bill_usd), row.id),
+            )
+
     def done(self, row: Row, file: str, saved: Saved, bill_usd: float | None) -> None:
         """The video lies in the folder under its name. A bill may raise what was reserved for
         it and never lowers it; None: there is none."""
-        bill_usd = bill_usd if bill_usd is not None and math.isfinite(bill_usd) else 0.0
         with self._writing():
             self._database.execute(
                 "UPDATE submits SET state = 'done', ended_at = CASE WHEN state = 'done' THEN"
                 " ended_at ELSE ? END, file = ?, sha256 = ?, bytes = ?, cost_usd = max(cost_usd, ?)"
                 " WHERE id = ?",
-                (time.time(), file, saved.sha256, saved.bytes, bill_usd, row.id),
+                (time.time(), file, saved.sha256, saved.bytes, _bill(bill_usd), row.id),
             )
 
     def holds(
@@ -238,8 +249,10 @@ class Ledger:
             )
 
     def end(self, row: Row, state: str, kind: str, reason: str, *, paid: bool) -> None:
-        """A submit came to nothing; `paid` says whether its price may have been charged."""
-        cost = "max(cost_usd, price_usd)" if paid else "0.0"
+        """A submit came to nothing; `paid` says whether its price may have been charged. That of a
+        video that was finished once stays."""
+        unpaid = "CASE WHEN ended_at IS NULL THEN 0.0 ELSE cost_usd END"
+        cost = "max(cost_usd, price_usd)" if paid else unpaid
         with self._writing():
             self._database.execute(
                 "UPDATE submits SET state = ?, kind = ?, reason = ?, ended_at = ?,"
@@ -379,6 +392,10 @@ class Ledger:
             ) from None
 
 
+def _bill(usd: float | None) -> float:
+    return usd if usd is not None and math.isfinite(usd) else 0.0
+
+
 def refuse_unknown_videos(folder: Path) -> None:
     """TeacherError where bought videos lie in a folder whose ledger does not know them: it is gone,
     empty or an older copy, and what it counted as paid with it."""
@@ -398,12 +415,6 @@ def _unknown(folder: Path, names: list[str]) -> str:
         "is not counted; put it back, or take the videos as they are with "
         "teacher.fetch.adopt_videos=true"
     )
-
-
-def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
-    database = sqlite3.connect(name, timeout=60.0, isolation_level=None, uri=uri)
-    database.row_factory = sqlite3.Row
-    return database
 
 
 def _row(found: sqlite3.Row) -> Row:
@@ -429,7 +440,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(entry, dict):
+            if isinstance(entry, dict) and isinstance(entry.get("file"), str):
                 entries.append(entry)
     return entries
 
@@ -449,7 +460,7 @@ class Claims:
         with self._guard:
             if name not in self._files:
                 with writing(folder):
-                    descriptor = os.open(name[1], os.O_RDWR | os.O_CREAT, 0o644)
+                    descriptor = os.open(name[1], os.O_RDWR | os.O_CREAT, 0o666)
                 self._files[name] = descriptor, set()
             self._descriptor, self._mine = self._files[name]
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from afd.teachers.answers import Answer, Failure, Name, Number, Word, parse
+from afd.teachers.answers import Answer, Failure, Moment, Name, Number, Word, parse
 from afd.teachers.http import Http
 from afd.teachers.moderation import complaint
 from afd.teachers.provider import (
@@ -28,6 +28,7 @@ from afd.teachers.provider import (
     refusal,
     segment,
     state_of,
+    submitted,
     unfinished,
 )
 
@@ -47,7 +48,7 @@ class _Video(Answer):
 
 class _Listed(Answer):
     id: Name
-    created_at: Number = None
+    created_at: Moment = None
     prompt: str | None = None
     size: Word = ""
     seconds: Word = ""
@@ -59,7 +60,7 @@ class _Listed(Answer):
 
 class _Page(Answer):
     data: list[dict[str, Any]] | None = None
-    has_more: bool = False
+    has_more: bool | None = None
     last_id: Word = ""
 
 
@@ -79,9 +80,7 @@ class OpenAI(Provider):
     async def submit(self, http: Http, order: Order, headers: Mapping[str, str]) -> Task:
         form = {name: (None, _field(value)) for name, value in self._body(order).items()}
         reply = await http.call("POST", "/videos", files=form, headers=dict(headers))
-        if not reply.ok or "id" not in reply.object():
-            raise refusal(reply, QUOTA)
-        return {"id": reply.read(_Submitted).id}
+        return {"id": submitted(reply, _Submitted, QUOTA).id}
 
     async def poll(self, http: Http, task: Task) -> Status:
         path = f"/videos/{segment(task['id'])}"
@@ -106,6 +105,7 @@ class OpenAI(Provider):
         """The list tells prompt, size and seconds. Draws of one prompt are alike, so any of its
         videos that nobody holds will do."""
         sightings, after, whole = Sightings(), "", True
+        seen: set[str] = set()
         ours = self._body(order)
         for _ in range(PAGES):
             where = {"limit": 100, "order": "desc", **({"after": after} if after else {})}
@@ -113,30 +113,39 @@ class OpenAI(Provider):
             if not reply.ok:
                 raise refusal(reply, QUOTA)
             page = reply.read(_Page)
-            last: _Listed | None = None
-            for raw in page.data or []:
+            if page.data is None:
+                break  # no list, so no proof
+            listed, before = [], len(seen)
+            for raw in page.data:
                 try:
-                    last = parse(raw, _Listed)
+                    listed.append(parse(raw, _Listed))
                 except Failure:  # it may be ours
                     whole = False
                     continue
-                self._sort(http.plain(ours["prompt"]), ours, last, since, sightings)
-            if not page.data or not page.has_more or (last is not None and last.before(since)):
+                seen.add(listed[-1].id)
+                self._sort(http.plain(ours["prompt"]), ours, listed[-1], since, sightings)
+            # Servers that do not say whether there is more are asked until there is not.
+            if not page.data or page.has_more is False or _down_to(listed, since):
                 sightings.complete = whole
                 break
-            after = page.last_id or (last.id if last is not None else "")
+            if len(seen) == before:
+                break  # the same page again
+            after = page.last_id or listed[-1].id
         return sightings
 
     def _sort(
         self, prompt: str, ours: dict[str, Any], item: _Listed, since: float, seen: Sightings
     ) -> None:
         """`prompt`: ours, as it comes through the door of answers."""
-        other = item.prompt is not None and item.prompt.split() != prompt.split()
-        if other or item.before(since):
+        # A prompt may come back cut short or empty.
+        asked = " ".join(prompt.split())
+        listed = asked if item.prompt is None else " ".join(item.prompt.split())
+        whole = item.prompt is not None and listed == asked
+        if item.before(since) or not (asked.startswith(listed) or listed.startswith(asked)):
             return
         shared = [name for name in ("size", "seconds") if name in ours and getattr(item, name)]
         same = all(getattr(item, name) == str(ours[name]) for name in shared)
-        where_to = seen.ours if same and item.prompt is not None else seen.lookalikes
+        where_to = seen.ours if same and whole else seen.lookalikes
         where_to.append({"id": item.id})
 
     def _body(self, order: Order) -> dict[str, Any]:
@@ -144,6 +153,13 @@ class OpenAI(Provider):
         asked = order.prompt + options.pop("prompt_suffix", "")
         seed = {"seed": order.seed} if order.send_seed else {}
         return given({"model": order.model, "prompt": asked, **seed, **options})
+
+
+def _down_to(listed: list[_Listed], since: float) -> bool:
+    """Whether a page goes from new to old, as was asked for, and ends before a time."""
+    times = [item.created_at for item in listed if item.created_at is not None]
+    falling = len(times) > 1 and times[0] > times[-1] and times == sorted(times, reverse=True)
+    return falling and listed[-1].before(since)
 
 
 def _field(value: Any) -> str:

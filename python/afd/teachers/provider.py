@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
-from afd.teachers.answers import Failure, Kind, Reply
+from afd.teachers.answers import Answer, Failure, Kind, Reply
 from afd.teachers.http import Http, Saved
 from afd.teachers.moderation import Complaint, any_moderated, complaint
 
@@ -47,6 +47,10 @@ STATES = {
     State.CANCELLED: "cancelled canceled aborted",
     State.EXPIRED: "expired timeout",
 }
+# What an API says that has not acted: the request is wrong, or belongs elsewhere. Not 302 and 303,
+# which also send on from what was accepted, nor timeouts and failures behind a gateway.
+REFUSING = {301, 307, 308, *range(400, 500)} - {408, 409, 424, 425, 499}
+_A = TypeVar("_A", bound=Answer)
 _STATES = {word: state for state, words in STATES.items() for word in words.split()}
 
 
@@ -184,6 +188,18 @@ def unfinished(state: State | None, word: str, wrong: Complaint) -> Status:
     return Status(state, reason=wrong.reason)
 
 
+def submitted(reply: Reply, model: type[_A], quota: str) -> _A:
+    """What the answer to a submit names; Failure where it refuses, or names nothing readable."""
+    if not reply.ok:
+        raise refusal(reply, quota)
+    try:
+        return reply.read(model)
+    except Failure as failure:
+        unread = failure
+    # An identifier that is null or empty stands beside what went wrong.
+    raise refusal(reply, quota) if complaint(reply.json) else unread
+
+
 def refusal(reply: Reply, quota: str) -> Failure:
     """The Failure of an HTTP error. `quota`: pattern of the provider's codes of an account."""
     body = reply.json
@@ -198,8 +214,8 @@ def refusal(reply: Reply, quota: str) -> Failure:
     wait_s = reply.retry_after_s
     if status == 429:
         return Failure(Kind.RETRYABLE, reason, True, throttled=True, retry_after_s=wait_s)
-    if status >= 500 or status in (408, 409, 425) or 200 <= status < 300:
-        return Failure(Kind.RETRYABLE, reason, retry_after_s=wait_s)
+    if status not in REFUSING:
+        return Failure(Kind.RETRYABLE, reason, received=reply.received, retry_after_s=wait_s)
     return Failure(Kind.INVALID, reason, certain=True, gone=status in (404, 410))
 
 

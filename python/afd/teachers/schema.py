@@ -1,8 +1,11 @@
-"""The tables of a ledger, their version, and how older ones become it."""
+"""The file of a ledger, its tables, their version, and how older ones become it."""
 
 from __future__ import annotations
 
+import os
 import sqlite3
+from contextlib import suppress
+from pathlib import Path
 
 # Version 1 carried no number: what has its tables and the number 0.
 VERSION = 2
@@ -47,6 +50,37 @@ UPDATE submits SET cost_usd = price_usd
 
 class SchemaError(ValueError):
     """The database is no ledger that this version can use; the message says why."""
+
+
+def connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
+    """A connection that waits a minute for others and commits by itself."""
+    database = sqlite3.connect(name, timeout=60.0, isolation_level=None, uri=uri)
+    database.row_factory = sqlite3.Row
+    return database
+
+
+def create(path: Path) -> sqlite3.Connection:
+    """A connection to a file that is made if need be, with the permissions of the umask."""
+    # SQLite's own new files are writable by their owner only; its journals follow the file. Only a
+    # new file is touched: closing one that is open elsewhere in the process would drop its locks.
+    with suppress(OSError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    return connect(str(path))
+
+
+def copy(path: Path, into: sqlite3.Connection) -> None:
+    """Copy a database; sqlite3.OperationalError where another process keeps it locked."""
+
+    def locked(status: int, *_: int) -> None:
+        # SQLITE_BUSY, SQLITE_LOCKED: the copy itself would ask again for ever.
+        if status in (5, 6):
+            raise sqlite3.OperationalError("another process holds it locked")
+
+    source = connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
+    try:
+        source.backup(into, progress=locked)
+    finally:
+        source.close()
 
 
 def prepare(database: sqlite3.Connection) -> None:

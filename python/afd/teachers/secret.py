@@ -21,8 +21,11 @@ LAYERS = 4  # escapes within escapes
 _SEED = 4
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
 _BASES = ((base64.b64encode, 6, 3), (base64.b32encode, 5, 5))
+# A run of backslashes is looked at from its beginning only: from each of them it is quadratic.
+_RUN = r"(?<!\\)\\+"
 _ESCAPE = re.compile(
-    r"(?:\\+|%)[uU]\{?([0-9a-fA-F]{2,6})\}?|(?:\\+[xX]|%|=)([0-9a-fA-F]{2})|\\+([0-7]{3})"
+    rf"(?:{_RUN}|%)[uU]\{{?([0-9a-fA-F]{{2,6}})\}}?|(?:{_RUN}[xX]|%|=)([0-9a-fA-F]{{2}})"
+    rf"|{_RUN}([0-7]{{3}})"
 )
 
 
