@@ -28,6 +28,7 @@ from tests.afd.service import (
     Service,
     accept_but_say,
     answer,
+    drip,
     fail,
     hang_up,
     lost,
@@ -170,6 +171,23 @@ def test_what_a_service_took_is_not_bought_again_though_its_list_is_empty(
         got = asked(wire, service, tmp_path)
         assert isinstance(got, Unanswered)
         assert not got.rejected
+    assert service.seen("POST", "") == 1
+    assert spent(tmp_path) == 1.0
+
+
+def cut_short(exchange: Exchange) -> bool:
+    exchange.send_response(200)
+    exchange.send_header("content-length", "99")
+    exchange.end_headers()
+    exchange.wfile.write(b'{"id": "job')
+    exchange.close_connection = True
+    return True
+
+
+@pytest.mark.parametrize("fault", [cut_short, drip, answer(200, b"x", content_encoding="gzip")])
+def test_an_answer_that_breaks_off_is_one(service: Service, tmp_path: Path, fault: Any) -> None:
+    service.script("submit", *[fault] * 9)
+    assert isinstance(asked("ark", service, tmp_path, request_s=0.5), Unanswered)
     assert service.seen("POST", "") == 1
     assert spent(tmp_path) == 1.0
 

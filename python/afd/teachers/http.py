@@ -109,7 +109,14 @@ class Http:
         `content`: json, params, files, headers as httpx takes them. Every HTTP status gives a
         Reply; Failure only where there was no whole answer.
         """
-        return await self._bounded(self._call(method, url, content), self._config.request_s)
+        successes: list[int] = []
+        try:
+            exchange = self._call(method, url, content, successes)
+            return await self._bounded(exchange, self._config.request_s)
+        except Failure as failure:
+            # Cut off, too large or encoded: it was answered all the same.
+            failure.received = bool(successes)
+            raise
 
     async def save(self, url: str, path: Path, max_bytes: int) -> Saved:
         """Download to `path` (replaced), following checked redirects; synced to the disk.
@@ -118,20 +125,24 @@ class Http:
         """
         return await self._bounded(self._save(url, path, max_bytes), self._config.download_s)
 
-    async def _call(self, method: str, url: str, content: dict[str, Any]) -> Reply:
+    async def _call(
+        self, method: str, url: str, content: dict[str, Any], successes: list[int]
+    ) -> Reply:
+        """`successes` receives the status of an answer of success once its head is there."""
         target = self._checked(self.base_url + url if url.startswith("/") else url)
         request = self._client.build_request(method, target, **content)
         response = await self._client.send(
             request, stream=True, auth=self._auth, follow_redirects=False
         )
+        if response.is_success:
+            successes.append(response.status_code)
         body = bytearray()
         try:
             _refuse_encoded(response)
             async for chunk in response.aiter_bytes():
                 body += chunk
                 if len(body) > JSON_BYTES:
-                    reason = f"the answer exceeds {JSON_BYTES} bytes"
-                    raise Failure(Kind.RETRYABLE, reason, received=response.is_success)
+                    raise Failure(Kind.RETRYABLE, f"the answer exceeds {JSON_BYTES} bytes")
         finally:
             await response.aclose()
         # Large ones take a second, in which the other exchanges go on.
@@ -239,8 +250,7 @@ def _refuse_encoded(response: httpx.Response) -> None:
     answer: refused before anything is decoded."""
     named = ",".join(response.headers.get_list("content-encoding"))
     if {name.strip().lower() for name in named.split(",")} - {"", "identity"}:
-        reason = "an answer in an encoding that nobody asked for"
-        raise Failure(Kind.RETRYABLE, reason, received=response.is_success)
+        raise Failure(Kind.RETRYABLE, "an answer in an encoding that nobody asked for")
 
 
 def place(url: httpx.URL | str) -> str:
