@@ -36,6 +36,7 @@ TESTS = {
     "PyYAML": ("test_config", "test_file_errors"),
     "pydantic": ("test_config", "test_sample_jobs", "test_eval"),
     "av": ("test_video", "test_codec_match", "test_folder", "test_sample"),
+    "pillow": ("test_pictures", "test_odd_clips", "test_watching"),
     "safetensors": ("test_checkpoints", "test_shards", "test_caches", "test_export"),
     "httpx": ("test_teacher_http", "test_api_teacher"),
     "tensorboard": ("test_watching",),

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         # A path may hold bytes that are no characters, and a prompt letters that a terminal lacks.
+        # Where a caller has put another file under a stream, its encoder may not begin again.
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == ["teacher", "simulate"]:
         # The teacher is a black box even here: another process, which reads its own options.
@@ -80,9 +82,8 @@ def _run_command(options: argparse.Namespace) -> int:
         if error.errno in DISK:
             remedy = f"{DISK[error.errno]}, and run the same command again"
             return _say(STORAGE, f"{what_failed(error)}; {remedy}")
-        if error.filename is None and not isinstance(error, FileNotFoundError):
-            raise  # no file that the user could do something about
-        return _say(MISTAKE, str(error))
+        # One that names a file is about what the user has given; any other came in mid-work.
+        return _say(FAILED if error.filename is None else MISTAKE, what_failed(error))
     except (TrainingError, CheckpointError, LostError) as error:
         return _say(FAILED, str(error))
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.models.config import ToyStudentConfig, WanStudentConfig
-from afd.section import Count, Folder, Natural, Positive, Section
+from afd.section import Count, Folder, Natural, Positive, Section, Threads
 from afd.teachers.config import TeacherConfig
 from afd.yaml_data import MAX_BYTES, YamlError, parse_yaml
 
@@ -170,7 +170,7 @@ class RunConfig(Section):
     prompts_per_step: Count = Field(
         default=8, description="prompts, each with its teacher video, in one update"
     )
-    threads: Natural = Field(default=1, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=1, description="CPU threads; 0 leaves torch's choice")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         default="cpu", description="auto: cuda where there is one, one for each process"
     )

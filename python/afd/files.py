@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,19 @@ def what_failed(error: OSError) -> str:
     """The file and what its system said: "runs/a/metrics.jsonl: No space left on device"."""
     said = error.strerror or str(error)
     return said if error.filename is None else f"{error.filename}: {said}"
+
+
+def refuse_odd(path: Path) -> None:
+    """Raise OSError where something that is no regular file lies at `path`: opening a pipe would
+    wait for ever. A path at which nothing lies is fine."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is a pipe, socket or device; needed: a file", str(path))
 
 
 @contextmanager
@@ -172,6 +186,7 @@ class JsonLine:
 
 def read_json_lines(path: Path) -> list[JsonLine]:
     """The lines of a JSON lines file, damaged ones included; none where there is no file."""
+    refuse_odd(path)
     try:
         with naming(path):
             data = path.read_bytes()
@@ -195,6 +210,7 @@ class JsonAppender:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_odd(path)
         with naming(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 

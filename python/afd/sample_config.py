@@ -13,7 +13,7 @@ from afd.models.config import DTYPES, WanParts
 from afd.models.sources import fingerprint
 from afd.models.toy import checkpoint_path
 from afd.schedules import ShiftedFlow, check_steps
-from afd.section import Count, Natural, Positive
+from afd.section import Count, Natural, Positive, Threads
 
 # Video frames per latent frame after the first, and pixels per latent row and column.
 WAN_SCALE = (4, 8)
@@ -64,7 +64,7 @@ class StreamConfig(WanParts):
     )
     compile: bool = Field(default=False, description="compile what lies around attention")
     cuda_graphs: bool = Field(default=False, description="replay passes as CUDA graphs")
-    threads: Natural = Field(default=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
 
     @model_validator(mode="after")
     def _consistent(self) -> StreamConfig:

@@ -50,7 +50,8 @@ def parse_yaml(text: str) -> Any:
         ) from None
     except yaml.reader.ReaderError as error:
         line = 1 + text.count("\n", 0, error.position)
-        raise YamlError(f"line {line}: the character {error.character!r} is not allowed") from None
+        odd = error.character if isinstance(error.character, str) else chr(error.character)
+        raise YamlError(f"line {line}: the character {odd!r} is not allowed") from None
     except (ValueError, RecursionError) as error:
         raise YamlError(str(error)) from None
 

@@ -100,6 +100,31 @@ def test_a_run_that_fails_exits_1(
     assert "update 1: critic/margin = inf" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(12, "Cannot allocate memory"), 1, "Cannot allocate memory"),
+        (OSError("no number at all"), 1, "no number at all"),
+        (PermissionError(13, "Permission denied", "a/b"), 2, "a/b: Permission denied"),
+        (OSError(28, "No space left on device"), 3, "No space left on device; free some space"),
+    ],
+)
+def test_every_error_of_the_system_is_one_sentence(
+    error: OSError,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("afd.evaluation.report.write_report", fail)
+    assert main(["report", str(tmp_path)]) == code
+    assert capsys.readouterr().err.startswith(f"afd: error: {said}")
+
+
 @pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["doctor", "--jsn"]])
 def test_a_command_that_does_not_exist_exits_2(words: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

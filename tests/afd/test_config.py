@@ -233,3 +233,21 @@ def test_every_shipped_file_loads_and_every_comment_key_exists(path: Path) -> No
 
 def test_the_quickstart_file_is_the_default_run_written_out() -> None:
     assert load_config(CONFIGS / "quickstart.yaml") == make_config({"name": "quickstart"})
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("steps=true", "needed: a number, neither true nor false"),
+        ("afd.nft_beta=false", "needed: a number, neither true nor false"),
+        ("student.steps=[true]", "needed: a number, neither true nor false"),
+        ("student.steps=[1.0, 1.0]", "times falling from 1 are needed"),
+        ("student.steps=[0.5]", "times falling from 1 are needed"),
+        ("threads=9999999", "less than or equal to 4096"),
+    ],
+)
+def test_values_that_a_run_would_take_for_others_or_die_of_are_refused(
+    override: str, needed: str
+) -> None:
+    with pytest.raises(ConfigError, match=needed):
+        make_config({}, [override])

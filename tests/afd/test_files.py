@@ -13,6 +13,7 @@ from afd.files import (
     JsonAppender,
     naming,
     read_json_lines,
+    refuse_odd,
     remove,
     replacing,
     sha256_of,
@@ -127,3 +128,13 @@ def test_json_lines_are_read_back_and_a_torn_one_is_told_from_a_damaged_one(tmp_
     # The end of a line may be all that is missing.
     path.write_bytes(whole[:-1])
     assert [line.problem for line in read_json_lines(path)] == [None, None]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for use in (read_json_lines, JsonAppender, refuse_odd):
+        with pytest.raises(OSError, match=r"is a pipe, socket or device.*/pipe'"):
+            use(tmp_path / "pipe")
+        with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+            use(tmp_path)
+    refuse_odd(tmp_path / "nothing")

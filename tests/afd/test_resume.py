@@ -15,7 +15,7 @@ import torch
 
 from afd.config import ConfigError, VideoConfig
 from afd.ranks import ALONE
-from afd.teachers.base import TeacherError
+from afd.teachers.base import Request, TeacherError
 from afd.teachers.folder import FolderTeacher
 from afd.training import checkpoint, shards
 from afd.training.inputs import refuse_other_inputs
@@ -281,3 +281,30 @@ def test_a_damaged_config_of_a_run_is_named_or_written_again(
     assert train(tiny_config(out, clips), method=TinyMethod()) is Outcome.FINISHED
     assert_same_run(out, straight)
     assert load_run(out) == tiny_config(out, clips)
+
+
+class _Gone(FolderTeacher):
+    """A folder that has no answer any more from a number of questions on."""
+
+    questions = 0
+
+    def answer(self, request: Request) -> Path:
+        self.questions += 1
+        if self.questions > 14:
+            raise TeacherError("the teacher's service does not exist any more")
+        return super().answer(request)
+
+
+def test_a_run_whose_teacher_fails_is_saved_between_two_updates(
+    tmp_path: Path, clips: Path, straight: Path
+) -> None:
+    out = tmp_path / "run"
+    config = tiny_config(out, clips, "checkpoint.every=0")
+    with pytest.raises(TeacherError, match="does not exist any more"):
+        train(config, method=TinyMethod(), teacher=_Gone(clips))
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    assert 0 < len(numbers(out)) < 6
+    assert newest.name == f"step_{len(numbers(out)):06d}"
+    assert train(load_run(out), method=TinyMethod(seed=5)) is Outcome.FINISHED
+    assert_same_run(out, straight)

@@ -26,7 +26,7 @@ from afd.methods.base import Shown
 from afd.teachers.base import Request
 from afd.training.boards import Boards
 from afd.training.evaluate import evaluation_prompts, make_evaluator, write_samples
-from afd.training.logging import Timers, progress_bar
+from afd.training.logging import Timers, log_to, progress_bar
 from afd.training.loop import Outcome, train
 from afd.training.videos import side_by_side, write_side_by_side
 from afd.video import read_video
@@ -43,6 +43,19 @@ def moving(pixels: float, frames: int = 9, size: int = 128) -> Tensor:
     texture = torch.nn.functional.interpolate(coarse, (size, 4 * size), mode="bilinear")[0]
     starts = [round(2 * size - pixels * frame) for frame in range(frames)]
     return torch.stack([texture[:, :, start : start + size] for start in starts])
+
+
+def test_a_log_line_may_hold_letters_that_the_terminal_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for encoding, said in (("utf-8", r"caf\udce9 新"), ("ascii", r"caf\udce9 \u65b0")):
+        screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with log_to(tmp_path / "train.log", Console(file=screen, width=200)):
+            logging.getLogger("afd").info("teacher %s", "caf\udce9 新")
+        screen.flush()
+        assert said in screen.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert (tmp_path / "train.log").read_text().count(r"caf\udce9 新") == 2
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pixels", [0, 1, 3, 8])

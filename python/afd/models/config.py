@@ -50,6 +50,11 @@ class ToyStudentConfig(StudentConfig):
         description="denoising times, descending in (0, 1], first one 1",
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> ToyStudentConfig:
+        check_steps(self.steps)
+        return self
+
 
 class WanParts(Section):
     """Where a Wan student's parts are, and how it denoises: the same for training and sampling."""

@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleRenderable, Group
 from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import (
@@ -29,7 +29,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from afd.files import JsonAppender, read_json_lines, write_bytes, write_text
+from afd.files import JsonAppender, read_json_lines, refuse_odd, write_bytes, write_text
 
 PHASES = ("teacher", "rollout", "critic", "student", "evaluate")
 LABELS = dict(
@@ -41,9 +41,10 @@ _log = logging.getLogger("afd")
 @contextmanager
 def log_to(path: Path, console: Console) -> Iterator[None]:
     """Send the package's log to a file (appended, DEBUG) and the console (INFO) for the block."""
+    refuse_odd(path)
     file = _File(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    screen = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
+    screen = _Screen(console=console, show_path=False, markup=False, highlighter=None)
     level = _log.level
     screen.setLevel(logging.INFO)
     _log.setLevel(logging.DEBUG)
@@ -56,6 +57,15 @@ def log_to(path: Path, console: Console) -> Iterator[None]:
             _log.removeHandler(handler)
             handler.close()
         _log.setLevel(level)
+
+
+class _Screen(RichHandler):
+    """A log on a terminal, in letters that its encoding has: a path may hold any bytes."""
+
+    def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
+        encoding = self.console.encoding
+        shown = message.encode(encoding, "backslashreplace").decode(encoding)
+        return super().render_message(record, shown)
 
 
 class _File(logging.FileHandler):

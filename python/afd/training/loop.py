@@ -29,7 +29,7 @@ from afd.methods.base import Batch, Method, Shown
 from afd.methods.build import build_method
 from afd.methods.optimizer import TrainingError
 from afd.ranks import ALONE, Ranks, join
-from afd.teachers.base import Teacher
+from afd.teachers.base import Teacher, TeacherError
 from afd.training import checkpoint
 from afd.training.caches import Store
 from afd.training.evaluate import (
@@ -55,7 +55,7 @@ from afd.training.run_folder import (
 from afd.training.stop import stop_request
 from afd.training.teacher import Sampler, Videos, open_teacher
 from afd.training.videos import write_side_by_side
-from afd.video import to_uint8
+from afd.video import VideoError, to_uint8
 
 _log = logging.getLogger("afd")
 
@@ -302,7 +302,7 @@ class Trainer:
     def _update(self, timers: Timers) -> dict[str, float]:
         """The whole algorithm at a glance: ask, roll out, train the critic, train the student."""
         method = self.method
-        with timers("teacher"):
+        with timers("teacher"), self._saved_without_videos():
             batch = self._next_batch()
         if method.needs_rollout:
             with timers("rollout"):
@@ -315,6 +315,20 @@ class Trainer:
             metrics |= method.student_step(batch)
         self.step += 1
         return metrics
+
+    @contextmanager
+    def _saved_without_videos(self) -> Iterator[None]:
+        """Save the state between two updates where the teacher has no videos for the next one."""
+        cursor = self.sampler.state_dict()
+        try:
+            yield
+        except (TeacherError, VideoError):
+            # Of several processes the others wait for what this one cannot give any more.
+            if self.step > 0 and self.ranks.world == 1:
+                self.sampler.load_state_dict(cursor)
+                self._save()
+                _log.info("saved after update %d; continue: afd resume %s", self.step, self.out)
+            raise
 
     def _next_batch(self) -> Batch:
         """This process's share of the step's prompts, with the teacher's videos."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from afd.config import ConfigError, RunConfig, differences, plain, read_yaml, to_yaml
-from afd.files import StorageError, write_text
+from afd.files import StorageError, refuse_odd, write_text
 from afd.lock import LockedError, locked
 from afd.methods.optimizer import TrainingError
 
@@ -112,6 +112,7 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
 
 def written_config(path: Path) -> dict[str, Any]:
     """What a run's config.yaml holds: every section. Raises ConfigError where it is damaged."""
+    refuse_odd(path)
     there = read_yaml(path)
     missing = [key for key in RunConfig.model_fields if key not in there]
     if missing:
