@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from safetensors import SafetensorError
 
 from afd.rows import json_rows
 
@@ -30,6 +33,7 @@ DISK = {
     errno.EIO: "see to the disk, or choose another folder",
     errno.ESTALE: "mount it again, or choose another folder",
 }
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 BLOCK = 1 << 20
 PARTIAL = ".partial"
 # Bytes of a name on every file system in use.
@@ -68,6 +72,12 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+    except SafetensorError as error:
+        # Its writer has the system's error in its words only.
+        number = _SYSTEM_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager

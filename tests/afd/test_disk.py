@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from afd.config import make_config
+from afd.models.checkpoints import save_diffusers, save_self_forcing
 from afd.training.boards import Boards
 from afd.training.logging import log_to
 from tests.afd.commands import (
@@ -29,6 +32,7 @@ from tests.afd.commands import (
     wait_for,
 )
 from tests.afd.test_resume import numbers
+from tests.afd.tiny_methods import toy_student
 
 _log = logging.getLogger("afd")
 
@@ -101,6 +105,7 @@ def test_a_disk_that_gets_full_ends_a_run_that_then_continues_to_the_same_bits(
     assert not list(out.rglob("*.partial"))
 
 
+@pytest.mark.soak
 def test_a_limit_on_the_size_of_files_is_named(
     tmp_path: Path, config: Path, straight: Path
 ) -> None:
@@ -114,7 +119,7 @@ def test_a_limit_on_the_size_of_files_is_named(
     assert_same_run(out, straight)
 
 
-@pytest.mark.parametrize("how", ["removed", "moved"])
+@pytest.mark.parametrize("how", [pytest.param("removed", marks=pytest.mark.soak), "moved"])
 def test_a_run_whose_folder_goes_away_saves_itself_there_again(
     tmp_path: Path, config: Path, straight: Path, how: str
 ) -> None:
@@ -212,6 +217,28 @@ def test_a_log_and_boards_that_cannot_be_written_are_missed_once(
     assert said.count("tensorboard: cannot be written, goes on without") == 1
     assert "update 2" in said
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["toy", "self_forcing", "diffusers"])
+@pytest.mark.parametrize("room", [0, 5000, 150_000])
+def test_weights_that_have_no_room_are_an_error_of_the_disk(
+    kind: str, room: int, tmp_path: Path
+) -> None:
+    student, place = toy_student(), tmp_path / "place"
+    write: dict[str, Callable[[], object]] = {
+        "toy": lambda: student.save(place),
+        "diffusers": lambda: save_diffusers(place, student.net),
+        "self_forcing": lambda: save_self_forcing(place, generator=student.net),
+    }
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            write[kind]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(place))
+    assert not list(tmp_path.iterdir())
 
 
 def test_sampling_that_is_ended_or_has_no_room_leaves_no_half_video(

@@ -111,6 +111,7 @@ def test_under_nohup_a_run_goes_on_without_its_terminal(
     assert "finished: 10 updates" in (out / "train.log").read_text()
 
 
+@pytest.mark.soak  # in a shell: test_head_and_closed_streams_of_a_shell
 def test_a_reader_that_leaves_ends_nothing(tmp_path: Path, config: Path, straight: Path) -> None:
     out, pipe = tmp_path / "run", tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -367,8 +367,14 @@ def save_self_forcing(
         if weights is not None
     }
     require(bool(held), "generator", None, "a network in generator or generator_ema")
-    with replacing(Path(path)) as partial:
-        torch.save(held if note is None else held | {"afd": note}, partial)
+    with replacing(Path(path)) as partial, partial.open("wb") as file:
+        try:
+            torch.save(held if note is None else held | {"afd": note}, file)
+        except RuntimeError as error:
+            # After a write that failed its end fails, too, in words about itself.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None = None) -> None:
