@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from afd.config import ConfigError, VideoConfig
+from afd.methods.base import Batch
 from afd.ranks import ALONE
 from afd.teachers.base import Request, TeacherError
 from afd.teachers.folder import FolderTeacher
@@ -306,5 +307,26 @@ def test_a_run_whose_teacher_fails_is_saved_between_two_updates(
     assert newest is not None
     assert 0 < len(numbers(out)) < 6
     assert newest.name == f"step_{len(numbers(out)):06d}"
+    assert train(load_run(out), method=TinyMethod(seed=5)) is Outcome.FINISHED
+    assert_same_run(out, straight)
+
+
+class _Impatient(TinyMethod):
+    """Ctrl-C twice in the middle of the fourth update."""
+
+    def critic_step(self, batch: Batch) -> dict[str, float]:
+        if batch.step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return super().critic_step(batch)
+
+
+def test_a_second_sigint_ends_at_once_unsaved(tmp_path: Path, clips: Path, straight: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(out, clips), method=_Impatient())
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    assert (newest.name, len(numbers(out))) == ("step_000002", 3)
     assert train(load_run(out), method=TinyMethod(seed=5)) is Outcome.FINISHED
     assert_same_run(out, straight)
