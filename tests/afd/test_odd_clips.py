@@ -259,6 +259,12 @@ def test_what_a_clip_may_cost_is_bounded(
         use(plain, frames=FRAMES, fps=RATE, limits=Limits(HEIGHT * WIDTH, FRAMES, 1.5))
 
 
+def test_what_is_not_read_of_a_clip_may_last(plain: Path, decoding: bool) -> None:
+    limits = Limits(seconds=0.5)
+    check_video(plain, frames=2, fps=RATE, limits=limits)
+    assert len(read_video(plain, frames=2, fps=RATE, limits=limits, **SIZE)) == 2
+
+
 def test_a_small_file_of_a_giant_picture_costs_no_memory(tmp_path: Path) -> None:
     Image.new("P", (16_000, 16_000)).save(tmp_path / "bomb.gif")
     Image.new("L", (8_000, 8_000)).save(tmp_path / "bomb.png")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import av
@@ -30,8 +31,10 @@ _BT601, _BT2020 = 6, 9
 _MATRICES = {1, 4, 5, 6, 7, 9}  # BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020
 _LIMITED, _FULL = 1, 2
 _HDR = {16: "PQ", 18: "HLG"}
-# Each thread's last filter for HDR frames, and for which frames it was made.
-_mapper = threading.local()
+# Filters for HDR frames that are kept: one for each size and kind of clip.
+_MAPPERS = 8
+_TO_BT709 = "out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"
+_TIME_BASE = Fraction(1, 1000)
 
 
 class Picture(NamedTuple):
@@ -93,31 +96,42 @@ def _tone_mapped(frame: Any) -> np.ndarray:
     """PQ or HLG to BT.709 by FFmpeg's scale filter: reference white (203 cd/m2) becomes white."""
     if frame.color_primaries in _UNTAGGED:
         frame.color_primaries = _BT2020
-    shape = frame.width, frame.height, frame.format.name
     tags = frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc
-    key = shape, tags
-    # Its table of colours takes a second or more to make, then a frame costs nothing much.
-    if getattr(_mapper, "key", None) != key:
-        _mapper.key, _mapper.graph = key, _hdr_graph(frame)
-    _mapper.graph.push(frame)
-    return _mapper.graph.pull().to_ndarray()
+    return _mapper(frame.width, frame.height, frame.format.name, tags)(frame)
 
 
-def _hdr_graph(frame: Any) -> Any:
-    graph = av.filter.Graph()
-    nodes = [
-        graph.add_buffer(
-            width=frame.width,
-            height=frame.height,
-            format=frame.format,
-            time_base=Fraction(1, 1000),
-        ),
-        graph.add("scale", "out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"),
-        graph.add("format", "pix_fmts=rgb24"),
-        graph.add("buffersink"),
-    ]
-    graph.link_nodes(*nodes).configure()
-    return graph
+class _Mapper:
+    """FFmpeg's scale filter for HDR frames of one kind, which threads take in turns: its table of
+    colours takes seconds to make, then a frame costs nothing much."""
+
+    def __init__(self, width: int, height: int, pixels: str) -> None:
+        self._lock = threading.Lock()
+        graph = av.filter.Graph()
+        nodes = [
+            graph.add_buffer(
+                width=width,
+                height=height,
+                format=av.VideoFormat(pixels),
+                time_base=_TIME_BASE,
+            ),
+            graph.add("scale", _TO_BT709),
+            graph.add("format", "pix_fmts=rgb24"),
+            graph.add("buffersink"),
+        ]
+        graph.link_nodes(*nodes).configure()
+        self._graph = graph
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        with self._lock:
+            self._graph.push(frame)
+            return self._graph.pull().to_ndarray()
+
+
+@lru_cache(_MAPPERS)
+def _mapper(width: int, height: int, pixels: str, tags: tuple[int, ...]) -> _Mapper:
+    """The filter of frames with these `tags`; its first frame makes the table."""
+    return _Mapper(width, height, pixels)
 
 
 def displayed_size(source: Source, frame: Any) -> tuple[int, int]:

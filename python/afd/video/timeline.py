@@ -76,7 +76,6 @@ def from_packets(source: Source) -> list[Shown] | None:
         if length is None:
             return None
         shown.append(Shown((pts - start) * base, length, None))
-    source.check_time(shown[-1].time)
     return shown
 
 
