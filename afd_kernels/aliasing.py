@@ -20,7 +20,7 @@ def refuse_overlaps(written: Named, read: Named) -> None:
     Raises:
         ValueError: naming both arguments.
     """
-    if any(type(x) not in _PLAIN for _, x in written):
+    if any(type(x) not in _PLAIN or x.is_meta for _, x in written):
         _refuse_shared_storage(written, read)
         return
     starts = [x.data_ptr() for _, x in written]
@@ -55,7 +55,7 @@ def _refuse(
 
 
 def _refuse_shared_storage(written: Named, read: Named) -> None:
-    """The same for fake tensors, which have no address but a storage that their views share."""
+    """The same for fake and meta tensors, which have no address but a storage that their views share."""
     for i, (name, x) in enumerate((*written, *read)):
         storage, start = x.untyped_storage()._cdata, _offset(x)
         beside = [y for y in written[:i] if y[1].untyped_storage()._cdata == storage]

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import sys
 import traceback
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 # So that it runs from a checkout where nothing is installed.
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """0, and a line that counts the kernels; the module's own exit goes into that line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, help="appends a line of JSON for each kernel")
-    parser.add_argument("module")
+    parser.add_argument("module", help="one whose main() reads sys.argv")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     code: object = 0
     with compiling(keep):
         try:
-            runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+            code = import_module(args.module).main()
         except SystemExit as end:
             code = end.code
         except Exception:
