@@ -169,15 +169,24 @@ def _function(op: Any, rule: Rule) -> type[torch.autograd.Function]:
 
 
 def _in_place_kernel(op: Any, rule: Rule) -> Callable[..., Any]:
+    names = [x.name for x in op._schema.arguments]
+
     def run(keyset: Any, *args: Any) -> Any:
         if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or _has_tangent(args):
+            tensors = [(name, x) for name, x in zip(names, args, strict=True) if _is_tensor(x)]
+            name = next((n for n, x in tensors if x.requires_grad or _has_tangent((x,))), names[0])
             raise RuntimeError(
-                f"{op._schema.name} writes in place and has no derivative: call it under "
-                f"torch.no_grad() on tensors without tangents; {rule.instead} is differentiable"
+                f"{name}: got a tensor that requires grad or has a tangent; needed: none, as "
+                f"{op._schema.name} writes in place and has no derivative (torch.no_grad(), or "
+                f"{rule.instead})"
             )
         return _below(op, keyset, args)
 
     return run
+
+
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor)
 
 
 def _refused_vmap(op: Any, rule: Rule) -> Callable[..., Any]:
