@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -28,13 +29,31 @@ def refuse_overlaps(written: Named, read: Named) -> None:
     first, last = min(starts), max(ends)
     for name, x in read:
         start = x.data_ptr()
-        if start < last and start + _extent(x) > first:
+        if start < last and start + extent(x) > first:
             _refuse(written, starts, ends, name, x, start)
     for i, (name, x) in enumerate(written[1:], 1):
         _refuse(written[:i], starts, ends, name, x, starts[i])
 
 
-def _extent(x: Tensor) -> int:
+def apart(tensors: Sequence[Tensor], extents: Sequence[int], written: Sequence[int]) -> bool:
+    """Whether none of the tensors at `written` can overlap another; quick, for every call.
+
+    `extents` are the tensors' extents. False where `refuse_overlaps` has to look.
+    """
+    starts = list(map(Tensor.data_ptr, tensors))
+    ends = list(map(operator.add, starts, extents))
+    for i in written:
+        first, last = starts[i], ends[i]
+        # Every tensor overlaps itself.
+        near = [
+            end for start, end in zip(starts, ends, strict=True) if start < last and first < end
+        ]
+        if len(near) > 1 or type(tensors[i]) not in _PLAIN:
+            return False
+    return True
+
+
+def extent(x: Tensor) -> int:
     """Bytes from the first element to behind the last one."""
     if x.is_contiguous() or not x.numel():
         return x.nbytes
@@ -47,7 +66,7 @@ def _refuse(
 ) -> None:
     """Raises where x, at `start`, overlaps one of `written` (one address space per device)."""
     for (other, y), its_start, its_end in zip(written, starts, ends, strict=False):
-        if start < its_end and its_start < start + _extent(x) and x.device == y.device:
+        if start < its_end and its_start < start + extent(x) and x.device == y.device:
             raise ValueError(
                 f"{other}, {name}: got tensors that share memory; needed: memory of its own for "
                 f"{other}, which is written in place"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -53,9 +54,9 @@ class NftPlan(Plan):
     needs_grad: bool
 
 
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """x in row-major memory, which every backend's kernels assume."""
-    return None if x is None else x.contiguous()
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors in row-major memory, which every backend's kernels assume."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def describe(value: Tensor) -> str:
@@ -161,13 +162,13 @@ def _rows(x0: Tensor, layout: str, per_video: bool) -> tuple[int, int, int]:
     return 1, x0.shape[1], prod(x0.shape[2:])
 
 
-def _check_schedule(schedule: str, args: list[float]) -> None:
+def _check_schedule(schedule: str, args: Sequence[float]) -> None:
     _check_one_of("schedule", schedule, tuple(SCHEDULES))
     if schedule != "vp_linear":
-        require(not args, "schedule_args", args, f"none for {schedule}")
+        require(not args, "schedule_args", list(args), f"none for {schedule}")
         return
     ok = len(args) == 2 and 0 < args[0] <= args[1]
-    require(ok, "schedule_args", args, "(beta_min, beta_max) with 0 < beta_min <= beta_max")
+    require(ok, "schedule_args", list(args), "(beta_min, beta_max) with 0 < beta_min <= beta_max")
 
 
 def plan_forward_noise(
@@ -176,7 +177,7 @@ def plan_forward_noise(
     seed: Tensor | None,
     noise: Tensor | None,
     schedule: str,
-    schedule_args: list[float],
+    schedule_args: Sequence[float],
     layout: str,
 ) -> Plan:
     """Checks the metadata of forward_noise and returns its plan.
@@ -197,7 +198,7 @@ def plan_forward_noise(
         inner=inner,
         t_chunks=t_chunks,
         schedule=schedule,
-        schedule_args=tuple(schedule_args),
+        schedule_args=tuple(map(float, schedule_args)),
     )
 
 
@@ -218,7 +219,7 @@ def plan_nft_loss(
     group: str,
     prior_by_r: bool,
     schedule: str,
-    schedule_args: list[float],
+    schedule_args: Sequence[float],
     layout: str,
     needs_grad: bool,
 ) -> NftPlan:
@@ -277,7 +278,7 @@ def plan_nft_loss(
         inner=inner,
         t_chunks=t_chunks,
         schedule=schedule,
-        schedule_args=tuple(schedule_args),
+        schedule_args=tuple(map(float, schedule_args)),
         r_chunks=r_chunks,
         groups=groups,
         nft_beta=nft_beta,
@@ -289,6 +290,24 @@ def plan_nft_loss(
     )
 
 
+# Numbers that are faster looked at one by one.
+_FEW = 32
+
+
+def _within(x: Tensor, low: float, high: float) -> bool:
+    """Whether every number of x is in [low, high], rounded to x's dtype; NaN is not."""
+    if x.numel() > _FEW:
+        return bool(((x >= low) & (x <= high)).all())
+    low, high = _rounded(low, x.dtype), _rounded(high, x.dtype)
+    rows = x.tolist() if x.ndim > 1 else [x.tolist()]
+    return all(low <= value <= high for row in rows for value in row)
+
+
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=dtype).item())
+
+
 def check_values(plan: Plan, t: Tensor, r: Tensor | None = None) -> None:
     """Refuses timesteps outside the schedule and r outside [0, 1] or NaN; CPU tensors only.
 
@@ -297,12 +316,12 @@ def check_values(plan: Plan, t: Tensor, r: Tensor | None = None) -> None:
     if t.device.type != "cpu":
         return
     low, high = SCHEDULES[plan.schedule]
-    if not bool(((t >= low) & (t <= high)).all()):
+    if not _within(t, low, high):
         raise ValueError(
             f"t: got values in [{t.min().item():.6g}, {t.max().item():.6g}]; needed: "
             f"[{low:g}, {high:g}], the domain of {plan.schedule}"
         )
-    if r is not None and not bool(((r >= 0) & (r <= 1)).all()):
+    if r is not None and not _within(r, 0.0, 1.0):
         raise ValueError(
             f"r: got values in [{r.min().item():.6g}, {r.max().item():.6g}]; needed: [0, 1] "
             f"(r = clamp(advantage / (2 adv_clip) + 1/2, 0, 1))"

@@ -49,6 +49,7 @@ class Rule:
 class _Call(NamedTuple):
     """The last input of an op's autograd function, beside its arguments."""
 
+    # None where the call came through the short way (short_way.py).
     keyset: Any
     # Whether one of the arguments has a tangent.
     tangent: bool
@@ -65,13 +66,32 @@ class _Levels(threading.local):
 _levels = _Levels()
 
 
-def register(library: Library, name: str, rule: Rule, *, mutates: bool) -> None:
-    """Gives `afd::<name>` its derivatives and vmap."""
+def register(
+    library: Library, name: str, impl: Callable[..., Any], rule: Rule, *, mutates: bool
+) -> Callable[..., Any]:
+    """Gives `afd::<name>` its derivatives and vmap.
+
+    Returns what a call does that has nothing above it but autograd: `impl`, recorded where a
+    gradient is needed.
+    """
     op = getattr(torch.ops.afd, name).default
-    kernel = _in_place_kernel(op, rule) if mutates else _kernel(op, rule)
+    function = _function(op, impl, rule)
+    kernel = _in_place_kernel(op, rule) if mutates else _kernel(op, function, rule)
     library.impl(name, kernel, "Autograd", with_keyset=True)
     vmap = _refused_vmap(op, rule) if mutates else _vmap(op)
     torch.library.register_vmap(f"afd::{name}", vmap, lib=library)
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def run(*args: Any) -> Any:
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return impl(*args)
+        if mutates:
+            return op(*args)
+        if rule.prepare is not None:
+            args = rule.prepare(args)
+        return apply(*args, _Call(None, False, None))
+
+    return run
 
 
 def _below(op: Any, keyset: Any, args: Sequence[Any]) -> Any:
@@ -96,8 +116,7 @@ def _has_tangent(args: tuple[Any, ...]) -> bool:
     )
 
 
-def _kernel(op: Any, rule: Rule) -> Callable[..., Any]:
-    function = _function(op, rule)
+def _kernel(op: Any, function: type[torch.autograd.Function], rule: Rule) -> Callable[..., Any]:
     # Function.apply itself looks at signatures and transforms on every call; neither is needed.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
@@ -126,12 +145,14 @@ def _next_level(grad_enabled: bool) -> Iterator[None]:
         _levels.passed -= 1
 
 
-def _function(op: Any, rule: Rule) -> type[torch.autograd.Function]:
+def _function(op: Any, impl: Callable[..., Any], rule: Rule) -> type[torch.autograd.Function]:
     name = op._schema.name
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         *args, call = inputs
-        if call.grad_enabled is None:
+        if call.keyset is None:
+            output = impl(*args)
+        elif call.grad_enabled is None:
             output = _below(op, call.keyset, args)
         else:
             with _next_level(call.grad_enabled):

@@ -102,6 +102,14 @@ def explain(
     return reasons
 
 
+def requested_backend(op: str) -> str | None:
+    """The backend that the blocks in force here ask for, None where they leave the choice."""
+    requests = _requested.get()
+    if not requests:
+        return None
+    return next((x.backend for x in reversed(requests) if not x.ops or op in x.ops), None)
+
+
 def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     """The backend module that runs `op` on these inputs.
 
@@ -110,8 +118,7 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     """
     given = [x for x in tensors if x is not None]
     device, dtypes = given[0].device.type, frozenset(x.dtype for x in given)
-    asked = (x.backend for x in reversed(_requested.get()) if not x.ops or op in x.ops)
-    requested = next(asked, None)
+    requested = requested_backend(op)
     for name in (requested,) if requested else OPS[op]:
         reason = _refusal(op, name, device, dtypes)
         if reason is None and (looks := _looks(op, name)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels.contracts import Plan
+from afd_kernels.plans import Kept
 
 # The codes of afd::DType and afd::ScheduleKind in csrc/include/afd.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -104,6 +105,20 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
 def type_code(dtype: torch.dtype) -> int:
     """The core's number for a dtype."""
     return _TYPES[dtype]
+
+
+def take(kept: Kept | None, make: Callable[[], Any]) -> Any:
+    """A problem filled but for its addresses: one that is kept, or a new one from `make`."""
+    try:
+        return kept.problems.pop() if kept is not None else make()
+    except IndexError:
+        return make()
+
+
+def put_back(kept: Kept | None, problem: Any) -> None:
+    """Keeps a problem that was taken, for the next call."""
+    if kept is not None:
+        kept.problems.append(problem)
 
 
 def pointer(x: Tensor | None) -> int:

@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from afd_kernels import plans
 from afd_kernels.dispatch import OPS, explain, use_backend
 
 ROOT = Path(__file__).parents[1]
@@ -67,3 +68,9 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent (golden data lives beside the checkout)")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_other_tests() -> None:
+    """Tests replace backends and what they refuse, which a kept plan would not notice."""
+    plans.clear()

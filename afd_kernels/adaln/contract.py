@@ -62,9 +62,9 @@ def check_bwd(
         expect("grad_x_out", grad_x_out, x_out.shape, (x_out.dtype,), x_out)
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    """x itself if its last dimension is contiguous, else a contiguous copy."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors themselves if their last dimension is contiguous, else contiguous copies."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def per_frame(value: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from afd_kernels import native
+from afd_kernels.plans import Kept
+
+KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
@@ -36,12 +39,17 @@ def _problem(
     scale: Tensor,
     scale_offset: float,
     eps: float,
+    kept: Kept | None,
 ) -> Any:
-    problem = native.core().AdalnProblem()
-    problem.batch, problem.tokens, problem.channels = x.shape
-    problem.type = native.type_code(x.dtype)
-    problem.scale_offset = scale_offset
-    problem.eps = eps
+    def make() -> Any:
+        problem = native.core().AdalnProblem()
+        problem.batch, problem.tokens, problem.channels = x.shape
+        problem.type = native.type_code(x.dtype)
+        problem.scale_offset = scale_offset
+        problem.eps = eps
+        return problem
+
+    problem = native.take(kept, make)
     problem.x = native.rows(x)
     if branch is not None:
         problem.branch = native.rows(branch)
@@ -59,14 +67,29 @@ def adaln(
     shift: Tensor,
     scale_offset: float,
     eps: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_out ([0] without a branch) and h, contiguous; every input may be strided but for D."""
-    problem = _problem(x, branch, gate, scale, scale_offset, eps)
-    problem.shift = _modulation(shift)
-    x_out, h = x.new_empty(0) if branch is None else native.empty_like(x), native.empty_like(x)
-    problem.x_out = 0 if branch is None else x_out.data_ptr()
-    problem.h = h.data_ptr()
+
+    def make() -> Any:
+        problem = _problem(x, branch, gate, scale, scale_offset, eps, None)
+        problem.shift = _modulation(shift)
+        return problem
+
+    problem = native.take(kept, make)
+    h = native.empty_like(x)
+    x_out = torch.empty(0, dtype=x.dtype) if branch is None else native.empty_like(x)
+    problem.place(
+        x.data_ptr(),
+        native.pointer(branch),
+        native.pointer(gate),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        0 if branch is None else x_out.data_ptr(),
+        h.data_ptr(),
+    )
     native.core().adaln_cpu(problem, native.threads(x))
+    native.put_back(kept, problem)
     return x_out, h
 
 
@@ -79,15 +102,16 @@ def adaln_bwd(
     scale: Tensor,
     scale_offset: float,
     eps: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch, dgate (both [0] without a gate), dscale and dshift; sums over tokens in fp32."""
-    problem = _problem(x_out, branch, gate, scale, scale_offset, eps)
+    problem = _problem(x_out, branch, gate, scale, scale_offset, eps, kept)
     problem.grad_h = native.rows(grad_h)
     if grad_x_out is not None:
         problem.grad_x_out = native.rows(grad_x_out)
     dx = native.empty_like(x_out)
     dscale, dshift = (torch.empty(scale.shape, dtype=torch.float32) for _ in range(2))
-    dbranch = x_out.new_empty(0)
+    dbranch = torch.empty(0, dtype=x_out.dtype)
     dgate = torch.empty(0 if gate is None else gate.shape, dtype=torch.float32)
     if gate is not None:
         dbranch = native.empty_like(x_out)
@@ -95,5 +119,6 @@ def adaln_bwd(
     problem.dx, problem.dscale = dx.data_ptr(), dscale.data_ptr()
     problem.dshift = dshift.data_ptr()
     native.core().adaln_bwd_cpu(problem, native.threads(x_out))
+    native.put_back(kept, problem)
     like = x_out if gate is None else gate
     return dx, dbranch, dgate.to(like.dtype), dscale.to(scale.dtype), dshift.to(scale.dtype)

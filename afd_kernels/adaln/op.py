@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from afd_kernels import dispatch, registry
+from afd_kernels import plans, registry
 from afd_kernels.adaln.contract import check, check_bwd, dense, per_frame
 from afd_kernels.derivatives import Rule
 
@@ -21,10 +21,15 @@ def _adaln(
     scale_offset: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    check(x, branch, gate, scale, shift)
-    backend = dispatch.pick("adaln", x, gate, scale)
-    modulation = dense(per_frame(scale)), dense(per_frame(shift))
-    return backend.adaln(dense(x), dense(branch), dense(gate), *modulation, scale_offset, eps)
+    tensors: Sequence[Any] = (x, branch, gate, scale, shift)
+    _, run, as_is = plans.prepared(
+        "adaln", "adaln", check, tensors, (), (0, 2, 3), dense, (scale_offset, eps)
+    )
+    if not as_is:
+        tensors = dense(tensors)
+    if scale.ndim == 1:
+        tensors = [*tensors[:3], *map(per_frame, tensors[3:])]
+    return run(*tensors, scale_offset, eps)
 
 
 def _fake(
@@ -50,10 +55,16 @@ def _adaln_bwd(
     scale_offset: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_bwd(grad_x_out, grad_h, x_out, branch, gate, scale)
-    backend = dispatch.pick("adaln", x_out, gate, scale)
-    tensors = map(dense, (grad_x_out, grad_h, x_out, branch, gate, per_frame(scale)))
-    *grads, dscale, dshift = backend.adaln_bwd(*tensors, scale_offset, eps)
+    tensors: Sequence[Any] = (grad_x_out, grad_h, x_out, branch, gate, scale)
+    _, run, as_is = plans.prepared(
+        "adaln", "adaln_bwd", check_bwd, tensors, (), (2, 4, 5), dense, (scale_offset, eps)
+    )
+    if not as_is:
+        tensors = dense(tensors)
+    tensors = (*tensors[:5], per_frame(tensors[5]))
+    *grads, dscale, dshift = run(*tensors, scale_offset, eps)
+    if scale.ndim == 3:
+        return *grads, dscale, dshift
     return *grads, dscale.reshape(scale.shape), dshift.reshape(scale.shape)
 
 
@@ -93,7 +104,7 @@ def _backward(
     x_out, branch, gate, scale = ctx.saved_tensors
     if grad_h is None:
         grad_h = x_out.new_zeros(()).expand(x_out.shape)
-    dx, dbranch, dgate, dscale, dshift = torch.ops.afd.adaln_bwd(
+    dx, dbranch, dgate, dscale, dshift = adaln_bwd(
         grad_x_out if ctx.has_branch else None,
         grad_h,
         x_out,
@@ -109,14 +120,14 @@ def _backward(
 
 
 _REFERENCE = "afd_kernels.adaln.reference.residual_norm"
-registry.define(
+adaln = registry.define(
     "adaln(Tensor x, Tensor? branch, Tensor? gate, Tensor scale, Tensor shift, "
     "float scale_offset, float eps) -> (Tensor x_out, Tensor h)",
     _adaln,
     _fake,
     Rule(_REFERENCE, _setup_context, _backward),
 )
-registry.define(
+adaln_bwd = registry.define(
     "adaln_bwd(Tensor? grad_x_out, Tensor grad_h, Tensor x_out, Tensor? branch, Tensor? gate, "
     "Tensor scale, float scale_offset, float eps) "
     "-> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift)",

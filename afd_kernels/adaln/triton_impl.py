@@ -15,10 +15,13 @@ from torch import Tensor
 from afd_kernels.contracts import require
 from afd_kernels.forward_noise.triton_impl import MAX_BATCH, refuse
 from afd_kernels.launch_config import device_arch, launch_config
+from afd_kernels.plans import Kept
 from afd_kernels.reduce_triton import factor_of_row, sum_rows
+from afd_kernels.triton_launch import Launches, repeat
 
 __all__ = ["adaln", "adaln_bwd", "refuse"]
 
+KEEPS = True
 MANY = f"at most {MAX_BATCH} streams for triton"
 
 
@@ -219,6 +222,11 @@ def _adaln_reduce_kernel(
     tl.store(out_ptr + out_row * CHANNELS + column, out, mask=inside)
 
 
+def _like(x: Tensor) -> Tensor:
+    """A contiguous tensor for results; new_empty(x.shape) takes four times as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _strides(value: Tensor | None) -> tuple[int, int]:
     """Distance of streams and of tokens (frames), 0 where one row serves all."""
     if value is None:
@@ -248,17 +256,21 @@ def adaln(
     shift: Tensor,
     scale_offset: float,
     eps: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_out ([0] without a branch) and h; modulations [1 or B, F, D], channels contiguous."""
+    h = _like(x)
+    x_out = torch.empty(0, dtype=x.dtype, device=x.device) if branch is None else _like(x)
+    inputs = (x, branch, gate, scale, shift)
+    tensors = (*inputs, x_out, h)
+    if repeat(kept, tensors):
+        return x_out, h
     require(x.shape[0] <= MAX_BATCH, "x", x, MANY)
     config = launch_config("adaln", device_arch(x.device))["fwd"]
     tokens = x.shape[1]
-    x_out, h = x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
-    inputs = (x, branch, gate, scale, shift)
-    _adaln_fwd_kernel[(tokens, x.shape[0])](
-        *inputs,
-        x_out,
-        h,
+    launches = Launches(kept, tensors)
+    launches(_adaln_fwd_kernel, (tokens, x.shape[0]))(
+        *tensors,
         *(stride for value in inputs for stride in _strides(value)),
         tokens if gate is None else tokens // gate.shape[1],
         tokens // scale.shape[1],
@@ -266,6 +278,7 @@ def adaln(
         eps,
         **_rows(x, config),
     )
+    launches.keep()
     return x_out, h
 
 
@@ -278,6 +291,7 @@ def adaln_bwd(
     scale: Tensor,
     scale_offset: float,
     eps: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch, dgate (both [0] without a gate), dscale, dshift."""
     batch, tokens, channels = x_out.shape
@@ -287,10 +301,19 @@ def adaln_bwd(
     segments = math.lcm(scale.shape[1], 1 if gate is None else gate.shape[1])
     segment = tokens // segments
     blocks = triton.cdiv(segment, block_tokens)
-    dx, dbranch = x_out.new_empty(x_out.shape), x_out.new_empty(0 if gate is None else x_out.shape)
-    partials = x_out.new_empty((batch, segments * blocks, 3, channels), dtype=torch.float32)
+    dx = _like(x_out)
+    nothing = torch.empty(0, dtype=x_out.dtype, device=x_out.device)
+    dbranch, dgate = (nothing, nothing) if gate is None else (_like(x_out), _like(gate))
+    dscale, dshift = _like(scale), _like(scale)
+    size = (batch, segments * blocks, 3, channels)
+    partials = torch.empty(size, dtype=torch.float32, device=x_out.device)
+    sums = partials[0, 0].unbind()
     inputs = (grad_x_out, grad_h, x_out, branch if gate is not None else None, gate, scale)
-    _adaln_bwd_kernel[(segments * blocks, batch)](
+    tensors = (*inputs, dx, dbranch, partials, *sums, dgate, dscale, dshift)
+    if repeat(kept, tensors):
+        return dx, dbranch, dgate, dscale, dshift
+    launches = Launches(kept, tensors)
+    launches(_adaln_bwd_kernel, (segments * blocks, batch))(
         *inputs,
         dx,
         dbranch,
@@ -307,11 +330,12 @@ def adaln_bwd(
         TOKENS=block_tokens,
     )
 
-    def reduced(index: int, like: Tensor) -> Tensor:
-        streams, frames, _ = like.shape
-        out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        _adaln_reduce_kernel[(frames, triton.cdiv(channels, reduce["columns"]), streams)](
-            partials[0, 0, index],
+    wanted = zip(sums, (dscale, dshift, dgate), strict=True)
+    for part, out in list(wanted)[: 2 if gate is None else 3]:
+        streams, frames, _ = out.shape
+        grid = (frames, triton.cdiv(channels, reduce["columns"]), streams)
+        launches(_adaln_reduce_kernel, grid)(
+            part,
             out,
             batch // streams,
             segments // frames * blocks,
@@ -322,7 +346,5 @@ def adaln_bwd(
             num_stages=reduce["num_stages"],
             enable_fp_fusion=False,
         )
-        return out
-
-    dgate = x_out.new_empty(0) if gate is None else reduced(2, gate)
-    return dx, dbranch, dgate, reduced(0, scale), reduced(1, scale)
+    launches.keep()
+    return dx, dbranch, dgate, dscale, dshift

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from afd_kernels import dispatch, registry
+from afd_kernels import dispatch, plans, registry
 from afd_kernels.block_attention.contract import check_traced, plan_block_attention, rowwise
+from afd_kernels.block_attention.intervals import Intervals
 from afd_kernels.contracts import require
 from afd_kernels.derivatives import Rule
 
 
-def _rowwise(x: Tensor | None) -> Tensor | None:
-    return None if x is None else rowwise(x)
+def _rowwise(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else rowwise(x) for x in tensors]
+
+
+def _plan(*arguments: Any) -> Intervals:
+    return plan_block_attention(*arguments)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    """What libraries for GPUs ask of addresses: whether 16 divides each."""
+    first = tensors[0]
+    if first is None or first.is_cpu:
+        return ()
+    return tuple(x is None or x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def _wide(q: Tensor) -> torch.dtype:
@@ -31,11 +45,18 @@ def _block_attention(
     streams: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    tensors = (q, k, v, k_context, v_context)
-    intervals = plan_block_attention(*tensors, flat, streams, scale)
-    rows = [_rowwise(x) for x in tensors]
-    backend = dispatch.pick("block_attention", *rows)
-    return backend.block_attention(*rows, intervals, scale)
+    tensors: Sequence[Any] = (q, k, v, k_context, v_context)
+    intervals, run, as_is = plans.prepared(
+        "block_attention",
+        "block_attention",
+        _plan,
+        tensors,
+        (tuple(map(int, flat)), streams, scale),
+        range(5),
+        _rowwise,
+        _addresses(tensors),
+    )
+    return run(*(tensors if as_is else _rowwise(tensors)), intervals, scale)
 
 
 def _fake(
@@ -70,7 +91,7 @@ def _block_attention_bwd(
     tensors = (q, k, v, k_context, v_context)
     intervals = plan_block_attention(*tensors, flat, streams, scale)
     _check_saved(grad_out, q, out, lse)
-    rows = [_rowwise(x) for x in tensors]
+    rows = _rowwise(tensors)
     grad_out, out = rowwise(grad_out), rowwise(out)
     backend = dispatch.pick("block_attention", *rows, grad_out, out)
     wanted = (needs[0], needs[1], needs[2] and k_context is not None)
@@ -131,7 +152,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _lse: Tensor | None) -> tuple[T
     if grad_out is None:
         return (None,) * 8
     needs = (wanted[0], wanted[1] or wanted[2], wanted[3] or wanted[4])
-    grads = torch.ops.afd.block_attention_bwd(
+    grads = block_attention_bwd(
         grad_out, *ctx.saved_tensors, ctx.flat, ctx.streams, ctx.scale, needs
     )
     kept = (g if want else None for g, want in zip(grads, wanted, strict=True))
@@ -139,14 +160,14 @@ def _backward(ctx: Any, grad_out: Tensor | None, _lse: Tensor | None) -> tuple[T
 
 
 _REFERENCE = "afd_kernels.block_attention.reference.block_attention"
-registry.define(
+block_attention = registry.define(
     "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_context, Tensor? v_context, "
     "SymInt[] intervals, int streams, float scale) -> (Tensor out, Tensor lse)",
     _block_attention,
     _fake,
     Rule(_REFERENCE, _setup_context, _backward),
 )
-registry.define(
+block_attention_bwd = registry.define(
     "block_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? k_context, "
     "Tensor? v_context, Tensor out, Tensor lse, SymInt[] intervals, int streams, float scale, "
     "bool[3] needs) "

@@ -21,11 +21,16 @@ from afd_kernels.block_attention.triton_bwd import (
 from afd_kernels.block_attention.triton_fwd import _block_attention_fwd_kernel
 from afd_kernels.forward_noise import triton_impl as noising
 from afd_kernels.launch_config import device_arch, launch_config
+from afd_kernels.plans import Kept
+from afd_kernels.triton_launch import Launches, repeat
 
 # A head of more channels does not fit the registers beside its scores.
 MAX_CHANNELS = 128
 # Matrix instructions take 16 channels at least.
 MIN_CHANNELS = 16
+
+
+KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
@@ -98,21 +103,21 @@ def block_attention(
     v_context: Tensor | None,
     intervals: Intervals,
     scale: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out like q and lse fp32 [B, h, L]; the last dimension of every tensor is contiguous."""
     batch, queries, heads, _ = q.shape
     sources, border = _sources(k, v, k_context, v_context)
     config, constants = _config("fwd", q)
     table = query_table(intervals, config["block_m"], q.device)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if repeat(kept, tensors := (q, *sources, out, lse, table.rows)):
+        return out, lse
     strides, unit = _strides(q, *sources)
-    _block_attention_fwd_kernel[(table.count, heads, _copies(intervals, batch))](
-        q,
-        *sources,
-        out,
-        lse,
-        table.rows,
+    launches = Launches(kept, tensors)
+    launches(_block_attention_fwd_kernel, (table.count, heads, _copies(intervals, batch)))(
+        *tensors,
         *strides,
         queries,
         border,
@@ -120,6 +125,7 @@ def block_attention(
         **constants,
         UNIT=unit,
     )
+    launches.keep()
     return out, lse
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd_kernels import contracts, dispatch, registry
+from afd_kernels import contracts, plans, registry
 from afd_kernels.derivatives import Rule
 
 
@@ -20,16 +20,18 @@ def _forward_noise(
     schedule_args: list[float],
     layout: str,
 ) -> Tensor:
-    plan = contracts.plan_forward_noise(x0, t, seed, noise, schedule, schedule_args, layout)
-    contracts.check_values(plan, t)
-    backend = dispatch.pick("forward_noise", x0, noise)
-    return backend.forward_noise(
-        x0.contiguous(),
-        t.contiguous(),
-        contracts.contiguous(seed),
-        contracts.contiguous(noise),
-        plan,
+    tensors: tuple[Tensor | None, ...] = (x0, t, seed, noise)
+    plan, run, dense = plans.prepared(
+        "forward_noise",
+        "forward_noise",
+        contracts.plan_forward_noise,
+        tensors,
+        (schedule, tuple(schedule_args), layout),
+        (0, 3),
+        contracts.contiguous,
     )
+    contracts.check_values(plan, t)
+    return run(*(tensors if dense else contracts.contiguous(tensors)), plan)
 
 
 def _fake(
@@ -45,12 +47,23 @@ def _fake(
     return x0.new_empty(x0.shape)
 
 
+def _plan_bwd(grad: Tensor, t: Tensor, *options: Any) -> contracts.Plan:
+    return contracts.plan_forward_noise(grad, t, None, grad, *options)
+
+
 def _forward_noise_bwd(
     grad: Tensor, t: Tensor, schedule: str, schedule_args: list[float], layout: str
 ) -> Tensor:
-    plan = contracts.plan_forward_noise(grad, t, None, grad, schedule, schedule_args, layout)
-    backend = dispatch.pick("forward_noise", grad)
-    return backend.forward_noise_bwd(grad.contiguous(), t.contiguous(), plan)
+    plan, run, dense = plans.prepared(
+        "forward_noise",
+        "forward_noise_bwd",
+        _plan_bwd,
+        (grad, t),
+        (schedule, tuple(schedule_args), layout),
+        (0,),
+        contracts.contiguous,
+    )
+    return run(*((grad, t) if dense else contracts.contiguous((grad, t))), plan)
 
 
 def _fake_bwd(
@@ -74,7 +87,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
     (t,) = ctx.saved_tensors
-    grad_x0 = torch.ops.afd.forward_noise_bwd(grad, t, ctx.schedule, ctx.schedule_args, ctx.layout)
+    grad_x0 = forward_noise_bwd(grad, t, ctx.schedule, ctx.schedule_args, ctx.layout)
     return grad_x0, None, None, None, None, None, None
 
 
@@ -100,14 +113,14 @@ def _refuse_tangents(others: tuple[Tensor | None, ...]) -> None:
 
 
 _REFERENCE = "afd_kernels.forward_noise.reference.forward_noise"
-registry.define(
+forward_noise = registry.define(
     "forward_noise(Tensor x0, Tensor t, Tensor? seed, Tensor? noise, str schedule, "
     "float[] schedule_args, str layout) -> Tensor",
     _forward_noise,
     _fake,
     Rule(_REFERENCE, _setup_context, _backward, _jvp),
 )
-registry.define(
+forward_noise_bwd = registry.define(
     "forward_noise_bwd(Tensor grad, Tensor t, str schedule, float[] schedule_args, str layout) "
     "-> Tensor",
     _forward_noise_bwd,

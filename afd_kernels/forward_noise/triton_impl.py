@@ -13,6 +13,8 @@ from torch import Tensor
 from afd_kernels.contracts import Plan
 from afd_kernels.launch_config import device_arch, launch_config
 from afd_kernels.philox_triton import normal_tile
+from afd_kernels.plans import Kept
+from afd_kernels.triton_launch import Launches, repeat
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # CUDA's limit on the second dimension of a grid, where the batch is.
@@ -173,6 +175,9 @@ def _forward_noise_bwd_kernel(
 INTERPRETED = not isinstance(_forward_noise_fwd_kernel, triton.runtime.JITFunction)
 
 
+KEEPS = True
+
+
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     """Why Triton cannot run tensors of these dtypes on this kind of device, or None."""
     if device != "cuda" and not (INTERPRETED and device == "cpu"):
@@ -208,21 +213,24 @@ def _launch(
     x: Tensor,
     sources: tuple[Tensor | None, ...],
     plan: Plan,
+    kept: Kept | None,
     **constants: int,
 ) -> Tensor:
     """The kernel's answer for x and what else it reads, with the shape and dtype of x."""
-    check_batch(plan.batch)
     out = torch.empty_like(x)
+    tensors = (x, *sources, out)
+    if repeat(kept, tensors):
+        return out
+    check_batch(plan.batch)
+    launches = Launches(kept, tensors)
     # Frames that share t are neighbours in memory: one longer row.
     frames, inner = plan.t_chunks, plan.inner * (plan.frames // plan.t_chunks)
     config = launch_config("forward_noise", device_arch(x.device))[part]
     tiles = triton.cdiv(inner, config["block"])
     rows = plan.outer * frames
     align = row_align(inner)
-    kernel[(rows * tiles, plan.batch)](
-        x,
-        *sources,
-        out,
+    launches(kernel, (rows * tiles, plan.batch))(
+        *tensors,
         inner // align,
         rows,
         frames,
@@ -236,17 +244,24 @@ def _launch(
         num_stages=config["num_stages"],
         enable_fp_fusion=False,
     )
+    launches.keep()
     return out
 
 
 def forward_noise(
-    x0: Tensor, t: Tensor, seed: Tensor | None, noise: Tensor | None, plan: Plan
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    plan: Plan,
+    kept: Kept | None = None,
 ) -> Tensor:
     """x_t with the shape and dtype of x0; tensors contiguous, t [B] or [B, K] fp32."""
     vector = 16 // x0.element_size()
-    return _launch(_forward_noise_fwd_kernel, "fwd", x0, (t, seed, noise), plan, VECTOR=vector)
+    sources = (t, seed, noise)
+    return _launch(_forward_noise_fwd_kernel, "fwd", x0, sources, plan, kept, VECTOR=vector)
 
 
-def forward_noise_bwd(grad: Tensor, t: Tensor, plan: Plan) -> Tensor:
+def forward_noise_bwd(grad: Tensor, t: Tensor, plan: Plan, kept: Kept | None = None) -> Tensor:
     """The gradient with respect to x0, alpha_t grad, with the shape and dtype of grad."""
-    return _launch(_forward_noise_bwd_kernel, "bwd", grad, (t,), plan)
+    return _launch(_forward_noise_bwd_kernel, "bwd", grad, (t,), plan, kept)

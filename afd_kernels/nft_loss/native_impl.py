@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from afd_kernels import native
 from afd_kernels.contracts import METRICS, NftPlan
 from afd_kernels.nft_loss.storage import grad_power
+from afd_kernels.plans import Kept
+
+KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
@@ -26,6 +31,7 @@ def nft_loss(
     noise: Tensor | None,
     frame_mask: Tensor | None,
     plan: NftPlan,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss fp32 [], metrics fp64 [B, G, 7], grad_power times the gradient ([0] when not wanted).
 
@@ -36,19 +42,27 @@ def nft_loss(
     metrics = torch.empty(
         (plan.batch, plan.groups, len(METRICS)), dtype=torch.float64, device=x0.device
     )
-    grad = v_theta.new_empty(v_theta.shape if plan.needs_grad else (0,))
-    problem = native.describe(core.NftProblem(), plan)
-    problem.r_chunks = plan.r_chunks
-    problem.groups = plan.groups
-    problem.nft_beta = plan.nft_beta
-    problem.prior_weight = plan.prior_weight
-    problem.adv_clip = plan.adv_clip
-    problem.grad_power = grad_power(v_theta.dtype, plan, frame_mask is not None)
-    problem.velocity_weighting = plan.weighting == "velocity"
-    problem.prior_by_r = plan.prior_by_r
-    problem.prediction_type = native.type_code(v_theta.dtype)
-    problem.x0_type = native.type_code(x0.dtype)
-    problem.noise_type = native.type_code(torch.float32 if noise is None else noise.dtype)
+    if plan.needs_grad:
+        grad = native.empty_like(v_theta)
+    else:
+        grad = torch.empty(0, dtype=v_theta.dtype, device=v_theta.device)
+
+    def make() -> Any:
+        problem = native.describe(core.NftProblem(), plan)
+        problem.r_chunks = plan.r_chunks
+        problem.groups = plan.groups
+        problem.nft_beta = plan.nft_beta
+        problem.prior_weight = plan.prior_weight
+        problem.adv_clip = plan.adv_clip
+        problem.grad_power = grad_power(v_theta.dtype, plan, frame_mask is not None)
+        problem.velocity_weighting = plan.weighting == "velocity"
+        problem.prior_by_r = plan.prior_by_r
+        problem.prediction_type = native.type_code(v_theta.dtype)
+        problem.x0_type = native.type_code(x0.dtype)
+        problem.noise_type = native.type_code(torch.float32 if noise is None else noise.dtype)
+        return problem
+
+    problem = native.take(kept, make)
     problem.v_theta = native.pointer(v_theta)
     problem.v_old = native.pointer(v_old)
     problem.v_ref = native.pointer(v_ref)
@@ -68,12 +82,13 @@ def nft_loss(
         workspace = torch.empty(size, dtype=torch.uint8, device=x0.device)
         with torch.cuda.device(x0.device):
             core.nft_loss_cuda(problem, workspace.data_ptr(), native.stream(x0))
+    native.put_back(kept, problem)
     return loss, metrics, grad
 
 
 def nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
     """grad * grad_loss, a new tensor."""
-    out = grad.new_empty(grad.shape)
+    out = native.empty_like(grad)
     native.scale(grad, grad_loss, out)
     return out
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd_kernels import contracts, dispatch, registry
+from afd_kernels import contracts, dispatch, plans, registry
 from afd_kernels.aliasing import refuse_overlaps
 from afd_kernels.derivatives import Rule
 from afd_kernels.nft_loss.storage import grad_power
@@ -31,10 +31,17 @@ def _nft_loss(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask)
-    plan = contracts.plan_nft_loss(*tensors, *options)
+    plan, run, dense = plans.prepared(
+        "nft_loss",
+        "nft_loss",
+        contracts.plan_nft_loss,
+        tensors,
+        tuple(tuple(x) if isinstance(x, list) else x for x in options),
+        (0, 3, 7),
+        contracts.contiguous,
+    )
     contracts.check_values(plan, t, r)
-    backend = dispatch.pick("nft_loss", v_theta, x0, noise)
-    return backend.nft_loss(*map(contracts.contiguous, tensors), plan)
+    return run(*(tensors if dense else contracts.contiguous(tensors)), plan)
 
 
 def _fake(
@@ -108,9 +115,9 @@ def _backward(
         if ctx.power != 1.0:
             grad_loss = grad_loss / ctx.power
         if not ctx.transformed and _may_donate(grad, grad_loss):
-            torch.ops.afd.nft_loss_bwd_(grad, grad_loss)
+            nft_loss_bwd_(grad, grad_loss)
         else:
-            grad = torch.ops.afd.nft_loss_bwd(grad, grad_loss)
+            grad = nft_loss_bwd(grad, grad_loss)
     return grad, *(None,) * (len(_ARGUMENTS) - 1)
 
 
@@ -158,16 +165,16 @@ _ARGUMENTS = [
 
 _REFERENCE = "afd_kernels.nft_loss.reference.loss"
 
-registry.define(
+nft_loss = registry.define(
     _SCHEMA, _nft_loss, _fake, Rule(_REFERENCE, _setup_context, _backward, _jvp, _prepare)
 )
-registry.define(
+nft_loss_bwd = registry.define(
     "nft_loss_bwd(Tensor grad, Tensor grad_loss) -> Tensor",
     _nft_loss_bwd,
     lambda grad, grad_loss: grad.new_empty(grad.shape),
     Rule(_REFERENCE),
 )
-registry.define(
+nft_loss_bwd_ = registry.define(
     "nft_loss_bwd_(Tensor(a!) grad, Tensor grad_loss) -> ()",
     _nft_loss_bwd_,
     _check_bwd_,

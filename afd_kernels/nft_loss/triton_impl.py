@@ -21,9 +21,14 @@ from afd_kernels.nft_loss.triton_kernels import (
     _nft_loss_scale_kernel,
     _nft_loss_total_kernel,
 )
+from afd_kernels.plans import Kept
+from afd_kernels.triton_launch import Launches, repeat
 
 # Rows of partial sums that the finalisation adds side by side; part of the summation order.
 _PARALLEL = 256
+
+
+KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
@@ -49,15 +54,39 @@ def nft_loss(
     noise: Tensor | None,
     frame_mask: Tensor | None,
     plan: NftPlan,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss fp32 [], metrics fp64 [B, G, 7] and grad_power times the gradient ([0] if unwanted)."""
-    noising.check_batch(plan.batch)
-    configs = launch_config("nft_loss", device_arch(x0.device))
+    adaptive = plan.weighting == "x0_adaptive"
     frames = _segments(plan, frame_mask)
     inner = plan.inner * (plan.frames // frames)
     rows = plan.outer * frames
+    configs = launch_config("nft_loss", device_arch(x0.device))
+    one_pass = configs["partials"]
+    tiles = triton.cdiv(inner, one_pass["block"] * one_pass["steps"])
+
+    def scratch(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x0.device)
+
+    partials = scratch(torch.float32, plan.batch, rows * tiles, SUMS.value)
+    losses = scratch(torch.float64, plan.batch, plan.groups)
+    metrics = scratch(torch.float64, plan.batch, plan.groups, len(METRICS))
+    loss = scratch(torch.float32)
+    grad = torch.empty_like(v_theta) if plan.needs_grad else scratch(v_theta.dtype, 0)
+    coefficients = None
+    if adaptive and plan.needs_grad:
+        coefficients = scratch(torch.float32, plan.batch, frames, COEFFICIENTS.value)
+    early_grad = grad if plan.needs_grad and not adaptive else None
+    if early_grad is not None and frame_mask is not None:
+        early_grad.zero_()
+    inputs = (v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask)
+    tensors = (*inputs, partials, losses, metrics, loss, grad, coefficients)
+    if repeat(kept, tensors):
+        return loss, metrics, grad
+
+    launches = Launches(kept, tensors)
+    noising.check_batch(plan.batch)
     align = noising.row_align(inner)
-    adaptive = plan.weighting == "x0_adaptive"
     schedule = noising.schedule_constants(plan)
     power = grad_power(v_theta.dtype, plan, frame_mask is not None)
     options = (plan.nft_beta, plan.prior_weight, plan.adv_clip, power)
@@ -68,32 +97,10 @@ def nft_loss(
         "VECTOR": 16 // min(x.element_size() for x in loads),
     }
 
-    one_pass = configs["partials"]
     # Rows of odd length make a whole quad per element: fewer at once, or registers spill.
     halve = 2 if align == 1 else 1
-    tiles = triton.cdiv(inner, one_pass["block"] * one_pass["steps"])
-    partials = x0.new_empty((plan.batch, rows * tiles, SUMS.value), dtype=torch.float32)
-    losses = x0.new_empty((plan.batch, plan.groups), dtype=torch.float64)
-    metrics = x0.new_empty((plan.batch, plan.groups, len(METRICS)), dtype=torch.float64)
-    loss = x0.new_empty((), dtype=torch.float32)
-    grad = v_theta.new_empty(v_theta.shape if plan.needs_grad else 0)
-    coefficients = None
-    if adaptive and plan.needs_grad:
-        coefficients = x0.new_empty((plan.batch, frames, COEFFICIENTS.value), dtype=torch.float32)
-    early_grad = grad if plan.needs_grad and not adaptive else None
-    if early_grad is not None and frame_mask is not None:
-        early_grad.zero_()
-
-    _nft_loss_partials_kernel[(rows * tiles, plan.batch)](
-        v_theta,
-        v_old,
-        v_ref,
-        x0,
-        t,
-        r,
-        seed,
-        noise,
-        frame_mask,
+    launches(_nft_loss_partials_kernel, (rows * tiles, plan.batch))(
+        *inputs,
         partials,
         early_grad,
         inner // align,
@@ -113,7 +120,7 @@ def nft_loss(
         enable_fp_fusion=False,
     )
     side_by_side = min(16, triton.next_power_of_2(frames // plan.groups))
-    _nft_loss_finalize_kernel[(plan.groups, plan.batch)](
+    launches(_nft_loss_finalize_kernel, (plan.groups, plan.batch))(
         partials,
         t,
         r,
@@ -139,14 +146,15 @@ def nft_loss(
         enable_fp_fusion=False,
     )
     if coefficients is None:
-        _nft_loss_total_kernel[(1,)](
+        launches(_nft_loss_total_kernel, (1,))(
             losses, loss, plan.groups, plan.batch, num_warps=1, enable_fp_fusion=False
         )
+        launches.keep()
         return loss, metrics, grad
     config = configs["grad"]
     block = config["block"] // halve
     tiles = triton.cdiv(inner, block)
-    _nft_loss_grad_kernel[(rows * tiles, plan.batch)](
+    launches(_nft_loss_grad_kernel, (rows * tiles, plan.batch))(
         v_theta,
         v_old,
         v_ref,
@@ -169,6 +177,7 @@ def nft_loss(
         num_stages=config["num_stages"],
         enable_fp_fusion=False,
     )
+    launches.keep()
     return loss, metrics, grad
 
 

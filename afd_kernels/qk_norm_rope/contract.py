@@ -79,6 +79,24 @@ def check_append(
     if not 0 <= sink_frames <= free:
         needed = f"between 0 and {free}: the ring behind the sink must hold the frames of one call"
         require(False, "sink_frames", sink_frames, needed)
+    if torch.is_grad_enabled():
+        named = {"q": q, "k": k, "v": v, "weight_q": weight_q, "weight_k": weight_k}
+        for name, x in named.items():
+            require(not x.requires_grad, name, x, "no gradient (torch.no_grad): a cache keeps none")
+
+
+def check_aliases(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rope: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+) -> None:
+    """Refuses caches of qk_norm_rope_append_ that share memory with another argument."""
     read = (
         ("q", q),
         ("k", k),
@@ -89,15 +107,11 @@ def check_append(
         ("position", position),
     )
     refuse_overlaps((("k_cache", k_cache), ("v_cache", v_cache)), read)
-    if torch.is_grad_enabled():
-        named = {"q": q, "k": k, "v": v, "weight_q": weight_q, "weight_k": weight_k}
-        for name, x in named.items():
-            require(not x.requires_grad, name, x, "no gradient (torch.no_grad): a cache keeps none")
 
 
 def check_position(position: Tensor) -> None:
     """Refuses negative frames; CPU only, on an accelerator looking would synchronise."""
-    if position.device.type == "cpu" and min(position.tolist()) < 0:
+    if position.is_cpu and min(position.tolist()) < 0:
         raise ValueError(f"position: got {position.tolist()}; needed: frames >= 0")
 
 

@@ -5,15 +5,16 @@ The public functions are in afd.ops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from afd_kernels import contracts, dispatch, registry
+from afd_kernels import aliasing, contracts, plans, registry
 from afd_kernels.derivatives import Rule
 from afd_kernels.qk_norm_rope.contract import (
     check,
+    check_aliases,
     check_append,
     check_bwd,
     check_position,
@@ -21,18 +22,32 @@ from afd_kernels.qk_norm_rope.contract import (
 )
 
 
-def _table(rope: Tensor) -> Tensor:
-    """The table with each stream's numbers contiguous."""
-    return rope if rope.is_contiguous() or rope[0].is_contiguous() else rope.contiguous()
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Token rows, then the weights and the table, with the strides that backends take."""
+    *rows, weight_q, weight_k, rope = tensors
+    # A table of streams that share one row is as good as one.
+    table = rope if rope.is_contiguous() or rope[0].is_contiguous() else rope.contiguous()
+    return [*map(packed, rows), weight_q.contiguous(), weight_k.contiguous(), table]
+
+
+def _dense_append(tensors: Sequence[Tensor]) -> list[Tensor]:
+    *others, k_cache, v_cache, position = tensors
+    return [*_dense(others), k_cache, v_cache, position.contiguous()]
+
+
+def _plan_append(*arguments: Any) -> list[int]:
+    check_append(*arguments)
+    return [aliasing.extent(x) for x in arguments if isinstance(x, Tensor)]
 
 
 def _qk_norm_rope(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, weight_q, weight_k, rope)
-    weights = weight_q.contiguous(), weight_k.contiguous()
-    backend = dispatch.pick("qk_norm_rope", q, weight_q, rope)
-    return backend.qk_norm_rope(packed(q), packed(k), *weights, _table(rope), eps)
+    tensors = (q, k, weight_q, weight_k, rope)
+    _, run, as_is = plans.prepared(
+        "qk_norm_rope", "qk_norm_rope", check, tensors, (), (0, 2, 4), _dense, eps
+    )
+    return run(*(tensors if as_is else _dense(tensors)), eps)
 
 
 def _fake(
@@ -52,11 +67,11 @@ def _qk_norm_rope_bwd(
     rope: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_bwd(grad_q, grad_k, q, k, weight_q, weight_k, rope)
-    weights = weight_q.contiguous(), weight_k.contiguous()
-    backend = dispatch.pick("qk_norm_rope", q, weight_q, rope)
-    rows = map(packed, (grad_q, grad_k, q, k))
-    return backend.qk_norm_rope_bwd(*rows, *weights, _table(rope), eps)
+    tensors = (grad_q, grad_k, q, k, weight_q, weight_k, rope)
+    _, run, as_is = plans.prepared(
+        "qk_norm_rope", "qk_norm_rope_bwd", check_bwd, tensors, (), (2, 4, 6), _dense, eps
+    )
+    return run(*(tensors if as_is else _dense(tensors)), eps)
 
 
 def _fake_bwd(
@@ -88,29 +103,28 @@ def _qk_norm_rope_append_(
     eps: float,
 ) -> Tensor:
     tensors = (q, k, v, weight_q, weight_k, rope, k_cache, v_cache, position)
-    check_append(*tensors, tokens_per_frame, sink_frames)
-    check_position(position)
-    backend = dispatch.pick("qk_norm_rope", q, weight_q, rope)
-    return backend.qk_norm_rope_append_(
-        packed(q),
-        packed(k),
-        packed(v),
-        weight_q.contiguous(),
-        weight_k.contiguous(),
-        _table(rope),
-        k_cache,
-        v_cache,
-        position.contiguous(),
-        tokens_per_frame,
-        sink_frames,
+    options = (tokens_per_frame, sink_frames)
+    extents, run, as_is = plans.prepared(
+        "qk_norm_rope",
+        "qk_norm_rope_append_",
+        _plan_append,
+        tensors,
+        options,
+        (0, 3, 5),
+        _dense_append,
         eps,
     )
+    if not aliasing.apart(tensors, extents, (6, 7)):
+        check_aliases(*tensors)
+    check_position(position)
+    return run(*(tensors if as_is else _dense_append(tensors)), *options, eps)
 
 
 def _fake_append_(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, *rest: Any
 ) -> Tensor:
     check_append(q, k, v, weight_q, weight_k, *rest[:-1])
+    check_aliases(q, k, v, weight_q, weight_k, *rest[:4])
     return q.new_empty(q.shape)
 
 
@@ -123,26 +137,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.afd.qk_norm_rope_bwd(grad_q, grad_k, *ctx.saved_tensors, ctx.eps)
+    grads = qk_norm_rope_bwd(grad_q, grad_k, *ctx.saved_tensors, ctx.eps)
     return *grads, None, None
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor rope"
 _REFERENCE = "afd_kernels.qk_norm_rope.reference.norm_rope"
-registry.define(
+qk_norm_rope = registry.define(
     f"qk_norm_rope({_INPUTS}, float eps) -> (Tensor q_out, Tensor k_out)",
     _qk_norm_rope,
     _fake,
     Rule(_REFERENCE, _setup_context, _backward),
 )
-registry.define(
+qk_norm_rope_bwd = registry.define(
     f"qk_norm_rope_bwd(Tensor grad_q, Tensor grad_k, {_INPUTS}, float eps) "
     "-> (Tensor dq, Tensor dk, Tensor dweight_q, Tensor dweight_k)",
     _qk_norm_rope_bwd,
     _fake_bwd,
     Rule(_REFERENCE),
 )
-registry.define(
+qk_norm_rope_append_ = registry.define(
     "qk_norm_rope_append_(Tensor q, Tensor k, Tensor v, Tensor weight_q, Tensor weight_k, "
     "Tensor rope, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, int tokens_per_frame, "
     "int sink_frames, float eps) -> Tensor",

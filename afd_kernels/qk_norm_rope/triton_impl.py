@@ -15,10 +15,13 @@ from torch import Tensor
 from afd_kernels.contracts import require
 from afd_kernels.forward_noise.triton_impl import MAX_BATCH, refuse
 from afd_kernels.launch_config import device_arch, launch_config
+from afd_kernels.plans import Kept
 from afd_kernels.reduce_triton import factor_of_row, sum_rows
+from afd_kernels.triton_launch import Launches, repeat
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_append_", "qk_norm_rope_bwd", "refuse"]
 
+KEEPS = True
 MANY = f"at most {MAX_BATCH} streams for triton"
 
 
@@ -243,22 +246,18 @@ def _forward(
     v_out: Tensor | None,
     slots: tuple[int, int, int, int],
     eps: float,
+    kept: Kept | None,
 ) -> Tensor:
     """Launches the forward; `slots` are slots, tokens of a frame, sink frames and ring frames."""
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    tensors = (q, k, v, weight_q, weight_k, rope, position, q_out, k_out, v_out)
+    if repeat(kept, tensors):
+        return q_out
     require(q.shape[0] <= MAX_BATCH, "q", q, MANY)
     config = launch_config("qk_norm_rope", device_arch(q.device))["fwd"]
-    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _qk_norm_rope_fwd_kernel[(q.shape[1], q.shape[0])](
-        q,
-        k,
-        v,
-        weight_q,
-        weight_k,
-        rope,
-        position,
-        q_out,
-        k_out,
-        v_out,
+    launches = Launches(kept, tensors)
+    launches(_qk_norm_rope_fwd_kernel, (q.shape[1], q.shape[0]))(
+        *tensors,
         *q.stride()[:2],
         *k.stride()[:2],
         *((0, 0) if v is None else v.stride()[:2]),
@@ -268,16 +267,23 @@ def _forward(
         eps,
         **_rows(q, config),
     )
+    launches.keep()
     return q_out
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, eps: float
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rope: Tensor,
+    eps: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q_out and k_out [B, L, h, d]; a token's channels, the weights and tables contiguous."""
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     tensors = (q, k, None, weight_q, weight_k, rope, None, k_out, None)
-    return _forward(*tensors, (0, 0, 0, 0), eps), k_out
+    return _forward(*tensors, (0, 0, 0, 0), eps, kept), k_out
 
 
 def qk_norm_rope_append_(
@@ -293,12 +299,13 @@ def qk_norm_rope_append_(
     tokens_per_frame: int,
     sink_frames: int,
     eps: float,
+    kept: Kept | None = None,
 ) -> Tensor:
     """q_out; k_out and v are written into the caches [B, S, h, d]."""
     slots = k_cache.shape[1]
     ring = slots // tokens_per_frame - sink_frames
     tensors = (q, k, v, weight_q, weight_k, rope, position, k_cache, v_cache)
-    return _forward(*tensors, (slots, tokens_per_frame, sink_frames, ring), eps)
+    return _forward(*tensors, (slots, tokens_per_frame, sink_frames, ring), eps, kept)
 
 
 def qk_norm_rope_bwd(
@@ -310,6 +317,7 @@ def qk_norm_rope_bwd(
     weight_k: Tensor,
     rope: Tensor,
     eps: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and the weights."""
     batch, tokens, heads, width = q.shape
@@ -317,17 +325,16 @@ def qk_norm_rope_bwd(
     configs = launch_config("qk_norm_rope", device_arch(q.device))
     block_tokens, reduce = configs["bwd"]["tokens"], configs["reduce"]
     blocks, channels = triton.cdiv(tokens, block_tokens), heads * width
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     dweight_q, dweight_k = torch.empty_like(weight_q), torch.empty_like(weight_k)
-    partials = q.new_empty((2, batch * blocks, channels), dtype=torch.float32)
-    _qk_norm_rope_bwd_kernel[(blocks, batch, 2)](
-        grad_q,
-        grad_k,
-        q,
-        k,
-        weight_q,
-        weight_k,
-        rope,
+    size = (2, batch * blocks, channels)
+    partials = torch.empty(size, dtype=torch.float32, device=q.device)
+    read = (grad_q, grad_k, q, k, weight_q, weight_k, rope)
+    if repeat(kept, tensors := (*read, dq, dk, partials, dweight_q, dweight_k)):
+        return dq, dk, dweight_q, dweight_k
+    launches = Launches(kept, tensors)
+    launches(_qk_norm_rope_bwd_kernel, (blocks, batch, 2))(
+        *read,
         dq,
         dk,
         partials,
@@ -341,7 +348,7 @@ def qk_norm_rope_bwd(
         **_rows(q, configs["bwd"]),
         TOKENS=block_tokens,
     )
-    _qk_norm_rope_reduce_kernel[(triton.cdiv(channels, reduce["columns"]), 2)](
+    launches(_qk_norm_rope_reduce_kernel, (triton.cdiv(channels, reduce["columns"]), 2))(
         partials,
         dweight_q,
         dweight_k,
@@ -353,4 +360,5 @@ def qk_norm_rope_bwd(
         num_stages=reduce["num_stages"],
         enable_fp_fusion=False,
     )
+    launches.keep()
     return dq, dk, dweight_q, dweight_k

@@ -21,6 +21,11 @@ namespace {
 using Pointer = uintptr_t;
 using Nogil = py::call_guard<py::gil_scoped_release>;
 
+template <class T>
+void place(T*& field, Pointer value) {
+  field = reinterpret_cast<T*>(value);
+}
+
 // A field that Python sees as the integer value of a pointer.
 template <class Problem, class T>
 void pointer(py::class_<Problem>& type, const char* name, T* Problem::* field) {
@@ -123,6 +128,24 @@ void define_qk_norm_rope(py::module_& m) {
   pointer(type, "dk", &Problem::dk);
   pointer(type, "dweight_q", &Problem::dweight_q);
   pointer(type, "dweight_k", &Problem::dweight_k);
+  type.def(
+      "place",
+      [](Problem& p, Pointer q, Pointer k, Pointer v, Pointer weight_q, Pointer weight_k,
+         Pointer rope, Pointer k_cache, Pointer v_cache, Pointer position, Pointer q_out,
+         Pointer k_out) {
+        place(p.q.data, q);
+        place(p.k.data, k);
+        place(p.v.data, v);
+        place(p.weight_q, weight_q);
+        place(p.weight_k, weight_k);
+        place(p.rope, rope);
+        place(p.k_cache, k_cache);
+        place(p.v_cache, v_cache);
+        place(p.position, position);
+        place(p.q_out, q_out);
+        place(p.k_out, k_out);
+      },
+      "Sets every address of a forward; strides stay.");
   m.def("qk_norm_rope_cpu", afd::cpu::launch_qk_norm_rope, Nogil());
   m.def("qk_norm_rope_bwd_cpu", afd::cpu::launch_qk_norm_rope_bwd, Nogil());
 }
@@ -151,6 +174,19 @@ void define_adaln(py::module_& m) {
   pointer(type, "dgate", &Problem::dgate);
   pointer(type, "dscale", &Problem::dscale);
   pointer(type, "dshift", &Problem::dshift);
+  type.def(
+      "place",
+      [](Problem& p, Pointer x, Pointer branch, Pointer gate, Pointer scale, Pointer shift,
+         Pointer x_out, Pointer h) {
+        place(p.x.data, x);
+        place(p.branch.data, branch);
+        place(p.gate.data, gate);
+        place(p.scale.data, scale);
+        place(p.shift.data, shift);
+        place(p.x_out, x_out);
+        place(p.h, h);
+      },
+      "Sets every address of a forward; strides stay.");
   m.def("adaln_cpu", afd::cpu::launch_adaln, Nogil());
   m.def("adaln_bwd_cpu", afd::cpu::launch_adaln_bwd, Nogil());
 }
@@ -219,6 +255,18 @@ PYBIND11_MODULE(_native, m) {
                                reinterpret_cast<void*>(out), count, factor, threads);
       },
       Nogil());
+  m.def(
+      "all_finite_nonzero",
+      [](Pointer in, int64_t count) {
+        const auto* bits = reinterpret_cast<const uint32_t*>(in);
+        bool all = true;
+        for (int64_t i = 0; i < count; ++i) {
+          // Without the sign: 0 wraps around, infinities and NaN are the largest.
+          all &= (bits[i] & 0x7fffffffu) - 1u < 0x7f800000u - 1u;
+        }
+        return all;
+      },
+      Nogil(), "Whether none of `count` floats is 0, infinite or NaN.");
   m.def(
       "stream_5r1w",
       [](const std::vector<Pointer>& in, Pointer out, int64_t count, bool non_temporal,

@@ -12,11 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import afd_kernels  # noqa: F401 (registers torch.ops.afd.*)
 from afd.schedules import Schedule, resolve
+from afd_kernels.adaln import op as _adaln
 from afd_kernels.block_attention import intervals as intervals
+from afd_kernels.block_attention import op as _block_attention
 from afd_kernels.block_attention.intervals import Intervals as Intervals
 from afd_kernels.dispatch import explain, report, use_backend
+from afd_kernels.forward_noise import op as _forward_noise
+from afd_kernels.nft_loss import op as _nft_loss
+from afd_kernels.qk_norm_rope import op as _qk_norm_rope
 
 __all__ = [
     "Intervals",
@@ -73,7 +77,7 @@ def forward_noise(
             the domain cannot be seen without a synchronisation and gives NaN.
     """
     how = resolve(schedule)
-    return torch.ops.afd.forward_noise(x0, t, seed, noise, how.name, list(how.args), layout)
+    return _forward_noise.forward_noise(x0, t, seed, noise, how.name, list(how.args), layout)
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def nft_loss(
     """
     how = resolve(schedule)
     needs_grad = torch.is_grad_enabled() and v_theta.requires_grad
-    loss, metrics, _ = torch.ops.afd.nft_loss(
+    loss, metrics, _ = _nft_loss.nft_loss(
         v_theta,
         v_old,
         v_ref,
@@ -223,7 +227,7 @@ def block_attention(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
-    return torch.ops.afd.block_attention(
+    return _block_attention.block_attention(
         q,
         k,
         v,
@@ -260,7 +264,7 @@ def qk_norm_rope(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
-    return torch.ops.afd.qk_norm_rope(q, k, weight_q, weight_k, rope, eps)
+    return _qk_norm_rope.qk_norm_rope(q, k, weight_q, weight_k, rope, eps)
 
 
 def qk_norm_rope_append_(
@@ -302,7 +306,7 @@ def qk_norm_rope_append_(
             position cannot be seen without a synchronisation and gives NaN.
         RuntimeError: when a derivative or vmap is asked for.
     """
-    return torch.ops.afd.qk_norm_rope_append_(
+    return _qk_norm_rope.qk_norm_rope_append_(
         q,
         k,
         v,
@@ -351,5 +355,5 @@ def adaln(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
-    x_out, h = torch.ops.afd.adaln(x, branch, gate, scale, shift, scale_offset, eps)
+    x_out, h = _adaln.adaln(x, branch, gate, scale, shift, scale_offset, eps)
     return (x if branch is None else x_out), h

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 import afd_kernels
 from afd import schedules
-from afd_kernels import dispatch, launch_config, native
+from afd_kernels import dispatch, launch_config, native, plans
 from afd_kernels.block_attention import library_cuda, library_impl, tiles
 from tests.fake_cuda.machine import GPU, HIGH, FakeCuda, OnGpu, device_of, inner_of, machines
 
@@ -238,3 +238,4 @@ def _forget() -> None:
     ):
         remembered.cache_clear()
     dispatch._logged.clear()
+    plans.clear()

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afd import ops
 from afd.ops import Intervals, intervals
-from afd_kernels import dispatch
+from afd_kernels import dispatch, plans
 from afd_kernels.block_attention import library_cuda, library_impl
 from tests.ops.test_block_attention import (
     FEW,
@@ -147,6 +147,7 @@ def test_what_no_library_can_take_goes_to_the_next_backend(monkeypatch: pytest.M
     tensors = case.tensors()
     expected, _ = attend(case, tensors)
     monkeypatch.setattr(library_impl, "unfit", lambda tensors: f"{len(tensors)} tensors")
+    plans.clear()
     assert ops.explain(OP, "cpu", {torch.float32})["library"] is None
     assert ops.explain(OP, "cpu", {torch.float32}, tensors)["library"] == "3 tensors"
     with pytest.raises(RuntimeError, match=r"'library' was requested.*library: 3 tensors"):

@@ -1,0 +1,77 @@
+"""The short way to an op's kernel: past PyTorch's dispatcher, where nothing can see the difference.
+
+Two trips from Python into the dispatcher and back cost more than the kernels of small tensors. A
+call takes the short way if its tensors are plain ones on a CPU or a CUDA device and no mode,
+transform, trace or profiler is active; any other call is the op's, as torch.ops.afd.<op>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Types of arguments that the dispatcher would hand on as they are.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "Tensor": _PLAIN,
+    "Optional[Tensor]": (*_PLAIN, type(None)),
+    "float": (float,),
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "List[float]": (list,),
+    "List[int]": (list,),
+    "List[bool]": (list, tuple),
+}
+# Of a vmapped backward (torch.autograd.grad with is_grads_batched), which no mode announces.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def shorten(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """`op`, of which a plain call is `run`. Argument `place` is a tensor in every call."""
+    allowed = [_TYPES[str(x.type)] for x in op._schema.arguments]
+    # The tensors come first in every schema.
+    count = sum("Tensor" in str(x.type) for x in op._schema.arguments)
+    # Types of whole calls that are as the schema wants them; they are few.
+    known: set[tuple[type, ...]] = set()
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _nothing_active():
+            return op(*args)
+        types = tuple(map(type, args))
+        if types not in known:
+            if len(types) != len(allowed) or not all(map(_is_one_of, types, allowed)):
+                return op(*args)
+            known.add(types)
+        if not (args[place].is_cpu or args[place].is_cuda):
+            return op(*args)
+        tensors = [x for x in args[:count] if x is not None]
+        if any(map(Tensor.is_neg, tensors)) or any(map(_is_batched, tensors)):
+            return op(*args)
+        # A backward may meet tensors of a transform that no longer counts as active.
+        if any(map(_is_wrapped, tensors)):
+            return op(*args)
+        return run(*args)
+
+    return call
+
+
+def _is_one_of(kind: type, allowed: tuple[type, ...]) -> bool:
+    return kind in allowed
+
+
+def _nothing_active() -> bool:
+    """Whether no mode, transform, trace or profiler waits for calls of ops."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+    )

@@ -1,0 +1,89 @@
+"""Triton launches of a plan, made once in full and then repeated without Triton's binder.
+
+Of what a kernel is specialised to, a plan fixes everything but the addresses. Launches are kept
+where 16 divides all of those, and are repeated only where it does again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd_kernels.plans import Kept
+
+
+def _aligned(tensors: Sequence[Tensor | None]) -> bool:
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    return reduce(operator.or_, addresses) % 16 == 0
+
+
+def repeat(kept: Kept | None, tensors: Sequence[Tensor | None]) -> bool:
+    """Launches again what `Launches` kept; False where the caller has to do it in full.
+
+    `tensors`: every tensor that the kernels are given, in the order in which they were recorded.
+    """
+    if kept is None or kept.launches is None or not _aligned(tensors):
+        return False
+    for run, arguments, places in kept.launches:
+        given = list(arguments)
+        for place, index in places:
+            given[place] = tensors[index]
+        run(*given)
+    return True
+
+
+class Launches:
+    """Runs kernels, `launches(kernel, grid)(...)` for `kernel[grid](...)`, and keeps how.
+
+    `tensors`: as given to `repeat`. A launch of any other tensor is not repeated, nor is one of
+    the interpreter or on ROCm, where Triton also specialises to the size of storages.
+    """
+
+    def __init__(self, kept: Kept | None, tensors: Sequence[Tensor | None]) -> None:
+        self._kept, self._tensors = kept, tensors
+        self._made: list[Any] = []
+        self._can = kept is not None and not torch.version.hip and _aligned(tensors)
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **options: Any) -> None:
+            compiled = kernel[grid](*args, **options)
+            if not self._can:
+                return
+            if compiled is None:
+                self._can = False
+                return
+            self._record(kernel, compiled, (*grid, 1, 1)[:3], args, options)
+
+        return run
+
+    def _record(
+        self,
+        kernel: Any,
+        compiled: Any,
+        grid: tuple[int, ...],
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
+        named = {name: value for name, value in options.items() if name in kernel.arg_names}
+        bound = kernel.signature.bind(*args, **named)
+        bound.apply_defaults()
+        arguments, places = list(bound.arguments.values()), []
+        for place, value in enumerate(arguments):
+            if isinstance(value, Tensor):
+                index = next((i for i, x in enumerate(self._tensors) if x is value), None)
+                if index is None:
+                    self._can = False
+                    return
+                places.append((place, index))
+                arguments[place] = None
+        self._made.append((compiled[grid], tuple(arguments), tuple(places)))
+
+    def keep(self) -> None:
+        """Keeps the launches so far for `repeat`."""
+        if self._can and self._kept is not None:
+            self._kept.launches = tuple(self._made)
