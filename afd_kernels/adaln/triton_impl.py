@@ -302,8 +302,10 @@ def adaln_bwd(
     segment = tokens // segments
     blocks = triton.cdiv(segment, block_tokens)
     dx = _like(x_out)
-    nothing = torch.empty(0, dtype=x_out.dtype, device=x_out.device)
-    dbranch, dgate = (nothing, nothing) if gate is None else (_like(x_out), _like(gate))
+    if gate is None:
+        dbranch, dgate = x_out.new_empty(0), x_out.new_empty(0)
+    else:
+        dbranch, dgate = _like(x_out), _like(gate)
     dscale, dshift = _like(scale), _like(scale)
     size = (batch, segments * blocks, 3, channels)
     partials = torch.empty(size, dtype=torch.float32, device=x_out.device)
