@@ -74,7 +74,7 @@ def _refuse(
 
 
 def _refuse_shared_storage(written: Named, read: Named) -> None:
-    """The same for fake and meta tensors, which have no address but a storage that their views share."""
+    """The same for fake and meta tensors: no address, but a storage that their views share."""
     for i, (name, x) in enumerate((*written, *read)):
         storage, start = x.untyped_storage()._cdata, _offset(x)
         beside = [y for y in written[:i] if y[1].untyped_storage()._cdata == storage]

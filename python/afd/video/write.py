@@ -23,8 +23,8 @@ from afd_kernels.contracts import require
 # x264's B-frame decision reads memory that nobody wrote: without them the bytes are the same in
 # every process, wherever the frames lie.
 DETERMINISTIC = {"bf": "0"}
-# With the AVX-512 code of x264 the bytes of small videos still differed once in some hundred encodes;
-# with that of SSE4.2 they never did (tests/afd/test_encoder.py), and it is as fast. Why is not known.
+# With x264's AVX-512 code the bytes of small videos still differed once in some hundred encodes;
+# with that of SSE4.2 they never did (tests/afd/test_encoder.py), as fast. Why is not known.
 _CODE = {"x264-params": "asm=MMX2,SSE2,SSE3,SSSE3,SSE4.2"}
 _X86 = platform.machine() in ("x86_64", "AMD64")
 # Numbers of ISO/IEC 23091-2, which FFmpeg's enumerations are.
