@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_made_is_named(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sample.yaml" / "out"
-    assert f"Not a directory: '{out}'" in told([*words, f"out={out}"], capsys)
+    assert f"{out}: Not a directory" in told([*words, f"out={out}"], capsys)
 
 
 def test_what_may_not_be_written_or_read_is_named(
@@ -103,7 +103,7 @@ def test_what_may_not_be_written_or_read_is_named(
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
-    assert f"Permission denied: '{tmp_path / 'out'}'" in told(words, capsys)
+    assert f"{tmp_path / 'out'}: Permission denied" in told(words, capsys)
 
 
 def test_one_process_at_a_time_samples_into_a_folder(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -64,12 +66,16 @@ def test_an_error_changes_nothing_and_names_the_file(tmp_path: Path, shared: boo
     assert path.read_text() == "old"
 
 
-def test_a_full_device_is_named() -> None:
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("no /dev/full here")
-    with JsonAppender(full) as lines, pytest.raises(OSError, match="/dev/full"):
-        lines.write({})
+def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with JsonAppender(path) as lines:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            with pytest.raises(OSError, match=re.escape(str(path))):
+                lines.write({})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_error_that_names_a_file_keeps_it(tmp_path: Path) -> None:
