@@ -219,3 +219,11 @@ def test_interlaced_clips_are_deinterlaced_frame_by_frame(tmp_path: Path, first:
     bar = [np.flatnonzero(row > 127).mean() for row in read[1:, HEIGHT // 2, :, 1]]
     assert np.abs(np.diff(bar) - 8).max() <= 1, "frames stay in order, in their own times"
     refused(path, "gives 8 of the 9 frames", frames=9)
+
+
+def test_an_animated_webp_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "a.webp"
+    pages = [Image.new("RGB", (16, 16), (40 * i, 0, 0)) for i in range(4)]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    with pytest.raises(VideoError, match=r"a\.webp: .*convert an animated WebP to mp4"):
+        check_video(path)

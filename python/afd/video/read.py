@@ -39,7 +39,7 @@ def check_video(
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Raise VideoError where `read_video` with these arguments could not read the file, or where
-    its end is missing.
+    its end is missing and the container shows it (mp4, mov): a cut-off mkv or ts is a shorter clip.
 
     The packets of the whole file are read. The frames that are wanted are decoded too, unless the
     clip is large and of a kind in which packets tell which frames there are; then only the first

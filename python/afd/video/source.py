@@ -182,7 +182,9 @@ class Source:
                 self.check_size(frame.width, frame.height)
                 yield frame
         if count == 0:
-            raise VideoError(f"{self.name}: has a video stream without a single frame")
+            animated = self.container.format.name == "webp_pipe"
+            advice = "; convert an animated WebP to mp4, webm or gif" if animated else ""
+            raise VideoError(f"{self.name}: has a video stream without a single frame{advice}")
 
     def _packets(self) -> Iterator[Any]:
         """The stream's packets and, last, the empty one that flushes the decoder. Some files hold
