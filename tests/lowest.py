@@ -122,8 +122,11 @@ def _copy(tree: Path) -> None:
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
-    # Some tests ask git which files there are.
-    subprocess.run(["git", "init", "--quiet"], cwd=tree, check=True)
+    # Some tests ask git which files there are, and of which commit.
+    author = ["-c", "user.name=afd", "-c", "user.email=afd"]
+    commit = ["commit", "--quiet", "--no-verify", "--message", "the tree under test"]
+    for words in (["init", "--quiet"], ["add", "--all", "--force"], [*author, *commit]):
+        subprocess.run(["git", *words], cwd=tree, check=True)
 
 
 def _run(*command: str, cwd: Path = ROOT) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
-import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
@@ -20,7 +19,7 @@ from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.models.config import ToyStudentConfig, WanStudentConfig
 from afd.section import Count, Folder, Natural, Positive, Section, Threads
 from afd.teachers.config import TeacherConfig
-from afd.yaml_data import MAX_BYTES, YamlError, parse_yaml
+from afd.yaml_data import MAX_BYTES, YamlError, parse_yaml, yaml_text
 
 
 class ConfigError(ValueError):
@@ -336,7 +335,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration, as written to <run>/config.yaml."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml_text(plain(config))
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

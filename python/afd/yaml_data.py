@@ -195,3 +195,19 @@ def _wrong(node: Node, problem: str) -> yaml.MarkedYAMLError:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with Unicode's own line breaks, which PyYAML otherwise folds into spaces."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        broken = any(letter in text for letter in "\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if broken else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def yaml_text(data: object) -> str:
+    """Plain data as YAML, keys in their order; `parse_yaml` gives the same data back."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from afd.ablation import AblationConfig
@@ -116,6 +116,8 @@ BYTES = st.binary(min_size=1).map(lambda b: text_of(b.replace(b"/", b"_").replac
 
 
 @given(name=NAMES | BYTES)
+@example(name="\x85")
+@example(name="a\u2028b \u2029")
 def test_a_path_of_any_legal_characters_comes_through(name: str, tmp_path: Path) -> None:
     """As an override, in quotes as JSON writes them, and through a run's config.yaml."""
     path = f"./{name}"
