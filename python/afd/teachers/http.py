@@ -174,8 +174,8 @@ class Http:
             raise Failure(Kind.RETRYABLE, f"{where}: HTTP {status}", gone=gone, throttled=throttled)
         _refuse_encoded(response)
         too_large = Failure(Kind.INVALID, f"{where}: the file exceeds {max_bytes} bytes")
-        told = response.headers.get("content-length", "")
-        if told.isdecimal() and len(told) < 20 and int(told) > max_bytes:
+        length = response.headers.get("content-length", "")
+        if length.isdecimal() and len(length) < 20 and int(length) > max_bytes:
             raise too_large
         digest, size = hashlib.sha256(), 0
         with writing(path.parent), path.open("wb") as file:

@@ -49,7 +49,7 @@ UPDATE submits SET cost_usd = price_usd
 
 
 class SchemaError(ValueError):
-    """The database is no ledger that this version can use; the message says why."""
+    """The database is not a ledger this version can use; the message names the reason."""
 
 
 def connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
