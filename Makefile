@@ -70,10 +70,10 @@ gpu-wheels: ## fetch what gpu-check's sections want and a bare GPU box may lack;
 	  diffusers importlib-metadata zipp pillow requests charset-normalizer idna urllib3 certifi
 
 base: setup ## make the shipped base student again
-	$(BIN)/python -m afd.pretrain base
+	$(BIN)/python -m afd.lab.pretrain base
 
 motion-backbone: setup ## make the shipped motion backbone again
-	$(BIN)/python -m afd.pretrain motion-backbone
+	$(BIN)/python -m afd.lab.pretrain motion-backbone
 
 screenshot: setup ## docs/quickstart.png from the last quickstart; needs chromium
 	$(BIN)/python docs/screenshot.py runs/quickstart docs/quickstart.png

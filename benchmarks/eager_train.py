@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from afd.models.causal_wan import WanConfig
 from afd.models.noise import NoiseSource
 from afd.models.student import Level
+from afd.models.wan.network import WanConfig
 from benchmarks import official
 from benchmarks.eager_wan import Cache, EagerWan, attention
 

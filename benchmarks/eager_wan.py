@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan, WanConfig
 from afd.schedules import ShiftedFlow
 
 EPS = 1e-6

@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.models.causal_wan import WanConfig
-from afd.models.kv_cache import cache_bytes
-from afd.models.toy import ToyConfig
-from afd.models.wan import WanStudent
+from afd.lab.student import ToyConfig
+from afd.models.wan.kv_cache import cache_bytes
+from afd.models.wan.network import WanConfig
+from afd.models.wan.student import WanStudent
 from afd.rollout import denoise_chunk
 from benchmarks import harness, report
 from benchmarks.eager_wan import EagerWan, denoised, random_network

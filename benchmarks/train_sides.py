@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.cost_model import Net
 from afd.discriminators.base import Critic
 from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig
 from afd.discriminators.latent import LatentCritic
-from afd.discriminators.toy import ToyCritic
+from afd.lab.discriminator import ToyCritic
+from afd.lab.student import ToyConfig, ToyStudent
 from afd.methods.afd import Afd, versions
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig
-from afd.models.causal_wan import WanConfig
 from afd.models.config import LoraConfig, ToyStudentConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
-from afd.models.toy import ToyConfig, ToyStudent
-from afd.models.wan import WanStudent
+from afd.models.wan.network import WanConfig
+from afd.models.wan.student import WanStudent
+from afd.planning.cost_model import Net
 from afd.rollout import stream_layout
 from benchmarks.eager_train import EagerTrained, EagerUpdate, Lora, rolled_out
 from benchmarks.eager_wan import random_network

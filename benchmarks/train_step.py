@@ -26,8 +26,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.cost_model import nft_flop, rollout_flop
-from afd.models.causal_wan import WanConfig
+from afd.models.wan.network import WanConfig
+from afd.planning.cost_model import nft_flop, rollout_flop
 from benchmarks import harness, report
 from benchmarks.hardware import Machine
 from benchmarks.train_sides import MODES, Case, Eager, Ours, Provider, disagreement
@@ -39,7 +39,8 @@ HOW = (
     "ms: median of a phase (one CPU thread: of the process's own time, which neighbours on the "
     "machine do not lengthen; else of wall time); update: noised copies, three networks, loss, "
     "backward, optimizer and averages, from given scores; x recompute, x eager: of medians of the "
-    "same run; floor: the operations of afd.cost_model at the product rate measured in this run "
+    "same run; floor: the operations of afd.planning.cost_model at the product rate measured in "
+    "this run "
     "(eager: those of recompute); peak: allocated during the phase above what was alive before it "
     "(kept contexts count to the rollout)."
 )

@@ -29,8 +29,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.models.causal_wan import WanConfig
-from afd.models.toy import ToyConfig
+from afd.lab.student import ToyConfig
+from afd.models.wan.network import WanConfig
 from benchmarks import harness, report
 from benchmarks.hardware import Machine, chunk_seconds
 from benchmarks.rollout import BOUND, DTYPES, STEPS, Case, Stream, make_student
@@ -211,7 +211,7 @@ def decode(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     try:
         from diffusers import AutoencoderKLWan
 
-        from afd.models.vae import VideoVAE
+        from afd.models.wan.vae import VideoVAE
 
         with torch.device(args.device):
             vae = VideoVAE(AutoencoderKLWan(base_dim=width).to(DTYPES[dtype]))

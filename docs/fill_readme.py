@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from afd.quickstart import COLUMNS, final_evaluation
+from afd.lab.quickstart import COLUMNS, final_evaluation
 from benchmarks.report import device_name
 
 ROOT = Path(__file__).parents[1]

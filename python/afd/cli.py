@@ -25,7 +25,7 @@ from afd.files import DISK, StorageError, what_failed
 from afd.terminal import drop, ended_by_signals, lasting_streams, occupy
 
 if TYPE_CHECKING:
-    from afd.config import RunConfig
+    from afd.config.run import RunConfig
 
 DONE, FAILED, MISTAKE, STORAGE, STOPPED = 0, 1, 2, 3, 130
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == ["teacher", "simulate"]:
         # The teacher is a black box even here: another process, which reads its own options.
-        command = [sys.executable, "-m", "afd.teachers.simulator", *words[2:]]
+        command = [sys.executable, "-m", "afd.lab.simulator", *words[2:]]
         return subprocess.run(command, check=False).returncode
     occupy()
     options = _options(words)
@@ -56,11 +56,11 @@ def _run_command(options: argparse.Namespace) -> int:
     """Every error that a user can do something about, as one sentence and an exit code."""
     # Importing torch takes seconds; --help and a mistyped command answer before it.
     try:
-        from afd.config import ConfigError
+        from afd.config.run import ConfigError
+        from afd.distributed import LostError
         from afd.methods.optimizer import TrainingError
-        from afd.ranks import LostError
         from afd.teachers.base import TeacherError
-        from afd.training.checkpoint import CheckpointError
+        from afd.trainer.checkpoint import CheckpointError
         from afd.video import VideoError
     except KeyboardInterrupt:
         return STOPPED
@@ -216,11 +216,11 @@ def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from afd.config import load_config
+    from afd.config.run import load_config
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:
-        from afd.plan import make_plan, show
+        from afd.planning.plan import make_plan, show
 
         show(make_plan(config, options.processes), _console())
         return DONE
@@ -228,13 +228,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from afd.training.loop import load_run
+    from afd.trainer.loop import load_run
 
     return _run(load_run(options.folder, options.overrides))
 
 
 def _run(config: RunConfig) -> int:
-    from afd.training.loop import Outcome, train
+    from afd.trainer.loop import Outcome, train
 
     outcome = train(config)
     if outcome is Outcome.ALREADY_FINISHED:
@@ -245,7 +245,7 @@ def _run(config: RunConfig) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     if not options.target.is_dir():
         return _evaluate_benchmarks(options)
-    from afd.training.loop import evaluate_run
+    from afd.trainer.loop import evaluate_run
 
     if options.overrides:
         said = f"eval: {options.target} is a run, measured as its own config.yaml says; needed: "
@@ -256,9 +256,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _evaluate_benchmarks(options: argparse.Namespace) -> int:
-    from afd.config import load_config
-    from afd.evaluation.config import EvalConfig
-    from afd.evaluation.samples import evaluate
+    from afd.benchmarks.config import EvalConfig
+    from afd.benchmarks.run import evaluate
+    from afd.config.run import load_config
 
     if options.videos is not None:
         return _say(MISTAKE, "eval: --videos belongs to a RUN_DIR; needed: limit=N with a config")
@@ -267,27 +267,27 @@ def _evaluate_benchmarks(options: argparse.Namespace) -> int:
 
 
 def _quickstart(options: argparse.Namespace) -> int:
-    from afd.quickstart import quickstart
+    from afd.lab.quickstart import quickstart
 
     return DONE if quickstart(options.overrides, _console()) else STOPPED
 
 
 def _quickstart_full(options: argparse.Namespace) -> int:
-    from afd.quickstart_full import quickstart_full
+    from afd.lab.quickstart_full import quickstart_full
 
     return DONE if quickstart_full(options.overrides, _console()) else STOPPED
 
 
 def _ablation(options: argparse.Namespace) -> int:
-    from afd.ablation import ablation
+    from afd.lab.ablation import ablation
 
     return DONE if ablation(options.config, options.overrides, _console()) else STOPPED
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from afd.config import load_config
-    from afd.sample import dry_run, sample
-    from afd.sample_config import SampleConfig
+    from afd.config.run import load_config
+    from afd.sampling.config import SampleConfig
+    from afd.sampling.sample import dry_run, sample
 
     config = load_config(options.config, options.overrides, SampleConfig)
     if options.dry_run:
@@ -298,7 +298,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from afd.config import make_config
+    from afd.config.run import make_config
     from afd.export import ExportConfig, export
 
     print(export(options.folder, make_config({}, options.overrides, "command", ExportConfig)))
@@ -306,7 +306,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from afd.evaluation.report import write_report
+    from afd.lab.report.page import write_report
 
     if not options.folder.is_dir():
         return _say(MISTAKE, f"report: {options.folder} is no folder")
@@ -329,8 +329,8 @@ def _teacher(options: argparse.Namespace) -> int:
     if options.verb is None:
         needed = "simulate, fetch or status"
         return _say(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
-    from afd.config import load_config
-    from afd.teachers import command
+    from afd.config.run import load_config
+    from afd.teachers.paid import command
 
     config = load_config(options.config, options.overrides)
     if options.verb == "status":

@@ -93,8 +93,8 @@ def _training() -> dict[str, Any]:
 def _needs() -> tuple[int, int]:
     """Bytes on the GPU, and of checkpoints on the disk."""
     # Imported here: the plan knows every part of a run.
-    from afd.config import make_config
-    from afd.plan import make_plan
+    from afd.config.run import make_config
+    from afd.planning.plan import make_plan
 
     data = {
         "video": {"frames": 81, "height": 480, "width": 832, "fps": 16},

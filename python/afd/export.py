@@ -20,23 +20,23 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afd.config import FREE_KEYS, ConfigError, RunConfig, flatten, plain
+from afd.config.base import Folder, Section
+from afd.config.run import FREE_KEYS, ConfigError, RunConfig, flatten, plain
 from afd.files import replacing
+from afd.hub import need, refuse_other_weights
+from afd.lab.student import ToyStudent
 from afd.models.adapters import TARGETS
-from afd.models.causal_wan import CausalWan
-from afd.models.checkpoints import (
+from afd.models.config import DTYPES, LoraConfig
+from afd.models.policies import start_digest
+from afd.models.wan.checkpoints import (
     load_checkpoint,
     save_diffusers,
     save_self_forcing,
     to_diffusers,
 )
-from afd.models.config import DTYPES, LoraConfig
-from afd.models.policies import start_digest
-from afd.models.sources import need, refuse_other_weights
-from afd.models.toy import ToyStudent
-from afd.section import Folder, Section
-from afd.training import checkpoint
-from afd.training.loop import load_run
+from afd.models.wan.network import CausalWan
+from afd.trainer import checkpoint
+from afd.trainer.loop import load_run
 
 # Which version is meant where none is named: the one that is evaluated.
 PREFERRED = ("ema", "old", "theta")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from afd.config import ConfigError
+from afd.config.run import ConfigError
 from afd.files import remove
 
 _log = logging.getLogger("afd")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from afd.models.kv_cache import KVCache
 from afd.models.noise import Layout, NoiseSource, counted_noise, seeded_noise
-from afd.models.self_forcing import self_forced
 from afd.models.student import Level, Student
-from afd.models.wan import WanStudent
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.self_forcing import self_forced
+from afd.models.wan.student import WanStudent
 from afd.schedules import check_steps, renoise
 from afd_kernels.contracts import require
 
@@ -283,7 +283,7 @@ def self_forcing_rollout(
 
     The noise is the stream's: a chunk's step s reads noise(chunk, s), and its context pass, which
     sees the slightly noised result, the draw after its exit step (so a list of n steps may need
-    n + 1 draws). `afd.models.self_forcing` says the rest.
+    n + 1 draws). `afd.models.wan.self_forcing` says the rest.
 
     Args:
         exits: the exit step of every chunk (`draw_exits`); their number is that of the chunks.

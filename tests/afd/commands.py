@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from afd.cli import main
-from afd.ranks import ALONE
-from afd.training import checkpoint, shards
+from afd.distributed import ALONE
+from afd.trainer import checkpoint, shards
 from tests.afd.test_resume import assert_same, numbers
 from tests.afd.tiny import make_clips
 from tests.afd.tiny_methods import toy_student

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
-from afd.config import make_config
+from afd.config.run import make_config
 from afd.discriminators.config import LatentConfig
 from afd.discriminators.latent import LatentCritic
+from afd.distributed import Ranks, join
 from afd.methods.afd import Afd, versions
 from afd.methods.base import Batch
-from afd.methods.build import build_method
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
@@ -25,9 +25,9 @@ from afd.methods.sft import VERSIONS, Sft
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.sharding import shard_over
-from afd.ranks import Ranks, join
-from afd.training import shards
-from afd.training.loop import train
+from afd.trainer import shards
+from afd.trainer.build import build_method
+from afd.trainer.loop import train
 from tests.afd.tiny_methods import CHANNELS, TEXT, WAN_STEPS, wan_batch, wan_student, words
 
 

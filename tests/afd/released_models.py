@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.checkpoints import save_self_forcing
+from afd.models.wan.checkpoints import save_self_forcing
+from afd.models.wan.network import CausalWan, WanConfig
 from afd.video import write_video
 from tests.afd.test_text import LENGTH, diffusers_folder
 from tests.afd.test_vae import model as vae_model

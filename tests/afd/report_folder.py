@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from afd.config import make_config, to_yaml
-from afd.teachers import simulator
+from afd.config.run import make_config, to_yaml
+from afd.lab import simulator
 from afd.video import to_uint8
 
 TEACHER = {"phys": 0.073, "g_mae": 0.005, "motion": 1.32, "fit_res": 0.116, "rend": 0.171}

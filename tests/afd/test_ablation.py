@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from afd.ablation import AblationConfig, ablation, study
-from afd.config import ConfigError, load_config, plain
+from afd.config.run import ConfigError, load_config, plain
+from afd.lab.ablation import AblationConfig, ablation, study
 from tests.afd.test_quickstart import SMALL as QUICKSTART
 
 FOLDER = Path(__file__).parents[2] / "configs" / "ablations"

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from afd.config import make_config
+from afd.config.run import make_config
 from afd.discriminators.config import ToyDiscriminatorConfig
-from afd.discriminators.toy import MotionBackbone, ToyCritic
+from afd.lab.discriminator import MotionBackbone, ToyCritic
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.student import ToyStudent
 from afd.methods.advantage import optimality
 from afd.methods.afd import Afd, versions
 from afd.methods.base import Batch, draw_times
-from afd.methods.build import build_method
 from afd.methods.config import AfdConfig, SftConfig
 from afd.methods.sft import VERSIONS, Sft
 from afd.models.policies import make_policies
-from afd.models.toy import ToyStudent
 from afd.rollout import STEPS
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+from afd.trainer.build import build_method
 
 THREE = list(PROMPTS)[::13][:3]
 

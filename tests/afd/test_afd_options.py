@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.config import VideoConfig
+from afd.config.run import VideoConfig
 from afd.methods.advantage import optimality
 from afd.methods.afd import Afd, versions
 from afd.methods.base import draw_times
 from afd.methods.config import AfdConfig
-from afd.methods.noised import draw_copies
+from afd.methods.copies import draw_copies
 from afd.methods.rollouts import Show
 from afd.models.codec import Pixels
 from afd.video import through_codec

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from afd.training.alarms import OLD_DEVIATION, USUAL_AFTER, Signs, signs
+from afd.trainer.health import OLD_DEVIATION, USUAL_AFTER, Signs, signs
 
 
 @pytest.fixture

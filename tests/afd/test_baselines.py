@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from afd import ops
-from afd.config import VideoConfig, make_config
+from afd.config.run import VideoConfig, make_config
 from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
 from afd.discriminators.latent import LatentCritic
-from afd.discriminators.toy import ToyCritic
-from afd.evaluation.physics import measure
+from afd.lab.discriminator import ToyCritic
+from afd.lab.physics import measure
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.student import ToyStudent, encode_prompts
 from afd.methods.base import Batch
-from afd.methods.build import build_method
 from afd.methods.config import DmdConfig, GanConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
-from afd.models.toy import ToyStudent, encode_prompts
-from afd.models.wan import WanStudent
+from afd.models.wan.student import WanStudent
 from afd.rollout import STEPS, rollout
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+from afd.trainer.build import build_method
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
 from tests.tolerances import NETWORK_REORDERED
 
@@ -333,9 +333,9 @@ def test_scores_with_gradients_are_the_same_for_a_batch_and_its_parts() -> None:
 def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
     tmp_path: Any,
 ) -> None:
-    from afd.discriminators.videoalign import VideoAlignCritic
-    from afd.discriminators.videoalign_model import VideoAlign
-    from afd.models.vae import VideoVAE
+    from afd.discriminators.videoalign.discriminator import VideoAlignCritic
+    from afd.discriminators.videoalign.model import VideoAlign
+    from afd.models.wan.vae import VideoVAE
     from tests.afd.test_vae import model
     from tests.afd.tiny_videoalign import write_released
 

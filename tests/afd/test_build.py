@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config import ConfigError, RunConfig, make_config
+from afd.cache import Store
+from afd.config.run import ConfigError, RunConfig, make_config
 from afd.methods.base import Batch
-from afd.methods.build import build_critic, build_method, build_student
 from afd.models.codec import Pixels
-from afd.models.text import TextEncoder
-from afd.models.vae import VideoVAE
-from afd.models.wan import WanStudent
-from afd.training.caches import Store
+from afd.models.wan.student import WanStudent
+from afd.models.wan.text import TextEncoder
+from afd.models.wan.vae import VideoVAE
+from afd.trainer.build import build_critic, build_method, build_student
 from tests.afd.released_models import FRAMES, HEIGHT, PROMPTS, WIDTH, overrides, write_models
 
 
@@ -243,7 +243,7 @@ def test_a_package_that_is_missing_is_named_with_its_key(
     from importlib.util import find_spec
 
     monkeypatch.setattr(
-        "afd.models.sources.find_spec", lambda name: None if name == missing else find_spec(name)
+        "afd.hub.find_spec", lambda name: None if name == missing else find_spec(name)
     )
     with pytest.raises(ConfigError, match=told):
         build_method(wan(models, "afd", "videoalign"), prompts=PROMPTS)

@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from afd.config import VideoConfig
-from afd.models.text import TextEncoder
-from afd.models.vae import VideoVAE
-from afd.models.wan_loading import Texts
-from afd.ranks import Ranks
-from afd.sample_config import SampleConfig
+from afd.cache import Store, file_hash, files_identity
+from afd.config.run import VideoConfig
+from afd.data.videos import Sampler, Videos
+from afd.distributed import Ranks
+from afd.models.wan.loading import Texts
+from afd.models.wan.text import TextEncoder
+from afd.models.wan.vae import VideoVAE
+from afd.sampling.config import SampleConfig
 from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
-from afd.training.caches import Store, file_hash, files_identity
-from afd.training.teacher import Sampler, Videos
 from afd.video import write_video
 from tests.afd.test_text import LENGTH, PROMPTS, diffusers_folder, encoder
 from tests.afd.test_vae import model as vae_model

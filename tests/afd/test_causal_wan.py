@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.kv_cache import KVCache
-from afd.models.wan_block import Block
+from afd.models.wan.block import Block
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.network import CausalWan, WanConfig
 from afd.ops import intervals
 from tests.afd.tiny_wan import HEIGHT, TOKENS, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_REORDERED as SAME

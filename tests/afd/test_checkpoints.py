@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.checkpoints import (
+from afd.models.wan.checkpoints import (
     from_diffusers,
     load_checkpoint,
     save_diffusers,
     save_self_forcing,
     to_diffusers,
 )
+from afd.models.wan.network import CausalWan, WanConfig
 
 CONFIG = WanConfig(
     dim=32,

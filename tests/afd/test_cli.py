@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import afd.training.loop
+import afd.trainer.loop
 from afd.cli import main
 from afd_kernels.dispatch import OPS
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
@@ -22,9 +22,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def written(tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A configuration file for the tiny method, and its run folder."""
-    from afd.config import to_yaml
+    from afd.config.run import to_yaml
 
-    monkeypatch.setattr(afd.training.loop, "build_method", lambda *_: TinyMethod())
+    monkeypatch.setattr(afd.trainer.loop, "build_method", lambda *_: TinyMethod())
     out = tmp_path / "run"
     path = tmp_path / "tiny.yaml"
     path.write_text(to_yaml(tiny_config(out, clips)), encoding="utf-8")
@@ -49,7 +49,7 @@ def test_a_stopped_run_exits_130_and_is_resumed(
     path, out = written
     stopping = Interrupted(1, signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(afd.training.loop, "build_method", lambda *_: stopping)
+        patch.setattr(afd.trainer.loop, "build_method", lambda *_: stopping)
         assert main(["train", str(path)]) == 130
     assert f"continue: afd resume {out}" in (out / "train.log").read_text()
     assert main(["resume", str(out)]) == 0
@@ -95,7 +95,7 @@ def test_a_run_that_fails_exits_1(
         def critic_step(self, batch: object) -> dict[str, float]:
             return {"critic/margin": float("inf")}
 
-    monkeypatch.setattr(afd.training.loop, "build_method", lambda *_: Broken())
+    monkeypatch.setattr(afd.trainer.loop, "build_method", lambda *_: Broken())
     assert main(["train", str(written[0])]) == 1
     assert "update 1: critic/margin = inf" in capsys.readouterr().err
 
@@ -120,7 +120,7 @@ def test_every_error_of_the_system_is_one_sentence(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("afd.evaluation.report.write_report", fail)
+    monkeypatch.setattr("afd.lab.report.page.write_report", fail)
     assert main(["report", str(tmp_path)]) == code
     assert capsys.readouterr().err.startswith(f"afd: error: {said}")
 

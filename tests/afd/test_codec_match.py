@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.config import VideoConfig
-from afd.discriminators.videoalign_preprocess import Preprocessing
+from afd.config.run import VideoConfig
+from afd.data.videos import Videos
+from afd.discriminators.videoalign.preprocess import Preprocessing
 from afd.teachers.folder import FolderTeacher
-from afd.training.teacher import Videos
 from afd.video import (
     VideoWriter,
     check_video,

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from afd.benchmarks.config import EvalConfig
 from afd.cli import main
-from afd.config import (
+from afd.config.run import (
     ConfigError,
     RunConfig,
     differences,
@@ -21,8 +22,7 @@ from afd.config import (
     to_yaml,
 )
 from afd.discriminators.config import LatentConfig
-from afd.evaluation.config import EvalConfig
-from afd.sample_config import SampleConfig
+from afd.sampling.config import SampleConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -11,16 +11,11 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.discriminators.base import (
-    bradley_terry_loss,
-    gan_loss,
-    gradient_penalty,
-    pair_metrics,
-)
+from afd.discriminators.base import bradley_terry_loss, gan_loss, gradient_penalty, pair_metrics
 from afd.discriminators.config import ToyDiscriminatorConfig
-from afd.discriminators.looks import random_look
-from afd.discriminators.toy import MotionBackbone, ToyCritic
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.augmentation import random_look
+from afd.lab.discriminator import MotionBackbone, ToyCritic
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 
 TWENTY = list(PROMPTS)[:20]
 

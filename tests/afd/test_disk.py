@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from afd.config import make_config
-from afd.models.checkpoints import save_diffusers, save_self_forcing
-from afd.training.boards import Boards
-from afd.training.logging import log_to
+from afd.config.run import make_config
+from afd.models.wan.checkpoints import save_diffusers, save_self_forcing
+from afd.trainer.logging import log_to
+from afd.trainer.trackers import Boards
 from tests.afd.commands import (
     UPDATES,
     assert_same_run,

@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from afd.config import make_config
-from afd.training import checkpoint
-from afd.training.loop import Outcome, load_run, train
+from afd.config.run import make_config
+from afd.trainer import checkpoint
+from afd.trainer.loop import Outcome, load_run, train
 from tests.afd.distributed import Leg, Walked, stopped_run, walk
 from tests.afd.tiny import make_clips
 from tests.afd.together import together

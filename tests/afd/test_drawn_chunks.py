@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from afd.methods.config import AfdConfig, SftConfig
-from afd.methods.noised import Copies, draw_copies
+from afd.methods.copies import Copies, draw_copies
 from afd.ops import intervals
 from tests.afd.tiny_methods import make_afd, make_sft, toy_student
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video

@@ -15,15 +15,15 @@ import torch
 import yaml
 from rich.console import Console
 
+from afd.benchmarks import vbench, videophy
+from afd.benchmarks.config import EvalConfig, VBenchConfig, VideoPhyConfig
+from afd.benchmarks.run import evaluate
+from afd.benchmarks.suites import Clip, Score
 from afd.cli import main
-from afd.config import ConfigError, load_config, make_config
-from afd.discriminators.videoalign_model import VideoAlign
-from afd.evaluation import vbench, videophy
-from afd.evaluation.config import EvalConfig, VBenchConfig, VideoPhyConfig
-from afd.evaluation.samples import evaluate
-from afd.evaluation.suites import Clip, Score
-from afd.models.toy import ToyStudent
-from afd.training.loop import train
+from afd.config.run import ConfigError, load_config, make_config
+from afd.discriminators.videoalign.model import VideoAlign
+from afd.lab.student import ToyStudent
+from afd.trainer.loop import train
 from afd.video import check_video, read_comment, read_video
 from tests.afd.released_models import overrides, write_models
 from tests.afd.tiny_videoalign import write_released

@@ -12,15 +12,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afd.cli import main
-from afd.config import ConfigError, RunConfig, make_config, plain, to_yaml
+from afd.config.run import ConfigError, RunConfig, make_config, plain, to_yaml
 from afd.export import ExportConfig, export
-from afd.models.causal_wan import CausalWan
-from afd.models.checkpoints import load_checkpoint, save_self_forcing
+from afd.lab.student import ToyStudent
 from afd.models.config import DTYPES
 from afd.models.policies import Policies, make_policies
-from afd.models.toy import ToyStudent
-from afd.models.wan import WanStudent
-from afd.training import checkpoint
+from afd.models.wan.checkpoints import load_checkpoint, save_self_forcing
+from afd.models.wan.network import CausalWan
+from afd.models.wan.student import WanStudent
+from afd.trainer import checkpoint
 from tests.afd.tiny_methods import make_afd, step, wan_batch, wan_student
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_BFLOAT16, NETWORK_FORWARD
@@ -159,7 +159,7 @@ def pipeline(run: Run, folder: Path) -> Any:
     """diffusers' pipeline around its own transformer with the run's start weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-    from afd.models.checkpoints import save_diffusers
+    from afd.models.wan.checkpoints import save_diffusers
 
     save_diffusers(folder / "base", base(run))
     transformer = WanTransformer3DModel.from_pretrained(folder / "base")

@@ -14,23 +14,23 @@ from rich.console import Console
 from torch import Tensor
 
 from afd import ops
-from afd.config import RunConfig
+from afd.config.run import RunConfig
 from afd.discriminators.config import LatentConfig, VideoAlignConfig
 from afd.discriminators.latent import LatentCritic
-from afd.discriminators.videoalign import VideoAlignCritic
-from afd.discriminators.videoalign_model import VideoAlign
-from afd.discriminators.videoalign_prompt import OWN_TEMPLATE
+from afd.discriminators.videoalign.discriminator import VideoAlignCritic
+from afd.discriminators.videoalign.model import VideoAlign
+from afd.discriminators.videoalign.prompt import OWN_TEMPLATE
+from afd.distributed import Ranks
 from afd.methods.config import DmdConfig, GanConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
-from afd.models.vae import VideoVAE
-from afd.ranks import Ranks
-from afd.recorder import Recorder
+from afd.models.wan.vae import VideoVAE
 from afd.rollout import stream, stream_layout
-from afd.training.loop import _home
+from afd.trainer.loop import _home
+from afd.video.recorder import Recorder
 from afd_kernels.block_attention import library_cuda, library_impl
 from tests.afd import test_text, test_vae, tiny_methods, tiny_videoalign, tiny_wan
 from tests.afd.tiny_methods import WAN_STEPS, make_afd, make_sft, toy_batch, wan_batch

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from afd.cli import main
-from afd.models.causal_wan import CausalWan
-from afd.models.checkpoints import save_diffusers
-from afd.sample_config import SampleConfig
+from afd.models.wan.checkpoints import save_diffusers
+from afd.models.wan.network import CausalWan
+from afd.sampling.config import SampleConfig
 from tests.afd.released_models import STUDENT
 from tests.afd.test_sample import CONFIGS, WanConfig, make, models
 

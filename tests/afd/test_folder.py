@@ -10,10 +10,10 @@ import av
 import pytest
 import torch
 
-from afd.config import VideoConfig
+from afd.config.run import VideoConfig
+from afd.data.videos import Videos
 from afd.teachers.base import Request, TeacherError
 from afd.teachers.folder import FolderTeacher
-from afd.training.teacher import Videos
 from afd.video import write_video
 from tests.afd.clips import make_clip_folder
 

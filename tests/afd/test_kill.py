@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from afd.ranks import ALONE
-from afd.training import checkpoint, shards
+from afd.distributed import ALONE
+from afd.trainer import checkpoint, shards
 from tests.afd.distributed import run
 from tests.afd.test_resume import assert_same, numbers
 from tests.afd.tiny import make_clips

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.config import make_config
+from afd.config.run import make_config
 from afd.discriminators.base import DifferentiableCritic, pair_metrics
 from afd.discriminators.config import LatentConfig
 from afd.discriminators.latent import LatentCritic
-from afd.ranks import join
+from afd.distributed import join
 from tests.afd.together import together
 from tests.tolerances import NETWORK_REORDERED
 

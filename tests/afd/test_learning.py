@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Generator
 
-from afd.config import make_config
-from afd.evaluation.physics import measure
+from afd.config.run import make_config
+from afd.lab.physics import measure
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.student import ToyStudent
 from afd.methods.base import Batch
-from afd.methods.build import build_method
-from afd.models.toy import ToyStudent
 from afd.rollout import rollout
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+from afd.trainer.build import build_method
 
 UPDATES = 130
 HELD_OUT = list(PROMPTS) * 6

@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
-from afd.config import ConfigError
+from afd.config.run import ConfigError
+from afd.data.videos import Sampler
 from afd.methods.base import Batch
 from afd.teachers.base import Request, TeacherError
-from afd.training.alarms import Signs, signs
-from afd.training.logging import Lines
-from afd.training.loop import Outcome, TrainingError, train
-from afd.training.teacher import Sampler
+from afd.trainer.health import Signs, signs
+from afd.trainer.logging import Lines
+from afd.trainer.loop import Outcome, TrainingError, train
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from afd.discriminators.config import CriticConfig
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
-from afd.methods.noised import draw_copies
+from afd.methods.copies import draw_copies
 from afd.models.config import LoraConfig
 from tests.afd.tiny_methods import (
     gradients,

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from afd.config import make_config
-from afd.teachers.api import PROVIDERS, price_of
+from afd.config.run import make_config
 from afd.teachers.base import TeacherError
-from afd.teachers.contents import Saved
-from afd.teachers.ledger import BudgetError, Ledger
+from afd.teachers.paid.contents import Saved
+from afd.teachers.paid.ledger import BudgetError, Ledger
+from afd.teachers.paid.teacher import PROVIDERS, price_of
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, WIRES, Exchange, Service
 from tests.afd.test_ledger import order

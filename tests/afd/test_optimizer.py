@@ -13,16 +13,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from afd.distributed import ALONE
+from afd.lab.student import ToyStudent
 from afd.methods.config import StudentOptimizerConfig
 from afd.methods.optimizer import StudentOptimizer, TrainingError, cosine_rate
-from afd.models.causal_wan import CausalWan
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
 from afd.models.student import Student
-from afd.models.toy import ToyStudent
-from afd.models.wan import WanStudent
-from afd.ranks import ALONE
-from afd.training import shards
+from afd.models.wan.network import CausalWan
+from afd.models.wan.student import WanStudent
+from afd.trainer import shards
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 
 LORA = LoraConfig(rank=4, alpha=4)

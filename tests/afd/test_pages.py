@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from afd.benchmarks.config import EvalConfig
 from afd.cli import _parser, main
-from afd.config import RunConfig, load_config, make_config
-from afd.evaluation.config import EvalConfig
+from afd.config.run import RunConfig, load_config, make_config
 from afd.export import ExportConfig
-from afd.sample_config import SampleConfig
+from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"train": RunConfig, "teacher": RunConfig, "eval": EvalConfig, "sample": SampleConfig}

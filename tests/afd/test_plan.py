@@ -13,21 +13,21 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from afd import cli
-from afd import cost_model as cost
-from afd.config import ConfigError, RunConfig, load_config, make_config
-from afd.cost_model import Net
+from afd.config.run import ConfigError, RunConfig, load_config, make_config
 from afd.methods.config import AfdConfig
 from afd.methods.optimizer import StudentOptimizer
-from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
-from afd.models.vae import VideoVAE
-from afd.models.wan import WanStudent
-from afd.plan import Plan, make_plan, show, student_net
-from afd.plan_teacher import teacher_plan
-from afd.teachers.contents import Saved
-from afd.teachers.ledger import Ledger
-from afd.teachers.provider import Order
+from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.student import WanStudent
+from afd.models.wan.vae import VideoVAE
+from afd.planning import cost_model as cost
+from afd.planning.cost_model import Net
+from afd.planning.plan import Plan, make_plan, show, student_net
+from afd.planning.teacher import teacher_plan
+from afd.teachers.paid.contents import Saved
+from afd.teachers.paid.ledger import Ledger
+from afd.teachers.paid.service import Order
 from benchmarks.hardware import pass_work
 from tests import tolerances
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
@@ -347,7 +347,7 @@ def test_the_toy_has_memory_and_no_gpu_time() -> None:
 
 
 def test_a_checkpoint_that_is_there_gives_the_sizes(tmp_path: Path) -> None:
-    from afd.models.checkpoints import save_self_forcing
+    from afd.models.wan.checkpoints import save_self_forcing
 
     net = tiny(in_dim=16, out_dim=16)
     save_self_forcing(tmp_path / "tiny.pt", generator=net)

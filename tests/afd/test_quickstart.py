@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 from safetensors import safe_open
 
-from afd.config import ConfigError, load_config
-from afd.quickstart import final_evaluation, quickstart
-from afd.quickstart_full import ROWS, quickstart_full, study
-from afd.training.loop import Outcome, evaluate_run, train
+from afd.config.run import ConfigError, load_config
+from afd.lab.quickstart import final_evaluation, quickstart
+from afd.lab.quickstart_full import ROWS, quickstart_full, study
+from afd.trainer.loop import Outcome, evaluate_run, train
 from tests.afd.clips import make_clip_folder
 
 ROOT = Path(__file__).parents[2]

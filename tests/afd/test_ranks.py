@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config import ConfigError, make_config
-from afd.ranks import ALONE, Ranks, join
+from afd.config.run import ConfigError, make_config
+from afd.distributed import ALONE, Ranks, join
 from tests.afd.together import together
 
 CONFIG = make_config({})

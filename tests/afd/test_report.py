@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from afd.evaluation import report_words as words
-from afd.evaluation.report import write_report
-from afd.evaluation.report_charts import Series, draw, exposure, running_mean
-from afd.evaluation.report_read import by_step, choose_prompts, read_parts
+from afd.lab.report import words as words
+from afd.lab.report.charts import Series, draw, exposure, running_mean
+from afd.lab.report.page import write_report
+from afd.lab.report.read import by_step, choose_prompts, read_parts
 from tests.afd.report_folder import AFD, BASE, SFT, TEACHER, make_folder, write_lines
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from afd.evaluation.report import write_report
+from afd.lab.report.page import write_report
 from tests.afd.report_folder import make_folder
 
 SCRIPT = Path(__file__).parents[2] / "docs/screenshot.py"

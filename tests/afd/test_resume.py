@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config import ConfigError, VideoConfig
+from afd.config.run import ConfigError, VideoConfig
+from afd.data.inputs import refuse_other_inputs
+from afd.data.videos import Videos
+from afd.distributed import ALONE
 from afd.methods.base import Batch
-from afd.ranks import ALONE
 from afd.teachers.base import Request, TeacherError
 from afd.teachers.folder import FolderTeacher
-from afd.training import checkpoint, shards
-from afd.training.inputs import refuse_other_inputs
-from afd.training.loop import Outcome, load_run, train
-from afd.training.teacher import Videos
+from afd.trainer import checkpoint, shards
+from afd.trainer.loop import Outcome, load_run, train
 from afd.video import write_video
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 

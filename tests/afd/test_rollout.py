@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.student import Level
-from afd.models.wan import WanStudent
+from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.student import WanStudent
 from afd.rollout import (
     chunk_layout,
     counted_noise,

@@ -15,18 +15,18 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from afd import sample as sampling
 from afd.cli import main
-from afd.config import ConfigError, make_config
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.checkpoints import save_self_forcing
+from afd.config.run import ConfigError, make_config
 from afd.models.student import Student
-from afd.recorder import Recorder
+from afd.models.wan.checkpoints import save_self_forcing
+from afd.models.wan.network import CausalWan, WanConfig
 from afd.rollout import counted_noise, stream, stream_layout
-from afd.sample import dry_run, memory, sample
-from afd.sample_config import SampleConfig
-from afd.sample_jobs import read_jobs
+from afd.sampling import sample as sampling
+from afd.sampling.config import SampleConfig
+from afd.sampling.jobs import read_jobs
+from afd.sampling.sample import dry_run, memory, sample
 from afd.video import VideoWriter, read_comment, read_video, write_video
+from afd.video.recorder import Recorder
 from tests.afd.released_models import STUDENT
 from tests.afd.test_text import LENGTH, diffusers_folder
 from tests.afd.test_vae import model as vae_model

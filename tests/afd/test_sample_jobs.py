@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from afd.cli import main
-from afd.config import ConfigError, make_config
-from afd.models.toy import checkpoint_path
-from afd.sample_config import SampleConfig
-from afd.sample_jobs import read_jobs
+from afd.config.run import ConfigError, make_config
+from afd.lab.student import checkpoint_path
+from afd.sampling.config import SampleConfig
+from afd.sampling.jobs import read_jobs
 from tests.afd.test_sample import CONFIGS
 
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from afd.config import ConfigError, make_config
-from afd.evaluation.report import write_report
-from afd.models.sources import HUB_BYTES, local_copy
-from afd.models.text import TextEncoder
-from afd.models.vae import VideoVAE
-from afd.sample_config import SampleConfig
-from afd.sample_jobs import read_jobs
-from afd.training import checkpoint
-from afd.training.loop import train
+from afd.config.run import ConfigError, make_config
+from afd.hub import HUB_BYTES, local_copy
+from afd.lab.report.page import write_report
+from afd.models.wan.text import TextEncoder
+from afd.models.wan.vae import VideoVAE
+from afd.sampling.config import SampleConfig
+from afd.sampling.jobs import read_jobs
+from afd.trainer import checkpoint
+from afd.trainer.loop import train
 from tests.afd.hub import NAME, Hub
 from tests.afd.paid import paid_config, video_bytes
 from tests.afd.service import KEY, Exchange, Service

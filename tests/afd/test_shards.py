@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from afd.config import make_config
-from afd.ranks import ALONE, Ranks, join
-from afd.training import checkpoint, shards
+from afd.config.run import make_config
+from afd.distributed import ALONE, Ranks, join
+from afd.trainer import checkpoint, shards
 from tests.afd.test_resume import assert_same
 from tests.afd.together import together
 

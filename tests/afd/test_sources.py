@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from afd.config import ConfigError
-from afd.models.sources import local_copy, pinned
-from afd.sample import sample
+from afd.config.run import ConfigError
+from afd.hub import local_copy, pinned
+from afd.sampling.sample import sample
 from afd.video import read_comment
 from tests.afd.hub import NAME, Hub
 from tests.afd.test_sample import make, models, quiet

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd.models.causal_wan import CausalWan
-from afd.models.graphs import FixedPasses, GraphedPasses
-from afd.models.kv_cache import KVCache
+from afd.models.wan.graphs import FixedPasses, GraphedPasses
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.network import CausalWan
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 from tests.fake_cuda import fake_cuda
 from tests.tolerances import NETWORK_REORDERED as SAME

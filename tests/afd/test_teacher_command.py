@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-import afd.training.loop
+import afd.trainer.loop
 from afd.cli import main
-from afd.config import RunConfig, to_yaml
-from afd.teachers.api import PROVIDERS, read_prompts
+from afd.config.run import RunConfig, to_yaml
+from afd.data.videos import Sampler, Videos
 from afd.teachers.base import Request, TeacherError
 from afd.teachers.folder import FolderTeacher
-from afd.training.loop import Outcome, train
-from afd.training.teacher import Sampler, Videos
+from afd.teachers.paid.teacher import PROVIDERS, read_prompts
+from afd.trainer.loop import Outcome, train
 from tests.afd.paid import paid_config, video_bytes
 from tests.afd.service import KEY, Service, fail, hang_up
 from tests.afd.tiny import TinyMethod
@@ -191,7 +191,7 @@ def test_the_budget_can_be_raised_on_resume(service: Service, tmp_path: Path) ->
     config = paid_config("ark", service, tmp_path, *words, prompts=9, budget_usd=3.0, prefetch=0)
     with pytest.raises(TeacherError, match="budget_usd"):
         train(config, method=TinyMethod())
-    more = afd.training.loop.load_run(tmp_path / "run", ["teacher.fetch.budget_usd=9"])
+    more = afd.trainer.loop.load_run(tmp_path / "run", ["teacher.fetch.budget_usd=9"])
     assert train(more, method=TinyMethod()) is Outcome.FINISHED
     assert set(service.paid().values()) == {1}
 

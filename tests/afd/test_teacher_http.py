@@ -17,13 +17,13 @@ import httpx
 import pytest
 from rich.pretty import pretty_repr
 
-from afd.config import ConfigError, load_config, make_config, to_yaml
-from afd.teachers.answers import Failure, Kind
+from afd.config.run import ConfigError, load_config, make_config, to_yaml
 from afd.teachers.base import TeacherError, Unanswered
 from afd.teachers.config import FetchConfig
-from afd.teachers.http import Http, place
-from afd.teachers.network import is_public
-from afd.teachers.secret import Secret
+from afd.teachers.paid.answers import Failure, Kind
+from afd.teachers.paid.http import Http, place
+from afd.teachers.paid.network import is_public
+from afd.teachers.paid.secret import Secret
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import (
     KEY,

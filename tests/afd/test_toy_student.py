@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from afd.models.toy import ToyConfig, ToyStudent, checkpoint_path, encode_prompts
+from afd.lab.simulator import PROMPTS
+from afd.lab.student import ToyConfig, ToyStudent, checkpoint_path, encode_prompts
 from afd.rollout import STEPS, check_steps, rollout, seeded_noise, stream
-from afd.teachers.simulator import PROMPTS
 from tests.tolerances import NETWORK_REORDERED as SAME
 
 SHAPE = (3, 3, 16, 16)

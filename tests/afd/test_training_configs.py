@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from afd.cli import DONE, STOPPED, main
-from afd.config import RunConfig, load_config
-from afd.models.checkpoints import load_checkpoint
-from afd.training.loop import Trainer
+from afd.config.run import RunConfig, load_config
+from afd.models.wan.checkpoints import load_checkpoint
+from afd.trainer.loop import Trainer
 from tests.afd.released_models import overrides, write_models
 from tests.afd.test_text import LENGTH
 

@@ -16,19 +16,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from afd.config import ConfigError, RunConfig, make_config
+from afd.config.run import ConfigError, RunConfig, make_config
 from afd.discriminators.config import VideoAlignConfig
-from afd.discriminators.videoalign import VideoAlignCritic
-from afd.discriminators.videoalign_model import VideoAlign
-from afd.evaluation.motion import displacements, motion
-from afd.evaluation.report import write_report
+from afd.discriminators.videoalign.discriminator import VideoAlignCritic
+from afd.discriminators.videoalign.model import VideoAlign
+from afd.lab.report.page import write_report
 from afd.methods.base import Shown
 from afd.teachers.base import Request
-from afd.training.boards import Boards
-from afd.training.evaluate import evaluation_prompts, make_evaluator, write_samples
-from afd.training.logging import Timers, log_to, progress_bar
-from afd.training.loop import Outcome, train
-from afd.training.videos import side_by_side, write_side_by_side
+from afd.trainer.evaluate import evaluation_prompts, make_evaluator, write_samples
+from afd.trainer.logging import Timers, log_to, progress_bar
+from afd.trainer.loop import Outcome, train
+from afd.trainer.motion import displacements, motion
+from afd.trainer.side_by_side import side_by_side, write_side_by_side
+from afd.trainer.trackers import Boards
 from afd.video import read_video
 from tests.afd.tiny_methods import toy_student
 from tests.afd.tiny_videoalign import write_released
@@ -198,7 +198,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write_side_by_side(folder, teacher, student, shown, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("afd.training.loop.write_side_by_side", kept)
+        patch.setattr("afd.trainer.loop.write_side_by_side", kept)
         assert train(make_config(data)) is Outcome.FINISHED
     # Both sides have the discriminator's score.
     assert len(told) == 2

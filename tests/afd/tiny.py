@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from afd.config import RunConfig, make_config
+from afd.config.run import RunConfig, make_config
 from afd.methods.base import Batch
 from afd.models.codec import Pixels
-from afd.training.loop import train
+from afd.trainer.loop import train
 from afd.video import write_video
 
 PROMPTS = ("up", "down", "left")

@@ -10,19 +10,19 @@ from torch import Generator, Tensor, nn
 
 from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig
 from afd.discriminators.latent import LatentCritic
-from afd.discriminators.toy import ToyCritic
+from afd.lab.discriminator import ToyCritic
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.student import ToyConfig, ToyStudent
 from afd.methods.afd import Afd, versions
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig, SftConfig
 from afd.methods.sft import VERSIONS, Sft
-from afd.models.causal_wan import WanConfig
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
-from afd.models.toy import ToyConfig, ToyStudent
-from afd.models.wan import WanStudent
+from afd.models.wan.network import WanConfig
+from afd.models.wan.student import WanStudent
 from afd.rollout import STEPS
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
 
 PAIR = list(PROMPTS)[::13][:2]

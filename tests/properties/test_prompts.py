@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.config import ConfigError, make_config
-from afd.evaluation import videophy
-from afd.evaluation.config import VideoPhyConfig
-from afd.sample_config import SampleConfig
-from afd.sample_jobs import Job, read_jobs
+from afd.benchmarks import videophy
+from afd.benchmarks.config import VideoPhyConfig
+from afd.config.run import ConfigError, make_config
+from afd.sampling.config import SampleConfig
+from afd.sampling.jobs import Job, read_jobs
 
 GOOD = {"prompt": "a red ball", "name": "ball", "seed": 3, "switches": [[2, "it bounces"]]}
 TOY = {"student": "toy", "steps": [1.0, 0.5]}

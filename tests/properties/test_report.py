@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.evaluation.report import write_report
+from afd.lab.report.page import write_report
 from tests.afd.report_folder import make_folder
 
 FILES = ("config.yaml", "doctor.json", "evaluation.jsonl", "metrics.jsonl", "samples.safetensors")

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from afd.ablation import AblationConfig
-from afd.config import ConfigError, RunConfig, load_config, make_config, read_yaml, to_yaml
-from afd.evaluation.config import EvalConfig
-from afd.sample_config import SampleConfig
-from afd.section import Section
-from afd.yaml_data import MAX_BYTES, MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
+from afd.benchmarks.config import EvalConfig
+from afd.config.base import Section
+from afd.config.run import ConfigError, RunConfig, load_config, make_config, read_yaml, to_yaml
+from afd.config.yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
+from afd.lab.ablation import AblationConfig
+from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from afd.section import Count, Natural, Positive, Section, Share
+from afd.config.base import Count, Natural, Positive, Section, Share
 
 
 class CriticConfig(Section):

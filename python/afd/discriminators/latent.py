@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from afd.discriminators.config import LatentConfig
 from afd.discriminators.pairs import CriticOptimizer, PairCritic
-from afd.ranks import ALONE, Ranks
+from afd.distributed import ALONE, Ranks
 from afd_kernels.contracts import require
 
 # Prompts to embeddings [B, L, E], zero behind a prompt's end: `TextEncoder.encode`, for instance.

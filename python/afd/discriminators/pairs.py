@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afd.discriminators.base import LOSSES, pair_metrics
 from afd.discriminators.config import PairConfig
-from afd.ranks import ALONE, Ranks
+from afd.distributed import ALONE, Ranks
 from afd_kernels.contracts import require
 
 

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from afd import ops
 from afd.discriminators.base import Critic
-from afd.evaluation.diagnostics import rank_agreement
+from afd.lab.diagnostics import rank_agreement
 from afd.methods.advantage import optimality
 from afd.methods.base import Batch, Shown
 from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
-from afd.methods.noised import Copies, check_chunks, draw_copies
+from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.methods.rollouts import Rollouts, roll_out
-from afd.models.kv_cache import LayerKV
 from afd.models.policies import Policies
 from afd.models.student import Student
+from afd.models.wan.kv_cache import LayerKV
 
 # What the loss op measures of every copy, by the name in the metrics.
 MEASURED = {

@@ -7,15 +7,15 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
-from afd.config import VideoConfig
+from afd.config.run import VideoConfig
 from afd.discriminators.base import Critic
+from afd.distributed import ALONE, Ranks
 from afd.methods.base import Shown
 from afd.methods.config import StudentOptimizerConfig
 from afd.methods.optimizer import StudentOptimizer
 from afd.methods.rollouts import Rollouts, Show, Streaming
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
-from afd.ranks import ALONE, Ranks
 
 
 class StudentMethod:

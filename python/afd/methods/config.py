@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from afd.section import Count, Natural, Positive, Section, Share
+from afd.config.base import Count, Natural, Positive, Section, Share
 
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
 

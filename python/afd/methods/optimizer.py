@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from afd.distributed import ALONE, Ranks
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.weights import Weights, fill, local
-from afd.ranks import ALONE, Ranks
 from afd_kernels.contracts import require
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from afd.config import VideoConfig
+from afd.config.run import VideoConfig
 from afd.discriminators.base import Critic
 from afd.methods.base import Batch
 from afd.models.codec import Codec
-from afd.models.kv_cache import LayerKV
 from afd.models.student import Student
+from afd.models.wan.kv_cache import LayerKV
 from afd.rollout import stream, stream_layout
 
 # Parts of a rollout that are encoded at a time.

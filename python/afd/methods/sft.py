@@ -15,7 +15,7 @@ from torch import Tensor
 from afd.methods.base import Batch
 from afd.methods.common import StudentMethod
 from afd.methods.config import SftConfig
-from afd.methods.noised import Copies, check_chunks, draw_copies
+from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.models.policies import Policies
 from afd.models.student import Student
 

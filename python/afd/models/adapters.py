@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from afd.models.causal_wan import CausalWan
-from afd.models.sources import need
+from afd.hub import need
+from afd.models.wan.network import CausalWan
 
 if TYPE_CHECKING:
     from afd.models.config import LoraConfig

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from afd.config.base import Count, Positive, Section
 from afd.schedules import ShiftedFlow, check_steps
-from afd.section import Count, Positive, Section
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afd.hub import refuse_other_weights, weights_digest
 from afd.models.adapters import Adapters
-from afd.models.causal_wan import CausalWan
-from afd.models.sources import refuse_other_weights, weights_digest
 from afd.models.student import Student
+from afd.models.wan.network import CausalWan
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from afd.models.causal_wan import CausalWan
-from afd.ranks import Ranks
+from afd.distributed import Ranks
+from afd.models.wan.network import CausalWan
 
 # The passes of a network that are called from outside, beside `forward`. They do not call each
 # other: the end of the inner one would let go of what the outer one computes with.

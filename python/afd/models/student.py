@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.models.causal_wan import CausalWan
-from afd.models.graphs import GraphedPasses
-from afd.models.kv_cache import KVCache, LayerKV
 from afd.models.noise import Layout, NoiseSource
+from afd.models.wan.graphs import GraphedPasses
+from afd.models.wan.kv_cache import KVCache, LayerKV
+from afd.models.wan.network import CausalWan
 
 
 @dataclass(frozen=True)

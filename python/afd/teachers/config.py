@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from afd.section import Count, Natural, Positive, Section
+from afd.config.base import Count, Natural, Positive, Section
 
 API_KINDS = ("ark", "openai", "fal")
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.kv_cache import KVCache
-from afd.models.self_forcing import self_forced
-from afd.models.wan_block import Block
+from afd.models.wan.block import Block
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.self_forcing import self_forced
 from afd.ops import intervals
 from afd.schedules import ShiftedFlow, renoise, x0_from_flow
 from afd.testing.measure import Report

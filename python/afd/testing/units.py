@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from afd import ops
-from afd.models.causal_wan import sinusoid
-from afd.models.rope import axis_table, pairs_per_axis, rope_table
-from afd.models.wan_block import EPS, rms_norm
+from afd.models.wan.block import EPS, rms_norm
+from afd.models.wan.network import sinusoid
+from afd.models.wan.rope import axis_table, pairs_per_axis, rope_table
 from afd.schedules import ShiftedFlow, euler_step, flow_from_x0, renoise, x0_from_flow
 from afd.testing.measure import BF16_ROUNDINGS, Report, relative_error
 

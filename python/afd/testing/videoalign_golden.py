@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.discriminators.videoalign_model import Rotary, VideoAlign
-from afd.discriminators.videoalign_prompt import FIELD
+from afd.discriminators.videoalign.model import Rotary, VideoAlign
+from afd.discriminators.videoalign.prompt import FIELD
 
 # Largest absolute differences. Rewards and hidden states are of size 1 to 10.
 REWARDS = 1e-4

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afd.discriminators.videoalign_preprocess import (
+from afd.discriminators.videoalign.preprocess import (
     FACTOR,
     MEAN,
     MERGE,
@@ -22,7 +22,7 @@ from afd.discriminators.videoalign_preprocess import (
     resize,
     smart_resize,
 )
-from afd.discriminators.videoalign_prompt import chat_text
+from afd.discriminators.videoalign.prompt import chat_text
 from afd.testing.videoalign_golden import PIXELS, Folder, Line
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afd.discriminators.videoalign_model import (
+from afd.discriminators.videoalign.model import (
     VideoAlign,
     build_network,
     find_files,
@@ -21,9 +21,9 @@ from afd.discriminators.videoalign_model import (
     rewards,
     set_rotary,
 )
-from afd.discriminators.videoalign_preprocess import MERGE
-from afd.discriminators.videoalign_prompt import Tokens
-from afd.models.checkpoints import fill, read_pickle
+from afd.discriminators.videoalign.preprocess import MERGE
+from afd.discriminators.videoalign.prompt import Tokens
+from afd.models.wan.checkpoints import fill, read_pickle
 from afd.testing.videoalign_golden import LOOSE, MODES, REWARDS, VISION, Folder, Line
 
 # What two prompts' VQ and MQ of one video may differ by: they do not depend on it.

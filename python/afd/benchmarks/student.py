@@ -1,0 +1,152 @@
+"""Whose videos are evaluated: a checkpoint file, or the student of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from afd.benchmarks.config import EvalConfig
+from afd.config.run import ConfigError, RunConfig
+from afd.discriminators.config import VideoAlignConfig
+from afd.lab.student import ToyStudent
+from afd.models.config import WanStudentConfig
+from afd.sampling.config import SampleConfig, StreamConfig
+from afd.trainer import checkpoint
+from afd.trainer.loop import load_run
+
+# What a file, and not a run, is given as its step.
+START = "start"
+
+
+class Stream(SampleConfig):
+    """How the videos are streamed, and what they were made from wherever the weights lie."""
+
+    weights: str = Field(description="what the student is, instead of the path of its file")
+
+    def settings(self) -> dict[str, Any]:
+        """As in `SampleConfig`."""
+        settings = super().settings()
+        return settings | {"checkpoint": settings.pop("weights")}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A student to evaluate.
+
+    Attributes:
+        name: first folder of its samples.
+        step: second folder of its samples.
+        weights: what the student is; the videos tell it.
+        settings: fields of StreamConfig.
+        export: writes the weights into a folder, where they are not a file already.
+    """
+
+    name: str
+    step: str
+    weights: str
+    settings: dict[str, Any]
+    export: Callable[[Path], None]
+
+    def stream(self, folder: Path, videos: Path, device: torch.device) -> Stream:
+        """How `afd sample` makes its videos; `folder` is where the weights were exported to."""
+        here = {"out": videos, "device": str(device), "weights": self.weights}
+        if self.settings["checkpoint"] is None:
+            here["checkpoint"] = str(_exported(folder, self.settings["student"]))
+        return Stream.model_validate(self.settings | here)
+
+
+def find_subject(config: EvalConfig) -> Subject:
+    """The student that `run` or `checkpoint` names; nothing is loaded.
+
+    Raises ConfigError where there is none.
+    """
+    settings = {name: getattr(config, name) for name in StreamConfig.model_fields}
+    if config.run is not None:
+        return _of_run(config, config.run, settings)
+    if config.checkpoint is None:
+        raise ConfigError("run, checkpoint: got neither; needed: a run folder, or weights")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.checkpoint).stem).lstrip("._-")
+    name = config.name or stem or "student"
+    return Subject(name, START, config.checkpoint, settings, lambda folder: None)
+
+
+def with_rater(config: EvalConfig) -> EvalConfig:
+    """The configuration with the VideoAlign of the run's discriminator, where it names none."""
+    rater = config.videoalign_mq
+    if config.run is None or rater.checkpoint is not None:
+        return config
+    scorer = load_run(config.run).discriminator
+    if not isinstance(scorer, VideoAlignConfig) or scorer.checkpoint is None:
+        return config
+    theirs = {
+        "checkpoint": str(scorer.checkpoint),
+        "base": rater.base or scorer.base,
+        "checkout": rater.checkout or scorer.checkout,
+    }
+    return config.model_copy(update={"videoalign_mq": rater.model_copy(update=theirs)})
+
+
+def _of_run(config: EvalConfig, folder: Path, settings: dict[str, Any]) -> Subject:
+    run = load_run(folder)
+    path = checkpoint.latest(folder / "checkpoints")
+    if path is None:
+        raise ConfigError(f"run: {folder} has no checkpoint")
+    digest = json.loads((path / "meta.json").read_text(encoding="utf-8"))["sha256"]
+    theirs = _settings_of(run)
+    # What this configuration says of its own stays; weights are always the run's.
+    settings |= {k: v for k, v in theirs.items() if k not in config.model_fields_set}
+    settings |= {"student": theirs["student"], "checkpoint": None, "ema": None}
+    version = config.version or "evaluated"
+    step = path.name if config.version is None else f"{path.name}-{version}"
+    weights = f"{run.name} {path.name} {version} {digest[:16]}"
+
+    def export(samples: Path) -> None:
+        _export(folder, samples, run, config, digest, settings["dtype"])
+
+    return Subject(config.name or run.name, step, weights, settings, export)
+
+
+def _settings_of(run: RunConfig) -> dict[str, Any]:
+    """Fields of StreamConfig as the run has them."""
+    student, video = run.student, run.video
+    settings: dict[str, Any] = {"height": video.height, "width": video.width}
+    settings |= {"frames": video.frames, "steps": student.steps}
+    if video.fps is not None:
+        settings["fps"] = video.fps
+    if isinstance(student, WanStudentConfig):
+        shared = StreamConfig.model_fields.keys() & WanStudentConfig.model_fields.keys()
+        return settings | {"student": "wan"} | {key: getattr(student, key) for key in shared}
+    chunk = ToyStudent.load(student.checkpoint).chunk
+    return settings | {"student": "toy", "chunk": chunk, "dtype": "float32"}
+
+
+def _exported(samples: Path, student: str) -> Path:
+    """Where `_export` puts the weights."""
+    return samples / "student" / ("transformer" if student == "wan" else "student.safetensors")
+
+
+def _export(
+    folder: Path, samples: Path, run: RunConfig, config: EvalConfig, digest: str, dtype: str
+) -> None:
+    """The run's weights as they are shipped, once."""
+    from afd.export import ExportConfig, export
+
+    out = samples / "student"
+    if out.exists():
+        there = json.loads((out / "afd.json").read_text(encoding="utf-8"))["checkpoint_sha256"]
+        if there != digest:
+            raise ConfigError(
+                f"out: {samples} holds samples of another student of the same name and step; "
+                "choose another out= or name="
+            )
+        return
+    kind = "toy" if run.student.kind == "toy" else "diffusers"
+    what = {"out": out, "kind": kind, "version": config.version, "dtype": dtype}
+    export(folder, ExportConfig.model_validate(what))

@@ -1,0 +1,112 @@
+"""What all benchmarks have: prompts read from the user's files, and scores."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from afd import rows
+from afd.config.run import ConfigError
+from afd.files import write_bytes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A benchmark's prompt. `index`: its place among all of the file; `generate`: what its videos
+    are made from; `dimensions`: what VBench rates them for."""
+
+    index: int
+    text: str
+    generate: str
+    samples: int
+    dimensions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video of a benchmark. `name`: its file's in videos/, without the suffix."""
+
+    suite: str
+    prompt: Prompt
+    sample: int
+    seed: int
+    name: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.mp4"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's mean over `videos` (None: not said) of the `of` videos that are here for it."""
+
+    suite: str
+    metric: str
+    value: float
+    videos: int | None
+    of: int
+
+
+def need(path: Path | None, key: str, what: str) -> Path:
+    """A file that the configuration must name."""
+    if path is None:
+        raise ConfigError(f"{key}: not given; needed: {what}")
+    return path
+
+
+def read_text(path: Path, key: str) -> str:
+    """The text of a file that a key names, or ConfigError; see `rows.read_text`."""
+    try:
+        return rows.read_text(path)
+    except ValueError as error:
+        raise ConfigError(f"{key} {path}: {error}") from error
+
+
+def read_lines(path: Path, key: str) -> list[str]:
+    """The lines of a .txt that hold more than spaces, without those at their ends."""
+    lines = [line.strip() for line in read_text(path, key).split("\n")]
+    if not any(lines):
+        raise ConfigError(f"{key} {path}: holds none")
+    return [line for line in lines if line]
+
+
+def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a .csv or .jsonl, each with all `columns` as text that is not empty; of a .txt
+    every line is the first column."""
+    if path.suffix == ".txt":
+        if len(columns) > 1:
+            raise ConfigError(f"{key} {path}: a .txt has no column {columns[1]}")
+        return [{columns[0]: line} for line in read_lines(path, key)]
+    readers = {".csv": rows.csv_rows, ".jsonl": rows.json_rows}
+    if path.suffix not in readers:
+        raise ConfigError(f"{key} {path}: needs the ending .csv, .jsonl or .txt")
+    found = []
+    for number, row in readers[path.suffix](read_text(path, key)):
+        if isinstance(row, str):
+            raise ConfigError(f"{key} {path}:{number}: {row}")
+        for column in columns:
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                there = ", ".join(map(str, row))[:200] or "nothing"
+                raise ConfigError(f"{key} {path}:{number}: no text in {column}; it has {there}")
+        found.append({column: row[column] for column in columns})
+    if not found:
+        raise ConfigError(f"{key} {path}: holds none")
+    return found
+
+
+def write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
+    """Whole or not at all."""
+    held = io.StringIO(newline="")
+    writer = csv.writer(held)
+    writer.writerow(header)
+    writer.writerows(lines)
+    write_whole(path, held.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text, in which a path of any bytes stands as those bytes."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,66 @@
+"""VideoPhy-2: prompts in, the CSV that its inference script reads, its output back.
+
+Its script adds a column `score`, 1 to 5, to the rows it was given: physical commonsense with
+--task pc, semantic adherence with --task sa. Reported are the means, and the share of videos that
+have at least 4 of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+from afd.benchmarks.config import VideoPhyConfig
+from afd.benchmarks.suites import Clip, Prompt, Score, need, read_rows, write_csv
+from afd.config.run import ConfigError
+
+GOOD = 4
+
+
+def read(config: VideoPhyConfig) -> list[Prompt]:
+    """The prompts, in the order of the file and each once: its rows may be of several models."""
+    path = need(config.prompts, "videophy2.prompts", "the test prompts as .csv, .jsonl or .txt")
+    columns = [config.column] + ([] if config.generate is None else [config.generate])
+    prompts: dict[str, Prompt] = {}
+    for row in read_rows(path, "videophy2.prompts", columns):
+        text = row[config.column].strip()
+        prompts.setdefault(
+            text, Prompt(len(prompts), text, row[columns[-1]].strip(), config.samples)
+        )
+    return list(prompts.values())
+
+
+def write(path: Path, clips: Sequence[Clip], videos: Path) -> None:
+    """videopath,caption: absolute paths, as the script runs in a folder of its own."""
+    rows = [(str((videos / clip.file).resolve()), clip.prompt.text) for clip in clips]
+    write_csv(path, ("videopath", "caption"), rows)
+
+
+def read_results(pc: Path, sa: Path, clips: Sequence[Clip]) -> list[Score]:
+    """What the script has written, as far as it is there."""
+    pcs, sas = (_ratings(path, clips) if path.is_file() else {} for path in (pc, sa))
+    both = [float(min(pcs[name], sas[name]) >= GOOD) for name in pcs if name in sas]
+    found = {"PC": [*pcs.values()], "SA": [*sas.values()], f"SA and PC >= {GOOD}": both}
+    return [
+        Score("videophy2", metric, sum(values) / len(values), len(values), len(clips))
+        for metric, values in found.items()
+        if values
+    ]
+
+
+def _ratings(path: Path, clips: Sequence[Clip]) -> dict[str, float]:
+    """Score by video. A row belongs to a video by its file's name, wherever the folder was."""
+    key, known = "videophy2", {clip.file for clip in clips}
+    ratings: dict[str, float] = {}
+    for row in read_rows(path, key, ("videopath", "score")):
+        name = PurePath(row["videopath"]).name
+        if name not in known:
+            raise ConfigError(f"{key} {path}: {row['videopath']} is no video of this evaluation")
+        try:
+            ratings[name] = float(row["score"])
+        except ValueError:
+            raise ConfigError(f"{key} {path}: score of {name} is {row['score']!r}") from None
+        if not 1 <= ratings[name] <= 5:
+            # 0 is what the script writes where it could not read the model's answer.
+            del ratings[name]
+    return ratings

@@ -1,0 +1,495 @@
+"""The whole configuration of a run: typed sections, one YAML file, `k=v` overrides.
+
+`load_config` is the only door. A key that no section knows is an error that names the key, where
+it came from and the closest known names; a bad value names the field, what came and what is needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
+
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+
+from afd.config.base import Count, Folder, Natural, Positive, Section, Threads
+from afd.config.yaml import MAX_BYTES, YamlError, parse_yaml, yaml_text
+from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
+from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
+from afd.models.config import ToyStudentConfig, WanStudentConfig
+from afd.teachers.config import TeacherConfig
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message says which key, what came and what is needed."""
+
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+class VideoConfig(Section):
+    """What a teacher's clip becomes before the trainer sees it."""
+
+    frames: Count = Field(default=12, description="frames per video the trainer sees")
+    height: Count = Field(default=16, description="rows of a frame in pixels")
+    width: Count = Field(default=16, description="columns of a frame in pixels")
+    fps: Annotated[float, Field(ge=1e-3, le=1e4)] | None = Field(
+        default=None,
+        description="resample clips to this rate (nearest frame in time); null: as they come",
+    )
+    short: Literal["error", "repeat"] = Field(
+        default="error",
+        description="a clip that ends too early: refuse it, or repeat its last frame",
+    )
+
+    hdr: Literal["tonemap", "refuse"] = Field(
+        default="tonemap",
+        description="HDR clips (HLG or PQ): map them to BT.709, reference white to white, or "
+        "refuse them",
+    )
+    max_pixels: Count = Field(
+        default=2**25, description="a clip with larger stored frames is refused before decoding"
+    )
+    max_frames: Count = Field(default=500_000, description="a clip with more frames is refused")
+    max_seconds: Positive = Field(
+        default=14_400.0, description="a clip that is read to beyond this time is refused"
+    )
+
+    codec_match: bool = Field(
+        default=False,
+        description="put the student's videos, where pixels are looked at, through the h264 codec "
+        "that the teacher's went through, so that the discriminator cannot tell them by its "
+        "traces; teacher's clips that had to be scaled go through it at this size again",
+    )
+    crf: Natural = Field(default=18, description="rate factor of that codec; lower is better")
+
+
+def _kind(default: str) -> Discriminator:
+    """Which of several sections is meant: its `kind`, or the default."""
+
+    def tag(value: Any) -> Any:
+        held = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+        return default if held is None else held
+
+    return Discriminator(tag)
+
+
+_Toy = Annotated[ToyStudentConfig, Tag("toy")]
+_Wan = Annotated[WanStudentConfig, Tag("wan")]
+AnyStudent = Annotated[_Toy | _Wan, _kind("toy")]
+_ToyScorer = Annotated[ToyDiscriminatorConfig, Tag("toy")]
+_VideoAlign = Annotated[VideoAlignConfig, Tag("videoalign")]
+_Latent = Annotated[LatentConfig, Tag("latent")]
+AnyDiscriminator = Annotated[_ToyScorer | _VideoAlign | _Latent, _kind("toy")]
+KINDS = ("toy", "wan", "videoalign", "latent")
+
+
+class EvaluationConfig(Section):
+    """Measuring the student on held-out seeds."""
+
+    kind: Literal["physics", "video", "none"] = Field(
+        default="physics",
+        description="physics: the toy task's exact metrics on held-out seeds; video: motion, and "
+        "motion quality as the untouched VideoAlign rates it; none: no evaluation",
+    )
+    prompts: Path | None = Field(
+        default=None, description="video: .txt file of held-out prompts; null: the teacher's first"
+    )
+    every: Natural = Field(
+        default=50,
+        description="evaluate before the first update and after every so many; 0 only at the end",
+    )
+    videos: Count = Field(default=576, description="held-out videos of the final evaluation")
+    curve_videos: Count = Field(
+        default=144, description="held-out videos of each evaluation on the way"
+    )
+    seed: Natural = Field(
+        default=1_000_000, description="seed of the held-out noise; the trainer never draws from it"
+    )
+    samples: Natural = Field(
+        default=36, description="videos of the final evaluation kept in samples.safetensors"
+    )
+
+
+class LoggingConfig(Section):
+    """What a run writes about itself."""
+
+    every: Count = Field(
+        default=10,
+        description="a line in train.log after every so many updates (metrics.jsonl has them all)",
+    )
+    tensorboard: bool = Field(
+        default=True, description="write TensorBoard event files beside metrics.jsonl"
+    )
+    wandb: str | None = Field(
+        default=None, description="also write to this Weights & Biases project, if installed"
+    )
+    videos_every: Natural = Field(
+        default=0,
+        description="write teacher and student side by side, with scores, after every so many "
+        "updates; 0 never",
+    )
+    progress: bool = Field(
+        default=True, description="show a progress bar where there is a terminal"
+    )
+
+
+class CheckpointConfig(Section):
+    """When the whole state of a run is saved."""
+
+    every: Natural = Field(
+        default=100, description="save after every so many updates; 0 only at the end and on Ctrl-C"
+    )
+    keep: Count = Field(default=2, description="how many of the newest checkpoints stay on disk")
+    accept_changed_inputs: bool = Field(
+        default=False,
+        description="go on where a teacher's video, or another file that the run depends on, holds "
+        "something else than what the run has learnt from; each is named in the log",
+    )
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = Field(
+        default="run", description="name of the run; letters, digits, dot, dash, underscore"
+    )
+    out: Folder | None = Field(default=None, description="run folder; null is runs/<name>")
+    method: Literal["afd", "sft", "gan", "dmd"] = Field(
+        default="afd",
+        description="afd: adversarial flow distillation, sft: fit the teacher's videos, gan: "
+        "through the last denoising step, dmd: score-free distribution matching",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="seed of everything the run draws"
+    )
+    steps: Count = Field(default=400, description="optimizer updates of the student")
+    prompts_per_step: Count = Field(
+        default=8, description="prompts, each with its teacher video, in one update"
+    )
+    threads: Threads = Field(default=1, description="CPU threads; 0 leaves torch's choice")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        default="cpu", description="auto: cuda where there is one, one for each process"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="under torchrun: every process holds all weights, or a share of them",
+    )
+    cache: Folder | None = Field(
+        default=None,
+        description="folder of text embeddings and teacher latents; null is ~/.cache/afd",
+    )
+    video: VideoConfig = VideoConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: AnyStudent = ToyStudentConfig()
+    discriminator: AnyDiscriminator = ToyDiscriminatorConfig()
+    afd: AfdConfig = AfdConfig()
+    sft: SftConfig = SftConfig()
+    gan: GanConfig = GanConfig()
+    dmd: DmdConfig = DmdConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        """Parts that cannot work together; the toy's size stands in its checkpoint."""
+        student = self.student
+        if isinstance(student, ToyStudentConfig):
+            return self
+        if self.evaluation.kind == "physics":
+            raise ValueError(
+                "evaluation.kind: got physics, which measures the toy task; needed: video or none "
+                "for student.kind=wan"
+            )
+        if self.method in ("afd", "gan") and self.discriminator.kind == "toy":
+            raise ValueError(
+                "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
+                "latent for student.kind=wan"
+            )
+        height, width, frames = self.video.height, self.video.width, self.video.frames
+        if height % 16 or width % 16:
+            raise ValueError(
+                f"video.height, video.width: got {height}, {width}; needed: multiples of 16, as "
+                "two latent pixels of eight make a token"
+            )
+        latents = 1 + (frames - 1) // 4
+        if (frames - 1) % 4 or latents % student.chunk:
+            whole = 1 + 4 * (max(1, round(latents / student.chunk)) * student.chunk - 1)
+            raise ValueError(
+                f"video.frames: got {frames}; needed: 1 + 4 (n - 1) for n latent frames in "
+                f"chunks of {student.chunk} (student.chunk), such as {whole}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder: `out`, or runs/<name>."""
+        return self.out if self.out is not None else Path("runs") / self.name
+
+    @property
+    def teacher_dir(self) -> Path:
+        """The teacher's folder: `teacher.path`, or <run_dir>/teacher."""
+        return self.teacher.path if self.teacher.path is not None else self.run_dir / "teacher"
+
+
+# A resumed run may differ from its checkpoint here and nowhere else: none of these changes a number
+# of the updates already made.
+FREE_KEYS = (
+    "name",
+    "out",
+    "steps",
+    "logging",
+    "checkpoint",
+    "teacher.fetch",
+    "cache",
+    "device",
+    "parallel",
+)
+
+
+@overload
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig: ...
+@overload
+def load_config(path: Path | str, overrides: Sequence[str], kind: type[Kind]) -> Kind: ...
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), kind: type[Section] = RunConfig
+) -> Section:
+    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML), check everything.
+
+    `kind` is the root section, RunConfig where none is named.
+
+    Raises ConfigError naming the key, what came, what is needed and where it came from.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    return make_config(data, overrides, str(path), kind)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; ConfigError where it holds anything else."""
+    where = f"config {_shown(str(path), 400)}"
+    try:
+        with path.open("rb") as file:
+            # One byte more than is allowed; a device or pipe may have no end.
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{where}: cannot be read ({_reason(error)})") from error
+    data = parse_value(text, where)
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: holds {type(data).__name__}, needs keys and values")
+    return data
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The plain value that YAML text stands for; ConfigError, which begins with `where`."""
+    try:
+        return parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{where}: not valid YAML ({error})") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        line = 1 + error.object[: error.start].count(b"\n")
+        return f"line {line}: byte {error.object[error.start]:#04x} is not UTF-8"
+    return str(error)  # a zero byte in a path
+
+
+@overload
+def make_config(
+    data: dict[str, Any], overrides: Sequence[str] = (), origin: str = "configuration"
+) -> RunConfig: ...
+@overload
+def make_config(
+    data: dict[str, Any], overrides: Sequence[str], origin: str, kind: type[Kind]
+) -> Kind: ...
+def make_config(
+    data: dict[str, Any],
+    overrides: Sequence[str] = (),
+    origin: str = "configuration",
+    kind: type[Section] = RunConfig,
+) -> Section:
+    """Check plain data (as YAML gives it) plus overrides. `origin` names it in errors."""
+    data = _copy(data)
+    came_from: dict[str, str] = {}
+    for override in overrides:
+        came_from[_apply(data, override, kind)] = _named(override)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(dict(detail), came_from, origin, kind) for detail in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain data that YAML, JSON and torch.save(weights_only) all take."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, as written to <run>/config.yaml."""
+    return yaml_text(plain(config))
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested data."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], free_keys: Sequence[str] = FREE_KEYS
+) -> list[str]:
+    """What differs between two plain configurations outside `free_keys`, one sentence a key."""
+    a, b = dict(flatten(old)), dict(flatten(new))
+    free = tuple(f"{key}." for key in free_keys)
+    keys = [k for k in sorted(a.keys() | b.keys()) if not f"{k}.".startswith(free)]
+    absent = "(absent)"
+    return [
+        f"{k}: {a.get(k, absent)!r} there, {b.get(k, absent)!r} now"
+        for k in keys
+        if a.get(k, absent) != b.get(k, absent)
+    ]
+
+
+def _copy(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in data.items()}
+
+
+def _named(override: str) -> str:
+    return f"override {_shown(override)}"
+
+
+def _shown(value: object, width: int = 120) -> str:
+    """A value's repr, cut where it is long; a path or another text that is short stays as it is."""
+    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
+    return text if len(text) <= width else f"{text[:width]}…"
+
+
+def _apply(data: dict[str, Any], override: str, kind: type[Section]) -> str:
+    """Set one `dotted.key=value` in nested data; returns the dotted key."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{_named(override)}: needs the form key=value or section.key=value")
+    value = _value(text, override, _annotations(kind, parts))
+    where = data
+    for i, part in enumerate(parts[:-1]):
+        if where.get(part) is None:
+            where[part] = {}
+        where = where[part]
+        if not isinstance(where, dict):
+            section = ".".join(parts[: i + 1])
+            raise ConfigError(f"{_named(override)}: {section} is a value, not a section")
+    where[parts[-1]] = value
+    return ".".join(parts)
+
+
+def _value(text: str, override: str, annotations: Sequence[Any]) -> Any:
+    """An override's value: YAML, or where the key takes a path or free text that text itself.
+
+    There YAML would cut "a #1", and take "a: b", [x], 2026 and *x for other things. What stands in
+    quotes, null, and a list where the key takes one, are YAML for every key.
+    """
+    kinds = {part for annotation in annotations for part in _parts(annotation)}
+    literal = bool(kinds & {str, Path})
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    listed = list in kinds and text.startswith("[")
+    if literal and not (quoted or listed or text in ("", "~", "null")):
+        return text
+    try:
+        return parse_value(text, f"{_named(override)}: {_shown(text)}")
+    except ConfigError:
+        if literal and quoted:
+            return text  # a name that begins and ends with a quote
+        raise
+
+
+def _annotations(kind: type[BaseModel], parts: Sequence[str]) -> list[Any]:
+    """The types of a dotted key, one of each section that has it."""
+    field = kind.model_fields.get(parts[0])
+    if field is None:
+        return []
+    if len(parts) == 1:
+        return [field.annotation]
+    below = sections_of(field.annotation)
+    return [found for section in below for found in _annotations(section, parts[1:])]
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The plain types in a union; Path and str, but neither literals nor what a list holds."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _parts(part)
+    elif origin is Annotated:
+        yield from _parts(get_args(annotation)[0])
+    else:
+        yield origin or annotation
+
+
+def _explain(
+    detail: dict[str, Any], came_from: dict[str, str], origin: str, kind: type[Section]
+) -> str:
+    """One line for one pydantic error."""
+    # The kind of a section is not part of its key.
+    loc = [str(part) for i, part in enumerate(detail["loc"]) if i != 1 or part not in KINDS]
+    key = ".".join(loc)
+    source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
+    if detail["type"] == "extra_forbidden":
+        if key in known_keys(kind):
+            section, held = detail["loc"][:2]
+            return f"{source}: unknown key {key!r} of {section}.kind={held}; another kind has it"
+        return f"{source}: unknown key {_shown(key)}; {_suggest(key[:200], kind)}"
+    if detail["type"] == "value_error":
+        return f"{source}: {detail['msg'].removeprefix('Value error, ')}"
+    return f"{source}: {key} is {_shown(detail['input'])}; {detail['msg']}"
+
+
+def _suggest(key: str, kind: type[Section]) -> str:
+    """The closest known keys by their last part (the same section first), else the section's."""
+    known = known_keys(kind)
+    section, _, end = key.rpartition(".")
+
+    def closeness(candidate: str) -> float:
+        other_section, _, other_end = candidate.rpartition(".")
+        near = difflib.SequenceMatcher(None, end, other_end).ratio()
+        return near + 0.05 * (section == other_section)
+
+    ranked = sorted(known, key=closeness, reverse=True)
+    best = closeness(ranked[0])
+    if best >= 0.6:
+        return (
+            "did you mean " + " or ".join(k for k in ranked[:3] if closeness(k) > best - 0.1) + "?"
+        )
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    return "known here: " + ", ".join(siblings)
+
+
+def known_keys(kind: type[Section] = RunConfig) -> list[str]:
+    """Every dotted key of a root section, sections of all kinds included."""
+    return list(dict.fromkeys(_keys(kind, "")))
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold: one, one of each kind, or none."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [section for part in get_args(annotation) for section in sections_of(part)]
+
+
+def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for below in sections_of(field.annotation):
+            yield from _keys(below, f"{prefix}{name}.")

@@ -1,0 +1,393 @@
+"""The teacher's side of the loop: start it, draw requests, decode each answer once.
+
+Shape letters: P prompts, F frames, C = 3, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from afd.cache import Facts, Store, file_hash
+from afd.config.run import RunConfig, VideoConfig
+from afd.data.inputs import Content, Contents
+from afd.distributed import ALONE, Ranks
+from afd.files import sha256_of, write_json
+from afd.models.codec import Codec, Pixels
+from afd.rows import parse_json
+from afd.teachers.base import Request, Teacher, TeacherError, Unanswered
+from afd.teachers.config import API_KINDS
+from afd.teachers.folder import FolderTeacher
+from afd.video import Clip, Limits, from_uint8, read_clip, through_codec, to_uint8
+
+if TYPE_CHECKING:
+    from afd.teachers.paid.teacher import ApiTeacher
+
+# Requests offered for prefetching at a time; the teacher takes as many as it wants.
+AHEAD = 256
+# Bytes of finished clips (or latents) kept in memory; older ones are made again when asked for.
+MEMORY = 4 << 30
+# Clips decoded at the same time, beside the training.
+THREADS = 2
+_log = logging.getLogger("afd")
+
+
+def open_teacher(config: RunConfig, console: Console | None = None) -> Teacher:
+    """The teacher a configuration asks for; a simulator first writes its folder, once.
+
+    A paid service answers from its folder and buys what is missing (docs/TEACHERS.md).
+    """
+    if config.teacher.kind in API_KINDS:
+        return open_api_teacher(config)
+    if config.teacher.kind == "simulator":
+        _simulate(config, console or Console())
+    video = config.video
+    frames = video.frames if video.short == "error" else 1
+    teacher = FolderTeacher(
+        config.teacher_dir,
+        config.teacher.manifest,
+        frames=frames,
+        fps=video.fps,
+        hdr=video.hdr,
+        limits=_limits(video),
+    )
+    _log.info("teacher %s: %d videos", teacher.folder, len(teacher.requests))
+    return teacher
+
+
+def open_api_teacher(config: RunConfig) -> ApiTeacher:
+    """The paid service of a configuration."""
+    # Only who buys needs the HTTP client.
+    from afd.teachers.paid.teacher import ApiTeacher
+
+    video = config.video
+    frames = video.frames if video.short == "error" else 1
+    return ApiTeacher(
+        config.teacher,
+        config.teacher_dir,
+        frames=frames,
+        fps=video.fps,
+        hdr=video.hdr,
+        limits=_limits(video),
+    )
+
+
+class Sampler:
+    """Requests in seeded random order, every one once before any comes again.
+
+    The order of round k depends on (seed, k) only, so the cursor is the whole state.
+    """
+
+    def __init__(self, requests: Sequence[Request], seed: int) -> None:
+        self._requests = list(requests)
+        asked = json.dumps([[request.prompt, request.draw] for request in self._requests])
+        self._asked = hashlib.sha256(asked.encode()).hexdigest()
+        self._seed = seed
+        self._round = 0
+        self._position = 0
+        self._order = self._shuffled()
+
+    def draw(self, count: int) -> list[Request]:
+        """The next `count` requests."""
+        drawn = []
+        for _ in range(count):
+            if self._position == len(self._order):
+                self._round, self._position = self._round + 1, 0
+                self._order = self._shuffled()
+            drawn.append(self._requests[self._order[self._position]])
+            self._position += 1
+        return drawn
+
+    def peek(self, count: int) -> list[Request]:
+        """What the next draw gives, as far as this round goes."""
+        return [self._requests[i] for i in self._order[self._position : self._position + count]]
+
+    def state_dict(self) -> dict[str, Any]:
+        cursor = {"round": self._round, "position": self._position}
+        return cursor | {"of": len(self._requests), "asked": self._asked}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved cursor; refuses one of other requests, or of the same in another order."""
+        if state["of"] != len(self._requests):
+            raise TeacherError(
+                f"the checkpoint was made with {state['of']} teacher videos, "
+                f"the folder holds {len(self._requests)} now"
+            )
+        if state["asked"] != self._asked:
+            raise TeacherError(
+                "the checkpoint was made with other prompts, or with these in another order; put "
+                "back the list that the run began with"
+            )
+        self._round, self._position = state["round"], state["position"]
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        # Odd multiplier: distinct (seed, round) pairs of one run never share a generator.
+        mixed = (self._seed + 0x9E3779B97F4A7C15 * (self._round + 1)) % 2**63
+        generator = torch.Generator().manual_seed(mixed)
+        return torch.randperm(len(self._requests), generator=generator).tolist()
+
+
+class Videos:
+    """A teacher's answers as a method wants to see them.
+
+    Each file is decoded once, the next update's in the background on the CPU, and kept in memory as
+    bytes (the frames that are looked at) or as latents, which a store also keeps for later runs.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        video: VideoConfig,
+        *,
+        sees: Literal["video", "latent"] = "video",
+        look: Callable[[Tensor], Tensor] | None = None,
+        codec: Codec | None = None,
+        store: Store | None = None,
+        ranks: Ranks = ALONE,
+        memory: int = MEMORY,
+        accept: bool = False,
+    ) -> None:
+        """`look`: what is kept of pixels [1, F, 3, H, W] (None: all); `codec`: makes the latents
+        that sees="latent" means; `memory`: bytes that may be held; `accept`: videos may be
+        replaced by others."""
+        self._teacher, self._video, self._ranks = teacher, video, ranks
+        self._contents = Contents(teacher.requests, accept=accept)
+        self._look, self._codec, self._store = look, codec or Pixels(), store
+        # None: pixels are wanted. Found here, because it may come from weights on a GPU.
+        self._identity = self._codec.identity if sees == "latent" else None
+        self._seen = sees == "video"
+        self._paths: dict[Request, Path] = {}
+        self._kept: dict[Request, Tensor] = {}  # the one asked for last comes last
+        self._memory = memory
+        self._coming: dict[Request, Future[tuple[Tensor, Content]]] = {}
+        self._pool = ThreadPoolExecutor(THREADS, "afd decode")
+        self._made, self._found = 0, 0  # latents: encoded, and read from the store
+
+    def draw(self, sampler: Sampler, count: int, ahead: int = 0) -> list[Request]:
+        """The sampler's next `count` requests that have an answer, the same on every rank.
+
+        Requests without one are skipped and logged; TeacherError if none is left. `ahead`: how
+        many more will be drawn at most; a teacher that takes long begins with them now, and those
+        of the next draw that are there are decoded meanwhile. Only the main rank asks the teacher.
+        """
+        said = None
+        if self._ranks.main:
+            drawn = self._answered(sampler, count, ahead)
+            soon = [r for r in sampler.peek(min(count, ahead)) if self._is_there(r)]
+            told = [
+                [[r.prompt, r.draw, str(self._teacher.answer(r))] for r in part]
+                for part in (drawn, soon)
+            ]
+            said = [*told, sampler.state_dict()]
+        *told, cursor = self._ranks.same(said)
+        if not self._ranks.main:
+            sampler.load_state_dict(cursor)
+        drawn, soon = ([Request(prompt, n) for prompt, n, _ in part] for part in told)
+        self._paths = {Request(prompt, n): Path(path) for part in told for prompt, n, path in part}
+        self._coming = {r: future for r, future in self._coming.items() if r in self._paths}
+        for request in soon[self._ranks.share(len(soon))]:
+            self._begin(request)
+        return drawn
+
+    def _answered(self, sampler: Sampler, count: int, ahead: int) -> list[Request]:
+        prefetch = getattr(self._teacher, "prefetch", None)
+        drawn: list[Request] = []
+        skipped = 0
+        while len(drawn) < count:
+            if prefetch is not None:
+                prefetch(sampler.peek(min(AHEAD, count - len(drawn) + ahead)))
+            request = sampler.draw(1)[0]
+            try:
+                self._teacher.answer(request)
+            except Unanswered as reason:
+                skipped += 1
+                _log.warning("skipped: %s", reason)
+                if skipped > len(self._teacher.requests):
+                    raise TeacherError(f"no request has an answer, the last: {reason}") from None
+            else:
+                drawn.append(request)
+        return drawn
+
+    def _is_there(self, request: Request) -> bool:
+        """Whether asking for it would not wait: of a teacher that makes its videos on demand."""
+        ready = getattr(self._teacher, "ready", None)
+        return ready is None or bool(ready(request))
+
+    def fetch(self, requests: Sequence[Request]) -> Tensor:
+        """float32 [P, F, C, H, W] on the CPU, one per request: frames in [-1, 1], or latents.
+
+        Under several ranks each asks for its share of what was drawn.
+        """
+        for request in requests:
+            self._begin(request)
+        return torch.stack([self._one(request) for request in requests])
+
+    def clip(self, request: Request) -> Tensor:
+        """The whole clip, float32 [F, 3, H, W] in [-1, 1], whatever a method sees of it."""
+        path = self._path(request)
+        frames, content = self._with_content(
+            path, lambda path: to_uint8(self._read(path).video_FCHW)
+        )
+        self._contents.look(request, path, content)
+        return from_uint8(frames)
+
+    def state_dict(self) -> list[Any]:
+        """The content of every video seen so far. Every process must call."""
+        return self._contents.state_dict(self._ranks)
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Know these contents again. Raises TeacherError for a video that was replaced since."""
+
+        def path(request: Request) -> Path | None:
+            # Only the main process asks the teacher, and for nothing that is not there.
+            known = self._ranks.main and self._is_there(request)
+            return self._teacher.answer(request) if known else None
+
+        self._contents.load_state_dict(state, path, sha256_of)
+
+    def close(self) -> None:
+        """End the decoding threads. What was made is told."""
+        self._pool.shutdown(cancel_futures=True)
+        if self._store is not None and self._made + self._found:
+            told = self._store.told("latents")
+            _log.info("latents: %d made, %d from the cache; %s", self._made, self._found, told)
+
+    def _path(self, request: Request) -> Path:
+        return self._paths.get(request) or self._teacher.answer(request)
+
+    def _begin(self, request: Request) -> None:
+        if request not in self._kept and request not in self._coming:
+            path = self._path(request)
+            self._coming[request] = self._pool.submit(self._with_content, path, self._load)
+
+    def _one(self, request: Request) -> Tensor:
+        if request in self._kept:
+            held = self._kept.pop(request)
+        else:
+            self._begin(request)
+            held, content = self._coming.pop(request).result()
+            self._contents.look(request, self._path(request), content)
+            if self._identity is not None:
+                self._found += held.dtype != torch.uint8
+                if held.dtype == torch.uint8:
+                    held = self._encode(held, self._path(request))
+        self._kept[request] = held
+        while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > self._memory:
+            del self._kept[next(iter(self._kept))]
+        return held.float() if self._identity is not None else from_uint8(held)
+
+    def _with_content(self, path: Path, load: Callable[[Path], Tensor]) -> tuple[Tensor, Content]:
+        """What is loaded of a file, and of which content that is."""
+        latents = self._identity is not None and self._store is not None
+        try:
+            # What is not decoded again is not read again either.
+            content = Content.of(
+                path, partial(file_hash, store=self._store) if latents else sha256_of
+            )
+            loaded = load(path)
+            if not content.is_of(path):
+                raise TeacherError(f"teacher video {path}: changed while it was read")
+        except FileNotFoundError:
+            raise TeacherError(f"teacher video {path}: is not there any more") from None
+        return loaded, content
+
+    def _load(self, path: Path) -> Tensor:
+        """Of a file: frames as uint8 [F, H, W, 3], or its latents where the store has them.
+
+        Runs beside the training: nothing here touches the accelerator.
+        """
+        if self._identity is not None and self._store is not None:
+            known = self._store.get("latents", self._facts(path))
+            if known is not None:
+                return known
+        video_FCHW, own_pixels = self._read(path)
+        if self._seen:
+            if self._video.codec_match and not own_pixels:
+                # Its own codec's traces were scaled with it: the last pass shall be at this size,
+                # as the student's is.
+                video_FCHW = through_codec(
+                    video_FCHW[None], fps=self._video.fps, crf=self._video.crf
+                )[0]
+            if self._look is not None:
+                video_FCHW = self._look(video_FCHW[None])[0]
+        return to_uint8(video_FCHW)
+
+    def _read(self, path: Path) -> Clip:
+        video = self._video
+        return read_clip(
+            path,
+            frames=video.frames,
+            height=video.height,
+            width=video.width,
+            fps=video.fps,
+            short=video.short,
+            hdr=video.hdr,
+            limits=_limits(video),
+        )
+
+    def _encode(self, video_FHWC: Tensor, path: Path) -> Tensor:
+        latent_FCHW = self._codec.encode(from_uint8(video_FHWC)[None])[0].cpu()
+        self._made += 1
+        if self._store is not None:
+            self._store.put("latents", self._facts(path), latent_FCHW)
+        return latent_FCHW
+
+    def _facts(self, path: Path) -> Facts:
+        """What latents depend on."""
+        video = self._video.model_dump(include={"frames", "height", "width", "fps", "short", "hdr"})
+        return {"video": file_hash(path, self._store), "codec": self._identity, **video}
+
+
+def _limits(video: VideoConfig) -> Limits:
+    return Limits(video.max_pixels, video.max_frames, video.max_seconds)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _simulate(config: RunConfig, console: Console) -> None:
+    """Let a separate process write the teacher's folder (it appears whole or not at all).
+
+    What was asked for is noted beside the folder, never in it, so that a folder made for other
+    settings is refused instead of used.
+    """
+    folder = config.teacher_dir
+    asked = config.teacher.model_dump(include={"style", "count", "seed"})
+    note = folder.with_name(folder.name + ".request.json")
+    if folder.exists():
+        try:
+            text = note.read_text(encoding="utf-8") if note.exists() else '"something else"'
+            made = parse_json(text)
+        except (OSError, ValueError) as error:
+            raise TeacherError(
+                f"teacher folder {folder}: its note {note} is damaged ({error})"
+            ) from None
+        if made != asked:
+            raise TeacherError(
+                f"teacher folder {folder}: was made for {made}, this run asks for {asked}; "
+                "choose another teacher.path= or out=, or teacher.kind=folder to use it as it is"
+            )
+        return
+    write_json(note, asked)
+    command = [sys.executable, "-m", "afd.lab.simulator", "--out", str(folder)]
+    for key, value in asked.items():
+        command += [f"--{key}", str(value)]
+    with console.status(f"teacher process writes {asked['count']} videos"):
+        process = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if process.returncode != 0:
+        reason = process.stderr.strip()
+        raise TeacherError(f"the teacher's process ended with {process.returncode}: {reason}")

@@ -1,0 +1,207 @@
+"""Several processes of one run: what each takes, and how their parts come together.
+
+Every process draws the random numbers of the whole batch and takes its share of them, so what a
+run computes does not depend on the number of its processes but for the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from afd.config.run import ConfigError
+
+if TYPE_CHECKING:
+    from afd.config.run import RunConfig
+
+# Elements summed at a time: large enough for the network, small beside the gradients themselves.
+BUCKET = 1 << 24
+# How long one process waits for another beyond a teacher's deadline. One that ended is noticed at
+# once by its closed connection; this is for one that hangs.
+PATIENCE = timedelta(minutes=30)
+FAILED = "afd/failed"
+CPU = torch.device("cpu")
+
+
+class LostError(RuntimeError):
+    """Another process of the run was killed or hangs."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the `world` processes of a run; alone without torchrun."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = CPU
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's contiguous part of `count` things; parts differ by at most one."""
+        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The parts of all processes in order, joined along dim 0; the same bits on every one.
+
+        Parts may differ in their length only. Detached, on x's device; x itself when alone.
+        """
+        if self.world == 1:
+            return x
+        # Bytes, because the transports know few dtypes.
+        mine = x.detach().contiguous().view(-1).view(torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(self.world)]
+        collective(dist.all_gather, sizes, torch.tensor([mine.numel()], device=x.device))
+        lengths = [int(size) for size in sizes]
+        padded = mine.new_zeros(max(lengths))
+        padded[: mine.numel()] = mine
+        parts = [torch.empty_like(padded) for _ in lengths]
+        collective(dist.all_gather, parts, padded)
+        whole = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        rows = sum(lengths) // (x.element_size() * prod(x.shape[1:]))
+        return whole.view(x.dtype).view(rows, *x.shape[1:])
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Add up each tensor over the processes, in place; the same bits on every one."""
+        if self.world == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([x.reshape(-1) for x in bucket])
+            collective(dist.all_reduce, flat)
+            parts = flat.split([x.numel() for x in bucket])
+            for x, part in zip(bucket, parts, strict=True):
+                x.copy_(part.view_as(x))
+
+    def same(self, value: Any) -> Any:
+        """The main process's value on every one; what JSON holds (a tuple comes as a list)."""
+        if self.world == 1:
+            return value
+        data = bytearray(json.dumps(value).encode()) if self.main else bytearray()
+        size = torch.tensor([len(data)])
+        collective(dist.broadcast, size, 0)
+        sent = torch.zeros(int(size), dtype=torch.uint8)
+        if self.main:
+            sent = torch.frombuffer(data, dtype=torch.uint8)
+        collective(dist.broadcast, sent, 0)
+        return json.loads(bytes(sent.tolist()))
+
+    def each(self, value: Any) -> list[Any]:
+        """The values of all processes in order, on every one; what JSON holds."""
+        if self.world == 1:
+            return [value]
+        data = torch.tensor(list(json.dumps(value).encode() + b"\n"), dtype=torch.uint8)
+        return [json.loads(line) for line in bytes(self.gather(data).tolist()).splitlines()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true on any process."""
+        return any(self.each(flag))
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.each(None)
+
+
+ALONE = Ranks()
+
+
+def collective(call: Callable[..., Any], *args: Any) -> None:
+    """One call that all processes make together; LostError where another one's end breaks it."""
+    try:
+        call(*args)
+    except RuntimeError as error:
+        raise LostError(
+            f"process {dist.get_rank()} lost another process of this run, which was killed or "
+            f"hangs ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one dtype and device, up to BUCKET elements together."""
+    bucket: list[Tensor] = []
+    for x in tensors:
+        alike = bucket and (x.dtype, x.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and not (alike and sum(b.numel() for b in bucket) + x.numel() <= BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(x)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def join(config: RunConfig) -> Iterator[Ranks]:
+    """Meet the other processes that torchrun started, for the block; alone without it.
+
+    An error that ends the block on one process leaves it there; the others, whose work ends with
+    it, exit silently with code 1. Raises ConfigError where the device cannot be had.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(config, world)
+    if world == 1:
+        yield Ranks(device=device)
+        return
+    if dist.is_initialized():  # an outer block has met them
+        yield Ranks(dist.get_rank(), world, device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, world = next(rendezvous("env://"))
+    # Small CPU values never wait for the GPU's queue.
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    patience = PATIENCE + 2 * timedelta(seconds=config.teacher.fetch.deadline_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    try:
+        ranks = Ranks(rank, world, device)
+        yield ranks
+        # Nobody leaves while another still works: the group would end under it.
+        ranks.barrier()
+    except BaseException as error:
+        # Nothing is taken down in order: the end of this process is what frees the others.
+        if _is_first(store):
+            raise
+        raise SystemExit(1) from error
+    dist.destroy_process_group()
+
+
+def _is_first(store: Store) -> bool:
+    """Whether no other process has failed before: then this one knows the reason."""
+    try:
+        return store.add(FAILED, 1) == 1
+    except RuntimeError:  # the process that holds the store has gone, and has said why
+        return False
+
+
+def _device(config: RunConfig, world: int) -> torch.device:
+    """The device that `config.device` means for this process."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device is {config.device!r}, and torch finds no CUDA here")
+    if world == 1:
+        return torch.device(config.device.replace("auto", "cuda"))
+    if ":" in config.device:
+        raise ConfigError(
+            f"device is {config.device!r}; {world} processes need device=cuda, one GPU each"
+        )
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {index} of this machine has no GPU of its own; start no more than "
+            f"{torch.cuda.device_count()} processes (torchrun --nproc-per-node)"
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,145 @@
+"""Where a pipeline's parts are: a local folder, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+# More than any released part has; a name that stands for more was not meant.
+HUB_BYTES = 64 * 2**30
+# Bytes of either end of a file that tell it from another one.
+ENDS = 2**20
+
+
+def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
+    """`source` itself where it is a path; else the hub's copy of those folders of a pipeline.
+
+    The hub is asked only for a name like `owner/name`, or `owner/name@revision` (a commit, tag or
+    branch), that is no local path; files go to its own cache. Raises FileNotFoundError, saying what
+    is `needed`, where neither has it.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    reason = "there is no such path"
+    if isinstance(source, str) and (match := _HUB_NAME.fullmatch(source)):
+        try:
+            return _from_hub(match["name"], match["revision"], parts)
+        except (OSError, ValueError) as error:
+            reason = f"there is no such path, and the hub said: {error}"
+    raise FileNotFoundError(f"{parts[0]}: got {source}; needed: {needed} ({reason})")
+
+
+def pinned(source: str, parts: tuple[str, ...]) -> str:
+    """A hub name with the commit it stands for now, `owner/name@commit`; anything else as it is.
+
+    What `local_copy` would ask the hub for is then in its cache. A name that neither hub nor cache
+    knows stays as it is: whoever loads it says so.
+    """
+    match = None if Path(source).exists() else _HUB_NAME.fullmatch(source)
+    if match is None:
+        return source
+    try:
+        return f"{match['name']}@{_from_hub(match['name'], match['revision'], parts).name}"
+    except (OSError, ValueError):
+        return source
+
+
+def _from_hub(name: str, revision: str | None, parts: tuple[str, ...]) -> Path:
+    need(name, "huggingface_hub")
+    # Imported here: most runs have local folders.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    wanted = [name for part in parts for name in (part, f"{part}/*")]
+    try:
+        files = snapshot_download(name, revision=revision, allow_patterns=wanted, dry_run=True)
+    except DryRunError:
+        files = []  # the hub cannot be asked; what is in the cache will do
+    size = sum(file.file_size or 0 for file in files if file.will_download)
+    if size > HUB_BYTES:
+        raise ValueError(f"{size / 2**30:.0f} GiB to download, more than {HUB_BYTES >> 30}")
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
+
+@contextmanager
+def named_errors(what: str, path: Path) -> Iterator[None]:
+    """A library's error on reading a file, as a ValueError that begins with the file's name."""
+    try:
+        yield
+    except Exception as error:  # damaged files make parsers raise anything
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{what} {path}: it cannot be read ({said})") from error
+
+
+def need(key: str, *packages: str) -> None:
+    """Refuse, in one line, a setting whose packages are not installed. Nothing is imported."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        from afd.config.run import ConfigError
+
+        raise ConfigError(
+            f"{key}: needs {', '.join(missing)}, which is not installed here; "
+            f"pip install {' '.join(missing)}"
+        )
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits that change with a checkpoint: with the size and both ends of its files.
+
+    Training changes every tensor, and the end of a .pt file holds the checksums of all, so what
+    lies between need not be read: of released files that would take longer than a short video.
+    """
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    digest = hashlib.sha256()
+    for part in filter(Path.is_file, files):
+        stat = part.stat()
+        digest.update(f"{part.name if folder.is_dir() else ''} {stat.st_size}".encode())
+        digest.update(_ends(part, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(path: Path, size: int, changed_ns: int) -> bytes:
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(ENDS))
+        file.seek(max(0, size - ENDS))
+        digest.update(file.read(ENDS))
+    return digest.digest()
+
+
+def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
+    """SHA-256 of tensors, their names and dtypes, and of settings: the same from any file."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def refuse_other_weights(key: str, there: str | None, now: str | None) -> None:
+    """ConfigError where the start weights of a state (their digest) are not those of `key` now."""
+    from afd.config.run import ConfigError
+
+    if there != now:
+        raise ConfigError(
+            f"{key}: holds other weights than those that the run started from, without "
+            f"which its state means nothing (SHA-256 {there} there, {now} now)"
+        )
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The numbers of a tensor, row by row, as a buffer of bytes."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy()

@@ -1,0 +1,174 @@
+"""The laptop-size student: a small causal Wan network on raw pixels, with a fixed text encoder.
+
+Shape letters: B videos, F frames, C colour channels, H x W pixels, K chunks, L text tokens, E text
+channels. Videos are in [-1, 1]; times are in [0, 1] (1 is pure noise).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from afd.files import replacing
+from afd.models.noise import Layout, NoiseSource, seeded_noise
+from afd.models.student import Level, Student, frame_times
+from afd.models.wan.kv_cache import LayerKV
+from afd.models.wan.network import CausalWan, WanConfig
+from afd.schedules import check_steps
+
+SHIPPED = {"base": "base_student.safetensors", "motion": "motion_backbone.safetensors"}
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """One token per frame: a patch is the whole picture."""
+
+    wan: WanConfig = field(
+        default_factory=lambda: WanConfig(
+            dim=128,
+            num_heads=4,
+            ffn_dim=384,
+            num_layers=3,
+            freq_dim=64,
+            text_dim=32,
+            text_len=6,
+            in_dim=3,
+            out_dim=3,
+            patch=(16, 16),
+            chunk=3,
+        )
+    )
+    frames: int = 12
+    height: int = 16
+    width: int = 16
+    smallest_t: float = 0.05
+
+
+# Words that tell no two sentences apart.
+FILLERS = {"a", "an", "the", "on", "in", "at", "of", "is", "are", "and", "with", "to", "going"}
+
+
+@lru_cache(maxsize=4096)
+def _word(word: str, channels: int) -> Tensor:
+    return torch.randn(channels, generator=Generator().manual_seed(zlib.crc32(word.encode())))
+
+
+def encode_prompts(prompts: list[str], length: int, channels: int) -> Tensor:
+    """A fixed text encoder, [B, length, channels]: word vector plus place vector, zero-padded.
+
+    Each content word has its own random vector, seeded by the word, so any sentence can be encoded
+    and equal words are equal everywhere. Words past `length` are dropped.
+    """
+    text_BLE = torch.zeros(len(prompts), length, channels)
+    for row, prompt in zip(text_BLE, prompts, strict=True):
+        words = [w for w in re.findall(r"[a-z0-9]+", prompt.lower()) if w not in FILLERS]
+        for place, word in enumerate(words[:length]):
+            row[place] = (_word(word, channels) + _word(f"#{place}", channels)) / 2**0.5
+    return text_BLE
+
+
+def checkpoint_path(name: str) -> Path:
+    """A shipped checkpoint by its short name, or any file by its path."""
+    if name in SHIPPED:
+        return Path(str(files("afd.lab") / "assets" / SHIPPED[name]))
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {name} is neither a file nor one of {list(SHIPPED)}")
+    return path
+
+
+class ToyStudent(Student):
+    """A causal video student; the network predicts the clean video, the outside sees velocities."""
+
+    def __init__(self, config: ToyConfig | None = None) -> None:
+        config = config or ToyConfig()
+        super().__init__(CausalWan(config.wan))
+        self.config = config
+        # The released network starts its head at zero; its own prediction is then zero too.
+        nn.init.zeros_(self.net.head.head.weight)
+        nn.init.zeros_(self.net.head.head.bias)
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Text embeddings [B, L, E] on the student's device."""
+        wan = self.config.wan
+        return encode_prompts(prompts, wan.text_len, wan.text_dim).to(self.device)
+
+    # --- training (the rest is in Student) ---
+
+    def velocity(
+        self,
+        x_t_BFCHW: Tensor,
+        t_BK: Tensor,
+        text_BLE: Tensor,
+        context: list[LayerKV] | None = None,
+        **how: Any,
+    ) -> Tensor:
+        """Of the clean video that the network predicts, in float32."""
+        x0_BFCHW = self.predict_x0(x_t_BFCHW, t_BK, text_BLE, context, **how)
+        t_BF = frame_times(x_t_BFCHW, t_BK).clamp_min(self.config.smallest_t)
+        return (x_t_BFCHW - x0_BFCHW) / t_BF[..., None, None, None]
+
+    # --- streaming (the rest is in Student) ---
+
+    @property
+    def frames(self) -> int:
+        return self.config.frames
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        return self.config.wan.in_dim, self.config.height, self.config.width
+
+    def levels(self, steps: Sequence[float]) -> list[Level]:
+        """Steps are times falling from 1 to more than 0; a time is its own noise level."""
+        check_steps(steps)
+        return [Level.at(1000 * t, t, self.device) for t in steps]
+
+    def times(self, steps: Sequence[float]) -> list[float]:
+        """A step is a time."""
+        check_steps(steps)
+        return list(steps)
+
+    def noise_source(
+        self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
+    ) -> NoiseSource:
+        """Noise from one CPU generator per video."""
+        noise = seeded_noise(seeds, (self.chunk, *self.frame_shape))
+        return lambda chunk, step: noise(chunk, step).to(self.device, self.dtype)
+
+    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
+        """The output is the clean chunk itself."""
+        return out_BFCHW
+
+    # --- files ---
+
+    def save(self, path: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write weights and sizes as safetensors, whole or not at all."""
+        from safetensors.torch import save_file  # benchmarks make students where it is missing
+
+        weights = {k: v.detach().to(dtype).contiguous() for k, v in self.state_dict().items()}
+        with replacing(path) as partial:
+            save_file(weights, partial, metadata={"config": json.dumps(asdict(self.config))})
+
+    @classmethod
+    def load(cls, name: str = "base") -> ToyStudent:
+        """From a file written by `save`, or the shipped base student; float32, in train mode."""
+        from safetensors import safe_open
+        from safetensors.torch import load_file
+
+        path = checkpoint_path(name)
+        with safe_open(path, "pt") as opened:
+            metadata: dict[str, Any] = json.loads(opened.metadata()["config"])
+        wan = metadata.pop("wan")
+        student = cls(ToyConfig(WanConfig(**{**wan, "patch": tuple(wan["patch"])}), **metadata))
+        student.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+        return student

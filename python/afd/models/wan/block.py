@@ -1,0 +1,190 @@
+"""One transformer block of the causal Wan network, and the head, on the fused ops.
+
+The residual stream is carried open, as (x, branch, gate) with x + gate·branch still to be added:
+the addition, the next norm and its modulation are one pass (`ops.adaln`).
+Shape letters: B batch, F frames, L tokens, D model width, h heads, d head channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afd import ops
+from afd.models.wan.kv_cache import LayerKV
+
+if TYPE_CHECKING:
+    from afd.models.wan.network import WanConfig
+
+EPS = 1e-6
+
+
+# Shift, scale, gate of attention, then of the feed-forward, each [B, F, D].
+Modulation = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TimeTable:
+    """What one set of times does to every layer.
+
+    Attributes:
+        embed_BFD: the time embedding, which modulates the head; B and F may be 1.
+        mods: per layer [B, F, 6, D]; `layers` are its slices.
+    """
+
+    embed_BFD: Tensor
+    mods: list[Tensor]
+    layers: list[Modulation] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", [mods.unbind(2) for mods in self.mods])
+
+
+def rms_norm(x_BLD: Tensor, weight_D: Tensor) -> Tensor:
+    """RMS norm over all heads' channels with a gain; fp32 inside, one rounding at the end."""
+    return F.rms_norm(x_BLD, (x_BLD.shape[-1],), weight_D, EPS)
+
+
+class Gain(nn.Module):
+    """The gain of an RMS norm over all channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Attention(nn.Module):
+    """Projections shared by self- and cross-attention; keys and queries are RMS-normed over D."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.num_heads
+        self.q, self.k = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_q, self.norm_k = Gain(dim), Gain(dim)
+        # Weight [3D, D] and bias [3D] whose slices are q, k and v, and those slices' parameters.
+        self._fused: tuple[Tensor, Tensor, list[Tensor | None]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's parameters are memory of their own; the slices would be of the original's.
+        return {**super().__getstate__(), "_fused": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._fused = None
+        return super()._apply(fn, recurse)
+
+    @property
+    def fused(self) -> bool:
+        """Whether `fuse` found something to do, and no copy or move has undone it."""
+        return self._fused is not None
+
+    def fuse(self) -> None:
+        """Let q, k and v be slices of one memory, so that one product makes all three."""
+        parameters = self._slices()
+        if parameters:
+            weight, bias = (
+                torch.cat([p.data for p in parameters[i::2] if p is not None]) for i in (0, 1)
+            )
+            parts = zip(weight.chunk(3), bias.chunk(3), strict=True)
+            for parameter, part in zip(
+                parameters, (p for pair in parts for p in pair), strict=True
+            ):
+                assert parameter is not None
+                parameter.data = part
+            self._fused = (weight, bias, parameters)
+
+    def _slices(self) -> list[Tensor | None]:
+        """Weight and bias of q, k and v; empty where one is no plain projection (an adapter's)."""
+        linears = [self._modules[name] for name in "qkv"]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return []
+        return [x for m in linears if m is not None for x in m._parameters.values()]
+
+    def _is_fused(self) -> bool:
+        # Adapters wrap projections and loaders may assign parameters: then the slices are stale.
+        if self._fused is None or torch.is_grad_enabled():
+            return False
+        now = self._slices()
+        return bool(now) and all(a is b for a, b in zip(now, self._fused[2], strict=True))
+
+    def split(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, h, d] view."""
+        return x_BLD.view(*x_BLD.shape[:2], self.heads, -1)
+
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw q, k, v, each [B, L, h, d]: not normed, not rotated."""
+        if self._fused is not None and self._is_fused():
+            q_BLD, k_BLD, v_BLD = F.linear(x_BLD, *self._fused[:2]).chunk(3, -1)
+        else:
+            q_BLD, k_BLD, v_BLD = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
+        return self.split(q_BLD), self.split(k_BLD), self.split(v_BLD)
+
+    def text_kv(self, text_BLD: Tensor) -> LayerKV:
+        """Normed keys, and values, of the prompt."""
+        k_BLD = rms_norm(self.k(text_BLD), self.norm_k.weight)
+        return self.split(k_BLD), self.split(self.v(text_BLD))
+
+    def cross(self, x_BLD: Tensor, text_kv: LayerKV) -> Tensor:
+        """Attention to the prompt, its padding included, after the output projection."""
+        q_BLhd = self.split(rms_norm(self.q(x_BLD), self.norm_q.weight))
+        q, k, v = (x.transpose(1, 2) for x in (q_BLhd, *text_kv))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Modulated self-attention, cross-attention to the prompt, modulated feed-forward.
+
+    Self-attention itself lies between `before` and `after`: what it sees differs from pass to pass.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(dim, eps=EPS)
+        self.cross_attn = Attention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+
+    def before(
+        self, x_BLD: Tensor, branch_BLD: Tensor | None, gate_BFD: Tensor | None, mods: Modulation
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Closes the residual; returns x [B, L, D] and raw q, k, v [B, L, h, d]."""
+        x_BLD, h_BLD = ops.adaln(x_BLD, branch_BLD, gate_BFD, mods[1], mods[0], eps=EPS)
+        return x_BLD, *self.self_attn.project(h_BLD)
+
+    def after(
+        self, x_BLD: Tensor, attended_BLhd: Tensor, mods: Modulation, text_kv: LayerKV
+    ) -> tuple[Tensor, Tensor]:
+        """Everything after self-attention; returns x and the feed-forward's branch, gate mods 5."""
+        _, _, gate_sa, shift_ff, scale_ff, _ = mods
+        branch = self.self_attn.o(attended_BLhd.flatten(2))
+        weight, bias = self.norm3.weight, self.norm3.bias
+        x_BLD, h_BLD = ops.adaln(x_BLD, branch, gate_sa, weight, bias, scale_offset=0.0, eps=EPS)
+        branch = self.cross_attn.cross(h_BLD, text_kv)
+        x_BLD, h_BLD = ops.adaln(x_BLD, branch, None, scale_ff, shift_ff, eps=EPS)
+        return x_BLD, self.ffn(h_BLD)
+
+
+class Head(nn.Module):
+    """Last modulated norm and projection to patches, modulated by the bare time embedding."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.head = nn.Linear(config.dim, config.out_dim * config.patch[0] * config.patch[1])
+
+    def forward(
+        self, x_BLD: Tensor, branch_BLD: Tensor | None, gate_BFD: Tensor | None, embed_BFD: Tensor
+    ) -> Tensor:
+        """Patches [B, L, out_dim·ph·pw]."""
+        shift, scale = (self.modulation.unsqueeze(0) + embed_BFD.unsqueeze(2)).unbind(2)
+        _, h_BLD = ops.adaln(x_BLD, branch_BLD, gate_BFD, scale, shift, eps=EPS)
+        return self.head(h_BLD)

@@ -1,0 +1,496 @@
+"""The causal Wan2.1 network: block-causal, teacher-forced and streaming forwards.
+
+Parameter names are those of the released checkpoints. Shape letters: B batch, F frames, C latent
+channels, H x W latent size, T tokens per frame, L tokens, D model width, h heads, d head channels.
+Source: Wan2.1 as used by Self-Forcing and Causal-Forcing (arXiv 2506.08009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from afd import ops
+from afd.models.wan.block import EPS, Block, Head, Modulation, TimeTable
+from afd.models.wan.kv_cache import KVCache, LayerKV
+from afd.models.wan.rope import rope_table
+from afd.ops import Intervals, intervals
+from afd_kernels.contracts import require
+
+if TYPE_CHECKING:
+    from afd.models.adapters import Adapters
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the network and of its memory; defaults: Wan2.1-T2V-1.3B with 3-frame chunks.
+
+    Attributes:
+        chunk: frames denoised together.
+        window: frames that a query sees at most, its own chunk and the sink included; None: all.
+        sink: frames from the start that the window never loses. The released training mask has
+            none; with one, training sees what a stream sees.
+        independent_first_frame: the first chunk is one frame.
+    """
+
+    dim: int = 1536
+    num_heads: int = 12
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_dim: int = 16
+    out_dim: int = 16
+    patch: tuple[int, int] = (2, 2)
+    chunk: int = 3
+    window: int | None = None
+    sink: int = 0
+    independent_first_frame: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token rows and columns of one frame."""
+        rows, cols = height // self.patch[0], width // self.patch[1]
+        if (rows * self.patch[0], cols * self.patch[1]) != (height, width) or not rows * cols:
+            raise ValueError(f"x: a frame of {height}x{width} does not divide into {self.patch}")
+        return rows, cols
+
+    def sight(self, frames: int, tokens: int) -> Intervals:
+        """What each chunk sees in one pass over all frames."""
+        first = self.independent_first_frame
+        if self.window is None or not self.sink:
+            return intervals.causal(
+                frames, self.chunk, tokens, independent_first_frame=first, window=self.window
+            )
+        return intervals.windowed(
+            frames,
+            self.chunk,
+            tokens,
+            window=self.window,
+            sink=self.sink,
+            independent_first_frame=first,
+        )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What self-attention of one pass looks at.
+
+    Attributes:
+        rope: table of the pass's tokens.
+        intervals: keys of each query.
+        context: per layer, keys and values before the pass's own; or
+        cache: where the pass writes its own, and reads everything from.
+        keep: the pass's own keys and values are wanted afterwards; else a layer's are let go.
+        keys_only: nothing of the last layer is wanted but keys and values.
+        last: (tokens, frames, intervals): in the last layer only what follows is asked.
+    """
+
+    rope: Tensor
+    intervals: Intervals
+    context: list[LayerKV] | None = None
+    cache: KVCache | None = None
+    keep: bool = False
+    keys_only: bool = False
+    last: tuple[int, int, Intervals] | None = None
+
+
+def sinusoid(t: Tensor, channels: int) -> Tensor:
+    """(cos, sin) of t times a ladder of frequencies, float64 [..., channels]."""
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
+    angle = t.double().unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class CausalWan(nn.Module):
+    """The network. Videos are [B, F, C, H, W]; times are [B, F] or [B, 1] on the 0-1000 scale.
+
+    Attributes:
+        checkpoint_blocks: training passes keep only what lies between blocks, and compute the rest
+            again in the backward.
+        adapters: low-rank additions to the weights, if there are any.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        if config.dim % config.num_heads or config.head_dim % 2:
+            raise ValueError(
+                f"config: dim {config.dim} needs num_heads ({config.num_heads}) heads of even width"
+            )
+        self.config = config
+        self.checkpoint_blocks = False
+        self.adapters: Adapters | None = None
+        # What passes compute in, where the weights are kept in another dtype (sharding).
+        self.compute_dtype: torch.dtype | None = None
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(
+            config.in_dim, dim, kernel_size=(1, *config.patch), stride=(1, *config.patch)
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.compile_blocks(False)
+
+    # --- switches ---
+
+    def compile_blocks(self, enabled: bool = True, **options: Any) -> None:
+        """Compile what lies around self-attention, once for all layers (regional compilation).
+
+        Attention and the cache stay outside: they are ops already, and their lengths change from
+        chunk to chunk while these shapes do not. `options` go to torch.compile.
+        """
+        self._before: Callable[..., Any] = Block.before
+        self._after: Callable[..., Any] = Block.after
+        if enabled:
+            self._before = torch.compile(Block.before, **options)
+            self._after = torch.compile(Block.after, **options)
+
+    def fuse_projections(self) -> None:
+        """Make q, k and v of self-attention one product where no gradient is taken.
+
+        Their parameters become slices of one memory, in place; names stay. Moving, casting or
+        copying the network separates them again.
+        """
+        for block in self._layers():
+            block.self_attn.fuse()
+
+    @property
+    def fused(self) -> bool:
+        """Whether `fuse_projections` has been called since the network was last copied or moved."""
+        return all(block.self_attn.fused for block in self._layers())
+
+    # --- pieces ---
+
+    def _layers(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def _patchify(self, x_BFCHW: Tensor) -> tuple[Tensor, int, int]:
+        """Tokens [B, L, D], frame by frame, row by row; and rows, columns."""
+        B, frames, C, H, W = x_BFCHW.shape
+        if self.config.in_dim != C:
+            raise ValueError(f"x: {C} channels came, the network takes {self.config.in_dim}")
+        rows, cols = self.config.grid(H, W)
+        ph, pw = self.config.patch
+        patches = x_BFCHW.reshape(B, frames, C, rows, ph, cols, pw).permute(0, 1, 3, 5, 2, 4, 6)
+        weight = self.patch_embedding.weight.flatten(1)
+        patches_BLP = patches.reshape(B, frames * rows * cols, -1)
+        return F.linear(patches_BLP, weight, self.patch_embedding.bias), rows, cols
+
+    def _unpatchify(self, y_BLP: Tensor, rows: int, cols: int) -> Tensor:
+        ph, pw = self.config.patch
+        y = y_BLP.unflatten(-1, (ph, pw, self.config.out_dim)).unflatten(1, (-1, rows, cols))
+        y = y.permute(0, 1, 6, 2, 4, 3, 5)
+        return y.reshape(*y.shape[:3], rows * ph, cols * pw)
+
+    def time_table(self, t_BF: Tensor) -> TimeTable:
+        """Time embedding and every block's modulation at times [B, F], of which both may be 1."""
+        require(t_BF.ndim == 2, "t", t_BF, "[B, F] or [B, 1]")
+        embed_BFD = self.time_embedding(
+            sinusoid(t_BF, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
+        )
+        time_BF6D = self.time_projection(embed_BFD).unflatten(-1, (6, -1))
+        return TimeTable(embed_BFD, [block.modulation + time_BF6D for block in self._layers()])
+
+    def text_kv(self, text_BLE: Tensor) -> list[LayerKV]:
+        """The prompt's keys and values for every layer; padding rows are attended to as well."""
+        if text_BLE.shape[1:] != (self.config.text_len, self.config.text_dim):
+            raise ValueError(
+                f"text: shape {tuple(text_BLE.shape)} came, "
+                f"[B, {self.config.text_len}, {self.config.text_dim}] is needed"
+            )
+        embedded = self.text_embedding(text_BLE)
+        return [block.cross_attn.text_kv(embedded) for block in self._layers()]
+
+    def _rope(self, rows: int, cols: int, frames: range, chunks_BN: Tensor | None = None) -> Tensor:
+        """The table of these frames, or of the drawn chunks among them, [1 or B, L, d/2, 2]."""
+        device = self.patch_embedding.weight.device
+        frame_BF = torch.arange(frames.start, frames.stop, device=device)[None]
+        if chunks_BN is not None:
+            frame_BF = frame_BF.unflatten(1, (-1, self.config.chunk))[0, chunks_BN].flatten(1)
+        table = rope_table(self.config.head_dim, frame_BF.flatten(), rows, cols)
+        return table.view(len(frame_BF), -1, *table.shape[2:])
+
+    # --- one pass through the layers ---
+
+    def _layer(
+        self,
+        i: int,
+        how: _Pass,
+        x_BLD: Tensor,
+        branch_BLD: Tensor | None,
+        gate_BFD: Tensor | None,
+        mods: Modulation,
+        text_kv: LayerKV,
+    ) -> tuple[Tensor, Tensor | None, Tensor, LayerKV]:
+        """Block i: the open residual (x, branch, gate) after it, and its own keys and values."""
+        block, last = self._layers()[i], i + 1 == len(self.blocks)
+        x_BLD, q, k, v = self._before(block, x_BLD, branch_BLD, gate_BFD, mods)
+        norms = block.self_attn.norm_q.weight, block.self_attn.norm_k.weight
+        k_context = v_context = None
+        if how.cache is None:
+            q, k = ops.qk_norm_rope(q, k, *norms, how.rope, eps=EPS)
+            if how.context is not None:
+                k_context, v_context = how.context[i]
+        else:
+            q = ops.qk_norm_rope_append_(
+                q,
+                k,
+                v,
+                *norms,
+                how.rope,
+                *how.cache.self_kv[i],
+                how.cache.position,
+                tokens_per_frame=how.cache.tokens_per_frame,
+                sink_frames=how.cache.sink,
+                eps=EPS,
+            )
+            k, v = how.cache.view(i)
+        if last and how.keys_only:
+            return x_BLD, None, mods[5], (k, v)
+        seen = how.intervals
+        if last and how.last is not None:
+            tokens, frames, seen = how.last
+            x_BLD, q = x_BLD[:, tokens:], q[:, tokens:]
+            mods = tuple(part[:, frames:] for part in mods)
+        attended, _ = ops.block_attention(q, k, v, seen, k_context=k_context, v_context=v_context)
+        x_BLD, branch_BLD = self._after(block, x_BLD, attended, mods, text_kv)
+        return x_BLD, branch_BLD, mods[5], (k, v)
+
+    def _run(
+        self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: _Pass
+    ) -> tuple[Tensor | None, list[LayerKV]]:
+        """All layers and the head: patches [B, L, P] (None if keys_only), kept keys and values."""
+        branch_BLD: Tensor | None = None
+        gate_BFD: Tensor | None = None
+        own: list[LayerKV] = []
+        again = noop_context_fn if self.adapters is None else self.adapters.recompute
+        for i in range(len(self.blocks)):
+            args = (i, how, x_BLD, branch_BLD, gate_BFD, times.layers[i], text_kv[i])
+            if self.checkpoint_blocks and torch.is_grad_enabled() and how.cache is None:
+                out = checkpoint(self._layer, *args, use_reentrant=False, context_fn=again)
+            else:
+                out = self._layer(*args)
+            x_BLD, branch_BLD, gate_BFD, kv = out
+            if how.keep:
+                own.append(kv)
+        if how.keys_only:
+            return None, own
+        embed_BFD = times.embed_BFD
+        if how.last is not None and embed_BFD.shape[1] > 1:
+            embed_BFD = embed_BFD[:, how.last[1] :]
+        return self.head(x_BLD, branch_BLD, gate_BFD, embed_BFD), own
+
+    def _text(self, text: Tensor | list[LayerKV]) -> list[LayerKV]:
+        return self.text_kv(text) if isinstance(text, Tensor) else text
+
+    # --- training passes ---
+
+    def forward(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        text: Tensor | list[LayerKV],
+        context: list[LayerKV] | None = None,
+        *,
+        clean_BFCHW: Tensor | None = None,
+        clean_t_BF: Tensor | None = None,
+        chunks_BN: Tensor | None = None,
+    ) -> Tensor:
+        """Block-causal prediction for all frames at once, [B, F, out, H, W].
+
+        Teacher forcing, where a chunk sees the earlier ones clean:
+        - `clean_BFCHW` (with the noise level `clean_t_BF`, default 0): clean and noisy frames in
+          one pass, gradients also through the clean half (mode `recompute`);
+        - `context` from `clean_context`: the noisy half alone. Made without gradient it is mode
+          `own_context`, made by another network `shared_context`.
+
+        Args:
+            x_BFCHW: noisy frames.
+            t_BF: their times, [B, F] or [B, 1].
+            text: embeddings [B, text_len, text_dim], or the result of `text_kv`.
+            chunks_BN: under teacher forcing, which chunks of each video `x_BFCHW` and `t_BF` hold,
+                rising, int64 [B, N] on the CPU; the clean frames are whole. None: all.
+        """
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        frames, tokens, chunk = x_BFCHW.shape[1], rows * cols, self.config.chunk
+        if clean_BFCHW is None and context is None:
+            require(chunks_BN is None, "chunks", chunks_BN, "None where nothing clean is given")
+            how = _Pass(self._rope(rows, cols, range(frames)), self.config.sight(frames, tokens))
+        else:
+            self._check_teacher_forcing()
+            if clean_BFCHW is not None:
+                require(context is None, "context", "a list", "None where clean_BFCHW is given")
+            drawn = None
+            if chunks_BN is not None:
+                n = chunks_BN.shape[1] * chunk
+                require(n == frames, "chunks", chunks_BN, f"[B, N] with {frames} frames in x")
+                drawn = chunks_BN.tolist()
+                frames = _frames(clean_BFCHW, context, tokens)
+            noisy = intervals.noisy_half(frames, chunk, tokens, drawn)
+            rope = self._rope(rows, cols, range(frames), chunks_BN)
+            how = _Pass(rope, noisy, context)
+            if clean_BFCHW is not None:
+                shape = (len(x_BFCHW), frames, *x_BFCHW.shape[2:])
+                alike = clean_BFCHW.shape == shape
+                require(alike, "clean_BFCHW", clean_BFCHW, f"the shape of x, {list(shape)}")
+                clean_rope = self._rope(rows, cols, range(frames)).expand(len(rope), -1, -1, -1)
+                how = _Pass(
+                    torch.cat([clean_rope, rope], 1),
+                    intervals.teacher_forcing(frames, chunk, tokens, drawn),
+                    last=(frames * tokens, frames, noisy),
+                )
+                x_BLD = torch.cat([self._patchify(clean_BFCHW)[0], x_BLD], 1)
+                t_BF = torch.cat([_times(clean_t_BF, clean_BFCHW), _times(t_BF, x_BFCHW)], 1)
+        y_BLP, _ = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
+        assert y_BLP is not None
+        return self._unpatchify(y_BLP, rows, cols)
+
+    def clean_context(
+        self, x_BFCHW: Tensor, text: Tensor | list[LayerKV], t_BF: Tensor | None = None
+    ) -> list[LayerKV]:
+        """Keys and values of clean frames, for the teacher-forced forward.
+
+        Clean frames never see noisy ones, so this half of teacher forcing is a pass of its own; of
+        the last layer only keys and values are needed. `t_BF` is the context's noise level (0).
+        """
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        frames = x_BFCHW.shape[1]
+        how = _Pass(
+            self._rope(rows, cols, range(frames)),
+            self.config.sight(frames, rows * cols),
+            keep=True,
+            keys_only=True,
+        )
+        if t_BF is None:
+            t_BF = x_BFCHW.new_zeros(1, 1, dtype=torch.float32)
+        return self._run(x_BLD, self.time_table(t_BF), self._text(text), how)[1]
+
+    def forward_over(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        text: Tensor | list[LayerKV],
+        context: list[LayerKV] | None,
+        start_frame: int,
+    ) -> tuple[Tensor, list[LayerKV]]:
+        """One chunk with gradients over a given past: the trained step of self-forcing.
+
+        The chunk sees itself and all of `context` (None: no past). Gradients reach the context if
+        it carries any: detached values stop there, `straight_through` lets them pass to the keys
+        of another pass. Returns the prediction [B, F, out, H, W] and the chunk's own keys and
+        values, both differentiable; nothing is written anywhere.
+        """
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        past = 0 if context is None else context[0][0].shape[1]
+        how = _Pass(
+            self._rope(rows, cols, range(start_frame, start_frame + x_BFCHW.shape[1])),
+            intervals.after_context(past, x_BLD.shape[1]),
+            context if past else None,
+            keep=True,
+        )
+        y_BLP, own = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
+        assert y_BLP is not None
+        return self._unpatchify(y_BLP, rows, cols), own
+
+    def _check_teacher_forcing(self) -> None:
+        ok = self.config.window is None and not self.config.independent_first_frame
+        require(ok, "config", self.config, "no window and no independent first frame (context)")
+
+    # --- streaming ---
+
+    @torch.no_grad()
+    def new_cache(
+        self, text: Tensor | list[LayerKV], frames: int | None, height: int, width: int
+    ) -> KVCache:
+        """An empty cache for streams of `frames` frames with these prompts.
+
+        With a window in the configuration it holds that many frames and the stream may go on
+        (`frames` None: without end); else it holds all of `frames`. A list is copied: a prompt
+        switch writes over the cache's own, and other streams may have begun with the same list.
+        """
+        window, sink = self.config.window, self.config.sink
+        grid = self.config.grid(height, width)
+        own = self.text_kv(text) if isinstance(text, Tensor) else [_copies(kv) for kv in text]
+        return KVCache(own, frames, *grid, window=window, sink=sink)
+
+    def forward_cached(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        cache: KVCache,
+        start_frame: int,
+        context_only: bool = False,
+    ) -> Tensor | None:
+        """One chunk at frames `start_frame`…, given the cache of everything before it.
+
+        Full attention inside the chunk; its keys and values overwrite its slots in the cache.
+        `context_only`: only the cache is wanted, so the end of the last layer is left out.
+        `t_BF`: [B, F], [B, 1] or [1, 1]; what it means to each layer is computed once per tensor,
+        so pass the same one again. No gradients: the cache is written in place.
+        """
+        cache.seek(start_frame, x_BFCHW.shape[1])
+        return self.streamed(x_BFCHW, self.streaming_times(t_BF, cache), cache, context_only)
+
+    @torch.no_grad()
+    def streaming_times(self, t_BF: Tensor, cache: KVCache) -> TimeTable:
+        """The modulation at a step value, computed once for a cache."""
+        table = cache.known_time(t_BF)
+        if table is None:
+            table = self.time_table(t_BF)
+            cache.keep_time(t_BF, table)
+        return table
+
+    def streamed(
+        self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context_only: bool = False
+    ) -> Tensor | None:
+        """`forward_cached` at the chunk the cache has been put to; depends on no host value."""
+        # Autograd in between costs the host more time per op than some ops take.
+        with torch.inference_mode():
+            x_BLD, rows, cols = self._patchify(x_BFCHW)
+            how = _Pass(
+                cache.rope(x_BFCHW.shape[1]),
+                intervals.cache(cache.valid, x_BLD.shape[1]),
+                cache=cache,
+                keys_only=context_only,
+            )
+            y_BLP, _ = self._run(x_BLD, times, cache.cross_kv, how)
+        if y_BLP is None:
+            return None
+        # Rearranged out here: autograd may save it, so it must not be an inference tensor.
+        out = self._unpatchify(y_BLP, rows, cols)
+        return out.clone() if out.is_inference() else out
+
+
+def _copies(kv: LayerKV) -> LayerKV:
+    return kv[0].clone(), kv[1].clone()
+
+
+def _frames(clean: Tensor | None, context: list[LayerKV] | None, tokens: int) -> int:
+    """Frames of what is given clean."""
+    if clean is not None:
+        return clean.shape[1]
+    assert context is not None
+    return context[0][0].shape[1] // tokens
+
+
+def _times(t_BF: Tensor | None, x_BFCHW: Tensor) -> Tensor:
+    """Times [B, F]; 0 where none are given."""
+    shape = x_BFCHW.shape[:2]
+    return x_BFCHW.new_zeros(shape, dtype=torch.float32) if t_BF is None else t_BF.expand(shape)
