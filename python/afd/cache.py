@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from afd.config.run import ConfigError
+from afd.errors import ConfigError
 from afd.files import sha256_of, write_bytes
 from afd.hub import tensor_bytes
 

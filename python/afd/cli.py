@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 
 import afd
-from afd.files import DISK, StorageError, what_failed
+from afd.errors import DONE, FAILED, MISTAKE, STOPPED, STORAGE, AfdError
+from afd.files import DISK, what_failed
 from afd.terminal import drop, ended_by_signals, lasting_streams, occupy
 
 if TYPE_CHECKING:
     from afd.config.run import RunConfig
-
-DONE, FAILED, MISTAKE, STORAGE, STOPPED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,38 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_command(options: argparse.Namespace) -> int:
     """Every error that a user can do something about, as one sentence and an exit code."""
-    # Importing torch takes seconds; --help and a mistyped command answer before it.
-    try:
-        from afd.config.run import ConfigError
-        from afd.distributed import LostError
-        from afd.methods.optimizer import TrainingError
-        from afd.teachers.base import TeacherError
-        from afd.trainer.checkpoint import CheckpointError
-        from afd.video import VideoError
-    except KeyboardInterrupt:
-        return STOPPED
-
     try:
         code = int(options.run(options))
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except (ConfigError, TeacherError, VideoError) as error:
-        return _say(MISTAKE, str(error))
+    except AfdError as error:
+        return _say(error.exit_code, str(error))
     except BrokenPipeError:
         # Of a command that only prints: nobody reads on.
         drop(1)
         return FAILED
-    except StorageError as error:
-        return _say(STORAGE, str(error))
     except OSError as error:
         if error.errno in DISK:
             remedy = f"{DISK[error.errno]}, and run the same command again"
             return _say(STORAGE, f"{what_failed(error)}; {remedy}")
         # One that names a file is about what the user has given; any other came in mid-work.
         return _say(FAILED if error.filename is None else MISTAKE, what_failed(error))
-    except (TrainingError, CheckpointError, LostError) as error:
-        return _say(FAILED, str(error))
     except KeyboardInterrupt:
         return _say(STOPPED, "interrupted; what was not finished is not saved")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from afd.config.run import ConfigError
+from afd.errors import ConfigError, ProcessLostError
 
 if TYPE_CHECKING:
     from afd.config.run import RunConfig
@@ -33,10 +33,6 @@ BUCKET = 1 << 24
 PATIENCE = timedelta(minutes=30)
 FAILED = "afd/failed"
 CPU = torch.device("cpu")
-
-
-class LostError(RuntimeError):
-    """Another process of the run was killed or hangs."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +116,11 @@ ALONE = Ranks()
 
 
 def collective(call: Callable[..., Any], *args: Any) -> None:
-    """One call that all processes make together; LostError where another one's end breaks it."""
+    """One call that all processes make together. Raises ProcessLostError where one has ended."""
     try:
         call(*args)
     except RuntimeError as error:
-        raise LostError(
+        raise ProcessLostError(
             f"process {dist.get_rank()} lost another process of this run, which was killed or "
             f"hangs ({str(error).splitlines()[0]})"
         ) from error

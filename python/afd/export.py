@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from afd.config.base import Folder, Section
-from afd.config.run import FREE_KEYS, ConfigError, RunConfig, flatten, plain
+from afd.config.run import FREE_KEYS, RunConfig, flatten, plain
+from afd.errors import ConfigError
 from afd.files import replacing
 from afd.hub import need, refuse_other_weights
 from afd.lab.student import ToyStudent

@@ -1,20 +1,24 @@
-"""Files that a crash leaves whole: atomic writes, hashes, and JSON lines.
+"""Files: atomic writes, locks, hashes, and rows of JSON lines and CSV.
 
 Every OSError that leaves this module names its file.
 """
 
 from __future__ import annotations
 
+import csv
 import errno
+import fcntl
 import hashlib
+import io
 import json
+import logging
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +26,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from afd.rows import json_rows
+from afd.errors import ConfigError, LockedError
 
 # What a disk answers that is full, read-only or broken, and what can be done about it.
 DISK = {
@@ -36,12 +40,9 @@ DISK = {
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 BLOCK = 1 << 20
 PARTIAL = ".partial"
+_log = logging.getLogger("afd")
 # Bytes of a name on every file system in use.
 LONGEST_NAME = 255
-
-
-class StorageError(RuntimeError):
-    """The disk failed a command at work; the message says what to do and what is saved."""
 
 
 def what_failed(error: OSError) -> str:
@@ -251,3 +252,136 @@ class JsonAppender:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+# --- locks ---
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock on a folder, or on a file that is made where there is none, for the block.
+
+    Yields whether it could be locked: some network file systems have no locks. It goes with the
+    process. Raises LockedError where another process has it.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            raise LockedError(str(path)) from None
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): write there once at a time", path, error)
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def only_one(folder: Path, *, made: tuple[str, ...] = ()) -> Iterator[None]:
+    """The folder (made where there is none) is this process's; the lock goes with the process.
+
+    Files whose names end as one of `made` are then what a killed process left, and are removed. The
+    lock is on the folder itself, so nothing else lies in it. Raises ConfigError where another
+    process has it.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(locked(folder))
+        except LockedError:
+            raise ConfigError(
+                f"{folder}: another process is writing videos there; wait for it, or choose "
+                "another folder"
+            ) from None
+        if held:
+            for ending in made:
+                for left in folder.glob(f"*{ending}"):
+                    remove(left)
+        try:
+            yield
+        finally:
+            # It may have been removed, or have become unreadable, meanwhile.
+            with suppress(OSError):
+                if new and not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+# --- rows ---
+# Line number, from 1, and the row by an object's or a header's keys; or what is wrong with it.
+Rows = Iterator[tuple[int, "dict[str, Any] | str"]]
+
+
+# A million prompts fit.
+MAX_BYTES = 1 << 30
+# A zero byte in a text, as JSON writes it; the backslash before it may be the text's own.
+_ZERO = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises ValueError, which names no file, where it cannot be read or is not text.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"cannot be read (it has more than {MAX_BYTES} bytes)")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        wrong = f"line {line}: byte {data[error.start]:#04x} is not UTF-8"
+        raise ValueError(f"cannot be read ({wrong})") from error
+    if "\0" in text:
+        line = 1 + text.count("\n", 0, text.index("\0"))
+        raise ValueError(f"cannot be read (line {line}: a zero byte; needed: UTF-8 text)")
+    return text
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds. ValueError for whatever is wrong with it, also for zero bytes and
+    halves of characters, which JSON can write and no path or tokenizer takes."""
+    try:
+        value = json.loads(text)
+        written = json.dumps(value, ensure_ascii=False)
+        written.encode()
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if _ZERO.search(written):
+        raise ValueError("a text holds a zero byte")
+    return value
+
+
+def json_rows(text: str) -> Rows:
+    """One JSON object a line; empty lines are passed over."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            yield number, f"not JSON ({error})"
+            continue
+        yield number, row if isinstance(row, dict) else f"{type(row).__name__}, not an object"
+
+
+def csv_rows(text: str, columns: Sequence[str] = ()) -> Rows:
+    """Rows under a header, which must have the `columns`; None where a row is too short."""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        header = rows.fieldnames
+        if not set(columns) <= set(header or ()):
+            yield 1, f"the header is {header}, needs {' and '.join(columns)}"
+            return
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        yield rows.line_num, f"not CSV ({error})"

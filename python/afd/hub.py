@@ -86,7 +86,7 @@ def need(key: str, *packages: str) -> None:
     """Refuse, in one line, a setting whose packages are not installed. Nothing is imported."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        from afd.config.run import ConfigError
+        from afd.errors import ConfigError
 
         raise ConfigError(
             f"{key}: needs {', '.join(missing)}, which is not installed here; "
@@ -130,7 +130,7 @@ def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
 
 def refuse_other_weights(key: str, there: str | None, now: str | None) -> None:
     """ConfigError where the start weights of a state (their digest) are not those of `key` now."""
-    from afd.config.run import ConfigError
+    from afd.errors import ConfigError
 
     if there != now:
         raise ConfigError(

@@ -21,7 +21,7 @@ import httpx
 
 import afd.data.videos
 from afd.config.run import RunConfig, load_config
-from afd.teachers.base import TeacherError
+from afd.errors import TeacherError
 from afd.teachers.paid.http import Http
 from afd.teachers.paid.ledger import Ledger
 

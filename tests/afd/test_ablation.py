@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from afd.config.run import ConfigError, load_config, plain
+from afd.config.run import load_config, plain
+from afd.errors import ConfigError
 from afd.lab.ablation import AblationConfig, ablation, study
 from tests.afd.test_quickstart import SMALL as QUICKSTART
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from afd.teachers.base import Request, TeacherError, Unanswered
+from afd.errors import TeacherError, Unanswered
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
 from afd.teachers.paid.ledger import Ledger
 from tests.afd.paid import paid_config, teacher_of, video_bytes

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from afd.cache import Store
-from afd.config.run import ConfigError, RunConfig, make_config
+from afd.config.run import RunConfig, make_config
+from afd.errors import ConfigError
 from afd.methods.base import Batch
 from afd.models.codec import Pixels
 from afd.models.wan.student import WanStudent

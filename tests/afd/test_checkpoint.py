@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import afd
-from afd.config.run import ConfigError, make_config, plain
+from afd.config.run import make_config, plain
+from afd.errors import CheckpointError, ConfigError
 from afd.trainer import checkpoint
-from afd.trainer.checkpoint import CheckpointError
 
 CONFIG = plain(make_config({}))
 SHARD = "shard-00001-model-00001-of-00001.safetensors"

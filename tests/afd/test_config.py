@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from afd.benchmarks.config import EvalConfig
 from afd.cli import main
 from afd.config.run import (
-    ConfigError,
     RunConfig,
     differences,
     known_keys,
@@ -22,6 +21,7 @@ from afd.config.run import (
     to_yaml,
 )
 from afd.discriminators.config import LatentConfig
+from afd.errors import ConfigError
 from afd.sampling.config import SampleConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"

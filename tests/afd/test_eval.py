@@ -20,8 +20,9 @@ from afd.benchmarks.config import EvalConfig, VBenchConfig, VideoPhyConfig
 from afd.benchmarks.run import evaluate
 from afd.benchmarks.suites import Clip, Score
 from afd.cli import main
-from afd.config.run import ConfigError, load_config, make_config
+from afd.config.run import load_config, make_config
 from afd.discriminators.videoalign.model import VideoAlign
+from afd.errors import ConfigError
 from afd.lab.student import ToyStudent
 from afd.trainer.loop import train
 from afd.video import check_video, read_comment, read_video

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afd.cli import main
-from afd.config.run import ConfigError, RunConfig, make_config, plain, to_yaml
+from afd.config.run import RunConfig, make_config, plain, to_yaml
+from afd.errors import ConfigError
 from afd.export import ExportConfig, export
 from afd.lab.student import ToyStudent
 from afd.models.config import DTYPES

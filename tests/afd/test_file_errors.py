@@ -111,7 +111,7 @@ def test_one_process_at_a_time_samples_into_a_folder(
 ) -> None:
     out = tmp_path / "out"
     code = (
-        "import sys, time; from pathlib import Path; from afd.lock import only_one\n"
+        "import sys, time; from pathlib import Path; from afd.files import only_one\n"
         "with only_one(Path(sys.argv[1])):\n print('mine', flush=True); time.sleep(60)"
     )
     words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), f"out={out}", "device=cpu"]

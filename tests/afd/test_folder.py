@@ -12,7 +12,8 @@ import torch
 
 from afd.config.run import VideoConfig
 from afd.data.videos import Videos
-from afd.teachers.base import Request, TeacherError
+from afd.errors import TeacherError
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
 from afd.video import write_video
 from tests.afd.clips import make_clip_folder

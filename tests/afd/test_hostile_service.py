@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import afd.teachers.paid.purchase
-from afd.teachers.base import TeacherError, Unanswered
+from afd.errors import TeacherError, Unanswered
 from afd.teachers.paid.ark import Ark
 from afd.teachers.paid.ledger import NAME, Ledger
 from afd.teachers.paid.teacher import PROVIDERS

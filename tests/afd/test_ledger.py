@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from afd.config.run import to_yaml
-from afd.teachers.base import TeacherError
+from afd.errors import BudgetError, TeacherError
 from afd.teachers.folder import FolderTeacher
 from afd.teachers.paid.contents import Saved
-from afd.teachers.paid.ledger import NAME, BudgetError, Claims, Ledger
+from afd.teachers.paid.ledger import NAME, Claims, Ledger
 from afd.teachers.paid.service import Order
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, Service

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from afd.teachers.base import ContentsError, TeacherError
+from afd.errors import ContentsError, TeacherError
 from afd.teachers.paid.ledger import NAME, Ledger
 from afd.teachers.paid.schema import VERSION
 from afd.teachers.paid.teacher import PROVIDERS, ApiTeacher

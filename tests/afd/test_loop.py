@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
-from afd.config.run import ConfigError
 from afd.data.videos import Sampler
+from afd.errors import ConfigError, TeacherError, TrainingError
 from afd.methods.base import Batch
-from afd.teachers.base import Request, TeacherError
+from afd.teachers.base import Request
 from afd.trainer.health import Signs, signs
 from afd.trainer.logging import Lines
-from afd.trainer.loop import Outcome, TrainingError, train
+from afd.trainer.loop import Outcome, train
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 
 

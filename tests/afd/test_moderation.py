@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from afd.teachers.base import Unanswered
+from afd.errors import Unanswered
 from afd.teachers.paid.answers import Kind, Reply
 from afd.teachers.paid.ledger import Ledger
 from afd.teachers.paid.moderation import complaint

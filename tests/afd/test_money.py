@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from afd.config.run import make_config
-from afd.teachers.base import TeacherError
+from afd.errors import BudgetError, TeacherError
 from afd.teachers.paid.contents import Saved
-from afd.teachers.paid.ledger import BudgetError, Ledger
+from afd.teachers.paid.ledger import Ledger
 from afd.teachers.paid.teacher import PROVIDERS, price_of
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, WIRES, Exchange, Service

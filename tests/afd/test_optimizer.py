@@ -14,9 +14,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from afd.distributed import ALONE
+from afd.errors import TrainingError
 from afd.lab.student import ToyStudent
 from afd.methods.config import StudentOptimizerConfig
-from afd.methods.optimizer import StudentOptimizer, TrainingError, cosine_rate
+from afd.methods.optimizer import StudentOptimizer, cosine_rate
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
 from afd.models.student import Student

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from afd.config.run import VideoConfig
 from afd.data.videos import Videos
+from afd.errors import VideoError
 from afd.teachers.base import Request
-from afd.video import VideoError, check_video, frame_size, from_uint8, read_video, to_uint8
+from afd.video import check_video, frame_size, from_uint8, read_video, to_uint8
 from tests.afd.odd_clips import (
     HEIGHT,
     RATE,

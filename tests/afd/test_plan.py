@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from afd import cli
-from afd.config.run import ConfigError, RunConfig, load_config, make_config
+from afd.config.run import RunConfig, load_config, make_config
+from afd.errors import ConfigError
 from afd.methods.config import AfdConfig
 from afd.methods.optimizer import StudentOptimizer
 from afd.models.config import LoraConfig

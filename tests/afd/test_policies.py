@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.config.run import ConfigError
+from afd.errors import ConfigError
 from afd.lab.student import ToyStudent
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from safetensors import safe_open
 
-from afd.config.run import ConfigError, load_config
+from afd.config.run import load_config
+from afd.errors import ConfigError
 from afd.lab.quickstart import final_evaluation, quickstart
 from afd.lab.quickstart_full import ROWS, quickstart_full, study
 from afd.trainer.loop import Outcome, evaluate_run, train

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config.run import ConfigError, make_config
+from afd.config.run import make_config
 from afd.distributed import ALONE, Ranks, join
+from afd.errors import ConfigError
 from tests.afd.together import together
 
 CONFIG = make_config({})

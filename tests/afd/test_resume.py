@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config.run import ConfigError, VideoConfig
+from afd.config.run import VideoConfig
 from afd.data.inputs import refuse_other_inputs
 from afd.data.videos import Videos
 from afd.distributed import ALONE
+from afd.errors import ConfigError, TeacherError
 from afd.methods.base import Batch
-from afd.teachers.base import Request, TeacherError
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
 from afd.trainer import checkpoint, shards
 from afd.trainer.loop import Outcome, load_run, train

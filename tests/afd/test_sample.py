@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from afd.cli import main
-from afd.config.run import ConfigError, make_config
+from afd.config.run import make_config
+from afd.errors import ConfigError
 from afd.models.student import Student
 from afd.models.wan.checkpoints import save_self_forcing
 from afd.models.wan.network import CausalWan, WanConfig

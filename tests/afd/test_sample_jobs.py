@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from afd.cli import main
-from afd.config.run import ConfigError, make_config
+from afd.config.run import make_config
+from afd.errors import ConfigError
 from afd.lab.student import checkpoint_path
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import read_jobs

@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from afd.config.run import ConfigError, make_config
+from afd.config.run import make_config
+from afd.errors import ConfigError
 from afd.hub import HUB_BYTES, local_copy
 from afd.lab.report.page import write_report
 from afd.models.wan.text import TextEncoder

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import afd.teachers.paid.purchase
-from afd.teachers.base import TeacherError, Unanswered
+from afd.errors import TeacherError, Unanswered
 from afd.teachers.paid.answers import receive
 from afd.teachers.paid.ledger import LOCK, NAME, Ledger
 from afd.teachers.paid.secret import Secret

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from afd.config.run import ConfigError
+from afd.errors import ConfigError
 from afd.hub import local_copy, pinned
 from afd.sampling.sample import sample
 from afd.video import read_comment

@@ -19,7 +19,8 @@ import afd.trainer.loop
 from afd.cli import main
 from afd.config.run import RunConfig, to_yaml
 from afd.data.videos import Sampler, Videos
-from afd.teachers.base import Request, TeacherError
+from afd.errors import TeacherError
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
 from afd.teachers.paid.teacher import PROVIDERS, read_prompts
 from afd.trainer.loop import Outcome, train

@@ -17,8 +17,8 @@ import httpx
 import pytest
 from rich.pretty import pretty_repr
 
-from afd.config.run import ConfigError, load_config, make_config, to_yaml
-from afd.teachers.base import TeacherError, Unanswered
+from afd.config.run import load_config, make_config, to_yaml
+from afd.errors import ConfigError, TeacherError, Unanswered
 from afd.teachers.config import FetchConfig
 from afd.teachers.paid.answers import Failure, Kind
 from afd.teachers.paid.http import Http, place

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.config.run import ConfigError
 from afd.discriminators.base import DifferentiableCritic
 from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.videoalign.discriminator import VideoAlignCritic
 from afd.discriminators.videoalign.model import NORMS, VideoAlign, find_files, remap
 from afd.discriminators.videoalign.prompt import OWN_TEMPLATE, REWARD_TOKENS
+from afd.errors import ConfigError
 from tests.afd.tiny_videoalign import (
     ALPHA,
     HIDDEN,

@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from afd.config.run import ConfigError, RunConfig, make_config
+from afd.config.run import RunConfig, make_config
 from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.videoalign.discriminator import VideoAlignCritic
 from afd.discriminators.videoalign.model import VideoAlign
+from afd.errors import ConfigError
 from afd.lab.report.page import write_report
 from afd.methods.base import Shown
 from afd.teachers.base import Request

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from afd.benchmarks import videophy
 from afd.benchmarks.config import VideoPhyConfig
-from afd.config.run import ConfigError, make_config
+from afd.config.run import make_config
+from afd.errors import ConfigError
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import Job, read_jobs
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd.teachers.base import TeacherError
+from afd.errors import TeacherError
 from afd.teachers.config import FetchConfig
 from afd.teachers.paid.answers import NAME, Failure
 from afd.teachers.paid.http import Http

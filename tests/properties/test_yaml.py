@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from afd.benchmarks.config import EvalConfig
 from afd.config.base import Section
-from afd.config.run import ConfigError, RunConfig, load_config, make_config, read_yaml, to_yaml
-from afd.config.yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
+from afd.config.run import RunConfig, load_config, make_config, read_yaml, to_yaml
+from afd.config.yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_yaml
+from afd.errors import ConfigError, YamlError
 from afd.lab.ablation import AblationConfig
 from afd.sampling.config import SampleConfig
 

@@ -22,7 +22,7 @@ from afd.benchmarks.student import Subject, find_subject, with_rater
 from afd.benchmarks.suites import Clip, Prompt, Score, write_csv, write_whole
 from afd.config.run import RunConfig
 from afd.distributed import Ranks, join
-from afd.lock import only_one
+from afd.files import only_one
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import Job
 from afd.sampling.sample import make_videos

@@ -13,8 +13,9 @@ import torch
 from pydantic import Field
 
 from afd.benchmarks.config import EvalConfig
-from afd.config.run import ConfigError, RunConfig
+from afd.config.run import RunConfig
 from afd.discriminators.config import VideoAlignConfig
+from afd.errors import ConfigError
 from afd.lab.student import ToyStudent
 from afd.models.config import WanStudentConfig
 from afd.sampling.config import SampleConfig, StreamConfig

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from afd import rows
-from afd.config.run import ConfigError
+from afd import files
+from afd.errors import ConfigError
 from afd.files import write_bytes
 
 
@@ -59,9 +59,9 @@ def need(path: Path | None, key: str, what: str) -> Path:
 
 
 def read_text(path: Path, key: str) -> str:
-    """The text of a file that a key names, or ConfigError; see `rows.read_text`."""
+    """The text of a file that a key names, or ConfigError; see `files.read_text`."""
     try:
-        return rows.read_text(path)
+        return files.read_text(path)
     except ValueError as error:
         raise ConfigError(f"{key} {path}: {error}") from error
 
@@ -81,7 +81,7 @@ def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, st
         if len(columns) > 1:
             raise ConfigError(f"{key} {path}: a .txt has no column {columns[1]}")
         return [{columns[0]: line} for line in read_lines(path, key)]
-    readers = {".csv": rows.csv_rows, ".jsonl": rows.json_rows}
+    readers = {".csv": files.csv_rows, ".jsonl": files.json_rows}
     if path.suffix not in readers:
         raise ConfigError(f"{key} {path}: needs the ending .csv, .jsonl or .txt")
     found = []

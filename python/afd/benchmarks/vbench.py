@@ -18,8 +18,8 @@ from pathlib import Path
 
 from afd.benchmarks.config import VBenchConfig
 from afd.benchmarks.suites import Clip, Prompt, Score, need, read_lines, read_text
-from afd.config.run import ConfigError
-from afd.rows import parse_json
+from afd.errors import ConfigError
+from afd.files import parse_json
 
 _log = logging.getLogger("afd")
 FLICKERING = "temporal_flickering"

@@ -16,8 +16,8 @@ import torch
 
 from afd.benchmarks.config import VideoAlignMqConfig
 from afd.benchmarks.suites import Clip, Prompt, Score, read_rows, read_text, write_csv, write_whole
-from afd.config.run import ConfigError
 from afd.distributed import Ranks
+from afd.errors import ConfigError
 from afd.hub import local_copy
 from afd.models.config import DTYPES
 from afd.video import read_video

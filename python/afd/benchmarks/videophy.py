@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from afd.benchmarks.config import VideoPhyConfig
 from afd.benchmarks.suites import Clip, Prompt, Score, need, read_rows, write_csv
-from afd.config.run import ConfigError
+from afd.errors import ConfigError
 
 GOOD = 4
 

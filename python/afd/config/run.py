@@ -15,16 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from afd.config.base import Count, Folder, Natural, Positive, Section, Threads
-from afd.config.yaml import MAX_BYTES, YamlError, parse_yaml, yaml_text
+from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
+from afd.errors import ConfigError, YamlError
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.models.config import ToyStudentConfig, WanStudentConfig
 from afd.teachers.config import TeacherConfig
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong; the message says which key, what came and what is needed."""
-
 
 Kind = TypeVar("Kind", bound=Section)
 

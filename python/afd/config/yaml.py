@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from afd.errors import YamlError
+
 # A list of ten thousand prompts fits.
 MAX_BYTES = 1 << 20
 MAX_NODES = 50_000
@@ -22,10 +24,6 @@ _INTEGER = r"[-+]?(?:0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0|[1-9][0-9_]*)\Z"
 _FLOAT = r"""(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"""
-
-
-class YamlError(ValueError):
-    """Text that is no bounded, plain YAML; the message is one line and names the line."""
 
 
 def parse_yaml(text: str) -> Any:

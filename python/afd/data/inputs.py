@@ -14,10 +14,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from afd.config.run import ConfigError
 from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError, TeacherError
 from afd.methods.base import Method
-from afd.teachers.base import Request, TeacherError
+from afd.teachers.base import Request
 
 ACCEPT = "checkpoint.accept_changed_inputs"
 _log = logging.getLogger("afd")

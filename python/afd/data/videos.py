@@ -24,10 +24,10 @@ from afd.cache import Facts, Store, file_hash
 from afd.config.run import RunConfig, VideoConfig
 from afd.data.inputs import Content, Contents
 from afd.distributed import ALONE, Ranks
-from afd.files import sha256_of, write_json
+from afd.errors import TeacherError, Unanswered
+from afd.files import parse_json, sha256_of, write_json
 from afd.models.codec import Codec, Pixels
-from afd.rows import parse_json
-from afd.teachers.base import Request, Teacher, TeacherError, Unanswered
+from afd.teachers.base import Request, Teacher
 from afd.teachers.config import API_KINDS
 from afd.teachers.folder import FolderTeacher
 from afd.video import Clip, Limits, from_uint8, read_clip, through_codec, to_uint8

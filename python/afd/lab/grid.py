@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from afd.config.run import ConfigError, RunConfig, make_config, parse_value
+from afd.config.run import RunConfig, make_config, parse_value
+from afd.errors import ConfigError
 from afd.files import write_json
 from afd.lab.quickstart import COLUMNS, base, final_evaluation, lines
 from afd.trainer.loop import Outcome, train

@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from afd.config.run import ConfigError, RunConfig, make_config, to_yaml
+from afd.config.run import RunConfig, make_config, to_yaml
 from afd.data.videos import Videos, open_teacher
+from afd.errors import ConfigError
 from afd.files import read_json_lines, write_text
 from afd.lab import physics
 from afd.lab.report.page import write_report

@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from afd.distributed import ALONE, Ranks
+from afd.errors import TrainingError
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.weights import Weights, fill, local
 from afd_kernels.contracts import require
-
-
-class TrainingError(RuntimeError):
-    """A run cannot go on; the message says at which step and why."""
 
 
 def cosine_rate(step: int, steps: int | None, floor: float = 0.05) -> float:

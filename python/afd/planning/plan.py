@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from afd.config.run import ConfigError, RunConfig
+from afd.config.run import RunConfig
+from afd.errors import ConfigError
 from afd.methods.config import TimesConfig
 from afd.methods.copies import check_chunks
 from afd.models.wan.checkpoints import infer_config, read_weights

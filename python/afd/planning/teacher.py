@@ -9,7 +9,7 @@ from pathlib import Path
 
 from afd.config.run import RunConfig
 from afd.discriminators.config import VideoAlignConfig
-from afd.teachers.base import TeacherError
+from afd.errors import TeacherError
 from afd.teachers.config import API_KINDS
 from afd.teachers.folder import read_manifest
 

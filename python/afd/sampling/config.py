@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from afd.config.base import Count, Natural, Positive, Threads
-from afd.config.run import ConfigError
+from afd.errors import ConfigError
 from afd.hub import fingerprint
 from afd.lab.student import checkpoint_path
 from afd.models.config import DTYPES, WanParts

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from afd.config.base import Natural, Section
-from afd.config.run import ConfigError
-from afd.rows import json_rows, read_text
+from afd.errors import ConfigError
+from afd.files import json_rows, read_text
 from afd.sampling.config import SampleConfig
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from afd.config.run import ConfigError
+from afd.errors import ConfigError, VideoError
+from afd.files import only_one
 from afd.hub import named_errors, pinned
 from afd.lab.student import ToyStudent, checkpoint_path
-from afd.lock import only_one
 from afd.models.codec import Codec, Pixels
 from afd.models.student import Student
 from afd.models.wan.checkpoints import infer_config, read_weights
@@ -32,7 +32,7 @@ from afd.models.wan.network import CausalWan, WanConfig
 from afd.rollout import Layout, chunk_layout, counted_noise, stream, stream_layout
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import Job, read_jobs
-from afd.video import VideoError, read_comment, read_video
+from afd.video import read_comment, read_video
 from afd.video.recorder import Recorder
 
 # Where parts may come from besides `pretrained`, and which they are.

@@ -12,23 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 
-class TeacherError(ValueError):
-    """A teacher cannot be used; the message lists every reason at once."""
-
-
-class Unanswered(TeacherError):
-    """One request has no video and gets none in this run; other requests may."""
-
-    def __init__(self, message: str, *, rejected: bool = False) -> None:
-        """`rejected`: moderation refused it, for good."""
-        super().__init__(message)
-        self.rejected = rejected
-
-
-class ContentsError(TeacherError):
-    """A file of the folder is not what its ledger knows; other requests may have theirs."""
-
-
 @dataclass(frozen=True)
 class Request:
     """One question to the teacher. `draw` numbers repeated questions with the same prompt."""

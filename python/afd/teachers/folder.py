@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from afd.rows import Rows, csv_rows, json_rows
-from afd.teachers.base import Request, TeacherError
-from afd.video import DEFAULT_LIMITS, Hdr, Limits, VideoError, check_video
+from afd.errors import TeacherError, VideoError
+from afd.files import Rows, csv_rows, json_rows
+from afd.teachers.base import Request
+from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
 
 MANIFESTS = ("prompts.jsonl", "prompts.csv", "prompts.txt")
 # Clips checked at the same time; a large one decodes in several threads of its own.

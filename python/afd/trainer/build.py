@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from afd.cache import Store
-from afd.config.run import ConfigError
 from afd.discriminators.base import DifferentiableCritic
 from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.latent import LatentCritic
 from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
 from afd.hub import need
 from afd.lab.discriminator import ToyCritic
 from afd.lab.student import ToyStudent

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 import afd
-from afd.config.run import ConfigError, differences
+from afd.config.run import differences
 from afd.distributed import ALONE, Ranks
-from afd.files import PARTIAL, naming, remove, sha256_of, sync
-from afd.rows import parse_json
+from afd.errors import CheckpointError, ConfigError
+from afd.files import PARTIAL, naming, parse_json, remove, sha256_of, sync
 from afd.trainer import shards
 
 META = "meta.json"
@@ -43,10 +43,6 @@ _NAME = re.compile(r"step_(\d{6,})")
 # What a resume reads; and what a killed process left of it.
 _FILE = re.compile(r"(?!\.)[^/]*\.(safetensors|json)")
 _LEFT = re.compile(_NAME.pattern + re.escape(PARTIAL))
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message says why."""
 
 
 def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE) -> Path:

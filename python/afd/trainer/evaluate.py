@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from afd.config.run import ConfigError, RunConfig
+from afd.config.run import RunConfig
 from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
 from afd.files import write_bytes, write_text
 from afd.lab import physics
 from afd.lab.simulator import ATTRIBUTES

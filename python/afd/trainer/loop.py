@@ -24,14 +24,14 @@ from torch import Tensor
 
 from afd import doctor
 from afd.cache import Store
-from afd.config.run import ConfigError, RunConfig, differences, load_config, plain
+from afd.config.run import RunConfig, differences, load_config, plain
 from afd.data.inputs import inputs_of, refuse_other_inputs
 from afd.data.videos import Sampler, Videos, open_teacher
 from afd.distributed import ALONE, Ranks, join
-from afd.files import DISK, StorageError, what_failed, write_json, write_text
+from afd.errors import ConfigError, StorageError, TeacherError, TrainingError, VideoError
+from afd.files import DISK, what_failed, write_json, write_text
 from afd.methods.base import Batch, Method, Shown
-from afd.methods.optimizer import TrainingError
-from afd.teachers.base import Teacher, TeacherError
+from afd.teachers.base import Teacher
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method
 from afd.trainer.evaluate import (
@@ -55,7 +55,7 @@ from afd.trainer.run_folder import (
 )
 from afd.trainer.side_by_side import write_side_by_side
 from afd.trainer.stop import stop_request
-from afd.video import VideoError, to_uint8
+from afd.video import to_uint8
 
 _log = logging.getLogger("afd")
 

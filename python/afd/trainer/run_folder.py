@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from afd.config.run import ConfigError, RunConfig, differences, plain, read_yaml, to_yaml
-from afd.files import StorageError, refuse_odd, write_text
-from afd.lock import LockedError, locked
-from afd.methods.optimizer import TrainingError
+from afd.config.run import RunConfig, differences, plain, read_yaml, to_yaml
+from afd.errors import ConfigError, LockedError, StorageError, TrainingError
+from afd.files import locked, refuse_odd, write_text
 
 CONFIG, DONE, LOCK = "config.yaml", "DONE", ".lock"
 _log = logging.getLogger("afd")

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from afd.errors import VideoError
 from afd.video.levels import from_uint8
 from afd.video.orientation import frame_orientation
-from afd.video.source import Source, VideoError
+from afd.video.source import Source
 from afd.video.timeline import Shown
 
 Hdr = Literal["tonemap", "refuse"]

@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from afd.errors import VideoError
 from afd.video.picture import Hdr, displayed_size, fitted, picture
-from afd.video.source import DEFAULT_LIMITS, Limits, VideoError, frame_rate, opened
+from afd.video.source import DEFAULT_LIMITS, Limits, frame_rate, opened
 from afd.video.timeline import chosen, decoded, from_packets
 
 # Stored pixels (frames x rows x columns) up to which a check decodes what will be read, although

@@ -14,6 +14,7 @@ import av
 from av.stream import Disposition
 from PIL import Image
 
+from afd.errors import VideoError
 from afd.video.orientation import Orientation, read_still
 
 # Containers that hold their pictures themselves. FFmpeg also opens lists (m3u8, ffconcat), which
@@ -24,10 +25,6 @@ CONTAINERS = (
 )
 # Frames per second that can be asked for: below, a clip is a slide show; above, no clock has it.
 RATES = (1e-3, 1e4)
-
-
-class VideoError(ValueError):
-    """A video file cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import av
 
-from afd.video.source import Source, VideoError, frame_rate
+from afd.errors import VideoError
+from afd.video.source import Source, frame_rate
 
 # Codecs of which a packet is one shown frame, in containers that keep a time with every packet.
 _ONE_TO_ONE = {"h264", "hevc", "av1"}

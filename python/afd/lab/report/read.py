@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from afd.config.run import ConfigError, read_yaml
-from afd.files import read_json_lines
-from afd.rows import parse_json
-from afd.teachers.base import Request, TeacherError
+from afd.config.run import read_yaml
+from afd.errors import ConfigError, TeacherError, VideoError
+from afd.files import parse_json, read_json_lines
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
-from afd.video import VideoError, read_video, to_uint8
+from afd.video import read_video, to_uint8
 
 COLUMNS = ("teacher", "base", "afd", "sft")
 RUNS = ("afd", "sft", "gan", "dmd")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from afd.config.run import ConfigError, read_yaml
+from afd.config.run import read_yaml
+from afd.errors import ConfigError
 from afd.lab.report import curves as curves
 from afd.lab.report.charts import Chart, Series, draw
 from afd.lab.report.read import Part, numbers, read_jsonl, read_parts, runs

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from afd.config.run import RunConfig
 from afd.data.videos import open_api_teacher
-from afd.teachers.base import TeacherError, Unanswered
+from afd.errors import TeacherError, Unanswered
 from afd.teachers.config import API_KINDS
 from afd.teachers.paid.ledger import NAME, Ledger, Row
 

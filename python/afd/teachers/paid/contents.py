@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from afd.teachers.base import ContentsError, TeacherError
-from afd.video import VideoError, check_video
+from afd.errors import ContentsError, TeacherError, VideoError
+from afd.video import check_video
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 # Something else stands where a folder or file belongs, or it is gone.

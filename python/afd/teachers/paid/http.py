@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from afd.teachers.base import TeacherError
+from afd.errors import TeacherError
 from afd.teachers.config import FetchConfig
 from afd.teachers.paid.answers import Failure, Kind, Reply, plain, receive, shown
 from afd.teachers.paid.contents import Saved, writing

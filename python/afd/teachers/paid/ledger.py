@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from afd.teachers.base import ContentsError, TeacherError
+from afd.errors import BudgetError, ContentsError, SchemaError, TeacherError
 from afd.teachers.paid.contents import Saved, writing
-from afd.teachers.paid.schema import SchemaError, connect, copy, create, prepare
+from afd.teachers.paid.schema import connect, copy, create, prepare
 from afd.teachers.paid.service import Order, Task, canonical
 
 NAME, LOCK, MANIFEST = "ledger.sqlite3", "ledger.lock", "prompts.jsonl"
@@ -37,10 +37,6 @@ NAME, LOCK, MANIFEST = "ledger.sqlite3", "ledger.lock", "prompts.jsonl"
 LIVE = ("asked", "running", "done")
 _BOUGHT = re.compile(r"[0-9a-f]{32}\.mp4")  # names of bought videos
 _log = logging.getLogger("afd")
-
-
-class BudgetError(TeacherError):
-    """The next submit could exceed the budget."""
 
 
 @dataclass(frozen=True)

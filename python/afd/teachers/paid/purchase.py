@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from afd.teachers.base import ContentsError, TeacherError, Unanswered
+from afd.errors import ContentsError, TeacherError, Unanswered, VideoError
 from afd.teachers.config import FetchConfig
 from afd.teachers.paid.answers import Failure, Kind
 from afd.teachers.paid.contents import compare, lying, writing
@@ -24,7 +24,7 @@ from afd.teachers.paid.http import Http
 from afd.teachers.paid.ledger import LIVE, Claims, Ledger, Row
 from afd.teachers.paid.limiter import Limiter
 from afd.teachers.paid.service import Order, Provider, State, Status
-from afd.video import VideoError, check_video
+from afd.video import check_video
 
 _T = TypeVar("_T")
 _log = logging.getLogger("afd")

@@ -7,6 +7,8 @@ import sqlite3
 from contextlib import suppress
 from pathlib import Path
 
+from afd.errors import SchemaError
+
 # Version 1 carried no number: what has its tables and the number 0.
 VERSION = 2
 _TABLES = """
@@ -46,10 +48,6 @@ UPDATE submits SET cost_usd = price_usd
     WHERE state = 'done' AND NOT (cost_usd > 0 AND cost_usd < 1e300)
 """,
 }
-
-
-class SchemaError(ValueError):
-    """The database is not a ledger this version can use; the message names the reason."""
 
 
 def connect(name: str, *, uri: bool = False) -> sqlite3.Connection:

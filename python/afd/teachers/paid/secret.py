@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import NoReturn
 
-from afd.teachers.base import TeacherError
+from afd.errors import TeacherError
 
 HIDDEN = "[key]"
 # Runs of the key that are hidden: in words for people, where one too many is harmless, and in

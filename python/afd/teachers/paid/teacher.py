@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afd.rows import Rows, csv_rows, json_rows
-from afd.teachers.base import Request, TeacherError, Unanswered
+from afd.errors import TeacherError, Unanswered
+from afd.files import Rows, csv_rows, json_rows
+from afd.teachers.base import Request
 from afd.teachers.config import TeacherConfig
 from afd.teachers.paid.ark import Ark
 from afd.teachers.paid.contents import compare
