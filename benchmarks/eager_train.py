@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from afd.models.noise import NoiseSource
 from afd.models.student import Level
-from afd.models.wan.network import WanConfig
+from afd.models.wan.types import WanConfig
 from benchmarks import official
 from benchmarks.eager_wan import Cache, EagerWan, attention
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.schedules import ShiftedFlow
 
 EPS = 1e-6

@@ -30,7 +30,7 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.models.wan.network import WanConfig
+from afd.models.wan.types import WanConfig
 from benchmarks import report
 
 # Bytes that a channel of a token costs in elements of the dtype, once through each fused op of a

@@ -28,8 +28,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 from afd.lab.student import ToyConfig
 from afd.models.wan.kv_cache import cache_bytes
-from afd.models.wan.network import WanConfig
 from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
 from afd.rollout import denoise_chunk
 from benchmarks import harness, report
 from benchmarks.eager_wan import EagerWan, denoised, random_network

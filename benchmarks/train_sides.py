@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from afd.discriminators.base import Critic
-from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig
+from afd.discriminators.config import LatentConfig
 from afd.discriminators.latent import LatentCritic
+from afd.lab.config import ToyDiscriminatorConfig, ToyStudentConfig
 from afd.lab.discriminator import ToyCritic
 from afd.lab.student import ToyConfig, ToyStudent
 from afd.methods.afd import Afd, versions
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig
-from afd.models.config import LoraConfig, ToyStudentConfig
+from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
-from afd.models.wan.network import WanConfig
 from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
 from afd.planning.cost_model import Net
 from afd.rollout import stream_layout
 from benchmarks.eager_train import EagerTrained, EagerUpdate, Lora, rolled_out

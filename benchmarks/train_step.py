@@ -26,7 +26,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.models.wan.network import WanConfig
+from afd.models.wan.types import WanConfig
 from afd.planning.cost_model import nft_flop, rollout_flop
 from benchmarks import harness, report
 from benchmarks.hardware import Machine

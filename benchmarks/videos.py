@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 from afd.lab.student import ToyConfig
-from afd.models.wan.network import WanConfig
+from afd.models.wan.types import WanConfig
 from benchmarks import harness, report
 from benchmarks.hardware import Machine, chunk_seconds
 from benchmarks.rollout import BOUND, DTYPES, STEPS, Case, Stream, make_student

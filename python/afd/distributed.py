@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,6 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from afd.errors import ConfigError, ProcessLostError
-
-if TYPE_CHECKING:
-    from afd.config.run import RunConfig
 
 # Elements summed at a time: large enough for the network, small beside the gradients themselves.
 BUCKET = 1 << 24
@@ -140,29 +137,32 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def join(config: RunConfig) -> Iterator[Ranks]:
+def join(device: str = "auto", *, patience_s: float = 0.0) -> Iterator[Ranks]:
     """Meet the other processes that torchrun started, for the block; alone without it.
+
+    `device`: auto, cpu, cuda or cuda:N. `patience_s`: seconds that one process may keep the others
+    waiting beyond PATIENCE.
 
     An error that ends the block on one process leaves it there; the others, whose work ends with
     it, exit silently with code 1. Raises ConfigError where the device cannot be had.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(config, world)
+    chosen = _device(device, world)
     if world == 1:
-        yield Ranks(device=device)
+        yield Ranks(device=chosen)
         return
     if dist.is_initialized():  # an outer block has met them
-        yield Ranks(dist.get_rank(), world, device)
+        yield Ranks(dist.get_rank(), world, chosen)
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     store, rank, world = next(rendezvous("env://"))
     # Small CPU values never wait for the GPU's queue.
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    patience = PATIENCE + 2 * timedelta(seconds=config.teacher.fetch.deadline_s)
+    backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
+    patience = PATIENCE + timedelta(seconds=patience_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     try:
-        ranks = Ranks(rank, world, device)
+        ranks = Ranks(rank, world, chosen)
         yield ranks
         # Nobody leaves while another still works: the group would end under it.
         ranks.barrier()
@@ -182,18 +182,16 @@ def _is_first(store: Store) -> bool:
         return False
 
 
-def _device(config: RunConfig, world: int) -> torch.device:
-    """The device that `config.device` means for this process."""
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+def _device(name: str, world: int) -> torch.device:
+    """The device that a name means for this process."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError(f"device is {config.device!r}, and torch finds no CUDA here")
+        raise ConfigError(f"device is {name!r}, and torch finds no CUDA here")
     if world == 1:
-        return torch.device(config.device.replace("auto", "cuda"))
-    if ":" in config.device:
-        raise ConfigError(
-            f"device is {config.device!r}; {world} processes need device=cuda, one GPU each"
-        )
+        return torch.device(name.replace("auto", "cuda"))
+    if ":" in name:
+        raise ConfigError(f"device is {name!r}; {world} processes need device=cuda, one GPU each")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
         raise ConfigError(

@@ -25,12 +25,10 @@ from afd.config.run import FREE_KEYS, RunConfig, flatten, plain
 from afd.errors import ConfigError
 from afd.files import replacing
 from afd.hub import need, refuse_other_weights
-from afd.lab.student import ToyStudent
 from afd.models.adapters import TARGETS
 from afd.models.config import DTYPES, LoraConfig
 from afd.models.policies import start_digest
 from afd.models.wan.checkpoints import (
-    load_checkpoint,
     save_diffusers,
     save_self_forcing,
     to_diffusers,
@@ -47,11 +45,11 @@ class ExportConfig(Section):
     """What `afd export` writes, and where."""
 
     out: Folder = Field(description="folder to write, new or empty")
-    kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers", "toy"] | None = Field(
+    kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers", "student"] | None = Field(
         default=None,
         description="peft: adapter folder; diffusers_lora: for load_lora_weights; self_forcing: "
-        "model.pt with whole weights; diffusers: transformer/ with whole weights; toy: "
-        "student.safetensors of the toy student; null: diffusers_lora of a run with adapters, else "
+        "model.pt with whole weights; diffusers: transformer/ with whole weights; "
+        "student: what student.checkpoint takes; null: diffusers_lora of a run with adapters, else "
         "self_forcing",
     )
     version: Literal["ema", "old", "theta"] | None = Field(
@@ -94,21 +92,13 @@ def export(folder: Path, config: ExportConfig) -> Path:
 
 def start_network(run: RunConfig) -> CausalWan:
     """The network that a run started from, in float32."""
-    student = run.student
-    if student.kind == "toy":
-        return ToyStudent.load(student.checkpoint).net
-    if student.checkpoint is None:
-        raise ConfigError("student.checkpoint: got null; needed: the start weights")
+    for sentence in run.student.missing_weights():
+        raise ConfigError(sentence)
     try:
-        return load_checkpoint(
-            student.checkpoint,
-            ema=student.ema,
-            dtype=torch.float32,
-            head_dim=student.head_dim,
-            **student.network,
-        )
+        network: CausalWan = run.student.load_network()
     except ValueError as error:
         raise ConfigError(f"student.checkpoint: {error}") from error
+    return network
 
 
 def merged(
@@ -178,13 +168,11 @@ class _Learned:
         network.to(self.dtype).load_state_dict(whole)
         save_diffusers(folder / "transformer", network, note=self.note)
 
-    def toy(self, folder: Path, version: str) -> None:
-        student = self.run.student
-        if student.kind != "toy":
-            raise ConfigError("kind: got toy; needed: self_forcing or diffusers for a wan student")
-        toy = ToyStudent.load(student.checkpoint)
-        toy.net.load_state_dict(self._whole(toy.net, version))
-        toy.save(folder / "student.safetensors", self.dtype)
+    def student(self, folder: Path, version: str) -> None:
+        """What `student.checkpoint` takes, of whatever kind the student is."""
+        network = start_network(self.run)
+        network.load_state_dict(self._whole(network, version))
+        self.run.student.save(network, folder, self.dtype, self.note)
 
     def _adapters(self, kind: str, version: str) -> tuple[LoraConfig, dict[str, Tensor]]:
         lora = self.run.student.lora
@@ -200,8 +188,8 @@ class _Learned:
         student, weights = self.run.student, self.versions[version]
         state = weights
         if student.lora is not None:
-            computed = torch.float32 if student.kind == "toy" else DTYPES[student.dtype]
-            refuse_other_weights("student.checkpoint", self.start, start_digest(network, computed))
+            digest = start_digest(network, student.torch_dtype)
+            refuse_other_weights("student.checkpoint", self.start, digest)
             state = merged(network, weights, student.lora)
         return {name: tensor.to(self.dtype) for name, tensor in state.items()}
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd.errors import ConfigError
+
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # More than any released part has; a name that stands for more was not meant.
 HUB_BYTES = 64 * 2**30
@@ -82,12 +84,24 @@ def named_errors(what: str, path: Path) -> Iterator[None]:
         raise ValueError(f"{what} {path}: it cannot be read ({said})") from error
 
 
+def missing_path(key: str, path: str | Path | None, what: str) -> Iterator[str]:
+    """One sentence where a local path that a key names is not there."""
+    if path is None:
+        yield f"{key} is not given: {what}"
+    elif not Path(path).exists():
+        yield f"{key}: {path} is not there: {what}"
+
+
+def missing_source(key: str, source: str) -> Iterator[str]:
+    """One sentence where a source is not a local folder, so that the hub will be asked."""
+    if not Path(source).exists():
+        yield f"{key}: {source} is not a local folder; the hub is asked when the run starts"
+
+
 def need(key: str, *packages: str) -> None:
     """Refuse, in one line, a setting whose packages are not installed. Nothing is imported."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        from afd.errors import ConfigError
-
         raise ConfigError(
             f"{key}: needs {', '.join(missing)}, which is not installed here; "
             f"pip install {' '.join(missing)}"
@@ -130,8 +144,6 @@ def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
 
 def refuse_other_weights(key: str, there: str | None, now: str | None) -> None:
     """ConfigError where the start weights of a state (their digest) are not those of `key` now."""
-    from afd.errors import ConfigError
-
     if there != now:
         raise ConfigError(
             f"{key}: holds other weights than those that the run started from, without "

@@ -88,7 +88,7 @@ class Killer:
 
 
 def buy(config: Any) -> None:
-    teacher = afd.data.videos.open_api_teacher(config)
+    teacher = config.open_teacher()
     futures = [teacher.start(request) for request in teacher.requests]
     for future in futures:
         error = future.exception()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from afd.config.run import RunConfig, make_config
-from afd.data.videos import open_api_teacher
 from afd.teachers.paid.teacher import ApiTeacher
 from afd.video import write_video
 from tests.afd.service import Service
@@ -65,4 +64,4 @@ def paid_config(
 
 
 def teacher_of(config: RunConfig) -> ApiTeacher:
-    return open_api_teacher(config)
+    return config.open_teacher()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from afd.models.wan.checkpoints import save_self_forcing
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.video import write_video
 from tests.afd.test_text import LENGTH, diffusers_folder
 from tests.afd.test_vae import model as vae_model

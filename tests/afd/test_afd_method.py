@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from afd.config.run import make_config
-from afd.discriminators.config import ToyDiscriminatorConfig
+from afd.lab.config import ToyDiscriminatorConfig
 from afd.lab.discriminator import MotionBackbone, ToyCritic
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 from afd.lab.student import ToyStudent

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.config.run import VideoConfig
 from afd.methods.advantage import optimality
 from afd.methods.afd import Afd, versions
 from afd.methods.base import draw_times
@@ -17,6 +16,7 @@ from afd.methods.copies import draw_copies
 from afd.methods.rollouts import Show
 from afd.models.codec import Pixels
 from afd.video import through_codec
+from afd.video.config import VideoConfig
 from tests.afd.tiny_methods import gradients, make_afd, step, toy_batch, toy_student, weights
 from tests.tolerances import NETWORK_REORDERED as SAME
 

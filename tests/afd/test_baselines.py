@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from afd import ops
-from afd.config.run import VideoConfig, make_config
-from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
+from afd.config.run import make_config
+from afd.discriminators.config import LatentConfig, VideoAlignConfig
 from afd.discriminators.latent import LatentCritic
+from afd.lab.config import ToyDiscriminatorConfig
 from afd.lab.discriminator import ToyCritic
 from afd.lab.physics import measure
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
@@ -30,6 +31,7 @@ from afd.models.policies import Policies, make_policies
 from afd.models.wan.student import WanStudent
 from afd.rollout import STEPS, rollout
 from afd.trainer.build import build_method
+from afd.video.config import VideoConfig
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
 from tests.tolerances import NETWORK_REORDERED
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from afd.cache import Store, file_hash, files_identity
-from afd.config.run import VideoConfig
-from afd.data.videos import Sampler, Videos
+from afd.data.sampler import Sampler
+from afd.data.videos import Videos
 from afd.distributed import Ranks
 from afd.models.wan.loading import Texts
 from afd.models.wan.text import TextEncoder
@@ -26,6 +26,7 @@ from afd.sampling.config import SampleConfig
 from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
 from afd.video import write_video
+from afd.video.config import VideoConfig
 from tests.afd.test_text import LENGTH, PROMPTS, diffusers_folder, encoder
 from tests.afd.test_vae import model as vae_model
 

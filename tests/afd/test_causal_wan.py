@@ -17,7 +17,8 @@ from torch import Tensor
 
 from afd.models.wan.block import Block
 from afd.models.wan.kv_cache import KVCache
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.ops import intervals
 from tests.afd.tiny_wan import HEIGHT, TOKENS, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_REORDERED as SAME

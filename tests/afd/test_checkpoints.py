@@ -21,7 +21,8 @@ from afd.models.wan.checkpoints import (
     save_self_forcing,
     to_diffusers,
 )
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 
 CONFIG = WanConfig(
     dim=32,

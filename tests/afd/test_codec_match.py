@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.config.run import VideoConfig
 from afd.data.videos import Videos
 from afd.discriminators.videoalign.preprocess import Preprocessing
 from afd.teachers.folder import FolderTeacher
@@ -21,6 +20,7 @@ from afd.video import (
     to_uint8,
     write_video,
 )
+from afd.video.config import VideoConfig
 
 SIZE = {"height": 480, "width": 832}
 FULL = VideoConfig(frames=81, fps=16, codec_match=True, **SIZE)

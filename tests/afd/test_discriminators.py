@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from afd.discriminators.base import bradley_terry_loss, gan_loss, gradient_penalty, pair_metrics
-from afd.discriminators.config import ToyDiscriminatorConfig
 from afd.lab.augmentation import random_look
+from afd.lab.config import ToyDiscriminatorConfig
 from afd.lab.discriminator import MotionBackbone, ToyCritic
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from afd.data.videos import Sampler
+from afd.data.sampler import Sampler
 from afd.errors import ConfigError, TeacherError, TrainingError
 from afd.methods.base import Batch
 from afd.teachers.base import Request

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.lab.diagnostics import rank_agreement, within_group_correlation
+from afd.lab.metrics import rank_agreement, within_group_correlation
 from afd.lab.physics import (
     DEFINITIONS,
     fit,

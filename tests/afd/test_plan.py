@@ -19,8 +19,9 @@ from afd.methods.config import AfdConfig
 from afd.methods.optimizer import StudentOptimizer
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import Net

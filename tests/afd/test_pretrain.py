@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from torch import Generator
 
+from afd.lab.config import checkpoint_path
 from afd.lab.discriminator import MotionBackbone
 from afd.lab.physics import measure
 from afd.lab.pretrain import EXCLUDED_GRAVITY, any_motion, main, motion_labels
 from afd.lab.simulator import PROMPTS, TARGET_GRAVITY, attribute_table, sample_videos
-from afd.lab.student import ToyStudent, checkpoint_path
+from afd.lab.student import ToyStudent
 from afd.rollout import rollout
 
 LIMITS = {"base": 2_200_000, "motion": 200_000}

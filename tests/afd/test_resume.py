@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config.run import VideoConfig
 from afd.data.inputs import refuse_other_inputs
 from afd.data.videos import Videos
 from afd.distributed import ALONE
@@ -24,6 +23,7 @@ from afd.teachers.folder import FolderTeacher
 from afd.trainer import checkpoint, shards
 from afd.trainer.loop import Outcome, load_run, train
 from afd.video import write_video
+from afd.video.config import VideoConfig
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd.models.student import Level
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
 from afd.rollout import (
     chunk_layout,
     counted_noise,

@@ -20,7 +20,8 @@ from afd.config.run import make_config
 from afd.errors import ConfigError
 from afd.models.student import Student
 from afd.models.wan.checkpoints import save_self_forcing
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.rollout import counted_noise, stream, stream_layout
 from afd.sampling import sample as sampling
 from afd.sampling.config import SampleConfig

@@ -18,7 +18,8 @@ import pytest
 import afd.trainer.loop
 from afd.cli import main
 from afd.config.run import RunConfig, to_yaml
-from afd.data.videos import Sampler, Videos
+from afd.data.sampler import Sampler
+from afd.data.videos import Videos
 from afd.errors import TeacherError
 from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher

@@ -19,8 +19,8 @@ from rich.pretty import pretty_repr
 
 from afd.config.run import load_config, make_config, to_yaml
 from afd.errors import ConfigError, TeacherError, Unanswered
-from afd.teachers.config import FetchConfig
 from afd.teachers.paid.answers import Failure, Kind
+from afd.teachers.paid.config import FetchConfig
 from afd.teachers.paid.http import Http, place
 from afd.teachers.paid.network import is_public
 from afd.teachers.paid.secret import Secret

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from afd.lab.config import checkpoint_path
 from afd.lab.simulator import PROMPTS
-from afd.lab.student import ToyConfig, ToyStudent, checkpoint_path, encode_prompts
+from afd.lab.student import ToyConfig, ToyStudent, encode_prompts
 from afd.rollout import STEPS, check_steps, rollout, seeded_noise, stream
 from tests.tolerances import NETWORK_REORDERED as SAME
 

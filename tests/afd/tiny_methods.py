@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig
+from afd.discriminators.config import LatentConfig
 from afd.discriminators.latent import LatentCritic
+from afd.lab.config import ToyDiscriminatorConfig
 from afd.lab.discriminator import ToyCritic
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 from afd.lab.student import ToyConfig, ToyStudent
@@ -20,8 +21,8 @@ from afd.methods.sft import VERSIONS, Sft
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
-from afd.models.wan.network import WanConfig
 from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
 from afd.rollout import STEPS
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
 

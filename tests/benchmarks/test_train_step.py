@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from afd import ops
-from afd.models.wan.network import WanConfig
+from afd.models.wan.types import WanConfig
 from benchmarks import train_step
 from benchmarks.eager_train import EagerTrained, by_chunk
 from benchmarks.eager_wan import attention

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afd.errors import TeacherError
-from afd.teachers.config import FetchConfig
 from afd.teachers.paid.answers import NAME, Failure
+from afd.teachers.paid.config import FetchConfig
 from afd.teachers.paid.http import Http
 from afd.teachers.paid.ledger import Ledger
 from afd.teachers.paid.secret import Secret

@@ -20,7 +20,6 @@ from afd.benchmarks import vbench, videoalign_mq, videophy
 from afd.benchmarks.config import SEEDS, EvalConfig
 from afd.benchmarks.student import Subject, find_subject, with_rater
 from afd.benchmarks.suites import Clip, Prompt, Score, write_csv, write_whole
-from afd.config.run import RunConfig
 from afd.distributed import Ranks, join
 from afd.files import only_one
 from afd.sampling.config import SampleConfig
@@ -42,7 +41,7 @@ def evaluate(config: EvalConfig, console: Console) -> list[Score]:
     folder = (config.out or Path("samples")) / subject.name / subject.step
     videos = folder / "videos"
     with (
-        join(RunConfig(device=config.device)) as ranks,
+        join(config.device) as ranks,
         # The other processes belong to the one that has the folder.
         only_one(videos, made=LEFT) if ranks.main else nullcontext(),
     ):

@@ -16,8 +16,6 @@ from afd.benchmarks.config import EvalConfig
 from afd.config.run import RunConfig
 from afd.discriminators.config import VideoAlignConfig
 from afd.errors import ConfigError
-from afd.lab.student import ToyStudent
-from afd.models.config import WanStudentConfig
 from afd.sampling.config import SampleConfig, StreamConfig
 from afd.trainer import checkpoint
 from afd.trainer.loop import load_run
@@ -34,7 +32,8 @@ class Stream(SampleConfig):
     def settings(self) -> dict[str, Any]:
         """As in `SampleConfig`."""
         settings = super().settings()
-        return settings | {"checkpoint": settings.pop("weights")}
+        student = settings["student"] | {"checkpoint": settings.pop("weights")}
+        return settings | {"student": student}
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,10 @@ class Subject:
     def stream(self, folder: Path, videos: Path, device: torch.device) -> Stream:
         """How `afd sample` makes its videos; `folder` is where the weights were exported to."""
         here = {"out": videos, "device": str(device), "weights": self.weights}
-        if self.settings["checkpoint"] is None:
-            here["checkpoint"] = str(_exported(folder, self.settings["student"]))
-        return Stream.model_validate(self.settings | here)
+        student = self.settings["student"]
+        if student.checkpoint is None:
+            student = student.model_copy(update={"checkpoint": str(_exported(folder))})
+        return Stream.model_validate(self.settings | here | {"student": student})
 
 
 def find_subject(config: EvalConfig) -> Subject:
@@ -71,11 +71,12 @@ def find_subject(config: EvalConfig) -> Subject:
     settings = {name: getattr(config, name) for name in StreamConfig.model_fields}
     if config.run is not None:
         return _of_run(config, config.run, settings)
-    if config.checkpoint is None:
-        raise ConfigError("run, checkpoint: got neither; needed: a run folder, or weights")
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.checkpoint).stem).lstrip("._-")
+    weights = config.student.checkpoint
+    if weights is None:
+        raise ConfigError("run, student.checkpoint: got neither; needed: a run folder, or weights")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(weights).stem).lstrip("._-")
     name = config.name or stem or "student"
-    return Subject(name, START, config.checkpoint, settings, lambda folder: None)
+    return Subject(name, START, weights, settings, lambda folder: None)
 
 
 def with_rater(config: EvalConfig) -> EvalConfig:
@@ -103,34 +104,33 @@ def _of_run(config: EvalConfig, folder: Path, settings: dict[str, Any]) -> Subje
     theirs = _settings_of(run)
     # What this configuration says of its own stays; weights are always the run's.
     settings |= {k: v for k, v in theirs.items() if k not in config.model_fields_set}
-    settings |= {"student": theirs["student"], "checkpoint": None, "ema": None}
+    given = config.student.model_fields_set & type(run.student).model_fields.keys()
+    own = {key: getattr(config.student, key) for key in given - {"kind"}}
+    settings["student"] = run.student.model_copy(update=own | {"checkpoint": None})
     version = config.version or "evaluated"
     step = path.name if config.version is None else f"{path.name}-{version}"
     weights = f"{run.name} {path.name} {version} {digest[:16]}"
 
     def export(samples: Path) -> None:
-        _export(folder, samples, run, config, digest, settings["dtype"])
+        _export(folder, samples, run, config, digest, settings["student"].dtype)
 
     return Subject(config.name or run.name, step, weights, settings, export)
 
 
 def _settings_of(run: RunConfig) -> dict[str, Any]:
     """Fields of StreamConfig as the run has them."""
-    student, video = run.student, run.video
+    video = run.video
     settings: dict[str, Any] = {"height": video.height, "width": video.width}
-    settings |= {"frames": video.frames, "steps": student.steps}
+    settings["frames"] = video.frames
     if video.fps is not None:
         settings["fps"] = video.fps
-    if isinstance(student, WanStudentConfig):
-        shared = StreamConfig.model_fields.keys() & WanStudentConfig.model_fields.keys()
-        return settings | {"student": "wan"} | {key: getattr(student, key) for key in shared}
-    chunk = ToyStudent.load(student.checkpoint).chunk
-    return settings | {"student": "toy", "chunk": chunk, "dtype": "float32"}
+    return settings
 
 
-def _exported(samples: Path, student: str) -> Path:
-    """Where `_export` puts the weights."""
-    return samples / "student" / ("transformer" if student == "wan" else "student.safetensors")
+def _exported(samples: Path) -> Path:
+    """The file or folder of weights that `_export` writes."""
+    (weights,) = (path for path in (samples / "student").iterdir() if path.name != "afd.json")
+    return weights
 
 
 def _export(
@@ -148,6 +148,5 @@ def _export(
                 "choose another out= or name="
             )
         return
-    kind = "toy" if run.student.kind == "toy" else "diffusers"
-    what = {"out": out, "kind": kind, "version": config.version, "dtype": dtype}
+    what = {"out": out, "kind": "student", "version": config.version, "dtype": dtype}
     export(folder, ExportConfig.model_validate(what))

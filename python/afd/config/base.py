@@ -1,9 +1,10 @@
-"""What every section of the configuration is made of."""
+"""Building blocks of the configuration: the base of all sections, number types, kinds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -12,10 +13,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from afd import registry
+from afd.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
@@ -53,6 +58,48 @@ class Section(BaseModel):
             if any(isinstance(one, bool) for one in given):
                 raise PydanticCustomError("switch", "needed: a number, neither true nor false")
         return value
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """Metadata of a field that holds one of several sections, found by its `kind` in the registry.
+
+    The default of such a field is the default `kind` with all its own defaults.
+    """
+
+    group: registry.Group
+    default: str
+
+    def sections(self) -> list[type[BaseModel]]:
+        """The sections of all kinds that are installed."""
+        return list(dict.fromkeys(registry.find(self.group, k) for k in registry.names(self.group)))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda section, info: section.model_dump(mode=info.mode), info_arg=True
+            ),
+        )
+
+    def _validate(self, value: Any) -> Any:
+        if isinstance(value, Section):
+            return value
+        if not isinstance(value, dict):
+            raise PydanticCustomError("section", "needed: a section of keys and values")
+        given = value if value.get("kind") is not None else {**value, "kind": self.default}
+        try:
+            section = registry.find(self.group, str(given["kind"]))
+        except ConfigError as error:
+            raise PydanticCustomError("kind", "{reason}", {"reason": f"kind: {error}"}) from None
+        return section.model_validate(given)
+
+
+def of_default_kind() -> Any:
+    """The default of a field with `ByKind`: the default kind with its own defaults."""
+    return Field(default={}, validate_default=True)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:

@@ -12,83 +12,32 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from rich.console import Console
 
-from afd.config.base import Count, Folder, Natural, Positive, Section, Threads
+from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
-from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
+from afd.discriminators.config import CriticConfig
 from afd.errors import ConfigError, YamlError
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
-from afd.models.config import ToyStudentConfig, WanStudentConfig
+from afd.models.config import StudentConfig
+from afd.registry import find
+from afd.teachers.base import Teacher
 from afd.teachers.config import TeacherConfig
+from afd.video.config import VideoConfig
 
 Kind = TypeVar("Kind", bound=Section)
-
-
-class VideoConfig(Section):
-    """What a teacher's clip becomes before the trainer sees it."""
-
-    frames: Count = Field(default=12, description="frames per video the trainer sees")
-    height: Count = Field(default=16, description="rows of a frame in pixels")
-    width: Count = Field(default=16, description="columns of a frame in pixels")
-    fps: Annotated[float, Field(ge=1e-3, le=1e4)] | None = Field(
-        default=None,
-        description="resample clips to this rate (nearest frame in time); null: as they come",
-    )
-    short: Literal["error", "repeat"] = Field(
-        default="error",
-        description="a clip that ends too early: refuse it, or repeat its last frame",
-    )
-
-    hdr: Literal["tonemap", "refuse"] = Field(
-        default="tonemap",
-        description="HDR clips (HLG or PQ): map them to BT.709, reference white to white, or "
-        "refuse them",
-    )
-    max_pixels: Count = Field(
-        default=2**25, description="a clip with larger stored frames is refused before decoding"
-    )
-    max_frames: Count = Field(default=500_000, description="a clip with more frames is refused")
-    max_seconds: Positive = Field(
-        default=14_400.0, description="a clip that is read to beyond this time is refused"
-    )
-
-    codec_match: bool = Field(
-        default=False,
-        description="put the student's videos, where pixels are looked at, through the h264 codec "
-        "that the teacher's went through, so that the discriminator cannot tell them by its "
-        "traces; teacher's clips that had to be scaled go through it at this size again",
-    )
-    crf: Natural = Field(default=18, description="rate factor of that codec; lower is better")
-
-
-def _kind(default: str) -> Discriminator:
-    """Which of several sections is meant: its `kind`, or the default."""
-
-    def tag(value: Any) -> Any:
-        held = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-        return default if held is None else held
-
-    return Discriminator(tag)
-
-
-_Toy = Annotated[ToyStudentConfig, Tag("toy")]
-_Wan = Annotated[WanStudentConfig, Tag("wan")]
-AnyStudent = Annotated[_Toy | _Wan, _kind("toy")]
-_ToyScorer = Annotated[ToyDiscriminatorConfig, Tag("toy")]
-_VideoAlign = Annotated[VideoAlignConfig, Tag("videoalign")]
-_Latent = Annotated[LatentConfig, Tag("latent")]
-AnyDiscriminator = Annotated[_ToyScorer | _VideoAlign | _Latent, _kind("toy")]
-KINDS = ("toy", "wan", "videoalign", "latent")
 
 
 class EvaluationConfig(Section):
     """Measuring the student on held-out seeds."""
 
-    kind: Literal["physics", "video", "none"] = Field(
+    kind: str = Field(
         default="physics",
         description="physics: the toy task's exact metrics on held-out seeds; video: motion, and "
-        "motion quality as the untouched VideoAlign rates it; none: no evaluation",
+        "motion quality as the untouched VideoAlign rates it; none: no evaluation; or an installed "
+        "package's metrics",
     )
     prompts: Path | None = Field(
         default=None, description="video: .txt file of held-out prompts; null: the teacher's first"
@@ -178,9 +127,9 @@ class RunConfig(Section):
         description="folder of text embeddings and teacher latents; null is ~/.cache/afd",
     )
     video: VideoConfig = VideoConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    student: AnyStudent = ToyStudentConfig()
-    discriminator: AnyDiscriminator = ToyDiscriminatorConfig()
+    teacher: Annotated[TeacherConfig, ByKind("teachers", "simulator")] = of_default_kind()
+    student: Annotated[StudentConfig, ByKind("students", "toy")] = of_default_kind()
+    discriminator: Annotated[CriticConfig, ByKind("discriminators", "toy")] = of_default_kind()
     afd: AfdConfig = AfdConfig()
     sft: SftConfig = SftConfig()
     gan: GanConfig = GanConfig()
@@ -191,33 +140,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
-        """Parts that cannot work together; the toy's size stands in its checkpoint."""
-        student = self.student
-        if isinstance(student, ToyStudentConfig):
-            return self
-        if self.evaluation.kind == "physics":
-            raise ValueError(
-                "evaluation.kind: got physics, which measures the toy task; needed: video or none "
-                "for student.kind=wan"
-            )
-        if self.method in ("afd", "gan") and self.discriminator.kind == "toy":
-            raise ValueError(
-                "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
-                "latent for student.kind=wan"
-            )
-        height, width, frames = self.video.height, self.video.width, self.video.frames
-        if height % 16 or width % 16:
-            raise ValueError(
-                f"video.height, video.width: got {height}, {width}; needed: multiples of 16, as "
-                "two latent pixels of eight make a token"
-            )
-        latents = 1 + (frames - 1) // 4
-        if (frames - 1) % 4 or latents % student.chunk:
-            whole = 1 + 4 * (max(1, round(latents / student.chunk)) * student.chunk - 1)
-            raise ValueError(
-                f"video.frames: got {frames}; needed: 1 + 4 (n - 1) for n latent frames in "
-                f"chunks of {student.chunk} (student.chunk), such as {whole}"
-            )
+        """Refuse parts that cannot work together."""
+        self.student.check_video(self.video)
+        if self.evaluation.kind != "none":
+            try:
+                metrics = find("metrics", self.evaluation.kind)
+            except ConfigError as error:
+                raise ValueError(f"evaluation.kind: {error}, none") from None
+            metrics.check(self.student)
+        if self.method in ("afd", "gan"):
+            self.discriminator.check_student(self.student)
         return self
 
     @property
@@ -229,6 +161,10 @@ class RunConfig(Section):
     def teacher_dir(self) -> Path:
         """The teacher's folder: `teacher.path`, or <run_dir>/teacher."""
         return self.teacher.path if self.teacher.path is not None else self.run_dir / "teacher"
+
+    def open_teacher(self, console: Console | None = None) -> Teacher:
+        """The run's teacher. Raises TeacherError where it cannot be used."""
+        return self.teacher.open(self.video, self.teacher_dir, console)
 
 
 # A resumed run may differ from its checkpoint here and nowhere else: none of these changes a number
@@ -418,7 +354,7 @@ def _annotations(kind: type[BaseModel], parts: Sequence[str]) -> list[Any]:
         return []
     if len(parts) == 1:
         return [field.annotation]
-    below = sections_of(field.annotation)
+    below = sections_of(field)
     return [found for section in below for found in _annotations(section, parts[1:])]
 
 
@@ -438,15 +374,14 @@ def _explain(
     detail: dict[str, Any], came_from: dict[str, str], origin: str, kind: type[Section]
 ) -> str:
     """One line for one pydantic error."""
-    # The kind of a section is not part of its key.
-    loc = [str(part) for i, part in enumerate(detail["loc"]) if i != 1 or part not in KINDS]
-    key = ".".join(loc)
+    key = ".".join(map(str, detail["loc"]))
     source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
     if detail["type"] == "extra_forbidden":
         if key in known_keys(kind):
-            section, held = detail["loc"][:2]
-            return f"{source}: unknown key {key!r} of {section}.kind={held}; another kind has it"
+            return f"{source}: key {key!r} belongs to another {detail['loc'][0]}.kind"
         return f"{source}: unknown key {_shown(key)}; {_suggest(key[:200], kind)}"
+    if detail["type"] == "kind":
+        return f"{source}: {key}.{detail['msg']}"
     if detail["type"] == "value_error":
         return f"{source}: {detail['msg'].removeprefix('Value error, ')}"
     return f"{source}: {key} is {_shown(detail['input'])}; {detail['msg']}"
@@ -477,15 +412,22 @@ def known_keys(kind: type[Section] = RunConfig) -> list[str]:
     return list(dict.fromkeys(_keys(kind, "")))
 
 
-def sections_of(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
     """The sections that a field may hold: one, one of each kind, or none."""
+    for each in field.metadata:
+        if isinstance(each, ByKind):
+            return each.sections()
+    return _sections(field.annotation)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [section for part in get_args(annotation) for section in sections_of(part)]
+    return [section for part in get_args(annotation) for section in _sections(part)]
 
 
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        for below in sections_of(field.annotation):
+        for below in sections_of(field):
             yield from _keys(below, f"{prefix}{name}.")

@@ -1,39 +1,30 @@
-"""The teacher's side of the loop: start it, draw requests, decode each answer once.
+"""The teacher's videos as a method sees them: drawn, decoded once, encoded, kept.
 
 Shape letters: P prompts, F frames, C = 3, H rows, W columns.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from afd.cache import Facts, Store, file_hash
-from afd.config.run import RunConfig, VideoConfig
 from afd.data.inputs import Content, Contents
+from afd.data.sampler import Sampler
 from afd.distributed import ALONE, Ranks
 from afd.errors import TeacherError, Unanswered
-from afd.files import parse_json, sha256_of, write_json
+from afd.files import sha256_of
 from afd.models.codec import Codec, Pixels
 from afd.teachers.base import Request, Teacher
-from afd.teachers.config import API_KINDS
-from afd.teachers.folder import FolderTeacher
-from afd.video import Clip, Limits, from_uint8, read_clip, through_codec, to_uint8
-
-if TYPE_CHECKING:
-    from afd.teachers.paid.teacher import ApiTeacher
+from afd.video import Clip, from_uint8, read_clip, through_codec, to_uint8
+from afd.video.config import VideoConfig
 
 # Requests offered for prefetching at a time; the teacher takes as many as it wants.
 AHEAD = 256
@@ -42,102 +33,6 @@ MEMORY = 4 << 30
 # Clips decoded at the same time, beside the training.
 THREADS = 2
 _log = logging.getLogger("afd")
-
-
-def open_teacher(config: RunConfig, console: Console | None = None) -> Teacher:
-    """The teacher a configuration asks for; a simulator first writes its folder, once.
-
-    A paid service answers from its folder and buys what is missing (docs/TEACHERS.md).
-    """
-    if config.teacher.kind in API_KINDS:
-        return open_api_teacher(config)
-    if config.teacher.kind == "simulator":
-        _simulate(config, console or Console())
-    video = config.video
-    frames = video.frames if video.short == "error" else 1
-    teacher = FolderTeacher(
-        config.teacher_dir,
-        config.teacher.manifest,
-        frames=frames,
-        fps=video.fps,
-        hdr=video.hdr,
-        limits=_limits(video),
-    )
-    _log.info("teacher %s: %d videos", teacher.folder, len(teacher.requests))
-    return teacher
-
-
-def open_api_teacher(config: RunConfig) -> ApiTeacher:
-    """The paid service of a configuration."""
-    # Only who buys needs the HTTP client.
-    from afd.teachers.paid.teacher import ApiTeacher
-
-    video = config.video
-    frames = video.frames if video.short == "error" else 1
-    return ApiTeacher(
-        config.teacher,
-        config.teacher_dir,
-        frames=frames,
-        fps=video.fps,
-        hdr=video.hdr,
-        limits=_limits(video),
-    )
-
-
-class Sampler:
-    """Requests in seeded random order, every one once before any comes again.
-
-    The order of round k depends on (seed, k) only, so the cursor is the whole state.
-    """
-
-    def __init__(self, requests: Sequence[Request], seed: int) -> None:
-        self._requests = list(requests)
-        asked = json.dumps([[request.prompt, request.draw] for request in self._requests])
-        self._asked = hashlib.sha256(asked.encode()).hexdigest()
-        self._seed = seed
-        self._round = 0
-        self._position = 0
-        self._order = self._shuffled()
-
-    def draw(self, count: int) -> list[Request]:
-        """The next `count` requests."""
-        drawn = []
-        for _ in range(count):
-            if self._position == len(self._order):
-                self._round, self._position = self._round + 1, 0
-                self._order = self._shuffled()
-            drawn.append(self._requests[self._order[self._position]])
-            self._position += 1
-        return drawn
-
-    def peek(self, count: int) -> list[Request]:
-        """What the next draw gives, as far as this round goes."""
-        return [self._requests[i] for i in self._order[self._position : self._position + count]]
-
-    def state_dict(self) -> dict[str, Any]:
-        cursor = {"round": self._round, "position": self._position}
-        return cursor | {"of": len(self._requests), "asked": self._asked}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved cursor; refuses one of other requests, or of the same in another order."""
-        if state["of"] != len(self._requests):
-            raise TeacherError(
-                f"the checkpoint was made with {state['of']} teacher videos, "
-                f"the folder holds {len(self._requests)} now"
-            )
-        if state["asked"] != self._asked:
-            raise TeacherError(
-                "the checkpoint was made with other prompts, or with these in another order; put "
-                "back the list that the run began with"
-            )
-        self._round, self._position = state["round"], state["position"]
-        self._order = self._shuffled()
-
-    def _shuffled(self) -> list[int]:
-        # Odd multiplier: distinct (seed, round) pairs of one run never share a generator.
-        mixed = (self._seed + 0x9E3779B97F4A7C15 * (self._round + 1)) % 2**63
-        generator = torch.Generator().manual_seed(mixed)
-        return torch.randperm(len(self._requests), generator=generator).tolist()
 
 
 class Videos:
@@ -335,7 +230,7 @@ class Videos:
             fps=video.fps,
             short=video.short,
             hdr=video.hdr,
-            limits=_limits(video),
+            limits=video.limits,
         )
 
     def _encode(self, video_FHWC: Tensor, path: Path) -> Tensor:
@@ -351,43 +246,5 @@ class Videos:
         return {"video": file_hash(path, self._store), "codec": self._identity, **video}
 
 
-def _limits(video: VideoConfig) -> Limits:
-    return Limits(video.max_pixels, video.max_frames, video.max_seconds)
-
-
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
-
-
-def _simulate(config: RunConfig, console: Console) -> None:
-    """Let a separate process write the teacher's folder (it appears whole or not at all).
-
-    What was asked for is noted beside the folder, never in it, so that a folder made for other
-    settings is refused instead of used.
-    """
-    folder = config.teacher_dir
-    asked = config.teacher.model_dump(include={"style", "count", "seed"})
-    note = folder.with_name(folder.name + ".request.json")
-    if folder.exists():
-        try:
-            text = note.read_text(encoding="utf-8") if note.exists() else '"something else"'
-            made = parse_json(text)
-        except (OSError, ValueError) as error:
-            raise TeacherError(
-                f"teacher folder {folder}: its note {note} is damaged ({error})"
-            ) from None
-        if made != asked:
-            raise TeacherError(
-                f"teacher folder {folder}: was made for {made}, this run asks for {asked}; "
-                "choose another teacher.path= or out=, or teacher.kind=folder to use it as it is"
-            )
-        return
-    write_json(note, asked)
-    command = [sys.executable, "-m", "afd.lab.simulator", "--out", str(folder)]
-    for key, value in asked.items():
-        command += [f"--{key}", str(value)]
-    with console.status(f"teacher process writes {asked['count']} videos"):
-        process = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    if process.returncode != 0:
-        reason = process.stderr.strip()
-        raise TeacherError(f"the teacher's process ended with {process.returncode}: {reason}")

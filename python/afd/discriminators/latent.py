@@ -17,6 +17,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from afd.discriminators.config import LatentConfig
 from afd.discriminators.pairs import CriticOptimizer, PairCritic
 from afd.distributed import ALONE, Ranks
+from afd.models.student import Student
+from afd.video.config import VideoConfig
 from afd_kernels.contracts import require
 
 # Prompts to embeddings [B, L, E], zero behind a prompt's end: `TextEncoder.encode`, for instance.
@@ -141,3 +143,25 @@ class LatentCritic(PairCritic):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def build(
+    config: LatentConfig,
+    student: Student,
+    video: VideoConfig,
+    prompts: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> LatentCritic:
+    """As a configuration names it (`CriticConfig.build`)."""
+    wan = student.net.config
+    return LatentCritic(
+        lambda prompts: student.encode(list(prompts)),
+        config,
+        channels=wan.in_dim,
+        text_dim=wan.text_dim,
+        device=student.device,
+        seed=seed,
+        ranks=ranks,
+    )

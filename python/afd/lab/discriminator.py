@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from afd.discriminators.base import LOSSES, gradient_penalty, pair_metrics
-from afd.discriminators.config import ToyDiscriminatorConfig
 from afd.distributed import ALONE, Ranks
 from afd.files import replacing
 from afd.lab.augmentation import random_look
-from afd.lab.student import checkpoint_path, encode_prompts
+from afd.lab.config import ToyDiscriminatorConfig, checkpoint_path
+from afd.lab.student import encode_prompts
+from afd.models.student import Student
+from afd.video.config import VideoConfig
 
 TEXT_LEN, TEXT_DIM = 6, 32
 
@@ -252,3 +254,16 @@ def _standardised(backbone: MotionBackbone) -> MotionBackbone:
         backbone.mean.copy_(raw.mean(0))
         backbone.std.copy_(raw.std(0))
     return backbone
+
+
+def build(
+    config: ToyDiscriminatorConfig,
+    student: Student,
+    video: VideoConfig,
+    prompts: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> ToyCritic:
+    """As a configuration names it (`CriticConfig.build`)."""
+    return ToyCritic(config, video.frames, seed=seed, ranks=ranks)

@@ -18,6 +18,7 @@ from rich.table import Table
 from afd.config.run import RunConfig, make_config, parse_value
 from afd.errors import ConfigError
 from afd.files import write_json
+from afd.lab.config import SimulatorConfig
 from afd.lab.quickstart import COLUMNS, base, final_evaluation, lines
 from afd.trainer.loop import Outcome, train
 
@@ -54,7 +55,7 @@ class Study:
         # A row that makes no configuration is found before the first hour is spent.
         configs = [self.cell(row, seed) for row, seed in cells]
         for (row, seed), config in zip(cells, configs, strict=True):
-            if config.teacher.kind == "simulator" and config.student.kind == "toy":
+            if isinstance(config.teacher, SimulatorConfig) and config.student.kind == "toy":
                 base(self.base_cell(config.teacher.style), console)
             console.rule(f"{row}, seed {seed}")
             if train(config, console=console) is Outcome.STOPPED:
@@ -76,7 +77,7 @@ class Study:
     def _placed(self, overrides: Sequence[str], out: Path) -> RunConfig:
         config = make_config(self.start, overrides, self.origin)
         changes: dict[str, Any] = {"out": out}
-        if config.teacher.kind == "simulator":
+        if isinstance(config.teacher, SimulatorConfig):
             path = self.root / "teachers" / config.teacher.style
             changes["teacher"] = config.teacher.model_copy(update={"path": path})
         return config.model_copy(update=changes)

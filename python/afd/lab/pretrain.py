@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 
 from afd.files import sha256_of, write_json
 from afd.lab.augmentation import random_look
+from afd.lab.config import checkpoint_path
 from afd.lab.discriminator import MotionBackbone
 from afd.lab.simulator import (
     ATTRIBUTES,
@@ -34,7 +35,7 @@ from afd.lab.simulator import (
     sample_videos,
     uniform,
 )
-from afd.lab.student import ToyConfig, ToyStudent, checkpoint_path
+from afd.lab.student import ToyConfig, ToyStudent
 from afd.methods.config import SftConfig
 from afd.methods.copies import draw_copies
 from afd.methods.sft import denoising_loss

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from afd.config.run import RunConfig, make_config, to_yaml
-from afd.data.videos import Videos, open_teacher
+from afd.data.videos import Videos
 from afd.errors import ConfigError
 from afd.files import read_json_lines, write_text
 from afd.lab import physics
@@ -75,7 +75,7 @@ def base(config: RunConfig, console: Console) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         write_text(out / "config.yaml", to_yaml(config))
-        teacher = open_teacher(config, console)
+        teacher = config.open_teacher(console)
         requests, videos = teacher.requests, Videos(teacher, config.video)
         evaluate = make_evaluator(config, lambda: videos.fetch(requests))
         lines = []

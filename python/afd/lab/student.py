@@ -12,21 +12,24 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from afd.cache import Store
+from afd.distributed import ALONE, Ranks
 from afd.files import replacing
+from afd.hub import named_errors
+from afd.lab.config import ToyStudentConfig, checkpoint_path
+from afd.models.codec import Pixels
 from afd.models.noise import Layout, NoiseSource, seeded_noise
 from afd.models.student import Level, Student, frame_times
-from afd.models.wan.kv_cache import LayerKV
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import LayerKV, WanConfig
 from afd.schedules import check_steps
-
-SHIPPED = {"base": "base_student.safetensors", "motion": "motion_backbone.safetensors"}
+from afd.video.config import VideoConfig
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,6 @@ def encode_prompts(prompts: list[str], length: int, channels: int) -> Tensor:
         for place, word in enumerate(words[:length]):
             row[place] = (_word(word, channels) + _word(f"#{place}", channels)) / 2**0.5
     return text_BLE
-
-
-def checkpoint_path(name: str) -> Path:
-    """A shipped checkpoint by its short name, or any file by its path."""
-    if name in SHIPPED:
-        return Path(str(files("afd.lab") / "assets" / SHIPPED[name]))
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {name} is neither a file nor one of {list(SHIPPED)}")
-    return path
 
 
 class ToyStudent(Student):
@@ -172,3 +165,46 @@ class ToyStudent(Student):
         student = cls(ToyConfig(WanConfig(**{**wan, "patch": tuple(wan["patch"])}), **metadata))
         student.load_state_dict({k: v.float() for k, v in load_file(path).items()})
         return student
+
+
+# --- as a configuration names it ---
+
+
+def build(
+    config: ToyStudentConfig,
+    video: VideoConfig,
+    prompts: Sequence[str] = (),
+    *,
+    device: torch.device | str = "cpu",
+    store: Store | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[ToyStudent, Pixels]:
+    """The toy of a checkpoint and its codec, which changes nothing (`StudentConfig.build`)."""
+    return _load(config).to(device, config.torch_dtype), Pixels()
+
+
+def sizes(config: ToyStudentConfig) -> WanConfig:
+    """The network's sizes."""
+    return _load(config).net.config
+
+
+def load_network(config: ToyStudentConfig) -> CausalWan:
+    """The network of the start weights, in float32."""
+    return _load(config).net
+
+
+def _load(config: ToyStudentConfig) -> ToyStudent:
+    name = config.checkpoint
+    with named_errors("checkpoint", checkpoint_path(name)):
+        return ToyStudent.load(name)
+
+
+def save_network(
+    config: ToyStudentConfig, network: CausalWan, folder: Path, dtype: torch.dtype, note: str
+) -> Path:
+    """Write a network as folder/student.safetensors."""
+    student = _load(config)
+    student.net.load_state_dict(network.state_dict())
+    path = folder / "student.safetensors"
+    student.save(path, dtype)
+    return path

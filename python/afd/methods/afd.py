@@ -8,6 +8,7 @@ of them, F frames, C channels, H x W pixels or latents, K chunks, L text tokens,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,17 +17,19 @@ from torch import Tensor
 
 from afd import ops
 from afd.discriminators.base import Critic
-from afd.lab.diagnostics import rank_agreement
 from afd.methods.advantage import optimality
 from afd.methods.base import Batch, Shown
 from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
+from afd.methods.optimizer import ramped_decay
 from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.policies import Policies
 from afd.models.student import Student
-from afd.models.wan.kv_cache import LayerKV
+from afd.models.wan.types import LayerKV
 
+# Step, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
+Watch = Callable[[int, Tensor, Tensor, list[str], int], dict[str, float]]
 # What the loss op measures of every copy, by the name in the metrics.
 MEASURED = {
     "student/loss_pos": "loss_pos",
@@ -37,29 +40,28 @@ MEASURED = {
 }
 
 
-def versions(config: AfdConfig) -> tuple[str, ...]:
-    """The versions of the student's weights that a configuration needs (`make_policies`)."""
-    wanted = {
-        "theta": True,
-        "old": config.old == "ema",
-        "ema": config.ema_decay is not None,
-        "ref": config.prior_weight > 0,
-    }
-    return tuple(name for name, needed in wanted.items() if needed)
-
-
 class Afd(StudentMethod):
     """AFD (see `Method`).
 
     Args:
-        policies: the `versions` of the student.
+        policies: the versions of the student that the configuration needs.
+        watch: called with scores [B], videos, prompts and group size after every update's scoring;
+            returns metrics.
         how: what all methods are given (see `StudentMethod`).
     """
 
     name, needs_rollout, needs_critic = "afd", True, True
 
-    def __init__(self, policies: Policies, critic: Critic, config: AfdConfig, **how: Any) -> None:
+    def __init__(
+        self,
+        policies: Policies,
+        critic: Critic,
+        config: AfdConfig,
+        watch: Watch | None = None,
+        **how: Any,
+    ) -> None:
         super().__init__(policies, config, critic, **how)
+        self.watch = watch
         self.config: AfdConfig = config
         self.critic = critic
         check_chunks(config, self.chunks)
@@ -110,10 +112,8 @@ class Afd(StudentMethod):
         self.shown = Shown(
             rollouts.prompts[0], rollouts.x_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
         )
-        if batch.step % self.config.physics_every == 0:
-            metrics |= rank_agreement(
-                score_B, rollouts.x_BFCHW, rollouts.prompts, group, self.ranks
-            )
+        if self.watch is not None:
+            metrics |= self.watch(batch.step, score_B, rollouts.x_BFCHW, rollouts.prompts, group)
         if batch.step >= self.critic.config.warmup_steps:
             metrics |= self._update(batch, rollouts, r_B)
         self._rollouts = None
@@ -167,7 +167,7 @@ class Afd(StudentMethod):
             metrics["student/old_decay"] = decay = self._decay(self.optimizer.updates)
             self.policies.average("old", "theta", decay)
         if config.ema_decay is not None:
-            decay = min(config.ema_decay, 0.02 * self.optimizer.updates)
+            decay = ramped_decay(config.ema_decay, self.optimizer.updates - 1)
             self.policies.average("ema", "theta", decay)
         return metrics
 

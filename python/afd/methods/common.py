@@ -7,7 +7,6 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
-from afd.config.run import VideoConfig
 from afd.discriminators.base import Critic
 from afd.distributed import ALONE, Ranks
 from afd.methods.base import Shown
@@ -16,6 +15,7 @@ from afd.methods.optimizer import StudentOptimizer
 from afd.methods.rollouts import Rollouts, Show, Streaming
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
+from afd.video.config import VideoConfig
 
 
 class StudentMethod:

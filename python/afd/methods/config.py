@@ -11,6 +11,10 @@ from afd.config.base import Count, Natural, Positive, Section, Share
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
 
 
+# The versions of the student that DMD compares: of the teacher's videos, of the student's own.
+FIELDS = ("real", "fake")
+
+
 class StudentOptimizerConfig(Section):
     """How every method updates the student."""
 
@@ -29,6 +33,16 @@ class StudentOptimizerConfig(Section):
         default=None,
         description="videos per pass; gradients add up over the passes; null: all at once",
     )
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The versions of the student's weights that the method keeps (`make_policies`)."""
+        return ("theta", "ema")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The versions that an optimizer changes."""
+        return ("theta",)
 
 
 class TimesConfig(StudentOptimizerConfig):
@@ -105,10 +119,16 @@ class AfdConfig(TimesConfig):
         description="largest decay (0.02 s at update s before that) of the EMA of the student that "
         "is evaluated and exported; null: the old policy is",
     )
-    physics_every: Count = Field(
-        default=10,
-        description="updates between logs of how far the score ranks by physics (toy prompts only)",
-    )
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        wanted = {
+            "theta": True,
+            "old": self.old == "ema",
+            "ema": self.ema_decay is not None,
+            "ref": self.prior_weight > 0,
+        }
+        return tuple(name for name, needed in wanted.items() if needed)
 
     @model_validator(mode="after")
     def _groups(self) -> AfdConfig:
@@ -161,6 +181,10 @@ class LastStepConfig(StudentOptimizerConfig):
         description="largest decay of the evaluated EMA of the student; 0.02 s at update s before",
     )
 
+    @property
+    def versions(self) -> tuple[str, ...]:
+        return ("theta", "ema", *(("ref",) if self.prior_weight > 0 else ()))
+
 
 class GanConfig(LastStepConfig):
     """softplus(-D) of the student's own videos: the baseline.
@@ -200,3 +224,12 @@ class DmdConfig(LastStepConfig):
         if not 0 <= low <= high <= 1:
             raise ValueError(f"dmd.t_range: got {low}, {high}; needed: two rising times in [0, 1]")
         return self
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        theta, ema, *ref = super().versions
+        return (theta, ema, *FIELDS, *ref)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return ("theta", *FIELDS)

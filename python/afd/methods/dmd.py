@@ -24,14 +24,13 @@ from torch import Tensor
 
 from afd import ops
 from afd.methods.base import Batch, draw_times
-from afd.methods.config import DmdConfig
+from afd.methods.config import FIELDS, DmdConfig
 from afd.methods.last_step import LastStepMethod, clean, pieces
 from afd.methods.optimizer import StudentOptimizer
 from afd.methods.rollouts import Rollouts
 from afd.models.policies import Policies
 from afd.models.student import Student
 
-FIELDS = ("real", "fake")
 # A squared error of x0 is divided by max(t, smallest)^power: |v - v*|² is |x0 - x0*|² / t².
 WEIGHTING = {"x0": (0.1, 1), "velocity": (1e-3, 2)}
 
@@ -40,12 +39,11 @@ class Dmd(LastStepMethod):
     """The DMD baseline (see `Method`); its `critic_step` fits the two fields.
 
     Args:
-        policies: the `versions` of the student, and "ref" where the prior has a weight.
+        policies: the versions of the student that the configuration needs.
         how: what all methods are given (see `StudentMethod`).
     """
 
     name = "dmd"
-    versions, trained = ("theta", "ema", *FIELDS), ("theta", *FIELDS)
 
     def __init__(self, policies: Policies, config: DmdConfig, **how: Any) -> None:
         super().__init__(policies, config, **how)

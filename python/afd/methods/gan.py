@@ -25,12 +25,11 @@ class Gan(LastStepMethod):
     """The GAN baseline (see `Method`); its gradient passes the `video.codec_match` unchanged.
 
     Args:
-        policies: the `versions` of the student, and "ref" where the prior has a weight.
+        policies: the versions of the student that the configuration needs.
         how: what all methods are given (see `StudentMethod`).
     """
 
     name = "gan"
-    versions, trained = ("theta", "ema"), ("theta",)
 
     def __init__(
         self, policies: Policies, critic: DifferentiableCritic, config: GanConfig, **how: Any

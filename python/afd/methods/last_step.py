@@ -20,6 +20,7 @@ from afd.discriminators.base import Critic
 from afd.methods.base import Batch, Shown
 from afd.methods.common import StudentMethod
 from afd.methods.config import LastStepConfig
+from afd.methods.optimizer import ramped_decay
 from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.policies import Policies
 from afd.models.student import Student
@@ -96,7 +97,7 @@ class LastStepMethod(StudentMethod):
         `of_videos`: values per video in parts; their means over all processes are metrics.
         """
         metrics = self.optimizer.step()
-        decay = min(self.config.ema_decay, 0.02 * self.optimizer.updates)
+        decay = ramped_decay(self.config.ema_decay, self.optimizer.updates - 1)
         self.policies.average("ema", "theta", decay)
         means = {key: self.ranks.gather(torch.cat([*x])).mean() for key, x in of_videos.items()}
         return metrics | {f"student/{key}": float(mean) for key, mean in means.items()}

@@ -17,6 +17,12 @@ from afd.models.weights import Weights, fill, local
 from afd_kernels.contracts import require
 
 
+def ramped_decay(largest: float, updates: int) -> float:
+    """Decay of an exponential moving average after `updates` earlier updates: 0.02 per update up to
+    `largest`, so that an average over a young run forgets the start weights."""
+    return min(largest, 0.02 * updates)
+
+
 def cosine_rate(step: int, steps: int | None, floor: float = 0.05) -> float:
     """Learning-rate factor: a cosine from 1 to `floor` over `steps`, then flat; None: always 1."""
     if steps is None:

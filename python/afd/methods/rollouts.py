@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from afd.config.run import VideoConfig
 from afd.discriminators.base import Critic
 from afd.methods.base import Batch
 from afd.models.codec import Codec
 from afd.models.student import Student
-from afd.models.wan.kv_cache import LayerKV
+from afd.models.wan.types import LayerKV
 from afd.rollout import stream, stream_layout
+from afd.video.config import VideoConfig
 
 # Parts of a rollout that are encoded at a time.
 ENCODERS = 4

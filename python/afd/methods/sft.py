@@ -16,6 +16,7 @@ from afd.methods.base import Batch
 from afd.methods.common import StudentMethod
 from afd.methods.config import SftConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
+from afd.methods.optimizer import ramped_decay
 from afd.models.policies import Policies
 from afd.models.student import Student
 
@@ -98,7 +99,9 @@ class Sft(StudentMethod):
             loss = denoising_loss(student, x0, text, piece, config.loss, told)
             self.optimizer.add(loss * piece.share)
         metrics = self.optimizer.step()
-        self.policies.average("ema", "theta", min(config.ema_decay, 0.02 * batch.step))
+        self.policies.average(
+            "ema", "theta", ramped_decay(config.ema_decay, self.optimizer.updates - 1)
+        )
         return metrics
 
     def evaluation_policy(self) -> AbstractContextManager[Student]:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from afd.hub import need
+from afd.models.config import LoraConfig
 from afd.models.wan.network import CausalWan
-
-if TYPE_CHECKING:
-    from afd.models.config import LoraConfig
 
 # Every linear layer of the blocks.
 TARGETS = r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|ffn\.[02])"

@@ -9,19 +9,17 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from afd.hub import refuse_other_weights, weights_digest
 from afd.models.adapters import Adapters
+from afd.models.config import LoraConfig
 from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
-
-if TYPE_CHECKING:
-    from afd.models.config import LoraConfig
 
 REFERENCE = "ref"
 

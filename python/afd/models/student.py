@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from afd.models.noise import Layout, NoiseSource
 from afd.models.wan.graphs import GraphedPasses
-from afd.models.wan.kv_cache import KVCache, LayerKV
+from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.network import CausalWan
+from afd.models.wan.types import LayerKV
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ there, else they are the released ones; everything else is the arithmetic of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,15 +17,14 @@ from rich.table import Table
 
 from afd.config.run import RunConfig
 from afd.errors import ConfigError
+from afd.hub import missing_path
 from afd.methods.config import TimesConfig
 from afd.methods.copies import check_chunks
-from afd.models.wan.checkpoints import infer_config, read_weights
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
-from afd.planning.teacher import TeacherPlan, missing_files, teacher_plan
 from afd.planning.work import GIB, Part, Phase, Work, gib
-from afd.trainer.build import toy_student
+from afd.teachers.forecast import Forecast
 
 # When a part of the memory is in use; "always" adds to each of the others.
 MOMENTS = ("rollout", "critic", "student")
@@ -40,7 +40,7 @@ class Plan:
     net: Net
     memory: list[Part]
     phases: list[Phase]
-    teacher: TeacherPlan
+    teacher: Forecast
     checkpoint_bytes: int
     missing: list[str]
 
@@ -80,7 +80,8 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
     except ValueError as error:  # what the checkpoint holds is not what is needed
         raise ConfigError(str(error)) from error
     work = Work(config, net, processes)
-    teacher = teacher_plan(config)
+    drawn = config.steps * config.prompts_per_step
+    teacher = config.teacher.forecast(config.teacher_dir, drawn)
     return Plan(
         config=config,
         processes=processes,
@@ -89,26 +90,27 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
         phases=list(work.phases(teacher.distinct)) if config.student.kind == "wan" else [],
         teacher=teacher,
         checkpoint_bytes=work.checkpoint_bytes(),
-        missing=list(missing_files(config)),
+        missing=list(_missing(config)),
     )
+
+
+def _missing(config: RunConfig) -> Iterator[str]:
+    """What the run would not find, or would have to download, one sentence each."""
+    yield from config.student.missing()
+    if config.method in ("afd", "gan"):
+        yield from config.discriminator.missing()
+    yield from config.teacher.missing(config.teacher_dir)
+    if config.evaluation.prompts is not None:
+        yield from missing_path("evaluation.prompts", config.evaluation.prompts, "held-out prompts")
 
 
 def student_net(config: RunConfig) -> Net:
     """The student's sizes: the checkpoint's where it is there, else the released ones."""
     student = config.student
     rank = student.lora.rank if student.lora is not None else None
-    if student.kind == "toy":
-        toy = toy_student(config, student)
-        wan, frames = toy.net.config, toy.frames
-        grid = wan.grid(*toy.frame_shape[1:])
-    else:
-        wan = WanConfig(**student.network)
-        if student.checkpoint is not None and student.checkpoint.exists():
-            held, written = read_weights(student.checkpoint, ema=student.ema)
-            found = infer_config(held, written, head_dim=student.head_dim)
-            wan = replace(found, **student.network)
-        frames = 1 + (config.video.frames - 1) // 4
-        grid = wan.grid(config.video.height // 8, config.video.width // 8)
+    wan, video = student.sizes(), config.video
+    frames = student.latent_frames(video.frames)
+    grid = wan.grid(*student.latent_size(video.height, video.width))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in CausalWan(wan).parameters())
     return Net(

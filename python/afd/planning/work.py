@@ -66,7 +66,7 @@ class Work:
         student = config.student
         self.wan = student.kind == "wan"
         self.item = DTYPES[student.dtype].itemsize if student.kind == "wan" else cost.FLOAT
-        self.vae_item = DTYPES[student.vae_dtype].itemsize if student.kind == "wan" else 0
+        self.vae_item = DTYPES[getattr(student, "vae_dtype", "float32")].itemsize if self.wan else 0
         self.method: StudentOptimizerConfig = getattr(config, config.method)
         self.group = getattr(self.method, "samples_per_prompt", 1)
         self.rolls = config.method != "sft"

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
 
-from afd.config.base import Count, Natural, Positive, Threads
+from afd.config.base import ByKind, Count, Natural, Positive, Section, Threads, of_default_kind
 from afd.errors import ConfigError
-from afd.hub import fingerprint
-from afd.lab.student import checkpoint_path
-from afd.models.config import DTYPES, WanParts
-from afd.schedules import ShiftedFlow, check_steps
+from afd.models.config import StudentConfig
 
-# Video frames per latent frame after the first, and pixels per latent row and column.
-WAN_SCALE = (4, 8)
 # What a video does not depend on: it may differ when `afd sample` goes on in the same folder.
 FREE = ("prompts", "out", "samples", "batch", "device", "compile", "cuda_graphs", "threads")
+# The same of the student's section.
+FREE_STUDENT = ("lora", "checkpoint_blocks", "rollout_batch")
 
 
-class StreamConfig(WanParts):
-    """The student, its files, and how it streams: what `afd sample` and `afd eval` both need."""
+class StreamConfig(Section):
+    """The student, and how it streams: what `afd sample` and `afd eval` both need."""
 
-    student: Literal["wan", "toy"] = Field(
-        default="wan", description="wan: a released student's layout; toy: the laptop-size one"
-    )
-    checkpoint: str | None = Field(
-        default=None,
-        description="wan: .pt file, diffusers folder or .safetensors; toy: 'base' or a file",
-    )
+    student: Annotated[StudentConfig, ByKind("students", "wan")] = of_default_kind()
 
     out: Path | None = Field(default=None, description="folder of the mp4 files")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
@@ -56,9 +47,6 @@ class StreamConfig(WanParts):
     )
     sink: Natural = Field(default=0, description="first latent frames that the window never loses")
 
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="what the network and the text encoder compute in"
-    )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         default="auto", description="auto: cuda where there is one"
     )
@@ -68,50 +56,34 @@ class StreamConfig(WanParts):
 
     @model_validator(mode="after")
     def _consistent(self) -> StreamConfig:
-        time, space = self.scale
+        time, space = self.student.scale
         if (self.frames - 1) % time:
             raise ValueError(f"frames: got {self.frames}; needed: 1 + a multiple of {time}")
         if self.height % (2 * space) or self.width % (2 * space):
             # Two latent pixels make a token; h264 needs even sizes in any case.
             got = f"{self.height}x{self.width}"
             raise ValueError(f"height, width: got {got}; needed: multiples of {2 * space}")
-        for steps in (self.steps, self.first_chunk_steps):
-            if steps is not None and self.student == "wan":
-                check_steps(steps, first=1000)
-                ShiftedFlow(self.shift).warp(steps)
-            elif steps is not None:
-                check_steps(steps)
         if self.window is None and self.sink:
             raise ValueError(f"sink: got {self.sink}; needed: 0, as there is no window")
-        if self.window is not None and not self.sink + self.chunk <= self.window:
-            raise ValueError(
-                f"window: got {self.window}; needed: at least sink + chunk = "
-                f"{self.sink + self.chunk}"
-            )
+        if self.window is not None:
+            least = self.sink + self.student.chunk_frames
+            if self.window < least:
+                raise ValueError(
+                    f"window: got {self.window}; needed: at least sink + chunk = {least}"
+                )
         return self
 
     @property
-    def scale(self) -> tuple[int, int]:
-        """Video frames per later latent frame, pixels per latent pixel."""
-        return WAN_SCALE if self.student == "wan" else (1, 1)
-
-    @property
     def latent_frames(self) -> int:
-        return 1 + (self.frames - 1) // self.scale[0]
+        return self.student.latent_frames(self.frames)
 
     @property
-    def latent_size(self) -> tuple[int, int]:
-        return self.height // self.scale[1], self.width // self.scale[1]
-
-    @property
-    def network(self) -> dict[str, Any]:
-        """The fields of WanConfig that no checkpoint holds."""
+    def memory(self) -> dict[str, Any]:
+        """The fields of WanConfig that say what a stream remembers; no checkpoint holds them."""
         return {
-            "chunk": self.chunk,
             "window": self.window,
             "sink": self.sink,
             "independent_first_frame": self.independent_first_frame,
-            "text_len": self.text_len,
         }
 
     @property
@@ -126,10 +98,6 @@ class StreamConfig(WanParts):
             )
             raise ConfigError(f"device: got {self.device}; {has} here")
         return device
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
 
 class SampleConfig(StreamConfig):
@@ -149,7 +117,7 @@ class SampleConfig(StreamConfig):
 
     @model_validator(mode="after")
     def _given(self) -> SampleConfig:
-        time, _ = self.scale
+        time, _ = self.student.scale
         if self.image is not None and self.video is not None:
             raise ValueError("image, video: got both; needed: at most one of them")
         if self.prefix_frames is not None and (self.prefix_frames - 1) % time:
@@ -161,9 +129,8 @@ class SampleConfig(StreamConfig):
     def settings(self) -> dict[str, Any]:
         """What a video depends on besides its prompt and seed, as plain data."""
         settings = self.model_dump(mode="json", exclude=set(FREE))
-        if self.checkpoint is None:
-            return settings
-        toy = self.student == "toy"
-        path = checkpoint_path(self.checkpoint) if toy else Path(self.checkpoint)
-        # Another file under the same name makes other videos.
-        return settings | {"checkpoint": f"{self.checkpoint} {fingerprint(path)}"}
+        student = {k: v for k, v in settings["student"].items() if k not in FREE_STUDENT}
+        if self.student.checkpoint is not None:
+            # Another file under the same name makes other videos.
+            student["checkpoint"] = f"{self.student.checkpoint} {self.student.fingerprint()}"
+        return settings | {"student": student}

@@ -21,22 +21,16 @@ from torch import Tensor
 
 from afd.errors import ConfigError, VideoError
 from afd.files import only_one
-from afd.hub import named_errors, pinned
-from afd.lab.student import ToyStudent, checkpoint_path
-from afd.models.codec import Codec, Pixels
+from afd.models.codec import Codec
 from afd.models.student import Student
-from afd.models.wan.checkpoints import infer_config, read_weights
 from afd.models.wan.kv_cache import KVCache, cache_bytes
-from afd.models.wan.loading import load_wan
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
 from afd.rollout import Layout, chunk_layout, counted_noise, stream, stream_layout
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import Job, read_jobs
 from afd.video import read_comment, read_video
+from afd.video.config import VideoConfig
 from afd.video.recorder import Recorder
-
-# Where parts may come from besides `pretrained`, and which they are.
-PARTS = {"text_encoder": ("text_encoder", "tokenizer"), "vae": ("vae",)}
 
 
 @dataclass
@@ -105,10 +99,8 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
     """`sample` for jobs of one's own; who may write into `config.out` is the caller's business."""
     out = config.out
     assert out is not None
-    if config.checkpoint is None:
-        raise ConfigError("checkpoint: not given; needed: the student's weights")
-    if config.student == "wan" and not Path(config.checkpoint).exists():
-        raise ConfigError(f"checkpoint: {config.checkpoint} does not exist")
+    for sentence in config.student.missing_weights():
+        raise ConfigError(sentence)
     # Before anything is downloaded or loaded.
     if config.torch_device.type != "cuda" and config.cuda_graphs:
         raise ConfigError("cuda_graphs: got 'cpu'; needed: a CUDA device")
@@ -122,7 +114,7 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
                 raise ConfigError(
                     f"prompts: {job.name} switches at chunk {chunk}; it has {len(layout(job))}"
                 )
-    config = _pinned(config)
+    config = config.model_copy(update={"student": config.student.pinned()})
     todo = [job for job in jobs if not _finished(job, config)]
     if len(todo) < len(jobs):
         console.print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already")
@@ -147,23 +139,6 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
     return result
 
 
-def _pinned(config: SampleConfig) -> SampleConfig:
-    """The configuration with the commits that its hub names stand for now, as every file says."""
-    if config.student == "toy":
-        return config
-    from_pipeline: tuple[str, ...] = ()
-    update = {}
-    for key, parts in PARTS.items():
-        named = getattr(config, key)
-        if named is None:
-            from_pipeline += parts
-        else:
-            update[key] = pinned(named, parts)
-    if from_pipeline:
-        update["pretrained"] = pinned(config.pretrained, from_pipeline)
-    return config.model_copy(update=update)
-
-
 def _record(
     pipeline: Pipeline, config: SampleConfig, batch: list[Job], advance: Callable[[], None]
 ) -> Recorder:
@@ -172,7 +147,7 @@ def _record(
     frames = config.latent_frames
     prefix = _prefix(pipeline, config, batch)
     layout = stream_layout(student, frames, 0 if prefix is None else prefix.shape[1])
-    draws = max(len(config.steps), len(config.first_chunk_steps or ()))
+    draws = max(len(config.student.steps), len(config.student.first_chunk_steps or ()))
     noise = counted_noise(
         [job.seed for job in batch],
         layout,
@@ -188,11 +163,11 @@ def _record(
         text_BLE,
         noise,
         frames=frames,
-        steps=config.steps,
-        first_steps=config.first_chunk_steps,
+        steps=config.student.steps,
+        first_steps=config.student.first_chunk_steps,
         prefix_BFCHW=prefix,
         switches={c: pipeline.text([job.prompt_at(c) for job in batch]) for c in changes},
-        context_noise=config.context_noise,
+        context_noise=config.student.context_noise,
         cache=pipeline.cache(text_BLE, frames),
     )
     assert config.out is not None
@@ -244,8 +219,8 @@ def _prefix_frames(config: SampleConfig, job: Job) -> int:
     if job.video is None:
         return 0
     if config.prefix_frames is None:
-        return config.chunk
-    return 1 + (config.prefix_frames - 1) // config.scale[0]
+        return config.student.chunk_frames
+    return 1 + (config.prefix_frames - 1) // config.student.scale[0]
 
 
 def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
@@ -255,12 +230,14 @@ def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
         given = _prefix_frames(config, job)
         alone = config.independent_first_frame or given == 1
         try:
-            chunks = chunk_layout(config.latent_frames, config.chunk, first_alone=alone)
+            chunks = chunk_layout(
+                config.latent_frames, config.student.chunk_frames, first_alone=alone
+            )
         except ValueError:
-            single = int(alone and config.chunk > 1)
-            whole = max(1, -(-(config.latent_frames - single) // config.chunk))
-            fits = 1 + (single + whole * config.chunk - 1) * config.scale[0]
-            needed = f"{'one frame and ' * single}chunks of {config.chunk}"
+            single = int(alone and config.student.chunk_frames > 1)
+            whole = max(1, -(-(config.latent_frames - single) // config.student.chunk_frames))
+            fits = 1 + (single + whole * config.student.chunk_frames - 1) * config.student.scale[0]
+            needed = f"{'one frame and ' * single}chunks of {config.student.chunk_frames}"
             raise ConfigError(
                 f"frames: got {config.frames}, which is {config.latent_frames} latent frames; "
                 f"needed: {needed}, such as frames={fits}"
@@ -292,7 +269,7 @@ def _prefix(pipeline: Pipeline, config: SampleConfig, batch: list[Job]) -> Tenso
     latent_frames = _prefix_frames(config, batch[0])
     if latent_frames == 0:
         return None
-    frames = 1 + (latent_frames - 1) * config.scale[0]
+    frames = 1 + (latent_frames - 1) * config.student.scale[0]
     videos = [
         read_video(
             path,
@@ -314,49 +291,29 @@ def _prefix(pipeline: Pipeline, config: SampleConfig, batch: list[Job]) -> Tenso
 
 
 def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
-    """The student, which knows the prompts, and its autoencoder."""
-    assert config.checkpoint is not None
+    """The student, which can encode the prompts, and its codec."""
     device = config.torch_device
     if device.index is not None:
         # Kernels and graphs are launched on the current device.
         torch.cuda.set_device(device)
-    if config.student == "toy":
-        toy = _toy(config).to(device, config.torch_dtype).requires_grad_(False)
-        student: Student = toy
-        codec: Codec = Pixels()
-        toy.net.config = _remembering(toy.net.config, config)
-    else:
-        height, width = config.latent_size
-        student, codec = load_wan(config, prompts, height=height, width=width, device=device)
-    student.eval()
+    video = VideoConfig(frames=config.frames, height=config.height, width=config.width)
+    try:
+        student, codec = config.student.build(video, prompts, device=device)
+    except FileNotFoundError as error:
+        raise ConfigError(f"student: {error}") from error
+    size = config.student.latent_size(config.height, config.width)
+    if student.frame_shape[1:] != size:
+        rows, columns = student.frame_shape[1:]
+        raise ConfigError(
+            f"height, width: got {config.height}, {config.width}; needed: {rows}, {columns}, those "
+            "of the checkpoint"
+        )
+    student.requires_grad_(False).eval()
+    student.net.config = replace(student.net.config, **config.memory)
     student.net.fuse_projections()
     if config.compile:
         student.net.compile_blocks()
     return Pipeline(student, codec, config.cuda_graphs)
-
-
-def _remembering(wan: WanConfig, config: SampleConfig) -> WanConfig:
-    """The toy's network with the stream's memory and first chunk."""
-    return replace(
-        wan,
-        window=config.window,
-        sink=config.sink,
-        independent_first_frame=config.independent_first_frame,
-    )
-
-
-def _toy(config: SampleConfig) -> ToyStudent:
-    """The checkpoint's, which must be of the size asked for."""
-    path = checkpoint_path(config.checkpoint or "base")
-    with named_errors("checkpoint", path):
-        toy = ToyStudent.load(str(path))
-    size = (toy.config.height, toy.config.width, toy.chunk)
-    if (config.height, config.width, config.chunk) != size:
-        raise ConfigError(
-            f"height, width, chunk: got {config.height}, {config.width}, {config.chunk}; "
-            f"needed: {', '.join(map(str, size))}, those of the checkpoint"
-        )
-    return toy
 
 
 # --- what is told ---
@@ -399,14 +356,14 @@ def memory(config: SampleConfig) -> Memory:
     Sizes of a Wan network come from the checkpoint where it exists, else they are the released
     1.3 B ones.
     """
-    wan = _network(config)
+    wan = replace(config.student.sizes(), **config.memory)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in CausalWan(wan).parameters())
-    height, width = config.latent_size
+    height, width = config.student.latent_size(config.height, config.width)
     rows, cols = wan.grid(height, width)
     frames = config.latent_frames
     kept = frames if wan.window is None else min(frames, wan.window)
-    dtype = config.torch_dtype
+    dtype = config.student.torch_dtype
     cache = cache_bytes(
         wan.num_layers, config.batch, kept * rows * cols, wan.text_len, wan.dim, dtype
     )
@@ -416,23 +373,10 @@ def memory(config: SampleConfig) -> Memory:
 
 
 def _sized_by(config: SampleConfig) -> str:
-    given = config.checkpoint
-    if config.student == "toy":
-        return f"as in {given or 'base'}"
-    if given is None or not Path(given).exists():
-        missing = "no checkpoint is given" if given is None else f"{given} does not exist"
-        return f"the released sizes ({missing})"
-    return f"as in {given}"
-
-
-def _network(config: SampleConfig) -> WanConfig:
-    if config.student == "toy":
-        return _remembering(_toy(config).net.config, config)
-    if config.checkpoint is not None and Path(config.checkpoint).exists():
-        weights, written = read_weights(config.checkpoint, ema=config.ema)
-        found = infer_config(weights, written, head_dim=config.head_dim)
-        return replace(found, **config.network)
-    return WanConfig(**config.network)
+    missing = list(config.student.missing_weights())
+    if missing:
+        return f"the released sizes ({missing[0]})"
+    return f"as in {config.student.checkpoint}"
 
 
 def dry_run(config: SampleConfig, console: Console) -> Memory:
@@ -445,7 +389,10 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
         held = memory(config)
     except ValueError as error:  # what a file holds is not what the configuration says
         raise ConfigError(str(error)) from error
-    steps, first = len(config.steps), len(config.first_chunk_steps or config.steps)
+    steps, first = (
+        len(config.student.steps),
+        len(config.student.first_chunk_steps or config.student.steps),
+    )
     generated = sum(start >= given for start, _ in chunks)
     passes = first + (generated - 1) * steps + len(chunks) - 1
     gib = 2**30
@@ -453,8 +400,8 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
         f"videos      {len(jobs)}, {config.batch} at a time",
         f"video       {config.frames} frames of {config.height}x{config.width}; "
         f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes",
-        f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB {config.dtype}, "
-        f"{_sized_by(config)}",
+        f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB "
+        f"{config.student.dtype}, {_sized_by(config)}",
         f"cache       {held.cache / gib:.3f} GiB: {held.kept_frames} frames and the prompt, "
         f"keys and values of every layer",
         f"latents     {held.latents / 2**20:.3f} MiB: a chunk's input, noise and result",

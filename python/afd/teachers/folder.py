@@ -1,28 +1,26 @@
-"""A folder of finished videos and a manifest that says which prompt each one answers.
-
-Manifest formats, by file ending; video paths are relative to the folder and must stay inside it:
-
-- `.jsonl`: one object a line, {"file": "000123.mp4", "prompt": "a red ball ..."}
-- `.csv`: a header with the columns `file` and `prompt`; other columns are not read
-- `.txt`: one video a line, file and prompt separated by a tab
-"""
+"""A folder of finished videos as a teacher."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from afd.errors import TeacherError, VideoError
-from afd.files import Rows, csv_rows, json_rows
-from afd.teachers.base import Request
-from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
+from rich.console import Console
 
-MANIFESTS = ("prompts.jsonl", "prompts.csv", "prompts.txt")
+from afd.errors import TeacherError, VideoError
+from afd.teachers.base import Request
+from afd.teachers.config import FolderConfig
+from afd.teachers.manifest import read_manifest
+from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
+from afd.video.config import VideoConfig
+
 # Clips checked at the same time; a large one decodes in several threads of its own.
 THREADS = min(8, os.cpu_count() or 1)
+_log = logging.getLogger("afd")
 
 
 class FolderTeacher:
@@ -86,43 +84,6 @@ class FolderTeacher:
         return self._files[request]
 
 
-def read_manifest(
-    folder: Path, manifest: Path | str | None = None
-) -> tuple[Path, list[tuple[str, str, str]], list[str]]:
-    """The manifest's path; where, file and prompt of its entries; and what is wrong with others.
-
-    No video is looked at. Raises TeacherError where there is no folder, or no manifest to read.
-    """
-    if not folder.is_dir():
-        raise TeacherError(f"teacher folder {folder}: no such folder")
-    path = Path(manifest) if manifest is not None else _find(folder)
-    readers = {".jsonl": json_rows, ".csv": _csv, ".txt": _txt}
-    if path.suffix not in readers:
-        raise TeacherError(f"teacher manifest {path}: needs the ending .jsonl, .csv or .txt")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher manifest {path}: cannot be read ({error})") from None
-    entries, problems = [], []
-    for line, row in readers[path.suffix](text):
-        if isinstance(row, str):
-            problems.append(f"line {line}: {row}")
-            continue
-        file, prompt = row.get("file"), row.get("prompt")
-        if isinstance(file, str) and file and isinstance(prompt, str):
-            entries.append((f"line {line}", file, prompt))
-        else:
-            problems.append(f"line {line}: needs a file and a prompt")
-    return path, entries, problems
-
-
-def _find(folder: Path) -> Path:
-    for name in MANIFESTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise TeacherError(f"teacher folder {folder}: holds none of {', '.join(MANIFESTS)}")
-
-
 def _problem(folder: Path, check: Callable[[Path], None], path: Path, prompt: str) -> str | None:
     """Why an entry cannot be used, or None."""
     if not prompt.strip():
@@ -138,16 +99,22 @@ def _problem(folder: Path, check: Callable[[Path], None], path: Path, prompt: st
     return None
 
 
-def _csv(text: str) -> Rows:
-    return csv_rows(text, ("file", "prompt"))
+def open_folder(folder: Path, manifest: Path | None, video: VideoConfig) -> FolderTeacher:
+    """The teacher of a folder whose clips become videos as the configuration says."""
+    teacher = FolderTeacher(
+        folder,
+        manifest,
+        frames=video.frames if video.short == "error" else 1,
+        fps=video.fps,
+        hdr=video.hdr,
+        limits=video.limits,
+    )
+    _log.info("teacher %s: %d videos", teacher.folder, len(teacher.requests))
+    return teacher
 
 
-def _txt(text: str) -> Rows:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        file, tab, prompt = line.partition("\t")
-        if tab and file:
-            yield number, {"file": file, "prompt": prompt}
-        else:
-            yield number, "needs file and prompt with a tab between them"
+def open_teacher(
+    config: FolderConfig, video: VideoConfig, folder: Path, console: Console
+) -> FolderTeacher:
+    """A folder as a configuration names it (`TeacherConfig.open`)."""
+    return open_folder(folder, config.manifest, video)

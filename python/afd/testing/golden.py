@@ -17,8 +17,9 @@ from torch import Tensor
 
 from afd.models.wan.block import Block
 from afd.models.wan.kv_cache import KVCache
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
 from afd.models.wan.self_forcing import self_forced
+from afd.models.wan.types import WanConfig
 from afd.ops import intervals
 from afd.schedules import ShiftedFlow, renoise, x0_from_flow
 from afd.testing.measure import Report

@@ -1,46 +1,37 @@
-"""From a configuration to its method: student, codec, discriminator and versions of the weights."""
+"""The method of a run, built from its configuration: student, codec and discriminator."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from afd.cache import Store
+from afd.config.run import RunConfig
 from afd.discriminators.base import DifferentiableCritic
-from afd.discriminators.config import VideoAlignConfig
-from afd.discriminators.latent import LatentCritic
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
-from afd.hub import need
-from afd.lab.discriminator import ToyCritic
-from afd.lab.student import ToyStudent
-from afd.methods import afd
-from afd.methods.afd import Afd
+from afd.methods.afd import Afd, Watch
 from afd.methods.base import Method
+from afd.methods.config import StudentOptimizerConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.methods.sft import Sft
-from afd.models.codec import Codec, Pixels
-from afd.models.config import DTYPES, ToyStudentConfig, WanStudentConfig
+from afd.models.codec import Codec
 from afd.models.policies import make_policies
+from afd.models.sharding import shard_over
 from afd.models.student import Student
-from afd.models.wan.loading import load_wan
 from afd.models.wan.network import CausalWan
-
-if TYPE_CHECKING:
-    from afd.config.run import RunConfig
+from afd.registry import find
 
 _log = logging.getLogger("afd")
-# Frames per second of clips that are taken as they come.
-RATE = 16.0
 
 
 def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()) -> Method:
     """The method of a run, from its start checkpoints and seed, on the rank's device.
 
-    `prompts`: what the run will ask for; a text encoder embeds them before anything else is loaded.
+    `prompts`: those of the run; a text encoder embeds them before anything else is loaded.
     Raises ConfigError, with the key, for parts that do not fit together, files that are not what is
     needed and packages that are missing.
     """
@@ -50,27 +41,26 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
         critic = build_critic(config, student, ranks, prompts)
         if config.video.codec_match and critic.sees == "latent":
             _log.info("video.codec_match does nothing here: the discriminator sees latents")
-    names, trained = versions(config)
     section = config.student
+    method: StudentOptimizerConfig = getattr(config, config.method)
     policies = make_policies(
         student,
-        names,
-        trained=trained,
+        method.versions,
+        trained=method.trained,
         lora=section.lora,
         seed=config.seed,
         shard=_sharding(config, student, ranks),
     )
     shared: dict[str, Any] = {
         "steps": section.steps,
+        "first_steps": section.first_chunk_steps,
+        "context_noise": section.context_noise,
         "codec": codec,
         "video": config.video,
         "ranks": ranks,
         "rollout_batch": section.rollout_batch,
         "seed": config.seed,
     }
-    if section.kind == "wan":
-        shared["first_steps"] = section.first_chunk_steps
-        shared["context_noise"] = section.context_noise
     if config.method == "sft":
         return Sft(policies, config.sft, **shared)
     if config.method == "dmd":
@@ -78,7 +68,15 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     assert critic is not None
     if config.method == "gan":
         return Gan(policies, critic, config.gan, **shared)
-    return Afd(policies, critic, config.afd, **shared)
+    return Afd(policies, critic, config.afd, watch=_watch(config, ranks), **shared)
+
+
+def _watch(config: RunConfig, ranks: Ranks) -> Watch | None:
+    """What the run's metrics log about scores of rollouts, if anything."""
+    if config.evaluation.kind == "none":
+        return None
+    watch: Watch | None = find("metrics", config.evaluation.kind).watch(config.evaluation, ranks)
+    return watch
 
 
 def _sharding(
@@ -86,125 +84,53 @@ def _sharding(
 ) -> Callable[[CausalWan], object] | None:
     if config.parallel != "fsdp" or ranks.world == 1:
         return None
-    from afd.models.sharding import shard_over
-
     return shard_over(ranks, student.dtype)
-
-
-def versions(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The versions of the student's weights that a method keeps, and those it trains."""
-    if config.method == "afd":
-        return afd.versions(config.afd), ("theta",)
-    if config.method == "sft":
-        return ("theta", "ema"), ("theta",)
-    kind, weight = (
-        (Gan, config.gan.prior_weight) if config.method == "gan" else (Dmd, config.dmd.prior_weight)
-    )
-    return kind.versions + (("ref",) if weight > 0 else ()), kind.trained
-
-
-# --- student ---
 
 
 def build_student(
     config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
 ) -> tuple[Student, Codec]:
-    """The student, which knows the prompts, and what stands between its space and pixels."""
+    """The student, which can encode the prompts, and its codec to pixels."""
     section = config.student
-    student: Student
-    codec: Codec = Pixels()
     with _config_errors("student"):
-        if section.kind == "toy":
-            student = toy_student(config, section)
-        else:
-            student, codec = _wan(config, section, ranks, prompts)
+        student, codec = section.build(
+            config.video,
+            prompts,
+            device=ranks.device,
+            store=Store.of(config.cache),
+            ranks=ranks,
+        )
+        _check_size(config, student)
     student.net.checkpoint_blocks = section.checkpoint_blocks
     return student.to(ranks.device), codec
 
 
-def toy_student(config: RunConfig, section: ToyStudentConfig) -> ToyStudent:
-    """The toy from its checkpoint; ConfigError where the videos are of another size."""
-    student, video = ToyStudent.load(section.checkpoint), config.video
-    size = student.config.frames, student.config.height, student.config.width
-    if (video.frames, video.height, video.width) != size:
+def _check_size(config: RunConfig, student: Student) -> None:
+    """Refuse a student that was made for videos of another size."""
+    video, section = config.video, config.student
+    wanted = (section.latent_frames(video.frames), *section.latent_size(video.height, video.width))
+    size = (student.frames, *student.frame_shape[1:])
+    if wanted != size:
         raise ConfigError(
             f"video.frames, video.height, video.width: got {video.frames}, {video.height}, "
-            f"{video.width}; needed: {', '.join(map(str, size))}, those of the toy student"
+            f"{video.width}; needed: {', '.join(map(str, size))}, those of the {section.kind} "
+            "student"
         )
-    return student
-
-
-def _wan(
-    config: RunConfig, section: WanStudentConfig, ranks: Ranks, prompts: Sequence[str]
-) -> tuple[Student, Codec]:
-    if section.checkpoint is None:
-        raise ConfigError("student.checkpoint: not given; needed: the student's weights")
-    video = config.video
-    return load_wan(
-        section,
-        prompts,
-        height=video.height // 8,
-        width=video.width // 8,
-        frames=1 + (video.frames - 1) // 4,
-        device=ranks.device,
-        store=Store.of(config.cache),
-        ranks=ranks,
-    )
-
-
-# --- discriminator ---
 
 
 def build_critic(
     config: RunConfig, student: Student, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
 ) -> DifferentiableCritic:
-    """The discriminator that a configuration names, if it can read the prompts."""
-    section = config.discriminator
+    """The discriminator that a configuration names, which can read the prompts."""
     with _config_errors("discriminator"):
-        if section.kind == "toy":
-            return ToyCritic(section, config.video.frames, seed=config.seed, ranks=ranks)
-        if section.kind == "videoalign":
-            return _videoalign(config, section, ranks, prompts)
-        wan = student.net.config
-        return LatentCritic(
-            lambda prompts: student.encode(list(prompts)),
-            section,
-            channels=wan.in_dim,
-            text_dim=wan.text_dim,
-            device=ranks.device,
-            seed=config.seed,
-            ranks=ranks,
+        return config.discriminator.build(
+            student, config.video, prompts, seed=config.seed, ranks=ranks
         )
-
-
-def _videoalign(
-    config: RunConfig, section: VideoAlignConfig, ranks: Ranks, prompts: Sequence[str]
-) -> DifferentiableCritic:
-    need("discriminator.kind=videoalign", "transformers", "peft")
-    from afd.discriminators.videoalign.discriminator import VideoAlignCritic
-    from afd.discriminators.videoalign.model import VideoAlign
-
-    if section.checkpoint is None:
-        raise ConfigError(
-            "discriminator.checkpoint: not given; needed: the folder of the released VideoReward "
-            "(KwaiVGI/VideoReward on the hub)"
-        )
-    scorer = VideoAlign.load(
-        str(section.checkpoint),
-        base=section.base,
-        videoalign=section.checkout,
-        dtype=DTYPES[section.dtype],
-        device=ranks.device,
-    )
-    for prompt in prompts:  # now, and not in the update that asks it
-        scorer.prompts.request(prompt)
-    rate = config.video.fps or RATE
-    return VideoAlignCritic(scorer, section, video_fps=rate, seed=config.seed, ranks=ranks)
 
 
 @contextmanager
 def _config_errors(section: str) -> Iterator[None]:
-    """A part that cannot be loaded is a wrong configuration: say in which section."""
+    """An error of loading a part, as one of the section that names it."""
     try:
         yield
     except ConfigError:

@@ -10,27 +10,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from afd.config.run import RunConfig
+from afd.config.run import EvaluationConfig, RunConfig
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
 from afd.files import write_bytes, write_text
-from afd.lab import physics
-from afd.lab.simulator import ATTRIBUTES
+from afd.methods.afd import Watch
 from afd.models.codec import Codec, Pixels
+from afd.models.config import StudentConfig
 from afd.models.student import Student
+from afd.registry import find
 from afd.rollout import rollout
 from afd.teachers.base import Request
 from afd.trainer.motion import DYNAMIC, motion
 from afd.video import from_uint8, through_codec, to_uint8, write_video
-
-# Frames per second of clips that are taken as they come.
-RATE = 16.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,45 @@ class Evaluation:
 Evaluator = Callable[[Student, int], Evaluation]
 
 
+class Metrics(Protocol):
+    """What an entry of the registry's group "metrics" is: a class whose objects evaluate."""
+
+    def __init__(self, run: Evaluated) -> None: ...
+
+    @staticmethod
+    def check(student: StudentConfig) -> None:
+        """Raise ValueError where this student's videos cannot be measured."""
+        ...
+
+    @staticmethod
+    def watch(config: EvaluationConfig, ranks: Ranks) -> Watch | None:
+        """Metrics of an update's rollouts and scores, or None."""
+        ...
+
+    def __call__(self, policy: Student, count: int) -> Evaluation:
+        """Measure `count` held-out videos; every process of the run calls it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What metrics may use of a run.
+
+    Attributes:
+        teacher_videos: makes [N, F, C, H, W] in [-1, 1], some of the teacher's training videos.
+        codec, critic: of the run's method.
+        prompts: of held-out videos, see `evaluation_prompts`.
+        ranks: the processes that share an evaluation's videos.
+    """
+
+    config: RunConfig
+    teacher_videos: Callable[[], Tensor]
+    codec: Codec
+    critic: Any
+    prompts: Sequence[str]
+    ranks: Ranks
+
+
 def make_evaluator(
     config: RunConfig,
     teacher_videos: Callable[[], Tensor],
@@ -67,21 +104,12 @@ def make_evaluator(
     prompts: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> Evaluator | None:
-    """What `evaluation.kind` asks for: policy and number of videos in, Evaluation out.
-
-    Args:
-        teacher_videos: [N, F, C, H, W], for the toy's distance to the nearest training video.
-        codec, critic: of the run's method (kind "video").
-        prompts: what held-out videos are made of (kind "video"), see `evaluation_prompts`.
-        ranks: the processes that share an evaluation's videos; each calls the evaluator.
-    """
-    kind = config.evaluation.kind
-    if kind == "none":
+    """The metrics that `evaluation.kind` names (arguments: `Evaluated`); None for "none"."""
+    if config.evaluation.kind == "none":
         return None
-    if kind == "physics":
-        return _physics(config, teacher_videos, ranks)
-    judge = critic if hasattr(critic, "released_ratings") else None
-    return _video(config, codec or Pixels(), judge, list(prompts), ranks)
+    run = Evaluated(config, teacher_videos, codec or Pixels(), critic, prompts, ranks)
+    evaluator: Evaluator = find("metrics", config.evaluation.kind)(run)
+    return evaluator
 
 
 def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[str]:
@@ -107,29 +135,7 @@ def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[s
     return found[: max(evaluation.videos, evaluation.curve_videos)]
 
 
-def _physics(config: RunConfig, teacher_videos: Callable[[], Tensor], ranks: Ranks) -> Evaluator:
-    """Held-out video i has the simulator's prompt i modulo 36 and seed evaluation.seed + i: every
-    run shows the same noise, whatever its method."""
-    training_tracks: list[Tensor] = []
-
-    def evaluate(policy: Student, count: int) -> Evaluation:
-        prompts = [ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)]
-        seeds = [config.evaluation.seed + i for i in range(count)]
-        own = _own(count, ranks)
-        mine = [prompts[i] for i in own], [seeds[i] for i in own]
-        made_BFCHW = rollout(policy, *mine, steps=config.student.steps)
-        videos_BFCHW = ranks.gather(made_BFCHW)[:count].cpu()
-        metrics = None
-        if ranks.main:
-            if not training_tracks:
-                training_tracks.append(physics.track_ball(teacher_videos())[0])
-            metrics = finite(physics.measure(videos_BFCHW, prompts, training_tracks[0]))
-        return Evaluation(ranks.same(metrics), to_uint8(videos_BFCHW), prompts, seeds)
-
-    return evaluate
-
-
-def _own(count: int, ranks: Ranks) -> list[int]:
+def own_part(count: int, ranks: Ranks) -> list[int]:
     """Which of `count` videos this process makes, in order; the last one again where they do not
     divide: a sharded network needs all processes in each pass. ConfigError for fewer than one."""
     if count < 1:
@@ -138,17 +144,38 @@ def _own(count: int, ranks: Ranks) -> list[int]:
     return [min(i, count - 1) for i in range(ranks.rank * each, (ranks.rank + 1) * each)]
 
 
-def _video(
-    config: RunConfig, codec: Codec, judge: Any, prompts: list[str], ranks: Ranks
-) -> Evaluator:
-    """Held-out video i has prompt i modulo their number and seed evaluation.seed + i: prompts and
-    noise are the same in every evaluation of every run."""
-    fps = config.video.fps or RATE
+class VideoMetrics:
+    """Motion, and motion quality as the untouched VideoAlign rates it where that is the run's.
 
-    def evaluate(policy: Student, count: int) -> Evaluation:
+    Held-out video i has prompt i modulo their number and seed evaluation.seed + i: prompts and
+    noise are the same in every evaluation of every run.
+    """
+
+    def __init__(self, run: Evaluated) -> None:
+        self.config, self.codec, self.ranks = run.config, run.codec, run.ranks
+        self.judge = run.critic if hasattr(run.critic, "released_ratings") else None
+        self.prompts = list(run.prompts)
+
+    @staticmethod
+    def check(student: StudentConfig) -> None:
+        """Any student's."""
+
+    @staticmethod
+    def watch(config: EvaluationConfig, ranks: Ranks) -> None:
+        """Nothing."""
+
+    def __call__(self, policy: Student, count: int) -> Evaluation:
+        config, codec, judge, prompts, ranks = (
+            self.config,
+            self.codec,
+            self.judge,
+            self.prompts,
+            self.ranks,
+        )
+        fps = config.video.rate
         asked = [prompts[i % len(prompts)] for i in range(count)]
         seeds = [config.evaluation.seed + i for i in range(count)]
-        own = _own(count, ranks)
+        own = own_part(count, ranks)
         rows: list[list[float]] = []
         pictures: list[Tensor] = []
         names: list[str] = []
@@ -175,8 +202,6 @@ def _video(
         kept = torch.stack(pictures) if pictures else torch.empty(0, 0, 0, 0, 3, dtype=torch.uint8)
         return Evaluation(metrics, kept, asked, seeds, fps)
 
-    return evaluate
-
 
 def rolled(
     policy: Student,
@@ -188,9 +213,6 @@ def rolled(
     """The chosen videos one by one [1, F, C, H, W], in the student's space, streamed a few together
     as in training."""
     student = config.student
-    more: dict[str, Any] = {}
-    if student.kind == "wan":
-        more = {"first_steps": student.first_chunk_steps, "context_noise": student.context_noise}
     width = student.rollout_batch or len(chosen)
     for part in (chosen[at : at + width] for at in range(0, len(chosen), width)):
         x_BFCHW = rollout(
@@ -198,7 +220,8 @@ def rolled(
             [prompts[i] for i in part],
             [seeds[i] for i in part],
             steps=student.steps,
-            **more,
+            first_steps=student.first_chunk_steps,
+            context_noise=student.context_noise,
         )
         yield from x_BFCHW.split(1)
 

@@ -26,7 +26,8 @@ from afd import doctor
 from afd.cache import Store
 from afd.config.run import RunConfig, differences, load_config, plain
 from afd.data.inputs import inputs_of, refuse_other_inputs
-from afd.data.videos import Sampler, Videos, open_teacher
+from afd.data.sampler import Sampler
+from afd.data.videos import Videos
 from afd.distributed import ALONE, Ranks, join
 from afd.errors import ConfigError, StorageError, TeacherError, TrainingError, VideoError
 from afd.files import DISK, what_failed, write_json, write_text
@@ -35,7 +36,6 @@ from afd.teachers.base import Teacher
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method
 from afd.trainer.evaluate import (
-    RATE,
     Evaluation,
     Evaluator,
     evaluation_prompts,
@@ -83,7 +83,7 @@ def train(
     that is not finite, StorageError where the run folder cannot be written any more or has gone.
     """
     out = config.run_dir
-    with join(config) as ranks:
+    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
         if ranks.main:
             refuse_another_run(out, config)
         if ranks.same((out / DONE).exists()):
@@ -153,9 +153,9 @@ def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
 def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
     """The main process first: it writes a simulator's folder, the others find it."""
     if ranks.main:
-        teacher = open_teacher(config, console)
+        teacher = config.open_teacher(console)
     ranks.barrier()
-    return teacher if ranks.main else open_teacher(config, console)
+    return teacher if ranks.main else config.open_teacher(console)
 
 
 def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
@@ -205,14 +205,14 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
     """Measure the newest checkpoint of a run on held-out seeds; nothing in the folder changes."""
     config = load_run(folder)
-    with join(config) as ranks:
+    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
         return _evaluate_newest(config, folder, videos, ranks)
 
 
 def _evaluate_newest(
     config: RunConfig, folder: Path, videos: int | None, ranks: Ranks
 ) -> Evaluation:
-    teacher = open_teacher(config)
+    teacher = config.open_teacher()
     method = build_method(config, ranks, _prompts(config, teacher))
     path = checkpoint.latest(folder / "checkpoints", ranks)
     with closing(_open_videos(config, method, teacher, ranks)) as clips:
@@ -388,7 +388,7 @@ class Trainer:
                 shown = replace(shown, teacher_score=float(score(self.seen_1FCHW, [shown.prompt])))
             (student,) = self.method.codec.decode(shown.x_FCHW[None].to(self.ranks.device))
         left, right = (to_uint8(x).numpy() for x in (self.videos.clip(self.asked), student))
-        fps = self.config.video.fps or RATE
+        fps = self.config.video.rate
         folder = self.out / "videos"
         try:
             path, video_FHWC = write_side_by_side(folder, left, right, shown, self.step, fps)

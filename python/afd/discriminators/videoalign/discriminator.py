@@ -18,7 +18,11 @@ from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.pairs import CriticOptimizer, PairCritic
 from afd.discriminators.videoalign.model import VideoAlign, rewards
 from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
 from afd.hub import refuse_other_weights, weights_digest
+from afd.models.config import DTYPES
+from afd.models.student import Student
+from afd.video.config import VideoConfig
 from afd_kernels.contracts import require
 
 # The linears of the decoder layers: never the vision tower, the embedding or the head.
@@ -112,3 +116,30 @@ class VideoAlignCritic(PairCritic):
         for name, value in ours.items():
             value.copy_(held[name])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def build(
+    config: VideoAlignConfig,
+    student: Student,
+    video: VideoConfig,
+    prompts: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> VideoAlignCritic:
+    """As a configuration names it (`CriticConfig.build`)."""
+    if config.checkpoint is None:
+        raise ConfigError(
+            "discriminator.checkpoint: not given; needed: the folder of the released VideoReward "
+            "(KwaiVGI/VideoReward on the hub)"
+        )
+    scorer = VideoAlign.load(
+        str(config.checkpoint),
+        base=config.base,
+        videoalign=config.checkout,
+        dtype=DTYPES[config.dtype],
+        device=student.device,
+    )
+    for prompt in prompts:  # now, and not in the update that asks it
+        scorer.prompts.request(prompt)
+    return VideoAlignCritic(scorer, config, video_fps=video.rate, seed=seed, ranks=ranks)

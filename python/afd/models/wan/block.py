@@ -7,41 +7,16 @@ Shape letters: B batch, F frames, L tokens, D model width, h heads, d head chann
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd import ops
-from afd.models.wan.kv_cache import LayerKV
-
-if TYPE_CHECKING:
-    from afd.models.wan.network import WanConfig
+from afd.models.wan.types import LayerKV, Modulation, WanConfig
 
 EPS = 1e-6
-
-
-# Shift, scale, gate of attention, then of the feed-forward, each [B, F, D].
-Modulation = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class TimeTable:
-    """What one set of times does to every layer.
-
-    Attributes:
-        embed_BFD: the time embedding, which modulates the head; B and F may be 1.
-        mods: per layer [B, F, 6, D]; `layers` are its slices.
-    """
-
-    embed_BFD: Tensor
-    mods: list[Tensor]
-    layers: list[Modulation] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", [mods.unbind(2) for mods in self.mods])
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from afd.files import replacing
 from afd.models.wan.block import EPS
-from afd.models.wan.network import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd_kernels.contracts import require
 
 _log = logging.getLogger("afd")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.models.wan.block import TimeTable
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.network import CausalWan
+from afd.models.wan.types import TimeTable
 from afd_kernels.contracts import require
 
 # Runs before a capture: libraries make their handles and kernels are compiled, which may not be

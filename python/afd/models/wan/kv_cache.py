@@ -5,18 +5,12 @@ Shape letters: B batch, S token slots, L tokens, T tokens per frame, h heads, d 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from afd.models.wan.rope import rope_table
+from afd.models.wan.types import LayerKV, TimeTable
 from afd_kernels.contracts import require
-
-if TYPE_CHECKING:
-    from afd.models.wan.block import TimeTable
-
-LayerKV = tuple[Tensor, Tensor]  # keys (normed, rotated) and values, each [B, tokens, h, d]
 
 # Step values whose modulation is kept; a released list has four, and the context pass one.
 TIMES_KEPT = 16

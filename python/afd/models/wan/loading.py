@@ -9,59 +9,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from afd.cache import Facts, Store, files_identity
 from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
 from afd.hub import need
 from afd.models.config import DTYPES
-from afd.models.wan.checkpoints import load_checkpoint
+from afd.models.wan.checkpoints import infer_config, load_checkpoint, read_weights, save_diffusers
+from afd.models.wan.config import WanStudentConfig
+from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
 from afd.models.wan.text import TextEncoder
+from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
 from afd.schedules import ShiftedFlow
 
+if TYPE_CHECKING:
+    from afd.video.config import VideoConfig
+
 _log = logging.getLogger("afd")
-
-
-class WanFiles(Protocol):
-    """What `WanStudentConfig` and `SampleConfig` both say: where the parts are, their dtypes."""
-
-    @property
-    def checkpoint(self) -> str | Path | None: ...
-    @property
-    def ema(self) -> bool | None: ...
-    @property
-    def head_dim(self) -> int | None: ...
-    @property
-    def pretrained(self) -> str: ...
-    @property
-    def text_encoder(self) -> str | None: ...
-    @property
-    def tokenizer(self) -> str | None: ...
-    @property
-    def vae(self) -> str | None: ...
-    @property
-    def text_len(self) -> int: ...
-    @property
-    def shift(self) -> float: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def vae_dtype(self) -> str: ...
-    @property
-    def network(self) -> dict[str, Any]: ...
 
 
 class Texts:
     """Prompts to embeddings, each made once; a cache keeps them for later runs."""
 
     def __init__(
-        self, files: WanFiles, device: torch.device | str = "cpu", store: Store | None = None
+        self,
+        files: WanStudentConfig,
+        device: torch.device | str = "cpu",
+        store: Store | None = None,
     ) -> None:
         self._files, self._device, self._store = files, device, store
         self._known: dict[str, Tensor] = {}  # [rows up to the prompt's end, E], on the CPU
@@ -135,13 +117,11 @@ def _used(text_LE: Tensor) -> int:
     return int(rows[-1]) + 1 if len(rows) else 0
 
 
-def load_wan(
-    files: WanFiles,
-    prompts: Sequence[str],
+def build(
+    config: WanStudentConfig,
+    video: VideoConfig,
+    prompts: Sequence[str] = (),
     *,
-    height: int,
-    width: int,
-    frames: int = 21,
     device: torch.device | str = "cpu",
     store: Store | None = None,
     ranks: Ranks = ALONE,
@@ -149,11 +129,9 @@ def load_wan(
     """The student of a checkpoint, frozen, and its autoencoder; the prompts' embeddings are known.
 
     Args:
-        files: which parts, and their dtypes.
-        prompts: what `student.encode` will be asked; others are embedded when they come.
-        height: rows of a latent frame.
-        width: columns of a latent frame.
-        frames: latent frames of a video of the training length.
+        config: the files, and the dtypes of their parts.
+        video: the size and training length of its videos.
+        prompts: those `student.encode` will be given; others are embedded when they come.
         device: where everything goes.
         store: keeps embeddings for later runs; None: nothing is kept.
         ranks: of several processes the main one embeds first, the others read the cache.
@@ -162,31 +140,68 @@ def load_wan(
     needed, ConfigError where a package is missing.
     """
     need("a wan student", "diffusers", "transformers", "ftfy")
-    assert files.checkpoint is not None
-    if not Path(files.checkpoint).exists():
-        raise FileNotFoundError(f"checkpoint: {files.checkpoint} does not exist")
-    texts = Texts(files, device, store)
+    path = _checkpoint(config)
+    texts = Texts(config, device, store)
     if ranks.main:
         texts.embed(prompts)
     ranks.barrier()
     texts.embed(prompts)
     net = load_checkpoint(
-        files.checkpoint,
-        ema=files.ema,
-        dtype=DTYPES[files.dtype],
+        path,
+        ema=config.ema,
+        dtype=DTYPES[config.dtype],
         device=device,
-        head_dim=files.head_dim,
-        **files.network,
+        head_dim=config.head_dim,
+        **config.network,
     )
+    height, width = config.latent_size(video.height, video.width)
     student = WanStudent(
         net.requires_grad_(False),
         height=height,
         width=width,
-        frames=frames,
-        schedule=ShiftedFlow(files.shift),
+        frames=config.latent_frames(video.frames),
+        schedule=ShiftedFlow(config.shift),
         encoder=texts,
     )
     codec = VideoVAE.load(
-        files.vae or files.pretrained, dtype=DTYPES[files.vae_dtype], device=device
+        config.vae or config.pretrained, dtype=DTYPES[config.vae_dtype], device=device
     )
     return student, codec
+
+
+def sizes(config: WanStudentConfig) -> WanConfig:
+    """The network's sizes: the checkpoint's where it is there, else the released ones."""
+    if config.checkpoint is None or not Path(config.checkpoint).exists():
+        return WanConfig(**config.network)
+    weights, written = read_weights(config.checkpoint, ema=config.ema)
+    found = infer_config(weights, written, head_dim=config.head_dim)
+    return replace(found, **config.network)
+
+
+def load_network(config: WanStudentConfig) -> CausalWan:
+    """The network of the start weights, in float32."""
+    return load_checkpoint(
+        _checkpoint(config),
+        ema=config.ema,
+        dtype=torch.float32,
+        head_dim=config.head_dim,
+        **config.network,
+    )
+
+
+def save_network(
+    config: WanStudentConfig, network: CausalWan, folder: Path, dtype: torch.dtype, note: str
+) -> Path:
+    """Write a network as folder/transformer, which diffusers and `student.checkpoint` both take."""
+    path = folder / "transformer"
+    save_diffusers(path, network.to(dtype), note=note)
+    return path
+
+
+def _checkpoint(config: WanStudentConfig) -> Path:
+    if config.checkpoint is None:
+        raise ConfigError("student.checkpoint: not given; needed: the student's weights")
+    path = Path(config.checkpoint)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint: {config.checkpoint} does not exist")
+    return path

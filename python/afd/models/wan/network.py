@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,69 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from afd import ops
-from afd.models.wan.block import EPS, Block, Head, Modulation, TimeTable
-from afd.models.wan.kv_cache import KVCache, LayerKV
+from afd.models.wan.block import EPS, Block, Head
+from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.rope import rope_table
+from afd.models.wan.types import AdapterSet, LayerKV, Modulation, TimeTable, WanConfig
 from afd.ops import Intervals, intervals
 from afd_kernels.contracts import require
-
-if TYPE_CHECKING:
-    from afd.models.adapters import Adapters
-
-
-@dataclass(frozen=True)
-class WanConfig:
-    """Sizes of the network and of its memory; defaults: Wan2.1-T2V-1.3B with 3-frame chunks.
-
-    Attributes:
-        chunk: frames denoised together.
-        window: frames that a query sees at most, its own chunk and the sink included; None: all.
-        sink: frames from the start that the window never loses. The released training mask has
-            none; with one, training sees what a stream sees.
-        independent_first_frame: the first chunk is one frame.
-    """
-
-    dim: int = 1536
-    num_heads: int = 12
-    ffn_dim: int = 8960
-    num_layers: int = 30
-    freq_dim: int = 256
-    text_dim: int = 4096
-    text_len: int = 512
-    in_dim: int = 16
-    out_dim: int = 16
-    patch: tuple[int, int] = (2, 2)
-    chunk: int = 3
-    window: int | None = None
-    sink: int = 0
-    independent_first_frame: bool = False
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token rows and columns of one frame."""
-        rows, cols = height // self.patch[0], width // self.patch[1]
-        if (rows * self.patch[0], cols * self.patch[1]) != (height, width) or not rows * cols:
-            raise ValueError(f"x: a frame of {height}x{width} does not divide into {self.patch}")
-        return rows, cols
-
-    def sight(self, frames: int, tokens: int) -> Intervals:
-        """What each chunk sees in one pass over all frames."""
-        first = self.independent_first_frame
-        if self.window is None or not self.sink:
-            return intervals.causal(
-                frames, self.chunk, tokens, independent_first_frame=first, window=self.window
-            )
-        return intervals.windowed(
-            frames,
-            self.chunk,
-            tokens,
-            window=self.window,
-            sink=self.sink,
-            independent_first_frame=first,
-        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +73,7 @@ class CausalWan(nn.Module):
             )
         self.config = config
         self.checkpoint_blocks = False
-        self.adapters: Adapters | None = None
+        self.adapters: AdapterSet | None = None
         # What passes compute in, where the weights are kept in another dtype (sharding).
         self.compute_dtype: torch.dtype | None = None
         dim = config.dim

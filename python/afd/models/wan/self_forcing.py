@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.models.wan.kv_cache import KVCache, LayerKV
+from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.network import CausalWan
+from afd.models.wan.types import LayerKV
 from afd.schedules import ShiftedFlow, renoise, x0_from_flow
 from afd_kernels.contracts import require
 

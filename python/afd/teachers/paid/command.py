@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from afd.config.run import RunConfig
-from afd.data.videos import open_api_teacher
 from afd.errors import TeacherError, Unanswered
-from afd.teachers.config import API_KINDS
+from afd.teachers.paid.config import PaidConfig
 from afd.teachers.paid.ledger import NAME, Ledger, Row
+from afd.teachers.paid.teacher import open_teacher
 
 _log = logging.getLogger("afd")
 
@@ -26,8 +26,8 @@ _log = logging.getLogger("afd")
 def fetch(config: RunConfig, console: Console) -> bool | None:
     """Buy what is missing. True: every video is there or rejected; False: some are not; None:
     stopped by Ctrl-C. Raises TeacherError where nothing more can be bought."""
-    _needs_api(config)
-    teacher = open_api_teacher(config)
+    section = _paid(config)
+    teacher = open_teacher(section, config.video, config.teacher_dir)
     missing, skipped, there = 0, 0, 0
     failure: TeacherError | None = None
     screen = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
@@ -77,7 +77,7 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
     books.close()
     console.print(
         f"{teacher.folder}: {there} videos, {skipped} rejected, {missing} missing; "
-        f"{spent:.2f} of {config.teacher.fetch.budget_usd:.2f} USD spent",
+        f"{spent:.2f} of {section.fetch.budget_usd:.2f} USD spent",
         highlight=False,
         soft_wrap=True,
     )
@@ -88,7 +88,7 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
 
 def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int:
     """Print what the folder's ledger says; nothing is contacted and no key is needed."""
-    _needs_api(config)
+    section = _paid(config)
     folder = config.teacher_dir
     if not (folder / NAME).is_file():
         raise TeacherError(f"teacher folder {folder}: holds no ledger; afd teacher fetch makes one")
@@ -99,7 +99,7 @@ def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int
             "about": ledger.about(),
             "videos": ledger.counts(),
             "spent_usd": round(ledger.spent_usd(), 6),
-            "budget_usd": config.teacher.fetch.budget_usd,
+            "budget_usd": section.fetch.budget_usd,
             "open": [_open(prompt, row) for prompt, row in ledger.open_rows()],
         }
     finally:
@@ -157,8 +157,9 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _needs_api(config: RunConfig) -> None:
-    if config.teacher.kind not in API_KINDS:
+def _paid(config: RunConfig) -> PaidConfig:
+    if not isinstance(config.teacher, PaidConfig):
         raise TeacherError(
-            f"teacher.kind={config.teacher.kind} is not bought; this is for {', '.join(API_KINDS)}"
+            f"teacher.kind={config.teacher.kind} is not bought; needed: ark, openai or fal"
         )
+    return config.teacher

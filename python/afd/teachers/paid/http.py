@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import httpx
 
 from afd.errors import TeacherError
-from afd.teachers.config import FetchConfig
 from afd.teachers.paid.answers import Failure, Kind, Reply, plain, receive, shown
+from afd.teachers.paid.config import FetchConfig
 from afd.teachers.paid.contents import Saved, writing
 from afd.teachers.paid.network import Forbidden, Transport, is_public
 from afd.teachers.paid.secret import Secret

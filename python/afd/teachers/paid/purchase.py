@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from afd.errors import ContentsError, TeacherError, Unanswered, VideoError
-from afd.teachers.config import FetchConfig
 from afd.teachers.paid.answers import Failure, Kind
+from afd.teachers.paid.config import FetchConfig
 from afd.teachers.paid.contents import compare, lying, writing
 from afd.teachers.paid.http import Http
 from afd.teachers.paid.ledger import LIVE, Claims, Ledger, Row

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from afd.errors import TeacherError, Unanswered
 from afd.files import Rows, csv_rows, json_rows
 from afd.teachers.base import Request
-from afd.teachers.config import TeacherConfig
 from afd.teachers.paid.ark import Ark
+from afd.teachers.paid.config import PaidConfig
 from afd.teachers.paid.contents import compare
 from afd.teachers.paid.fal import Fal
 from afd.teachers.paid.http import Http, Secret
@@ -31,6 +33,7 @@ from afd.teachers.paid.openai import OpenAI
 from afd.teachers.paid.purchase import Engine
 from afd.teachers.paid.service import Order, Provider, canonical
 from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
+from afd.video.config import VideoConfig
 
 PROVIDERS: dict[str, type[Provider]] = {"ark": Ark, "openai": OpenAI, "fal": Fal}
 # Said by other parts of the configuration, or by the core.
@@ -53,7 +56,7 @@ class ApiTeacher:
 
     def __init__(
         self,
-        config: TeacherConfig,
+        config: PaidConfig,
         folder: Path,
         *,
         frames: int = 1,
@@ -279,6 +282,20 @@ class _Worker:
         await self._http.__aexit__(None, None, None)
 
 
+def open_teacher(
+    config: PaidConfig, video: VideoConfig, folder: Path, console: Console | None = None
+) -> ApiTeacher:
+    """A paid service as a configuration names it (`TeacherConfig.open`)."""
+    return ApiTeacher(
+        config,
+        folder,
+        frames=video.frames if video.short == "error" else 1,
+        fps=video.fps,
+        hdr=video.hdr,
+        limits=video.limits,
+    )
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a .txt (one a line), .jsonl or .csv (field `prompt`) file, each once."""
     try:
@@ -319,7 +336,7 @@ def _seed(seed: int, request: Request) -> int:
     return int.from_bytes(mixed[:4], "big") & 0x7FFFFFFF
 
 
-def price_of(config: TeacherConfig, provider: Provider, parameters: dict[str, Any]) -> float:
+def price_of(config: PaidConfig, provider: Provider, parameters: dict[str, Any]) -> float:
     """USD one video is expected to cost: finite, and for what the options say of its length or
     tokens no less than the service's own rule gives, whatever teacher.fetch.units says."""
     fetch = config.fetch

@@ -1,0 +1,80 @@
+"""Students, teachers, discriminators and metrics by the name that a configuration gives them.
+
+Built-in ones stand in the table below; an installed package adds its own through entry points of
+the groups `afd.students`, `afd.teachers`, `afd.discriminators` and `afd.metrics`
+(docs/EXTENDING.md). Everything is imported when its name is first asked for, so that a run loads
+only what it uses, and nothing below afd.lab or a paid service imports them.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from afd.errors import ConfigError
+
+Group = Literal["students", "teachers", "discriminators", "metrics"]
+
+BUILT_IN: dict[Group, dict[str, str]] = {
+    "students": {
+        "toy": "afd.lab.config:ToyStudentConfig",
+        "wan": "afd.models.wan.config:WanStudentConfig",
+    },
+    "teachers": {
+        "folder": "afd.teachers.config:FolderConfig",
+        "simulator": "afd.lab.config:SimulatorConfig",
+        "ark": "afd.teachers.paid.config:PaidConfig",
+        "openai": "afd.teachers.paid.config:PaidConfig",
+        "fal": "afd.teachers.paid.config:PaidConfig",
+    },
+    "discriminators": {
+        "toy": "afd.lab.config:ToyDiscriminatorConfig",
+        "videoalign": "afd.discriminators.config:VideoAlignConfig",
+        "latent": "afd.discriminators.config:LatentConfig",
+    },
+    "metrics": {
+        "physics": "afd.lab.metrics:PhysicsMetrics",
+        "video": "afd.trainer.evaluate:VideoMetrics",
+    },
+}
+
+
+@functools.cache
+def _entries(group: Group) -> dict[str, EntryPoint]:
+    """What is registered, by name; a built-in name cannot be taken by a package."""
+    name = f"afd.{group}"
+    installed = {entry.name: entry for entry in entry_points(group=name)}
+    return installed | {
+        kind: EntryPoint(kind, value, name) for kind, value in BUILT_IN[group].items()
+    }
+
+
+def names(group: Group) -> list[str]:
+    """The names of a group: built-in ones first, then installed packages' in alphabetical order."""
+    own = list(BUILT_IN[group])
+    return own + sorted(_entries(group).keys() - set(own))
+
+
+def find(group: Group, name: str) -> Any:
+    """The object registered under a name.
+
+    Raises ConfigError for an unknown name, and where an installed package's object cannot be
+    imported.
+    """
+    entry = _entries(group).get(name)
+    if entry is None:
+        raise ConfigError(f"got {name!r}; needed: one of the {group} {', '.join(names(group))}")
+    try:
+        return entry.load()
+    except (ImportError, AttributeError) as error:
+        if name in BUILT_IN[group]:
+            raise
+        raise ConfigError(
+            f"{name!r}: {entry.value}, registered in {entry.group}, cannot be imported ({error})"
+        ) from error
+
+
+def load(path: str) -> Any:
+    """The object that "module:name" stands for, imported now."""
+    return EntryPoint(path, path, "").load()

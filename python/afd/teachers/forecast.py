@@ -1,0 +1,85 @@
+"""What a run will ask of its teacher: videos, money and waiting, estimated before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Assumed of a service that has made no video for this folder yet.
+SECONDS_PER_VIDEO = 120.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Videos that the teacher still has to make.
+
+    Attributes:
+        wanted: videos that the run can ask for; 0 where that is not known.
+        there, rejected: of these, finished, and refused by the service.
+        distinct: different videos that the run will see.
+        price_usd: expected for one video; None where nothing is bought.
+        spent_usd, budget_usd: of the folder.
+        seconds: of one video, by the ledger or by assumption.
+        measured: whether by the ledger.
+        concurrency: videos made at once.
+    """
+
+    kind: str
+    wanted: int
+    there: int
+    rejected: int
+    distinct: int
+    price_usd: float | None = None
+    spent_usd: float = 0.0
+    budget_usd: float = 0.0
+    seconds: float = SECONDS_PER_VIDEO
+    measured: bool = False
+    concurrency: int = 1
+
+    @property
+    def to_buy(self) -> int:
+        """Videos that have still to be made for money."""
+        if self.price_usd is None:
+            return 0
+        return max(0, min(self.distinct, self.wanted) - self.there - self.rejected)
+
+    @property
+    def cost_usd(self) -> float:
+        return self.to_buy * (self.price_usd or 0.0)
+
+    @property
+    def wait_s(self) -> float:
+        """Until the last video is there, if nothing fails."""
+        return -(-self.to_buy // self.concurrency) * self.seconds
+
+    def lines(self, training_s: float) -> Iterator[str]:
+        """Money and wall-clock for a reader; `training_s`: seconds of the updates, 0 unknown."""
+        if self.price_usd is None:
+            number = f"{self.wanted} videos" if self.wanted else "videos not counted"
+            yield f"teacher: {self.kind}, {number}; nothing is bought"
+        elif not self.wanted:
+            yield (
+                f"teacher: {self.kind}, about {self.price_usd:.2f} USD a video; how many is not "
+                "known without the prompts"
+            )
+        else:
+            yield (
+                f"teacher: {self.kind}, {self.there} of {self.wanted} videos are there, "
+                f"{self.rejected} were rejected; {self.to_buy} to buy at about "
+                f"{self.price_usd:.2f} USD: {self.cost_usd:.2f} USD, without repeats"
+            )
+            left = self.budget_usd - self.spent_usd
+            word = "which is enough" if self.cost_usd <= left else "which is NOT enough"
+            yield (
+                f"money: {self.spent_usd:.2f} of the budget of {self.budget_usd:.2f} USD spent or "
+                f"reserved, {left:.2f} left, {word}"
+            )
+            source = "as the ledger has it" if self.measured else "assumed"
+            yield (
+                f"teacher wait: about {self.wait_s / 60:.0f} min at {self.seconds:.0f} s a video "
+                f"({source}), {self.concurrency} at once; training goes on meanwhile, if it can"
+            )
+        if training_s:
+            low, high = max(training_s, self.wait_s), training_s + self.wait_s
+            span = f"{low / 3600:.1f}" + (f" to {high / 3600:.1f}" if self.wait_s else "")
+            yield f"wall-clock: about {span} hours (estimate; reading files is not counted)"
