@@ -119,7 +119,11 @@ class Ours:
         policies = make_policies(student, versions(case.afd), lora=lora)
         self.student, generator = student, torch.Generator().manual_seed(0)
         self.method = Afd(
-            policies, self.critic, case.afd, steps=self.steps, rollout_batch=case.micro_batch
+            policies,
+            self.critic,
+            case.afd,
+            denoising_steps=self.steps,
+            rollout_batch=case.micro_batch,
         )
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(case.prompts)]
         shape = (case.prompts, student.frames, *student.frame_shape)
@@ -253,8 +257,8 @@ def _student(case: Case, device: torch.device) -> tuple[Student, Critic, list[fl
     """The student with random or shipped weights, its discriminator and its steps."""
     if case.wan is None:
         toy = ToyStudent.load().to(device)
-        critic: Critic = ToyCritic(ToyDiscriminatorConfig(warmup_steps=0), toy.config.frames)
-        return toy, critic, ToyStudentConfig().steps
+        critic: Critic = ToyCritic(ToyDiscriminatorConfig(warmup_updates=0), toy.config.frames)
+        return toy, critic, ToyStudentConfig().denoising_steps
     net = random_network(case.wan, device, DTYPES[case.dtype])
     net.checkpoint_blocks = case.checkpoint_blocks
     text_LE = torch.randn(case.wan.text_len, case.wan.text_dim, device=device)

@@ -59,8 +59,8 @@ def stream(
     noise: NoiseSource,
     *,
     frames: int | None = None,
-    steps: Sequence[float] = STEPS,
-    first_steps: Sequence[float] | None = None,
+    denoising_steps: Sequence[float] = STEPS,
+    first_chunk_steps: Sequence[float] | None = None,
     prefix_BFCHW: Tensor | None = None,
     switches: Mapping[int, Tensor] | None = None,
     context_noise: float = 0.0,
@@ -70,9 +70,9 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield finished chunks [B, c, C, H, W] one after another.
 
-    Each chunk starts as noise and is denoised at the times of `steps`: predict the clean chunk,
-    mix it with fresh noise for the next time; the last prediction is the result. A context pass
-    then puts the finished chunk into the cache; after the last chunk nothing would read it.
+    Each chunk starts as noise and is denoised at the times of `denoising_steps`: predict the clean
+    chunk, mix it with fresh noise for the next time; the last prediction is the result. A context
+    pass then puts the finished chunk into the cache; after the last chunk nothing would read it.
     Between chunks only the cache is kept, and nothing in the loop waits for the device.
 
     Args:
@@ -80,8 +80,8 @@ def stream(
         noise: where the noise comes from; its chunks follow `stream_layout`.
         frames: length of the video, prefix included; default the student's training length. With a
             window (of the student's configuration) only the sink and the newest frames are kept.
-        steps: the list of every chunk, in the student's units (`student.levels`).
-        first_steps: the list of the first chunk that is generated, where it differs.
+        denoising_steps: the list of every chunk, in the student's units (`student.levels`).
+        first_chunk_steps: the list of the first chunk that is generated, where it differs.
         prefix_BFCHW: finished latents that begin the video: they are remembered at time 0 and come
             out again as its first chunks. Whole chunks, or a single frame.
         switches: from this chunk on (a chunk of the layout) these prompts' embeddings.
@@ -103,10 +103,10 @@ def stream(
     for chunk, text in (switches or {}).items():
         require(0 <= chunk < len(layout), "switches", chunk, f"a chunk in [0, {len(layout)})")
         require(text.shape == text_BLE.shape, "switches", text, f"{list(text_BLE.shape)}")
-    levels = student.levels(steps)
+    levels = student.levels(denoising_steps)
     plan = _Plan(
         layout=layout,
-        first=levels if first_steps is None else student.levels(first_steps),
+        first=levels if first_chunk_steps is None else student.levels(first_chunk_steps),
         levels=levels,
         clean=Level.at(0.0, 0.0, student.device),
         context=Level.at(context_noise, 0.0, student.device),
@@ -206,8 +206,8 @@ def rollout(
     seeds: Sequence[int] | Tensor,
     *,
     frames: int | None = None,
-    steps: Sequence[float] = STEPS,
-    first_steps: Sequence[float] | None = None,
+    denoising_steps: Sequence[float] = STEPS,
+    first_chunk_steps: Sequence[float] | None = None,
     context_noise: float = 0.0,
     batch: int = 256,
 ) -> Tensor:
@@ -216,7 +216,7 @@ def rollout(
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds: {len(seeds)} came for {len(prompts)} prompts")
     layout = stream_layout(student, student.frames if frames is None else frames)
-    draws = max(len(steps), len(first_steps or ()))
+    draws = max(len(denoising_steps), len(first_chunk_steps or ()))
     videos = []
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
@@ -225,8 +225,8 @@ def rollout(
             student.encode(prompts[part]),
             student.noise_source(seeds[part], layout, draws),
             frames=frames,
-            steps=steps,
-            first_steps=first_steps,
+            denoising_steps=denoising_steps,
+            first_chunk_steps=first_chunk_steps,
             context_noise=context_noise,
         )
         videos.append(torch.cat(list(chunks), 1))
@@ -250,21 +250,21 @@ class SelfForced:
 
 def draw_exits(
     chunks: int,
-    steps: Sequence[float],
+    denoising_steps: Sequence[float],
     generator: Generator,
     *,
-    first_steps: Sequence[float] | None = None,
+    first_chunk_steps: Sequence[float] | None = None,
     same: bool = True,
 ) -> list[int]:
     """The step of every chunk that takes the gradient, uniform over its list.
 
     `same`: one draw for all chunks; with a list of its own the first chunk has a draw of its own.
     """
-    lists = [steps] * chunks
-    if first_steps is not None:
-        lists[0] = first_steps
+    lists = [denoising_steps] * chunks
+    if first_chunk_steps is not None:
+        lists[0] = first_chunk_steps
     exits = [int(torch.randint(len(one), (), generator=generator)) for one in lists]
-    start = 0 if first_steps is None else 1
+    start = 0 if first_chunk_steps is None else 1
     return exits[:start] + exits[start : start + 1] * (chunks - start) if same else exits
 
 
@@ -274,8 +274,8 @@ def self_forcing_rollout(
     noise: NoiseSource,
     exits: Sequence[int],
     *,
-    steps: Sequence[float],
-    first_steps: Sequence[float] | None = None,
+    denoising_steps: Sequence[float],
+    first_chunk_steps: Sequence[float] | None = None,
     leak: bool = False,
     frames_with_gradient: int | None = None,
 ) -> SelfForced:
@@ -288,10 +288,10 @@ def self_forcing_rollout(
     Args:
         exits: the exit step of every chunk (`draw_exits`); their number is that of the chunks.
     """
-    levels = student.levels(steps)
+    levels = student.levels(denoising_steps)
     lists = [[level.t for level in levels]] * len(exits)
-    if first_steps is not None:
-        lists[0] = [level.t for level in student.levels(first_steps)]
+    if first_chunk_steps is not None:
+        lists[0] = [level.t for level in student.levels(first_chunk_steps)]
     # Between two steps of each chunk, then its context pass; the last chunk has none.
     order = iter([(c, s) for c, leave in enumerate(exits) for s in range(1, leave + 2)])
     x_BFCHW = self_forced(
@@ -305,6 +305,8 @@ def self_forcing_rollout(
         leak=leak,
         frames_with_gradient=frames_with_gradient,
     )
-    last = first_steps if first_steps is not None and len(exits) == 1 else steps
+    last = (
+        first_chunk_steps if first_chunk_steps is not None and len(exits) == 1 else denoising_steps
+    )
     after = [*last[1:], 0.0]
     return SelfForced(x_BFCHW, last[exits[-1]], after[exits[-1]])

@@ -49,19 +49,19 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.world > 1 else None
     lora = LoraConfig(rank=4, alpha=4.0) if name in ("afd", "afd bf16") else None
-    how: dict[str, Any] = {"steps": WAN_STEPS, "ranks": ranks}
+    how: dict[str, Any] = {"denoising_steps": WAN_STEPS, "ranks": ranks}
     student, rate = wan_student(dtype), 1e-5 if dtype == torch.bfloat16 else 1e-3
     if name.startswith("sft"):
         config = SftConfig(draws=2, learning_rate=rate)
         return Sft(make_policies(student, VERSIONS, lora=lora, shard=shard), config, **how)
     if name == "dmd":
-        fields = DmdConfig(score_warmup_steps=1, score_updates=1, learning_rate=rate)
+        fields = DmdConfig(score_warmup_updates=1, score_updates=1, learning_rate=rate)
         names = (*Dmd.versions, "ref") if fields.prior_weight > 0 else Dmd.versions
         policies = make_policies(student, names, trained=Dmd.trained, shard=shard)
         return Dmd(policies, fields, **how)
     critic = LatentCritic(
         lambda prompts: words(list(prompts)),
-        LatentConfig(width=8, learning_rate=1e-3, warmup_steps=0, loss="gan"),
+        LatentConfig(width=8, learning_rate=1e-3, warmup_updates=0, loss="gan"),
         channels=CHANNELS,
         text_dim=TEXT,
         ranks=ranks,
@@ -98,7 +98,7 @@ class Walked:
 
 def walk(legs: list[Leg]) -> list[Walked]:
     """Metrics of each update of a tiny Wan, and theta after them, for each leg."""
-    with join(make_config({})) as ranks:
+    with join("cpu") as ranks:
         return [_walk(leg, ranks) for leg in legs]
 
 
@@ -130,7 +130,7 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
 def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:
     """A run of a configuration in which one process is told to stop during an update."""
     config = make_config(data)
-    with join(config) as ranks:
+    with join(config.device) as ranks:
         method = build_method(config, ranks)
         rollout = method.rollout
 

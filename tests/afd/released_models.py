@@ -78,7 +78,7 @@ def overrides(models: Path, method: str) -> list[str]:
     scores = method in ("afd", "gan")
     sizes = [
         "device=cpu",
-        "prompts_per_step=2",
+        "prompts_per_update=2",
         f"cache={models / 'cache'}",
         f"teacher.path={models / 'teacher'}",
         f"video.frames={FRAMES}",
@@ -89,7 +89,7 @@ def overrides(models: Path, method: str) -> list[str]:
         "student.head_dim=16",
         "student.dtype=float32",
         "student.vae_dtype=float32",
-        "student.steps=[1000,500]",
+        "student.denoising_steps=[1000,500]",
         "student.lora.rank=4",
         "student.lora.alpha=4",
         "evaluation.every=2",
@@ -110,5 +110,5 @@ def overrides(models: Path, method: str) -> list[str]:
     if method != "sft":
         sizes.append(f"{method}.samples_per_prompt={2 if method == 'afd' else 1}")
     if method == "dmd":
-        sizes += ["dmd.score_updates=1", "dmd.score_warmup_steps=1"]
+        sizes += ["dmd.score_updates=1", "dmd.score_warmup_updates=1"]
     return sizes

@@ -49,7 +49,7 @@ def make_base(folder: Path) -> None:
 
 def make_run(folder: Path, method: str, end: dict[str, float], domain: str, style: str) -> None:
     folder.mkdir(parents=True)
-    config = make_config({"method": method, "name": method, "steps": STEPS})
+    config = make_config({"method": method, "name": method, "updates": STEPS})
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / "doctor.json").write_text(json.dumps(DOCTOR), encoding="utf-8")
     write_lines(folder / "evaluation.jsonl", list(curve(method, end)))

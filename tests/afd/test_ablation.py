@@ -34,7 +34,7 @@ def test_every_row_of_every_file_is_another_run_of_its_base(path: Path, tmp_path
         cell = table.cell(row, 3)
         assert cell.run_dir == tmp_path / row / "seed3"
         assert (cell.seed, cell.name) == (3, row)
-        assert (cell.steps, cell.teacher.style) == (base.steps, base.teacher.style)
+        assert (cell.updates, cell.teacher.style) == (base.updates, base.teacher.style)
         made.append(plain(cell.model_copy(update={"name": "", "out": None})))
     assert all(made.count(one) == 1 for one in made)
 
@@ -51,7 +51,7 @@ def test_the_rates_are_the_reported_multiples_of_the_toys_own() -> None:
 
 
 def test_an_ablation_draws_its_table_and_curves_and_runs_nothing_twice(tmp_path: Path) -> None:
-    arguments = [f"out={tmp_path}", *SMALL, "dmd.score_updates=1", "dmd.score_warmup_steps=1"]
+    arguments = [f"out={tmp_path}", *SMALL, "dmd.score_updates=1", "dmd.score_warmup_updates=1"]
     path = FOLDER / "methods.yaml"
     assert ablation(path, [*arguments, "rows=[gan]", "seeds=[0]"], console())
     results = json.loads((tmp_path / "results.json").read_text())

@@ -17,7 +17,7 @@ from afd.lab.discriminator import MotionBackbone, ToyCritic
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 from afd.lab.student import ToyStudent
 from afd.methods.advantage import optimality
-from afd.methods.afd import Afd, versions
+from afd.methods.afd import Afd
 from afd.methods.base import Batch, draw_times
 from afd.methods.config import AfdConfig, SftConfig
 from afd.methods.sft import VERSIONS, Sft
@@ -43,16 +43,16 @@ def batch(step: int = 0) -> Batch:
 
 def afd(student: ToyStudent, seed: int = 0, **settings: Any) -> Afd:
     critic = ToyCritic(
-        ToyDiscriminatorConfig(backbone="scratch", warmup_steps=1, steps_per_update=1), seed=seed
+        ToyDiscriminatorConfig(backbone="scratch", warmup_updates=1, steps_per_update=1), seed=seed
     )
     config = AfdConfig(**settings)
-    policies = make_policies(copy.deepcopy(student), versions(config))
-    return Afd(policies, critic, config, steps=STEPS, seed=seed)
+    policies = make_policies(copy.deepcopy(student), config.versions)
+    return Afd(policies, critic, config, denoising_steps=STEPS, seed=seed)
 
 
 def sft(student: ToyStudent, seed: int = 0) -> Sft:
     policies = make_policies(copy.deepcopy(student), VERSIONS)
-    return Sft(policies, SftConfig(learning_rate=1e-3), steps=STEPS, seed=seed)
+    return Sft(policies, SftConfig(learning_rate=1e-3), denoising_steps=STEPS, seed=seed)
 
 
 def weights(method: Any, name: str) -> dict[str, Tensor]:

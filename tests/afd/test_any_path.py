@@ -15,7 +15,7 @@ ODD = "-a 'b' \"c\" #?%d:=&;[red]{x}*$~\\\n :smile: é 😀 ."
 LONG = "n" * 255
 RUN = """
 steps: 2
-prompts_per_step: 2
+prompts_per_update: 2
 teacher: {count: 6}
 evaluation: {videos: 4, curve_videos: 2, samples: 2}
 checkpoint: {every: 1}
@@ -43,7 +43,7 @@ def every_command(home: str, run: str) -> None:
     (folder / "run.yaml").write_text(RUN)
     (folder / "sample.yaml").write_text(SAMPLE)
     (folder / "eval.yaml").write_text("suites: [videophy2]\nvideophy2: {samples: 1}\n")
-    text = "name: q\nquestion: q\nbase: run.yaml\nrows: {one: [steps=1]}\n"
+    text = "name: q\nquestion: q\nbase: run.yaml\nrows: {one: [updates=1]}\n"
     (folder / "ablation.yaml").write_text(text)
     (folder / "[prompts] #1.txt").write_text("a [red] ball\n")
     config, prompts = f"{home}/run.yaml", f"{home}/[prompts] #1.txt"
@@ -60,7 +60,7 @@ def every_command(home: str, run: str) -> None:
         ["sample", "--config", f"{home}/sample.yaml", f"out={run}/mp4", *sampled],
         ["eval", f"{home}/eval.yaml", f"run={run}", f"out={home}/e", *rated],
         ["ablation", f"{home}/ablation.yaml", f"out={home}/ablation", teacher],
-        ["train", config, f"out={home}/again", "teacher.kind=folder", teacher, "steps=1"],
+        ["train", config, f"out={home}/again", "teacher.kind=folder", teacher, "updates=1"],
     ):
         assert main(words) == 0, words
 
@@ -86,7 +86,7 @@ def test_a_teacher_may_have_names_that_are_not_utf8(
 ) -> None:
     name = os.fsdecode(b"caf\xe9 [1]")
     (here / "run.yaml").write_text(RUN)
-    words = ["train", "run.yaml", "steps=1", "logging.tensorboard=false"]
+    words = ["train", "run.yaml", "updates=1", "logging.tensorboard=false"]
     assert main([*words, "out=first", f"teacher.path={name}"]) == 0
     assert main([*words, "out=second", "teacher.kind=folder", f"teacher.path={name}"]) == 0
     assert main(["report", "second"]) == 0

@@ -57,30 +57,29 @@ def wan(frames: int = 6, **changes: Any) -> WanStudent:
     )
 
 
-def versions(kind: str, method: type[Method], config: GanConfig | DmdConfig) -> Policies:
+def versions(kind: str, config: GanConfig | DmdConfig) -> Policies:
     student = ToyStudent.load() if kind == "toy" else wan()
     lora = LoraConfig(rank=4, alpha=8) if kind in ("lora", "bf16") else None
     if kind == "bf16":
         student.to(torch.bfloat16)
-    names = method.versions + (("ref",) if config.prior_weight > 0 else ())
-    return make_policies(student, names, trained=method.trained, lora=lora)
+    return make_policies(student, config.versions, trained=config.trained, lora=lora)
 
 
 def make(name: str, kind: str, **settings: Any) -> Method:
     steps = STEPS if kind == "toy" else WAN_STEPS
     if name == "dmd":
-        fields = DmdConfig(**{"score_warmup_steps": 1, "score_updates": 1, **settings})
-        return Dmd(versions(kind, Dmd, fields), fields, steps=steps, seed=3)
+        fields = DmdConfig(**{"score_warmup_updates": 1, "score_updates": 1, **settings})
+        return Dmd(versions(kind, fields), fields, denoising_steps=steps, seed=3)
     config = GanConfig(**{"prior_weight": 0.0, **settings})
-    policies = versions(kind, Gan, config)
+    policies = versions(kind, config)
     critic: Any
     if kind == "toy":
-        critic = ToyCritic(ToyDiscriminatorConfig(loss="gan", warmup_steps=0), 12)
+        critic = ToyCritic(ToyDiscriminatorConfig(loss="gan", warmup_updates=0), 12)
     else:
         critic = LatentCritic(
             policies.student.encode, LatentConfig(loss="gan", width=4), channels=4, text_dim=8
         )
-    return Gan(policies, critic, config, steps=steps, seed=3)
+    return Gan(policies, critic, config, denoising_steps=steps, seed=3)
 
 
 def batch(kind: str, step: int = 0) -> Batch:
@@ -135,11 +134,11 @@ def test_a_first_chunk_with_steps_of_its_own_and_a_noisy_context_are_followed(
 ) -> None:
     config = GanConfig(samples_per_prompt=3)
     method = Gan(
-        versions("wan", Gan, config),
+        versions("wan", config),
         make("gan", "wan").critic,
         config,
-        steps=WAN_STEPS,
-        first_steps=first_steps,
+        denoising_steps=WAN_STEPS,
+        first_chunk_steps=first_steps,
         context_noise=50,
         rollout_batch=4,
     )
@@ -151,7 +150,9 @@ def test_a_first_chunk_with_steps_of_its_own_and_a_noisy_context_are_followed(
 
 def test_the_fields_of_dmd_see_the_first_chunk_at_its_own_steps() -> None:
     config, given = DmdConfig(timesteps="student"), batch("wan")
-    method = Dmd(versions("wan", Dmd, config), config, steps=WAN_STEPS, first_steps=[1000])
+    method = Dmd(
+        versions("wan", config), config, denoising_steps=WAN_STEPS, first_chunk_steps=[1000]
+    )
     t_BK = torch.cat([method._noised(given.teacher_BFCHW, given, 1)[1] for _ in range(32)])
     assert set(t_BK[:, 0].tolist()) == {1.0}
     assert set(t_BK[:, 1:].flatten().tolist()) == set(torch.tensor(method.times).tolist())
@@ -300,7 +301,7 @@ def test_the_gan_moves_the_student_to_where_the_discriminator_scores_higher(kind
 
 def test_the_gan_waits_for_its_discriminator() -> None:
     method = make("gan", "toy")
-    method.critic.config = method.critic.config.model_copy(update={"warmup_steps": 1})
+    method.critic.config = method.critic.config.model_copy(update={"warmup_updates": 1})
     before = masters(method)
     assert "student/loss" not in update(method, batch("toy"))
     assert torch.equal(masters(method), before)
@@ -347,13 +348,13 @@ def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
     critic = VideoAlignCritic(scorer, settings, video_fps=16.0)
     codec = VideoVAE(model())
     student = wan(frames=3, in_dim=16, out_dim=16)
-    policies = make_policies(student, Gan.versions, lora=LoraConfig(rank=4, alpha=8))
+    policies = make_policies(student, ("theta", "ema"), lora=LoraConfig(rank=4, alpha=8))
     video = VideoConfig(frames=9, height=48, width=32, fps=16, codec_match=True)
     method = Gan(
         policies,
         critic,
         GanConfig(micro_batch=1, learning_rate=1e-3, prior_weight=0.0),
-        steps=WAN_STEPS,
+        denoising_steps=WAN_STEPS,
         codec=codec,
         video=video,
     )
@@ -368,9 +369,9 @@ def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
 
 
 def test_the_two_fields_learn_their_own_videos_and_nothing_else_moves() -> None:
-    method, of = make("dmd", "toy", score_updates=1, score_warmup_steps=99), batch("toy")
+    method, of = make("dmd", "toy", score_updates=1, score_warmup_updates=99), batch("toy")
     method.rollout(of)
-    before = {name: masters(method, name) for name in Dmd.versions}
+    before = {name: masters(method, name) for name in DmdConfig().versions}
     losses = [method.critic_step(of) for _ in range(12)]
     for name in ("real", "fake"):
         assert not torch.equal(masters(method, name), before[name])

@@ -74,7 +74,7 @@ def updates(method: Any, config: RunConfig, prompts: Sequence[str]) -> dict[str,
 @pytest.mark.parametrize("discriminator", ["toy", "videoalign", "latent"])
 @pytest.mark.parametrize("method", ["afd", "gan"])
 def test_the_toy_with_every_discriminator(models: Path, method: str, discriminator: str) -> None:
-    config = toy(method, discriminator, models, "discriminator.warmup_steps=0")
+    config = toy(method, discriminator, models, "discriminator.warmup_updates=0")
     made = build_method(config)
     assert made.name == method
     assert made.sees == ("latent" if discriminator == "latent" else "video")
@@ -86,7 +86,7 @@ def test_the_toy_with_every_discriminator(models: Path, method: str, discriminat
 
 @pytest.mark.parametrize("method", ["sft", "dmd"])
 def test_the_toy_without_a_discriminator_never_opens_one(method: str) -> None:
-    config = toy(method, "videoalign", Path("/nowhere"), "dmd.score_warmup_steps=0")
+    config = toy(method, "videoalign", Path("/nowhere"), "dmd.score_warmup_updates=0")
     made = build_method(config)
     assert made.sees == "latent"
     assert "student/loss" in updates(made, config, PROMPTS[:2])
@@ -108,7 +108,7 @@ def test_the_toy_without_a_discriminator_never_opens_one(method: str) -> None:
 def test_a_wan_student_with_every_method_and_discriminator(
     models: Path, method: str, discriminator: str, lora: bool
 ) -> None:
-    steady = ["dmd.score_warmup_steps=0", "discriminator.warmup_steps=0"]
+    steady = ["dmd.score_warmup_updates=0", "discriminator.warmup_updates=0"]
     config = wan(models, method, discriminator, *steady)
     if not lora:
         student = config.student.model_copy(update={"lora": None})

@@ -19,10 +19,10 @@ from afd.cache import Store, file_hash, files_identity
 from afd.data.sampler import Sampler
 from afd.data.videos import Videos
 from afd.distributed import Ranks
+from afd.models.wan.config import WanStudentConfig
 from afd.models.wan.loading import Texts
 from afd.models.wan.text import TextEncoder
 from afd.models.wan.vae import VideoVAE
-from afd.sampling.config import SampleConfig
 from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
 from afd.video import write_video
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_costs_no_run(
 WRITER = """
 import sys, torch
 from pathlib import Path
-from afd.training.caches import Store
+from afd.cache import Store
 store = Store(Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -168,10 +168,9 @@ def test_identities_follow_contents_and_hub_revisions(tmp_path: Path) -> None:
 # --- text embeddings ---
 
 
-def wan_files(folder: Path, **changes: object) -> SampleConfig:
-    return SampleConfig(
-        **{"pretrained": str(folder), "text_len": LENGTH, "dtype": "float32", **changes}
-    )
+def wan_files(folder: Path, **changes: object) -> WanStudentConfig:
+    files = {"pretrained": str(folder), "text_len": LENGTH, "dtype": "float32"}
+    return WanStudentConfig.model_validate({"kind": "wan", **files, **changes})
 
 
 def test_prompts_are_embedded_once_and_then_read(

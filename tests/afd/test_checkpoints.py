@@ -239,7 +239,7 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
     save_self_forcing(tmp_path / "small.pt", generator=network())
     code = """
 import re, sys
-from afd.models.checkpoints import load_checkpoint
+from afd.models.wan.checkpoints import load_checkpoint
 def kib(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 load_checkpoint(sys.argv[2], head_dim=16)  # imports and caches of torch
 before = kib("RssAnon"), kib("VmRSS")

@@ -35,10 +35,10 @@ def test_train_takes_overrides_and_a_second_time_leaves_it_alone(
     written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = written
-    assert main(["train", str(path), "steps=2", "checkpoint.every=1"]) == 0
+    assert main(["train", str(path), "updates=2", "checkpoint.every=1"]) == 0
     assert (out / "DONE").read_text().startswith("2 updates")
     capsys.readouterr()
-    assert main(["train", str(path), "steps=2", "checkpoint.every=1"]) == 0
+    assert main(["train", str(path), "updates=2", "checkpoint.every=1"]) == 0
     assert "is finished and stays as it is; a new run needs another out=" in capsys.readouterr().out
 
 

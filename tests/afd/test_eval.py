@@ -60,12 +60,9 @@ def prompts(tmp_path: Path) -> Path:
 
 def make(prompts: Path, rater: Path, *overrides: str, **more: Any) -> EvalConfig:
     data: dict[str, Any] = {
-        "student": "toy",
-        "checkpoint": "base",
+        "student": {"kind": "toy", "checkpoint": "base", "denoising_steps": [1.0, 0.833]},
         "out": str(prompts.parent / "samples"),
         **{"frames": 12, "height": 16, "width": 16, "fps": 8, "batch": 4},
-        "steps": [1.0, 0.833],
-        "dtype": "float32",
         "device": "cpu",
         "vbench": {
             "prompts": str(prompts / "VBench_full_info.json"),
@@ -317,8 +314,7 @@ def test_videophy_rows_of_other_videos_are_refused_and_unread_answers_left_out(
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("checkpoint=null", "run, checkpoint: got neither"),
-        ("run=somewhere", "run, checkpoint: got both"),
+        ("run=somewhere", "run, student.checkpoint: got both"),
         ("version=ema", "version: got ema; it is one of a run's weights"),
         ("crf=23", "crf is 23"),
         ("vbench.prompts=null", "vbench.prompts: not given"),
@@ -343,9 +339,17 @@ def test_what_is_wrong_is_named_before_anything_is_made(
     assert not (prompts.parent / "samples").exists()
 
 
+def test_weights_have_to_be_named(prompts: Path, rater: Path) -> None:
+    config = make(prompts, rater, student={"kind": "wan"}, frames=13)
+    with pytest.raises(ConfigError, match=r"run, student\.checkpoint: got neither"):
+        evaluate(config, quiet())
+
+
 def test_the_shipped_file_holds_known_keys_only_and_every_key_has_a_description() -> None:
     path = CONFIGS / "eval_self_forcing_480x832.yaml"
-    config = make_config(yaml.safe_load(path.read_text("utf-8")), ["checkpoint=x"], "f", EvalConfig)
+    config = make_config(
+        yaml.safe_load(path.read_text("utf-8")), ["student.checkpoint=x"], "f", EvalConfig
+    )
     assert (config.height, config.width, config.frames, config.fps) == (480, 832, 81, 16)
     for section in (EvalConfig, VBenchConfig, VideoPhyConfig, type(config.videoalign_mq)):
         for name, field in section.model_fields.items():
@@ -356,8 +360,8 @@ def test_the_shipped_file_holds_known_keys_only_and_every_key_has_a_description(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy run of one update."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    words = ["steps=1", "prompts_per_step=1", "teacher.count=2", "evaluation.kind=none"]
-    words += ["logging.tensorboard=false", "discriminator.warmup_steps=0", "video.fps=8"]
+    words = ["updates=1", "prompts_per_update=1", "teacher.count=2", "evaluation.kind=none"]
+    words += ["logging.tensorboard=false", "discriminator.warmup_updates=0", "video.fps=8"]
     words += ["afd.samples_per_prompt=2", f"out={folder}", "name=mine"]
     train(make_config({}, words), console=quiet())
     return folder
@@ -366,7 +370,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_evaluated_by_its_exported_weights_and_its_own_settings(
     prompts: Path, rater: Path, run: Path
 ) -> None:
-    given = {"run": str(run), "checkpoint": None, "suites": ["videophy2"], "steps": [1.0]}
+    given = {
+        "run": str(run),
+        "suites": ["videophy2"],
+        "student": {"kind": "toy", "denoising_steps": [1.0]},
+    }
     out = prompts.parent / "samples"
     evaluate(make(prompts, rater, **given), quiet())
     evaluate(make(prompts, rater, version="theta", **given), quiet())
@@ -377,8 +385,8 @@ def test_a_run_is_evaluated_by_its_exported_weights_and_its_own_settings(
         (line, _) = manifest(folder)
         made_of = json.loads(read_comment(folder / line["file"]) or "")["settings"]
         # What the configuration says stays; the rest is the run's.
-        assert (made_of["steps"], made_of["chunk"], made_of["window"]) == ([1.0], 3, None)
-        assert line["student"] == made_of["checkpoint"]
+        assert (made_of["student"]["denoising_steps"], made_of["window"]) == ([1.0], None)
+        assert line["student"] == made_of["student"]["checkpoint"]
         assert line["student"].startswith(f"mine step_000001 {version} ")
         student = ToyStudent.load(str(folder / "student" / "student.safetensors"))
         seen.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
@@ -391,20 +399,20 @@ def test_a_run_is_evaluated_by_its_exported_weights_and_its_own_settings(
 def test_samples_of_another_student_of_the_same_name_are_refused(
     prompts: Path, rater: Path, run: Path
 ) -> None:
-    given = {"run": str(run), "checkpoint": None, "suites": ["videophy2"], "limit": 1}
+    given = {"run": str(run), "student": {"kind": "toy"}, "suites": ["videophy2"], "limit": 1}
     evaluate(make(prompts, rater, **given), quiet())
     note = prompts.parent / "samples" / "mine" / "step_000001" / "student" / "afd.json"
     note.write_text(note.read_text().replace('"checkpoint_sha256": "', '"checkpoint_sha256": "0'))
     with pytest.raises(ConfigError, match="samples of another student of the same name and step"):
         evaluate(make(prompts, rater, **given), quiet())
     with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
-        evaluate(make(prompts, rater, run=str(prompts), checkpoint=None), quiet())
+        evaluate(make(prompts, rater, run=str(prompts), student={"kind": "toy"}), quiet())
 
 
 def test_a_wan_run_brings_its_own_size_files_and_rater(tmp_path: Path) -> None:
     models = write_models(tmp_path / "models")
     scorer = models / "checkpoints" / "VideoReward"
-    words = [f"student.checkpoint={models}/checkpoints/self_forcing_dmd.pt", "steps=1"]
+    words = [f"student.checkpoint={models}/checkpoints/self_forcing_dmd.pt", "updates=1"]
     words += ["evaluation.kind=none", "logging.tensorboard=false", "logging.videos_every=0"]
     # Unused by this method, but the run says it.
     words += ["discriminator={kind: videoalign}", f"discriminator.checkpoint={scorer}"]

@@ -353,7 +353,7 @@ def test_start_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         run.export(out=tmp_path / "out", kind="diffusers")
     assert not (tmp_path / "out").exists()
     run.start.unlink()
-    with pytest.raises(FileNotFoundError, match=r"start\.pt"):
+    with pytest.raises(ConfigError, match=r"start\.pt is not there"):
         run.export(out=tmp_path / "out", kind="diffusers")
     # An adapter needs no start weights.
     run.export(out=tmp_path / "out", kind="peft")
@@ -394,7 +394,7 @@ def test_a_toy_run_exports_a_student_that_streams(
         for master in policies.weights("old").masters:
             master.add_(0.02)
     save_run(config, {"policies": policies.state_dict()})
-    out = export(config.run_dir, ExportConfig(out=tmp_path / "out", kind="toy"))
+    out = export(config.run_dir, ExportConfig(out=tmp_path / "out", kind="student"))
     toy = ToyStudent.load(str(out / "student.safetensors"))
     x_BFCHW, t_B1 = torch.randn(1, 12, 3, 16, 16), torch.tensor([[500.0]])
     text_BLE = toy.encode(["a ball falls"])

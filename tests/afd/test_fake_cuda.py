@@ -152,7 +152,7 @@ def wan(device: str, fuse: bool = False, **changes: Any) -> Student:
 STREAMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fused": ({"fuse": True}, {}),
     "window and sink": ({"window": 9, "sink": 3}, {"frames": 18}),
-    "other prompts": ({}, {"switch": 2, "first_steps": WAN_STEPS[::2]}),
+    "other prompts": ({}, {"switch": 2, "first_chunk_steps": WAN_STEPS[::2]}),
     "picture": ({}, {"frames": 7, "prefix_BFCHW": torch.linspace(-1, 1, 96).view(1, 1, 4, 6, 4)}),
 }
 
@@ -168,7 +168,9 @@ def streamed(name: str, device: str, machine: FakeCuda | None = None) -> Tensor:
         settings["switches"] = {settings.pop("switch"): student.encode(["another one"])}
     layout = stream_layout(student, settings.get("frames", student.frames), int(name == "picture"))
     noise = student.noise_source([7], layout, len(WAN_STEPS))
-    chunks = stream(student, student.encode(["a ball"]), noise, steps=WAN_STEPS, **settings)
+    chunks = stream(
+        student, student.encode(["a ball"]), noise, denoising_steps=WAN_STEPS, **settings
+    )
     first = next(chunks)
     if machine is None:
         return torch.cat([first, *chunks], 1)
@@ -202,17 +204,17 @@ def toy(device: str) -> Any:
 
 def gan(device: str) -> Any:
     student, config = wan(device), GanConfig(prior_weight=0.1)
-    policies = make_policies(student, (*Gan.versions, "ref"), trained=Gan.trained, lora=LORA)
+    policies = make_policies(student, config.versions, trained=config.trained, lora=LORA)
     critic = LatentCritic(
         student.encode, LatentConfig(loss="gan", width=4), channels=4, text_dim=8, device=device
     )
-    return Gan(policies, critic, config, steps=WAN_STEPS)
+    return Gan(policies, critic, config, denoising_steps=WAN_STEPS)
 
 
 def dmd(device: str) -> Any:
-    config = DmdConfig(score_warmup_steps=0, score_updates=1)
-    policies = make_policies(wan(device), Dmd.versions, trained=Dmd.trained)
-    return Dmd(policies, config, steps=WAN_STEPS)
+    config = DmdConfig(score_warmup_updates=0, score_updates=1)
+    policies = make_policies(wan(device), config.versions, trained=config.trained)
+    return Dmd(policies, config, denoising_steps=WAN_STEPS)
 
 
 PARTS = {"micro_batch": 1, "chunks_per_update": 2, "draws": 1}

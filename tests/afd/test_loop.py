@@ -77,7 +77,7 @@ def test_a_finished_run_is_never_run_again(tmp_path: Path, clips: Path) -> None:
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("override", ["seed=1", "afd.nft_beta=0.5", "steps=8"])
+@pytest.mark.parametrize("override", ["seed=1", "afd.nft_beta=0.5", "updates=8"])
 def test_a_finished_run_of_another_configuration_is_refused(
     tmp_path: Path, clips: Path, override: str
 ) -> None:
@@ -228,5 +228,5 @@ def test_the_default_random_state_is_restored_on_resume(tmp_path: Path, clips: P
     train(config, method=Interrupted(2, signal.SIGINT))
     after_stop = torch.get_rng_state()
     torch.manual_seed(999)
-    train(config.model_copy(update={"steps": 3}), method=TinyMethod())
+    train(config.model_copy(update={"updates": 3}), method=TinyMethod())
     assert torch.equal(torch.get_rng_state(), after_stop)

@@ -287,7 +287,7 @@ def test_a_resumed_wan_run_continues_with_the_same_bits(
 
 
 def test_a_student_with_a_first_list_of_its_own_streams_and_learns_by_it() -> None:
-    method = make_afd(wan_student(), how={"first_steps": (1000, 500)})
+    method = make_afd(wan_student(), how={"first_chunk_steps": (1000, 500)})
     plain = make_afd(wan_student())
     for one in (method, plain):
         one.rollout(wan_batch())

@@ -19,11 +19,11 @@ from tests.afd.clips import make_clip_folder
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "steps=2",
-    "prompts_per_step=2",
+    "updates=2",
+    "prompts_per_update=2",
     "teacher.count=36",
     "afd.samples_per_prompt=2",
-    "discriminator.warmup_steps=1",
+    "discriminator.warmup_updates=1",
     "evaluation.every=1",
     "evaluation.videos=36",
     "evaluation.curve_videos=36",
@@ -162,5 +162,5 @@ def test_the_folder_file_trains_on_real_clips(
     )
     assert train(config, console=console()) is Outcome.FINISHED
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == config.steps
+    assert len(lines) == config.updates
     assert "student/loss" in json.loads(lines[-1])

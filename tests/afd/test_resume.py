@@ -134,7 +134,7 @@ def test_a_resumed_run_may_save_at_other_times_and_go_on_longer(
 ) -> None:
     out = tmp_path / "run"
     train(tiny_config(out, clips), method=Interrupted(2, signal.SIGINT))
-    config = load_run(out, ["steps=8", "checkpoint.every=1"])
+    config = load_run(out, ["updates=8", "checkpoint.every=1"])
     assert train(config, method=TinyMethod()) is Outcome.FINISHED
     assert numbers(out)[:6] == numbers(straight)
     assert len(numbers(out)) == 8

@@ -16,10 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 from afd.cli import main
-from afd.config.run import make_config
+from afd.config.run import make_config, sections_of
 from afd.errors import ConfigError
 from afd.models.student import Student
 from afd.models.wan.checkpoints import save_self_forcing
+from afd.models.wan.config import WanStudentConfig
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import WanConfig
 from afd.rollout import counted_noise, stream, stream_layout
@@ -52,21 +53,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(models: Path, folder: Path, **more: Any) -> SampleConfig:
-    data = {
+    student = {
+        "kind": "wan",
         "checkpoint": str(models / "generator_ema.pt"),
         "pretrained": str(models),
-        "prompts": ["a red ball falls"],
-        "out": str(folder),
         "head_dim": 16,
         "text_len": LENGTH,
-        "frames": FRAMES,
-        "steps": [1000, 500],
+        "denoising_steps": [1000, 500],
         "dtype": "float32",
         "vae_dtype": "float32",
+    }
+    data: dict[str, Any] = {
+        "prompts": ["a red ball falls"],
+        "out": str(folder),
+        "frames": FRAMES,
         "device": "cpu",
         **SIZE,
     }
-    return make_config({**data, **more}, (), "test", SampleConfig)
+    own = student | {key: more.pop(key) for key in [*more] if key in WanStudentConfig.model_fields}
+    return make_config({**data, **more, "student": own}, (), "test", SampleConfig)
 
 
 def quiet() -> Console:
@@ -99,7 +104,11 @@ def test_frames_are_those_of_the_decoded_stream(models: Path, tmp_path: Path) ->
     text = pipeline.text(["a red ball falls"])
     layout = stream_layout(pipeline.student, config.latent_frames)
     noise = counted_noise([0], layout, 2, pipeline.student.frame_shape)
-    chunks = list(stream(pipeline.student, text, noise, frames=9, steps=config.steps))
+    chunks = list(
+        stream(
+            pipeline.student, text, noise, frames=9, denoising_steps=config.student.denoising_steps
+        )
+    )
     expected = pipeline.codec.stream()(torch.cat(chunks, 1))[0]
     assert expected.shape == (FRAMES, 3, 32, 48)
     # 4:2:0 keeps brightness and halves colour.
@@ -206,11 +215,13 @@ def test_a_device_that_is_too_small_is_told_with_what_takes_less(
 def test_a_window_with_sink_streams_beyond_the_training_length(
     models: Path, tmp_path: Path
 ) -> None:
-    config = make(models, tmp_path, frames=105, window=6, sink=2, steps=[1000])
+    config = make(models, tmp_path, frames=105, window=6, sink=2, denoising_steps=[1000])
     (path,) = sample(config, quiet()).written
     assert video_of(path, 105).shape[0] == 105
     # A longer stream begins like a shorter one until the window moves on.
-    (short,) = sample(make(models, tmp_path / "b", steps=[1000], frames=21), quiet()).written
+    (short,) = sample(
+        make(models, tmp_path / "b", denoising_steps=[1000], frames=21), quiet()
+    ).written
     assert (video_of(path, 21) - video_of(short, 21)).abs().mean() < 0.02
 
 
@@ -257,7 +268,7 @@ def test_a_video_goes_on(models: Path, tmp_path: Path) -> None:
 
 
 def test_one_and_two_step_lists_with_a_longer_first_chunk(models: Path, tmp_path: Path) -> None:
-    config = make(models, tmp_path, steps=[1000], first_chunk_steps=[1000, 750, 500, 250])
+    config = make(models, tmp_path, denoising_steps=[1000], first_chunk_steps=[1000, 750, 500, 250])
     assert len(sample(config, quiet()).written) == 1
 
 
@@ -313,8 +324,8 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
     ("more", "told"),
     [
         ({"out": None}, "out: not given"),
-        ({"checkpoint": None}, "checkpoint: not given"),
-        ({"checkpoint": "/none.pt"}, "checkpoint: /none.pt does not exist"),
+        ({"checkpoint": None}, "student.checkpoint is not given"),
+        ({"checkpoint": "/none.pt"}, "student.checkpoint: /none.pt is not there"),
         ({"head_dim": 5}, "head_dim: got 5; needed: a divisor of the width 32"),
         ({"cuda_graphs": True}, "cuda_graphs: got 'cpu'"),
         ({"device": "cuda:99"}, "device: got cuda:99; "),
@@ -340,11 +351,15 @@ def test_what_is_missing_is_named(
         ("width=830", "height, width: got 480x830; needed: multiples of 16"),
         ("sink=3", "sink: got 3; needed: 0"),
         ("window=4", None),
-        ("steps=[750, 500]", "steps: [750.0, 500.0] came, times falling from 1000 are needed"),
-        ("steps=[]", "steps: [] came"),
-        ("first_chunk_steps=[1000, 333.3]", "steps: got 333.3; needed: whole numbers"),
+        (
+            "student.denoising_steps=[750, 500]",
+            "steps: [750.0, 500.0] came, times falling from 1000 are needed",
+        ),
+        ("student.denoising_steps=[]", "steps: [] came"),
+        ("student.first_chunk_steps=[1000, 333.3]", "steps: got 333.3; needed: whole numbers"),
         ("window=2", "window: got 2; needed: at least sink + chunk = 3"),
-        ("stepz=[1000]", "unknown key 'stepz'; did you mean steps"),
+        ("framez=81", "unknown key 'framez'; did you mean frames"),
+        ("steps=[1000]", "unknown key 'steps'; it is student.denoising_steps now"),
         ("device=tpu", "device is 'tpu'"),
         ("crf=52", "crf is 52"),
     ],
@@ -388,12 +403,12 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
 
 def test_every_value_has_a_description_and_every_shipped_key_exists() -> None:
     for name, field in SampleConfig.model_fields.items():
-        assert field.description, name
-    shipped = [path for path in CONFIGS.glob("*.yaml") if "student: " in path.read_text("utf-8")]
-    for path in shipped:
-        data = yaml.safe_load(path.read_text("utf-8"))
-        if isinstance(data.get("student"), str):
-            make_config(data, (), str(path), SampleConfig)
+        assert field.description or sections_of(field), name
+    shipped = [yaml.safe_load(path.read_text("utf-8")) for path in CONFIGS.glob("*.yaml")]
+    sampled = [data for data in shipped if "batch" in data and "suites" not in data]
+    assert len(sampled) >= 3
+    for data in sampled:
+        make_config(data, (), "shipped", SampleConfig)
 
 
 def test_a_recorder_tells_an_error_of_its_thread_and_keeps_nothing(tmp_path: Path) -> None:

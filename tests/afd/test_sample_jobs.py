@@ -50,12 +50,12 @@ def test_weights_replaced_under_the_same_name_are_noticed(
     held = checkpoint_path("base").read_bytes()
     weights.write_bytes(held)
     words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), "device=cpu"]
-    words += [f"out={tmp_path / 'out'}", f"checkpoint={weights}"]
+    words += [f"out={tmp_path / 'out'}", f"student.checkpoint={weights}"]
     assert main(words) == main(words) == 0
     assert "1 of 1 videos are there already" in capsys.readouterr().out
     weights.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
     assert main(words) == 2
-    assert "was made from something else (checkpoint: " in capsys.readouterr().err
+    assert "was made from something else (student.checkpoint: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
@@ -65,14 +65,21 @@ def test_weights_of_another_kind_are_named(
     for held in (b"", b"no weights", checkpoint_path("base").read_bytes()[:3000]):
         weights = tmp_path / "x.safetensors"
         weights.write_bytes(held)
-        words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), f"checkpoint={weights}"]
+        words = [
+            "sample",
+            "--config",
+            str(CONFIGS / "sample_toy.yaml"),
+            f"student.checkpoint={weights}",
+        ]
         assert main([*words, f"out={tmp_path / 'out'}", *dry]) == 2
         assert f"checkpoint {weights}: it cannot be read" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_whose_sizes_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sample", "--config", str(CONFIGS / "self_forcing_480x832.yaml"), "--dry-run"]
-    assert main([*words, "checkpoint=/none.pt"]) == 0
-    assert "the released sizes (/none.pt does not exist)" in capsys.readouterr().out
+    assert main([*words, "student.checkpoint=/none.pt"]) == 0
+    assert (
+        "the released sizes (student.checkpoint: /none.pt is not there" in capsys.readouterr().out
+    )
     assert main(words) == 0
-    assert "the released sizes (no checkpoint is given)" in capsys.readouterr().out
+    assert "the released sizes (student.checkpoint is not given" in capsys.readouterr().out

@@ -217,7 +217,7 @@ def test_a_run_with_a_paid_teacher_writes_its_key_nowhere(
     monkeypatch.setenv("ARK_API_KEY", KEY)
     with Service(video_bytes(frames=16)).running() as service:
         service.script("poll", echo, echo)
-        words = ["steps=2", "prompts_per_step=2", "evaluation.kind=none", "checkpoint.every=1"]
+        words = ["updates=2", "prompts_per_update=2", "evaluation.kind=none", "checkpoint.every=1"]
         config = paid_config("ark", service, tmp_path, *words, prompts=4)
         train(config, method=TinyMethod(), console=Console(force_terminal=True))
     write_report(tmp_path / "run")

@@ -163,7 +163,12 @@ def test_a_run_skips_what_is_rejected_and_buys_no_more_than_it_uses(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.script("poll", fail(REJECTED))
-    words = ["steps=2", "prompts_per_step=2", "evaluation.kind=none", "logging.tensorboard=false"]
+    words = [
+        "updates=2",
+        "prompts_per_update=2",
+        "evaluation.kind=none",
+        "logging.tensorboard=false",
+    ]
     config = paid_config("ark", service, tmp_path, *words, prompts=9, concurrency=1)
     assert train(config, method=TinyMethod()) is Outcome.FINISHED
     assert "skipped: " in (tmp_path / "run" / "train.log").read_text()
@@ -182,14 +187,24 @@ def test_a_teacher_that_answers_nothing_ends_the_run_with_a_sentence(
     service: Service, tmp_path: Path
 ) -> None:
     service.script("poll", *[fail(REJECTED)] * 9)
-    words = ["steps=2", "prompts_per_step=2", "evaluation.kind=none", "logging.tensorboard=false"]
+    words = [
+        "updates=2",
+        "prompts_per_update=2",
+        "evaluation.kind=none",
+        "logging.tensorboard=false",
+    ]
     config = paid_config("ark", service, tmp_path, *words, prompts=3)
     with pytest.raises(TeacherError, match="no request has an answer, the last: 'prompt"):
         train(config, method=TinyMethod())
 
 
 def test_the_budget_can_be_raised_on_resume(service: Service, tmp_path: Path) -> None:
-    words = ["steps=2", "prompts_per_step=2", "evaluation.kind=none", "logging.tensorboard=false"]
+    words = [
+        "updates=2",
+        "prompts_per_update=2",
+        "evaluation.kind=none",
+        "logging.tensorboard=false",
+    ]
     config = paid_config("ark", service, tmp_path, *words, prompts=9, budget_usd=3.0, prefetch=0)
     with pytest.raises(TeacherError, match="budget_usd"):
         train(config, method=TinyMethod())
@@ -283,5 +298,5 @@ def test_the_commands_of_the_page_work(
         "video.fps=8",
     ]
     for words in commands:
-        assert main([*words, *(loopback if words[0] == "teacher" else ["steps=1"])]) == 0
+        assert main([*words, *(loopback if words[0] == "teacher" else ["updates=1"])]) == 0
     assert (tmp_path / "runs" / "bought" / "DONE").is_file()

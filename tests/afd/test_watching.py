@@ -183,13 +183,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("watched") / "run"
     data = {
         "out": str(out),
-        "steps": 4,
-        "prompts_per_step": 2,
+        "updates": 4,
+        "prompts_per_update": 2,
         "teacher": {"count": 36},
         "evaluation": {
             "kind": "video", "every": 2, "videos": 2, "curve_videos": 2, "samples": 2
         },
-        "discriminator": {"warmup_steps": 1},
+        "discriminator": {"warmup_updates": 1},
         "logging": {"videos_every": 2, "progress": False},
     }  # fmt: skip
     told: list[Shown] = []

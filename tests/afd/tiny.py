@@ -97,8 +97,8 @@ def tiny_config(out: Path, clips: Path, *overrides: str) -> RunConfig:
     """A run of 6 updates on the clips, saved after every second one."""
     data = {
         "out": str(out),
-        "steps": 6,
-        "prompts_per_step": 2,
+        "updates": 6,
+        "prompts_per_update": 2,
         "threads": 1,
         "video": {"frames": 3},
         "teacher": {"kind": "folder", "path": str(clips)},

@@ -14,7 +14,7 @@ from afd.lab.config import ToyDiscriminatorConfig
 from afd.lab.discriminator import ToyCritic
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 from afd.lab.student import ToyConfig, ToyStudent
-from afd.methods.afd import Afd, versions
+from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig, SftConfig
 from afd.methods.sft import VERSIONS, Sft
@@ -78,11 +78,11 @@ def make_afd(
 ) -> Afd:
     """`critic`: settings of the discriminator; `how`: of the constructor; the rest: of AFD."""
     config = AfdConfig(**{"samples_per_prompt": 2, **settings})
-    policies = make_policies(student, versions(config), lora=lora)
+    policies = make_policies(student, config.versions, lora=lora)
     pace: dict[str, Any] = {"steps_per_update": 1, **(critic or {})}
     if isinstance(student, ToyStudent):
-        toy = ToyDiscriminatorConfig(**{"backbone": "scratch", "warmup_steps": 0, **pace})
-        given: Any = {"critic": ToyCritic(toy, seed=seed), "steps": STEPS}
+        toy = ToyDiscriminatorConfig(**{"backbone": "scratch", "warmup_updates": 0, **pace})
+        given: Any = {"critic": ToyCritic(toy, seed=seed), "denoising_steps": STEPS}
     else:
         latent = LatentCritic(
             lambda prompts: words(list(prompts)),
@@ -92,7 +92,7 @@ def make_afd(
             device=student.device,
             seed=seed,
         )
-        given = {"critic": latent, "steps": WAN_STEPS}
+        given = {"critic": latent, "denoising_steps": WAN_STEPS}
     return Afd(policies, config=config, seed=seed, **given, **(how or {}))
 
 
@@ -105,7 +105,7 @@ def make_sft(
 ) -> Sft:
     policies = make_policies(student, VERSIONS, lora=lora)
     steps = STEPS if isinstance(student, ToyStudent) else WAN_STEPS
-    return Sft(policies, SftConfig(**settings), steps=steps, **(how or {}))
+    return Sft(policies, SftConfig(**settings), denoising_steps=steps, **(how or {}))
 
 
 def step(method: Any, batch: Batch) -> dict[str, float]:

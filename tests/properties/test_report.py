@@ -94,7 +94,7 @@ def test_any_folder_gives_a_page(
 @pytest.mark.parametrize("held", ["empty", "config only", "video"])
 def test_a_folder_of_little_gives_a_page(held: str, tmp_path: Path) -> None:
     if held != "empty":
-        config = VIDEO if held == "video" else {"teacher": {"path": "x" * 5000}, "steps": [1]}
+        config = VIDEO if held == "video" else {"teacher": {"path": "x" * 5000}, "updates": [1]}
         (tmp_path / "config.yaml").write_text(json.dumps(config))
     if held == "video":
         (tmp_path / "videos").mkdir()

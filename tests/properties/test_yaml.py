@@ -29,7 +29,15 @@ ODD = [
     *("1_0", "12:30:00", "2026-11-28", "2026-13-45", "yes", "null", "~", "true", "", "<<", "="),
     *("!!int x", "!!bool x"),
 ]
-KEYS = ("steps", "out", "seed", "video.fps", "student.steps", "student.checkpoint", "teacher")
+KEYS = (
+    "steps",
+    "out",
+    "seed",
+    "video.fps",
+    "student.denoising_steps",
+    "student.checkpoint",
+    "teacher",
+)
 ODD_KEYS = ("", ".", "a.b", "out.x", "teacher.kind", "logging.wandb", "😀")
 
 

@@ -132,7 +132,9 @@ class EvalConfig(StreamConfig):
     def _complete(self) -> EvalConfig:
         if not self.suites or len(set(self.suites)) < len(self.suites):
             raise ValueError(f"suites: got {self.suites}; needed: each benchmark at most once")
-        if self.run is not None and self.student.checkpoint is not None:
+        given = "checkpoint" in self.student.model_fields_set
+        own = self.student.checkpoint if given else None
+        if self.run is not None and own is not None:
             raise ValueError("run, student.checkpoint: got both; needed: one of them")
         if self.version is not None and self.run is None:
             raise ValueError(f"version: got {self.version}; it is one of a run's weights: run=")

@@ -59,7 +59,7 @@ class Subject:
         here = {"out": videos, "device": str(device), "weights": self.weights}
         student = self.settings["student"]
         if student.checkpoint is None:
-            student = student.model_copy(update={"checkpoint": str(_exported(folder))})
+            student = student.with_weights(_exported(folder))
         return Stream.model_validate(self.settings | here | {"student": student})
 
 

@@ -88,7 +88,7 @@ class ByKind:
         if isinstance(value, Section):
             return value
         if not isinstance(value, dict):
-            raise PydanticCustomError("section", "needed: a section of keys and values")
+            raise PydanticCustomError("section", "needed: a section of keys and values with a kind")
         given = value if value.get("kind") is not None else {**value, "kind": self.default}
         try:
             section = registry.find(self.group, str(given["kind"]))

@@ -110,8 +110,8 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="seed of everything the run draws"
     )
-    steps: Count = Field(default=400, description="optimizer updates of the student")
-    prompts_per_step: Count = Field(
+    updates: Count = Field(default=400, description="optimizer updates of the student")
+    prompts_per_update: Count = Field(
         default=8, description="prompts, each with its teacher video, in one update"
     )
     threads: Threads = Field(default=1, description="CPU threads; 0 leaves torch's choice")
@@ -141,7 +141,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
         """Refuse parts that cannot work together."""
-        self.student.check_video(self.video)
         if self.evaluation.kind != "none":
             try:
                 metrics = find("metrics", self.evaluation.kind)
@@ -150,6 +149,7 @@ class RunConfig(Section):
             metrics.check(self.student)
         if self.method in ("afd", "gan"):
             self.discriminator.check_student(self.student)
+        self.student.check_video(self.video)
         return self
 
     @property
@@ -167,12 +167,22 @@ class RunConfig(Section):
         return self.teacher.open(self.video, self.teacher_dir, console)
 
 
+# Keys of earlier versions, which are refused with their new names.
+RENAMED = {
+    "steps": ("updates", "student.denoising_steps"),
+    "prompts_per_step": ("prompts_per_update",),
+    "student.steps": ("student.denoising_steps",),
+    "discriminator.warmup_steps": ("discriminator.warmup_updates",),
+    "dmd.score_warmup_steps": ("dmd.score_warmup_updates",),
+    **{f"{m}.cosine_steps": (f"{m}.cosine_updates",) for m in ("afd", "sft", "gan", "dmd")},
+}
+
 # A resumed run may differ from its checkpoint here and nowhere else: none of these changes a number
 # of the updates already made.
 FREE_KEYS = (
     "name",
     "out",
-    "steps",
+    "updates",
     "logging",
     "checkpoint",
     "teacher.fetch",
@@ -379,6 +389,9 @@ def _explain(
     if detail["type"] == "extra_forbidden":
         if key in known_keys(kind):
             return f"{source}: key {key!r} belongs to another {detail['loc'][0]}.kind"
+        for new in RENAMED.get(key, ()):
+            if new in known_keys(kind):
+                return f"{source}: unknown key {key!r}; it is {new} now"
         return f"{source}: unknown key {_shown(key)}; {_suggest(key[:200], kind)}"
     if detail["type"] == "kind":
         return f"{source}: {key}.{detail['msg']}"

@@ -39,7 +39,7 @@ class CriticConfig(Section):
     learning_rate: float = Field(default=5e-6, ge=0, description="AdamW learning rate")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
-    warmup_steps: Natural = Field(
+    warmup_updates: Natural = Field(
         default=0, description="updates of the run in which only the discriminator learns"
     )
     steps_per_update: Natural = Field(default=1, description="its steps in one update of the run")

@@ -13,6 +13,7 @@ from afd.config.base import Count, Natural, Share
 from afd.discriminators.config import CriticConfig
 from afd.hub import fingerprint
 from afd.models.config import StudentConfig
+from afd.registry import load
 from afd.schedules import check_steps
 from afd.teachers.config import TeacherConfig
 from afd.teachers.forecast import Forecast
@@ -43,7 +44,7 @@ class ToyStudentConfig(StudentConfig):
         default="base",
         description="safetensors file of the start weights; 'base' is the shipped one",
     )
-    steps: list[float] = Field(
+    denoising_steps: list[float] = Field(
         default=[1.0, 0.9375, 0.833, 0.625],
         min_length=1,
         description="denoising times, descending in (0, 1], first one 1",
@@ -51,10 +52,14 @@ class ToyStudentConfig(StudentConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> ToyStudentConfig:
-        for steps in (self.steps, self.first_chunk_steps):
+        for steps in (self.denoising_steps, self.first_chunk_steps):
             if steps is not None:
                 check_steps(steps)
         return self
+
+    def video_size(self) -> tuple[int, int, int]:
+        size: tuple[int, int, int] = load("afd.lab.student:video_size")(self)
+        return size
 
     def missing_weights(self) -> Iterator[str]:
         if self.checkpoint not in SHIPPED:
@@ -80,7 +85,7 @@ class ToyDiscriminatorConfig(CriticConfig):
     )
     learning_rate: float = Field(default=1e-3, ge=0, description="AdamW learning rate")
     betas: tuple[Share, Share] = Field(default=(0.5, 0.99), description="AdamW betas")
-    warmup_steps: Natural = Field(
+    warmup_updates: Natural = Field(
         default=30, description="updates of the run in which only the discriminator learns"
     )
     steps_per_update: Natural = Field(default=2, description="its steps in one update of the run")

@@ -71,7 +71,7 @@ class Study:
     def base_cell(self, style: str) -> RunConfig:
         """Where a look's teacher and the base student are measured, once."""
         # Nothing is trained there, so that a study may go on with another number of updates.
-        own = ["name=base", f"teacher.style={style}", "steps=1"]
+        own = ["name=base", f"teacher.style={style}", "updates=1"]
         return self._placed([*self.common, *own], self.root / "base" / style)
 
     def _placed(self, overrides: Sequence[str], out: Path) -> RunConfig:

@@ -60,7 +60,7 @@ class PhysicsMetrics:
         seeds = [config.evaluation.seed + i for i in range(count)]
         own = own_part(count, ranks)
         mine = [prompts[i] for i in own], [seeds[i] for i in own]
-        made_BFCHW = rollout(policy, *mine, steps=config.student.steps)
+        made_BFCHW = rollout(policy, *mine, denoising_steps=config.student.denoising_steps)
         videos_BFCHW = ranks.gather(made_BFCHW)[:count].cpu()
         metrics = None
         if ranks.main:

@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 
 from afd.cache import Store
 from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
 from afd.files import replacing
 from afd.hub import named_errors
 from afd.lab.config import ToyStudentConfig, checkpoint_path
@@ -188,15 +189,24 @@ def sizes(config: ToyStudentConfig) -> WanConfig:
     return _load(config).net.config
 
 
+def video_size(config: ToyStudentConfig) -> tuple[int, int, int]:
+    """Frames, rows and columns of its videos."""
+    toy = _load(config).config
+    return toy.frames, toy.height, toy.width
+
+
 def load_network(config: ToyStudentConfig) -> CausalWan:
     """The network of the start weights, in float32."""
     return _load(config).net
 
 
 def _load(config: ToyStudentConfig) -> ToyStudent:
-    name = config.checkpoint
-    with named_errors("checkpoint", checkpoint_path(name)):
-        return ToyStudent.load(name)
+    path = checkpoint_path(config.checkpoint)
+    try:
+        with named_errors("student.checkpoint", path):
+            return ToyStudent.load(config.checkpoint)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def save_network(

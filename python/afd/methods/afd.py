@@ -114,7 +114,7 @@ class Afd(StudentMethod):
         )
         if self.watch is not None:
             metrics |= self.watch(batch.step, score_B, rollouts.x_BFCHW, rollouts.prompts, group)
-        if batch.step >= self.critic.config.warmup_steps:
+        if batch.step >= self.critic.config.warmup_updates:
             metrics |= self._update(batch, rollouts, r_B)
         self._rollouts = None
         return metrics

@@ -24,7 +24,8 @@ class StudentMethod:
     Args:
         policies: the versions of the student's weights, "theta" among them.
         critic: who looks at the videos; None: nobody, and the teacher's are seen as latents.
-        steps, first_steps, context_noise: how the student denoises (`afd.rollout.stream`).
+        denoising_steps, first_chunk_steps, context_noise: how the student denoises
+            (`afd.rollout.stream`).
         codec: between the student's space and pixels.
         video: whose `codec_match` puts the student's videos through h264 where pixels are seen.
         rollout_batch: videos streamed and decoded together; None: all.
@@ -37,11 +38,11 @@ class StudentMethod:
         config: StudentOptimizerConfig,
         critic: Critic | None = None,
         *,
-        steps: Sequence[float],
+        denoising_steps: Sequence[float],
         codec: Codec | None = None,
         video: VideoConfig | None = None,
         ranks: Ranks = ALONE,
-        first_steps: Sequence[float] | None = None,
+        first_chunk_steps: Sequence[float] | None = None,
         context_noise: float = 0.0,
         rollout_batch: int | None = None,
         seed: int = 0,
@@ -50,11 +51,11 @@ class StudentMethod:
         self.config: StudentOptimizerConfig = config
         self.sees: Literal["video", "latent"] = "latent" if critic is None else critic.sees
         self.show = None if critic is None else Show(critic, self.codec, video)
-        self.streaming = Streaming(steps, first_steps, context_noise, rollout_batch)
+        self.streaming = Streaming(denoising_steps, first_chunk_steps, context_noise, rollout_batch)
         student = policies.student
         self.chunks = student.frames // student.chunk
-        self.times = student.times(steps)
-        self.first_times = student.times(first_steps) if first_steps else None
+        self.times = student.times(denoising_steps)
+        self.first_times = student.times(first_chunk_steps) if first_chunk_steps else None
         self.generator = Generator().manual_seed(seed)
         self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
         self.shown: Shown | None = None

@@ -21,10 +21,10 @@ class StudentOptimizerConfig(Section):
     learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
-    warmup_steps: Natural = Field(
+    warmup_updates: Natural = Field(
         default=0, description="updates over which the rate rises linearly"
     )
-    cosine_steps: Count | None = Field(
+    cosine_updates: Count | None = Field(
         default=700,
         description="steps over which the rate falls as a cosine to 5 %; null: it stays",
     )
@@ -208,7 +208,7 @@ class DmdConfig(LastStepConfig):
         "velocity: of the velocity, as flow matching has it",
     )
     score_updates: Count = Field(default=3, description="updates of both per student step")
-    score_warmup_steps: Natural = Field(
+    score_warmup_updates: Natural = Field(
         default=20, description="their updates before the first student step"
     )
     timesteps: Timesteps = Field(

@@ -48,7 +48,7 @@ class Dmd(LastStepMethod):
     def __init__(self, policies: Policies, config: DmdConfig, **how: Any) -> None:
         super().__init__(policies, config, **how)
         self.config: DmdConfig = config
-        constant = {"learning_rate": config.score_learning_rate, "cosine_steps": None}
+        constant = {"learning_rate": config.score_learning_rate, "cosine_updates": None}
         score_config = config.model_copy(update=constant)
         self.fits = {
             name: StudentOptimizer(policies.weights(name), score_config, self.ranks, name)
@@ -104,7 +104,7 @@ class Dmd(LastStepMethod):
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
-        if self.fits["fake"].updates >= self.config.score_warmup_steps:
+        if self.fits["fake"].updates >= self.config.score_warmup_updates:
             metrics = self._update(rollouts, batch)
         self._rollouts = None
         return metrics

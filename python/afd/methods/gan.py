@@ -48,7 +48,7 @@ class Gan(LastStepMethod):
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
-        if batch.step >= self.critic.config.warmup_steps:
+        if batch.step >= self.critic.config.warmup_updates:
             with held(self.critic):
                 metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
         self._rollouts = None

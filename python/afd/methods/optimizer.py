@@ -62,9 +62,9 @@ class StudentOptimizer:
 
     def rate(self) -> float:
         """Learning rate of the next update."""
-        warmup = self.config.warmup_steps
+        warmup = self.config.warmup_updates
         after = max(0, self.updates - warmup)
-        rate = self.config.learning_rate * cosine_rate(after, self.config.cosine_steps)
+        rate = self.config.learning_rate * cosine_rate(after, self.config.cosine_updates)
         return rate if after or not warmup else rate * min(1.0, (self.updates + 1) / warmup)
 
     def add(self, loss: Tensor) -> None:

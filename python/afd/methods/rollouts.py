@@ -29,8 +29,8 @@ ENCODERS = 4
 class Streaming:
     """How a student's videos are made (see `afd.rollout.stream`); `batch` of them at a time."""
 
-    steps: Sequence[float]
-    first_steps: Sequence[float] | None = None
+    denoising_steps: Sequence[float]
+    first_chunk_steps: Sequence[float] | None = None
     context_noise: float = 0.0
     batch: int | None = None
 
@@ -114,7 +114,7 @@ def roll_out(
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
     layout = stream_layout(student, student.frames)
-    draws = max(len(streaming.steps), len(streaming.first_steps or ()))
+    draws = max(len(streaming.denoising_steps), len(streaming.first_chunk_steps or ()))
     width = streaming.batch or len(prompts)
     videos, texts, contexts = [], [], []
     given: list[Tensor] = []
@@ -128,8 +128,8 @@ def roll_out(
                 student,
                 text_BLE,
                 student.noise_source(seed_B[part], layout, draws),
-                steps=streaming.steps,
-                first_steps=streaming.first_steps,
+                denoising_steps=streaming.denoising_steps,
+                first_chunk_steps=streaming.first_chunk_steps,
                 context_noise=streaming.context_noise,
                 cache=cache,
                 last_inputs=inputs,

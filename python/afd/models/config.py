@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from typing_extensions import Self
 
 from afd.cache import Store
 from afd.config.base import Count, Section
@@ -51,11 +52,11 @@ class StudentConfig(Section):
         default="float32",
         description="what the network computes in; trained weights are kept in float32",
     )
-    steps: list[float] = Field(
+    denoising_steps: list[float] = Field(
         default=[1.0], min_length=1, description="denoising steps, falling from the first one"
     )
     first_chunk_steps: list[float] | None = Field(
-        default=None, description="the steps of the first chunk; null: steps"
+        default=None, description="those of the first chunk; null: denoising_steps"
     )
     context_noise: float = Field(
         default=0.0, ge=0, le=1000, description="time that the context pass is given"
@@ -105,6 +106,10 @@ class StudentConfig(Section):
     def check_video(self, video: VideoConfig) -> None:
         """Raise ValueError where the student cannot make videos of this size or length."""
 
+    def video_size(self) -> tuple[int, int, int] | None:
+        """Frames, rows and columns of the only videos it is trained on; None: of any size."""
+        return None
+
     def missing_weights(self) -> Iterator[str]:
         """One sentence where the start weights are not there."""
         yield from missing_path("student.checkpoint", self.checkpoint, "the student's weights")
@@ -135,9 +140,13 @@ class StudentConfig(Section):
         """Latent frames denoised together."""
         return self.sizes().chunk
 
-    def pinned(self) -> StudentConfig:
+    def pinned(self) -> Self:
         """The same with the commits that its hub names stand for now."""
         return self
+
+    def with_weights(self, path: Path) -> Self:
+        """The same student with weights that `save` wrote."""
+        return self.model_copy(update={"checkpoint": str(path)})
 
     def fingerprint(self) -> str:
         """A short text that changes with the start weights."""

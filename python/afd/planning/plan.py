@@ -25,6 +25,7 @@ from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
 from afd.teachers.forecast import Forecast
+from afd.trainer.build import check_size
 
 # When a part of the memory is in use; "always" adds to each of the others.
 MOMENTS = ("rollout", "critic", "student")
@@ -64,23 +65,24 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
 
     Raises ConfigError where the run would, as far as that is known without its large files.
     """
-    prompts = config.prompts_per_step
+    prompts = config.prompts_per_update
     if not 1 <= processes <= prompts:
-        raise ConfigError(f"processes is {processes}; needed: 1 to prompts_per_step, {prompts}")
+        raise ConfigError(f"processes is {processes}; needed: 1 to prompts_per_update, {prompts}")
     if config.parallel == "fsdp" and prompts % processes:
         raise ConfigError(
-            f"prompts_per_step is {prompts}; parallel=fsdp needs a multiple of {processes} "
+            f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {processes} "
             "(processes)"
         )
     method = getattr(config, config.method)
     try:
+        check_size(config)
         net = student_net(config)
         if isinstance(method, TimesConfig):
             check_chunks(method, net.chunks)
     except ValueError as error:  # what the checkpoint holds is not what is needed
         raise ConfigError(str(error)) from error
     work = Work(config, net, processes)
-    drawn = config.steps * config.prompts_per_step
+    drawn = config.updates * config.prompts_per_update
     teacher = config.teacher.forecast(config.teacher_dir, drawn)
     return Plan(
         config=config,
@@ -134,7 +136,7 @@ def show(plan: Plan, console: Console) -> None:
     config, net = plan.config, plan.net
     source = "" if config.student.kind == "toy" else _source(config)
     for line in (
-        f"{config.name}: {config.method}, {config.steps} updates of {config.prompts_per_step} "
+        f"{config.name}: {config.method}, {config.updates} updates of {config.prompts_per_update} "
         f"prompts, {plan.processes} process(es)",
         f"student: {net.parameters:,} parameters{source}; "
         f"{net.frames} latent frames in {net.chunks} chunks, {net.tokens} tokens a frame",

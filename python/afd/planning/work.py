@@ -72,7 +72,7 @@ class Work:
         self.rolls = config.method != "sft"
         self.critic = config.discriminator if config.method in ("afd", "gan") else None
         # Of the process with the most prompts.
-        self.prompts = -(-config.prompts_per_step // processes)
+        self.prompts = -(-config.prompts_per_update // processes)
         self.videos = self.prompts * self.group
         draws = getattr(self.method, "draws", 1)
         self.micro = min(self.method.micro_batch or self.videos * draws, self.videos * draws)
@@ -226,8 +226,8 @@ class Work:
         """`distinct`: teacher videos that are different."""
         config, net = self.config, self.net
         assert config.student.kind == "wan"
-        videos = config.prompts_per_step * self.group
-        steps, first = config.student.steps, config.student.first_chunk_steps
+        videos = config.prompts_per_update * self.group
+        steps, first = config.student.denoising_steps, config.student.first_chunk_steps
         rollout = cost.rollout_flop(net, len(steps), None if first is None else len(first))
         decode = cost.decode_flop(net.frames, self.pixels)
         if not self.sees_video:
@@ -236,15 +236,15 @@ class Work:
         if self.rolls:
             passes = f"{len(steps)} steps and a context pass a chunk"
             yield Phase(
-                "rollout", videos * rollout, 0.0, config.steps, f"{videos} videos, {passes}"
+                "rollout", videos * rollout, 0.0, config.updates, f"{videos} videos, {passes}"
             )
         if self.sees_video:
-            yield Phase("decode", 0.0, videos * decode, config.steps, f"{videos} videos")
+            yield Phase("decode", 0.0, videos * decode, config.updates, f"{videos} videos")
         if self.critic is not None or config.method == "dmd":
             flop, note = self._critic_work(videos)
-            yield Phase("critic", flop, 0.0, config.steps, note)
+            yield Phase("critic", flop, 0.0, config.updates, note)
         flop, convolutions, note = self._student_work(videos, decode)
-        updates = max(0, config.steps - self._waits())
+        updates = max(0, config.updates - self._waits())
         yield Phase("student", flop, convolutions, updates, note)
         measured = self._evaluated()
         if measured:
@@ -258,7 +258,7 @@ class Work:
         if config.method == "dmd":
             fits, checkpointed = config.dmd.score_updates, config.student.checkpoint_blocks
             flop = cost.sft_flop(self.net, draws=1, checkpointed=checkpointed)
-            teachers = config.prompts_per_step
+            teachers = config.prompts_per_update
             note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
             return fits * (teachers + videos) * flop, note
         if isinstance(critic, VideoAlignConfig):
@@ -270,7 +270,7 @@ class Work:
             if config.method == "gan":
                 scored = 0  # in the student's update
             elif config.afd.baseline == "teacher":
-                scored += config.prompts_per_step
+                scored += config.prompts_per_update
             total = 2 * videos * one * critic.steps_per_update + scored * self._score_flop()
             note = f"{critic.steps_per_update} step(s) on {videos} pairs"
             return total, note + (f", and {scored} scores" if scored else "")
@@ -324,12 +324,12 @@ class Work:
         """Updates of the run before the first one of the student."""
         if self.config.method == "dmd":
             dmd = self.config.dmd
-            return max(0, -(-dmd.score_warmup_steps // dmd.score_updates) - 1)
-        return self.critic.warmup_steps if self.critic is not None else 0
+            return max(0, -(-dmd.score_warmup_updates // dmd.score_updates) - 1)
+        return self.critic.warmup_updates if self.critic is not None else 0
 
     def _evaluated(self) -> int:
         """Held-out videos of all evaluations of the run."""
-        evaluation, steps = self.config.evaluation, self.config.steps
+        evaluation, steps = self.config.evaluation, self.config.updates
         if evaluation.kind == "none":
             return 0
         on_the_way = len(range(0, steps, evaluation.every)) if evaluation.every else 0

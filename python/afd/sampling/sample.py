@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from afd.config.run import flatten
 from afd.errors import ConfigError, VideoError
 from afd.files import only_one
 from afd.models.codec import Codec
@@ -147,7 +149,7 @@ def _record(
     frames = config.latent_frames
     prefix = _prefix(pipeline, config, batch)
     layout = stream_layout(student, frames, 0 if prefix is None else prefix.shape[1])
-    draws = max(len(config.student.steps), len(config.student.first_chunk_steps or ()))
+    draws = max(len(config.student.denoising_steps), len(config.student.first_chunk_steps or ()))
     noise = counted_noise(
         [job.seed for job in batch],
         layout,
@@ -163,8 +165,8 @@ def _record(
         text_BLE,
         noise,
         frames=frames,
-        steps=config.student.steps,
-        first_steps=config.student.first_chunk_steps,
+        denoising_steps=config.student.denoising_steps,
+        first_chunk_steps=config.student.first_chunk_steps,
         prefix_BFCHW=prefix,
         switches={c: pipeline.text([job.prompt_at(c) for job in batch]) for c in changes},
         context_noise=config.student.context_noise,
@@ -201,14 +203,9 @@ def _finished(job: Job, config: SampleConfig) -> bool:
     raise ConfigError(f"out: {path} was made from something else ({told}); use another folder")
 
 
-def _difference(there: dict[str, object], wanted: dict[str, object]) -> str:
-    def flat(record: dict[str, object]) -> dict[str, object]:
-        settings = record.get("settings")
-        more = settings if isinstance(settings, dict) else {}
-        return {key: value for key, value in {**record, **more}.items() if key != "settings"}
-
-    a, b = flat(there), flat(wanted)
-    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    a, b = (dict(flatten(record | (record.get("settings") or {}))) for record in (there, wanted))
+    keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and "settings." not in k]
     return "; ".join(f"{key}: {a.get(key)!r} there, {b.get(key)!r} now" for key in keys)
 
 
@@ -390,8 +387,8 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
     except ValueError as error:  # what a file holds is not what the configuration says
         raise ConfigError(str(error)) from error
     steps, first = (
-        len(config.student.steps),
-        len(config.student.first_chunk_steps or config.student.steps),
+        len(config.student.denoising_steps),
+        len(config.student.first_chunk_steps or config.student.denoising_steps),
     )
     generated = sum(start >= given for start, _ in chunks)
     passes = first + (generated - 1) * steps + len(chunks) - 1

@@ -52,8 +52,8 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
         shard=_sharding(config, student, ranks),
     )
     shared: dict[str, Any] = {
-        "steps": section.steps,
-        "first_steps": section.first_chunk_steps,
+        "denoising_steps": section.denoising_steps,
+        "first_chunk_steps": section.first_chunk_steps,
         "context_noise": section.context_noise,
         "codec": codec,
         "video": config.video,
@@ -93,6 +93,7 @@ def build_student(
     """The student, which can encode the prompts, and its codec to pixels."""
     section = config.student
     with _config_errors("student"):
+        check_size(config)
         student, codec = section.build(
             config.video,
             prompts,
@@ -100,21 +101,18 @@ def build_student(
             store=Store.of(config.cache),
             ranks=ranks,
         )
-        _check_size(config, student)
     student.net.checkpoint_blocks = section.checkpoint_blocks
     return student.to(ranks.device), codec
 
 
-def _check_size(config: RunConfig, student: Student) -> None:
-    """Refuse a student that was made for videos of another size."""
-    video, section = config.video, config.student
-    wanted = (section.latent_frames(video.frames), *section.latent_size(video.height, video.width))
-    size = (student.frames, *student.frame_shape[1:])
-    if wanted != size:
+def check_size(config: RunConfig) -> None:
+    """Raise ConfigError where the student was made for videos of another size."""
+    video, size = config.video, config.student.video_size()
+    given = (video.frames, video.height, video.width)
+    if size is not None and given != size:
         raise ConfigError(
-            f"video.frames, video.height, video.width: got {video.frames}, {video.height}, "
-            f"{video.width}; needed: {', '.join(map(str, size))}, those of the {section.kind} "
-            "student"
+            f"video.frames, video.height, video.width: got {', '.join(map(str, given))}; needed: "
+            f"{', '.join(map(str, size))}, those of the {config.student.kind} student"
         )
 
 

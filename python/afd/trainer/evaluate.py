@@ -219,8 +219,8 @@ def rolled(
             policy,
             [prompts[i] for i in part],
             [seeds[i] for i in part],
-            steps=student.steps,
-            first_steps=student.first_chunk_steps,
+            denoising_steps=student.denoising_steps,
+            first_chunk_steps=student.first_chunk_steps,
             context_noise=student.context_noise,
         )
         yield from x_BFCHW.split(1)

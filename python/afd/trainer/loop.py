@@ -131,7 +131,7 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
     with run_folder(config) as home, log_to(out / "train.log", console):
         facts = doctor.inspect()
         write_json(out / "doctor.json", facts)
-        _log.info("%s: %s, %d updates, seed %d", out, config.method, config.steps, config.seed)
+        _log.info("%s: %s, %d updates, seed %d", out, config.method, config.updates, config.seed)
         if ranks.world > 1:
             _log.info("%d processes, %s", ranks.world, config.parallel)
         for op, state in facts["ops_by_device"][ranks.device.type].items():
@@ -140,13 +140,14 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
 
 
 def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
-    prompts, world = config.prompts_per_step, ranks.world
+    prompts, world = config.prompts_per_update, ranks.world
     if prompts < world:
-        raise ConfigError(f"prompts_per_step is {prompts}; {world} processes need one each")
+        raise ConfigError(f"prompts_per_update is {prompts}; {world} processes need one each")
     # Every pass of a sharded network is one of all processes.
     if config.parallel == "fsdp" and prompts % world:
         raise ConfigError(
-            f"prompts_per_step is {prompts}; parallel=fsdp needs a multiple of {world} (processes)"
+            f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {world} "
+            "(processes)"
         )
 
 
@@ -263,14 +264,14 @@ class Trainer:
         """All remaining updates, then the final evaluation."""
         config = self.config
         began = time.perf_counter() - self.elapsed_s
-        bar_args = (config.name, config.steps, self.step, console, config.logging.progress)
+        bar_args = (config.name, config.updates, self.step, console, config.logging.progress)
         with stop_request() as stop, progress_bar(*bar_args) as bar:
             timers = Timers(bar.begins)
             if self.step == 0:
                 self._evaluate_on_the_way(timers)
             # A signal may reach one process only, or reach them in different updates.
             stopping = self.ranks.any(bool(stop))
-            while self.step < config.steps and not stopping:
+            while self.step < config.updates and not stopping:
                 metrics = self._update(timers)
                 self._evaluate_on_the_way(timers)
                 if _due(self.step, config.logging.videos_every):
@@ -282,7 +283,7 @@ class Trainer:
                 bar.advance(phase_s)
                 gone = self.home is not None and self.home.gone
                 stopping = self.ranks.any(bool(stop) or gone)
-                last = stopping or self.step == config.steps
+                last = stopping or self.step == config.updates
                 if last or _due(self.step, config.checkpoint.every):
                     self._save()
                 if gone:
@@ -291,7 +292,7 @@ class Trainer:
                         f"its state after update {self.step} is at the old place again, without "
                         f"the numbers until then: afd resume {self.out}"
                     )
-            if self.step < config.steps:
+            if self.step < config.updates:
                 if self.step == 0:
                     self._save()
                 _log.info("stopped after update %d; continue: afd resume %s", self.step, self.out)
@@ -332,8 +333,8 @@ class Trainer:
 
     def _next_batch(self) -> Batch:
         """This process's share of the step's prompts, with the teacher's videos."""
-        count = self.config.prompts_per_step
-        ahead = (self.config.steps - self.step - 1) * count
+        count = self.config.prompts_per_update
+        ahead = (self.config.updates - self.step - 1) * count
         requests = self.videos.draw(self.sampler, count, ahead)
         self.asked = requests[0]
         own = self.ranks.share(count)
@@ -355,7 +356,7 @@ class Trainer:
     def _evaluate_on_the_way(self, timers: Timers) -> None:
         """A point of the curve, if one is due here and not on file already."""
         every = self.config.evaluation.every
-        if not _due(self.step, every) or self.step in (self.config.steps, *self.evaluated):
+        if not _due(self.step, every) or self.step in (self.config.updates, *self.evaluated):
             return
         with timers("evaluate"):
             self._evaluate(self.config.evaluation.curve_videos)

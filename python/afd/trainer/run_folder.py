@@ -102,8 +102,8 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
         return
     now = plain(config)
     wrong = differences(there, now)
-    if (out / DONE).exists() and there["steps"] != now["steps"]:
-        wrong.append(f"steps: {there['steps']} there (finished), {now['steps']} now")
+    if (out / DONE).exists() and there["updates"] != now["updates"]:
+        wrong.append(f"updates: {there['updates']} there (finished), {now['updates']} now")
     if wrong:
         listed = "\n".join(f"  {line}" for line in wrong)
         raise ConfigError(f"run folder {out}: holds another run:\n{listed}\nchoose another out=")

@@ -10,7 +10,7 @@ from afd.lab.report.read import Part, runs
 
 
 def progress(part: Part) -> str:
-    steps = part.config.get("steps")
+    steps = part.config.get("updates")
     return f"update {part.step}" + (f" of {steps}" if steps else "")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from afd.config.base import Count, Positive
 from afd.hub import missing_source, pinned
@@ -65,9 +67,9 @@ class WanStudentConfig(StudentConfig):
     vae: str | None = Field(default=None, description="another source; null: pretrained")
     text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
     chunk: Count = Field(default=3, description="latent frames denoised together; 1: framewise")
-    steps: list[float] = Field(
+    denoising_steps: list[float] = Field(
         default=[1000, 750, 500, 250],
-        description="denoising steps before the warp, falling from 1000 (toy: times from 1)",
+        description="denoising steps before the warp, falling from 1000",
     )
     shift: Positive = Field(default=5.0, description="shift of the table of noise levels")
     vae_dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -76,7 +78,7 @@ class WanStudentConfig(StudentConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> WanStudentConfig:
-        for steps in (self.steps, self.first_chunk_steps):
+        for steps in (self.denoising_steps, self.first_chunk_steps):
             if steps is not None:
                 check_steps(steps, first=1000)
                 ShiftedFlow(self.shift).warp(steps)
@@ -108,7 +110,11 @@ class WanStudentConfig(StudentConfig):
     def chunk_frames(self) -> int:
         return self.chunk
 
-    def pinned(self) -> WanStudentConfig:
+    def with_weights(self, path: Path) -> Self:
+        # What a folder holds is one network; the choice belongs to a .pt file of two.
+        return self.model_copy(update={"checkpoint": str(path), "ema": None})
+
+    def pinned(self) -> Self:
         from_pipeline: tuple[str, ...] = ()
         update = {}
         for key, parts in PARTS.items():
