@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.discriminators.config import CriticConfig
+from afd.discriminators.base import CriticConfig
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.copies import draw_copies

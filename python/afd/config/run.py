@@ -18,7 +18,7 @@ from rich.console import Console
 
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
-from afd.discriminators.config import CriticConfig
+from afd.discriminators.base import CriticConfig
 from afd.errors import ConfigError, YamlError
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.models.config import StudentConfig

@@ -7,13 +7,69 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from afd.discriminators.config import CriticConfig
+from afd.config.base import Natural, Section, Share
+from afd.distributed import ALONE, Ranks
+from afd.hub import need
+from afd.models.config import StudentConfig
+from afd.registry import load
+
+if TYPE_CHECKING:
+    from afd.models.student import Student
+    from afd.video.config import VideoConfig
+
+
+class CriticConfig(Section):
+    """Base of every discriminator's section: loss, optimizer and pace.
+
+    A subclass names its function as "module:name"; a discriminator outside this package overrides
+    `build` instead (docs/EXTENDING.md).
+    """
+
+    builder: ClassVar[str]
+    # Optional packages without which it cannot be built.
+    packages: ClassVar[tuple[str, ...]] = ()
+
+    kind: str = Field(description="name of the discriminator in the registry")
+    loss: Literal["bt", "gan"] = Field(
+        default="bt", description="Bradley-Terry on prompt-matched pairs, or the vanilla GAN loss"
+    )
+    learning_rate: float = Field(default=5e-6, ge=0, description="AdamW learning rate")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
+    warmup_updates: Natural = Field(
+        default=0, description="updates of the run in which only the discriminator learns"
+    )
+    steps_per_update: Natural = Field(default=1, description="its steps in one update of the run")
+
+    def build(
+        self,
+        student: Student,
+        video: VideoConfig,
+        prompts: Sequence[str] = (),
+        *,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> DifferentiableCritic:
+        """The discriminator of this student's videos, which can read the prompts.
+
+        Raises ValueError, FileNotFoundError or ConfigError where a part cannot be loaded.
+        """
+        need(f"discriminator.kind={self.kind}", *self.packages)
+        return load(self.builder)(self, student, video, prompts, seed=seed, ranks=ranks)
+
+    def check_student(self, student: StudentConfig) -> None:
+        """Raise ValueError where it cannot judge this student's videos."""
+
+    def missing(self) -> Iterator[str]:
+        """Files that a run would not find, or would have to download, one sentence each."""
+        yield from ()
 
 
 class Critic(Protocol):

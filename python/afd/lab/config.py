@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from afd.config.base import Count, Natural, Share
-from afd.discriminators.config import CriticConfig
+from afd.discriminators.base import CriticConfig
 from afd.hub import fingerprint
 from afd.models.config import StudentConfig
 from afd.registry import load

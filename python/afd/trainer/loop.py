@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from afd import doctor
+from afd import machine
 from afd.cache import Store
 from afd.config.run import RunConfig, differences, load_config, plain
 from afd.data.inputs import inputs_of, refuse_other_inputs
@@ -129,7 +129,7 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         return
     out = config.run_dir
     with run_folder(config) as home, log_to(out / "train.log", console):
-        facts = doctor.inspect()
+        facts = machine.inspect()
         write_json(out / "doctor.json", facts)
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.updates, config.seed)
         if ranks.world > 1:
