@@ -18,7 +18,7 @@ from afd.discriminators.latent import LatentCritic
 from afd.lab.config import ToyDiscriminatorConfig, ToyStudentConfig
 from afd.lab.discriminator import ToyCritic
 from afd.lab.student import ToyConfig, ToyStudent
-from afd.methods.afd import Afd, versions
+from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig
 from afd.models.config import LoraConfig
@@ -116,7 +116,7 @@ class Ours:
         self.case, self.device = case, torch.device(device)
         student, self.critic, self.steps = _student(case, self.device)
         lora = None if case.rank is None else LoraConfig(rank=case.rank, alpha=case.rank)
-        policies = make_policies(student, versions(case.afd), lora=lora)
+        policies = make_policies(student, case.afd.versions, lora=lora)
         self.student, generator = student, torch.Generator().manual_seed(0)
         self.method = Afd(
             policies,

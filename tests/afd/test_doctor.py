@@ -84,4 +84,4 @@ def test_what_training_at_video_size_needs_is_told_beside_what_is_here() -> None
 
 def test_a_program_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine._first_line("no-such-program", "--version") is None
-    assert doctor._version("no-such-package") is None
+    assert machine._version("no-such-package") is None

@@ -42,7 +42,7 @@ def test_a_run_leaves_the_files_of_the_layout(tmp_path: Path, clips: Path) -> No
         assert line["phase_s"]["student"] > 0
         assert line["time_s"] > 0
         assert {"critic/margin", "student/loss"} <= set(line)
-    assert yaml.safe_load((out / "config.yaml").read_text())["steps"] == 6
+    assert yaml.safe_load((out / "config.yaml").read_text())["updates"] == 6
     assert "ops" in json.loads((out / "doctor.json").read_text())
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [
         "step_000004",

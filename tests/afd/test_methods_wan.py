@@ -37,7 +37,7 @@ class Brightness:
     """A fixed discriminator: how bright the latents are."""
 
     sees: Literal["video", "latent"] = "latent"
-    config = CriticConfig()
+    config = CriticConfig(kind="tiny")
 
     def look(self, video_BFCHW: Tensor) -> Tensor:
         return video_BFCHW
