@@ -205,7 +205,7 @@ def iterations() -> Iterator[Target]:
             yield Target(f"iteration, {mode}, {phase}", "GPU-seconds a video", spent)
         update = {"case": "480x832", "provider": mode, "phase": "update"}
         yield Target(f"iteration, {mode}, update", "GiB at its peak", _gib("train_step", **update))
-    for phase in ("critic", "score"):  # which no mode changes
+    for phase in ("discriminator", "score"):  # which no mode changes
         one = {"case": "480x832", "provider": "recompute", "phase": phase}
         milliseconds = value("train_step", "median_ms", **one)
         yield Target(f"iteration, small discriminator, {phase}", "GPU-ms a video", milliseconds)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.discriminators.base import Critic
+from afd.discriminators.base import Discriminator
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.latent import LatentCritic
+from afd.discriminators.latent import LatentDiscriminator
 from afd.lab.config import ToyDiscriminatorConfig, ToyStudentConfig
-from afd.lab.discriminator import ToyCritic
+from afd.lab.discriminator import ToyDiscriminator
 from afd.lab.student import ToyConfig, ToyStudent
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
@@ -97,15 +97,15 @@ class Provider:
 
 
 class Scored:
-    """A critic that has scored already, so that the update is timed alone."""
+    """A discriminator that has scored already, so that the update is timed alone."""
 
-    def __init__(self, critic: Critic, score_B: Tensor) -> None:
-        self._critic, self._score_B = critic, score_B
+    def __init__(self, discriminator: Discriminator, score_B: Tensor) -> None:
+        self._discriminator, self._score_B = discriminator, score_B
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._critic, name)
+        return getattr(self._discriminator, name)
 
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._score_B
 
 
@@ -114,13 +114,13 @@ class Ours:
 
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, torch.device(device)
-        student, self.critic, self.steps = _student(case, self.device)
+        student, self.discriminator, self.steps = _student(case, self.device)
         lora = None if case.rank is None else LoraConfig(rank=case.rank, alpha=case.rank)
         policies = make_policies(student, case.afd.versions, lora=lora)
         self.student, generator = student, torch.Generator().manual_seed(0)
         self.method = Afd(
             policies,
-            self.critic,
+            self.discriminator,
             case.afd,
             denoising_steps=self.steps,
             rollout_batch=case.micro_batch,
@@ -128,16 +128,18 @@ class Ours:
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(case.prompts)]
         shape = (case.prompts, student.frames, *student.frame_shape)
         teacher = torch.rand(shape, generator=generator) * 2 - 1
-        self.batch = Batch(1, prompts, self.critic.look(teacher.to(self.device)).cpu())
+        self.batch = Batch(1, prompts, self.discriminator.prepare(teacher.to(self.device)).cpu())
         self.score_B = torch.randn(case.videos, generator=generator)
 
     def provider(self, mode: str) -> Provider:
         config = self.case.afd.model_copy(update=MODES[mode])
-        scored: Any = Scored(self.critic, self.score_B)
+        scored: Any = Scored(self.discriminator, self.score_B)
 
-        def phase(run: Callable[[], object], critic: Any = self.critic) -> Callable[[], object]:
+        def phase(
+            run: Callable[[], object], discriminator: Any = self.discriminator
+        ) -> Callable[[], object]:
             def configured() -> object:
-                self.method.config, self.method.critic = config, critic
+                self.method.config, self.method.discriminator = config, discriminator
                 return run()
 
             return configured
@@ -146,8 +148,8 @@ class Ours:
         if mode == "recompute":  # the discriminator's work does not depend on the mode
             prompts = [p for p in self.batch.prompts for _ in range(self.case.group)]
             seen = self.batch.teacher_BFCHW.repeat_interleave(self.case.group, 0)
-            phases["critic"] = phase(lambda: self.method.critic_step(self.batch))
-            phases["score"] = phase(lambda: self.critic.score(seen, prompts))
+            phases["discriminator"] = phase(lambda: self.method.discriminator_step(self.batch))
+            phases["score"] = phase(lambda: self.discriminator.score(seen, prompts))
         phases["update"] = phase(lambda: self.method.student_step(self.batch), scored)
         return Provider(phases)
 
@@ -253,12 +255,14 @@ def _weights(student: Student) -> dict[str, Tensor]:
     }
 
 
-def _student(case: Case, device: torch.device) -> tuple[Student, Critic, list[float]]:
+def _student(case: Case, device: torch.device) -> tuple[Student, Discriminator, list[float]]:
     """The student with random or shipped weights, its discriminator and its steps."""
     if case.wan is None:
         toy = ToyStudent.load().to(device)
-        critic: Critic = ToyCritic(ToyDiscriminatorConfig(warmup_updates=0), toy.config.frames)
-        return toy, critic, ToyStudentConfig().denoising_steps
+        discriminator: Discriminator = ToyDiscriminator(
+            ToyDiscriminatorConfig(warmup_updates=0), toy.config.frames
+        )
+        return toy, discriminator, ToyStudentConfig().denoising_steps
     net = random_network(case.wan, device, DTYPES[case.dtype])
     net.checkpoint_blocks = case.checkpoint_blocks
     text_LE = torch.randn(case.wan.text_len, case.wan.text_dim, device=device)
@@ -269,14 +273,14 @@ def _student(case: Case, device: torch.device) -> tuple[Student, Critic, list[fl
     student = WanStudent(
         net, height=case.height, width=case.width, frames=case.frames, encoder=encode
     )
-    critic = LatentCritic(
+    discriminator = LatentDiscriminator(
         encode,
         LatentConfig(micro_batch=case.micro_batch),
         channels=case.wan.in_dim,
         text_dim=case.wan.text_dim,
         device=device,
     )
-    return student, critic, [1000.0, 750.0, 500.0, 250.0]
+    return student, discriminator, [1000.0, 750.0, 500.0, 250.0]
 
 
 @torch.no_grad()

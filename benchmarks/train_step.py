@@ -32,7 +32,7 @@ from benchmarks import harness, report
 from benchmarks.hardware import Machine
 from benchmarks.train_sides import MODES, Case, Eager, Ours, Provider, disagreement
 
-PHASES = ("rollout", "critic", "score", "update")
+PHASES = ("rollout", "discriminator", "score", "update")
 # Relative L2 error of one forward against eager's: two float32 orders of sums, or bfloat16.
 BOUND = {"fp32": 1e-4, "bf16": 0.1}
 HOW = (

@@ -113,13 +113,13 @@ def train_step_table(rows: Rows) -> str:
     """The student's update in each context mode, and the phases before it."""
     found = {(row["case"], row["phase"], row["provider"]): row for row in rows}
     modes = ("recompute", "own_context", "shared_context", "shared_context, kept")
-    columns = ["student", "videos", "rollout ms", "critic ms", "plain ms"]
+    columns = ["student", "videos", "rollout ms", "discriminator ms", "plain ms"]
     columns += [*(f"{mode} ms" for mode in modes), "plain / recompute", "kept / recompute"]
     lines = []
     for case in dict.fromkeys(key[0] for key in found):
         plain = found.get((case, "update", "eager"))
         ours = [found[case, "update", mode] for mode in modes]
-        before = [found.get((case, phase, modes[0])) for phase in ("rollout", "critic")]
+        before = [found.get((case, phase, modes[0])) for phase in ("rollout", "discriminator")]
         cells = [_ratio(row, None) for row in (*before, plain, *ours)]
         cells += [_ratio(plain, ours[0]), _ratio(ours[-1], ours[0])]
         lines.append([case, str(ours[0]["B"]), *cells])

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from afd.config.run import make_config
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.latent import LatentCritic
+from afd.discriminators.latent import LatentDiscriminator
 from afd.distributed import Ranks, join
-from afd.methods.afd import Afd, versions
+from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.methods.dmd import Dmd
@@ -56,10 +56,9 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
         return Sft(make_policies(student, VERSIONS, lora=lora, shard=shard), config, **how)
     if name == "dmd":
         fields = DmdConfig(score_warmup_updates=1, score_updates=1, learning_rate=rate)
-        names = (*Dmd.versions, "ref") if fields.prior_weight > 0 else Dmd.versions
-        policies = make_policies(student, names, trained=Dmd.trained, shard=shard)
+        policies = make_policies(student, fields.versions, trained=fields.trained, shard=shard)
         return Dmd(policies, fields, **how)
-    critic = LatentCritic(
+    discriminator = LatentDiscriminator(
         lambda prompts: words(list(prompts)),
         LatentConfig(width=8, learning_rate=1e-3, warmup_updates=0, loss="gan"),
         channels=CHANNELS,
@@ -68,12 +67,11 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
     )
     if name == "gan":
         settings = GanConfig(learning_rate=rate)
-        names = (*Gan.versions, "ref") if settings.prior_weight > 0 else Gan.versions
-        policies = make_policies(student, names, trained=Gan.trained, shard=shard)
-        return Gan(policies, critic, settings, **how)
+        policies = make_policies(student, settings.versions, trained=settings.trained, shard=shard)
+        return Gan(policies, discriminator, settings, **how)
     config = AfdConfig(samples_per_prompt=2, learning_rate=rate, context="recompute")
-    policies = make_policies(student, versions(config), lora=lora, shard=shard)
-    return Afd(policies, critic, config, **how)
+    policies = make_policies(student, config.versions, lora=lora, shard=shard)
+    return Afd(policies, discriminator, config, **how)
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
     for step in range(first, first + leg.updates):
         batch = sharing(wan_batch(step), ranks)
         method.rollout(batch)
-        said.append(method.critic_step(batch) | method.student_step(batch))
+        said.append(method.discriminator_step(batch) | method.student_step(batch))
     state = method.state_dict()
     if leg.left is not None:
         leg.left.mkdir(exist_ok=True)

@@ -62,7 +62,7 @@ def test_an_ablation_draws_its_table_and_curves_and_runs_nothing_twice(tmp_path:
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["nuis-teacher", "base", "gan", "dmd", "afd"]
     assert results["afd"]["mean"]["student/r_mean"] == pytest.approx(0.5, abs=0.2)
-    assert {"phys", "critic/accuracy", "student/r_at_0"} <= set(results["afd"]["mean"])
+    assert {"phys", "discriminator/accuracy", "student/r_at_0"} <= set(results["afd"]["mean"])
     assert "student/r_mean" not in results["gan"]["mean"]
     assert {file: file.stat().st_mtime_ns for file in done} == done
     text = (tmp_path / "results.md").read_text()

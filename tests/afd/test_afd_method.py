@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from afd.config.run import make_config
 from afd.lab.config import ToyDiscriminatorConfig
-from afd.lab.discriminator import MotionBackbone, ToyCritic
+from afd.lab.discriminator import MotionBackbone, ToyDiscriminator
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 from afd.lab.student import ToyStudent
 from afd.methods.advantage import optimality
@@ -42,12 +42,12 @@ def batch(step: int = 0) -> Batch:
 
 
 def afd(student: ToyStudent, seed: int = 0, **settings: Any) -> Afd:
-    critic = ToyCritic(
+    discriminator = ToyDiscriminator(
         ToyDiscriminatorConfig(backbone="scratch", warmup_updates=1, steps_per_update=1), seed=seed
     )
     config = AfdConfig(**settings)
     policies = make_policies(copy.deepcopy(student), config.versions)
-    return Afd(policies, critic, config, denoising_steps=STEPS, seed=seed)
+    return Afd(policies, discriminator, config, denoising_steps=STEPS, seed=seed)
 
 
 def sft(student: ToyStudent, seed: int = 0) -> Sft:
@@ -64,7 +64,7 @@ def weights(method: Any, name: str) -> dict[str, Tensor]:
 def step(method: Any, number: int) -> dict[str, float]:
     given = batch(number)
     method.rollout(given)
-    return method.critic_step(given) | method.student_step(given)
+    return method.discriminator_step(given) | method.student_step(given)
 
 
 def saved(method: Any) -> dict[str, Any]:
@@ -132,11 +132,11 @@ def test_times_come_from_the_students_list_or_a_law() -> None:
 # --- AFD ---
 
 
-def test_the_warm_up_trains_the_critic_alone(student: ToyStudent) -> None:
+def test_the_warm_up_trains_the_discriminator_alone(student: ToyStudent) -> None:
     method = afd(student, adv_clip=100.0)
     metrics = step(method, 0)
     assert "student/loss" not in metrics
-    assert {"critic/accuracy", "critic/margin", "student/r_mean"} <= metrics.keys()
+    assert {"discriminator/accuracy", "discriminator/margin", "student/r_mean"} <= metrics.keys()
     for name, value in student.state_dict().items():
         assert torch.equal(value, weights(method, "theta")[name])
     metrics = step(method, 1)
@@ -195,7 +195,7 @@ def test_old_follows_theta_on_its_schedule(student: ToyStudent) -> None:
 
 def test_a_step_without_a_rollout_is_refused(student: ToyStudent) -> None:
     with pytest.raises(RuntimeError, match="no rollouts: call rollout"):
-        afd(student).critic_step(batch())
+        afd(student).discriminator_step(batch())
 
 
 # --- SFT and the factory ---

@@ -16,7 +16,7 @@ from afd.methods.afd import Afd
 from afd.methods.base import draw_times
 from afd.methods.config import AfdConfig
 from afd.methods.copies import draw_copies
-from afd.methods.rollouts import Show
+from afd.methods.rollouts import InputPipeline
 from afd.models.codec import Pixels
 from afd.video import through_codec
 from afd.video.config import VideoConfig
@@ -109,7 +109,9 @@ def test_random_advantages_ignore_the_score() -> None:
     found = []
     for seed in (1, 2):
         method = make_afd(toy_student(), advantage="random")
-        method.critic.net.head[0].weight.data.normal_(generator=Generator().manual_seed(seed))
+        method.discriminator.net.head[0].weight.data.normal_(
+            generator=Generator().manual_seed(seed)
+        )
         found.append(step(method, toy_batch()))
     assert found[0]["student/score_mean"] != found[1]["student/score_mean"]
     assert found[0]["student/r_std"] == found[1]["student/r_std"] > 0
@@ -200,7 +202,7 @@ def test_a_kept_context_and_one_that_old_makes_again_are_the_same() -> None:
             method.rollout(given)
             assert method._rollouts is not None
             assert bool(method._rollouts.contexts) == keep
-            method.critic_step(given)
+            method.discriminator_step(given)
             metrics = method.student_step(given)
         found[keep] = metrics, gradients(method)
     assert found[True][0]["student/loss"] == pytest.approx(found[False][0]["student/loss"], 1e-4)
@@ -277,7 +279,7 @@ def test_rollouts_in_pieces_are_the_rollouts() -> None:
         found.append(method._rollouts)
     for pieces in found[1:]:
         torch.testing.assert_close(pieces.x_BFCHW, found[0].x_BFCHW, **SAME)
-        torch.testing.assert_close(pieces.seen_BFCHW, found[0].seen_BFCHW, **SAME)
+        torch.testing.assert_close(pieces.input_BFCHW, found[0].input_BFCHW, **SAME)
         assert pieces.prompts == found[0].prompts
         assert len(pieces.contexts) == 4
 
@@ -300,8 +302,8 @@ def test_the_group_is_as_large_as_asked_and_the_first_video_is_shown() -> None:
 def test_the_discriminator_is_shown_what_the_codec_leaves() -> None:
     method = make_afd(toy_student())
     x = torch.rand(2, 12, 3, 16, 16) * 2 - 1
-    plain = Show(method.critic, Pixels(), VideoConfig())
-    matched = Show(method.critic, Pixels(), VideoConfig(codec_match=True, crf=30))
+    plain = InputPipeline(method.discriminator, Pixels(), VideoConfig())
+    matched = InputPipeline(method.discriminator, Pixels(), VideoConfig(codec_match=True, crf=30))
     assert torch.equal(plain(x), x)
     assert torch.equal(matched(x), through_codec(x, crf=30))
     assert not torch.equal(matched(x), x)

@@ -16,9 +16,9 @@ from torch import Generator, Tensor
 from afd import ops
 from afd.config.run import make_config
 from afd.discriminators.config import LatentConfig, VideoAlignConfig
-from afd.discriminators.latent import LatentCritic
+from afd.discriminators.latent import LatentDiscriminator
 from afd.lab.config import ToyDiscriminatorConfig
-from afd.lab.discriminator import ToyCritic
+from afd.lab.discriminator import ToyDiscriminator
 from afd.lab.physics import measure
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 from afd.lab.student import ToyStudent, encode_prompts
@@ -72,14 +72,14 @@ def make(name: str, kind: str, **settings: Any) -> Method:
         return Dmd(versions(kind, fields), fields, denoising_steps=steps, seed=3)
     config = GanConfig(**{"prior_weight": 0.0, **settings})
     policies = versions(kind, config)
-    critic: Any
+    discriminator: Any
     if kind == "toy":
-        critic = ToyCritic(ToyDiscriminatorConfig(loss="gan", warmup_updates=0), 12)
+        discriminator = ToyDiscriminator(ToyDiscriminatorConfig(loss="gan", warmup_updates=0), 12)
     else:
-        critic = LatentCritic(
+        discriminator = LatentDiscriminator(
             policies.student.encode, LatentConfig(loss="gan", width=4), channels=4, text_dim=8
         )
-    return Gan(policies, critic, config, denoising_steps=steps, seed=3)
+    return Gan(policies, discriminator, config, denoising_steps=steps, seed=3)
 
 
 def batch(kind: str, step: int = 0) -> Batch:
@@ -93,7 +93,7 @@ def batch(kind: str, step: int = 0) -> Batch:
 
 def update(method: Method, of: Batch) -> dict[str, float]:
     method.rollout(of)
-    return method.critic_step(of) | method.student_step(of)
+    return method.discriminator_step(of) | method.student_step(of)
 
 
 def masters(method: Method, name: str = "theta") -> Tensor:
@@ -135,7 +135,7 @@ def test_a_first_chunk_with_steps_of_its_own_and_a_noisy_context_are_followed(
     config = GanConfig(samples_per_prompt=3)
     method = Gan(
         versions("wan", config),
-        make("gan", "wan").critic,
+        make("gan", "wan").discriminator,
         config,
         denoising_steps=WAN_STEPS,
         first_chunk_steps=first_steps,
@@ -254,7 +254,7 @@ def test_a_student_in_bf16_has_fp32_videos_and_masters(name: str) -> None:
     rollouts = method._current()
     x_BFCHW, _ = method.predict(rollouts, slice(0, 2))
     assert rollouts.x_BFCHW.dtype == x_BFCHW.dtype == before.dtype == torch.float32
-    method.critic_step(batch("wan"))
+    method.discriminator_step(batch("wan"))
     assert method.student_step(batch("wan"))["student/grad_norm"] > 0
     moved = (masters(method) - before).abs()
     # Steps that a bf16 weight would round away are kept.
@@ -282,26 +282,28 @@ def test_the_gan_moves_the_student_to_where_the_discriminator_scores_higher(kind
     method = make("gan", kind, samples_per_prompt=4, learning_rate=1e-4, weight_decay=0.0)
     of = batch(kind)
     method.rollout(of)
-    method.critic_step(of)
+    method.discriminator_step(of)
     rollouts, every = method._current(), slice(0, 8)
 
     def loss() -> float:
         with torch.no_grad():
             x_BFCHW, _ = method.predict(rollouts, every)
-            score_B = method.critic.differentiable_score(x_BFCHW, rollouts.prompts)
+            score_B = method.discriminator.differentiable_score(x_BFCHW, rollouts.prompts)
         return float(F.softplus(-score_B).mean())
 
-    before, critic = loss(), copy.deepcopy(method.critic.state_dict()["net"])
+    before, discriminator = loss(), copy.deepcopy(method.discriminator.state_dict()["net"])
     metrics = method.student_step(of)
     assert metrics["student/loss"] == pytest.approx(before, rel=1e-4)
     assert loss() < before
-    after = method.critic.state_dict()["net"]
-    assert all(torch.equal(critic[key], after[key]) for key in critic)
+    after = method.discriminator.state_dict()["net"]
+    assert all(torch.equal(discriminator[key], after[key]) for key in discriminator)
 
 
 def test_the_gan_waits_for_its_discriminator() -> None:
     method = make("gan", "toy")
-    method.critic.config = method.critic.config.model_copy(update={"warmup_updates": 1})
+    method.discriminator.config = method.discriminator.config.model_copy(
+        update={"warmup_updates": 1}
+    )
     before = masters(method)
     assert "student/loss" not in update(method, batch("toy"))
     assert torch.equal(masters(method), before)
@@ -316,27 +318,29 @@ def test_the_gans_loss_goes_through_the_discriminator_and_not_into_it(kind: str)
     before = masters(method)
     method.student_step(batch(kind))
     assert not torch.equal(masters(method), before)
-    assert all(weight.grad is None for weight in method.critic.weights())
+    assert all(weight.grad is None for weight in method.discriminator.weights())
     # And it learns on.
-    assert all(weight.requires_grad for weight in method.critic.weights())
+    assert all(weight.requires_grad for weight in method.discriminator.weights())
 
 
 def test_scores_with_gradients_are_the_same_for_a_batch_and_its_parts() -> None:
-    critic, of = ToyCritic(ToyDiscriminatorConfig(), 12), batch("toy")
+    discriminator, of = ToyDiscriminator(ToyDiscriminatorConfig(), 12), batch("toy")
     video = of.teacher_BFCHW.clone().requires_grad_()
-    whole_B = critic.differentiable_score(video, of.prompts)
-    parts = [critic.differentiable_score(video[i : i + 1], of.prompts[i : i + 1]) for i in (0, 1)]
+    whole_B = discriminator.differentiable_score(video, of.prompts)
+    parts = [
+        discriminator.differentiable_score(video[i : i + 1], of.prompts[i : i + 1]) for i in (0, 1)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole_B)
     (gradient,) = torch.autograd.grad(whole_B.sum(), video)
     assert gradient.flatten(1).abs().amax(1).min() > 0
     # The next one of AFD's scores has the looks that these had.
-    torch.testing.assert_close(critic.score(video.detach(), of.prompts), whole_B.detach())
+    torch.testing.assert_close(discriminator.score(video.detach(), of.prompts), whole_B.detach())
 
 
 def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
     tmp_path: Any,
 ) -> None:
-    from afd.discriminators.videoalign.discriminator import VideoAlignCritic
+    from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
     from afd.discriminators.videoalign.model import VideoAlign
     from afd.models.wan.vae import VideoVAE
     from tests.afd.test_vae import model
@@ -345,14 +349,14 @@ def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
     folder = write_released(tmp_path / "released")
     scorer = VideoAlign.load(folder / "root", base=folder / "base", dtype=torch.float32)
     settings = VideoAlignConfig(loss="gan", lora_rank=2, lora_alpha=4, learning_rate=1e-3)
-    critic = VideoAlignCritic(scorer, settings, video_fps=16.0)
+    discriminator = VideoAlignDiscriminator(scorer, settings, video_fps=16.0)
     codec = VideoVAE(model())
     student = wan(frames=3, in_dim=16, out_dim=16)
     policies = make_policies(student, ("theta", "ema"), lora=LoraConfig(rank=4, alpha=8))
     video = VideoConfig(frames=9, height=48, width=32, fps=16, codec_match=True)
     method = Gan(
         policies,
-        critic,
+        discriminator,
         GanConfig(micro_batch=1, learning_rate=1e-3, prior_weight=0.0),
         denoising_steps=WAN_STEPS,
         codec=codec,
@@ -360,7 +364,7 @@ def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
     )
     teacher = torch.rand(2, 9, 3, 48, 32, generator=Generator().manual_seed(1)) * 2 - 1
     before = masters(method)
-    metrics = update(method, Batch(0, WORDS[:2], method.look(teacher)))
+    metrics = update(method, Batch(0, WORDS[:2], method.prepare(teacher)))
     assert metrics["student/grad_norm"] > 0
     assert not torch.equal(masters(method), before)
 
@@ -372,7 +376,7 @@ def test_the_two_fields_learn_their_own_videos_and_nothing_else_moves() -> None:
     method, of = make("dmd", "toy", score_updates=1, score_warmup_updates=99), batch("toy")
     method.rollout(of)
     before = {name: masters(method, name) for name in DmdConfig().versions}
-    losses = [method.critic_step(of) for _ in range(12)]
+    losses = [method.discriminator_step(of) for _ in range(12)]
     for name in ("real", "fake"):
         assert not torch.equal(masters(method, name), before[name])
         first, last = (
@@ -400,7 +404,7 @@ def test_the_direction_is_the_difference_of_what_the_fields_see_over_the_distanc
 ) -> None:
     method, of = make("dmd", kind, score_learning_rate=1e-2), batch(kind)
     method.rollout(of)
-    method.critic_step(of)
+    method.discriminator_step(of)
     rollouts = method._current()
     x0, text = rollouts.x_BFCHW, rollouts.text_BLE
     chunks = x0.shape[1] // method.policies.student.chunk
@@ -426,7 +430,7 @@ def test_the_gradient_at_the_video_is_the_direction_itself() -> None:
     """Of |x - stopgrad(x - g)|²/2, averaged over elements, for a last step that is the identity."""
     method, of = make("dmd", "wan", score_learning_rate=1e-2), batch("wan")
     method.rollout(of)
-    method.critic_step(of)
+    method.discriminator_step(of)
     rollouts, draws = method._current(), method.generator.get_state()
     x_BFCHW, _ = method.predict(rollouts, slice(0, 2))
     x_t, t_BK = method._noised(rollouts.x_BFCHW, of, 1, clamp=method.config.t_range)

@@ -236,7 +236,7 @@ def test_latents_are_made_once_and_read_by_the_next_run(
     monkeypatch.setattr(VideoVAE, "encode", lambda self, v: encoded.append(1) or encode(self, v))
 
     def videos(codec: VideoVAE = vae, video: VideoConfig = VIDEO) -> Videos:
-        return Videos(teacher, video, sees="latent", codec=codec, store=store)
+        return Videos(teacher, video, input_space="latents", codec=codec, store=store)
 
     first = videos()
     latents = first.fetch(teacher.requests)
@@ -262,11 +262,11 @@ def test_latents_are_made_once_and_read_by_the_next_run(
 def test_a_renamed_clip_is_the_same_clip_and_a_changed_one_is_not(tmp_path: Path) -> None:
     teacher, store = folder_teacher(tmp_path / "clips"), Store(tmp_path / "cache")
     vae = VideoVAE(vae_model())
-    Videos(teacher, VIDEO, sees="latent", codec=vae, store=store).fetch(teacher.requests)
+    Videos(teacher, VIDEO, input_space="latents", codec=vae, store=store).fetch(teacher.requests)
     (tmp_path / "clips").rename(tmp_path / "moved")
     moved = FolderTeacher(tmp_path / "moved")
     (tmp_path / "moved" / "0.mp4").write_bytes((tmp_path / "moved" / "1.mp4").read_bytes())
-    got = Videos(moved, VIDEO, sees="latent", codec=vae, store=store).fetch(moved.requests)
+    got = Videos(moved, VIDEO, input_space="latents", codec=vae, store=store).fetch(moved.requests)
     assert torch.equal(got[0], got[1])
     assert store.size("latents")[0] == 3
 
@@ -286,7 +286,7 @@ def test_memory_is_bounded_and_what_left_it_is_decoded_again(tmp_path: Path) -> 
 
 def test_only_what_is_looked_at_is_kept(tmp_path: Path) -> None:
     teacher = folder_teacher(tmp_path / "clips")
-    videos = Videos(teacher, VIDEO, look=lambda x_BFCHW: x_BFCHW[:, ::4])
+    videos = Videos(teacher, VIDEO, prepare=lambda x_BFCHW: x_BFCHW[:, ::4])
     whole = Videos(teacher, VIDEO).fetch(teacher.requests)
     assert torch.equal(videos.fetch(teacher.requests), whole[:, ::4])
     assert all(len(kept) == 3 for kept in videos._kept.values())

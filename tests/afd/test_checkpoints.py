@@ -114,10 +114,10 @@ def test_wrappers_inside_a_name_are_stripped_too(tmp_path: Path) -> None:
 
 
 def test_the_average_is_chosen_or_asked_for(tmp_path: Path) -> None:
-    plain, average, critic = network(1), network(2), network(3)
+    plain, average, discriminator = network(1), network(2), network(3)
     held = {
         "generator": prefixed(plain, "model."),
-        "critic": prefixed(critic, "model."),
+        "discriminator": prefixed(discriminator, "model."),
         "generator_ema": prefixed(average, "model._fsdp_wrapped_module."),
     }
     path = tmp_path / "model.pt"

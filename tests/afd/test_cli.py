@@ -92,12 +92,12 @@ def test_a_run_that_fails_exits_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Broken(TinyMethod):
-        def critic_step(self, batch: object) -> dict[str, float]:
-            return {"critic/margin": float("inf")}
+        def discriminator_step(self, batch: object) -> dict[str, float]:
+            return {"discriminator/margin": float("inf")}
 
     monkeypatch.setattr(afd.trainer.loop, "build_method", lambda *_: Broken())
     assert main(["train", str(written[0])]) == 1
-    assert "update 1: critic/margin = inf" in capsys.readouterr().err
+    assert "update 1: discriminator/margin = inf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from torch import Tensor
 from afd import ops
 from afd.config.run import RunConfig
 from afd.discriminators.config import LatentConfig, VideoAlignConfig
-from afd.discriminators.latent import LatentCritic
-from afd.discriminators.videoalign.discriminator import VideoAlignCritic
+from afd.discriminators.latent import LatentDiscriminator
+from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
 from afd.discriminators.videoalign.model import VideoAlign
 from afd.discriminators.videoalign.prompt import OWN_TEMPLATE
 from afd.distributed import Ranks
@@ -205,10 +205,10 @@ def toy(device: str) -> Any:
 def gan(device: str) -> Any:
     student, config = wan(device), GanConfig(prior_weight=0.1)
     policies = make_policies(student, config.versions, trained=config.trained, lora=LORA)
-    critic = LatentCritic(
+    discriminator = LatentDiscriminator(
         student.encode, LatentConfig(loss="gan", width=4), channels=4, text_dim=8, device=device
     )
-    return Gan(policies, critic, config, denoising_steps=WAN_STEPS)
+    return Gan(policies, discriminator, config, denoising_steps=WAN_STEPS)
 
 
 def dmd(device: str) -> Any:
@@ -235,7 +235,7 @@ def updates(method: Any, name: str, number: int) -> dict[str, float]:
     batch = toy_batch(number) if name == "toy" else wan_batch(number, count=1)
     if method.needs_rollout:
         method.rollout(batch)
-    found = method.critic_step(batch) if method.needs_critic else {}
+    found = method.discriminator_step(batch) if method.needs_discriminator else {}
     return found | method.student_step(batch)
 
 
@@ -260,11 +260,13 @@ def videoalign(folder: Path, device: str) -> tuple[Tensor, dict[str, float]]:
     scorer = VideoAlign.load(
         folder / "root", base=folder / "base", dtype=BF16, template=OWN_TEMPLATE, device=device
     )
-    critic = VideoAlignCritic(scorer, VideoAlignConfig(lora_rank=4, lora_alpha=8), seed=0)
+    discriminator = VideoAlignDiscriminator(
+        scorer, VideoAlignConfig(lora_rank=4, lora_alpha=8), seed=0
+    )
     clips = tiny_videoalign.clips().to(device)
-    seen = critic.look(clips)
-    score = critic.score(seen, tiny_videoalign.PROMPTS)
-    return score, critic.step(seen.flip(0), seen, tiny_videoalign.PROMPTS)
+    seen = discriminator.prepare(clips)
+    score = discriminator.score(seen, tiny_videoalign.PROMPTS)
+    return score, discriminator.step(seen.flip(0), seen, tiny_videoalign.PROMPTS)
 
 
 def test_videoalign_looks_scores_and_learns_on_the_device(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_afd_takes_the_fall_and_leaves_the_look_where_sft_takes_both() -> None:
             pick = torch.randint(len(prompts), (8,), generator=generator)
             batch = Batch(step, [prompts[i] for i in pick], teacher[pick])
             method.rollout(batch)
-            metrics = method.critic_step(batch) | method.student_step(batch)
+            metrics = method.discriminator_step(batch) | method.student_step(batch)
         assert metrics["student/loss"] > 0
         with method.evaluation_policy() as policy:
             after[name] = evaluate(policy)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.discriminators.base import CriticConfig
+from afd.discriminators.base import DiscriminatorConfig
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.copies import draw_copies
@@ -36,14 +36,14 @@ CONTEXTS = ("recompute", "own_context", "shared_context")
 class Brightness:
     """A fixed discriminator: how bright the latents are."""
 
-    sees: Literal["video", "latent"] = "latent"
-    config = CriticConfig(kind="tiny")
+    input_space: Literal["pixels", "latents"] = "latents"
+    config = DiscriminatorConfig(kind="tiny")
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
         return video_BFCHW
 
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return seen_BFCHW.mean((1, 2, 3, 4))
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return input_BFCHW.mean((1, 2, 3, 4))
 
     def step(self, *videos: Any) -> dict[str, float]:
         return {}
@@ -102,7 +102,7 @@ def test_distillation_raises_what_the_discriminator_scores(
         context=context,
         old_decay=0.0,
     )
-    method.critic = Brightness()
+    method.discriminator = Brightness()
     scores = [step(method, wan_batch(i))["student/score_mean"] for i in range(8)]
     assert scores[-1] > scores[0] + 0.25
 
@@ -294,5 +294,5 @@ def test_a_student_with_a_first_list_of_its_own_streams_and_learns_by_it() -> No
     ours, theirs = method._current().x_BFCHW, plain._current().x_BFCHW
     assert not torch.allclose(ours[:, :3], theirs[:, :3])
     assert method.first_times == [method.times[0], method.times[2]]
-    method.critic_step(wan_batch())
+    method.discriminator_step(wan_batch())
     assert "student/loss" in method.student_step(wan_batch())

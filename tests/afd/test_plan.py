@@ -257,7 +257,7 @@ def test_the_released_size_is_planned_without_any_file() -> None:
     assert plan.net.parameters == RELEASED.parameters
     for name in ("adapters", "optimizer", "cache", "decode", "VideoAlign", "text encoder"):
         assert name in told
-    for phase in ("rollout", "decode", "critic", "student", "evaluation"):
+    for phase in ("rollout", "decode", "discriminator", "student", "evaluation"):
         assert any(one.name == phase and one.seconds > 0 for one in plan.phases)
     assert "estimate, assuming 35%" in told
     assert "student.checkpoint: checkpoints/self_forcing_dmd.pt is not there" in told
@@ -338,12 +338,12 @@ def test_a_fields_update_costs_and_keeps_what_fine_tuning_does() -> None:
     phases = {phase.name: phase for phase in dmd.phases}
     fine_tuning = next(phase.flop for phase in sft.phases if phase.name == "student")
     # 32 videos there; here 3 updates of real on 8 teacher's and of fake on 32 rollouts.
-    assert phases["critic"].flop == pytest.approx(fine_tuning * 3 * (8 + 32) / 32)
+    assert phases["discriminator"].flop == pytest.approx(fine_tuning * 3 * (8 + 32) / 32)
     # The student begins once a field has 20 updates: in the seventh of the run.
     assert phases["student"].times == 10 - 6
     bytes_of = [{p.name: p.bytes for p in plan.memory} for plan in (dmd, sft)]
     assert bytes_of[0]["fields' activations"] == bytes_of[1]["activations"]
-    assert dmd.peaks()["critic"] > dmd.peaks()["student"]
+    assert dmd.peaks()["discriminator"] > dmd.peaks()["student"]
 
 
 def test_the_toy_has_memory_and_no_gpu_time() -> None:

@@ -315,11 +315,11 @@ def test_a_run_whose_teacher_fails_is_saved_between_two_updates(
 class _Impatient(TinyMethod):
     """Ctrl-C twice in the middle of the fourth update."""
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
         if batch.step == 3:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        return super().critic_step(batch)
+        return super().discriminator_step(batch)
 
 
 def test_a_second_sigint_ends_at_once_unsaved(tmp_path: Path, clips: Path, straight: Path) -> None:

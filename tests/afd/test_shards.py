@@ -114,7 +114,10 @@ def network() -> nn.Module:
 
 
 def state_of(net: nn.Module) -> dict[str, Any]:
-    common = {"critic": torch.arange(4000.0), "generator": torch.arange(9, dtype=torch.uint8)}
+    common = {
+        "discriminator": torch.arange(4000.0),
+        "generator": torch.arange(9, dtype=torch.uint8),
+    }
     return {"net": dict(net.state_dict()), **common, "rank": 0}
 
 
@@ -141,7 +144,7 @@ def read_in_shares(folder: Path) -> list[list[int]]:
         for name, value in net.state_dict().items():
             assert isinstance(found["net"][name], DTensor)
             assert torch.equal(value.to_local(), expected[name]), name
-        assert torch.equal(found["critic"], torch.arange(4000.0))
+        assert torch.equal(found["discriminator"], torch.arange(4000.0))
         return [list(value.shape) for value in expected.values()]
 
 
@@ -159,7 +162,7 @@ def test_every_process_writes_its_shares_and_any_number_reads_its_own(tmp_path: 
     first, second = (shapes_in(path) for path in sorted(two.glob("*.safetensors")))
     assert (first["net/0.weight"], second["net/0.weight"]) == ([3, 4], [2, 4])
     # What both have the same is written by one of them.
-    assert len([name for name in (*first, *second) if name == "critic"]) == 1
+    assert len([name for name in (*first, *second) if name == "discriminator"]) == 1
     whole = shards.read(two, ALONE)
     assert_same(whole, shards.read(one, ALONE), "state")
     assert_same(whole["net"], dict(network().state_dict()), "net")

@@ -31,7 +31,7 @@ PROMPTS = ("up", "down", "left")
 class TinyMethod:
     """Regression of the teacher's mean picture from noisy copies of it."""
 
-    name, needs_rollout, needs_critic, sees = "afd", True, True, "video"
+    name, needs_rollout, needs_discriminator, input_space = "afd", True, True, "pixels"
     codec, shown = Pixels(), None
 
     def __init__(self, seed: int = 0) -> None:
@@ -46,8 +46,8 @@ class TinyMethod:
     def rollout(self, batch: Batch) -> None:
         self.rolled = torch.randn(len(batch.prompts), 3, generator=self.generator)
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
-        return {"critic/margin": float(self.rolled.mean())}
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
+        return {"discriminator/margin": float(self.rolled.mean())}
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         wanted = batch.teacher_BFCHW.mean((1, 3, 4))
@@ -65,7 +65,7 @@ class TinyMethod:
     def evaluation_policy(self) -> Any:
         return nullcontext(self.net)
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
         return video_BFCHW
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,10 +116,10 @@ class Interrupted(TinyMethod):
         super().__init__()
         self.after, self.number = after, number
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
         if batch.step == self.after:
             os.kill(os.getpid(), self.number)
-        return super().critic_step(batch)
+        return super().discriminator_step(batch)
 
 
 def die_at(event: int) -> None:

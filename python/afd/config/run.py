@@ -18,7 +18,7 @@ from rich.console import Console
 
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
-from afd.discriminators.base import CriticConfig
+from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.models.config import StudentConfig
@@ -129,7 +129,9 @@ class RunConfig(Section):
     video: VideoConfig = VideoConfig()
     teacher: Annotated[TeacherConfig, ByKind("teachers", "simulator")] = of_default_kind()
     student: Annotated[StudentConfig, ByKind("students", "toy")] = of_default_kind()
-    discriminator: Annotated[CriticConfig, ByKind("discriminators", "toy")] = of_default_kind()
+    discriminator: Annotated[DiscriminatorConfig, ByKind("discriminators", "toy")] = (
+        of_default_kind()
+    )
     afd: AfdConfig = AfdConfig()
     sft: SftConfig = SftConfig()
     gan: GanConfig = GanConfig()

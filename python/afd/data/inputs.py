@@ -51,7 +51,7 @@ class Contents:
         self._requests, self._accept = list(requests), accept
         self._known: dict[Request, Content] = {}
 
-    def look(self, request: Request, path: Path, now: Content) -> None:
+    def check(self, request: Request, path: Path, now: Content) -> None:
         """Remember a video, or compare it. Raises TeacherError where it was replaced."""
         then = self._known.get(request, now)
         if then.sha256 != now.sha256:
@@ -71,7 +71,7 @@ class Contents:
         for part in ranks.each([[n, *astuple(content)] for n, content in held.items()]):
             for n, *fields in part:
                 if rows[n] is not None and rows[n][0] != fields[0]:
-                    self.look(self._requests[n], Path(self._requests[n].prompt), Content(*fields))
+                    self.check(self._requests[n], Path(self._requests[n].prompt), Content(*fields))
                 rows[n] = fields
         return rows
 
@@ -92,7 +92,7 @@ class Contents:
             if file is None or sha256 is None or not file.is_file():
                 continue
             if not self._known[request].is_of(file):
-                self.look(request, file, Content.of(file, sha256))
+                self.check(request, file, Content.of(file, sha256))
 
 
 def inputs_of(method: Method, prompts: Sequence[str]) -> dict[str, str]:

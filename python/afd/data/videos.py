@@ -47,23 +47,23 @@ class Videos:
         teacher: Teacher,
         video: VideoConfig,
         *,
-        sees: Literal["video", "latent"] = "video",
-        look: Callable[[Tensor], Tensor] | None = None,
+        input_space: Literal["pixels", "latents"] = "pixels",
+        prepare: Callable[[Tensor], Tensor] | None = None,
         codec: Codec | None = None,
         store: Store | None = None,
         ranks: Ranks = ALONE,
         memory: int = MEMORY,
         accept: bool = False,
     ) -> None:
-        """`look`: what is kept of pixels [1, F, 3, H, W] (None: all); `codec`: makes the latents
-        that sees="latent" means; `memory`: bytes that may be held; `accept`: videos may be
+        """`prepare`: what is kept of pixels [1, F, 3, H, W] (None: all); `codec`: makes the latents
+        that input_space="latents" means; `memory`: bytes that may be held; `accept`: videos may be
         replaced by others."""
         self._teacher, self._video, self._ranks = teacher, video, ranks
         self._contents = Contents(teacher.requests, accept=accept)
-        self._look, self._codec, self._store = look, codec or Pixels(), store
+        self._prepare, self._codec, self._store = prepare, codec or Pixels(), store
         # None: pixels are wanted. Found here, because it may come from weights on a GPU.
-        self._identity = self._codec.identity if sees == "latent" else None
-        self._seen = sees == "video"
+        self._identity = self._codec.identity if input_space == "latents" else None
+        self._seen = input_space == "pixels"
         self._paths: dict[Request, Path] = {}
         self._kept: dict[Request, Tensor] = {}  # the one asked for last comes last
         self._memory = memory
@@ -136,7 +136,7 @@ class Videos:
         frames, content = self._with_content(
             path, lambda path: to_uint8(self._read(path).video_FCHW)
         )
-        self._contents.look(request, path, content)
+        self._contents.check(request, path, content)
         return from_uint8(frames)
 
     def state_dict(self) -> list[Any]:
@@ -174,7 +174,7 @@ class Videos:
         else:
             self._begin(request)
             held, content = self._coming.pop(request).result()
-            self._contents.look(request, self._path(request), content)
+            self._contents.check(request, self._path(request), content)
             if self._identity is not None:
                 self._found += held.dtype != torch.uint8
                 if held.dtype == torch.uint8:
@@ -216,8 +216,8 @@ class Videos:
                 video_FCHW = through_codec(
                     video_FCHW[None], fps=self._video.fps, crf=self._video.crf
                 )[0]
-            if self._look is not None:
-                video_FCHW = self._look(video_FCHW[None])[0]
+            if self._prepare is not None:
+                video_FCHW = self._prepare(video_FCHW[None])[0]
         return to_uint8(video_FCHW)
 
     def _read(self, path: Path) -> Clip:

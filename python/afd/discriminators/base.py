@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from afd.video.config import VideoConfig
 
 
-class CriticConfig(Section):
+class DiscriminatorConfig(Section):
     """Base of every discriminator's section: loss, optimizer and pace.
 
     A subclass names its function as "module:name"; a discriminator outside this package overrides
@@ -56,7 +56,7 @@ class CriticConfig(Section):
         *,
         seed: int = 0,
         ranks: Ranks = ALONE,
-    ) -> DifferentiableCritic:
+    ) -> DifferentiableDiscriminator:
         """The discriminator of this student's videos, which can read the prompts.
 
         Raises ValueError, FileNotFoundError or ConfigError where a part cannot be loaded.
@@ -72,28 +72,28 @@ class CriticConfig(Section):
         yield from ()
 
 
-class Critic(Protocol):
+class Discriminator(Protocol):
     """A scorer of finished videos that learns to tell the teacher's from the student's.
 
-    Videos come as they were looked at (`look`). With several processes each brings its own part of
-    the batch: an update is that of the whole batch, and so are its metrics.
+    Videos come prepared (`prepare`). With several processes each brings its own part of the batch:
+    an update is that of the whole batch, and so are its metrics.
 
     Attributes:
-        sees: pixels in [-1, 1], or the student's latents.
+        input_space: pixels in [-1, 1], or the student's latents.
     """
 
-    sees: Literal["video", "latent"]
+    input_space: Literal["pixels", "latents"]
 
     @property
-    def config(self) -> CriticConfig:
+    def config(self) -> DiscriminatorConfig:
         """Its pace, among other things."""
         ...
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """What of the videos is looked at; only this needs to be kept."""
         ...
 
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """How much each video looks like the teacher's for its prompt, [B]; no gradient."""
         ...
 
@@ -108,10 +108,10 @@ class Critic(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class DifferentiableCritic(Critic, Protocol):
-    """A critic through which a generator's loss can reach the videos (the GAN baseline)."""
+class DifferentiableDiscriminator(Discriminator, Protocol):
+    """A discriminator through which a generator's loss can reach the videos (the GAN baseline)."""
 
-    def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to what was looked at, and to the weights unless `held`."""
         ...
 
@@ -121,10 +121,10 @@ class DifferentiableCritic(Critic, Protocol):
 
 
 @contextmanager
-def held(critic: DifferentiableCritic) -> Iterator[None]:
+def held(discriminator: DifferentiableDiscriminator) -> Iterator[None]:
     """The discriminator's weights as constants: a loss, and its backward, in the block goes through
     it and not into it."""
-    weights = list(critic.weights())
+    weights = list(discriminator.weights())
     for weight in weights:
         weight.requires_grad_(False)
     try:

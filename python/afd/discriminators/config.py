@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from afd.config.base import Count, Natural, Positive, Share
-from afd.discriminators.base import CriticConfig
+from afd.discriminators.base import DiscriminatorConfig
 from afd.hub import missing_path, missing_source
 
 if TYPE_CHECKING:
     pass
 
 
-class PairConfig(CriticConfig):
+class PairConfig(DiscriminatorConfig):
     """A discriminator that learns from pairs in pieces."""
 
     learning_rate_warmup: Natural = Field(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.pairs import CriticOptimizer, PairCritic
+from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
 from afd.distributed import ALONE, Ranks
 from afd.models.student import Student
 from afd.video.config import VideoConfig
@@ -96,13 +96,13 @@ class LatentScorer(nn.Module):
         return heard.transpose(1, 2).flatten(2)
 
 
-class LatentCritic(PairCritic):
-    """A `LatentScorer` with its optimizer (see `Critic`).
+class LatentDiscriminator(PairDiscriminator):
+    """A `LatentScorer` with its optimizer (see `Discriminator`).
 
     Its videos are latents [B, F, C, H, W].
     """
 
-    sees: Literal["video", "latent"] = "latent"
+    input_space: Literal["pixels", "latents"] = "latents"
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class LatentCritic(PairCritic):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = LatentScorer(channels, text_dim, config.width).to(device).eval()
-        self.optimizer = CriticOptimizer(self.net.parameters(), config)
+        self.optimizer = DiscriminatorOptimizer(self.net.parameters(), config)
 
     def differentiable_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the latents."""
@@ -153,10 +153,10 @@ def build(
     *,
     seed: int = 0,
     ranks: Ranks = ALONE,
-) -> LatentCritic:
-    """As a configuration names it (`CriticConfig.build`)."""
+) -> LatentDiscriminator:
+    """As a configuration names it (`DiscriminatorConfig.build`)."""
     wan = student.net.config
-    return LatentCritic(
+    return LatentDiscriminator(
         lambda prompts: student.encode(list(prompts)),
         config,
         channels=wan.in_dim,

@@ -30,7 +30,7 @@ def matched_pieces(videos: Tensor, prompts: Sequence[str], size: int | None) -> 
     return (slice(start, start + width) for start in range(0, count, width))
 
 
-class CriticOptimizer:
+class DiscriminatorOptimizer:
     """AdamW with clipped gradients and a rate that rises linearly and then stays."""
 
     def __init__(self, parameters: Iterable[Tensor], config: PairConfig) -> None:
@@ -63,24 +63,24 @@ class CriticOptimizer:
         self.updates = state["updates"]
 
 
-class PairCritic(ABC):
-    """Scores and updates by way of `differentiable_score`, a piece at a time (see `Critic`).
+class PairDiscriminator(ABC):
+    """Scores and updates by way of `differentiable_score`, a piece at a time (see `Discriminator`).
 
     Neither a micro-batch nor the number of processes changes the update: losses are means over all
     pairs of all processes.
     """
 
     config: PairConfig
-    optimizer: CriticOptimizer
-    sees: Literal["video", "latent"] = "video"
+    optimizer: DiscriminatorOptimizer
+    input_space: Literal["pixels", "latents"] = "pixels"
     ranks: Ranks = ALONE
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """What of the videos is looked at; only this needs to be kept."""
         return video_BFCHW
 
     @abstractmethod
-    def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to what was looked at and to the weights."""
 
     def weights(self) -> Iterable[Tensor]:
@@ -88,13 +88,13 @@ class PairCritic(ABC):
         return self.optimizer.parameters
 
     @torch.no_grad()
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B]; no gradient. Scoring changes nothing."""
         size = self.config.micro_batch
         return torch.cat(
             [
-                self.differentiable_score(seen_BFCHW[part], prompts[part])
-                for part in matched_pieces(seen_BFCHW, prompts, size)
+                self.differentiable_score(input_BFCHW[part], prompts[part])
+                for part in matched_pieces(input_BFCHW, prompts, size)
             ]
         )
 

@@ -92,8 +92,8 @@ def document(config: AblationConfig, table: Study, results: dict[str, Any]) -> s
             *rows,
             "",
             table.markdown(results),
-            f"{' and '.join(map(str, updates))} updates of `{config.base.name}`; critic, agreement "
-            f"and r: means over the last eighth. {'; '.join(places)}, {day}.",
+            f"{' and '.join(map(str, updates))} updates of `{config.base.name}`; discriminator, "
+            f"agreement and r: means over the last eighth. {'; '.join(places)}, {day}.",
             "",
         ]
     )

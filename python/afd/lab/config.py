@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from afd.config.base import Count, Natural, Share
-from afd.discriminators.base import CriticConfig
+from afd.discriminators.base import DiscriminatorConfig
 from afd.hub import fingerprint
 from afd.models.config import StudentConfig
 from afd.registry import load
@@ -69,7 +69,7 @@ class ToyStudentConfig(StudentConfig):
         return fingerprint(checkpoint_path(self.checkpoint))
 
 
-class ToyDiscriminatorConfig(CriticConfig):
+class ToyDiscriminatorConfig(DiscriminatorConfig):
     """The laptop-size scorer."""
 
     builder: ClassVar[str] = "afd.lab.discriminator:build"

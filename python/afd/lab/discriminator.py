@@ -125,13 +125,13 @@ class ScratchScorer(nn.Module):
         return self.head(torch.cat([mixed.flatten(1), self.text(text_BE)], 1)).squeeze(1)
 
 
-class ToyCritic:
-    """A scorer with its optimizer and its own random numbers (see `Critic`).
+class ToyDiscriminator:
+    """A scorer with its optimizer and its own random numbers (see `Discriminator`).
 
     It is small: with several processes each makes the whole batch's update by itself.
     """
 
-    sees: Literal["video", "latent"] = "video"
+    input_space: Literal["pixels", "latents"] = "pixels"
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class ToyCritic:
             weight_decay=config.weight_decay,
         )
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """All of it."""
         return video_BFCHW
 
@@ -182,26 +182,26 @@ class ToyCritic:
         return inputs * seen_BF.view(*seen_BF.shape, *[1] * (inputs.ndim - 2))
 
     @torch.no_grad()
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._score(seen_BFCHW, prompts, self.generator)
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._score(input_BFCHW, prompts, self.generator)
 
-    def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the videos.
 
         The looks are the same until the next `step`, so that a batch may come in parts.
         """
         looks = Generator().set_state(self.generator.get_state())
         # It lives on the CPU, wherever the student is.
-        return self._score(seen_BFCHW.cpu(), prompts, looks).to(seen_BFCHW.device)
+        return self._score(input_BFCHW.cpu(), prompts, looks).to(input_BFCHW.device)
 
-    def _score(self, seen_BFCHW: Tensor, prompts: Sequence[str], generator: Generator) -> Tensor:
+    def _score(self, input_BFCHW: Tensor, prompts: Sequence[str], generator: Generator) -> Tensor:
         text_BE = self._text(prompts)
         looks = self.config.score_looks if self.config.random_looks else 1
         quarters = (4, 3, 2, 1) if self.config.beginnings else (4,)
         scores = []
         # All videos under the same looks: what a look adds to the score cancels in the advantage.
         for _ in range(looks):
-            inputs = self.net.inputs(self._restyled(seen_BFCHW, generator, shared=True))
+            inputs = self.net.inputs(self._restyled(input_BFCHW, generator, shared=True))
             for count in quarters:
                 seen = self._beginning(inputs, torch.full((len(inputs),), count))
                 scores.append(self.net(seen, text_BE))
@@ -264,6 +264,6 @@ def build(
     *,
     seed: int = 0,
     ranks: Ranks = ALONE,
-) -> ToyCritic:
-    """As a configuration names it (`CriticConfig.build`)."""
-    return ToyCritic(config, video.frames, seed=seed, ranks=ranks)
+) -> ToyDiscriminator:
+    """As a configuration names it (`DiscriminatorConfig.build`)."""
+    return ToyDiscriminator(config, video.frames, seed=seed, ranks=ranks)

@@ -22,7 +22,7 @@ from afd.lab.config import SimulatorConfig
 from afd.lab.quickstart import COLUMNS, base, final_evaluation, lines
 from afd.trainer.loop import Outcome, train
 
-SIGNS = ("critic/margin", "critic/accuracy", "agreement/phys")
+SIGNS = ("discriminator/margin", "discriminator/accuracy", "agreement/phys")
 
 
 @dataclass(frozen=True)

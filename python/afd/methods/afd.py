@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from afd import ops
-from afd.discriminators.base import Critic
+from afd.discriminators.base import Discriminator
 from afd.methods.advantage import optimality
 from afd.methods.base import Batch, Shown
 from afd.methods.common import StudentMethod
@@ -50,20 +50,20 @@ class Afd(StudentMethod):
         how: what all methods are given (see `StudentMethod`).
     """
 
-    name, needs_rollout, needs_critic = "afd", True, True
+    name, needs_rollout, needs_discriminator = "afd", True, True
 
     def __init__(
         self,
         policies: Policies,
-        critic: Critic,
+        discriminator: Discriminator,
         config: AfdConfig,
         watch: Watch | None = None,
         **how: Any,
     ) -> None:
-        super().__init__(policies, config, critic, **how)
+        super().__init__(policies, config, discriminator, **how)
         self.watch = watch
         self.config: AfdConfig = config
-        self.critic = critic
+        self.discriminator = discriminator
         check_chunks(config, self.chunks)
         # With old="current" the student anchors itself: v_old is its own, without gradient.
         self.old = "old" if config.old == "ema" else "theta"
@@ -81,32 +81,32 @@ class Afd(StudentMethod):
                 config.samples_per_prompt,
                 self.generator,
                 self.streaming,
-                show=self.show,
+                to_input=self.to_input,
                 keep_context=config.context == "shared_context" and config.keep_context,
             )
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
-        rollouts, seen_BFCHW = self._seen()
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
+        rollouts, input_BFCHW = self._seen()
         teacher = self._matched(batch)
         metrics: dict[str, float] = {}
-        for _ in range(self.critic.config.steps_per_update):
-            metrics = self.critic.step(teacher, seen_BFCHW, rollouts.prompts)
-        return {f"critic/{key}": value for key, value in metrics.items()}
+        for _ in range(self.discriminator.config.steps_per_update):
+            metrics = self.discriminator.step(teacher, input_BFCHW, rollouts.prompts)
+        return {f"discriminator/{key}": value for key, value in metrics.items()}
 
     def _seen(self) -> tuple[Rollouts, Tensor]:
         """This step's rollouts and what the discriminator sees of them."""
         rollouts = self._current()
-        assert rollouts.seen_BFCHW is not None
-        return rollouts, rollouts.seen_BFCHW
+        assert rollouts.input_BFCHW is not None
+        return rollouts, rollouts.input_BFCHW
 
     def _matched(self, batch: Batch) -> Tensor:
         """Each rollout's teacher video."""
         return batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
 
     def student_step(self, batch: Batch) -> dict[str, float]:
-        rollouts, seen_BFCHW = self._seen()
+        rollouts, input_BFCHW = self._seen()
         group = self.config.samples_per_prompt
-        score_B = self.critic.score(seen_BFCHW, rollouts.prompts).float().cpu()
+        score_B = self.discriminator.score(input_BFCHW, rollouts.prompts).float().cpu()
         r_B, metrics = self._weights(batch, self.ranks.gather(score_B))
         r_B = r_B[batch.own(group)]
         self.shown = Shown(
@@ -114,7 +114,7 @@ class Afd(StudentMethod):
         )
         if self.watch is not None:
             metrics |= self.watch(batch.step, score_B, rollouts.x_BFCHW, rollouts.prompts, group)
-        if batch.step >= self.critic.config.warmup_updates:
+        if batch.step >= self.discriminator.config.warmup_updates:
             metrics |= self._update(batch, rollouts, r_B)
         self._rollouts = None
         return metrics
@@ -126,7 +126,7 @@ class Afd(StudentMethod):
         if config.advantage == "random":
             used_B = torch.randn(score_B.shape, generator=self.generator)
         if config.baseline == "teacher":
-            teacher_P = self.critic.score(batch.teacher_BFCHW, batch.prompts).float().cpu()
+            teacher_P = self.discriminator.score(batch.teacher_BFCHW, batch.prompts).float().cpu()
             teacher_B = self.ranks.gather(teacher_P).repeat_interleave(group)
         _, r_B = optimality(used_B, group, config, teacher_B, self.score_average)
         mean = float(used_B.mean())
@@ -261,17 +261,17 @@ class Afd(StudentMethod):
         return self.policies.using(self.old if self.config.ema_decay is None else "ema")
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, optimizer, critic and random numbers."""
+        """Weights of all versions, optimizer, discriminator and random numbers."""
         return {
             "policies": self.policies.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
             "generator": self.generator.get_state(),
             "score_average": self.score_average,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("policies", "optimizer", "critic"):
+        for name in ("policies", "optimizer", "discriminator"):
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         self.score_average = state["score_average"]

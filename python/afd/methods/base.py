@@ -25,8 +25,8 @@ class Batch:
     Attributes:
         step: optimizer step, from 0.
         prompts: this process's.
-        teacher_BFCHW: one finished teacher video per prompt, as the method `sees` it: looked at by
-            its `look`, or encoded into the student's own space.
+        teacher_BFCHW: one finished teacher video per prompt in the method's `input_space`: pixels
+            that its `prepare` has gone over, or latents.
         first: number of prompts[0] among the prompts of all processes.
         total: number of prompts of all processes; None: these are all.
     """
@@ -69,18 +69,18 @@ class Method(Protocol):
 
     name: str
     needs_rollout: bool
-    needs_critic: bool
-    sees: Literal["video", "latent"]
+    needs_discriminator: bool
+    input_space: Literal["pixels", "latents"]
     codec: Codec
     shown: Shown | None  # the first video of the last step, where the student makes any
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        """What is kept of a teacher's video [-1, 1] where `sees` is "video"."""
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
+        """What is kept of a teacher's video [-1, 1] where `input_space` is "pixels"."""
         ...
 
     def rollout(self, batch: Batch) -> None: ...
 
-    def critic_step(self, batch: Batch) -> dict[str, float]: ...
+    def discriminator_step(self, batch: Batch) -> dict[str, float]: ...
 
     def student_step(self, batch: Batch) -> dict[str, float]: ...
 

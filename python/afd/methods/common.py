@@ -7,12 +7,12 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
-from afd.discriminators.base import Critic
+from afd.discriminators.base import Discriminator
 from afd.distributed import ALONE, Ranks
 from afd.methods.base import Shown
 from afd.methods.config import StudentOptimizerConfig
 from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import Rollouts, Show, Streaming
+from afd.methods.rollouts import InputPipeline, Rollouts, Streaming
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
 from afd.video.config import VideoConfig
@@ -23,7 +23,7 @@ class StudentMethod:
 
     Args:
         policies: the versions of the student's weights, "theta" among them.
-        critic: who looks at the videos; None: nobody, and the teacher's are seen as latents.
+        discriminator: who looks at the videos; None: nobody, and the teacher's are seen as latents.
         denoising_steps, first_chunk_steps, context_noise: how the student denoises
             (`afd.rollout.stream`).
         codec: between the student's space and pixels.
@@ -36,7 +36,7 @@ class StudentMethod:
         self,
         policies: Policies,
         config: StudentOptimizerConfig,
-        critic: Critic | None = None,
+        discriminator: Discriminator | None = None,
         *,
         denoising_steps: Sequence[float],
         codec: Codec | None = None,
@@ -49,8 +49,12 @@ class StudentMethod:
     ) -> None:
         self.policies, self.ranks, self.codec = policies, ranks, codec or Pixels()
         self.config: StudentOptimizerConfig = config
-        self.sees: Literal["video", "latent"] = "latent" if critic is None else critic.sees
-        self.show = None if critic is None else Show(critic, self.codec, video)
+        self.input_space: Literal["pixels", "latents"] = (
+            "latents" if discriminator is None else discriminator.input_space
+        )
+        self.to_input = (
+            None if discriminator is None else InputPipeline(discriminator, self.codec, video)
+        )
         self.streaming = Streaming(denoising_steps, first_chunk_steps, context_noise, rollout_batch)
         student = policies.student
         self.chunks = student.frames // student.chunk
@@ -61,12 +65,18 @@ class StudentMethod:
         self.shown: Shown | None = None
         self._rollouts: Rollouts | None = None
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        """What is kept of a teacher's video [-1, 1] where `sees` is "video"."""
-        return video_BFCHW if self.show is None else self.show.critic.look(video_BFCHW)
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
+        """What is kept of a teacher's video [-1, 1] where `input_space` is "pixels"."""
+        return (
+            video_BFCHW
+            if self.to_input is None
+            else self.to_input.discriminator.prepare(video_BFCHW)
+        )
 
     def _current(self) -> Rollouts:
         """This step's rollouts."""
         if self._rollouts is None:
-            raise RuntimeError("no rollouts: call rollout(batch) before critic_step, student_step")
+            raise RuntimeError(
+                "no rollouts: call rollout(batch) before discriminator_step, student_step"
+            )
         return self._rollouts

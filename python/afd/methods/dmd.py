@@ -36,7 +36,7 @@ WEIGHTING = {"x0": (0.1, 1), "velocity": (1e-3, 2)}
 
 
 class Dmd(LastStepMethod):
-    """The DMD baseline (see `Method`); its `critic_step` fits the two fields.
+    """The DMD baseline (see `Method`); its `discriminator_step` fits the two fields.
 
     Args:
         policies: the versions of the student that the configuration needs.
@@ -55,7 +55,7 @@ class Dmd(LastStepMethod):
             for name in FIELDS
         }
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
         """Fit `real` to the teacher's videos and `fake` to the student's."""
         rollouts, G = self._current(), self.config.samples_per_prompt
         text_BLE = self.policies.student.encode(batch.prompts)

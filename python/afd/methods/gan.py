@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from afd.discriminators.base import DifferentiableCritic, held
+from afd.discriminators.base import DifferentiableDiscriminator, held
 from afd.methods.base import Batch
 from afd.methods.config import GanConfig
 from afd.methods.last_step import LastStepMethod
@@ -32,35 +32,41 @@ class Gan(LastStepMethod):
     name = "gan"
 
     def __init__(
-        self, policies: Policies, critic: DifferentiableCritic, config: GanConfig, **how: Any
+        self,
+        policies: Policies,
+        discriminator: DifferentiableDiscriminator,
+        config: GanConfig,
+        **how: Any,
     ) -> None:
-        super().__init__(policies, config, critic, **how)
-        self.critic = critic
+        super().__init__(policies, config, discriminator, **how)
+        self.discriminator = discriminator
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
         rollouts = self._current()
-        assert rollouts.seen_BFCHW is not None
+        assert rollouts.input_BFCHW is not None
         teacher = batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
         metrics: dict[str, float] = {}
-        for _ in range(self.critic.config.steps_per_update):
-            metrics = self.critic.step(teacher, rollouts.seen_BFCHW, rollouts.prompts)
-        return {f"critic/{key}": value for key, value in metrics.items()}
+        for _ in range(self.discriminator.config.steps_per_update):
+            metrics = self.discriminator.step(teacher, rollouts.input_BFCHW, rollouts.prompts)
+        return {f"discriminator/{key}": value for key, value in metrics.items()}
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
-        if batch.step >= self.critic.config.warmup_updates:
-            with held(self.critic):
+        if batch.step >= self.discriminator.config.warmup_updates:
+            with held(self.discriminator):
                 metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
         self._rollouts = None
         return metrics
 
     def _update(self, rollouts: Rollouts, count: int) -> dict[str, float]:
         """One update; `count`: videos of all processes."""
-        assert self.show is not None
+        assert self.to_input is not None
         scores, priors = [], []
         for part in self._parts(rollouts):
             x_BFCHW, prior_B = self.predict(rollouts, part)
-            score_B = self.critic.differentiable_score(self.show(x_BFCHW), rollouts.prompts[part])
+            score_B = self.discriminator.differentiable_score(
+                self.to_input(x_BFCHW), rollouts.prompts[part]
+            )
             loss = F.softplus(-score_B).sum() + self.config.prior_weight * prior_B.sum()
             self.optimizer.add(loss / count)
             scores.append(score_B.detach())
@@ -70,17 +76,17 @@ class Gan(LastStepMethod):
         return self._finish_update(score_mean=scores, prior=priors)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, optimizer, critic and random numbers."""
+        """Weights of all versions, optimizer, discriminator and random numbers."""
         return {
             "policies": self.policies.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policies.load_state_dict(state["policies"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.critic.load_state_dict(state["critic"])
+        self.discriminator.load_state_dict(state["discriminator"])
         self.generator.set_state(state["generator"])
         self._rollouts = None

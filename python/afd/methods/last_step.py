@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.discriminators.base import Critic
+from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch, Shown
 from afd.methods.common import StudentMethod
 from afd.methods.config import LastStepConfig
@@ -34,12 +34,16 @@ class LastStepMethod(StudentMethod):
         how: what all methods are given (see `StudentMethod`).
     """
 
-    needs_rollout, needs_critic = True, True
+    needs_rollout, needs_discriminator = True, True
 
     def __init__(
-        self, policies: Policies, config: LastStepConfig, critic: Critic | None = None, **how: Any
+        self,
+        policies: Policies,
+        config: LastStepConfig,
+        discriminator: Discriminator | None = None,
+        **how: Any,
     ) -> None:
-        super().__init__(policies, config, critic, **how)
+        super().__init__(policies, config, discriminator, **how)
         self.config: LastStepConfig = config
         first = self.first_times or self.times
         last = [first[-1], *self.times[-1:] * (self.chunks - 1)]
@@ -55,7 +59,7 @@ class LastStepMethod(StudentMethod):
                 self.config.samples_per_prompt,
                 self.generator,
                 self.streaming,
-                show=self.show,
+                to_input=self.to_input,
                 keep_last_inputs=True,
             )
         self.shown = Shown(self._rollouts.prompts[0], self._rollouts.x_BFCHW[0].cpu())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from afd.discriminators.base import Critic
+from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch
 from afd.models.codec import Codec
 from afd.models.student import Student
@@ -41,7 +41,7 @@ class Rollouts:
 
     Attributes:
         x_BFCHW: in the student's space, float32 on its device.
-        seen_BFCHW: what a discriminator looks at of them, on the CPU; None without one.
+        input_BFCHW: what a discriminator looks at of them, on the CPU; None without one.
         contexts: the clean context of each video alone, as it was while the video was made.
         last_inputs_BFCHW: what the last denoising step of each chunk was given; None unless kept.
     """
@@ -49,7 +49,7 @@ class Rollouts:
     x_BFCHW: Tensor
     prompts: list[str]
     text_BLE: Tensor
-    seen_BFCHW: Tensor | None
+    input_BFCHW: Tensor | None
     contexts: list[list[LayerKV]]
     last_inputs_BFCHW: Tensor | None = None
 
@@ -66,31 +66,35 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-class Show:
+class InputPipeline:
     """From the student's videos to what the discriminator looks at, like the teacher's.
 
     With `codec_match` they pass the codec that the teacher's went through; gradients pass it as if
     it were not there.
     """
 
-    def __init__(self, critic: Critic, codec: Codec, video: VideoConfig | None) -> None:
-        self.critic, self.codec, self.video = critic, codec, video
+    def __init__(
+        self, discriminator: Discriminator, codec: Codec, video: VideoConfig | None
+    ) -> None:
+        self.discriminator, self.codec, self.video = discriminator, codec, video
 
     def __call__(self, x_BFCHW: Tensor) -> Tensor:
         return self.finish(self.decode(x_BFCHW))
 
     def decode(self, x_BFCHW: Tensor) -> Tensor:
         """The accelerator's part: pixels, or latents where the discriminator sees those."""
-        return x_BFCHW if self.critic.sees == "latent" else self.codec.decode(x_BFCHW)
+        return (
+            x_BFCHW if self.discriminator.input_space == "latents" else self.codec.decode(x_BFCHW)
+        )
 
     def finish(self, decoded_BFCHW: Tensor) -> Tensor:
         """The rest; of pixels on the CPU it needs no accelerator."""
         video = self.video
-        if self.critic.sees == "video" and video is not None and video.codec_match:
+        if self.discriminator.input_space == "pixels" and video is not None and video.codec_match:
             from afd.video import through_codec  # needs PyAV, which no other rollout does
 
             decoded_BFCHW = through_codec(decoded_BFCHW, fps=video.fps, crf=video.crf)
-        return self.critic.look(decoded_BFCHW)
+        return self.discriminator.prepare(decoded_BFCHW)
 
 
 @torch.no_grad()
@@ -101,7 +105,7 @@ def roll_out(
     generator: Generator,
     streaming: Streaming,
     *,
-    show: Show | None = None,
+    to_input: InputPipeline | None = None,
     keep_context: bool = False,
     keep_last_inputs: bool = False,
 ) -> Rollouts:
@@ -139,11 +143,11 @@ def roll_out(
                 given.append(torch.cat(inputs, 1).float())
             videos.append(x_BFCHW)
             texts.append(text_BLE)
-            if show is not None:
+            if to_input is not None:
                 if len(seen) >= ENCODERS:
                     # Whole videos wait to be encoded: no more of them than are being so.
                     seen[-ENCODERS].result()
-                seen.append(pool.submit(show.finish, show.decode(x_BFCHW).cpu()))
+                seen.append(pool.submit(to_input.finish, to_input.decode(x_BFCHW).cpu()))
             if keep_context:
                 # The last chunk's slots hold a denoising step, not its context; none looks at them.
                 contexts += [

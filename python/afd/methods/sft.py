@@ -66,7 +66,7 @@ class Sft(StudentMethod):
         how: what all methods are given (see `StudentMethod`).
     """
 
-    name, needs_rollout, needs_critic = "sft", False, False
+    name, needs_rollout, needs_discriminator = "sft", False, False
 
     def __init__(self, policies: Policies, config: SftConfig, **how: Any) -> None:
         super().__init__(policies, config, **how)
@@ -76,7 +76,7 @@ class Sft(StudentMethod):
     def rollout(self, batch: Batch) -> None:
         """Nothing: the videos are the teacher's."""
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
         return {}
 
     def student_step(self, batch: Batch) -> dict[str, float]:

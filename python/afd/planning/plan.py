@@ -28,7 +28,7 @@ from afd.teachers.forecast import Forecast
 from afd.trainer.build import check_size
 
 # When a part of the memory is in use; "always" adds to each of the others.
-MOMENTS = ("rollout", "critic", "student")
+MOMENTS = ("rollout", "discriminator", "student")
 
 
 @dataclass(frozen=True)

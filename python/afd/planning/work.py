@@ -70,21 +70,21 @@ class Work:
         self.method: StudentOptimizerConfig = getattr(config, config.method)
         self.group = getattr(self.method, "samples_per_prompt", 1)
         self.rolls = config.method != "sft"
-        self.critic = config.discriminator if config.method in ("afd", "gan") else None
+        self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
         # Of the process with the most prompts.
         self.prompts = -(-config.prompts_per_update // processes)
         self.videos = self.prompts * self.group
         draws = getattr(self.method, "draws", 1)
         self.micro = min(self.method.micro_batch or self.videos * draws, self.videos * draws)
         self.pixels = config.video.height * config.video.width
-        self.sees_video = isinstance(self.critic, VideoAlignConfig)
+        self.sees_video = isinstance(self.discriminator, VideoAlignConfig)
 
     # --- memory ---
 
     def memory(self) -> Iterator[Part]:
         yield from self._weights()
         yield from self._codec()
-        yield from self._critic()
+        yield from self._discriminator()
         yield from self._rollout()
         yield from self._update()
 
@@ -145,36 +145,36 @@ class Work:
             encode = cost.encode_bytes(self.pixels, self.vae_item)
             yield Part("encode", encode, "start", "one teacher video")
 
-    def _critic(self) -> Iterator[Part]:
-        critic = self.critic
-        if isinstance(critic, VideoAlignConfig):
-            item = DTYPES[critic.dtype].itemsize
-            trained = READER.lora(critic.lora_rank)
+    def _discriminator(self) -> Iterator[Part]:
+        discriminator = self.discriminator
+        if isinstance(discriminator, VideoAlignConfig):
+            item = DTYPES[discriminator.dtype].itemsize
+            trained = READER.lora(discriminator.lora_rank)
             yield Part("VideoAlign", READER.parameters * item, "always", "frozen weights")
             state = 4 * cost.FLOAT * trained
             note = "LoRA, gradients and Adam, fp32"
             yield Part("VideoAlign training", state, "always", note)
-            pairs = min(critic.micro_batch or self.videos, self.videos)
+            pairs = min(discriminator.micro_batch or self.videos, self.videos)
             patches, _ = self._patches()
             kept = READER.activation_bytes(
-                patches, item, checkpointed=critic.gradient_checkpointing
+                patches, item, checkpointed=discriminator.gradient_checkpointing
             )
-            moment = "student" if self.config.method == "gan" else "critic"
+            moment = "student" if self.config.method == "gan" else "discriminator"
             note = f"{pairs} pair(s) at a time"
             yield Part("VideoAlign activations", 2 * pairs * kept, moment, note)
-        elif isinstance(critic, LatentConfig):
-            numbers = sum(p.numel() for p in self._scorer(critic).parameters())
+        elif isinstance(discriminator, LatentConfig):
+            numbers = sum(p.numel() for p in self._scorer(discriminator).parameters())
             yield Part("discriminator", 4 * cost.FLOAT * numbers, "always", "weights and Adam")
         elif self.config.method == "dmd":
             checkpointed = self.config.student.checkpoint_blocks
             sizes = self.net, self.micro, self.item
             kept = 2 * cost.activation_bytes(*sizes, checkpointed=checkpointed)
             note = f"real or fake, {self.micro} video(s) a pass, and through their context"
-            yield Part("fields' activations", kept, "critic", note)
+            yield Part("fields' activations", kept, "discriminator", note)
 
-    def _scorer(self, critic: LatentConfig) -> LatentScorer:
+    def _scorer(self, discriminator: LatentConfig) -> LatentScorer:
         with torch.device("meta"):
-            return LatentScorer(16, 4096, critic.width)
+            return LatentScorer(16, 4096, discriminator.width)
 
     def _rollout(self) -> Iterator[Part]:
         if not self.rolls:
@@ -211,13 +211,13 @@ class Work:
             yield Part("context", one, "student", "keys and values of a pass's clean videos")
 
     def checkpoint_bytes(self) -> int:
-        """One saved state: masters of all versions, moments of the trained, the critic's alike."""
+        """Bytes of one saved state: masters, moments, and the same of the discriminator."""
         names, trained = self.versions()
         numbers = (len(names) + 2 * len(trained)) * self.net.trained
-        if isinstance(self.critic, VideoAlignConfig):
-            numbers += 3 * READER.lora(self.critic.lora_rank)
-        elif isinstance(self.critic, LatentConfig):
-            numbers += 3 * sum(p.numel() for p in self._scorer(self.critic).parameters())
+        if isinstance(self.discriminator, VideoAlignConfig):
+            numbers += 3 * READER.lora(self.discriminator.lora_rank)
+        elif isinstance(self.discriminator, LatentConfig):
+            numbers += 3 * sum(p.numel() for p in self._scorer(self.discriminator).parameters())
         return cost.FLOAT * numbers
 
     # --- work ---
@@ -240,9 +240,9 @@ class Work:
             )
         if self.sees_video:
             yield Phase("decode", 0.0, videos * decode, config.updates, f"{videos} videos")
-        if self.critic is not None or config.method == "dmd":
+        if self.discriminator is not None or config.method == "dmd":
             flop, note = self._critic_work(videos)
-            yield Phase("critic", flop, 0.0, config.updates, note)
+            yield Phase("discriminator", flop, 0.0, config.updates, note)
         flop, convolutions, note = self._student_work(videos, decode)
         updates = max(0, config.updates - self._waits())
         yield Phase("student", flop, convolutions, updates, note)
@@ -254,33 +254,36 @@ class Work:
             yield Phase("evaluation", rollout + rate, decode, measured, note)
 
     def _critic_work(self, videos: int) -> tuple[float, str]:
-        critic, config = self.critic, self.config
+        discriminator, config = self.discriminator, self.config
         if config.method == "dmd":
             fits, checkpointed = config.dmd.score_updates, config.student.checkpoint_blocks
             flop = cost.sft_flop(self.net, draws=1, checkpointed=checkpointed)
             teachers = config.prompts_per_update
             note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
             return fits * (teachers + videos) * flop, note
-        if isinstance(critic, VideoAlignConfig):
+        if isinstance(discriminator, VideoAlignConfig):
             patches, pictures = self._patches()
             one = READER.train_flop(
-                patches, pictures, critic.lora_rank, checkpointed=critic.gradient_checkpointing
+                patches,
+                pictures,
+                discriminator.lora_rank,
+                checkpointed=discriminator.gradient_checkpointing,
             )
             scored = videos
             if config.method == "gan":
                 scored = 0  # in the student's update
             elif config.afd.baseline == "teacher":
                 scored += config.prompts_per_update
-            total = 2 * videos * one * critic.steps_per_update + scored * self._score_flop()
-            note = f"{critic.steps_per_update} step(s) on {videos} pairs"
+            total = 2 * videos * one * discriminator.steps_per_update + scored * self._score_flop()
+            note = f"{discriminator.steps_per_update} step(s) on {videos} pairs"
             return total, note + (f", and {scored} scores" if scored else "")
         return 0.0, "small; not counted"
 
     def _score_flop(self) -> float:
-        critic = self.critic
-        assert isinstance(critic, VideoAlignConfig)
+        discriminator = self.discriminator
+        assert isinstance(discriminator, VideoAlignConfig)
         patches, pictures = self._patches()
-        return READER.score_flop(patches, pictures, critic.lora_rank)
+        return READER.score_flop(patches, pictures, discriminator.lora_rank)
 
     def _student_work(self, videos: int, decode: float) -> tuple[float, float, str]:
         config, net = self.config, self.net
@@ -316,7 +319,7 @@ class Work:
             return videos * flop, 0.0, f"through the last step, with both fields' views; {told}"
         if not self.sees_video:
             return videos * flop, 0.0, f"through the last step; {told}"
-        # Forward, the same again in the backward, and the backward; and so through the critic.
+        # Forward, recomputation and backward, through the discriminator as well.
         flop += 3 * self._score_flop()
         return videos * flop, videos * 4 * decode, f"through the last step and the decode; {told}"
 
@@ -325,7 +328,7 @@ class Work:
         if self.config.method == "dmd":
             dmd = self.config.dmd
             return max(0, -(-dmd.score_warmup_updates // dmd.score_updates) - 1)
-        return self.critic.warmup_updates if self.critic is not None else 0
+        return self.discriminator.warmup_updates if self.discriminator is not None else 0
 
     def _evaluated(self) -> int:
         """Held-out videos of all evaluations of the run."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from afd.cache import Store
 from afd.config.run import RunConfig
-from afd.discriminators.base import DifferentiableCritic
+from afd.discriminators.base import DifferentiableDiscriminator
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
 from afd.methods.afd import Afd, Watch
@@ -36,10 +36,10 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     needed and packages that are missing.
     """
     student, codec = build_student(config, ranks, prompts)
-    critic = None
+    discriminator = None
     if config.method in ("afd", "gan"):
-        critic = build_critic(config, student, ranks, prompts)
-        if config.video.codec_match and critic.sees == "latent":
+        discriminator = build_discriminator(config, student, ranks, prompts)
+        if config.video.codec_match and discriminator.input_space == "latents":
             _log.info("video.codec_match does nothing here: the discriminator sees latents")
     section = config.student
     method: StudentOptimizerConfig = getattr(config, config.method)
@@ -65,10 +65,10 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
         return Sft(policies, config.sft, **shared)
     if config.method == "dmd":
         return Dmd(policies, config.dmd, **shared)
-    assert critic is not None
+    assert discriminator is not None
     if config.method == "gan":
-        return Gan(policies, critic, config.gan, **shared)
-    return Afd(policies, critic, config.afd, watch=_watch(config, ranks), **shared)
+        return Gan(policies, discriminator, config.gan, **shared)
+    return Afd(policies, discriminator, config.afd, watch=_watch(config, ranks), **shared)
 
 
 def _watch(config: RunConfig, ranks: Ranks) -> Watch | None:
@@ -116,9 +116,9 @@ def check_size(config: RunConfig) -> None:
         )
 
 
-def build_critic(
+def build_discriminator(
     config: RunConfig, student: Student, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
-) -> DifferentiableCritic:
+) -> DifferentiableDiscriminator:
     """The discriminator that a configuration names, which can read the prompts."""
     with _config_errors("discriminator"):
         return config.discriminator.build(

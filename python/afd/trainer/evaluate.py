@@ -82,7 +82,7 @@ class Evaluated:
 
     Attributes:
         teacher_videos: makes [N, F, C, H, W] in [-1, 1], some of the teacher's training videos.
-        codec, critic: of the run's method.
+        codec, discriminator: of the run's method.
         prompts: of held-out videos, see `evaluation_prompts`.
         ranks: the processes that share an evaluation's videos.
     """
@@ -90,7 +90,7 @@ class Evaluated:
     config: RunConfig
     teacher_videos: Callable[[], Tensor]
     codec: Codec
-    critic: Any
+    discriminator: Any
     prompts: Sequence[str]
     ranks: Ranks
 
@@ -100,14 +100,14 @@ def make_evaluator(
     teacher_videos: Callable[[], Tensor],
     *,
     codec: Codec | None = None,
-    critic: Any = None,
+    discriminator: Any = None,
     prompts: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> Evaluator | None:
     """The metrics that `evaluation.kind` names (arguments: `Evaluated`); None for "none"."""
     if config.evaluation.kind == "none":
         return None
-    run = Evaluated(config, teacher_videos, codec or Pixels(), critic, prompts, ranks)
+    run = Evaluated(config, teacher_videos, codec or Pixels(), discriminator, prompts, ranks)
     evaluator: Evaluator = find("metrics", config.evaluation.kind)(run)
     return evaluator
 
@@ -153,7 +153,7 @@ class VideoMetrics:
 
     def __init__(self, run: Evaluated) -> None:
         self.config, self.codec, self.ranks = run.config, run.codec, run.ranks
-        self.judge = run.critic if hasattr(run.critic, "released_ratings") else None
+        self.judge = run.discriminator if hasattr(run.discriminator, "released_ratings") else None
         self.prompts = list(run.prompts)
 
     @staticmethod
@@ -189,7 +189,7 @@ class VideoMetrics:
                 judged = video_1FCHW
                 if config.video.codec_match:
                     judged = through_codec(judged, fps=config.video.fps, crf=config.video.crf)
-                seen = judge.look(judged)
+                seen = judge.prepare(judged)
                 ratings = judge.released_ratings(seen, [asked[index]])
                 row |= {name: float(value) for name, value in ratings.items()}
                 row["score"] = float(judge.score(seen, [asked[index]]))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-AGREEMENT, MOTION, FROZEN, MARGIN = "agreement/phys", "motion", "MQ", "critic/margin"
+AGREEMENT, MOTION, FROZEN, MARGIN = "agreement/phys", "motion", "MQ", "discriminator/margin"
 OLD_DEVIATION = "student/old_deviation"
 # Motion below this share of the base student's; a fall of the frozen rating, in its standard
 # deviations, while the margin shrinks by at least this much.
@@ -64,10 +64,10 @@ class Signs:
 
     def _smooth_accuracy(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The accuracy over the last tens of updates; a single batch is often all right."""
-        if "critic/accuracy" not in metrics:
+        if "discriminator/accuracy" not in metrics:
             return {}
-        self._accuracy = 0.95 * self._accuracy + 0.05 * metrics["critic/accuracy"]
-        return {"critic/accuracy": self._accuracy}
+        self._accuracy = 0.95 * self._accuracy + 0.05 * metrics["discriminator/accuracy"]
+        return {"discriminator/accuracy": self._accuracy}
 
     def _falling(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """The score once ranked by physics and no longer does: the best sign to stop early."""
@@ -162,7 +162,7 @@ def signs(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
             f"discriminator margin {margin:.1f} is above 5: it may rank a shortcut; compare the "
             "videos by eye",
         )
-    if value("critic/accuracy") >= 0.995:
+    if value("discriminator/accuracy") >= 0.995:
         yield (
             "accuracy",
             "discriminator accuracy is 1: its scores say little about the student; lower "

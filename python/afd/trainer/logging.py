@@ -31,7 +31,7 @@ from rich.text import Text
 
 from afd.files import JsonAppender, read_json_lines, refuse_odd, write_bytes, write_text
 
-PHASES = ("teacher", "rollout", "critic", "student", "evaluate")
+PHASES = ("teacher", "rollout", "discriminator", "student", "evaluate")
 LABELS = dict(
     zip(PHASES, ("teacher wait", "rollout", "discriminator", "student", "evaluation"), strict=True)
 )

@@ -163,11 +163,11 @@ def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ran
     return Videos(
         teacher,
         config.video,
-        sees=method.sees,
-        look=method.look,
+        input_space=method.input_space,
+        prepare=method.prepare,
         codec=method.codec,
         # Pixels are not kept, so that a run on them needs no home for a cache.
-        store=Store.of(config.cache) if method.sees == "latent" else None,
+        store=Store.of(config.cache) if method.input_space == "latents" else None,
         ranks=ranks,
         accept=config.checkpoint.accept_changed_inputs,
     )
@@ -191,7 +191,7 @@ def _evaluator(
         config,
         lambda: _clips(videos, teacher),
         codec=method.codec,
-        critic=getattr(method, "critic", None),
+        discriminator=getattr(method, "discriminator", None),
         prompts=evaluation_prompts(config, teacher.requests),
         ranks=ranks,
     )
@@ -301,7 +301,7 @@ class Trainer:
         return Outcome.FINISHED
 
     def _update(self, timers: Timers) -> dict[str, float]:
-        """The whole algorithm at a glance: ask, roll out, train the critic, train the student."""
+        """One update: draw requests, roll out, train the discriminator, train the student."""
         method = self.method
         with timers("teacher"), self._saved_without_videos():
             batch = self._next_batch()
@@ -309,9 +309,9 @@ class Trainer:
             with timers("rollout"):
                 method.rollout(batch)
         metrics: dict[str, float] = {}
-        if method.needs_critic:
-            with timers("critic"):
-                metrics |= method.critic_step(batch)
+        if method.needs_discriminator:
+            with timers("discriminator"):
+                metrics |= method.discriminator_step(batch)
         with timers("student"):
             metrics |= method.student_step(batch)
         self.step += 1
@@ -340,7 +340,7 @@ class Trainer:
         own = self.ranks.share(count)
         prompts = [request.prompt for request in requests[own]]
         videos = self.videos.fetch(requests[own])
-        self.seen_1FCHW = videos[:1]
+        self.input_1FCHW = videos[:1]
         return Batch(self.step, prompts, videos, first=own.start, total=count)
 
     def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
@@ -382,11 +382,11 @@ class Trainer:
             shown = Shown(prompt, x_1FCHW[0])
         if self.records is None:
             return
-        # Of the critics' two ways to score, the one that draws no random number of the run's.
-        score = getattr(getattr(self.method, "critic", None), "differentiable_score", None)
+        # Of the two ways to score, the one that draws no random number of the run's.
+        score = getattr(getattr(self.method, "discriminator", None), "differentiable_score", None)
         with torch.no_grad():
             if score is not None and shown.score is not None:
-                shown = replace(shown, teacher_score=float(score(self.seen_1FCHW, [shown.prompt])))
+                shown = replace(shown, teacher_score=float(score(self.input_1FCHW, [shown.prompt])))
             (student,) = self.method.codec.decode(shown.x_FCHW[None].to(self.ranks.device))
         left, right = (to_uint8(x).numpy() for x in (self.videos.clip(self.asked), student))
         fps = self.config.video.rate

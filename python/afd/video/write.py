@@ -68,10 +68,10 @@ def through_codec(video_BFCHW: Tensor, *, fps: float | None = None, crf: int = 1
     workers = max(1, min(len(video_BFCHW), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
         seen = list(pool.map(one, video_BFCHW.detach().cpu().unbind()))
-    seen_BFCHW = torch.stack(seen).to(video_BFCHW.device)
+    input_BFCHW = torch.stack(seen).to(video_BFCHW.device)
     if video_BFCHW.requires_grad:
-        return seen_BFCHW + (video_BFCHW - video_BFCHW.detach()).float()
-    return seen_BFCHW
+        return input_BFCHW + (video_BFCHW - video_BFCHW.detach()).float()
+    return input_BFCHW
 
 
 def _check_encodable(video_FCHW: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from afd.discriminators.config import VideoAlignConfig
-from afd.discriminators.pairs import CriticOptimizer, PairCritic
+from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
 from afd.discriminators.videoalign.model import VideoAlign, rewards
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
@@ -29,8 +29,8 @@ from afd_kernels.contracts import require
 TARGETS = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
-class VideoAlignCritic(PairCritic):
-    """A VideoAlign that learns to rank the teacher's videos above the student's (see `Critic`).
+class VideoAlignDiscriminator(PairDiscriminator):
+    """A VideoAlign that learns to rank the teacher's videos above the student's.
 
     Videos are pixels in [-1, 1]; both sides go through the same preprocessing.
     """
@@ -67,7 +67,7 @@ class VideoAlignCritic(PairCritic):
             getattr(scorer.network, enable)({"use_reentrant": False})
         # Only checkpointing looks at the mode: there is no dropout.
         scorer.network.train(config.gradient_checkpointing)
-        self.optimizer = CriticOptimizer(self.trained().values(), config)
+        self.optimizer = DiscriminatorOptimizer(self.trained().values(), config)
 
     def trained(self) -> dict[str, Tensor]:
         """What is trained, by name: the LoRA and the head."""
@@ -76,7 +76,7 @@ class VideoAlignCritic(PairCritic):
 
     # --- scores ---
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """The frames that are looked at: about two a second."""
         return self.scorer.settings.preprocessing.choose(video_BFCHW, self.video_fps)
 
@@ -126,8 +126,8 @@ def build(
     *,
     seed: int = 0,
     ranks: Ranks = ALONE,
-) -> VideoAlignCritic:
-    """As a configuration names it (`CriticConfig.build`)."""
+) -> VideoAlignDiscriminator:
+    """As a configuration names it (`DiscriminatorConfig.build`)."""
     if config.checkpoint is None:
         raise ConfigError(
             "discriminator.checkpoint: not given; needed: the folder of the released VideoReward "
@@ -142,4 +142,4 @@ def build(
     )
     for prompt in prompts:  # now, and not in the update that asks it
         scorer.prompts.request(prompt)
-    return VideoAlignCritic(scorer, config, video_fps=video.rate, seed=seed, ranks=ranks)
+    return VideoAlignDiscriminator(scorer, config, video_fps=video.rate, seed=seed, ranks=ranks)

@@ -15,7 +15,7 @@ DEVIATIONS = (
     ("student/old_deviation", "its own average", "afd"),
 )
 # Phases in the trainer's order; what lies between them is "other".
-PHASES = ("teacher", "rollout", "critic", "student", "evaluate", "other")
+PHASES = ("teacher", "rollout", "discriminator", "student", "evaluate", "other")
 
 
 def plane(parts: dict[str, Part]) -> Chart | None:
@@ -65,14 +65,14 @@ def charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
         parts,
         "Discriminator accuracy",
         "share of prompt-matched pairs in which the teacher’s video scores higher",
-        (("critic/accuracy", "accuracy", "afd"),),
+        (("discriminator/accuracy", "accuracy", "afd"),),
         run=run,
     )
     yield update_chart(
         parts,
         "Discriminator margin",
         "mean score of the teacher’s video above the student’s; above 5 hints at a shortcut",
-        (("critic/margin", "margin", "afd"),),
+        (("discriminator/margin", "margin", "afd"),),
         zero=True,
         run=run,
     )
@@ -85,7 +85,7 @@ def charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
     )
     lines = (("student/loss", "student", run),)
     yield update_chart(parts, f"{LABELS[run]} loss", "", lines, run=run)
-    lines = (("critic/loss", "discriminator", "teacher"),)
+    lines = (("discriminator/loss", "discriminator", "teacher"),)
     yield update_chart(parts, "Discriminator loss", "", lines, run=run)
     yield update_chart(
         parts,
@@ -152,7 +152,11 @@ def update_chart(
 def more_charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
     """Every logged key that has no chart of its own."""
     shown = {"student/loss", "student/r_mean", "student/r_at_0", "student/r_at_1"}
-    shown |= {key for key, _, _ in DEVIATIONS} | {"critic/accuracy", "critic/margin", "critic/loss"}
+    shown |= {key for key, _, _ in DEVIATIONS} | {
+        "discriminator/accuracy",
+        "discriminator/margin",
+        "discriminator/loss",
+    }
     shown |= {key for key, _, _ in _agreements(parts)}
     for part in runs(parts):
         for key in keys(part):

@@ -30,9 +30,16 @@ MEANINGS = {
     "score": ("Online score", "of the discriminator as it is now; only differences mean anything"),
 }
 SHOWN = (
-    "student/r_mean", "student/r_at_0", "student/r_at_1", "critic/accuracy", "critic/margin",
-    "critic/loss", "student/loss", "student/old_deviation", "student/ref_deviation",
-)  # fmt: skip
+    "student/r_mean",
+    "student/r_at_0",
+    "student/r_at_1",
+    "discriminator/accuracy",
+    "discriminator/margin",
+    "discriminator/loss",
+    "student/loss",
+    "student/old_deviation",
+    "student/ref_deviation",
+)
 
 
 _UPDATE = re.compile(r"update_[0-9]{1,15}\Z")
@@ -185,12 +192,12 @@ def _charts(parts: dict[str, Part], run: Part) -> Iterator[Chart | None]:
         (
             "Discriminator accuracy",
             "share of prompt-matched pairs in which the teacher’s video scores higher",
-            ("critic/accuracy", "accuracy", name),
+            ("discriminator/accuracy", "accuracy", name),
         ),
         (
             "Discriminator margin",
             "mean score of the teacher’s video above the student’s",
-            ("critic/margin", "margin", name),
+            ("discriminator/margin", "margin", name),
         ),
         (
             "How far the student is from",
@@ -202,7 +209,7 @@ def _charts(parts: dict[str, Part], run: Part) -> Iterator[Chart | None]:
             "Losses",
             "",
             ("student/loss", "student", name),
-            ("critic/loss", "discriminator", "teacher"),
+            ("discriminator/loss", "discriminator", "teacher"),
         ),
     ):
         yield curves.update_chart(parts, title, note, lines, zero=title[0] != "L", run=name)
@@ -213,14 +220,14 @@ def _hacking(run: Part) -> Chart | None:
     rated = [(line["step"], numbers(line.get("metrics"))) for line in run.evaluations]
     rated = [(step, values) for step, values in rated if "MQ" in values]
     margins = [
-        (u["step"], values) for u in run.updates if "critic/margin" in (values := numbers(u))
+        (u["step"], values) for u in run.updates if "discriminator/margin" in (values := numbers(u))
     ]
     series = [
         Series("MQ of the untouched VideoAlign", run.name, *_xy(rated, "MQ", 1.0), dots=True),
         Series(
             "online score above the teacher’s",
             "teacher",
-            *_xy(margins, "critic/margin", -1.0),
+            *_xy(margins, "discriminator/margin", -1.0),
             rough=len(margins) >= 25,
         ),
     ]
