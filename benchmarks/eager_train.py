@@ -69,10 +69,10 @@ class EagerTrained(EagerWan):
         return y + adapter.scale * F.linear(F.linear(x, adapter.down), adapter.up)
 
     def teacher_forced(
-        self, x_t_BFCHW: Tensor, t_BF: Tensor, text_BLE: Tensor, clean_BFCHW: Tensor
+        self, x_t_BFCHW: Tensor, t_BF: Tensor, text_BLE: Tensor, x0_BFCHW: Tensor
     ) -> Tensor:
         """The network's output for noisy frames at times [B, F] (0-1000), like x_t."""
-        both_BFCHW = torch.cat([clean_BFCHW.to(x_t_BFCHW.dtype), x_t_BFCHW], dim=1)
+        both_BFCHW = torch.cat([x0_BFCHW.to(x_t_BFCHW.dtype), x_t_BFCHW], dim=1)
         both_BF = torch.cat([torch.zeros_like(t_BF), t_BF], dim=1)
         text = Cache([], self.text_kv(text_BLE), 0, False, text_BLE)
         return self.network(both_BFCHW, both_BF, text, 0)[:, x_t_BFCHW.shape[1] :]

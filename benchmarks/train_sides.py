@@ -295,7 +295,7 @@ def disagreement(ours: Ours, eager: Eager) -> float:
     t_BK = torch.rand(1, student.frames // student.chunk, generator=draw).to(device)
     t_BF = t_BK.repeat_interleave(student.chunk, 1)
     text = student.encode([PROMPTS[0]])
-    found = student.velocity(x_t.to(student.dtype), t_BK, text, clean_BFCHW=clean)
+    found = student.velocity(x_t.to(student.dtype), t_BK, text, x0_BFCHW=clean)
     out = eager.update.theta.teacher_forced(x_t.to(student.dtype), 1000 * t_BF, text, clean)
     expected = eager.update.velocity(out, x_t.to(student.dtype), t_BF[..., None, None, None])
     return float((found.float() - expected).norm() / expected.norm())

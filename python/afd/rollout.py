@@ -238,12 +238,12 @@ class SelfForced:
     """A rollout with gradients.
 
     Attributes:
-        x_BFCHW: its latents; the exit steps' predictions, which carry the gradient.
+        x0_BFCHW: its latents; the exit steps' predictions, which carry the gradient.
         t_from, t_to: the list's values at the exit and after it (0 after the last), unwarped, where
             a trainer's own times are bounded by them.
     """
 
-    x_BFCHW: Tensor
+    x0_BFCHW: Tensor
     t_from: float
     t_to: float
 
@@ -294,7 +294,7 @@ def self_forcing_rollout(
         lists[0] = [level.t for level in student.levels(first_chunk_steps)]
     # Between two steps of each chunk, then its context pass; the last chunk has none.
     order = iter([(c, s) for c, leave in enumerate(exits) for s in range(1, leave + 2)])
-    x_BFCHW = self_forced(
+    x0_BFCHW = self_forced(
         student.net,
         text_BLE,
         torch.cat([noise(chunk, 0) for chunk in range(len(exits))], 1),
@@ -309,4 +309,4 @@ def self_forcing_rollout(
         first_chunk_steps if first_chunk_steps is not None and len(exits) == 1 else denoising_steps
     )
     after = [*last[1:], 0.0]
-    return SelfForced(x_BFCHW, last[exits[-1]], after[exits[-1]])
+    return SelfForced(x0_BFCHW, last[exits[-1]], after[exits[-1]])

@@ -278,7 +278,7 @@ def test_rollouts_in_pieces_are_the_rollouts() -> None:
         assert method._rollouts is not None
         found.append(method._rollouts)
     for pieces in found[1:]:
-        torch.testing.assert_close(pieces.x_BFCHW, found[0].x_BFCHW, **SAME)
+        torch.testing.assert_close(pieces.x0_BFCHW, found[0].x0_BFCHW, **SAME)
         torch.testing.assert_close(pieces.input_BFCHW, found[0].input_BFCHW, **SAME)
         assert pieces.prompts == found[0].prompts
         assert len(pieces.contexts) == 4
@@ -290,10 +290,10 @@ def test_the_group_is_as_large_as_asked_and_the_first_video_is_shown() -> None:
     method.rollout(given)
     assert method._rollouts is not None
     assert method._rollouts.prompts == [p for p in given.prompts for _ in range(3)]
-    x_FCHW = method._rollouts.x_BFCHW[0]
+    x_FCHW = method._rollouts.x0_BFCHW[0]
     method.student_step(given)
     assert method.shown is not None
-    assert torch.equal(method.shown.x_FCHW, x_FCHW)
+    assert torch.equal(method.shown.x0_FCHW, x_FCHW)
     assert method.shown.prompt == given.prompts[0]
     assert method.shown.score is not None
     assert 0 <= (method.shown.r or 0) <= 1

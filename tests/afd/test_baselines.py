@@ -125,7 +125,7 @@ def test_the_pass_with_gradients_makes_the_very_videos_of_the_rollout(kind: str)
         rollouts = method._current()
         x_BFCHW, _ = method.predict(rollouts, slice(1, 4))
         assert x_BFCHW.requires_grad
-        torch.testing.assert_close(x_BFCHW, rollouts.x_BFCHW[1:4], **NETWORK_REORDERED)
+        torch.testing.assert_close(x_BFCHW, rollouts.x0_BFCHW[1:4], **NETWORK_REORDERED)
 
 
 @pytest.mark.parametrize("first_steps", [None, [1000, 500], [1000]])
@@ -145,7 +145,7 @@ def test_a_first_chunk_with_steps_of_its_own_and_a_noisy_context_are_followed(
     method.rollout(batch("wan"))
     rollouts = method._current()
     x_BFCHW, _ = method.predict(rollouts, slice(0, 6))
-    torch.testing.assert_close(x_BFCHW, rollouts.x_BFCHW, **NETWORK_REORDERED)
+    torch.testing.assert_close(x_BFCHW, rollouts.x0_BFCHW, **NETWORK_REORDERED)
 
 
 def test_the_fields_of_dmd_see_the_first_chunk_at_its_own_steps() -> None:
@@ -174,13 +174,13 @@ def test_only_recompute_sends_gradients_through_the_past() -> None:
 def test_each_process_rolls_out_its_part_of_the_whole_batch(name: str, kind: str) -> None:
     method, whole = make(name, kind, samples_per_prompt=2), batch(kind)
     method.rollout(whole)
-    together = method._current().x_BFCHW
+    together = method._current().x0_BFCHW
     apart = []
     for i in range(2):
         method = make(name, kind, samples_per_prompt=2)
         part = slice(i, i + 1)
         method.rollout(Batch(0, whole.prompts[part], whole.teacher_BFCHW[part], first=i, total=2))
-        apart.append(method._current().x_BFCHW)
+        apart.append(method._current().x0_BFCHW)
     torch.testing.assert_close(torch.cat(apart), together, **NETWORK_REORDERED)
 
 
@@ -253,7 +253,7 @@ def test_a_student_in_bf16_has_fp32_videos_and_masters(name: str) -> None:
     method.rollout(batch("wan"))
     rollouts = method._current()
     x_BFCHW, _ = method.predict(rollouts, slice(0, 2))
-    assert rollouts.x_BFCHW.dtype == x_BFCHW.dtype == before.dtype == torch.float32
+    assert rollouts.x0_BFCHW.dtype == x_BFCHW.dtype == before.dtype == torch.float32
     method.discriminator_step(batch("wan"))
     assert method.student_step(batch("wan"))["student/grad_norm"] > 0
     moved = (masters(method) - before).abs()
@@ -406,7 +406,7 @@ def test_the_direction_is_the_difference_of_what_the_fields_see_over_the_distanc
     method.rollout(of)
     method.discriminator_step(of)
     rollouts = method._current()
-    x0, text = rollouts.x_BFCHW, rollouts.text_BLE
+    x0, text = rollouts.x0_BFCHW, rollouts.text_BLE
     chunks = x0.shape[1] // method.policies.student.chunk
     t_BK = torch.tensor([[0.3, 0.9, 0.5, 0.7], [0.6, 0.2, 0.8, 0.4]])[:, :chunks]
     seed = torch.tensor([4, 5])
@@ -414,7 +414,7 @@ def test_the_direction_is_the_difference_of_what_the_fields_see_over_the_distanc
     sees = {}
     for name in ("real", "fake"):
         with torch.no_grad(), method.policies.using(name) as student:
-            v = student.velocity(x_t, t_BK, text, clean_BFCHW=x0)
+            v = student.velocity(x_t, t_BK, text, x0_BFCHW=x0)
         times = t_BK.repeat_interleave(student.chunk, 1)[..., None, None, None]
         sees[name] = x_t - times * v
     wanted = [
@@ -433,10 +433,10 @@ def test_the_gradient_at_the_video_is_the_direction_itself() -> None:
     method.discriminator_step(of)
     rollouts, draws = method._current(), method.generator.get_state()
     x_BFCHW, _ = method.predict(rollouts, slice(0, 2))
-    x_t, t_BK = method._noised(rollouts.x_BFCHW, of, 1, clamp=method.config.t_range)
+    x_t, t_BK = method._noised(rollouts.x0_BFCHW, of, 1, clamp=method.config.t_range)
     assert t_BK.min() >= 0.02
     assert t_BK.max() <= 0.98
-    g_BFCHW = method._direction(rollouts.x_BFCHW, x_t, t_BK, rollouts.text_BLE)
+    g_BFCHW = method._direction(rollouts.x0_BFCHW, x_t, t_BK, rollouts.text_BLE)
     wanted = torch.autograd.grad(
         x_BFCHW, method.policies.weights("theta").masters, g_BFCHW / g_BFCHW.numel(),
         allow_unused=True,

@@ -93,7 +93,7 @@ def trained(device: str, how: str) -> tuple[Tensor, Tensor]:
     t_BF = torch.full((2, 6), 300.0, device=device)
     given: dict[str, Any] = {}
     if how == "recompute":
-        given["clean_BFCHW"] = clean
+        given["x0_BFCHW"] = clean
     elif how == "context":
         with torch.no_grad():
             given["context"] = net.clean_context(clean, text)

@@ -117,7 +117,7 @@ def velocities(method: Afd, batch: Batch) -> dict[tuple[str, str], Tensor]:
     copies = draw_copies(
         method.config, len(rollouts.prompts), method.chunks, method.times, torch.Generator()
     )
-    x0, found, config = rollouts.x_BFCHW[copies.video_N], {}, method.config
+    x0, found, config = rollouts.x0_BFCHW[copies.video_N], {}, method.config
     x_t = copies.noise(x0)
     for context in CONTEXTS:
         method.config = config.model_copy(update={"context": context})
@@ -291,7 +291,7 @@ def test_a_student_with_a_first_list_of_its_own_streams_and_learns_by_it() -> No
     plain = make_afd(wan_student())
     for one in (method, plain):
         one.rollout(wan_batch())
-    ours, theirs = method._current().x_BFCHW, plain._current().x_BFCHW
+    ours, theirs = method._current().x0_BFCHW, plain._current().x0_BFCHW
     assert not torch.allclose(ours[:, :3], theirs[:, :3])
     assert method.first_times == [method.times[0], method.times[2]]
     method.discriminator_step(wan_batch())

@@ -36,7 +36,7 @@ BASE: dict[str, Any] = {
     "window": 7,
     "sink": 2,
     "roll_chunks": 5,
-    "denoising_steps": [1000, 750, 500, 250],
+    "steps": [1000, 750, 500, 250],
     "win_train": 4,
     "sf_exit": 2,
     "sf_frames": 9,
@@ -61,7 +61,7 @@ UNSEEN: dict[str, tuple[dict[str, Any], list[int] | None]] = {
     "framewise_two_steps_with_a_first_chunk_list": (
         {
             "chunk": 1,
-            "denoising_steps": [1000, 500],
+            "steps": [1000, 500],
             "window": 4,
             "sink": 1,
             "batch": 1,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from torch import Generator
 
-from afd.lab.config import checkpoint_path
 from afd.lab.discriminator import MotionBackbone
 from afd.lab.physics import measure
 from afd.lab.pretrain import EXCLUDED_GRAVITY, any_motion, main, motion_labels
+from afd.lab.shipped import checkpoint_path
 from afd.lab.simulator import PROMPTS, TARGET_GRAVITY, attribute_table, sample_videos
 from afd.lab.student import ToyStudent
 from afd.rollout import rollout

@@ -337,10 +337,10 @@ def test_a_rollout_with_gradients_is_the_stream_up_to_its_noised_context(
     noise = counted_noise([1, 2], stream_layout(student, 6), 5, student.frame_shape)
     made = self_forcing_rollout(student, text, noise, [1, 1, 1], denoising_steps=FOUR)
     assert (made.t_from, made.t_to) == (750, 500)
-    assert made.x_BFCHW.shape == (2, 6, *student.frame_shape)
+    assert made.x0_BFCHW.shape == (2, 6, *student.frame_shape)
     # The first chunk has no context, so it is the first chunk of a stream of these two steps.
     first = next(stream(student, text, noise, frames=6, denoising_steps=(1000, 750)))
-    torch.testing.assert_close(made.x_BFCHW[:, :2], first, **SAME)
+    torch.testing.assert_close(made.x0_BFCHW[:, :2], first, **SAME)
     later = self_forcing_rollout(
         student, text, noise, [3, 0, 0], denoising_steps=[1000], first_chunk_steps=FOUR
     )
@@ -378,9 +378,9 @@ def test_gradients_of_a_rollout_are_the_released_ones(shared: Path, name: str) -
         leak=name.endswith("reference"),
     )
     assert (made.t_from, made.t_to) == (float(golden["t_from"]), float(golden["t_to"]))
-    error = (made.x_BFCHW - golden["latents"]).norm() / golden["latents"].norm()
+    error = (made.x0_BFCHW - golden["latents"]).norm() / golden["latents"].norm()
     assert error < NETWORK_FORWARD
-    (made.x_BFCHW * golden["R"]).mean().backward()
+    (made.x0_BFCHW * golden["R"]).mean().backward()
     floor = 1e-4 * max(float(v) for k, v in golden.items() if k.startswith("gradnorm."))
     for key, parameter in net.named_parameters():
         if f"gradnorm.{key}" in golden:

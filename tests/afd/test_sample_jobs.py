@@ -10,7 +10,7 @@ import pytest
 from afd.cli import main
 from afd.config.run import make_config
 from afd.errors import ConfigError
-from afd.lab.config import checkpoint_path
+from afd.lab.shipped import checkpoint_path
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import read_jobs
 from tests.afd.test_sample import CONFIGS

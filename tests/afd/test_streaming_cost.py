@@ -113,7 +113,7 @@ def test_training_passes_without_values_never_look_at_one(valueless: str) -> Non
         x = torch.zeros(2, 6, net.config.in_dim, HEIGHT, WIDTH)
         words = torch.zeros(2, net.config.text_len, net.config.text_dim)
         t = torch.zeros(2, 6)
-    for out in (net(x, t, words), net(x, t, words, clean_BFCHW=x)):
+    for out in (net(x, t, words), net(x, t, words, x0_BFCHW=x)):
         out.sum().backward()
     net(x, t, words, net.clean_context(x, words)).sum().backward()
     flow, _ = net.forward_over(x[:, 3:], t[:, 3:], words, net.clean_context(x[:, :3], words), 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from afd.lab.config import checkpoint_path
+from afd.lab.shipped import checkpoint_path
 from afd.lab.simulator import PROMPTS
 from afd.lab.student import ToyConfig, ToyStudent, encode_prompts
 from afd.rollout import STEPS, check_steps, rollout, seeded_noise, stream

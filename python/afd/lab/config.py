@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -12,32 +11,21 @@ from pydantic import Field, model_validator
 from afd.config.base import Count, Natural, Share
 from afd.discriminators.base import DiscriminatorConfig
 from afd.hub import fingerprint
+from afd.lab.shipped import SHIPPED, checkpoint_path
 from afd.models.config import StudentConfig
 from afd.registry import load
 from afd.schedules import check_steps
 from afd.teachers.config import TeacherConfig
 from afd.teachers.forecast import Forecast
 
-SHIPPED = {"base": "base_student.safetensors", "motion": "motion_backbone.safetensors"}
-
-
-def checkpoint_path(name: str) -> Path:
-    """A shipped checkpoint by its short name, or any file by its path."""
-    if name in SHIPPED:
-        return Path(str(files("afd.lab") / "assets" / SHIPPED[name]))
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {name} is neither a file nor one of {list(SHIPPED)}")
-    return path
-
 
 class ToyStudentConfig(StudentConfig):
     """The laptop-size student."""
 
-    builder: ClassVar[str] = "afd.lab.student:build"
-    network_sizes: ClassVar[str] = "afd.lab.student:sizes"
-    network_loader: ClassVar[str] = "afd.lab.student:load_network"
-    network_saver: ClassVar[str] = "afd.lab.student:save_network"
+    builder: ClassVar[str] = "afd.lab.build:build"
+    network_sizes: ClassVar[str] = "afd.lab.build:sizes"
+    network_loader: ClassVar[str] = "afd.lab.build:load_network"
+    network_saver: ClassVar[str] = "afd.lab.build:save_network"
 
     kind: Literal["toy"] = Field(default="toy", description="the laptop-size student")
     checkpoint: str = Field(
@@ -58,7 +46,7 @@ class ToyStudentConfig(StudentConfig):
         return self
 
     def video_size(self) -> tuple[int, int, int]:
-        size: tuple[int, int, int] = load("afd.lab.student:video_size")(self)
+        size: tuple[int, int, int] = load("afd.lab.build:video_size")(self)
         return size
 
     def missing_weights(self) -> Iterator[str]:

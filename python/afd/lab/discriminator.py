@@ -19,7 +19,8 @@ from afd.discriminators.base import LOSSES, gradient_penalty, pair_metrics
 from afd.distributed import ALONE, Ranks
 from afd.files import replacing
 from afd.lab.augmentation import random_look
-from afd.lab.config import ToyDiscriminatorConfig, checkpoint_path
+from afd.lab.config import ToyDiscriminatorConfig
+from afd.lab.shipped import checkpoint_path
 from afd.lab.student import encode_prompts
 from afd.models.student import Student
 from afd.video.config import VideoConfig

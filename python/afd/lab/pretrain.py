@@ -22,8 +22,8 @@ from torch import Generator, Tensor, nn
 
 from afd.files import sha256_of, write_json
 from afd.lab.augmentation import random_look
-from afd.lab.config import checkpoint_path
 from afd.lab.discriminator import MotionBackbone
+from afd.lab.shipped import checkpoint_path
 from afd.lab.simulator import (
     ATTRIBUTES,
     HIGH,

@@ -18,19 +18,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from afd.cache import Store
-from afd.distributed import ALONE, Ranks
-from afd.errors import ConfigError
 from afd.files import replacing
-from afd.hub import named_errors
-from afd.lab.config import ToyStudentConfig, checkpoint_path
-from afd.models.codec import Pixels
+from afd.lab.shipped import checkpoint_path
 from afd.models.noise import Layout, NoiseSource, seeded_noise
 from afd.models.student import Level, Student, frame_times
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import LayerKV, WanConfig
 from afd.schedules import check_steps
-from afd.video.config import VideoConfig
 
 
 @dataclass(frozen=True)
@@ -166,55 +160,3 @@ class ToyStudent(Student):
         student = cls(ToyConfig(WanConfig(**{**wan, "patch": tuple(wan["patch"])}), **metadata))
         student.load_state_dict({k: v.float() for k, v in load_file(path).items()})
         return student
-
-
-# --- as a configuration names it ---
-
-
-def build(
-    config: ToyStudentConfig,
-    video: VideoConfig,
-    prompts: Sequence[str] = (),
-    *,
-    device: torch.device | str = "cpu",
-    store: Store | None = None,
-    ranks: Ranks = ALONE,
-) -> tuple[ToyStudent, Pixels]:
-    """The toy of a checkpoint and its codec, which changes nothing (`StudentConfig.build`)."""
-    return _load(config).to(device, config.torch_dtype), Pixels()
-
-
-def sizes(config: ToyStudentConfig) -> WanConfig:
-    """The network's sizes."""
-    return _load(config).net.config
-
-
-def video_size(config: ToyStudentConfig) -> tuple[int, int, int]:
-    """Frames, rows and columns of its videos."""
-    toy = _load(config).config
-    return toy.frames, toy.height, toy.width
-
-
-def load_network(config: ToyStudentConfig) -> CausalWan:
-    """The network of the start weights, in float32."""
-    return _load(config).net
-
-
-def _load(config: ToyStudentConfig) -> ToyStudent:
-    path = checkpoint_path(config.checkpoint)
-    try:
-        with named_errors("student.checkpoint", path):
-            return ToyStudent.load(config.checkpoint)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def save_network(
-    config: ToyStudentConfig, network: CausalWan, folder: Path, dtype: torch.dtype, note: str
-) -> Path:
-    """Write a network as folder/student.safetensors."""
-    student = _load(config)
-    student.net.load_state_dict(network.state_dict())
-    path = folder / "student.safetensors"
-    student.save(path, dtype)
-    return path

@@ -110,10 +110,10 @@ class Afd(StudentMethod):
         r_B, metrics = self._weights(batch, self.ranks.gather(score_B))
         r_B = r_B[batch.own(group)]
         self.shown = Shown(
-            rollouts.prompts[0], rollouts.x_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
+            rollouts.prompts[0], rollouts.x0_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
         )
         if self.watch is not None:
-            metrics |= self.watch(batch.step, score_B, rollouts.x_BFCHW, rollouts.prompts, group)
+            metrics |= self.watch(batch.step, score_B, rollouts.x0_BFCHW, rollouts.prompts, group)
         if batch.step >= self.discriminator.config.warmup_updates:
             metrics |= self._update(batch, rollouts, r_B)
         self._rollouts = None
@@ -174,7 +174,7 @@ class Afd(StudentMethod):
     def _loss(self, rollouts: Rollouts, r_B: Tensor, copies: Copies) -> ops.NftLoss:
         """The NFT loss of some copies, a mean over them."""
         config = self.config
-        x0 = rollouts.x_BFCHW[copies.video_N]
+        x0 = rollouts.x0_BFCHW[copies.video_N]
         x_t = copies.noise(x0)
         shared = self._shared_context(rollouts, copies)
         with torch.no_grad():
@@ -222,7 +222,7 @@ class Afd(StudentMethod):
                 copies.drawn_t.to(x0_NFCHW.device),
                 rollouts.text_BLE[copies.video_N],
                 context,
-                clean_BFCHW=x0_NFCHW if config.context == "recompute" else None,
+                x0_BFCHW=x0_NFCHW if config.context == "recompute" else None,
                 context_noise=told,
                 chunks_BN=copies.chunks_NM,
             )
@@ -242,7 +242,7 @@ class Afd(StudentMethod):
         """One network's clean context of the copies' videos, made once for each video."""
         video_V, copy_N = copies.video_N.unique(return_inverse=True)
         context = student.clean_context(
-            rollouts.x_BFCHW[video_V],
+            rollouts.x0_BFCHW[video_V],
             rollouts.text_BLE[video_V],
             context_noise=self.streaming.context_noise,
         )

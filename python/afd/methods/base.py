@@ -52,13 +52,13 @@ class Shown:
     """One of a step's videos, to be looked at by people.
 
     Attributes:
-        x_FCHW: in the student's space, on the CPU.
+        x0_FCHW: in the student's space, on the CPU.
         score, r: what the discriminator and the method made of it, where they did.
         teacher_score: the discriminator's score of the teacher's video.
     """
 
     prompt: str
-    x_FCHW: Tensor
+    x0_FCHW: Tensor
     score: float | None = None
     r: float | None = None
     teacher_score: float | None = None

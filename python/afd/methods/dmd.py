@@ -59,11 +59,11 @@ class Dmd(LastStepMethod):
         """Fit `real` to the teacher's videos and `fake` to the student's."""
         rollouts, G = self._current(), self.config.samples_per_prompt
         text_BLE = self.policies.student.encode(batch.prompts)
-        teacher_BFCHW = batch.teacher_BFCHW.to(rollouts.x_BFCHW)
+        teacher_BFCHW = batch.teacher_BFCHW.to(rollouts.x0_BFCHW)
         metrics: dict[str, float] = {}
         for _ in range(self.config.score_updates):
             metrics |= self._fit("real", teacher_BFCHW, text_BLE, batch, 1)
-            metrics |= self._fit("fake", rollouts.x_BFCHW, rollouts.text_BLE, batch, G)
+            metrics |= self._fit("fake", rollouts.x0_BFCHW, rollouts.text_BLE, batch, G)
         return metrics
 
     def _fit(
@@ -95,11 +95,11 @@ class Dmd(LastStepMethod):
         return ops.forward_noise(x0_BFCHW, t_BK, seed=seed_B, layout="BFCHW"), t_BK
 
     def _x0(
-        self, student: Student, x_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor
+        self, student: Student, x0_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor
     ) -> Tensor:
         """The clean video that a field sees in x_t, each chunk on the clean past of x; float32."""
         told = self.streaming.context_noise
-        context = student.clean_context(x_BFCHW, text_BLE, context_noise=told)
+        context = student.clean_context(x0_BFCHW, text_BLE, context_noise=told)
         return clean(x_t, t_BK, student.velocity(x_t, t_BK, text_BLE, context).float())
 
     def student_step(self, batch: Batch) -> dict[str, float]:
@@ -112,27 +112,27 @@ class Dmd(LastStepMethod):
     def _update(self, rollouts: Rollouts, batch: Batch) -> dict[str, float]:
         config, count = self.config, batch.count * self.config.samples_per_prompt
         x_t, t_BK = self._noised(
-            rollouts.x_BFCHW, batch, config.samples_per_prompt, clamp=config.t_range
+            rollouts.x0_BFCHW, batch, config.samples_per_prompt, clamp=config.t_range
         )
         sizes, priors = [], []
         for part in self._parts(rollouts):
-            shown = (rollouts.x_BFCHW[part], x_t[part], t_BK[part], rollouts.text_BLE[part])
+            shown = (rollouts.x0_BFCHW[part], x_t[part], t_BK[part], rollouts.text_BLE[part])
             g_BFCHW = self._direction(*shown)
-            x_BFCHW, prior_B = self.predict(rollouts, part)
-            moved = (x_BFCHW - (x_BFCHW - g_BFCHW).detach()).square().flatten(1).mean(1) / 2
+            x0_BFCHW, prior_B = self.predict(rollouts, part)
+            moved = (x0_BFCHW - (x0_BFCHW - g_BFCHW).detach()).square().flatten(1).mean(1) / 2
             self.optimizer.add((moved + config.prior_weight * prior_B).sum() / count)
             sizes.append(g_BFCHW.abs().flatten(1).mean(1))
             priors.append(prior_B.detach())
         return self._finish_update(direction=sizes, prior=priors)
 
     @torch.no_grad()
-    def _direction(self, x_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor) -> Tensor:
+    def _direction(self, x0_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor) -> Tensor:
         """g: from what the teacher's videos are like to what the student's are like, like x."""
         seen = {}
         for name in FIELDS:
             with self.policies.using(name) as student:
-                seen[name] = self._x0(student, x_BFCHW, x_t, t_BK, text_BLE)
-        size_B = (x_BFCHW - seen["real"]).abs().flatten(1).mean(1).clamp_min(1e-5)
+                seen[name] = self._x0(student, x0_BFCHW, x_t, t_BK, text_BLE)
+        size_B = (x0_BFCHW - seen["real"]).abs().flatten(1).mean(1).clamp_min(1e-5)
         return (seen["fake"] - seen["real"]) / size_B[:, None, None, None, None]
 
     def state_dict(self) -> dict[str, Any]:

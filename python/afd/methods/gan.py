@@ -63,9 +63,9 @@ class Gan(LastStepMethod):
         assert self.to_input is not None
         scores, priors = [], []
         for part in self._parts(rollouts):
-            x_BFCHW, prior_B = self.predict(rollouts, part)
+            x0_BFCHW, prior_B = self.predict(rollouts, part)
             score_B = self.discriminator.differentiable_score(
-                self.to_input(x_BFCHW), rollouts.prompts[part]
+                self.to_input(x0_BFCHW), rollouts.prompts[part]
             )
             loss = F.softplus(-score_B).sum() + self.config.prior_weight * prior_B.sum()
             self.optimizer.add(loss / count)

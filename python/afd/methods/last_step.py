@@ -62,7 +62,7 @@ class LastStepMethod(StudentMethod):
                 to_input=self.to_input,
                 keep_last_inputs=True,
             )
-        self.shown = Shown(self._rollouts.prompts[0], self._rollouts.x_BFCHW[0].cpu())
+        self.shown = Shown(self._rollouts.prompts[0], self._rollouts.x0_BFCHW[0].cpu())
 
     def _parts(self, rollouts: Rollouts) -> Iterator[slice]:
         return pieces(len(rollouts.prompts), self.config.micro_batch)
@@ -86,13 +86,13 @@ class LastStepMethod(StudentMethod):
         return clean(noisy, self.last_t_1K, v), prior_B
 
     def _velocity(self, student: Student, noisy: Tensor, rollouts: Rollouts, part: slice) -> Tensor:
-        x_BFCHW, text_BLE = rollouts.x_BFCHW[part], rollouts.text_BLE[part]
+        x0_BFCHW, text_BLE = rollouts.x0_BFCHW[part], rollouts.text_BLE[part]
         t_BK, told = self.last_t_1K.expand(len(noisy), -1), self.streaming.context_noise
         if self.config.context == "recompute":
-            v = student.velocity(noisy, t_BK, text_BLE, clean_BFCHW=x_BFCHW, context_noise=told)
+            v = student.velocity(noisy, t_BK, text_BLE, x0_BFCHW=x0_BFCHW, context_noise=told)
             return v.float()
         with torch.no_grad():
-            context = student.clean_context(x_BFCHW, text_BLE, context_noise=told)
+            context = student.clean_context(x0_BFCHW, text_BLE, context_noise=told)
         return student.velocity(noisy, t_BK, text_BLE, context).float()
 
     def _finish_update(self, **of_videos: Sequence[Tensor]) -> dict[str, float]:

@@ -40,13 +40,13 @@ class Rollouts:
     """This process's videos of one step, group by group.
 
     Attributes:
-        x_BFCHW: in the student's space, float32 on its device.
+        x0_BFCHW: in the student's space, float32 on its device.
         input_BFCHW: what a discriminator looks at of them, on the CPU; None without one.
         contexts: the clean context of each video alone, as it was while the video was made.
         last_inputs_BFCHW: what the last denoising step of each chunk was given; None unless kept.
     """
 
-    x_BFCHW: Tensor
+    x0_BFCHW: Tensor
     prompts: list[str]
     text_BLE: Tensor
     input_BFCHW: Tensor | None
@@ -78,13 +78,13 @@ class InputPipeline:
     ) -> None:
         self.discriminator, self.codec, self.video = discriminator, codec, video
 
-    def __call__(self, x_BFCHW: Tensor) -> Tensor:
-        return self.finish(self.decode(x_BFCHW))
+    def __call__(self, x0_BFCHW: Tensor) -> Tensor:
+        return self.finish(self.decode(x0_BFCHW))
 
-    def decode(self, x_BFCHW: Tensor) -> Tensor:
+    def decode(self, x0_BFCHW: Tensor) -> Tensor:
         """The accelerator's part: pixels, or latents where the discriminator sees those."""
         return (
-            x_BFCHW if self.discriminator.input_space == "latents" else self.codec.decode(x_BFCHW)
+            x0_BFCHW if self.discriminator.input_space == "latents" else self.codec.decode(x0_BFCHW)
         )
 
     def finish(self, decoded_BFCHW: Tensor) -> Tensor:
@@ -138,21 +138,21 @@ def roll_out(
                 cache=cache,
                 last_inputs=inputs,
             )
-            x_BFCHW = torch.cat(list(chunks), 1).float()
+            x0_BFCHW = torch.cat(list(chunks), 1).float()
             if inputs is not None:
                 given.append(torch.cat(inputs, 1).float())
-            videos.append(x_BFCHW)
+            videos.append(x0_BFCHW)
             texts.append(text_BLE)
             if to_input is not None:
                 if len(seen) >= ENCODERS:
                     # Whole videos wait to be encoded: no more of them than are being so.
                     seen[-ENCODERS].result()
-                seen.append(pool.submit(to_input.finish, to_input.decode(x_BFCHW).cpu()))
+                seen.append(pool.submit(to_input.finish, to_input.decode(x0_BFCHW).cpu()))
             if keep_context:
                 # The last chunk's slots hold a denoising step, not its context; none looks at them.
                 contexts += [
                     [(k[i : i + 1], v[i : i + 1]) for k, v in cache.self_kv]
-                    for i in range(len(x_BFCHW))
+                    for i in range(len(x0_BFCHW))
                 ]
     return Rollouts(
         torch.cat(videos),

@@ -9,17 +9,20 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from afd.hub import refuse_other_weights, weights_digest
 from afd.models.adapters import Adapters
-from afd.models.config import LoraConfig
 from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
+
+if TYPE_CHECKING:
+    # Benchmarks make students where pydantic is missing.
+    from afd.models.config import LoraConfig
 
 REFERENCE = "ref"
 

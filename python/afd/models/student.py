@@ -117,7 +117,7 @@ class Student(nn.Module, ABC):
         text_BLE: Tensor,
         context: list[LayerKV] | None = None,
         *,
-        clean_BFCHW: Tensor | None = None,
+        x0_BFCHW: Tensor | None = None,
         context_noise: float = 0.0,
         chunks_BN: Tensor | None = None,
     ) -> Tensor:
@@ -127,7 +127,7 @@ class Student(nn.Module, ABC):
             x_t_BFCHW: noisy frames; they are cast to the network's dtype.
             t_BK: their noise levels, float32 per video [B, 1] or per chunk [B, K].
             context: what chunks see of the earlier ones clean (`clean_context`); or
-            clean_BFCHW: the clean frames themselves, to go through the network in the same pass,
+            x0_BFCHW: the clean frames themselves, to go through the network in the same pass,
                 with gradients. Neither: chunks see the earlier ones noisy.
             context_noise: the time that the clean frames of that pass are told, 0-1000.
             chunks_BN: which chunks of each video x_t and t hold, rising, int64 on the CPU; the
@@ -135,15 +135,15 @@ class Student(nn.Module, ABC):
         """
         t_BF = frame_times(x_t_BFCHW, t_BK)
         clean_t_BF = None
-        if clean_BFCHW is not None:
-            clean_BFCHW = clean_BFCHW.to(self.dtype)
+        if x0_BFCHW is not None:
+            x0_BFCHW = x0_BFCHW.to(self.dtype)
             clean_t_BF = t_BK.new_full((1, 1), context_noise)
         return self.net(
             x_t_BFCHW.to(self.dtype),
             1000 * t_BF,
             text_BLE,
             context,
-            clean_BFCHW=clean_BFCHW,
+            x0_BFCHW=x0_BFCHW,
             clean_t_BF=clean_t_BF,
             chunks_BN=chunks_BN,
         )
@@ -161,14 +161,14 @@ class Student(nn.Module, ABC):
         return self.x0_from_output(out, x_t_BFCHW, frame_times(x_t_BFCHW, t_BK))
 
     def clean_context(
-        self, x_BFCHW: Tensor, text_BLE: Tensor, *, context_noise: float = 0.0
+        self, x0_BFCHW: Tensor, text_BLE: Tensor, *, context_noise: float = 0.0
     ) -> list[LayerKV]:
         """What later chunks see of clean frames: keys and values of every layer.
 
         `context_noise`: the time that the pass is told, on the 0-1000 scale.
         """
-        t_11 = x_BFCHW.new_full((1, 1), context_noise, dtype=torch.float32)
-        return self.net.clean_context(x_BFCHW.to(self.dtype), text_BLE, t_11)
+        t_11 = x0_BFCHW.new_full((1, 1), context_noise, dtype=torch.float32)
+        return self.net.clean_context(x0_BFCHW.to(self.dtype), text_BLE, t_11)
 
     @property
     def chunk(self) -> int:
@@ -206,9 +206,9 @@ class Student(nn.Module, ABC):
         assert out is not None
         return self.x0_from_output(out, x_t_BFCHW, level.sigma)
 
-    def remember(self, x_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> None:
+    def remember(self, x0_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> None:
         """The context pass: later chunks will see this chunk as it is, told to be at the level."""
-        self._pass(x_BFCHW, level, cache, start_frame, context=True)
+        self._pass(x0_BFCHW, level, cache, start_frame, context=True)
 
     def _pass(
         self, x_BFCHW: Tensor, level: Level, cache: KVCache, start: int, context: bool

@@ -114,7 +114,7 @@ def _teacher_forcing(report: Report, golden: Golden, folder: Folder) -> None:
         report.value("flow over kept context", net(x, t, context, kept), golden["flow"])
     for leaf in (x, clean):
         leaf.requires_grad_("R" in golden)
-    flow = net(x, t, context, clean_BFCHW=clean, clean_t_BF=aug_t)
+    flow = net(x, t, context, x0_BFCHW=clean, clean_t_BF=aug_t)
     _compare_output(report, flow, golden, folder)
     _compare_gradients(report, net, flow, {"x": x, "clean_x": clean}, golden, folder)
 

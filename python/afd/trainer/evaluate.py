@@ -179,9 +179,9 @@ class VideoMetrics:
         rows: list[list[float]] = []
         pictures: list[Tensor] = []
         names: list[str] = []
-        for index, x_1FCHW in zip(own, rolled(policy, config, asked, seeds, own), strict=True):
+        for index, x0_1FCHW in zip(own, rolled(policy, config, asked, seeds, own), strict=True):
             with torch.no_grad():
-                video_1FCHW = codec.decode(x_1FCHW)
+                video_1FCHW = codec.decode(x0_1FCHW)
             moved = motion(video_1FCHW[0], fps)
             row = {"motion": moved, "dynamic": float(moved > DYNAMIC)}
             if judge is not None:
@@ -215,7 +215,7 @@ def rolled(
     student = config.student
     width = student.rollout_batch or len(chosen)
     for part in (chosen[at : at + width] for at in range(0, len(chosen), width)):
-        x_BFCHW = rollout(
+        x0_BFCHW = rollout(
             policy,
             [prompts[i] for i in part],
             [seeds[i] for i in part],
@@ -223,7 +223,7 @@ def rolled(
             first_chunk_steps=student.first_chunk_steps,
             context_noise=student.context_noise,
         )
-        yield from x_BFCHW.split(1)
+        yield from x0_BFCHW.split(1)
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

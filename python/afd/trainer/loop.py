@@ -378,8 +378,8 @@ class Trainer:
         if shown is None:  # a method without rollouts
             prompt, seed = self.asked.prompt, self.config.evaluation.seed
             with self.method.evaluation_policy() as policy:
-                (x_1FCHW,) = rolled(policy, self.config, [prompt], [seed], [0])
-            shown = Shown(prompt, x_1FCHW[0])
+                (x0_1FCHW,) = rolled(policy, self.config, [prompt], [seed], [0])
+            shown = Shown(prompt, x0_1FCHW[0])
         if self.records is None:
             return
         # Of the two ways to score, the one that draws no random number of the run's.
@@ -387,7 +387,7 @@ class Trainer:
         with torch.no_grad():
             if score is not None and shown.score is not None:
                 shown = replace(shown, teacher_score=float(score(self.input_1FCHW, [shown.prompt])))
-            (student,) = self.method.codec.decode(shown.x_FCHW[None].to(self.ranks.device))
+            (student,) = self.method.codec.decode(shown.x0_FCHW[None].to(self.ranks.device))
         left, right = (to_uint8(x).numpy() for x in (self.videos.clip(self.asked), student))
         fps = self.config.video.rate
         folder = self.out / "videos"

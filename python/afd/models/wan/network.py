@@ -252,14 +252,14 @@ class CausalWan(nn.Module):
         text: Tensor | list[LayerKV],
         context: list[LayerKV] | None = None,
         *,
-        clean_BFCHW: Tensor | None = None,
+        x0_BFCHW: Tensor | None = None,
         clean_t_BF: Tensor | None = None,
         chunks_BN: Tensor | None = None,
     ) -> Tensor:
         """Block-causal prediction for all frames at once, [B, F, out, H, W].
 
         Teacher forcing, where a chunk sees the earlier ones clean:
-        - `clean_BFCHW` (with the noise level `clean_t_BF`, default 0): clean and noisy frames in
+        - `x0_BFCHW` (with the noise level `clean_t_BF`, default 0): clean and noisy frames in
           one pass, gradients also through the clean half (mode `recompute`);
         - `context` from `clean_context`: the noisy half alone. Made without gradient it is mode
           `own_context`, made by another network `shared_context`.
@@ -273,34 +273,34 @@ class CausalWan(nn.Module):
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
         frames, tokens, chunk = x_BFCHW.shape[1], rows * cols, self.config.chunk
-        if clean_BFCHW is None and context is None:
+        if x0_BFCHW is None and context is None:
             require(chunks_BN is None, "chunks", chunks_BN, "None where nothing clean is given")
             how = _Pass(self._rope(rows, cols, range(frames)), self.config.sight(frames, tokens))
         else:
             self._check_teacher_forcing()
-            if clean_BFCHW is not None:
-                require(context is None, "context", "a list", "None where clean_BFCHW is given")
+            if x0_BFCHW is not None:
+                require(context is None, "context", "a list", "None where x0_BFCHW is given")
             drawn = None
             if chunks_BN is not None:
                 n = chunks_BN.shape[1] * chunk
                 require(n == frames, "chunks", chunks_BN, f"[B, N] with {frames} frames in x")
                 drawn = chunks_BN.tolist()
-                frames = _frames(clean_BFCHW, context, tokens)
+                frames = _frames(x0_BFCHW, context, tokens)
             noisy = intervals.noisy_half(frames, chunk, tokens, drawn)
             rope = self._rope(rows, cols, range(frames), chunks_BN)
             how = _Pass(rope, noisy, context)
-            if clean_BFCHW is not None:
+            if x0_BFCHW is not None:
                 shape = (len(x_BFCHW), frames, *x_BFCHW.shape[2:])
-                alike = clean_BFCHW.shape == shape
-                require(alike, "clean_BFCHW", clean_BFCHW, f"the shape of x, {list(shape)}")
+                alike = x0_BFCHW.shape == shape
+                require(alike, "x0_BFCHW", x0_BFCHW, f"the shape of x, {list(shape)}")
                 clean_rope = self._rope(rows, cols, range(frames)).expand(len(rope), -1, -1, -1)
                 how = _Pass(
                     torch.cat([clean_rope, rope], 1),
                     intervals.teacher_forcing(frames, chunk, tokens, drawn),
                     last=(frames * tokens, frames, noisy),
                 )
-                x_BLD = torch.cat([self._patchify(clean_BFCHW)[0], x_BLD], 1)
-                t_BF = torch.cat([_times(clean_t_BF, clean_BFCHW), _times(t_BF, x_BFCHW)], 1)
+                x_BLD = torch.cat([self._patchify(x0_BFCHW)[0], x_BLD], 1)
+                t_BF = torch.cat([_times(clean_t_BF, x0_BFCHW), _times(t_BF, x_BFCHW)], 1)
         y_BLP, _ = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
         assert y_BLP is not None
         return self._unpatchify(y_BLP, rows, cols)
