@@ -1,11 +1,13 @@
 """python -m tests.cuda_on_cpu.sanitized MODULE FAULT all|few: kernels under a sanitizer's runtime.
 
 Ends with a status other than 0 where values differ from the CPU core's or the sanitizer objects.
+With a planted fault the values may be wrong: there only the sanitizer's word counts.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from tests.cuda_on_cpu.cases import LOSSES, NOISES
@@ -29,10 +31,12 @@ def main() -> None:
     device = Device.load(module)
     few = cases == "few"
     for noise in NOISES[1:3] if few else NOISES:
-        assert_same_noise(noise, device, fault=fault)
+        with suppress(AssertionError) if fault else nullcontext():
+            assert_same_noise(noise, device, fault=fault)
     for loss in LOSSES:
         if not few or loss.name in ("row", "row_fp16_velocity"):
-            assert_same_loss(loss, device, fault=fault)
+            with suppress(AssertionError) if fault else nullcontext():
+                assert_same_loss(loss, device, fault=fault)
     print("clean")
 
 

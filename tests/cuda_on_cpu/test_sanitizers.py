@@ -53,5 +53,10 @@ def test_the_kernels_are_clean(built: Path, variant: str) -> None:
 def test_a_race_is_found(built: Path, name: str) -> None:
     module = build.build(built, "threads", faults.changes())
     number = next(i for i, fault in enumerate(faults.FAULTS, start=1) if fault.name == name)
-    done = _run("threads", module, number, "few")
-    assert "ThreadSanitizer: data race" in done.stderr, done.stderr[-4000:]
+    # A block and its caller are more threads than ThreadSanitizer tells apart (255), so it misses a
+    # race in one run of five or so; one that it finds in none of eight runs is not found.
+    for _ in range(8):
+        done = _run("threads", module, number, "few")
+        if "ThreadSanitizer: data race" in done.stderr:
+            return
+    pytest.fail(done.stderr[-4000:])
