@@ -82,7 +82,7 @@ def adaln(
 
     problem = native.take(kept, make)
     h = native.empty_like(x)
-    x_out = x.new_empty(0) if branch is None else native.empty_like(x)
+    x_out = torch.empty(0, dtype=x.dtype, device=x.device) if branch is None else native.empty_like(x)
     problem.place(
         x.data_ptr(),
         native.pointer(branch),
@@ -116,7 +116,7 @@ def adaln_bwd(
     dx = native.empty_like(x_out)
     sums = {"dtype": torch.float32, "device": x_out.device}
     dscale, dshift = (torch.empty(scale.shape, **sums) for _ in range(2))
-    dbranch = x_out.new_empty(0)
+    dbranch = torch.empty(0, dtype=x_out.dtype, device=x_out.device)
     dgate = torch.empty(0 if gate is None else gate.shape, **sums)
     if gate is not None:
         dbranch = native.empty_like(x_out)
