@@ -22,7 +22,7 @@ __device__ __forceinline__ Scale normalise(RowPart<kPacks>& x, const Width& widt
     mean = width.mean(sum[0]);
     for_each_element<kPacks, kWhole>(width, [&](int i, int k) {
       const float centred = x[i][k] - mean;
-      squares[0] += centred * centred;
+      squares[0] = madd(centred, centred, squares[0]);
     });
     add(squares);
     const float power = scale.update(width.mean(squares[0]), eps);
@@ -37,7 +37,7 @@ template <bool kWhole, class T, int kPacks>
 __device__ __forceinline__ void load_frame(const FrameRows& rows, int64_t sample, int64_t frame,
                                            const Width& width, RowPart<kPacks>& x) {
   const int64_t offset = frame_offset(rows, sample, frame);
-  for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+  for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
     load<kWhole, T>(rows.type, rows.data, offset + at, count, x[i]);
   });
 }
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kRowThreads)
   // Every load before the first sum: behind its barrier they would wait.
   const T* x_row = row<T>(p.x, sample, token);
   for_each_pack<kPacks, kWhole>(
-      width, [&](int i, int at, int count) { load<kWhole>(x_row + at, count, x[i]); });
+      width, [&](int i, unsigned at, int count) { load<kWhole>(x_row + at, count, x[i]); });
   load_frame<kWhole, T>(p.scale, sample, scale_tokens.of(blockIdx.x), width, scale);
   load_frame<kWhole, T>(p.shift, sample, scale_tokens.of(blockIdx.x), width, shift);
   if (p.branch.data != nullptr) {
@@ -62,25 +62,22 @@ __global__ void __launch_bounds__(kRowThreads)
       load_frame<kWhole, T>(p.gate, sample, gate_tokens.of(blockIdx.x), width, gate);
     }
     const T* branch_row = row<T>(p.branch, sample, token);
-    for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+    for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
       float branch[kPack];
       load<kWhole>(branch_row + at, count, branch);
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
-        const float y = gated(x[i][k], p.gate.data == nullptr ? 1.0f : gate[i][k], branch[k]);
-        // The normalisation reads what the next residual will read.
-        T rounded;
-        from_float(y, rounded);
-        x[i][k] = to_float(rounded);
+        x[i][k] = gated(x[i][k], p.gate.data == nullptr ? 1.0f : gate[i][k], branch[k]);
       }
-      store<kWhole>(static_cast<T*>(p.x_out) + out + at, count, x[i]);
+      // The normalisation reads what the next residual will read.
+      store<kWhole, true>(static_cast<T*>(p.x_out) + out + at, count, x[i]);
     });
   }
   BlockSum add;
   float mean;
   const Scale norm = normalise<kWhole>(x, width, static_cast<float>(p.eps), add, mean);
   const float offset = static_cast<float>(p.scale_offset);
-  for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+  for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
       x[i][k] = modulated(x[i][k] - mean, norm.inverse, offset + scale[i][k], shift[i][k]);
@@ -123,7 +120,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const T* x_row = row<T>(p.x, sample, token);
     const T* grad_row = row<T>(p.grad_h, sample, token);
     RowPart<kPacks> x = {}, grad;
-    for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+    for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
       load<kWhole>(x_row + at, count, x[i]);
       load<kWhole>(grad_row + at, count, grad[i]);
     });
@@ -133,15 +130,15 @@ __global__ void __launch_bounds__(kRowThreads)
     for_each_element<kPacks, kWhole>(width, [&](int i, int k) {
       const float centred = x[i][k] - mean;
       dshift[i][k] += grad[i][k];
-      dscale[i][k] += grad[i][k] * (centred * norm.inverse);
+      dscale[i][k] = madd(grad[i][k], centred * norm.inverse, dscale[i][k]);
       grad[i][k] *= gain[i][k];
       sums[0] += grad[i][k];
-      sums[1] += grad[i][k] * centred;
+      sums[1] = madd(grad[i][k], centred, sums[1]);
     });
     add(sums);
     const float mean_grad = width.mean(sums[0]);
     const float pull = pull_of(sums[1], width.count, norm.inverse);
-    for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+    for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
       float d[kPack], other[kPack];
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
@@ -160,7 +157,7 @@ __global__ void __launch_bounds__(kRowThreads)
         load<kWhole>(row<T>(p.branch, sample, token) + at, count, other);
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
-          dgate[i][k] += d[k] * other[k];
+          dgate[i][k] = madd(d[k], other[k], dgate[i][k]);
         }
         // Of every token's pass: the first-level cache has it, the registers have no room.
         load<kWhole, T>(p.gate.type, p.gate.data, gate_offset + at, count, other);
@@ -173,7 +170,7 @@ __global__ void __launch_bounds__(kRowThreads)
     });
   }
   float* const sums = partial + (sample * gridDim.x + blockIdx.x) * 3 * width.channels;
-  for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+  for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
     store<kWhole>(sums + at, count, dscale[i]);
     store<kWhole>(sums + width.channels + at, count, dshift[i]);
     if (with_gate) {

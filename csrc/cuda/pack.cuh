@@ -36,10 +36,33 @@ __device__ __forceinline__ void from_float(float x, f16& y) {
   y.bits = __half_as_ushort(__float2half_rn(x));
 }
 
+// 16 bytes of a pack: what a load brings, and what a store takes.
 template <class T>
 struct alignas(16) Vector {
   T at[16 / sizeof(T)];
 };
+
+template <class T>
+__device__ __forceinline__ void unpack(const int4& raw, float* x) {
+  Vector<T> vector;
+  memcpy(&vector, &raw, sizeof raw);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) {
+    x[i] = to_float(vector.at[i]);
+  }
+}
+
+// A word at a time: one instruction for each number.
+template <>
+__device__ __forceinline__ void unpack<bf16>(const int4& raw, float* x) {
+  const int words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = static_cast<uint32_t>(words[i]);
+    x[2 * i] = as_float(word << 16);
+    x[2 * i + 1] = as_float(word & 0xFFFF0000u);
+  }
+}
 
 AFD_HD bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
@@ -55,12 +78,7 @@ __device__ __forceinline__ void load_whole(const T* p, float (&x)[kPack]) {
   for (int v = 0; v < kPack / kWidth; ++v) {
     const int4* at = reinterpret_cast<const int4*>(p) + v;
     const int4 raw = kSource == Source::kReadOnly ? __ldg(at) : __ldca(at);
-    Vector<T> vector;
-    memcpy(&vector, &raw, sizeof raw);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      x[v * kWidth + i] = to_float(vector.at[i]);
-    }
+    unpack<T>(raw, x + v * kWidth);
   }
 }
 
@@ -95,8 +113,9 @@ __device__ __forceinline__ void load_pack(DType type, const void* base, int64_t 
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store_whole(T* p, const float (&x)[kPack]) {
+// With kReadBack x is what the memory then holds.
+template <bool kReadBack = false, class T, class Pack>
+__device__ __forceinline__ void store_whole(T* p, Pack& x) {
   constexpr int kWidth = 16 / sizeof(T);
 #pragma unroll
   for (int v = 0; v < kPack / kWidth; ++v) {
@@ -109,15 +128,23 @@ __device__ __forceinline__ void store_whole(T* p, const float (&x)[kPack]) {
     memcpy(&raw, &vector, sizeof raw);
     // A plain assignment is taken apart again, into stores of what made up the vector.
     __stwb(reinterpret_cast<int4*>(p) + v, raw);
+    if constexpr (kReadBack) {
+      unpack<T>(raw, x + v * kWidth);
+    }
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store_part(T* p, int count, const float (&x)[kPack]) {
+template <bool kReadBack = false, class T, class Pack>
+__device__ __forceinline__ void store_part(T* p, int count, Pack& x) {
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     if (i < count) {
-      from_float(x[i], p[i]);
+      T rounded;
+      from_float(x[i], rounded);
+      p[i] = rounded;
+      if constexpr (kReadBack) {
+        x[i] = to_float(rounded);
+      }
     }
   }
 }

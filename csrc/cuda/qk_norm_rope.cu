@@ -8,10 +8,11 @@ namespace {
 
 // The (cos, sin) of a pack's pairs; a whole pack lies inside one head.
 template <bool kWhole>
-__device__ __forceinline__ void load_angles(const float* table, int at, int count, int head_dim,
-                                            const Divisor& by_head, float (&angles)[kPack]) {
-  const auto inside_head = [&](int channel) {
-    return channel - static_cast<int>(by_head.of(channel)) * head_dim;
+__device__ __forceinline__ void load_angles(const float* table, unsigned at, int count,
+                                            unsigned head_dim, const Divisor& by_head,
+                                            float (&angles)[kPack]) {
+  const auto inside_head = [&](unsigned channel) {
+    return channel - by_head.of(channel) * head_dim;
   };
   if constexpr (kWhole) {
     load_whole(table + inside_head(at), angles);
@@ -82,9 +83,9 @@ __global__ void __launch_bounds__(kRowThreads)
   RowPart<kPacks> q = {}, k = {}, weight_q, weight_k, angles;
   // Every load before the first sum: behind its barrier they would wait.
   const T *q_row = row<T>(p.q, sample, token), *k_row = row<T>(p.k, sample, token);
-  const int head_dim = static_cast<int>(p.head_dim);
+  const unsigned head_dim = static_cast<unsigned>(p.head_dim);
   const float* table = p.rope + sample * p.rope_batch + token * head_dim;
-  for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+  for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
     load<kWhole>(q_row + at, count, q[i]);
     load<kWhole>(k_row + at, count, k[i]);
     load_angles<kWhole>(table, at, count, head_dim, by_head, angles[i]);
@@ -97,8 +98,8 @@ __global__ void __launch_bounds__(kRowThreads)
   for (;;) {
     float squares[2] = {};
     for_each_element<kPacks, kWhole>(width, [&](int i, int j) {
-      squares[0] += q[i][j] * q[i][j];
-      squares[1] += k[i][j] * k[i][j];
+      squares[0] = madd(q[i][j], q[i][j], squares[0]);
+      squares[1] = madd(k[i][j], k[i][j], squares[1]);
     });
     add(squares);
     const float power_q = scale_q.update(width.mean(squares[0]), static_cast<float>(p.eps));
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t q_at = (sample * p.tokens + token) * width.channels;
   const int64_t k_at = slot.row * width.channels;
   T* const k_out = static_cast<T*>(p.k_out == nullptr ? p.k_cache : p.k_out) + k_at;
-  for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+  for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
       q[i][j] = rms_normed(q[i][j], scale_q.inverse + slot.poison, weight_q[i][j]);
@@ -144,9 +145,9 @@ __global__ void __launch_bounds__(kRowThreads)
   const bool is_q = blockIdx.z == 0;
   const TokenRows in = is_q ? p.q : p.k, incoming = is_q ? p.grad_q : p.grad_k;
   T* const dx = static_cast<T*>(is_q ? p.dq : p.dk);
-  const int head_dim = static_cast<int>(p.head_dim);
+  const unsigned head_dim = static_cast<unsigned>(p.head_dim);
   RowPart<kPacks> weight, dweight = {};
-  for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+  for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
     load<kWhole, T>(p.weight_type, is_q ? p.weight_q : p.weight_k, at, count, weight[i]);
   });
   BlockSum add;
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const T *x_row = row<T>(in, sample, token), *grad_row = row<T>(incoming, sample, token);
     const float* table = p.rope + sample * p.rope_batch + token * head_dim;
     RowPart<kPacks> x = {}, grad;
-    for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+    for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
       float angles[kPack];
       load<kWhole>(x_row + at, count, x[i]);
       load<kWhole>(grad_row + at, count, grad[i]);
@@ -168,8 +169,8 @@ __global__ void __launch_bounds__(kRowThreads)
     for (;;) {
       sums[0] = sums[1] = 0.0f;
       for_each_element<kPacks, kWhole>(width, [&](int i, int j) {
-        sums[0] += x[i][j] * x[i][j];
-        sums[1] += grad[i][j] * weight[i][j] * x[i][j];
+        sums[0] = madd(x[i][j], x[i][j], sums[0]);
+        sums[1] = madd(grad[i][j] * weight[i][j], x[i][j], sums[1]);
       });
       add(sums);
       const float power = scale.update(width.mean(sums[0]), static_cast<float>(p.eps));
@@ -180,11 +181,11 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     const float pull = pull_of(sums[1], width.count, scale.inverse);
     const int64_t out = (sample * p.tokens + token) * width.channels;
-    for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+    for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
         const float value = x[i][j];
-        dweight[i][j] += grad[i][j] * (value * scale.inverse);
+        dweight[i][j] = madd(grad[i][j], value * scale.inverse, dweight[i][j]);
         x[i][j] =
             rms_gradient(grad[i][j] * weight[i][j], value, scale.inverse, pull) * scale.factor;
       }
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(kRowThreads)
     });
   }
   const int64_t share = (blockIdx.z * p.batch + sample) * gridDim.x + blockIdx.x;
-  for_each_pack<kPacks, kWhole>(width, [&](int i, int at, int count) {
+  for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
     store<kWhole>(partial + share * width.channels + at, count, dweight[i]);
   });
 }

@@ -60,12 +60,12 @@ __device__ __forceinline__ const T* row(const TokenRows& rows, int64_t sample, i
 // every pack is whole and its address aligned.
 template <int kPacks, bool kWhole, class Body>
 __device__ __forceinline__ void for_each_pack(const Width& width, Body body) {
-  const int channels = width.channels;
+  const unsigned channels = width.channels;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
-    const int at = (i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kPack;
+    const unsigned at = (i * blockDim.x + threadIdx.x) * kPack;
     if (at < channels) {
-      body(i, at, kWhole || channels - at > kPack ? kPack : channels - at);
+      body(i, at, kWhole || channels - at > kPack ? kPack : static_cast<int>(channels - at));
     }
   }
 }
@@ -73,7 +73,7 @@ __device__ __forceinline__ void for_each_pack(const Width& width, Body body) {
 // The same for elements: body(i, k) for element k of pack i.
 template <int kPacks, bool kWhole, class Body>
 __device__ __forceinline__ void for_each_element(const Width& width, Body body) {
-  for_each_pack<kPacks, kWhole>(width, [&](int i, int, int count) {
+  for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned, int count) {
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
       if (kWhole || k < count) {
@@ -103,12 +103,12 @@ __device__ __forceinline__ void load(DType type, const void* base, int64_t offse
   }
 }
 
-template <bool kWhole, class T>
-__device__ __forceinline__ void store(T* p, int count, const float (&x)[kPack]) {
+template <bool kWhole, bool kReadBack = false, class T, class Pack>
+__device__ __forceinline__ void store(T* p, int count, Pack& x) {
   if constexpr (kWhole) {
-    store_whole(p, x);
+    store_whole<kReadBack>(p, x);
   } else {
-    store_part(p, count, x);
+    store_part<kReadBack>(p, count, x);
   }
 }
 

@@ -160,8 +160,8 @@ FAULTS = (
     Fault(
         "angles of the channel instead of its place in the head",
         "qk_norm_rope.cu",
-        "return channel - static_cast<int>(by_head.of(channel)) * head_dim;",
-        "return channel - ({on} ? 0 : static_cast<int>(by_head.of(channel)) * head_dim);",
+        "return channel - by_head.of(channel) * head_dim;",
+        "return channel - ({on} ? 0 : by_head.of(channel) * head_dim);",
     ),
 )
 
