@@ -27,6 +27,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "adaln": _FUSED,
 }
 BACKENDS = ("native", "library", "triton", "reference")
+# Functions that on a GPU try Triton before the compiled core: Triton's code then has the fewer
+# instructions for a token. In the other functions of these ops the compiled core's has. Predicted
+# from machine code (tests/offline/predicted.py), not measured.
+TRITON_FIRST = frozenset({"qk_norm_rope", "qk_norm_rope_append_", "adaln"})
 
 _log = logging.getLogger("afd")
 
@@ -95,7 +99,7 @@ def explain(
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}; needed: one of {', '.join(OPS)}")
-    reasons = {name: _refusal(op, name, device, frozenset(dtypes)) for name in OPS[op]}
+    reasons = {name: _refusal(op, name, device, frozenset(dtypes)) for name in order(op, device)}
     for name, reason in reasons.items():
         if tensors and reason is None and (looks := _looks(op, name)) is not None:
             reasons[name] = looks.unfit(tensors)
@@ -110,8 +114,19 @@ def requested_backend(op: str) -> str | None:
     return next((x.backend for x in reversed(requests) if not x.ops or op in x.ops), None)
 
 
-def pick(op: str, *tensors: torch.Tensor | None) -> Any:
-    """The backend module that runs `op` on these inputs.
+def order(op: str, device: str, function: str | None = None) -> tuple[str, ...]:
+    """The backends of `op` in the order in which they are tried on a device.
+
+    function: the function of the backends that is to run, if not the op's own.
+    """
+    backends = OPS[op]
+    if device == "cuda" and (function or op) in TRITON_FIRST:
+        return ("triton", *(name for name in backends if name != "triton"))
+    return backends
+
+
+def pick(op: str, *tensors: torch.Tensor | None, function: str | None = None) -> Any:
+    """The backend module that runs `op`, or another `function` of its backends, on these inputs.
 
     Raises:
         RuntimeError: when the requested backend refuses; the message holds every reason.
@@ -119,7 +134,7 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     given = [x for x in tensors if x is not None]
     device, dtypes = given[0].device.type, frozenset(x.dtype for x in given)
     requested = requested_backend(op)
-    for name in (requested,) if requested else OPS[op]:
+    for name in (requested,) if requested else order(op, device, function):
         reason = _refusal(op, name, device, dtypes)
         if reason is None and (looks := _looks(op, name)) is not None:
             reason = looks.unfit(given)

@@ -82,18 +82,20 @@ def adaln(
 
     problem = native.take(kept, make)
     h = native.empty_like(x)
-    x_out = torch.empty(0, dtype=x.dtype, device=x.device) if branch is None else native.empty_like(x)
+    x_out = None if branch is None else native.empty_like(x)
     problem.place(
         x.data_ptr(),
         native.pointer(branch),
         native.pointer(gate),
         scale.data_ptr(),
         shift.data_ptr(),
-        0 if branch is None else x_out.data_ptr(),
+        native.pointer(x_out),
         h.data_ptr(),
     )
     native.run_rows("adaln", problem, x)
     native.put_back(kept, problem)
+    if x_out is None:
+        x_out = torch.empty(0, dtype=x.dtype, device=x.device)
     return x_out, h
 
 

@@ -293,9 +293,3 @@ def test_bad_input_names_the_argument() -> None:
     ):
         with pytest.raises(ValueError, match=needle):
             run(good | change, "gated")
-
-
-def test_the_compiled_core_says_that_it_has_no_cuda_kernel() -> None:
-    reason = ops.explain(OP, "cuda", {torch.float32})["native"]
-    assert reason is not None
-    assert "has no CUDA kernel" in reason
