@@ -84,7 +84,7 @@ LIMITS = {
     "tests": 65,
     "bench-nft_loss": 40,
     "bench-attention": 60,
-    "bench-row_ops": 20,
+    "bench-row_ops": 30,
     "bench-videos": 145,
     "bench-train_step": 65,
     "bench-forward_noise": 20,

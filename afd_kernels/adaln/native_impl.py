@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,10 +117,10 @@ def adaln_bwd(
     if grad_x_out is not None:
         problem.grad_x_out = native.rows(grad_x_out)
     dx = native.empty_like(x_out)
-    sums = {"dtype": torch.float32, "device": x_out.device}
-    dscale, dshift = (torch.empty(scale.shape, **sums) for _ in range(2))
+    sums = partial(torch.empty, dtype=torch.float32, device=x_out.device)
+    dscale, dshift = sums(scale.shape), sums(scale.shape)
     dbranch = torch.empty(0, dtype=x_out.dtype, device=x_out.device)
-    dgate = torch.empty(0 if gate is None else gate.shape, **sums)
+    dgate = sums(0 if gate is None else gate.shape)
     if gate is not None:
         dbranch = native.empty_like(x_out)
         problem.dbranch, problem.dgate = dbranch.data_ptr(), dgate.data_ptr()
