@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-# Every op's backends, in the order in which they are tried.
+# Every op's backends, in the order in which they are tried. That native comes first in
+# qk_norm_rope and adaln on a GPU, too, is predicted, not measured: its machine code has about as
+# many instructions for a token as Triton's in the forwards, and fewer in the backwards
+# (tests/offline/predicted.py).
 _FUSED = ("native", "triton", "reference")
 OPS: dict[str, tuple[str, ...]] = {
     "forward_noise": _FUSED,
@@ -27,10 +30,6 @@ OPS: dict[str, tuple[str, ...]] = {
     "adaln": _FUSED,
 }
 BACKENDS = ("native", "library", "triton", "reference")
-# Functions that on a GPU try Triton before the compiled core: Triton's code then has the fewer
-# instructions for a token. In the other functions of these ops the compiled core's has. Predicted
-# from machine code (tests/offline/predicted.py), not measured.
-TRITON_FIRST = frozenset({"qk_norm_rope", "qk_norm_rope_append_", "adaln"})
 
 _log = logging.getLogger("afd")
 
@@ -99,7 +98,7 @@ def explain(
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}; needed: one of {', '.join(OPS)}")
-    reasons = {name: _refusal(op, name, device, frozenset(dtypes)) for name in order(op, device)}
+    reasons = {name: _refusal(op, name, device, frozenset(dtypes)) for name in OPS[op]}
     for name, reason in reasons.items():
         if tensors and reason is None and (looks := _looks(op, name)) is not None:
             reasons[name] = looks.unfit(tensors)
@@ -114,19 +113,8 @@ def requested_backend(op: str) -> str | None:
     return next((x.backend for x in reversed(requests) if not x.ops or op in x.ops), None)
 
 
-def order(op: str, device: str, function: str | None = None) -> tuple[str, ...]:
-    """The backends of `op` in the order in which they are tried on a device.
-
-    function: the function of the backends that is to run, if not the op's own.
-    """
-    backends = OPS[op]
-    if device == "cuda" and (function or op) in TRITON_FIRST:
-        return ("triton", *(name for name in backends if name != "triton"))
-    return backends
-
-
-def pick(op: str, *tensors: torch.Tensor | None, function: str | None = None) -> Any:
-    """The backend module that runs `op`, or another `function` of its backends, on these inputs.
+def pick(op: str, *tensors: torch.Tensor | None) -> Any:
+    """The backend module that runs `op` on these inputs.
 
     Raises:
         RuntimeError: when the requested backend refuses; the message holds every reason.
@@ -134,7 +122,7 @@ def pick(op: str, *tensors: torch.Tensor | None, function: str | None = None) ->
     given = [x for x in tensors if x is not None]
     device, dtypes = given[0].device.type, frozenset(x.dtype for x in given)
     requested = requested_backend(op)
-    for name in (requested,) if requested else order(op, device, function):
+    for name in (requested,) if requested else OPS[op]:
         reason = _refusal(op, name, device, dtypes)
         if reason is None and (looks := _looks(op, name)) is not None:
             reason = looks.unfit(given)

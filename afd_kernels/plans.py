@@ -112,7 +112,7 @@ def prepared(
         return found
     plan = check(*tensors, *options)
     given = [tensors[i] for i in chosen_by]
-    module = dispatch.pick(op, *given, function=function)
+    module = dispatch.pick(op, *given)
     run = getattr(module, function)
     if hasattr(module, "KEEPS"):
         run = partial(run, kept=Kept())

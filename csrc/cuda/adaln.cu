@@ -47,19 +47,19 @@ __global__ void __launch_bounds__(kRowThreads)
     _adaln_fwd_kernel(AdalnProblem p, Width width, Divisor gate_tokens, Divisor scale_tokens,
                       int64_t first) {
   constexpr int kPacks = kForwardPacks;
-  const int64_t sample = first + blockIdx.y, token = blockIdx.x;
-  const int64_t out = (sample * p.tokens + token) * width.channels;
+  const uint32_t sample = first + blockIdx.y, token = blockIdx.x;
+  const int64_t out = (int64_t{sample} * gridDim.x + token) * width.channels;
   RowPart<kPacks> x = {}, scale, shift;
   // Every load before the first sum: behind its barrier they would wait.
   const T* x_row = row<T>(p.x, sample, token);
   for_each_pack<kPacks, kWhole>(
       width, [&](int i, unsigned at, int count) { load<kWhole>(x_row + at, count, x[i]); });
-  load_frame<kWhole, T>(p.scale, sample, scale_tokens.of(blockIdx.x), width, scale);
-  load_frame<kWhole, T>(p.shift, sample, scale_tokens.of(blockIdx.x), width, shift);
+  load_frame<kWhole, T>(p.scale, sample, scale_tokens.of(token), width, scale);
+  load_frame<kWhole, T>(p.shift, sample, scale_tokens.of(token), width, shift);
   if (p.branch.data != nullptr) {
     RowPart<kPacks> gate;
     if (p.gate.data != nullptr) {
-      load_frame<kWhole, T>(p.gate, sample, gate_tokens.of(blockIdx.x), width, gate);
+      load_frame<kWhole, T>(p.gate, sample, gate_tokens.of(token), width, gate);
     }
     const T* branch_row = row<T>(p.branch, sample, token);
     for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
@@ -99,9 +99,9 @@ struct Cut {
 
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kRowThreads)
-    _adaln_bwd_kernel(AdalnProblem p, Width width, Cut cut, float* partial, int64_t first) {
+    _adaln_bwd_kernel(AdalnProblem p, Width width, Cut cut, float* partial, uint32_t first) {
   constexpr int kPacks = kBackwardPacks;
-  const int64_t sample = first + blockIdx.y;
+  const uint32_t sample = first + blockIdx.y;
   const uint32_t blocks = static_cast<uint32_t>(cut.blocks);
   const int64_t start = blockIdx.x / blocks * cut.segment;
   const int64_t begin = start + blockIdx.x % blocks * kRowTokens;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kRowThreads)
       }
     });
   }
-  float* const sums = partial + (sample * gridDim.x + blockIdx.x) * 3 * width.channels;
+  float* const sums = partial + (int64_t{sample} * gridDim.x + blockIdx.x) * 3 * width.channels;
   for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
     store<kWhole>(sums + at, count, dscale[i]);
     store<kWhole>(sums + width.channels + at, count, dshift[i]);

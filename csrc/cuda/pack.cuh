@@ -209,8 +209,8 @@ constexpr int64_t kSamplesAtOnce = 65535;
 // with `blocks` blocks for each.
 template <class Launch>
 void for_each_grid(int64_t blocks, int64_t batch, Launch launch) {
-  if (blocks > INT32_MAX) {
-    throw std::runtime_error("a sample has more rows than a CUDA grid has blocks");
+  if (blocks > INT32_MAX || batch > INT32_MAX) {
+    throw std::runtime_error("more rows of a sample, or samples, than a CUDA grid has blocks");
   }
   for (int64_t first = 0; first < batch; first += kSamplesAtOnce) {
     const int64_t left = batch - first;

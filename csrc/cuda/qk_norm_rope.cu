@@ -59,32 +59,33 @@ struct Slot {
   float poison;
 };
 
-__device__ __forceinline__ Slot slot_of(const QkNormRopeProblem& p, int64_t sample, int64_t token) {
+__device__ __forceinline__ Slot slot_of(const QkNormRopeProblem& p, const Divisor& by_frame,
+                                        int64_t ring, uint32_t sample, uint32_t token) {
   if (p.k_out != nullptr) {
-    return {sample * p.tokens + token, 0.0f};
+    return {int64_t{sample} * gridDim.x + token, 0.0f};
   }
   const int64_t position = p.position[p.positions == 1 ? 0 : sample];
-  const int64_t frame = max(position, int64_t{0}) + token / p.tokens_per_frame;
-  const int64_t ring = p.slots / p.tokens_per_frame - p.sink_frames;
-  const int64_t slot = cache_slot(frame, p.sink_frames, ring) * p.tokens_per_frame;
-  return {sample * p.slots + slot + token % p.tokens_per_frame,
+  const uint32_t frame = by_frame.of(token);
+  const int64_t slot = cache_slot(max(position, int64_t{0}) + frame, p.sink_frames, ring);
+  return {sample * p.slots + (slot - frame) * p.tokens_per_frame + token,
           position < 0 ? as_float(0x7FC00000u) : 0.0f};
 }
 
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kRowThreads)
-    _qk_norm_rope_fwd_kernel(QkNormRopeProblem p, Width width, Divisor by_head, int64_t first) {
+    _qk_norm_rope_fwd_kernel(QkNormRopeProblem p, Width width, Divisor by_head, Divisor by_frame,
+                             int64_t ring, uint32_t first) {
   constexpr int kPacks = kForwardPacks;
-  const int64_t sample = first + blockIdx.y, token = blockIdx.x;
+  const uint32_t sample = first + blockIdx.y, token = blockIdx.x;
   __shared__ Slot shared_slot;
   if (threadIdx.x == 0) {
-    shared_slot = slot_of(p, sample, token);
+    shared_slot = slot_of(p, by_frame, ring, sample, token);
   }
   RowPart<kPacks> q = {}, k = {}, weight_q, weight_k, angles;
   // Every load before the first sum: behind its barrier they would wait.
   const T *q_row = row<T>(p.q, sample, token), *k_row = row<T>(p.k, sample, token);
   const unsigned head_dim = static_cast<unsigned>(p.head_dim);
-  const float* table = p.rope + sample * p.rope_batch + token * head_dim;
+  const float* table = p.rope + sample * p.rope_batch + int64_t{token} * head_dim;
   for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
     load<kWhole>(q_row + at, count, q[i]);
     load<kWhole>(k_row + at, count, k[i]);
@@ -113,21 +114,26 @@ __global__ void __launch_bounds__(kRowThreads)
     });
   }
   const Slot slot = shared_slot;
-  const int64_t q_at = (sample * p.tokens + token) * width.channels;
+  const bool appends = p.k_out == nullptr;
   const int64_t k_at = slot.row * width.channels;
-  T* const k_out = static_cast<T*>(p.k_out == nullptr ? p.k_cache : p.k_out) + k_at;
+  T* const q_out =
+      static_cast<T*>(p.q_out) + (int64_t{sample} * gridDim.x + token) * width.channels;
+  T* const k_out = static_cast<T*>(appends ? p.k_cache : p.k_out) + k_at;
+  T* const v_out = static_cast<T*>(p.v_cache) + k_at;
+  const T* const v_row = row<T>(p.v, sample, token);
+  const float factor_q = scale_q.inverse + slot.poison, factor_k = scale_k.inverse + slot.poison;
   for_each_pack<kPacks, kWhole>(width, [&](int i, unsigned at, int count) {
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
-      q[i][j] = rms_normed(q[i][j], scale_q.inverse + slot.poison, weight_q[i][j]);
-      k[i][j] = rms_normed(k[i][j], scale_k.inverse + slot.poison, weight_k[i][j]);
+      q[i][j] = rms_normed(q[i][j], factor_q, weight_q[i][j]);
+      k[i][j] = rms_normed(k[i][j], factor_k, weight_k[i][j]);
     }
     turn<Turn::kForward>(angles[i], q[i]);
     turn<Turn::kForward>(angles[i], k[i]);
-    store<kWhole>(static_cast<T*>(p.q_out) + q_at + at, count, q[i]);
+    store<kWhole>(q_out + at, count, q[i]);
     store<kWhole>(k_out + at, count, k[i]);
-    if (p.k_out == nullptr) {
-      copy<kWhole>(row<T>(p.v, sample, token) + at, count, static_cast<T*>(p.v_cache) + k_at + at);
+    if (appends) {
+      copy<kWhole>(v_row + at, count, v_out + at);
     }
   });
 }
@@ -137,9 +143,9 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kRowThreads)
     _qk_norm_rope_bwd_kernel(QkNormRopeProblem p, Width width, Divisor by_head, float* partial,
-                             int64_t first) {
+                             uint32_t first) {
   constexpr int kPacks = kBackwardPacks;
-  const int64_t sample = first + blockIdx.y;
+  const uint32_t sample = first + blockIdx.y;
   const int64_t begin = int64_t{blockIdx.x} * kRowTokens;
   const int64_t end = min(begin + kRowTokens, p.tokens);
   const bool is_q = blockIdx.z == 0;
@@ -214,11 +220,13 @@ bool reads_whole_packs(const QkNormRopeProblem& p) {
 void launch_qk_norm_rope(const QkNormRopeProblem& p, void* stream) {
   const int64_t channels = p.heads * p.head_dim;
   const unsigned threads = row_threads(channels, kForwardPacks);
+  const int64_t frame = p.k_out == nullptr ? p.tokens_per_frame : 1;
+  const int64_t ring = p.slots / frame - p.sink_frames;
   with_types(p.type, reads_whole_packs(p), [&](auto x, auto is_whole) {
     for_each_grid(p.tokens, p.batch, [&](dim3 grid, int64_t first) {
       _qk_norm_rope_fwd_kernel<decltype(x), decltype(is_whole)::value>
-          <<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(p, Width(channels),
-                                                                    Divisor(p.head_dim), first);
+          <<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(
+              p, Width(channels), Divisor(p.head_dim), Divisor(frame), ring, first);
     });
   });
   check_launch();

@@ -39,11 +39,11 @@ struct Divisor {
 
 // How many channels a row has, and means over it.
 struct Width {
-  int channels;
+  uint32_t channels;
   float count, inverse;
 
   explicit Width(int64_t n)
-      : channels(static_cast<int>(n)), count(static_cast<float>(n)), inverse(1.0f / count) {}
+      : channels(static_cast<uint32_t>(n)), count(static_cast<float>(n)), inverse(1.0f / count) {}
   // sum / count but for the last bit: what the product misses is added.
   __device__ __forceinline__ float mean(float sum) const {
     const float about = sum * inverse;
@@ -60,12 +60,12 @@ __device__ __forceinline__ const T* row(const TokenRows& rows, int64_t sample, i
 // every pack is whole and its address aligned.
 template <int kPacks, bool kWhole, class Body>
 __device__ __forceinline__ void for_each_pack(const Width& width, Body body) {
-  const unsigned channels = width.channels;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     const unsigned at = (i * blockDim.x + threadIdx.x) * kPack;
-    if (at < channels) {
-      body(i, at, kWhole || channels - at > kPack ? kPack : static_cast<int>(channels - at));
+    if (at < width.channels) {
+      body(i, at,
+           kWhole || width.channels - at > kPack ? kPack : static_cast<int>(width.channels - at));
     }
   }
 }

@@ -148,14 +148,14 @@ FAULTS = (
     Fault(
         "the gate of the first frame for all",
         "adaln.cu",
-        "gate_tokens.of(blockIdx.x)",
-        "{on} ? 0 : gate_tokens.of(blockIdx.x)",
+        "gate_tokens.of(token)",
+        "{on} ? 0 : gate_tokens.of(token)",
     ),
     Fault(
         "a frame's key in the slot of the first",
         "qk_norm_rope.cu",
-        "+ token / p.tokens_per_frame;",
-        "+ ({on} ? 0 : token / p.tokens_per_frame);",
+        "max(position, int64_t{0}) + frame, p",
+        "max(position, int64_t{{0}}) + ({on} ? 0 : frame), p",
     ),
     Fault(
         "angles of the channel instead of its place in the head",

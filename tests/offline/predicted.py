@@ -6,8 +6,8 @@
 Both are static counts of whole kernels, times the warps that share a token: what stands outside a
 backward's loop counts as if each token had its own. The CUDA kernels leave to run time what
 Triton's specialise: which tensors are there, and the modulation's type; for the comparison they
-are compiled with the answers of Triton's call in their place. dispatch.TRITON_FIRST follows from
-the table until a GPU has measured both.
+are compiled with the answers of Triton's call in their place. Until a GPU has measured both, the
+order in dispatch.OPS rests on this table.
 """
 
 from __future__ import annotations
