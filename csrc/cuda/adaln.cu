@@ -43,10 +43,10 @@ __device__ __forceinline__ void load_frame(const FrameRows& rows, int64_t sample
 }
 
 template <class T, bool kWhole>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     _adaln_fwd_kernel(AdalnProblem p, Width width, Divisor gate_tokens, Divisor scale_tokens,
                       int64_t first) {
-  constexpr int kPacks = kForwardPacks;
+  constexpr int kPacks = kForwardPacks<kWhole>;
   const uint32_t sample = first + blockIdx.y, token = blockIdx.x;
   const int64_t out = (int64_t{sample} * gridDim.x + token) * width.channels;
   RowPart<kPacks> x = {}, scale, shift;
@@ -98,7 +98,7 @@ struct Cut {
 };
 
 template <class T, bool kWhole>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     _adaln_bwd_kernel(AdalnProblem p, Width width, Cut cut, float* partial, uint32_t first) {
   constexpr int kPacks = kBackwardPacks;
   const uint32_t sample = first + blockIdx.y;
@@ -190,8 +190,8 @@ bool reads_whole_packs(const AdalnProblem& p) {
 void launch_adaln(const AdalnProblem& p, void* stream) {
   const Divisor gate_tokens(p.gate.data == nullptr ? 1 : p.tokens / p.gate.frames);
   const Divisor scale_tokens(p.tokens / p.scale.frames);
-  const unsigned threads = row_threads(p.channels, kForwardPacks);
   with_types(p.type, reads_whole_packs(p), [&](auto x, auto is_whole) {
+    const unsigned threads = row_threads(p.channels, kForwardPacks<decltype(is_whole)::value>);
     for_each_grid(p.tokens, p.batch, [&](dim3 grid, int64_t first) {
       _adaln_fwd_kernel<decltype(x), decltype(is_whole)::value>
           <<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(

@@ -72,10 +72,10 @@ __device__ __forceinline__ Slot slot_of(const QkNormRopeProblem& p, const Diviso
 }
 
 template <class T, bool kWhole>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     _qk_norm_rope_fwd_kernel(QkNormRopeProblem p, Width width, Divisor by_head, Divisor by_frame,
                              int64_t ring, uint32_t first) {
-  constexpr int kPacks = kForwardPacks;
+  constexpr int kPacks = kForwardPacks<kWhole>;
   const uint32_t sample = first + blockIdx.y, token = blockIdx.x;
   __shared__ Slot shared_slot;
   if (threadIdx.x == 0) {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // Grid (blocks of up to kRowTokens tokens, samples, q or k). A block leaves its share of the
 // gradient of the weight.
 template <class T, bool kWhole>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     _qk_norm_rope_bwd_kernel(QkNormRopeProblem p, Width width, Divisor by_head, float* partial,
                              uint32_t first) {
   constexpr int kPacks = kBackwardPacks;
@@ -219,10 +219,10 @@ bool reads_whole_packs(const QkNormRopeProblem& p) {
 
 void launch_qk_norm_rope(const QkNormRopeProblem& p, void* stream) {
   const int64_t channels = p.heads * p.head_dim;
-  const unsigned threads = row_threads(channels, kForwardPacks);
   const int64_t frame = p.k_out == nullptr ? p.tokens_per_frame : 1;
   const int64_t ring = p.slots / frame - p.sink_frames;
   with_types(p.type, reads_whole_packs(p), [&](auto x, auto is_whole) {
+    const unsigned threads = row_threads(channels, kForwardPacks<decltype(is_whole)::value>);
     for_each_grid(p.tokens, p.batch, [&](dim3 grid, int64_t first) {
       _qk_norm_rope_fwd_kernel<decltype(x), decltype(is_whole)::value>
           <<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(

@@ -10,9 +10,11 @@
 namespace afd::cuda {
 
 constexpr int kRowThreads = 384;
-// Packs of one thread, in a forward and in a backward, which keeps more for each. More of them
-// share the addresses and the sums over the block; neighbouring packs belong to neighbours.
-constexpr int kForwardPacks = 3, kBackwardPacks = 2;
+// Packs of one thread, as many as its registers hold: they share the addresses and the sums over
+// the block. Neighbouring packs belong to neighbours.
+template <bool kWhole>
+constexpr int kForwardPacks = kWhole ? 3 : 2;
+constexpr int kBackwardPacks = 2;
 static_assert(kMostChannels == kRowThreads * kBackwardPacks * kPack);
 // Tokens of which one block of a backward adds up what they share.
 constexpr int kRowTokens = 16;

@@ -44,7 +44,7 @@ class Streams(NamedTuple):
 
 
 # By a kernel's short name. csrc/cuda/rows.cuh: a thread has three packs of each row in a forward,
-# two in a backward; "Lb0" of a kernel on rows takes one element at a time.
+# two in a backward; with "Lb0", one element at a time, two in either.
 STREAMS = {
     r"_forward_noise_kernel<(\w+?E?)Lb1EE>": Streams(1, 1),
     r"_forward_noise_kernel<(\w+?E?)Lb0EE>": Streams(1, 1, chosen=1),
@@ -65,8 +65,7 @@ STREAMS = {
     r"_qk_norm_rope_bwd_kernel<(\w+?E?)Lb1EE>": Streams(
         4, 2, either=2, loaded32=2, stored32=2, warps=3, rows=True
     ),
-    r"_(?:adaln|qk_norm_rope)_fwd_kernel<(\w+?E?)Lb0EE>": Streams(warps=2, rows=True),
-    r"_(?:adaln|qk_norm_rope)_bwd_kernel<(\w+?E?)Lb0EE>": Streams(warps=3, rows=True),
+    r"_(?:adaln|qk_norm_rope)_(?:fwd|bwd)_kernel<(\w+?E?)Lb0EE>": Streams(warps=3, rows=True),
     r"_sum_rows_kernel": Streams(warps=16),
 }
 _BYTES = {"f": 4, "NS_4bf16E": 2, "NS_3f16E": 2}
