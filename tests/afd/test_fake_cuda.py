@@ -283,9 +283,10 @@ def test_a_run_says_which_backends_its_own_device_has(tmp_path: Path) -> None:
     console = Console(quiet=True)
     config = RunConfig(out=str(tmp_path))
     # A core without CUDA code: on the CPU adaln would run on it.
-    with fake_cuda(), patch.object(native, "has_cuda", lambda: False):
-        with _home(config, console, Ranks(device=torch.device("cuda"))):
-            log = (tmp_path / "train.log").read_text()
+    no_cuda = patch.object(native, "has_cuda", lambda: False)
+    ranks = Ranks(device=torch.device("cuda"))
+    with fake_cuda(), no_cuda, _home(config, console, ranks):
+        log = (tmp_path / "train.log").read_text()
     assert "op adaln runs on backend triton" in log
 
 
