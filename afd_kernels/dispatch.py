@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-# Every op's backends, in the order in which they are tried.
+# Every op's backends, in the order in which they are tried. That native comes first in
+# qk_norm_rope and adaln on a GPU, too, is predicted, not measured: its machine code has about as
+# many instructions for a token as Triton's in the forwards, and fewer in the backwards
+# (tests/offline/predicted.py).
 _FUSED = ("native", "triton", "reference")
 OPS: dict[str, tuple[str, ...]] = {
     "forward_noise": _FUSED,

@@ -102,6 +102,28 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     return None
 
 
+def refuse_rows(x: Tensor, channels: int) -> str | None:
+    """Why the CUDA kernels on token rows cannot take x, in one sentence, or None."""
+    if x.device.type == "cuda" and channels > (most := core().cuda_most_channels):
+        return f"a token has {channels} channels, a CUDA kernel of the compiled core holds {most}"
+    return None
+
+
+def run_rows(op: str, problem: Any, x: Tensor, scratch: bool = False) -> None:
+    """Runs an op on token rows where x is; with `scratch` it needs memory on a GPU besides."""
+    if x.device.type == "cpu":
+        getattr(core(), f"{op}_cpu")(problem, threads(x))
+        return
+    given: list[Any] = [problem]
+    if scratch:
+        size = getattr(core(), f"{op}_workspace")(problem)
+        # Kept alive until the launch; the allocator then keeps the order of the stream.
+        memory = torch.empty(size, dtype=torch.uint8, device=x.device)
+        given.append(memory.data_ptr())
+    with torch.cuda.device(x.device):
+        getattr(core(), f"{op}_cuda")(*given, stream(x))
+
+
 def type_code(dtype: torch.dtype) -> int:
     """The core's number for a dtype."""
     return _TYPES[dtype]

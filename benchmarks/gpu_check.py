@@ -141,7 +141,7 @@ def sections(
         ),
         bench("nft_loss", ["--all", *losses, "--weighting", "x0_adaptive"]),
         bench("attention", ["--providers", *PROVIDERS, "--budget", "1"]),
-        bench("row_ops", ["--budget", "1"]),
+        bench("row_ops", ["--budget", "0.6"]),
         bench("videos", ["--budget", "4"], last_s=33),
         bench("train_step", ["--budget", "8"], needs_modules=("pydantic", "yaml", "peft")),
         bench("forward_noise", losses),

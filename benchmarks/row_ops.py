@@ -3,9 +3,10 @@
     python benchmarks/row_ops.py                  # CPU: float32, a small student's chunk
     python benchmarks/row_ops.py --device cuda    # a chunk of 480x832 in bfloat16, B = 1 and 4
 
-Forward only, as in a rollout: inputs are slices of fused projections, and append writes k and v
-into a cache. Backends take turns in one run with a copy of as many bytes. Each is first compared
-with the reference in float64; one that disagrees is not timed and fails the run.
+Forwards as in a rollout: inputs are slices of fused projections, and append writes k and v into a
+cache. And backwards, with the gradients of what tokens share. Backends take turns in one run with a
+copy of as many bytes. Each is first compared with the reference in float64; one that disagrees is
+not timed and fails the run.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from afd import ops
 from benchmarks import floors, harness, report
 
 BACKENDS = ("reference", "native", "triton")
-OPS = ("qk_norm_rope", "qk_norm_rope_append_", "adaln")
+OPS = ("qk_norm_rope", "qk_norm_rope_append_", "qk_norm_rope_bwd", "adaln", "adaln_bwd")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative L2 error against float64: fp32 arithmetic, or one rounding to bfloat16 (adaln's norm
 # reads the residual as rounded).
 BOUND = {"fp32": 1e-5, "bf16": 1e-2}
+EPS = 1e-6
 HOW = (
     "ms: median of one call, p20 and p80; bytes: every token read and written once, and the rotary "
     "table; GB/s = bytes / median; % copy: of the GB/s of a copy of as many bytes in the same run; "
@@ -67,8 +69,8 @@ class Case:
     def bytes(self) -> int:
         """That the op must move."""
         token = self.heads * self.width * DTYPES[self.dtype].itemsize
-        streams = 6 if self.op == "qk_norm_rope_append_" else 4
-        table = 0 if self.op == "adaln" else 4 * self.length * self.width
+        streams = 4 if self.op in ("qk_norm_rope", "adaln") else 6
+        table = 0 if self.op.startswith("adaln") else 4 * self.length * self.width
         return self.batch * self.length * token * streams + table
 
     def tensors(self, device: str, seed: int) -> Tensors:
@@ -79,16 +81,22 @@ class Case:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=g, device=device).to(dtype)
 
-        if self.op == "adaln":
-            x, branch = draw(2, self.batch, self.length, channels)
+        if self.op.startswith("adaln"):
+            x, branch, grad_x_out, grad_h = draw(4, self.batch, self.length, channels)
             gate, scale, shift = draw(self.batch, self.frames, 6, channels).unbind(2)[:3]
-            return {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
+            if self.op == "adaln":
+                return {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
+            given = {"grad_x_out": grad_x_out, "grad_h": grad_h, "x_out": x, "branch": branch}
+            return given | {"gate": gate, "scale": scale}
         q, k, v = draw(self.batch, self.length, 3, self.heads, self.width).unbind(2)
         angles = torch.rand(1, self.length, self.width // 2, generator=g, device=device)
         given = {"q": q, "k": k, "weight_q": draw(channels), "weight_k": draw(channels)}
         given["rope"] = torch.stack((angles.cos(), angles.sin()), -1)
         if self.op == "qk_norm_rope":
             return given
+        if self.op == "qk_norm_rope_bwd":
+            grad_q, grad_k = draw(2, self.batch, self.length, self.heads, self.width)
+            return {"grad_q": grad_q, "grad_k": grad_k} | given
         k_cache, v_cache = draw(2, self.batch, 2 * self.length, self.heads, self.width)
         # The first token's frame: the second half of the cache.
         position = torch.tensor([self.frames], device=device)
@@ -103,6 +111,10 @@ class Case:
                     return ops.adaln(**i)
                 if self.op == "qk_norm_rope":
                     return ops.qk_norm_rope(**i)
+                if self.op == "adaln_bwd":
+                    return torch.ops.afd.adaln_bwd(*i.values(), 1.0, EPS)
+                if self.op == "qk_norm_rope_bwd":
+                    return torch.ops.afd.qk_norm_rope_bwd(*i.values(), EPS)
                 q = ops.qk_norm_rope_append_(**i, tokens_per_frame=self.tokens, sink_frames=0)
                 return q, i["k_cache"], i["v_cache"]
 
@@ -141,7 +153,7 @@ def measure(case: Case, args: argparse.Namespace) -> tuple[list[Row], dict[str, 
     count = harness.input_sets(case.bytes, args.device)
     sets = [case.tensors(args.device, seed) for seed in range(count)]
     exact = case.exact({name: x.clone() for name, x in sets[0].items()})
-    op = case.op.removesuffix("_append_")  # which has the same backends
+    op = case.op.removesuffix("_append_").removesuffix("_bwd")  # which has the same backends
     refusals = ops.explain(op, args.device, {DTYPES[case.dtype]})
     errors, failed, runs = {}, dict[str, str](), dict[str, harness.Run]()
     for backend in args.providers:

@@ -1,4 +1,4 @@
-"""Drives the CUDA kernels of the losses once on small awkward shapes, under compute-sanitizer.
+"""Drives the CUDA kernels once on small awkward shapes, under compute-sanitizer.
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
 """
@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 from afd import ops
+from benchmarks import row_ops
 from tests.cases import CASES, Case
 
 # Tails, several tiles, chunks, masks, both layouts, mixed dtypes.
@@ -45,6 +46,24 @@ def drive(case: Case, backend: str) -> None:
         sys.exit(f"{case} on {backend}: the gradient is not finite")
 
 
+# Heads of whole packs and of none, several warps, runs of tokens with a tail: (frames, tokens of a
+# frame, heads, width).
+ROWS = ((3, 17, 3, 10), (2, 37, 3, 40), (1, 5, 12, 128), (2, 1, 1, 2))
+
+
+def drive_rows() -> None:
+    """Forward and backward of the ops on token rows, in the compiled core."""
+    for op in row_ops.OPS:
+        for dtype in row_ops.DTYPES:
+            for shape in ROWS:
+                case = row_ops.Case(op, dtype, 2, *shape)
+                results = case.step("native")(case.tensors("cuda", 0))
+                torch.cuda.synchronize()
+                if not all(bool(torch.isfinite(x).all()) for x in results):
+                    sys.exit(f"{case} {shape}: a result is not finite")
+        print(f"native {op}: ran", flush=True)
+
+
 def main() -> None:
     cases = [case for case in CASES if case.name in NAMES]
     for backend in ("native", "triton"):
@@ -54,6 +73,7 @@ def main() -> None:
         for case in cases:
             drive(case, backend)
             print(f"{backend} {case}: ran", flush=True)
+    drive_rows()
 
 
 if __name__ == "__main__":

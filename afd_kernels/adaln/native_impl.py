@@ -1,7 +1,9 @@
-"""adaln through the compiled core (csrc/cpu). Letters as in contract.py."""
+"""adaln through the compiled core (csrc/cpu and csrc/cuda). Letters as in contract.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +17,12 @@ KEEPS = True
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     """Why the compiled core cannot run this, or None."""
-    if device == "cuda":
-        return "the compiled core has no CUDA kernel for adaln"
     return native.refuse(device, dtypes)
+
+
+def unfit(tensors: Sequence[Tensor]) -> str | None:
+    """Why these tensors, the rows first, are beyond the CUDA kernels, or None."""
+    return native.refuse_rows(tensors[0], tensors[0].shape[2])
 
 
 def _modulation(value: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -78,18 +83,20 @@ def adaln(
 
     problem = native.take(kept, make)
     h = native.empty_like(x)
-    x_out = torch.empty(0, dtype=x.dtype) if branch is None else native.empty_like(x)
+    x_out = None if branch is None else native.empty_like(x)
     problem.place(
         x.data_ptr(),
         native.pointer(branch),
         native.pointer(gate),
         scale.data_ptr(),
         shift.data_ptr(),
-        0 if branch is None else x_out.data_ptr(),
+        native.pointer(x_out),
         h.data_ptr(),
     )
-    native.core().adaln_cpu(problem, native.threads(x))
+    native.run_rows("adaln", problem, x)
     native.put_back(kept, problem)
+    if x_out is None:
+        x_out = torch.empty(0, dtype=x.dtype, device=x.device)
     return x_out, h
 
 
@@ -110,15 +117,16 @@ def adaln_bwd(
     if grad_x_out is not None:
         problem.grad_x_out = native.rows(grad_x_out)
     dx = native.empty_like(x_out)
-    dscale, dshift = (torch.empty(scale.shape, dtype=torch.float32) for _ in range(2))
-    dbranch = torch.empty(0, dtype=x_out.dtype)
-    dgate = torch.empty(0 if gate is None else gate.shape, dtype=torch.float32)
+    sums = partial(torch.empty, dtype=torch.float32, device=x_out.device)
+    dscale, dshift = sums(scale.shape), sums(scale.shape)
+    dbranch = torch.empty(0, dtype=x_out.dtype, device=x_out.device)
+    dgate = sums(0 if gate is None else gate.shape)
     if gate is not None:
         dbranch = native.empty_like(x_out)
         problem.dbranch, problem.dgate = dbranch.data_ptr(), dgate.data_ptr()
     problem.dx, problem.dscale = dx.data_ptr(), dscale.data_ptr()
     problem.dshift = dshift.data_ptr()
-    native.core().adaln_bwd_cpu(problem, native.threads(x_out))
+    native.run_rows("adaln_bwd", problem, x_out, scratch=True)
     native.put_back(kept, problem)
     like = x_out if gate is None else gate
     return dx, dbranch, dgate.to(like.dtype), dscale.to(scale.dtype), dshift.to(scale.dtype)

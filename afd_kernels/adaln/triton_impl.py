@@ -49,7 +49,7 @@ def _normalise(x, inside, eps, CHANNELS: tl.constexpr):
     if factor != 1.0:
         x *= factor
         mean, variance = _moments(x, inside, CHANNELS)
-        eps *= factor * factor
+        eps = eps * factor * factor
     inverse = tl.rsqrt(variance + eps)
     return tl.where(inside, x - mean, 0.0) * inverse, inverse * factor
 

@@ -1,7 +1,8 @@
-"""qk_norm_rope through the compiled core (csrc/cpu). Letters as in contract.py."""
+"""qk_norm_rope through the compiled core (csrc/cpu and csrc/cuda). Letters as in contract.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ KEEPS = True
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     """Why the compiled core cannot run this, or None."""
-    if device == "cuda":
-        return "the compiled core has no CUDA kernel for qk_norm_rope"
     return native.refuse(device, dtypes)
+
+
+def unfit(tensors: Sequence[Tensor]) -> str | None:
+    """Why these tensors, the rows first, are beyond the CUDA kernels, or None."""
+    return native.refuse_rows(tensors[0], tensors[0].shape[2] * tensors[0].shape[3])
 
 
 def _problem(
@@ -70,7 +74,7 @@ def qk_norm_rope(
         q_out.data_ptr(),
         k_out.data_ptr(),
     )
-    native.core().qk_norm_rope_cpu(problem, native.threads(q))
+    native.run_rows("qk_norm_rope", problem, q)
     native.put_back(kept, problem)
     return q_out, k_out
 
@@ -90,10 +94,12 @@ def qk_norm_rope_bwd(
     problem = _problem(q, k, weight_q, weight_k, rope, eps, kept)
     problem.grad_q, problem.grad_k = native.rows(grad_q), native.rows(grad_k)
     dq, dk = native.empty_like(q), native.empty_like(k)
-    dweight_q, dweight_k = (torch.empty(weight_q.shape, dtype=torch.float32) for _ in range(2))
+    dweight_q, dweight_k = (
+        torch.empty(weight_q.shape, dtype=torch.float32, device=q.device) for _ in range(2)
+    )
     problem.dq, problem.dk = dq.data_ptr(), dk.data_ptr()
     problem.dweight_q, problem.dweight_k = dweight_q.data_ptr(), dweight_k.data_ptr()
-    native.core().qk_norm_rope_bwd_cpu(problem, native.threads(q))
+    native.run_rows("qk_norm_rope_bwd", problem, q, scratch=True)
     native.put_back(kept, problem)
     return dq, dk, dweight_q.to(weight_q.dtype), dweight_k.to(weight_k.dtype)
 
@@ -137,6 +143,6 @@ def qk_norm_rope_append_(
         q_out.data_ptr(),
         0,
     )
-    native.core().qk_norm_rope_cpu(problem, native.threads(q))
+    native.run_rows("qk_norm_rope", problem, q)
     native.put_back(kept, problem)
     return q_out

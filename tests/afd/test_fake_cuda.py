@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from afd.models.wan.vae import VideoVAE
 from afd.rollout import stream, stream_layout
 from afd.trainer.loop import _home
 from afd.video.recorder import Recorder
+from afd_kernels import native
 from afd_kernels.block_attention import library_cuda, library_impl
 from tests.afd import test_text, test_vae, tiny_methods, tiny_videoalign, tiny_wan
 from tests.afd.tiny_methods import WAN_STEPS, make_afd, make_sft, toy_batch, wan_batch
@@ -284,7 +286,10 @@ def test_videoalign_looks_scores_and_learns_on_the_device(tmp_path: Path) -> Non
 def test_a_run_says_which_backends_its_own_device_has(tmp_path: Path) -> None:
     console = Console(quiet=True)
     config = RunConfig(out=str(tmp_path))
-    with fake_cuda(), _home(config, console, Ranks(device=torch.device("cuda"))):
+    # A core without CUDA code: on the CPU adaln would run on it.
+    no_cuda = patch.object(native, "has_cuda", lambda: False)
+    ranks = Ranks(device=torch.device("cuda"))
+    with fake_cuda(), no_cuda, _home(config, console, ranks):
         log = (tmp_path / "train.log").read_text()
     assert "op adaln runs on backend triton" in log
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from tests.cuda_on_cpu.cases import LOSSES, NOISES
 from tests.cuda_on_cpu.device import Device
+from tests.cuda_on_cpu.row_cases import ADALNS, APPENDS, ROPES
 from tests.cuda_on_cpu.test_kernels import assert_same_loss, assert_same_noise
+from tests.cuda_on_cpu.test_rows import assert_same_rows
 
 SETTINGS = {
     # Python and torch are not built for a sanitizer: what they keep is no leak of ours.
@@ -23,7 +25,15 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
 }
 # Planted faults that are races: two threads at one place, and no barrier between.
-RACES = ("no barrier before the warps' sums are read", "no barrier after the coefficients")
+RACES = (
+    "no barrier before the warps' sums are read",
+    "no barrier after the coefficients",
+    "no barrier before the sums of a row are read",
+    "two sums of a row after each other in the same memory",
+    "no barrier before the sums of rows are read",
+)
+# Of several warps, runs of tokens and frames.
+_FEW_ROWS = (ADALNS[1], ADALNS[3], ROPES[1], APPENDS[2])
 
 
 def main() -> None:
@@ -37,6 +47,9 @@ def main() -> None:
         if not few or loss.name in ("row", "row_fp16_velocity"):
             with suppress(AssertionError) if fault else nullcontext():
                 assert_same_loss(loss, device, fault=fault)
+    for rows in _FEW_ROWS if few else (*ADALNS, *ROPES, *APPENDS):
+        with suppress(AssertionError) if fault else nullcontext():
+            assert_same_rows(rows, device, fault=fault)
     print("clean")
 
 

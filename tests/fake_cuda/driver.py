@@ -119,7 +119,9 @@ class _Core:
         problems = [x for x in args if not isinstance(x, int)]
         fields = {key: getattr(x, key) for x in problems for key in dir(x)}
         for key, value in [*fields.items(), *enumerate(args)]:
-            if isinstance(value, int) and 2**40 < value < HIGH:
+            # Of token rows the address comes with strides.
+            address = value[0] if isinstance(value, tuple) else value
+            if isinstance(address, int) and 2**40 < address < HIGH:
                 raise RuntimeError(f"{name}: {key} is on the CPU")
         self._machine.launches[name] += 1
 
