@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -33,31 +32,23 @@ class Chart(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Points of one curve; `color` is a name in COLORS. `dots` marks every point, otherwise a long
-    line is smoothed."""
+    """One curve of (x, y) points; `color` is a name in COLORS. `dots` marks every point, otherwise
+    a long line is smoothed."""
 
     label: str
     color: str
-    x: Sequence[float]
-    y: Sequence[float]
+    points: Sequence[tuple[float, float]]
     dots: bool = False
-
-    @classmethod
-    def of(
-        cls, label: str, color: str, points: Sequence[tuple[int, float]], dots: bool = False
-    ) -> Line:
-        return cls(label, color, [x for x, _ in points], [y for _, y in points], dots)
 
     @property
     def noisy(self) -> bool:
-        return not self.dots and len(self.y) >= NOISY
+        return not self.dots and len(self.points) >= NOISY
 
     @property
-    def range(self) -> tuple[float, float]:
+    def range(self) -> list[float]:
         """The y values to show: of a long noisy line all but the wildest hundredth."""
-        cut = 0.005 if self.noisy and len(self.y) >= 100 else 0.0
-        low, high = np.quantile(self.y, [cut, 1 - cut])
-        return float(low), float(high)
+        cut = 0.005 if self.noisy and len(self.points) >= 100 else 0.0
+        return list(map(float, np.quantile([y for _, y in self.points], [cut, 1 - cut])))
 
 
 class Group(NamedTuple):
@@ -93,7 +84,6 @@ GROUPS = (
 )
 # fmt: on
 
-
 Reference = tuple[str, str, float]
 
 
@@ -104,39 +94,37 @@ def line_chart(
     references: Sequence[Reference] = (),
     zero: bool = False,
 ) -> Chart | None:
-    """Lines over the updates; None without a finite point.
+    """Lines over the updates; None without a point.
 
     `references` are horizontal lines (label, colour, y); `zero` includes 0 in the y axis.
     """
-    lines = [line for line in map(finite, lines) if line.y]
+    lines = [line for line in lines if line.points]
     if not lines:
         return None
-    bounds = [bound for line in lines for bound in line.range] + [y for *_, y in references]
-    low, high = y_limits(bounds, zero)
-    xs = [x for line in lines for x in line.x]
 
     def draw(axes: Axes) -> None:
         _set_axes(axes, "update", REFERENCES if references else 0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
-        axes.set_xlim(*_apart(min(xs), max(xs)))
-        axes.set_ylim(low, high)
+        axes.set_xlim(_limits([x for line in lines for x, _ in line.points], margin=0))
+        shown = [y for line in lines for y in line.range] + [y for *_, y in references]
+        axes.set_ylim(_limits(shown, zero))
         _draw_references(axes, references)
         for line in lines:
-            color, y = COLORS[line.color], np.asarray(line.y)
+            color, (x, y) = COLORS[line.color], np.array(line.points, dtype=np.float64).T
             if line.noisy:
-                axes.plot(line.x, y.clip(low, high), color=color, linewidth=1, alpha=0.25)
+                axes.plot(x, y.clip(*axes.get_ylim()), color=color, linewidth=1, alpha=0.25)
                 y = running_mean(y, window(len(y)))
             # A single point is no line: only a dot shows it.
             marker = "o" if line.dots or len(y) == 1 else ""
-            axes.plot(line.x, y.clip(low, high), color=color, marker=marker)
+            axes.plot(x, y.clip(*axes.get_ylim()), color=color, marker=marker)
 
-    legend = [(line.label, line.color) for line in lines]
     words = [
-        f"{line.label}: {number(line.y[0])} at update {line.x[0]:g}, "
-        f"{number(line.y[-1])} at update {line.x[-1]:g}."
+        f"{line.label}: {number(line.points[0][1])} at update {line.points[0][0]:g}, "
+        f"{number(line.points[-1][1])} at update {line.points[-1][0]:g}."
         for line in lines
     ]
     words += [f"{label}: {number(y)}." for label, _, y in references]
+    legend = [(line.label, line.color) for line in lines]
     return Chart(title, note, legend, inline_svg(draw, title, " ".join(words)))
 
 
@@ -145,7 +133,7 @@ def _set_axes(axes: Axes, x_label: str, room: int = 0) -> None:
     size = (WIDTH - LEFT - RIGHT - room) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT
     axes.set_position((LEFT / WIDTH, BOTTOM / HEIGHT, *size))
     axes.set_xlabel(x_label, loc="right")
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
 
 
 def _draw_references(axes: Axes, references: Sequence[Reference]) -> None:
@@ -160,26 +148,16 @@ def _draw_references(axes: Axes, references: Sequence[Reference]) -> None:
         axes.text(1.02, y, label, color=COLORS[color], weight="bold", va=align, transform=right)
 
 
-def y_limits(values: Sequence[float], zero: bool) -> tuple[float, float]:
-    """Limits that show all values with a margin; `zero` includes 0, without a margin there."""
+def _limits(
+    values: Sequence[float], zero: bool = False, margin: float = 0.06
+) -> tuple[float, float]:
+    """Limits of an axis with a margin; `zero` includes 0, without a margin there."""
     low, high = min(values), max(values)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    margin = 0.06 * (high - low)
-    return _apart(low - (0 if zero and low == 0 else margin), high + margin)
-
-
-def _apart(low: float, high: float) -> tuple[float, float]:
-    """Limits of an axis, moved apart where they are equal."""
-    low, high = MaxNLocator().nonsingular(low, high)
+    margin *= high - low
+    low, high = MaxNLocator().nonsingular(low - (0 if zero and low == 0 else margin), high + margin)
     return float(low), float(high)
-
-
-def finite(line: Line) -> Line:
-    """Without the points that are not finite numbers."""
-    pairs = zip(line.x, line.y, strict=True)
-    kept = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
-    return line._replace(x=[x for x, _ in kept], y=[y for _, y in kept])
 
 
 def window(count: int) -> int:
@@ -205,7 +183,7 @@ def evaluation_chart(parts: dict[str, Part], metric: Metric) -> Chart | None:
     for run in runs(parts):
         found = [(line["step"], numbers(line.get("metrics"))) for line in run.evaluations]
         points = [(step, values[metric.key]) for step, values in found if metric.key in values]
-        lines.append(Line.of(run.label, run.name, points, dots=True))
+        lines.append(Line(run.label, run.name, points, dots=True))
     references = [
         (parts[name].label, name, parts[name].metrics[metric.key])
         for name in ("teacher", "base")
@@ -221,7 +199,7 @@ def update_charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
         for run in logging:
             title = group.title if len(logging) == 1 else f"{group.title} of {run.label}"
             lines = [
-                Line.of(label, color or run.name, logged(run, key))
+                Line(label, color or run.name, logged(run, key))
                 for key, label, color in group.lines
             ]
             yield line_chart(title, group.note, lines, zero=group.zero)
@@ -235,7 +213,7 @@ def other_charts(
     for run in runs(parts):
         for key in keys(run):
             if key not in grouped:
-                yield line_chart(key, "", [Line.of(run.label, run.name, logged(run, key))])
+                yield line_chart(key, "", [Line(run.label, run.name, logged(run, key))])
     known = {metric.key: metric for metric in metrics}
     for key in dict.fromkeys(key for run in runs(parts) for key in run.metrics):
         if key not in shown:
@@ -268,22 +246,17 @@ def trade_off(parts: dict[str, Part]) -> Chart | None:
 
     def draw(axes: Axes) -> None:
         _set_axes(axes, "look error")
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-        axes.set_xlim(*y_limits(xs, zero=True))
-        axes.set_ylim(*y_limits(ys, zero=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axes.set_xlim(_limits(xs, zero=True))
+        axes.set_ylim(_limits(ys, zero=True))
         for name, path in paths.items():
-            color, below = COLORS[name], parts[name].is_run
+            color = COLORS[name]
             axes.plot(*zip(*path, strict=True), color=color, marker="o")
             axes.plot(*path[-1], color=color, marker="o", markersize=12, markerfacecolor=color)
+            offset, align = (-12, "top") if parts[name].is_run else (12, "bottom")
+            place: Any = {"textcoords": "offset points", "ha": "center", "va": align}
             axes.annotate(
-                parts[name].label,
-                path[-1],
-                (0, -12 if below else 10),
-                textcoords="offset points",
-                ha="center",
-                va="top" if below else "bottom",
-                color=color,
-                weight="bold",
+                parts[name].label, path[-1], (0, offset), color=color, weight="bold", **place
             )
 
     title = "Physics error against look error"

@@ -56,8 +56,8 @@ def reward_hacking(run: Part) -> Chart | None:
     quality = [(step, values["MQ"]) for step, values in rated if "MQ" in values]
     score = [(step, -margin) for step, margin in logged(run, "critic/margin")]
     lines = [
-        Line.of("MQ by the frozen VideoAlign", run.name, quality, dots=True),
-        Line.of("online score minus the teacher’s", "teacher", score),
+        Line("MQ by the frozen VideoAlign", run.name, quality, dots=True),
+        Line("online score minus the teacher’s", "teacher", score),
     ]
     note = "when the score rises while MQ falls, the student fools the discriminator"
     return line_chart("Frozen rating and online score", note, lines if quality else [])
