@@ -52,7 +52,7 @@ class Line(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Logged values that share a chart: (key, label, colour) each; no colour means the run's."""
+    """Logged values that share a chart: (key, label, colour) each; empty ones are the run's."""
 
     title: str
     note: str
@@ -192,32 +192,24 @@ def evaluation_chart(parts: dict[str, Part], metric: Metric) -> Chart | None:
     return line_chart(metric.name, metric.meaning, lines, references, zero=True)
 
 
-def update_charts(parts: dict[str, Part]) -> Iterator[Chart | None]:
-    """The GROUPS that each run has logged."""
-    for group in GROUPS:
+def update_charts(parts: dict[str, Part], groups: Sequence[Group]) -> Iterator[Chart | None]:
+    """The groups that each run has logged."""
+    for group in groups:
         logging = [run for run in runs(parts) if {k for k, _, _ in group.lines} & set(keys(run))]
         for run in logging:
-            title = group.title if len(logging) == 1 else f"{group.title} of {run.label}"
+            title = group.title if len(logging) == 1 else f"{group.title}, {run.label}"
             lines = [
-                Line(label, color or run.name, logged(run, key))
-                for key, label, color in group.lines
+                Line(label or run.label, color or run.name, logged(run, k))
+                for k, label, color in group.lines
             ]
             yield line_chart(title, group.note, lines, zero=group.zero)
 
 
-def other_charts(
-    parts: dict[str, Part], metrics: Sequence[Metric], shown: Sequence[str]
-) -> Iterator[Chart | None]:
-    """Every other logged value, and every metric that is not among the `shown` keys."""
+def other_groups(parts: dict[str, Part]) -> list[Group]:
+    """A group for each logged value that is not in GROUPS."""
     grouped = {key for group in GROUPS for key, _, _ in group.lines}
-    for run in runs(parts):
-        for key in keys(run):
-            if key not in grouped:
-                yield line_chart(key, "", [Line(run.label, run.name, logged(run, key))])
-    known = {metric.key: metric for metric in metrics}
-    for key in dict.fromkeys(key for run in runs(parts) for key in run.metrics):
-        if key not in shown:
-            yield evaluation_chart(parts, known.get(key, Metric(key, key)))
+    found = dict.fromkeys(key for run in runs(parts) for key in keys(run))
+    return [Group(key, "", False, ((key, "", ""),)) for key in found if key not in grouped]
 
 
 def keys(run: Part) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.image import imsave
 
 from afd.errors import TeacherError, VideoError
-from afd.lab.report.run_files import LABELS, Clip, Part, numbers, runs
+from afd.lab.report.run_files import LABELS, Part, numbers, runs
 from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
 from afd.video import read_video, to_uint8
@@ -59,16 +59,13 @@ def _videos(parts: dict[str, Part], prompt: str) -> dict[str, np.ndarray | str]:
     videos: dict[str, np.ndarray | str] = {}
     for name, part in parts.items():
         if own[name]:
-            videos[name] = _with_seed(own[name], common).video
+            chosen = [clip for clip in own[name] if clip.seed in common[:1]] or own[name]
+            videos[name] = chosen[0].video
         elif part.source is not None:
             videos[name] = _decode(part.source, _video_shape(parts), prompt)
         else:
             videos[name] = "not run" if part.folder is None else "no samples yet"
     return videos
-
-
-def _with_seed(clips: Sequence[Clip], seeds: Sequence[Any]) -> Clip:
-    return next((clip for clip in clips if clip.seed in seeds[:1]), clips[0])
 
 
 def _video_shape(parts: dict[str, Part]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 _NAMES = ["soft", "line", "card", "teacher", "base", "afd", "sft", "gan", "dmd"]
 _NAMES += [f"phase{index}" for index in range(6)]
 COLORS = {name: f"#0000{number:02x}" for number, name in enumerate(_NAMES, 1)}
-_VARIABLES = {color: f"var(--{name})" for name, color in COLORS.items()}
+_CSS = {"#000000": "currentColor"} | {color: f"var(--{name})" for name, color in COLORS.items()}
 
 WIDTH, HEIGHT = 540, 264
 _STYLE: dict[Any, Any] = {
@@ -74,7 +74,7 @@ def inline_svg(
         if "d" in kept:
             kept["d"] = re.sub(r"(\.\d)\d+", r"\1", kept["d"])
         if "style" in kept:
-            style = re.sub(r"#0000[0-9a-f]{2}", lambda m: _VARIABLES[m[0]], kept["style"])
+            style = re.sub(r"#0000[0-9a-f]{2}", lambda m: _CSS[m[0]], kept["style"])
             kept["style"] = re.sub(r"font(-size|-family)?: [^;]*;? ?", "", style)
         element.attrib = kept
     root.attrib = {"viewBox": f"0 0 {WIDTH} {height}", "role": "img"}

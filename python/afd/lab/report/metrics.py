@@ -62,11 +62,10 @@ def metric_rows(
     parts: Mapping[str, Part], columns: Sequence[str], metrics: Sequence[Metric]
 ) -> Iterator[dict[str, Any]]:
     """The known `metrics` in their order, then everything else that was measured."""
-    known = {metric.key: metric for metric in metrics}
     measured = {key for name in columns for key in parts[name].metrics}
-    for key in [*known, *sorted(measured - set(known))]:
-        metric = known.get(key, Metric(key, key))
-        values = {n: m[key] for n in columns if key in (m := parts[n].metrics)}
+    others = sorted(measured - {metric.key for metric in metrics})
+    for metric in [*metrics, *(Metric(key, key) for key in others)]:
+        values = {n: m[metric.key] for n in columns if metric.key in (m := parts[n].metrics)}
         if values:
             yield {"metric": metric, "values": values, "best": best(metric, values)}
 

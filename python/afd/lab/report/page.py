@@ -62,9 +62,13 @@ def _page(run_dir: Path, template: str) -> dict[str, Any]:
         columns = [name for name, part in parts.items() if part.folder or part.metrics]
         known = metrics.TOY_METRICS
         page = _toy_page(parts) | {"clips": clip_table(parts, columns)}
-    curves = CURVES[template]
-    drawn += [charts.evaluation_chart(parts, metric) for metric in known if metric.key in curves]
-    drawn += charts.update_charts(parts)
+    table = list(metrics.metric_rows(parts, columns, known))
+    curves = [charts.evaluation_chart(parts, row["metric"]) for row in table]
+    main = [row["metric"].key in CURVES[template] for row in table]
+    drawn += [curve for curve, shown in zip(curves, main, strict=True) if shown]
+    drawn += charts.update_charts(parts, charts.GROUPS)
+    others = [*charts.update_charts(parts, charts.other_groups(parts))]
+    others += [curve for curve, shown in zip(curves, main, strict=True) if not shown]
     times = {r.name: seconds for r in runs(parts) if (seconds := phase_times.seconds_per_phase(r))}
     configs = {run.label: dict(flatten(run.config)) for run in runs(parts) if run.config}
     keys = dict.fromkeys(key for config in configs.values() for key in config)
@@ -78,9 +82,9 @@ def _page(run_dir: Path, template: str) -> dict[str, Any]:
         "labels": LABELS,
         "columns": columns,
         "directions": metrics.DIRECTIONS,
-        "table": list(metrics.metric_rows(parts, columns, known)),
+        "table": table,
         "charts": [chart for chart in drawn if chart],
-        "other_charts": [chart for chart in charts.other_charts(parts, known, curves) if chart],
+        "other_charts": [chart for chart in others if chart],
         "window": charts.window(max(len(run.updates) for run in runs(parts))),
         "evaluated_videos": sorted({count for count in counts if type(count) is int}),
         "times": times,
