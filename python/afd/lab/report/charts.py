@@ -119,8 +119,8 @@ def line_chart(
             axes.plot(x, y.clip(*axes.get_ylim()), color=color, marker=marker)
 
     words = [
-        f"{line.label}: {number(line.points[0][1])} at update {line.points[0][0]:g}, "
-        f"{number(line.points[-1][1])} at update {line.points[-1][0]:g}."
+        f"{line.label}: {number(line.points[0][1])} at update {line.points[0][0]:.0f}, "
+        f"{number(line.points[-1][1])} at update {line.points[-1][0]:.0f}."
         for line in lines
     ]
     words += [f"{label}: {number(y)}." for label, _, y in references]

@@ -63,12 +63,10 @@ def _page(run_dir: Path, template: str) -> dict[str, Any]:
         known = metrics.TOY_METRICS
         page = _toy_page(parts) | {"clips": clip_table(parts, columns)}
     table = list(metrics.metric_rows(parts, columns, known))
-    curves = [charts.evaluation_chart(parts, row["metric"]) for row in table]
-    main = [row["metric"].key in CURVES[template] for row in table]
-    drawn += [curve for curve, shown in zip(curves, main, strict=True) if shown]
+    curves = {row["metric"].key: charts.evaluation_chart(parts, row["metric"]) for row in table}
+    drawn += [curves.pop(key, None) for key in CURVES[template]]
     drawn += charts.update_charts(parts, charts.GROUPS)
-    others = [*charts.update_charts(parts, charts.other_groups(parts))]
-    others += [curve for curve, shown in zip(curves, main, strict=True) if not shown]
+    others = [*charts.update_charts(parts, charts.other_groups(parts)), *curves.values()]
     times = {r.name: seconds for r in runs(parts) if (seconds := phase_times.seconds_per_phase(r))}
     configs = {run.label: dict(flatten(run.config)) for run in runs(parts) if run.config}
     keys = dict.fromkeys(key for config in configs.values() for key in config)
