@@ -240,6 +240,12 @@ def test_a_run_that_learned_nothing_is_not_praised() -> None:
     assert sentences({"phys": 0.90}, SFT)[0].startswith(away)
 
 
+def test_runs_without_a_base_student_are_not_judged() -> None:
+    title, text = headline({"afd": AFD, "sft": SFT}, {})
+    assert title == "Results without the base student"
+    assert "has not been evaluated" in text
+
+
 def test_close_values_are_called_equal() -> None:
     _, text = sentences({"phys": 0.31, "rend": 0.03}, {"phys": 0.30, "rend": 0.035})
     assert "Neither is ahead on physics and look." in text

@@ -21,13 +21,9 @@ def headline(metrics: Metrics, unfinished: Mapping[str, str]) -> tuple[str, str]
     if not runs:
         return "No trained student has been evaluated", "This folder holds no student’s evaluation."
     if "phys" not in metrics.get("base", {}):
-        errors = [
-            f"{LABELS[run]} has a physics error of {number(metrics[run]['phys'])} px"
-            for run in runs
-        ]
         return (
             "Results without the base student",
-            f"{_join(errors)}; the base student has not been evaluated.",
+            "The base student has not been evaluated, so the runs have no reference.",
         )
     sentences = [
         _change("The physics error", "phys", " px", runs, metrics),
@@ -46,9 +42,8 @@ def headline(metrics: Metrics, unfinished: Mapping[str, str]) -> tuple[str, str]
 
 def _title(runs: Sequence[str], metrics: Metrics) -> str:
     """'Both runs learned most of the teacher’s physics; AFD kept the student’s look, SFT ...'"""
-    teacher = metrics.get("teacher", {})
-    physics = {run: _physics(metrics["base"], metrics[run], teacher) for run in runs}
-    looks = {run: _look(metrics["base"], metrics[run], teacher) for run in runs}
+    physics = {run: _physics(run, metrics) for run in runs}
+    looks = {run: _look(run, metrics) for run in runs}
     if len(runs) == 2 and len(set(physics.values())) == 1 and all(looks.values()):
         same = len(set(looks.values())) == 1
         each = ", ".join(f"{LABELS[run]} {look}" for run, look in looks.items())
@@ -59,28 +54,25 @@ def _title(runs: Sequence[str], metrics: Metrics) -> str:
     )
 
 
-def _physics(
-    base: Mapping[str, float], run: Mapping[str, float], teacher: Mapping[str, float]
-) -> str:
-    """What a run did to the physics error, as a share of the way from the base to the teacher."""
-    way = base["phys"] - teacher.get("phys", 0.0)
-    gain = (base["phys"] - run["phys"]) / way if way > 0 else 0.0
-    if gain >= 0.5:
-        return "learned most of the teacher’s physics"
+def _physics(run: str, metrics: Metrics) -> str:
+    """How far a run went from the base's physics error to the teacher's, in words."""
+    base = metrics["base"]["phys"]
+    way = base - metrics.get("teacher", {}).get("phys", 0.0)
+    gain = (base - metrics[run]["phys"]) / way if way > 0 else 0.0
     if gain >= 0.1:
-        return "learned some of the teacher’s physics"
+        return f"learned {'most' if gain >= 0.5 else 'some'} of the teacher’s physics"
     return "did not change the physics" if gain > -0.1 else "moved away from the teacher’s physics"
 
 
-def _look(base: Mapping[str, float], run: Mapping[str, float], teacher: Mapping[str, float]) -> str:
-    """What a run did to the look error; empty if it is unknown."""
-    if "rend" not in base or "rend" not in run:
+def _look(run: str, metrics: Metrics) -> str:
+    """What became of the student's look, in words; empty if it is unknown."""
+    base, own = metrics["base"].get("rend"), metrics[run].get("rend")
+    if base is None or own is None:
         return ""
-    rise = run["rend"] - base["rend"]
-    if rise <= LOOK_KEPT:
+    if own - base <= LOOK_KEPT:
         return "kept the student’s look"
-    foreign = teacher.get("rend", base["rend"]) - base["rend"]
-    copied = foreign > LOOK_KEPT and rise >= 0.5 * foreign
+    foreign = metrics.get("teacher", {}).get("rend", base) - base
+    copied = foreign > LOOK_KEPT and own - base >= 0.5 * foreign
     return "copied the teacher’s look" if copied else "lost some of the student’s look"
 
 

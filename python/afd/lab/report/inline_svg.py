@@ -79,7 +79,6 @@ def inline_svg(
         element.attrib = kept
     root.attrib = {"viewBox": f"0 0 {WIDTH} {height}", "role": "img"}
     for index, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag)
-        element.text = text
-        root.insert(index, element)
+        root.insert(index, ElementTree.Element(tag))
+        root[index].text = text
     return Markup(ElementTree.tostring(root, encoding="unicode"))
