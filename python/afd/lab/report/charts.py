@@ -142,10 +142,11 @@ def _draw_references(axes: Axes, references: Sequence[Reference]) -> None:
     low, high = axes.get_ylim()
     for index, (label, color, y) in enumerate(ordered):
         axes.axhline(y, color=COLORS[color], linewidth=1.3, linestyle=(0, (1.5, 3)))
-        close = ordered[0][2] - ordered[-1][2] < (high - low) / 14
-        align = ("bottom", "top")[index] if close and len(ordered) == 2 else "center"
-        right = axes.get_yaxis_transform()
-        axes.text(1.02, y, label, color=COLORS[color], weight="bold", va=align, transform=right)
+        close = len(ordered) == 2 and ordered[0][2] - ordered[1][2] < (high - low) / 14
+        shift = (9, -9)[index] if close else 0
+        place: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        style: Any = {"color": COLORS[color], "weight": "bold", "va": "center"}
+        axes.annotate(label, (1, y), (8, shift), **place, **style)
 
 
 def _limits(

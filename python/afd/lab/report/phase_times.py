@@ -45,7 +45,8 @@ def phase_chart(times: Mapping[str, Mapping[str, float]]) -> Markup:
             for phase, value in seconds.items():
                 axes.barh(row, value, 0.6, left=end, color=COLORS[phase_color(phase)])
                 end += value
-            axes.annotate(LABELS[name], (0, row), (-8, 0), **beside, ha="right", color=COLORS[name])
+            name_style: Any = {"ha": "right", "weight": "bold", "color": COLORS[name]}
+            axes.annotate(LABELS[name], (0, row), (-8, 0), **beside, **name_style)
             axes.annotate(duration(end), (end, row), (8, 0), **beside, color=COLORS["soft"])
 
     words = [
