@@ -95,9 +95,21 @@ def curve(method: str, end: dict[str, float]) -> Iterator[dict[str, Any]]:
 def update(method: str, step: int) -> dict[str, Any]:
     noise = np.random.default_rng(step)
     way = math.exp(-step / 150)
-    phases = {"teacher": 0.002, "rollout": 0.12, "critic": 0.09, "student": 0.2, "evaluate": 0.0}
+    phases = {
+        "teacher": 0.002,
+        "rollout": 0.12,
+        "discriminator": 0.09,
+        "student": 0.2,
+        "evaluate": 0.0,
+    }
     if method == "sft":
-        phases = {"teacher": 0.002, "rollout": 0.0, "critic": 0.0, "student": 0.08, "evaluate": 0.0}
+        phases = {
+            "teacher": 0.002,
+            "rollout": 0.0,
+            "discriminator": 0.0,
+            "student": 0.08,
+            "evaluate": 0.0,
+        }
     if step % 50 == 0:
         phases["evaluate"] = 1.2
     line: dict[str, Any] = {"step": step, "time_s": step * 0.42 if method == "afd" else step * 0.09}
@@ -106,9 +118,9 @@ def update(method: str, step: int) -> dict[str, Any]:
     if method == "sft":
         return line
     return line | {
-        "critic/loss": 0.35 + 0.3 * way + 0.05 * noise.normal(),
-        "critic/accuracy": min(1.0, 0.86 - 0.3 * way + 0.06 * noise.normal()),
-        "critic/margin": 2.4 - 2.2 * way + 0.25 * noise.normal(),
+        "discriminator/loss": 0.35 + 0.3 * way + 0.05 * noise.normal(),
+        "discriminator/accuracy": min(1.0, 0.86 - 0.3 * way + 0.06 * noise.normal()),
+        "discriminator/margin": 2.4 - 2.2 * way + 0.25 * noise.normal(),
         "student/r_mean": 0.5 + 0.03 * noise.normal(),
         "student/r_at_0": 0.04 * noise.random(),
         "student/r_at_1": 0.05 * noise.random(),

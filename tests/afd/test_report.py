@@ -355,7 +355,7 @@ def test_the_ids_of_one_page_are_unique(folder: Path) -> None:
 def test_time_outside_the_phases_is_other_and_phases_keep_the_order_of_the_trainer() -> None:
     lines = [
         {"step": 1, "time_s": 2.0, "phase_s": {"student": 1.0, "rollout": 0.5, "odd": -1.0}},
-        {"step": 2, "time_s": 4.0, "phase_s": {"student": 1.0, "critic": math.nan}},
+        {"step": 2, "time_s": 4.0, "phase_s": {"student": 1.0, "discriminator": math.nan}},
     ]
     seconds = seconds_per_phase(Part("afd", updates=lines))
     assert seconds == {"rollout": 0.5, "student": 2.0, "other": 1.5}

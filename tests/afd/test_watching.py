@@ -18,7 +18,7 @@ from torch import Tensor
 
 from afd.config.run import RunConfig, make_config
 from afd.discriminators.config import VideoAlignConfig
-from afd.discriminators.videoalign.discriminator import VideoAlignCritic
+from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
 from afd.discriminators.videoalign.model import VideoAlign
 from afd.errors import ConfigError
 from afd.lab.report.page import write_report
@@ -96,20 +96,22 @@ def config_of(out: Path, **evaluation: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def critic(tmp_path_factory: pytest.TempPathFactory) -> VideoAlignCritic:
+def discriminator(tmp_path_factory: pytest.TempPathFactory) -> VideoAlignDiscriminator:
     """A tiny VideoAlign in the released layout."""
     folder = write_released(tmp_path_factory.mktemp("released"))
     scorer = VideoAlign.load(folder / "root", base=folder / "base", dtype=torch.float32)
-    return VideoAlignCritic(scorer, VideoAlignConfig(lora_rank=2), video_fps=8.0)
+    return VideoAlignDiscriminator(scorer, VideoAlignConfig(lora_rank=2), video_fps=8.0)
 
 
 def test_a_video_evaluation_is_the_same_every_time_and_keeps_the_first_samples(
-    tmp_path: Path, critic: VideoAlignCritic
+    tmp_path: Path, discriminator: VideoAlignDiscriminator
 ) -> None:
     config, student = config_of(tmp_path), toy_student()
     prompts = evaluation_prompts(config, [Request("b"), Request("a"), Request("b", 1)])
     assert prompts == ["b", "a"]
-    evaluate = make_evaluator(config, lambda: torch.empty(0), critic=critic, prompts=prompts)
+    evaluate = make_evaluator(
+        config, lambda: torch.empty(0), discriminator=discriminator, prompts=prompts
+    )
     assert evaluate is not None
     first, again = evaluate(student, 3), evaluate(student, 3)
     assert first.metrics == again.metrics
@@ -124,7 +126,7 @@ def test_a_video_evaluation_is_the_same_every_time_and_keeps_the_first_samples(
 
 
 def test_with_codec_match_the_rating_is_of_what_the_codec_leaves(
-    tmp_path: Path, critic: VideoAlignCritic
+    tmp_path: Path, discriminator: VideoAlignDiscriminator
 ) -> None:
     plain = config_of(tmp_path)
     matched = plain.model_copy(
@@ -132,7 +134,9 @@ def test_with_codec_match_the_rating_is_of_what_the_codec_leaves(
     )
     found = []
     for config in (plain, matched):
-        evaluate = make_evaluator(config, lambda: torch.empty(0), critic=critic, prompts=["a"])
+        evaluate = make_evaluator(
+            config, lambda: torch.empty(0), discriminator=discriminator, prompts=["a"]
+        )
         assert evaluate is not None
         found.append(evaluate(toy_student(), 1).metrics)
     assert found[0]["MQ"] != found[1]["MQ"]
@@ -140,16 +144,16 @@ def test_with_codec_match_the_rating_is_of_what_the_codec_leaves(
 
 
 def test_what_the_discriminator_learns_changes_its_score_and_not_the_rating(
-    tmp_path: Path, critic: VideoAlignCritic
+    tmp_path: Path, discriminator: VideoAlignDiscriminator
 ) -> None:
     student = toy_student()
     evaluate = make_evaluator(
-        config_of(tmp_path), lambda: torch.empty(0), critic=critic, prompts=["a"]
+        config_of(tmp_path), lambda: torch.empty(0), discriminator=discriminator, prompts=["a"]
     )
     assert evaluate is not None
     before = evaluate(student, 1).metrics
     with torch.no_grad():
-        critic.head_OD.mul_(1.5)
+        discriminator.head_OD.mul_(1.5)
     after = evaluate(student, 1).metrics
     assert after["score"] != before["score"]
     assert after["MQ"] == before["MQ"]
@@ -246,7 +250,7 @@ def test_the_report_shows_the_frozen_rating_beside_the_online_score(
 ) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     rated = [{"step": s, "metrics": {"MQ": 0.3 - s / 10, "motion": 5.0}} for s in (0, 2, 4)]
-    margins = [{"step": s, "critic/margin": 2.0 - s / 4} for s in (1, 2, 3, 4)]
+    margins = [{"step": s, "discriminator/margin": 2.0 - s / 4} for s in (1, 2, 3, 4)]
     for name, lines in (("evaluation", rated), ("metrics", margins)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")

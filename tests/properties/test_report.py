@@ -29,7 +29,17 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 KEYS = ("step", "method", "metrics", "videos", "seed", "phase_s", "time_s", "student/loss", "file")
-KEYS += ("phys", "rend", "MQ", "critic/margin", "teacher", "video", "evaluation", "ops", "cpu")
+KEYS += (
+    "phys",
+    "rend",
+    "MQ",
+    "discriminator/margin",
+    "teacher",
+    "video",
+    "evaluation",
+    "ops",
+    "cpu",
+)
 KEYS += (
     "packages",
     "steps",

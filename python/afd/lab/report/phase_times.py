@@ -12,7 +12,7 @@ from afd.lab.report.inline_svg import COLORS, WIDTH, inline_svg
 from afd.lab.report.run_files import LABELS, Part, numbers
 
 # In the trainer's order; what lies between them is "other".
-PHASES = ("teacher", "rollout", "critic", "student", "evaluate", "other")
+PHASES = ("teacher", "rollout", "discriminator", "student", "evaluate", "other")
 
 
 def seconds_per_phase(run: Part) -> dict[str, float]:

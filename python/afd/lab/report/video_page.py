@@ -54,7 +54,7 @@ def reward_hacking(run: Part) -> Chart | None:
     """The frozen rating and the online score, which should rise together."""
     rated = [(line["step"], numbers(line.get("metrics"))) for line in run.evaluations]
     quality = [(step, values["MQ"]) for step, values in rated if "MQ" in values]
-    score = [(step, -margin) for step, margin in logged(run, "critic/margin")]
+    score = [(step, -margin) for step, margin in logged(run, "discriminator/margin")]
     lines = [
         Line("MQ by the frozen VideoAlign", run.name, quality, dots=True),
         Line("online score minus the teacher’s", "teacher", score),
