@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "docs/screenshot.py"
 
 
 def load_script() -> Any:
-    """docs/ is no package."""
+    """The script as a module; docs/ is not a package."""
     spec = importlib.util.spec_from_file_location("screenshot", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

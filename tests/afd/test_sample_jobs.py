@@ -43,6 +43,12 @@ def test_an_empty_prompt_of_a_list_is_told_by_its_number() -> None:
         prompts_of(["a", " "])
 
 
+@pytest.mark.parametrize("blank", [" ", "\r", "\t\n"])
+def test_a_prompt_of_blanks_is_refused(blank: str) -> None:
+    with pytest.raises(ConfigError, match="prompts: .*a prompt is blank"):
+        prompts_of(blank)
+
+
 def test_weights_replaced_under_the_same_name_are_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,14 +236,16 @@ def test_its_report_shows_alarms_videos_and_curves(run: Path) -> None:
     assert "https:" not in html
 
 
-def test_a_report_of_a_run_that_has_only_begun_is_honest(run: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_run_that_has_only_begun_shows_no_numbers(
+    run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert "AFD, update 0 of 4, unfinished" in html
-    assert "No evaluation yet." in html
+    assert "AFD: no evaluation yet." in html
 
 
-def test_the_report_says_when_the_untouched_rating_and_the_score_part(
+def test_the_report_shows_the_frozen_rating_beside_the_online_score(
     run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
@@ -253,8 +255,8 @@ def test_the_report_says_when_the_untouched_rating_and_the_score_part(
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
     html = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "Untouched rating and online score" in html
-    assert "rating of motion went from 0.300 (base) to -0.100" in html
+    assert "Frozen rating and online score" in html
+    assert "Motion quality by the frozen VideoAlign went from 0.300 (base) to -0.100" in html
 
 
 # --- pictures ---

@@ -1,4 +1,4 @@
-"""The door of the report: any run folder gives a page that says what is missing."""
+"""Any run folder gives a page that names what is missing."""
 
 from __future__ import annotations
 

@@ -33,6 +33,8 @@ class Line(Section):
 
     @model_validator(mode="after")
     def _text(self) -> Line:
+        if not self.prompt.strip():
+            raise ValueError("a prompt is blank")
         for prompt in (self.prompt, *(prompt for _, prompt in self.switches)):
             # What no tokenizer takes, such as the bytes of another encoding on a command line.
             if "\0" in prompt or not _encodable(prompt):

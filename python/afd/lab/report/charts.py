@@ -1,109 +1,164 @@
-"""Charts and sprites of the report: plain geometry for the template, colours left to its CSS."""
+"""The report's charts: what is drawn, from metrics.jsonl and evaluation.jsonl."""
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.image import imsave
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 540, 264
-LEFT, RIGHT, TOP, BOTTOM = 56, 524, 14, 228
-# Room to the right of the lines for the names of the reference lines.
-NAMES = 52
+from afd.lab.report.inline_svg import COLORS, HEIGHT, WIDTH, inline_svg
+from afd.lab.report.metrics import Metric, number
+from afd.lab.report.run_files import Part, numbers, runs
 
-
-@dataclass(frozen=True)
-class Series:
-    """One line. `color` is a CSS custom property; `rough` draws every value thin under a running
-    mean; `dots` marks every point; `end` labels the last one."""
-
-    label: str
-    color: str
-    x: Sequence[float]
-    y: Sequence[float]
-    rough: bool = False
-    dots: bool = False
-    dashed: bool = False
-    end: str = ""
+# The axes within the drawing, in pixels; REFERENCES is the room for the names of reference lines.
+LEFT, RIGHT, TOP, BOTTOM, REFERENCES = 56, 16, 14, 36, 52
+# Of the distance between ticks, times a power of ten.
+STEPS = (1, 2, 5, 10)
+# Lines of at least so many updates are drawn thin under a running mean.
+NOISY = 25
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A drawing that is ready for the template: positions in a WIDTH x HEIGHT box."""
+class Chart(NamedTuple):
+    """A drawing with its caption; `legend` holds (label, colour name)."""
 
     title: str
     note: str
-    x_label: str
-    lines: list[dict[str, Any]]
-    references: list[dict[str, Any]]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    right: int = RIGHT
-    top: int = TOP
-    bottom: int = BOTTOM
-    legend: list[tuple[str, str]] = field(default_factory=list)
+    legend: list[tuple[str, str]]
+    svg: Markup
 
 
-def draw(
+class Line(NamedTuple):
+    """One curve of (x, y) points; `color` is a name in COLORS. `dots` marks every point, otherwise
+    a long line is smoothed."""
+
+    label: str
+    color: str
+    points: Sequence[tuple[float, float]]
+    dots: bool = False
+
+    @property
+    def noisy(self) -> bool:
+        return not self.dots and len(self.points) >= NOISY
+
+    @property
+    def range(self) -> list[float]:
+        """The y values to show: of a long noisy line all but the wildest hundredth."""
+        cut = 0.005 if self.noisy and len(self.points) >= 100 else 0.0
+        return list(map(float, np.quantile([y for _, y in self.points], [cut, 1 - cut])))
+
+
+class Group(NamedTuple):
+    """Logged values that share a chart: (key, label, colour) each; empty ones are the run's."""
+
+    title: str
+    note: str
+    zero: bool
+    lines: tuple[tuple[str, str, str], ...]
+
+
+# fmt: off
+GROUPS = (
+    Group("r, the weight of the positive branch",
+          "mean, and the share of samples at 0 and at 1", True,
+          (("student/r_mean", "mean", ""), ("student/r_at_0", "at 0", "base"),
+           ("student/r_at_1", "at 1", "teacher"))),
+    Group("Discriminator accuracy",
+          "share of prompt-matched pairs in which the teacher’s video scores higher", False,
+          (("discriminator/accuracy", "accuracy", ""),)),
+    Group("Discriminator margin",
+          "score of the teacher’s video minus the student’s; above 5 it may rank a shortcut", True,
+          (("discriminator/margin", "margin", ""),)),
+    Group("Does the score agree with the metrics?",
+          "correlation of the score with minus each error, within the samples of one prompt", True,
+          (("agreement/phys", "physics error", ""), ("agreement/rend", "look error", "sft"),
+           ("agreement/fit_res", "roughness", "base"))),
+    Group("Student loss", "", False, (("student/loss", "student", ""),)),
+    Group("Discriminator loss", "", False, (("discriminator/loss", "discriminator", "teacher"),)),
+    Group("Distance of the student", "mean squared difference of velocities", True,
+          (("student/ref_deviation", "from the base", "base"),
+           ("student/old_deviation", "from the old policy", ""))),
+)
+# fmt: on
+
+Reference = tuple[str, str, float]
+
+
+def line_chart(
     title: str,
     note: str,
-    series: Sequence[Series],
-    references: Sequence[tuple[str, str, float]] = (),
-    x_label: str = "update",
+    lines: Sequence[Line],
+    references: Sequence[Reference] = (),
     zero: bool = False,
-    limits: tuple[float, float] | None = None,
 ) -> Chart | None:
-    """Lay out lines over a shared x axis; `references` are (label, color, y). None without data.
+    """Lines over the updates; None without a point.
 
-    `zero` puts 0 on the y axis, `limits` fixes that axis.
+    `references` are horizontal lines (label, colour, y); `zero` includes 0 in the y axis.
     """
-    series = [finite(s) for s in series]
-    series = [s for s in series if len(s.x)]
-    if not series:
+    lines = [line for line in lines if line.points]
+    if not lines:
         return None
-    ys = [y for s in series for y in _spread(s)] + [y for _, _, y in references]
-    low, high = limits or (min(ys), max(ys))
+
+    def draw(axes: Axes) -> None:
+        _set_axes(axes, "update", REFERENCES if references else 0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
+        axes.set_xlim(_limits([x for line in lines for x, _ in line.points], margin=0))
+        shown = [y for line in lines for y in line.range] + [y for *_, y in references]
+        axes.set_ylim(_limits(shown, zero))
+        _draw_references(axes, references)
+        for line in lines:
+            color, (x, y) = COLORS[line.color], np.array(line.points, dtype=np.float64).T
+            if line.noisy:
+                axes.plot(x, y.clip(*axes.get_ylim()), color=color, linewidth=1, alpha=0.25)
+                y = running_mean(y, window(len(y)))
+            # A single point is no line: only a dot shows it.
+            marker = "o" if line.dots or len(y) == 1 else ""
+            axes.plot(x, y.clip(*axes.get_ylim()), color=color, marker=marker)
+
+    words = [
+        f"{line.label}: {number(line.points[0][1])} at update {line.points[0][0]:.0f}, "
+        f"{number(line.points[-1][1])} at update {line.points[-1][0]:.0f}."
+        for line in lines
+    ]
+    words += [f"{label}: {number(y)}." for label, _, y in references]
+    legend = [(line.label, line.color) for line in lines]
+    return Chart(title, note, legend, inline_svg(draw, title, " ".join(words)))
+
+
+def _set_axes(axes: Axes, x_label: str, room: int = 0) -> None:
+    """Leave room around the axes for labels, and `room` more on the right; pixels."""
+    size = (WIDTH - LEFT - RIGHT - room) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT
+    axes.set_position((LEFT / WIDTH, BOTTOM / HEIGHT, *size))
+    axes.set_xlabel(x_label, loc="right")
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+
+
+def _draw_references(axes: Axes, references: Sequence[Reference]) -> None:
+    """Dotted lines with their names on the right; names of close lines move apart."""
+    ordered = sorted(references, key=lambda reference: -reference[2])
+    low, high = axes.get_ylim()
+    for index, (label, color, y) in enumerate(ordered):
+        axes.axhline(y, color=COLORS[color], linewidth=1.3, linestyle=(0, (1.5, 3)))
+        close = len(ordered) == 2 and ordered[0][2] - ordered[1][2] < (high - low) / 14
+        shift = (9, -9)[index] if close else 0
+        place: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        style: Any = {"color": COLORS[color], "weight": "bold", "va": "center"}
+        axes.annotate(label, (1, y), (8, shift), **place, **style)
+
+
+def _limits(
+    values: Sequence[float], zero: bool = False, margin: float = 0.06
+) -> tuple[float, float]:
+    """Limits of an axis with a margin; `zero` includes 0, without a margin there."""
+    low, high = min(values), max(values)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if limits is None and high > low:
-        margin = 0.06 * (high - low)
-        low, high = low - (margin if low < 0 or not zero else 0.0), high + margin
-    xs = [x for s in series for x in s.x]
-    plane = any(s.end for s in series)
-    left, room = (min(0.0, *xs), 0.07 * max(xs)) if plane else (min(xs), 0.0)
-    right = RIGHT - (NAMES if references else 0)
-    across = _Axis(left, max(xs) + room, LEFT, right)
-    up = _Axis(low, high, BOTTOM, TOP)
-    return Chart(
-        title,
-        note,
-        x_label,
-        lines=[_line(s, across, up) for s in series],
-        references=_apart(
-            [{"label": a, "color": c, "y": up(y), "text": up(y) + 4} for a, c, y in references]
-        ),
-        x_ticks=across.ticks(least=0.0 if plane else 1.0),
-        y_ticks=up.ticks(),
-        right=right,
-        legend=[(s.label, s.color) for s in series if not s.end],
-    )
-
-
-def finite(series: Series) -> Series:
-    """Without the points that are not numbers."""
-    pairs = zip(series.x, series.y, strict=True)
-    kept = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
-    return Series(**{**series.__dict__, "x": [x for x, _ in kept], "y": [y for _, y in kept]})
+    margin *= high - low
+    low, high = MaxNLocator().nonsingular(low - (0 if zero and low == 0 else margin), high + margin)
+    return float(low), float(high)
 
 
 def window(count: int) -> int:
@@ -111,103 +166,97 @@ def window(count: int) -> int:
     return max(1, count // 25)
 
 
-def _spread(series: Series) -> list[float]:
-    """The values that set the scale: of a rough line all but its wildest hundredth."""
-    if not series.rough or len(series.y) < 100:
-        return list(series.y)
-    low, high = np.quantile(series.y, [0.005, 0.995])
-    return [float(low), float(high)]
-
-
-def _line(series: Series, across: _Axis, up: _Axis) -> dict[str, Any]:
-    smooth = running_mean(series.y, window(len(series.y))) if series.rough else series.y
-    points = [(across(x), up(y)) for x, y in zip(series.x, smooth, strict=True)]
-    raw = [(across(x), up(y)) for x, y in zip(series.x, series.y, strict=True)]
-    return {
-        "color": series.color,
-        "label": series.label,
-        "dashed": series.dashed,
-        "path": _path(points),
-        "raw": _path(raw) if series.rough else "",
-        "dots": points if series.dots or (len(points) == 1 and not series.end) else [],
-        "end": (series.end, *points[-1]) if series.end else None,
-    }
-
-
-def running_mean(values: Sequence[float], width: int) -> list[float]:
+def running_mean(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` values, over fewer at both ends."""
     total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     index = np.arange(len(values))
     first = np.maximum(index - width // 2, 0)
     last = np.minimum(index + (width + 1) // 2, len(values))
-    return ((total[last] - total[first]) / (last - first)).tolist()
+    return (total[last] - total[first]) / (last - first)
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {min(max(y, TOP - 6), BOTTOM + 6):.1f}" for x, y in points)
+# --- charts of a run folder ---
 
 
-def _apart(labels: list[dict[str, Any]], gap: float = 15.0) -> list[dict[str, Any]]:
-    """Moves the names of close reference lines apart."""
-    labels = sorted(labels, key=lambda label: label["y"])
-    for upper, lower in pairwise(labels):
-        if lower["text"] - upper["text"] < gap:
-            lower["text"] = upper["text"] + gap
-    return labels
+def evaluation_chart(parts: dict[str, Part], metric: Metric) -> Chart | None:
+    """A metric at every evaluation of every run, beside the teacher's and the base student's."""
+    lines = []
+    for run in runs(parts):
+        found = [(line["step"], numbers(line.get("metrics"))) for line in run.evaluations]
+        points = [(step, values[metric.key]) for step, values in found if metric.key in values]
+        lines.append(Line(run.label, run.name, points, dots=True))
+    references = [
+        (parts[name].label, name, parts[name].metrics[metric.key])
+        for name in ("teacher", "base")
+        if metric.key in parts[name].metrics
+    ]
+    return line_chart(metric.name, metric.meaning, lines, references, zero=True)
 
 
-class _Axis:
-    """Values between low and high to positions between start and end."""
-
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-100):
-            pad = abs(low) * 0.1 or 1.0
-            low, high = low - pad, high + pad
-        self.low, self.high, self.start, self.end = low, high, start, end
-
-    def __call__(self, value: float) -> float:
-        part = (value - self.low) / (self.high - self.low)
-        return round(self.start + part * (self.end - self.start), 1)
-
-    def ticks(self, count: int = 5, least: float = 0.0) -> list[tuple[float, str]]:
-        """Round values (1, 2 or 5 times a power of ten, at least `least`, apart) and positions."""
-        rough = max((self.high - self.low) / count, least)
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * 0.999)
-        first = math.ceil(self.low / step - 1e-9)
-        last = math.floor(self.high / step + 1e-9)
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        return [(self(k * step), f"{k * step + 0.0:.{digits}f}") for k in range(first, last + 1)]
+def update_charts(parts: dict[str, Part], groups: Sequence[Group]) -> Iterator[Chart | None]:
+    """The groups that each run has logged."""
+    for group in groups:
+        logging = [run for run in runs(parts) if {k for k, _, _ in group.lines} & set(keys(run))]
+        for run in logging:
+            title = group.title if len(logging) == 1 else f"{group.title}, {run.label}"
+            lines = [
+                Line(label or run.label, color or run.name, logged(run, k))
+                for k, label, color in group.lines
+            ]
+            yield line_chart(title, group.note, lines, zero=group.zero)
 
 
-# --- sprites ---
+def other_groups(parts: dict[str, Part]) -> list[Group]:
+    """A group for each logged value that is not in GROUPS."""
+    grouped = {key for group in GROUPS for key, _, _ in group.lines}
+    found = dict.fromkeys(key for run in runs(parts) for key in keys(run))
+    return [Group(key, "", False, ((key, "", ""),)) for key in found if key not in grouped]
 
 
-def sprite(video_FHWC: np.ndarray, frames: int) -> str:
-    """All frames side by side (the last one repeated up to `frames`) as a PNG data URI."""
-    missing = max(0, frames - len(video_FHWC))
-    strip = [*video_FHWC[:frames], *[video_FHWC[-1]] * missing]
-    return _png(np.concatenate(strip, axis=1))
+def keys(run: Part) -> list[str]:
+    """The names of all logged values, in the order of their first appearance."""
+    found = dict.fromkeys(key for update in run.updates for key in numbers(update))
+    return [key for key in found if key not in ("step", "time_s")]
 
 
-def exposure(video_FHWC: np.ndarray, shots: int = 5) -> str:
-    """One picture of the whole clip, like a stroboscope's: per pixel the moment that stands out
-    most from its frame's median colour, earlier flashes dimmer. A PNG data URI."""
-    video = video_FHWC.astype(np.float64)
-    count = len(video)
-    stands_out = np.linalg.norm(video - np.median(video, axis=(1, 2), keepdims=True), axis=-1)
-    ground = np.take_along_axis(video, stands_out.argmin(0)[None, ..., None], 0)[0]
-    flashes = np.unique(np.linspace(0, count - 1, min(shots, count)).round().astype(int))
-    strength = np.linspace(0.45, 1.0, len(flashes))[:, None, None]
-    # Where two flashes overlap the later one wins.
-    best = ((0.9 + 0.1 * strength) * stands_out[flashes]).argmax(0)[None]
-    chosen = np.take_along_axis(video[flashes], best[..., None], 0)[0]
-    weight = np.take_along_axis(np.broadcast_to(strength, (len(flashes), *best.shape[1:])), best, 0)
-    picture = ground + weight[0][..., None] * (chosen - ground)
-    return _png(picture.round().clip(0, 255).astype(np.uint8))
+def logged(run: Part, key: str) -> list[tuple[int, float]]:
+    """(update, value) wherever a value was logged."""
+    found = ((update["step"], numbers(update)) for update in run.updates)
+    return [(step, values[key]) for step, values in found if key in values]
 
 
-def _png(picture_HWC: np.ndarray) -> str:
-    file = io.BytesIO()
-    imsave(file, np.ascontiguousarray(picture_HWC), format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+def trade_off(parts: dict[str, Part]) -> Chart | None:
+    """Physics error against look error: each run is a path from the base student."""
+    paths: dict[str, list[tuple[float, float]]] = {}
+    for part in parts.values():
+        lines = part.evaluations if part.is_run else part.evaluations[-1:]
+        values = [numbers(line.get("metrics")) for line in lines]
+        paths[part.name] = [(v["rend"], v["phys"]) for v in values if {"rend", "phys"} <= v.keys()]
+    if not any(paths[run.name] for run in runs(parts)):
+        return None
+    paths = {name: path for name, path in paths.items() if path}
+    xs, ys = zip(*[point for path in paths.values() for point in path], strict=True)
+
+    def draw(axes: Axes) -> None:
+        _set_axes(axes, "look error")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axes.set_xlim(_limits(xs, zero=True))
+        axes.set_ylim(_limits(ys, zero=True))
+        for name, path in paths.items():
+            color = COLORS[name]
+            axes.plot(*zip(*path, strict=True), color=color, marker="o")
+            axes.plot(*path[-1], color=color, marker="o", markersize=12, markerfacecolor=color)
+            offset, align = (-12, "top") if parts[name].is_run else (12, "bottom")
+            place: Any = {"textcoords": "offset points", "ha": "center", "va": align}
+            axes.annotate(
+                parts[name].label, path[-1], (0, offset), color=color, weight="bold", **place
+            )
+
+    title = "Physics error against look error"
+    note = "Vertical: physics error, px. Each run starts at the base; lower left is better."
+    words = [
+        f"{parts[name].label}: look error {number(path[-1][0])}, physics error "
+        f"{number(path[-1][1])}."
+        for name, path in paths.items()
+    ]
+    return Chart(title, note, [], inline_svg(draw, title, " ".join(words)))
