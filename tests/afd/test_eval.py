@@ -459,7 +459,7 @@ def _evaluate_in_a_process(prompts: Path, rater: Path) -> None:
 def test_one_verb_takes_a_run_or_a_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "eval.yaml").write_text("student: toy\n")
+    (tmp_path / "eval.yaml").write_text("student: {kind: toy}\n")
     assert main(["eval", str(tmp_path), "limit=3"]) == 2
     assert "is a run, measured as its own config.yaml says" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "eval.yaml"), "--videos", "3"]) == 2

@@ -45,7 +45,7 @@ def test_an_empty_prompt_of_a_list_is_told_by_its_number() -> None:
 
 @pytest.mark.parametrize("blank", [" ", "\r", "\t\n"])
 def test_a_prompt_of_blanks_is_refused(blank: str) -> None:
-    with pytest.raises(ConfigError, match="prompts: .*a prompt is blank"):
+    with pytest.raises(ConfigError, match=r"prompts: .*a prompt is blank"):
         prompts_of(blank)
 
 

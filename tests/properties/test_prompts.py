@@ -18,7 +18,7 @@ from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import Job, read_jobs
 
 GOOD = {"prompt": "a red ball", "name": "ball", "seed": 3, "switches": [[2, "it bounces"]]}
-TOY = {"student": "toy", "denoising_steps": [1.0, 0.5]}
+TOY = {"student": {"kind": "toy", "denoising_steps": [1.0, 0.5]}}
 ODD = (
     *(b"\xef\xbb\xbf", b"\r\n", b"\r", b"\0", b"\x1b[31m", b"\x85", b"\xe2\x80\xa8", b"\xff"),
     *(b"\xed\xa0\x80", b'"\\ud83d"', b'"\\u0000"', b"NaN", b"1e999", b"9" * 5000, b"[" * 3000),
