@@ -57,7 +57,7 @@ def every_command(home: str, run: str) -> None:
         ["report", run],
         ["export", run, f"out={student}", "kind=toy"],
         ["eval", run, "--videos", "2"],
-        ["sample", "--config", f"{home}/sample.yaml", f"out={run}/mp4", *sampled],
+        ["sample", f"{home}/sample.yaml", f"out={run}/mp4", *sampled],
         ["eval", f"{home}/eval.yaml", f"run={run}", f"out={home}/e", *rated],
         ["ablation", f"{home}/ablation.yaml", f"out={home}/ablation", teacher],
         ["train", config, f"out={home}/again", "teacher.kind=folder", teacher, "updates=1"],

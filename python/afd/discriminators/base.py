@@ -16,7 +16,7 @@ from torch import Tensor
 
 from afd.config.base import Natural, Section, Share
 from afd.distributed import ALONE, Ranks
-from afd.hub import need
+from afd.extras import need
 from afd.models.config import StudentConfig
 from afd.registry import load
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -89,11 +90,11 @@ class LatentScorer(nn.Module):
         used_BL = torch.cat([torch.ones_like(used_BL[:, :1]), used_BL[:, 1:]], 1)
         text_BLE = self.text_norm(text_BLE)
         q, k, v = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            rearrange(part, "B N (heads d) -> B heads N d", heads=self.heads)
             for part in (self.query(cell_BND), self.key(text_BLE), self.value(text_BLE))
         )
         heard = F.scaled_dot_product_attention(q, k, v, attn_mask=used_BL[:, None, None])
-        return heard.transpose(1, 2).flatten(2)
+        return rearrange(heard, "B heads N d -> B N (heads d)")
 
 
 class LatentCritic(PairCritic):

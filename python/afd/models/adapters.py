@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from afd.hub import need
+from afd.extras import need
 from afd.models.config import LoraConfig
 from afd.models.wan.network import CausalWan
 
