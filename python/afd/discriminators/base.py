@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class CriticConfig(Section):
     """Base of every discriminator's section: loss, optimizer and pace.
 
-    A subclass names its function as "module:name"; a discriminator outside this package overrides
-    `build` instead (docs/EXTENDING.md).
+    A subclass has a `build` of its own (docs/EXTENDING.md); a built-in one names the function, as
+    "module:name".
     """
 
     builder: ClassVar[str]

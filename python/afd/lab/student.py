@@ -25,11 +25,9 @@ from afd.files import replacing
 from afd.hub import named_errors
 from afd.lab.config import ToyStudentConfig, checkpoint_path
 from afd.models.codec import Pixels
-from afd.models.noise import Layout, NoiseSource, seeded_noise
-from afd.models.student import Level, Student, frame_times
+from afd.models.student import Student, frame_times
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import LayerKV, WanConfig
-from afd.schedules import check_steps
 from afd.video.config import VideoConfig
 
 
@@ -122,23 +120,6 @@ class ToyStudent(Student):
     def frame_shape(self) -> tuple[int, int, int]:
         return self.config.wan.in_dim, self.config.height, self.config.width
 
-    def levels(self, steps: Sequence[float]) -> list[Level]:
-        """Steps are times falling from 1 to more than 0; a time is its own noise level."""
-        check_steps(steps)
-        return [Level.at(1000 * t, t, self.device) for t in steps]
-
-    def times(self, steps: Sequence[float]) -> list[float]:
-        """A step is a time."""
-        check_steps(steps)
-        return list(steps)
-
-    def noise_source(
-        self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
-    ) -> NoiseSource:
-        """Noise from one CPU generator per video."""
-        noise = seeded_noise(seeds, (self.chunk, *self.frame_shape))
-        return lambda chunk, step: noise(chunk, step).to(self.device, self.dtype)
-
     def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
         """The output is the clean chunk itself."""
         return out_BFCHW
@@ -182,11 +163,6 @@ def build(
 ) -> tuple[ToyStudent, Pixels]:
     """The toy of a checkpoint and its codec, which changes nothing (`StudentConfig.build`)."""
     return _load(config).to(device, config.torch_dtype), Pixels()
-
-
-def sizes(config: ToyStudentConfig) -> WanConfig:
-    """The network's sizes."""
-    return _load(config).net.config
 
 
 def video_size(config: ToyStudentConfig) -> tuple[int, int, int]:
