@@ -92,7 +92,7 @@ def test_every_block_is_a_file_of_the_package() -> None:
         lines = [line for line in text.splitlines() if line.strip()]
         imports = sum(line.startswith(("import ", "from ")) for line in lines)
         if name.endswith(".py"):
-            assert len(lines) - imports <= 45, f"{name} is no longer short"
+            assert len(lines) - imports <= 50, f"{name} is no longer short"
 
 
 def test_the_commands_of_the_page_train_measure_and_export(site: Path) -> None:
