@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ aten = torch.ops.aten
 # What makes the host wait, besides copies: the size or the value of the result is needed at once.
 WAITING = {
     aten._local_scalar_dense,
+    aten.allclose,
+    aten.bincount,
     aten.equal,
     aten.masked_select,
     aten.nonzero,
@@ -78,7 +81,12 @@ class OnGpu(Tensor):
         return self.inner.untyped_storage()
 
     def __repr__(self) -> str:  # type: ignore[override]
+        if machines:
+            machines[-1].wait("repr")
         return f"OnGpu({self.inner!r})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else repr(self)
 
     # Says that a module's parameters are exchanged as wholes.
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -148,6 +156,7 @@ class FakeCuda(TorchFunctionMode):
         self.launches: Counter[str] = Counter()
         self._seen: set[Any] = set()
         self._within = 0
+        self._thread = threading.get_ident()
 
     @contextlib.contextmanager
     def no_waits(self) -> Iterator[None]:
@@ -166,6 +175,11 @@ class FakeCuda(TorchFunctionMode):
             name = Path(frame.f_code.co_filename).relative_to(ROOT)
             line = f"{name}:{frame.f_lineno}"
         self.waits[what, line] += 1
+
+    def synchronize(self) -> None:
+        """Of the device, a stream or an event; another thread than the test's may wait."""
+        if threading.get_ident() == self._thread:
+            self.wait("synchronize")
 
     # --- what is asked of torch by name ---
 
