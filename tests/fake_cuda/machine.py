@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 import threading
@@ -224,6 +225,11 @@ class FakeCuda(TorchFunctionMode):
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         packet = func.overloadpacket
         ours = func.namespace == "afd"
+        if _needs_values(func):
+            # Below autograd, as in an op's host code, torch leaves `item` and its like whole.
+            parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         tensors: list[Tensor] = []
         plain_args, plain_kwargs = _plain(args, tensors), _plain(kwargs, tensors)
         strangers = [x for x in tensors if not isinstance(x, OnGpu)]
@@ -299,6 +305,16 @@ class FakeCuda(TorchFunctionMode):
                     run(*args, **kwargs)
         finally:
             self._within -= 1
+
+
+@functools.cache
+def _needs_values(func: Any) -> bool:
+    """Whether an op's result is a number, or has a size that its input's values decide."""
+    if func.overloadpacket in (aten.argwhere, aten.nonzero_numpy) or func is aten.where.default:
+        return True
+    return any(
+        str(result.type) not in ("Tensor", "List[Tensor]") for result in func._schema.returns
+    )
 
 
 def _plain(x: Any, tensors: list[Tensor]) -> Any:
