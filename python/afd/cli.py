@@ -3,6 +3,9 @@
 Exit codes: 0 done (or done before), 1 the run failed, 2 a mistake in the command, the configuration
 or a file it names, 3 the disk failed (full, read-only, gone), 130 stopped by Ctrl-C, SIGTERM or
 SIGHUP. docs/TRAINING.md has the table.
+
+This module imports nothing outside the core: what a verb needs is imported by its function, and a
+package that is missing there is one sentence with the extra that brings it.
 """
 
 from __future__ import annotations
@@ -15,18 +18,23 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING, Any
 
 import afd
-from afd.errors import DONE, FAILED, MISTAKE, STOPPED, STORAGE, AfdError
+from afd import extras
+from afd.errors import DONE, FAILED, MISTAKE, STOPPED, STORAGE, AfdError, ConfigError
 from afd.files import DISK, what_failed
 from afd.terminal import drop, ended_by_signals, lasting_streams, occupy
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from afd.config.run import RunConfig
+
+# The shells for which `--print-completion` writes a script, and how they complete paths.
+SHELLS = ("bash", "zsh")
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files"}
+FOLDERS = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "afd.lab.simulator", *words[2:]]
         return subprocess.run(command, check=False).returncode
     occupy()
-    options = _options(words)
+    try:
+        options = _options(words)
+    except ConfigError as error:
+        return _say(error.exit_code, str(error))
     with ExitStack() as stack:
         if options.lasts:
             stack.enter_context(lasting_streams())
@@ -60,6 +71,11 @@ def _run_command(options: argparse.Namespace) -> int:
         return code
     except AfdError as error:
         return _say(error.exit_code, str(error))
+    except ModuleNotFoundError as error:
+        absent = extras.absent_module(f"afd {options.command}", error)
+        if absent is None:
+            raise
+        return _say(absent.exit_code, str(absent))
     except BrokenPipeError:
         # Of a command that only prints: nobody reads on.
         drop(1)
@@ -87,6 +103,13 @@ def _options(words: list[str]) -> argparse.Namespace:
 
 
 def _say(code: int, sentence: str) -> int:
+    """Print an error; returns the exit code."""
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+    except ModuleNotFoundError:  # the core alone
+        print(f"afd: error: {sentence}", file=sys.stderr)
+        return code
     text = f"[red]afd: error:[/red] {escape(sentence)}"
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     return code
@@ -97,12 +120,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="afd", description="On-policy adversarial flow distillation."
     )
     parser.add_argument("--version", action="version", version=f"afd {afd.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=SHELLS,
+        help="print a script that completes commands, options and paths in this shell",
+    )
     # Whether a command outlives its terminal: those that run for hours, and leave files.
     parser.set_defaults(lasts=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train what a YAML file says, or continue it")
-    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    _takes_config(train)
     train.add_argument(
         "--dry-run", action="store_true", help="say what it needs in memory, hours and money"
     )
@@ -113,21 +142,27 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train, lasts=True)
 
     resume = commands.add_parser("resume", help="continue a stopped run, bit by bit the same")
-    resume.add_argument("folder", type=Path, metavar="RUN_DIR")
+    _takes_run(resume)
     _takes_overrides(resume)
     resume.set_defaults(run=_resume, lasts=True)
 
-    evaluate = commands.add_parser(
-        "eval", help="make and rate a benchmark's videos, or measure a run's checkpoint again"
-    )
+    evaluate = commands.add_parser("eval", help="measure a run's newest checkpoint again")
+    _takes_run(evaluate)
     evaluate.add_argument(
-        "target", type=Path, metavar="CONFIG.yaml|RUN_DIR", help="what to make, or whom to measure"
+        "--videos", type=int, default=None, help="how many of its held-out videos"
     )
-    evaluate.add_argument(
-        "--videos", type=int, default=None, help="RUN_DIR: how many of its held-out videos"
-    )
-    evaluate.add_argument("overrides", nargs="*", metavar="k=v", help="CONFIG.yaml: run=RUN_DIR …")
+    # Refused: a run is measured as its own config.yaml says.
+    evaluate.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     evaluate.set_defaults(run=_evaluate, lasts=True)
+
+    benchmark = commands.add_parser(
+        "benchmark", help="make a student's videos for VBench, VideoPhy-2 and VideoAlign; rate them"
+    )
+    _takes_config(benchmark)
+    benchmark.add_argument(
+        "overrides", nargs="*", metavar="k=v", help="overrides such as run=RUN_DIR limit=20"
+    )
+    benchmark.set_defaults(run=_benchmark, lasts=True)
 
     quickstart = commands.add_parser(
         "quickstart", help="teacher, base, SFT and AFD on a laptop, with a report"
@@ -144,31 +179,32 @@ def _parser() -> argparse.ArgumentParser:
     ablation = commands.add_parser(
         "ablation", help="what a file of configs/ablations asks: its runs, a table, the r curves"
     )
-    ablation.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    _takes_config(ablation)
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
     ablation.set_defaults(run=_ablation, lasts=True)
 
     sample = commands.add_parser(
         "sample", help="stream videos of prompts from a student's checkpoint into mp4 files"
     )
-    sample.add_argument("--config", type=Path, required=True, metavar="CONFIG.yaml")
+    _takes_config(sample)
+    sample.add_argument("--config", action=_Refused, nargs="?", help=argparse.SUPPRESS)
     sample.add_argument(
         "--dry-run", action="store_true", help="say what it would do and hold; load nothing"
     )
-    said = "overrides such as checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
+    said = "overrides such as student.checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
     sample.add_argument("overrides", nargs="*", metavar="k=v", help=said)
     sample.set_defaults(run=_sample, lasts=True)
 
     export = commands.add_parser(
         "export", help="write a run's weights as a LoRA or model that other programs load"
     )
-    export.add_argument("folder", type=Path, metavar="RUN_DIR")
-    said = "out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, version=ema|old|theta, dtype="
+    _takes_run(export)
+    said = "out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, weights=ema|old|theta, dtype="
     export.add_argument("overrides", nargs="+", metavar="k=v", help=said)
     export.set_defaults(run=_export)
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
-    report.add_argument("folder", type=Path, metavar="RUN_DIR")
+    _takes_run(report)
     report.set_defaults(run=_report)
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
@@ -184,14 +220,46 @@ def _parser() -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="what a paid teacher's folder holds and has cost")
     status.add_argument("--json", action="store_true", help="for programs")
     for verb in (fetch, status):
-        verb.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        _takes_config(verb)
         _takes_overrides(verb)
     return parser
 
 
+class _Refused(argparse.Action):
+    """The former `afd sample --config CONFIG.yaml`."""
+
+    def __call__(self, *_: Any) -> None:
+        raise ConfigError("sample: got --config; needed: afd sample CONFIG.yaml k=v …")
+
+
+class _PrintCompletion(argparse.Action):
+    """Print a shell's completion script and exit."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, *_: Any
+    ) -> None:
+        extras.need("--print-completion", "shtab")
+        import shtab
+
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
 def _console() -> Console:
     """For output in which paths and prompts stand as they are: [x] and :x: are no markup."""
+    from rich.console import Console
+
     return Console(markup=False, emoji=False)
+
+
+def _takes_config(parser: argparse.ArgumentParser) -> None:
+    action = parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    action.complete = FILES  # type: ignore[attr-defined]
+
+
+def _takes_run(parser: argparse.ArgumentParser) -> None:
+    action = parser.add_argument("folder", type=Path, metavar="RUN_DIR")
+    action.complete = FOLDERS  # type: ignore[attr-defined]
 
 
 def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -227,26 +295,28 @@ def _run(config: RunConfig) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if not options.target.is_dir():
-        return _evaluate_benchmarks(options)
     from afd.trainer.loop import evaluate_run
 
+    if options.folder.is_file():
+        said = f"eval: got {options.folder}, a file; needed: a RUN_DIR"
+        return _say(MISTAKE, f"{said}; afd benchmark CONFIG.yaml makes a benchmark's videos")
     if options.overrides:
-        said = f"eval: {options.target} is a run, measured as its own config.yaml says; needed: "
-        return _say(MISTAKE, f"{said}no {options.overrides[0]!r}, or a CONFIG.yaml and run=RUN_DIR")
-    result = evaluate_run(options.target, options.videos)
+        said = f"eval: got {options.overrides[0]!r}; needed: RUN_DIR alone"
+        return _say(MISTAKE, f"{said}, which is measured as its own config.yaml says")
+    result = evaluate_run(options.folder, options.videos)
     print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
     return DONE
 
 
-def _evaluate_benchmarks(options: argparse.Namespace) -> int:
-    from afd.benchmarks.config import EvalConfig
+def _benchmark(options: argparse.Namespace) -> int:
+    from afd.benchmarks.config import BenchmarkConfig
     from afd.benchmarks.run import evaluate
     from afd.config.run import load_config
 
-    if options.videos is not None:
-        return _say(MISTAKE, "eval: --videos belongs to a RUN_DIR; needed: limit=N with a config")
-    evaluate(load_config(options.target, options.overrides, EvalConfig), _console())
+    if options.config.is_dir():
+        said = f"benchmark: got {options.config}, a directory; needed: CONFIG.yaml"
+        return _say(MISTAKE, f"{said}; afd eval RUN_DIR measures a run's checkpoint again")
+    evaluate(load_config(options.config, options.overrides, BenchmarkConfig), _console())
     return DONE
 
 

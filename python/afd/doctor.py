@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from afd import machine
+from afd import extras, machine
 from afd.config.run import make_config
 from afd.planning.plan import make_plan
 from afd_kernels import dispatch
 
-# What a run at video size needs beside torch.
-TRAINING = ("diffusers", "transformers", "peft", "ftfy", "av")
+# The extras that a run at video size needs.
+TRAINING = ("train", "wan")
 
 
 def inspect() -> dict[str, Any]:
@@ -39,7 +38,7 @@ def _training() -> dict[str, Any]:
         "gpu_gb_here": round(max(memory, default=0) / 1e9, 1),
         "disk_gb": round(disk / 1e9, 1),
         "disk_gb_here": round(shutil.disk_usage(os.getcwd()).free / 1e9, 1),
-        "missing_packages": [name for name in TRAINING if importlib.util.find_spec(name) is None],
+        "missing_packages": [p.name for p in extras.missing() if p.extra in TRAINING],
     }
 
 
@@ -110,6 +109,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         f"checkpoints (here {needs['disk_gb_here']} GB free)"
     )
     if needs["missing_packages"]:
-        yield f"training at 480x832 lacks: pip install {' '.join(needs['missing_packages'])}"
+        lacks = [p for p in extras.PACKAGES if p.name in needs["missing_packages"]]
+        names = ", ".join(package.name for package in lacks)
+        yield f"training at 480x832 lacks {names}: {extras.command(*lacks)}"
     for missing in facts["missing_optional"]:
         yield f"optional: {missing['package']} ({missing['for']}): {missing['install']}"

@@ -23,8 +23,9 @@ from torch import Tensor
 from afd.config.base import Folder, Section
 from afd.config.run import FREE_KEYS, RunConfig, flatten, plain
 from afd.errors import ConfigError
+from afd.extras import need
 from afd.files import replacing
-from afd.hub import need, refuse_other_weights
+from afd.hub import refuse_other_weights
 from afd.models.adapters import TARGETS
 from afd.models.config import DTYPES, LoraConfig
 from afd.models.policies import start_digest
@@ -52,7 +53,7 @@ class ExportConfig(Section):
         "student: what student.checkpoint takes; null: diffusers_lora of a run with adapters, else "
         "self_forcing",
     )
-    version: Literal["ema", "old", "theta"] | None = Field(
+    weights: Literal["ema", "old", "theta"] | None = Field(
         default=None, description="which weights; null: ema where the run has it, else old"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -195,12 +196,12 @@ class _Learned:
 
 
 def _choose(config: ExportConfig, versions: Mapping[str, object]) -> str:
-    if config.version is None:
+    if config.weights is None:
         return next(name for name in PREFERRED if name in versions)
-    if config.version not in versions:
+    if config.weights not in versions:
         has = ", ".join(name for name in PREFERRED if name in versions)
-        raise ConfigError(f"version: got {config.version}; this run has {has}")
-    return config.version
+        raise ConfigError(f"weights: got {config.weights}; this run has {has}")
+    return config.weights
 
 
 def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) -> dict[str, Any]:
@@ -215,7 +216,7 @@ def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) 
         "method": run.method,
         "step": step,
         "kind": kind,
-        "version": version,
+        "weights": version,
         "lora": None if lora is None else lora.model_dump(),
         "start": Path(str(run.student.checkpoint)).name,
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),

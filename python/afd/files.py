@@ -24,9 +24,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
-
 from afd.errors import ConfigError, LockedError
+
+try:
+    from safetensors import SafetensorError
+except ModuleNotFoundError:  # the core alone (afd.extras): nothing writes with it
+
+    class SafetensorError(Exception):  # type: ignore[no-redef]
+        """Never raised."""
+
 
 # What a disk answers that is full, read-only or broken, and what can be done about it.
 DISK = {

@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from afd.errors import ConfigError
+from afd.extras import need
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # More than any released part has; a name that stands for more was not meant.
@@ -96,16 +96,6 @@ def missing_source(key: str, source: str) -> Iterator[str]:
     """One sentence where a source is not a local folder, so that the hub will be asked."""
     if not Path(source).exists():
         yield f"{key}: {source} is not a local folder; the hub is asked when the run starts"
-
-
-def need(key: str, *packages: str) -> None:
-    """Refuse, in one line, a setting whose packages are not installed. Nothing is imported."""
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{key}: needs {', '.join(missing)}, which is not installed here; "
-            f"pip install {' '.join(missing)}"
-        )
 
 
 def fingerprint(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -15,25 +14,14 @@ from typing import Any
 import torch
 
 import afd
+from afd import extras
 from afd_kernels import dispatch, native
 
+# Those that a run depends on, and so writes down.
 PACKAGES = (
-    "torch", "triton", "numpy", "einops", "rich", "PyYAML", "pydantic", "av", "safetensors",
-    "diffusers", "transformers", "peft", "ftfy", "huggingface_hub", "httpx",
-    "tensorboard", "matplotlib",
+    "torch", "triton", "numpy",
+    *(p.name for p in extras.PACKAGES if p.extra in ("train", "wan", "teachers", "lab")),
 )  # fmt: skip
-# Package, its import name, and what it adds.
-OPTIONAL = (
-    ("diffusers", "diffusers", "the autoencoder of Wan students", "afd[wan]"),
-    ("transformers", "transformers", "their text encoder, and VideoAlign", "afd[wan]"),
-    ("ftfy", "ftfy", "prompts cleaned as that encoder learnt them", "afd[wan]"),
-    ("peft", "peft", "LoRA of students and of VideoAlign", "afd[wan]"),
-    ("huggingface_hub", "huggingface_hub", "models by hub name", "afd[wan]"),
-    ("flash-attn", "flash_attn", "attention on CUDA, timed beside ours", "afd[flash]"),
-    ("xformers", "xformers", "attention on CUDA", "afd[xformers]"),
-    ("wandb", "wandb", "a board for runs (logging.wandb)", "wandb"),
-    ("pytest", "pytest", "the test suite", "afd[dev]"),
-)
 # What training and rollout run in; attention libraries take nothing wider on a GPU.
 USUAL = {"cpu": torch.float32, "cuda": torch.bfloat16}
 COMPILERS = (("c++", "--version"), ("cmake", "--version"), ("ninja", "--version"))
@@ -60,9 +48,13 @@ def inspect() -> dict[str, Any]:
         "ops": dispatch.report("cpu"),
         "ops_by_device": {device: dispatch.report(device, USUAL[device]) for device in devices},
         "missing_optional": [
-            {"package": package, "for": purpose, "install": f"pip install '{extra}'"}
-            for package, module, purpose, extra in OPTIONAL
-            if importlib.util.find_spec(module) is None
+            {
+                "package": package.name,
+                "for": package.purpose,
+                "extra": package.extra,
+                "install": extras.command(package),
+            }
+            for package in extras.missing()
         ],
     }
 

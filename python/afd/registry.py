@@ -9,6 +9,7 @@ only what it uses, and nothing below afd.lab or a paid service imports them.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
@@ -16,6 +17,13 @@ from afd.errors import ConfigError
 
 Group = Literal["students", "teachers", "discriminators", "metrics"]
 
+# What an object of each group derives from, and what it has of its own.
+BASES: dict[Group, tuple[str, tuple[str, ...]]] = {
+    "students": ("afd.models.config:StudentConfig", ("build", "load_network")),
+    "teachers": ("afd.teachers.config:TeacherConfig", ("open",)),
+    "discriminators": ("afd.discriminators.base:DiscriminatorConfig", ("build",)),
+    "metrics": ("afd.trainer.evaluate:Metrics", ("__call__",)),
+}
 BUILT_IN: dict[Group, dict[str, str]] = {
     "students": {
         "toy": "afd.lab.config:ToyStudentConfig",
@@ -60,19 +68,36 @@ def find(group: Group, name: str) -> Any:
     """The object registered under a name.
 
     Raises ConfigError for an unknown name, and where an installed package's object cannot be
-    imported.
+    imported or is not what its group needs (`BASES`).
     """
     entry = _entries(group).get(name)
     if entry is None:
         raise ConfigError(f"got {name!r}; needed: one of the {group} {', '.join(names(group))}")
-    try:
+    if name in BUILT_IN[group]:
         return entry.load()
-    except (ImportError, AttributeError) as error:
-        if name in BUILT_IN[group]:
-            raise
-        raise ConfigError(
-            f"{name!r}: {entry.value}, registered in {entry.group}, cannot be imported ({error})"
-        ) from error
+    where = f"{name!r}: {entry.value}, registered in {entry.group},"
+    try:
+        found = entry.load()
+    except Exception as error:  # importing somebody's module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{where} cannot be imported ({reason})") from error
+    path, own = BASES[group]
+    base = load(path)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{where} is no subclass of {path.replace(':', '.')}")
+    for method in own:
+        if getattr(found, method) is getattr(base, method):
+            raise ConfigError(f"{where} has no {method} of its own")
+    return found
+
+
+def importable(group: Group) -> list[Any]:
+    """The objects of a group, without those of installed packages that `find` refuses."""
+    found = []
+    for name in names(group):
+        with suppress(ConfigError):
+            found.append(find(group, name))
+    return found
 
 
 def load(path: str) -> Any:

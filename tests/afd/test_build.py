@@ -233,12 +233,15 @@ def test_the_toys_size_and_checkpoint_are_the_toys() -> None:
 @pytest.mark.parametrize(
     ("missing", "told"),
     [
-        ("diffusers", "a wan student: needs diffusers, .*; pip install diffusers"),
-        ("ftfy", "a wan student: needs ftfy, .*; pip install ftfy"),
-        ("peft", "(student.lora|discriminator.kind=videoalign): needs peft, .*; pip install peft"),
+        ("diffusers", r"a wan student: needs diffusers, .*; pip install 'afd\[wan\]'"),
+        ("ftfy", r"a wan student: needs ftfy, .*; pip install 'afd\[wan\]'"),
+        (
+            "peft",
+            r"(student.lora|discriminator.kind=videoalign): needs peft, .* 'afd\[wan\]'",
+        ),
         (
             "transformers",
-            "needs transformers, which is not installed here; pip install transformers",
+            r"needs transformers, which is not installed; pip install 'afd\[wan\]'",
         ),
     ],
 )
@@ -248,7 +251,7 @@ def test_a_package_that_is_missing_is_named_with_its_key(
     from importlib.util import find_spec
 
     monkeypatch.setattr(
-        "afd.hub.find_spec", lambda name: None if name == missing else find_spec(name)
+        "afd.extras.find_spec", lambda name: None if name == missing else find_spec(name)
     )
     with pytest.raises(ConfigError, match=told):
         build_method(wan(models, "afd", "videoalign"), prompts=PROMPTS)

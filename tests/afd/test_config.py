@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from afd.benchmarks.config import EvalConfig
+from afd.benchmarks.config import BenchmarkConfig
 from afd.cli import main
 from afd.config.run import (
     RunConfig,
@@ -225,7 +225,7 @@ def test_a_loaded_configuration_cannot_be_changed() -> None:
 def test_every_shipped_file_loads_and_every_comment_key_exists(path: Path) -> None:
     held = yaml.safe_load(path.read_text(encoding="utf-8"))
     sampled = SampleConfig if "prompts" in held or "batch" in held else RunConfig
-    kind = EvalConfig if "suites" in held else sampled
+    kind = BenchmarkConfig if "suites" in held else sampled
     load_config(path, (), kind)
     keys = set(known_keys(kind))
     for key, value in held.items():
@@ -235,7 +235,9 @@ def test_every_shipped_file_loads_and_every_comment_key_exists(path: Path) -> No
 
 
 def test_the_quickstart_file_is_the_default_run_written_out() -> None:
-    assert load_config(CONFIGS / "quickstart.yaml") == make_config({"name": "quickstart"})
+    assert load_config(CONFIGS / "quickstart.yaml") == make_config(
+        {"name": "quickstart", "device": "cpu"}
+    )
 
 
 @pytest.mark.parametrize(

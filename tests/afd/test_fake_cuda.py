@@ -32,7 +32,7 @@ from afd.models.wan.vae import VideoVAE
 from afd.rollout import stream, stream_layout
 from afd.trainer.loop import _home
 from afd.video.recorder import Recorder
-from afd_kernels import native
+from afd_kernels import dispatch, native
 from afd_kernels.block_attention import library_cuda, library_impl
 from tests.afd import test_text, test_vae, tiny_methods, tiny_videoalign, tiny_wan
 from tests.afd.tiny_methods import WAN_STEPS, make_afd, make_sft, toy_batch, wan_batch
@@ -77,10 +77,87 @@ def test_what_a_gpu_refuses_is_refused_and_every_wait_is_counted() -> None:
         with machine.no_waits():
             total = (gpu.reshape(2, 3) @ torch.ones(3, 1, device="cuda")).sum()
         same(total, cpu.sum())
-        for waits in (gpu.sum().item, gpu.cpu, gpu.tolist, gpu.nonzero, lambda: gpu[cpu.long()]):
-            with pytest.raises(AssertionError), machine.no_waits():
-                waits()
     assert not torch.cuda.is_available()
+
+
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x[0].item(),
+    "float": lambda x: float(x[0]),
+    "int": lambda x: int(x[0]),
+    "bool": lambda x: bool(x[0]),
+    "if": lambda x: 1 if (x > 0).any() else 0,
+    "max": lambda x: max(x),
+    "format": lambda x: f"{x[0]:.3f}",
+    "print": str,
+    "index of a list": lambda x: [0, 1][x.long()[0]],
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu"),
+    "copy_": lambda x: torch.empty(6).copy_(x),
+    "index": lambda x: x[torch.arange(6)],
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "synchronize": lambda x: torch.cuda.synchronize(),
+    "stream": lambda x: torch.cuda.current_stream().synchronize(),
+    "event": lambda x: torch.cuda.Event().synchronize(),
+}
+
+
+@pytest.mark.parametrize("how", WAITS)
+def test_every_way_to_wait_is_counted(how: str) -> None:
+    with fake_cuda() as machine:
+        gpu = torch.arange(6.0, device="cuda")
+        with pytest.raises(AssertionError), machine.no_waits():
+            WAITS[how](gpu)
+
+
+def op_calls(device: str) -> dict[str, Callable[[], Any]]:
+    """A call of every public op, forward and backward where it has one."""
+    draw = torch.Generator().manual_seed(0)
+
+    def some(*shape: int, grad: bool = False) -> Tensor:
+        return torch.randn(shape, generator=draw).to(device, BF16).requires_grad_(grad)
+
+    x, old, base = some(2, 4, 6, 4, 4, grad=True), *(some(2, 4, 6, 4, 4) for _ in range(2))
+    t, seed = torch.full((2, 2), 0.5).to(device), torch.arange(2).to(device)
+    q, k, v = (some(2, 24, 2, 16, grad=True) for _ in range(3))
+    gain, rope = some(32, grad=True), torch.ones(1, 24, 8, 2).to(device)
+    caches, position = (some(2, 32, 2, 16), some(2, 32, 2, 16)), torch.zeros(1).long().to(device)
+    seen, rows = ops.intervals.causal(frames=6, chunk=3, tokens=4), some(1, 6, 32, grad=True)
+    stream = some(2, 24, 32, grad=True)
+
+    def append() -> Tensor:
+        with torch.no_grad():
+            given = (q, k, v, gain, gain, rope, *caches, position)
+            return ops.qk_norm_rope_append_(*given, tokens_per_frame=4, sink_frames=1)
+
+    given = {"v_old": old, "v_ref": base, "x0": base, "t": t, "r": t, "seed": seed}
+    return {
+        "forward_noise": lambda: ops.forward_noise(x, t, seed=seed).sum().backward(),
+        "nft_loss": lambda: ops.nft_loss(
+            v_theta=x, nft_beta=0.1, prior_weight=1e-4, group="chunk", **given
+        ).loss.backward(),
+        "block_attention": lambda: ops.block_attention(q, k, v, seen)[0].sum().backward(),
+        "qk_norm_rope": lambda: ops.qk_norm_rope(q, k, gain, gain, rope)[0].sum().backward(),
+        "qk_norm_rope_append_": append,
+        "adaln": lambda: ops.adaln(stream, stream, rows, rows, rows)[1].sum().backward(),
+    }
+
+
+def test_every_op_is_called_below() -> None:
+    assert set(dispatch.OPS) <= set(op_calls("cpu"))
+
+
+@pytest.mark.parametrize("name", op_calls("cpu"))
+def test_an_op_never_waits_for_the_device(name: str) -> None:
+    """Nor does the CUDA host code of any of its backends, forward and backward."""
+    with fake_cuda() as machine:
+        call = op_calls("cuda")[name]
+        with machine.no_waits():
+            call()
 
 
 # --- passes and streams ---

@@ -28,7 +28,7 @@ def words(models: Path, tmp_path: Path) -> list[str]:
     config: SampleConfig = make(models, tmp_path / "out", steps=[1000])
     path = tmp_path / "sample.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-    return ["sample", "--config", str(path)]
+    return ["sample", str(path)]
 
 
 def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -114,7 +114,7 @@ def test_one_process_at_a_time_samples_into_a_folder(
         "import sys, time; from pathlib import Path; from afd.files import only_one\n"
         "with only_one(Path(sys.argv[1])):\n print('mine', flush=True); time.sleep(60)"
     )
-    words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), f"out={out}", "device=cpu"]
+    words = ["sample", str(CONFIGS / "sample_toy.yaml"), f"out={out}", "device=cpu"]
     other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from afd.benchmarks.config import EvalConfig
+from afd.benchmarks.config import BenchmarkConfig
 from afd.cli import _parser, main
 from afd.config.run import RunConfig, load_config, make_config
 from afd.export import ExportConfig
 from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
-KINDS = {"train": RunConfig, "teacher": RunConfig, "eval": EvalConfig, "sample": SampleConfig}
+KINDS = {
+    "train": RunConfig,
+    "teacher": RunConfig,
+    "benchmark": BenchmarkConfig,
+    "sample": SampleConfig,
+}
 
 
 def commands(page: str, heading: str = "") -> list[list[str]]:
@@ -36,7 +41,7 @@ def commands(page: str, heading: str = "") -> list[list[str]]:
 )
 def test_a_command_and_its_keys_exist(words: list[str]) -> None:
     options = _parser().parse_args(words)
-    path = getattr(options, "config", getattr(options, "target", None))
+    path = getattr(options, "config", None)
     kind = KINDS.get(options.command)
     if options.command == "export":
         make_config({}, options.overrides, "page", ExportConfig)

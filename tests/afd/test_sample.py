@@ -275,7 +275,7 @@ def test_one_and_two_step_lists_with_a_longer_first_chunk(models: Path, tmp_path
 def test_the_toy_student_is_sampled_by_the_same_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), f"out={tmp_path}"]
+    words = ["sample", str(CONFIGS / "sample_toy.yaml"), f"out={tmp_path}"]
     assert main([*words, "samples=2", "batch=2", "device=cpu"]) == 0
     assert "frames a second" in capsys.readouterr().out
     paths = sorted(tmp_path.iterdir())
@@ -295,7 +295,7 @@ def test_the_toy_student_is_sampled_by_the_same_command(
     ids=lambda path: path.stem,
 )
 def test_full_size_files_run_dry(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", "--config", str(path), "--dry-run"]) == 0
+    assert main(["sample", str(path), "--dry-run"]) == 0
     said = capsys.readouterr().out
     chunks = 21 if "framewise" in path.name else 7
     assert f"21 latent frames in {chunks} chunks, {5 * chunks - 1} passes" in said

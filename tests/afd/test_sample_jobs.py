@@ -55,7 +55,7 @@ def test_weights_replaced_under_the_same_name_are_noticed(
     weights = tmp_path / "student.safetensors"
     held = checkpoint_path("base").read_bytes()
     weights.write_bytes(held)
-    words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), "device=cpu"]
+    words = ["sample", str(CONFIGS / "sample_toy.yaml"), "device=cpu"]
     words += [f"out={tmp_path / 'out'}", f"student.checkpoint={weights}"]
     assert main(words) == main(words) == 0
     assert "1 of 1 videos are there already" in capsys.readouterr().out
@@ -73,7 +73,6 @@ def test_weights_of_another_kind_are_named(
         weights.write_bytes(held)
         words = [
             "sample",
-            "--config",
             str(CONFIGS / "sample_toy.yaml"),
             f"student.checkpoint={weights}",
         ]
@@ -82,7 +81,7 @@ def test_weights_of_another_kind_are_named(
 
 
 def test_a_dry_run_says_whose_sizes_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sample", "--config", str(CONFIGS / "self_forcing_480x832.yaml"), "--dry-run"]
+    words = ["sample", str(CONFIGS / "self_forcing_480x832.yaml"), "--dry-run"]
     assert main([*words, "student.checkpoint=/none.pt"]) == 0
     assert (
         "the released sizes (student.checkpoint: /none.pt is not there" in capsys.readouterr().out

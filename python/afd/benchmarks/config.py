@@ -1,4 +1,4 @@
-"""The configuration of `afd eval`: whose videos, which benchmarks, and what judges them."""
+"""The configuration of `afd benchmark`: whose videos, which benchmarks, and what judges them."""
 
 from __future__ import annotations
 
@@ -101,15 +101,15 @@ class VideoAlignMqConfig(Section):
     batch: Count = Field(default=1, description="videos rated together")
 
 
-class EvalConfig(StreamConfig):
-    """One run of `afd eval`. `out` is the folder of all samples; null is samples."""
+class BenchmarkConfig(StreamConfig):
+    """One run of `afd benchmark`. `out` is the folder of all samples; null is samples."""
 
     run: Path | None = Field(
         default=None,
         description="run folder: the student of its newest checkpoint, and its settings wherever "
         "this file says nothing of its own",
     )
-    version: Literal["ema", "old", "theta"] | None = Field(
+    weights: Literal["ema", "old", "theta"] | None = Field(
         default=None, description="which of the run's weights; null: those that it evaluates"
     )
     name: Annotated[str, Field(pattern=_NAME, max_length=200)] | None = Field(
@@ -129,13 +129,13 @@ class EvalConfig(StreamConfig):
     videoalign_mq: VideoAlignMqConfig = VideoAlignMqConfig()
 
     @model_validator(mode="after")
-    def _complete(self) -> EvalConfig:
+    def _complete(self) -> BenchmarkConfig:
         if not self.suites or len(set(self.suites)) < len(self.suites):
             raise ValueError(f"suites: got {self.suites}; needed: each benchmark at most once")
         given = "checkpoint" in self.student.model_fields_set
         own = self.student.checkpoint if given else None
         if self.run is not None and own is not None:
             raise ValueError("run, student.checkpoint: got both; needed: one of them")
-        if self.version is not None and self.run is None:
-            raise ValueError(f"version: got {self.version}; it is one of a run's weights: run=")
+        if self.weights is not None and self.run is None:
+            raise ValueError(f"weights: got {self.weights}; it is one of a run's weights: run=")
         return self

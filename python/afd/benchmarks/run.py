@@ -1,4 +1,4 @@
-"""`afd eval CONFIG.yaml`: a student's videos in the layouts of the benchmarks, and their scores.
+"""`afd benchmark CONFIG.yaml`: a student's videos in the benchmarks' layouts, and their scores.
 
 Everything of one student lies in <out>/<name>/<step>/: videos/ holds the mp4 files and nothing
 else; beside it are manifest.jsonl (what each is of), vbench/<dimension>/, videophy.csv,
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from afd.benchmarks import vbench, videoalign_mq, videophy
-from afd.benchmarks.config import SEEDS, EvalConfig
+from afd.benchmarks.config import SEEDS, BenchmarkConfig
 from afd.benchmarks.student import Subject, find_subject, with_rater
 from afd.benchmarks.suites import Clip, Prompt, Score, write_csv, write_whole
 from afd.distributed import Ranks, join
@@ -29,7 +29,7 @@ from afd.sampling.sample import make_videos
 LEFT = (".mp4.partial", ".mp4.whole")
 
 
-def evaluate(config: EvalConfig, console: Console) -> list[Score]:
+def evaluate(config: BenchmarkConfig, console: Console) -> list[Score]:
     """Make the videos that are missing, write the layouts, rate, and print what is known.
 
     Under torchrun the processes share videos and ratings. Raises ConfigError for a configuration or
@@ -64,13 +64,13 @@ def evaluate(config: EvalConfig, console: Console) -> list[Score]:
     return scores
 
 
-def _check_rater(config: EvalConfig) -> None:
+def _check_rater(config: BenchmarkConfig) -> None:
     """What rates comes last; that it is there is known first."""
     if "videoalign_mq" in config.suites:
         videoalign_mq.check_files(config.videoalign_mq)
 
 
-def _clips(config: EvalConfig, suite: str) -> list[Clip]:
+def _clips(config: BenchmarkConfig, suite: str) -> list[Clip]:
     """Every video of a benchmark: names, and seeds that a part of it shares with the whole."""
     prompts: list[Prompt] = {
         "vbench": lambda: vbench.read(config.vbench),
@@ -84,7 +84,7 @@ def _clips(config: EvalConfig, suite: str) -> list[Clip]:
     ]
 
 
-def _seed(config: EvalConfig, prompt: Prompt, sample: int) -> int:
+def _seed(config: BenchmarkConfig, prompt: Prompt, sample: int) -> int:
     return config.seed + SEEDS * prompt.index + sample
 
 
@@ -112,7 +112,7 @@ def _make(stream: SampleConfig, clips: Sequence[Clip], ranks: Ranks, console: Co
 
 
 def _layouts(
-    config: EvalConfig, stream: SampleConfig, subject: Subject, clips: list[Clip], folder: Path
+    config: BenchmarkConfig, stream: SampleConfig, subject: Subject, clips: list[Clip], folder: Path
 ) -> None:
     """manifest.jsonl and what each benchmark reads."""
     videos = folder / "videos"
@@ -125,7 +125,7 @@ def _layouts(
             "seed": clip.seed,
             "sample": clip.sample,
             "dimensions": list(clip.prompt.dimensions),
-            "student": subject.weights,
+            "student": subject.origin,
             "frames": stream.frames,
             "fps": stream.fps,
         }
@@ -145,7 +145,7 @@ def _of(clips: Sequence[Clip], suite: str) -> list[Clip]:
     return [clip for clip in clips if clip.suite == suite]
 
 
-def _to_rate(config: EvalConfig, clips: Sequence[Clip]) -> list[Clip]:
+def _to_rate(config: BenchmarkConfig, clips: Sequence[Clip]) -> list[Clip]:
     """Motion quality is rated of its own videos, where it has prompts, else of all others."""
     own = config.videoalign_mq.prompts is not None
     return _of(clips, "videoalign_mq") if own else list(clips)
@@ -155,7 +155,7 @@ def _to_rate(config: EvalConfig, clips: Sequence[Clip]) -> list[Clip]:
 
 
 def _rated(
-    config: EvalConfig, stream: SampleConfig, clips: list[Clip], folder: Path, ranks: Ranks
+    config: BenchmarkConfig, stream: SampleConfig, clips: list[Clip], folder: Path, ranks: Ranks
 ) -> list[Score]:
     if "videoalign_mq" not in config.suites:
         return []
@@ -177,7 +177,7 @@ def _rated(
     return videoalign_mq.scores(mine, found)
 
 
-def _read_back(config: EvalConfig, clips: list[Clip], folder: Path) -> list[Score]:
+def _read_back(config: BenchmarkConfig, clips: list[Clip], folder: Path) -> list[Score]:
     """What VBench and VideoPhy-2 have written, as far as they have."""
     scores = []
     if "vbench" in config.suites:
@@ -197,14 +197,14 @@ def _write_scores(folder: Path, subject: Subject, scores: Sequence[Score]) -> No
     held = {
         "name": subject.name,
         "step": subject.step,
-        "student": subject.weights,
+        "student": subject.origin,
         "scores": [vars(score) for score in scores],
     }
     write_whole(folder / "scores.json", json.dumps(held, indent=1, ensure_ascii=False) + "\n")
 
 
 def _show(
-    config: EvalConfig, console: Console, folder: Path, scores: list[Score], clips: list[Clip]
+    config: BenchmarkConfig, console: Console, folder: Path, scores: list[Score], clips: list[Clip]
 ) -> None:
     """The table, and the commands of the benchmarks that have not answered."""
     table = Table(title=str(folder))

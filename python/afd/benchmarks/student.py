@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from afd.benchmarks.config import EvalConfig
+from afd.benchmarks.config import BenchmarkConfig
 from afd.config.run import RunConfig
 from afd.discriminators.config import VideoAlignConfig
 from afd.errors import ConfigError
@@ -27,12 +27,12 @@ START = "start"
 class Stream(SampleConfig):
     """How the videos are streamed, and what they were made from wherever the weights lie."""
 
-    weights: str = Field(description="what the student is, instead of the path of its file")
+    origin: str = Field(description="what the student is, instead of the path of its file")
 
     def settings(self) -> dict[str, Any]:
         """As in `SampleConfig`."""
         settings = super().settings()
-        student = settings["student"] | {"checkpoint": settings.pop("weights")}
+        student = settings["student"] | {"checkpoint": settings.pop("origin")}
         return settings | {"student": student}
 
 
@@ -43,27 +43,27 @@ class Subject:
     Attributes:
         name: first folder of its samples.
         step: second folder of its samples.
-        weights: what the student is; the videos tell it.
+        origin: what the student is; the videos name it.
         settings: fields of StreamConfig.
         export: writes the weights into a folder, where they are not a file already.
     """
 
     name: str
     step: str
-    weights: str
+    origin: str
     settings: dict[str, Any]
     export: Callable[[Path], None]
 
     def stream(self, folder: Path, videos: Path, device: torch.device) -> Stream:
         """How `afd sample` makes its videos; `folder` is where the weights were exported to."""
-        here = {"out": videos, "device": str(device), "weights": self.weights}
+        here = {"out": videos, "device": str(device), "origin": self.origin}
         student = self.settings["student"]
         if student.checkpoint is None:
             student = student.with_weights(_exported(folder))
         return Stream.model_validate(self.settings | here | {"student": student})
 
 
-def find_subject(config: EvalConfig) -> Subject:
+def find_subject(config: BenchmarkConfig) -> Subject:
     """The student that `run` or `checkpoint` names; nothing is loaded.
 
     Raises ConfigError where there is none.
@@ -79,7 +79,7 @@ def find_subject(config: EvalConfig) -> Subject:
     return Subject(name, START, weights, settings, lambda folder: None)
 
 
-def with_rater(config: EvalConfig) -> EvalConfig:
+def with_rater(config: BenchmarkConfig) -> BenchmarkConfig:
     """The configuration with the VideoAlign of the run's discriminator, where it names none."""
     rater = config.videoalign_mq
     if config.run is None or rater.checkpoint is not None:
@@ -95,7 +95,7 @@ def with_rater(config: EvalConfig) -> EvalConfig:
     return config.model_copy(update={"videoalign_mq": rater.model_copy(update=theirs)})
 
 
-def _of_run(config: EvalConfig, folder: Path, settings: dict[str, Any]) -> Subject:
+def _of_run(config: BenchmarkConfig, folder: Path, settings: dict[str, Any]) -> Subject:
     run = load_run(folder)
     path = checkpoint.latest(folder / "checkpoints")
     if path is None:
@@ -107,14 +107,14 @@ def _of_run(config: EvalConfig, folder: Path, settings: dict[str, Any]) -> Subje
     given = config.student.model_fields_set & type(run.student).model_fields.keys()
     own = {key: getattr(config.student, key) for key in given - {"kind"}}
     settings["student"] = run.student.model_copy(update=own | {"checkpoint": None})
-    version = config.version or "evaluated"
-    step = path.name if config.version is None else f"{path.name}-{version}"
-    weights = f"{run.name} {path.name} {version} {digest[:16]}"
+    version = config.weights or "evaluated"
+    step = path.name if config.weights is None else f"{path.name}-{version}"
+    origin = f"{run.name} {path.name} {version} {digest[:16]}"
 
     def export(samples: Path) -> None:
         _export(folder, samples, run, config, digest, settings["student"].dtype)
 
-    return Subject(config.name or run.name, step, weights, settings, export)
+    return Subject(config.name or run.name, step, origin, settings, export)
 
 
 def _settings_of(run: RunConfig) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _exported(samples: Path) -> Path:
 
 
 def _export(
-    folder: Path, samples: Path, run: RunConfig, config: EvalConfig, digest: str, dtype: str
+    folder: Path, samples: Path, run: RunConfig, config: BenchmarkConfig, digest: str, dtype: str
 ) -> None:
     """The run's weights as they are shipped, once."""
     from afd.export import ExportConfig, export
@@ -148,5 +148,5 @@ def _export(
                 "choose another out= or name="
             )
         return
-    what = {"out": out, "kind": "student", "version": config.version, "dtype": dtype}
+    what = {"out": out, "kind": "student", "weights": config.weights, "dtype": dtype}
     export(folder, ExportConfig.model_validate(what))

@@ -71,8 +71,8 @@ class ByKind:
     default: str
 
     def sections(self) -> list[type[BaseModel]]:
-        """The sections of all kinds that are installed."""
-        return list(dict.fromkeys(registry.find(self.group, k) for k in registry.names(self.group)))
+        """The sections of all kinds that can be imported."""
+        return list(dict.fromkeys(registry.importable(self.group)))
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler

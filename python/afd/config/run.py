@@ -116,7 +116,7 @@ class RunConfig(Section):
     )
     threads: Threads = Field(default=1, description="CPU threads; 0 leaves torch's choice")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
-        default="cpu", description="auto: cuda where there is one, one for each process"
+        default="auto", description="auto: cuda where there is one, one for each process"
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp",
@@ -174,6 +174,7 @@ RENAMED = {
     "steps": ("updates", "student.denoising_steps"),
     "prompts_per_step": ("prompts_per_update",),
     "student.steps": ("student.denoising_steps",),
+    "version": ("weights",),
     "discriminator.warmup_steps": ("discriminator.warmup_updates",),
     "dmd.score_warmup_steps": ("dmd.score_warmup_updates",),
     **{f"{m}.cosine_steps": (f"{m}.cosine_updates",) for m in ("afd", "sft", "gan", "dmd")},

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from afd.config.base import Natural, Section, Share
 from afd.distributed import ALONE, Ranks
-from afd.hub import need
+from afd.extras import need
 from afd.models.config import StudentConfig
 from afd.registry import load
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class DiscriminatorConfig(Section):
     """Base of every discriminator's section: loss, optimizer and pace.
 
-    A subclass names its function as "module:name"; a discriminator outside this package overrides
-    `build` instead (docs/EXTENDING.md).
+    A subclass has a `build` of its own (docs/EXTENDING.md); a built-in one names the function, as
+    "module:name".
     """
 
     builder: ClassVar[str]

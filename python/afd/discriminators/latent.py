@@ -7,15 +7,16 @@ left after the convolutions, L text tokens, E text channels, D channels of the n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
+from afd.discriminators.pairs import PairDiscriminator
 from afd.distributed import ALONE, Ranks
 from afd.models.student import Student
 from afd.video.config import VideoConfig
@@ -89,11 +90,11 @@ class LatentScorer(nn.Module):
         used_BL = torch.cat([torch.ones_like(used_BL[:, :1]), used_BL[:, 1:]], 1)
         text_BLE = self.text_norm(text_BLE)
         q, k, v = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            rearrange(part, "B N (heads d) -> B heads N d", heads=self.heads)
             for part in (self.query(cell_BND), self.key(text_BLE), self.value(text_BLE))
         )
         heard = F.scaled_dot_product_attention(q, k, v, attn_mask=used_BL[:, None, None])
-        return heard.transpose(1, 2).flatten(2)
+        return rearrange(heard, "B heads N d -> B N (heads d)")
 
 
 class LatentDiscriminator(PairDiscriminator):
@@ -116,12 +117,13 @@ class LatentDiscriminator(PairDiscriminator):
         ranks: Ranks = ALONE,
     ) -> None:
         """`encode`: the prompts' embeddings [B, L, text_dim]; it gets no gradient."""
-        self.encode, self.device, self.ranks = encode, torch.device(device), ranks
-        self.config: LatentConfig = config
+        self.encode, self.device = encode, torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = LatentScorer(channels, text_dim, config.width).to(device).eval()
-        self.optimizer = DiscriminatorOptimizer(self.net.parameters(), config)
+            net = LatentScorer(channels, text_dim, config.width).to(device).eval()
+        super().__init__(net, config, ranks)
+        self.net: LatentScorer
+        self.config: LatentConfig
 
     def differentiable_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the latents."""
@@ -136,13 +138,6 @@ class LatentDiscriminator(PairDiscriminator):
         metrics = super().step(teacher_BFCHW, student_BFCHW, prompts)
         self.net.follow_norms()
         return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def build(

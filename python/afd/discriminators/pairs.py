@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afd.discriminators.base import LOSSES, pair_metrics
 from afd.discriminators.config import PairConfig
@@ -67,13 +67,19 @@ class PairDiscriminator(ABC):
     """Scores and updates by way of `differentiable_score`, a piece at a time (see `Discriminator`).
 
     Neither a micro-batch nor the number of processes changes the update: losses are means over all
-    pairs of all processes.
+    pairs of all processes. Its state is that of `net` and of its optimizer.
     """
 
     config: PairConfig
     optimizer: DiscriminatorOptimizer
     input_space: Literal["pixels", "latents"] = "pixels"
     ranks: Ranks = ALONE
+
+    def __init__(self, net: nn.Module, config: PairConfig, ranks: Ranks = ALONE) -> None:
+        self.net, self.config, self.ranks = net, config, ranks
+        self.optimizer = DiscriminatorOptimizer(
+            [p for p in net.parameters() if p.requires_grad], config
+        )
 
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """What of the videos is looked at; only this needs to be kept."""
@@ -119,3 +125,10 @@ class PairDiscriminator(ABC):
         total = float(self.ranks.gather(torch.tensor([total], dtype=torch.float64)).sum())
         pairs_B2 = self.ranks.gather(torch.cat(seen))
         return {"loss": total, "grad_norm": norm, **pair_metrics(*pairs_B2.unbind(1))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])

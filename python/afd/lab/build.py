@@ -16,7 +16,6 @@ from afd.lab.shipped import checkpoint_path
 from afd.lab.student import ToyStudent
 from afd.models.codec import Pixels
 from afd.models.wan.network import CausalWan
-from afd.models.wan.types import WanConfig
 from afd.video.config import VideoConfig
 
 
@@ -31,11 +30,6 @@ def build(
 ) -> tuple[ToyStudent, Pixels]:
     """The toy of a checkpoint and its codec, which changes nothing (`StudentConfig.build`)."""
     return _load(config).to(device, config.torch_dtype), Pixels()
-
-
-def sizes(config: ToyStudentConfig) -> WanConfig:
-    """The network's sizes."""
-    return _load(config).net.config
 
 
 def video_size(config: ToyStudentConfig) -> tuple[int, int, int]:

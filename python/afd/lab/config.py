@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from afd.config.base import Count, Natural, Share
@@ -18,14 +19,14 @@ from afd.schedules import check_steps
 from afd.teachers.config import TeacherConfig
 from afd.teachers.forecast import Forecast
 
+if TYPE_CHECKING:
+    from afd.models.codec import Codec
+    from afd.models.student import Student
+    from afd.models.wan.network import CausalWan
+
 
 class ToyStudentConfig(StudentConfig):
     """The laptop-size student."""
-
-    builder: ClassVar[str] = "afd.lab.build:build"
-    network_sizes: ClassVar[str] = "afd.lab.build:sizes"
-    network_loader: ClassVar[str] = "afd.lab.build:load_network"
-    network_saver: ClassVar[str] = "afd.lab.build:save_network"
 
     kind: Literal["toy"] = Field(default="toy", description="the laptop-size student")
     checkpoint: str = Field(
@@ -44,6 +45,18 @@ class ToyStudentConfig(StudentConfig):
             if steps is not None:
                 check_steps(steps)
         return self
+
+    def build(self, *given: Any, **options: Any) -> tuple[Student, Codec]:
+        found: tuple[Student, Codec] = load("afd.lab.build:build")(self, *given, **options)
+        return found
+
+    def load_network(self) -> CausalWan:
+        network: CausalWan = load("afd.lab.build:load_network")(self)
+        return network
+
+    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+        path: Path = load("afd.lab.build:save_network")(self, network, folder, dtype, note)
+        return path
 
     def video_size(self) -> tuple[int, int, int]:
         size: tuple[int, int, int] = load("afd.lab.build:video_size")(self)

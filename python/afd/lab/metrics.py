@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -14,22 +16,24 @@ from afd.methods.afd import Watch
 from afd.models.config import StudentConfig
 from afd.models.student import Student
 from afd.rollout import rollout
-from afd.trainer.evaluate import Evaluated, Evaluation, finite, own_part
+from afd.trainer.evaluate import Evaluated, Evaluation, Metrics, finite, own_part
 from afd.video import to_uint8
 
 # Updates between two logs of the score's agreement with the task's metrics.
 WATCH_EVERY = 10
 
 
-class PhysicsMetrics:
+class PhysicsMetrics(Metrics):
     """The task's exact metrics (`physics.DEFINITIONS`).
 
     Held-out video i has the simulator's prompt i modulo 36 and seed evaluation.seed + i: every run
     shows the same noise, whatever its method.
     """
 
+    needs_prompts: ClassVar[bool] = False
+
     def __init__(self, run: Evaluated) -> None:
-        self.run = run
+        super().__init__(run)
         self.training_tracks: list[Tensor] = []
 
     @staticmethod

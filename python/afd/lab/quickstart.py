@@ -35,7 +35,9 @@ COLUMNS = ("phys", "g_mae", "fit_res", "motion", "rend", "adh", "div", "traj_fd"
 
 def quickstart(overrides: Sequence[str], console: Console) -> bool:
     """Run or continue every part; False where Ctrl-C stopped it (all saved)."""
-    config = make_config({"name": "quickstart"}, overrides, origin="afd quickstart")
+    config = make_config(
+        {"name": "quickstart", "device": "cpu"}, overrides, origin="afd quickstart"
+    )
     began, root = time.perf_counter(), config.run_dir
     console.rule("teacher and base student")
     base(part(config, root, "base"), console)

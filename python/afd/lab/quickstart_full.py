@@ -22,6 +22,7 @@ SCRATCH = [
     "discriminator.random_looks=false",
     "discriminator.beginnings=false",
 ]
+START = {"device": "cpu"}
 # Row name: overrides. Its first word is the teacher's look.
 ROWS: dict[str, list[str]] = {
     "nuis-sft": ["method=sft"],
@@ -59,6 +60,6 @@ def study(overrides: Sequence[str]) -> Study:
     """The table that the overrides ask for."""
     chosen, seeds, common = choice(overrides, list(ROWS), [0, 1, 2])
     origin = "afd quickstart-full"
-    root = make_config({"name": "quickstart-full"}, common, origin).run_dir
+    root = make_config({"name": "quickstart-full", **START}, common, origin).run_dir
     rows = {row: [f"teacher.style={row.split('-')[0]}", *own] for row, own in ROWS.items()}
-    return Study(root, rows, seeds, chosen, common=common, origin=origin)
+    return Study(root, rows, seeds, chosen, start=START, common=common, origin=origin)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,11 +19,9 @@ from torch import Generator, Tensor, nn
 
 from afd.files import replacing
 from afd.lab.shipped import checkpoint_path
-from afd.models.noise import Layout, NoiseSource, seeded_noise
-from afd.models.student import Level, Student, frame_times
+from afd.models.student import Student, frame_times
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import LayerKV, WanConfig
-from afd.schedules import check_steps
 
 
 @dataclass(frozen=True)
@@ -115,23 +112,6 @@ class ToyStudent(Student):
     @property
     def frame_shape(self) -> tuple[int, int, int]:
         return self.config.wan.in_dim, self.config.height, self.config.width
-
-    def levels(self, steps: Sequence[float]) -> list[Level]:
-        """Steps are times falling from 1 to more than 0; a time is its own noise level."""
-        check_steps(steps)
-        return [Level.at(1000 * t, t, self.device) for t in steps]
-
-    def times(self, steps: Sequence[float]) -> list[float]:
-        """A step is a time."""
-        check_steps(steps)
-        return list(steps)
-
-    def noise_source(
-        self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
-    ) -> NoiseSource:
-        """Noise from one CPU generator per video."""
-        noise = seeded_noise(seeds, (self.chunk, *self.frame_shape))
-        return lambda chunk, step: noise(chunk, step).to(self.device, self.dtype)
 
     def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
         """The output is the clean chunk itself."""

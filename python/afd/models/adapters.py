@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from afd.hub import need
+from afd.extras import need
 from afd.models.wan.network import CausalWan
 
 if TYPE_CHECKING:

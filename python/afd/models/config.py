@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import save_file
 from typing_extensions import Self
 
 from afd.cache import Store
 from afd.config.base import Count, Section
 from afd.distributed import ALONE, Ranks
+from afd.files import replacing
 from afd.hub import fingerprint, missing_path
-from afd.registry import load
 
 if TYPE_CHECKING:
     from afd.models.codec import Codec
     from afd.models.student import Student
+    from afd.models.wan.network import CausalWan
     from afd.models.wan.types import WanConfig
     from afd.video.config import VideoConfig
 
@@ -35,14 +37,9 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """Base of every student's section.
 
-    A subclass names its functions as "module:name", which keeps this module free of the students;
-    a student outside this package overrides the methods instead (docs/EXTENDING.md).
+    A subclass has a `build` and a `load_network` of its own (docs/EXTENDING.md).
     """
 
-    builder: ClassVar[str]
-    network_sizes: ClassVar[str]
-    network_loader: ClassVar[str]
-    network_saver: ClassVar[str]
     # Video frames per latent frame after the first; pixels per latent row and column.
     scale: ClassVar[tuple[int, int]] = (1, 1)
 
@@ -92,16 +89,15 @@ class StudentConfig(Section):
 
         Raises ValueError, FileNotFoundError or ConfigError where a part cannot be loaded.
         """
-        return load(self.builder)(self, video, prompts, device=device, store=store, ranks=ranks)
+        raise NotImplementedError
+
+    def load_network(self) -> CausalWan:
+        """The network of the start weights, in float32, without text and codec."""
+        raise NotImplementedError
 
     def sizes(self) -> WanConfig:
-        """The network's sizes: the checkpoint's where it is there, else the released ones."""
-        found: WanConfig = load(self.network_sizes)(self)
-        return found
-
-    def load_network(self) -> Any:
-        """The network of the start weights (`CausalWan`), in float32, without text and codec."""
-        return load(self.network_loader)(self)
+        """The network's sizes, also where the checkpoint is not there yet, if they are known."""
+        return self.load_network().config
 
     def check_video(self, video: VideoConfig) -> None:
         """Raise ValueError where the student cannot make videos of this size or length."""
@@ -126,9 +122,16 @@ class StudentConfig(Section):
         """Rows and columns of a latent frame."""
         return height // self.scale[1], width // self.scale[1]
 
-    def save(self, network: Any, folder: Path, dtype: torch.dtype, note: str) -> Path:
-        """Write a network into a folder as this student's `checkpoint`; returns that path."""
-        return load(self.network_saver)(self, network, folder, dtype, note)
+    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+        """Write a network into a folder as this student's `checkpoint`; returns that path.
+
+        Here one safetensors file with the network's own names; `note` is kept in its header.
+        """
+        path = folder / "network.safetensors"
+        weights = {k: v.detach().to(dtype).contiguous() for k, v in network.state_dict().items()}
+        with replacing(path) as partial:
+            save_file(weights, partial, metadata={"afd": note})
+        return path
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.models.noise import Layout, NoiseSource
+from afd.models.noise import Layout, NoiseSource, seeded_noise
 from afd.models.wan.graphs import GraphedPasses
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import LayerKV
+from afd.schedules import check_steps, x0_from_flow
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,18 @@ def frame_times(x_BFCHW: Tensor, t_BK: Tensor) -> Tensor:
 
 
 class Student(nn.Module, ABC):
-    """A causal video student: a `CausalWan` and what its output, its steps and its text mean."""
+    """A causal video student: a `CausalWan` and what its output, its steps and its text mean.
+
+    Unless a subclass says otherwise the network's output is the rectified-flow velocity, a
+    denoising step is its noise level in (0, 1], and noise comes from one CPU generator per video.
+    """
 
     def __init__(self, net: CausalWan) -> None:
         super().__init__()
         self.net = net
         self._graphs: GraphedPasses | None = None
 
-    # --- what differs ---
+    # --- what every student has to say ---
 
     @property
     @abstractmethod
@@ -70,22 +75,26 @@ class Student(nn.Module, ABC):
     def encode(self, prompts: list[str]) -> Tensor:
         """Text embeddings [B, L, E] on the student's device."""
 
-    @abstractmethod
+    # --- what a student may say otherwise ---
+
     def levels(self, steps: Sequence[float]) -> list[Level]:
         """The denoising steps of a list in the student's own units; refuses a wrong list."""
+        check_steps(steps)
+        return [Level.at(1000 * t, t, self.device) for t in steps]
 
-    @abstractmethod
+    def times(self, steps: Sequence[float]) -> list[float]:
+        """The noise levels of a list of steps, in (0, 1], falling from 1."""
+        check_steps(steps)
+        return list(steps)
+
     def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
         """The clean frames that the network's output at x_t means, in its dtype.
 
-        `sigma`: the noise level, one for all or one for each frame [B, F].
+        `sigma`: the noise level, one for all or one for each frame [B, F]. The arithmetic is
+        float64.
         """
+        return x0_from_flow(out_BFCHW, x_t_BFCHW, sigma)
 
-    @abstractmethod
-    def times(self, steps: Sequence[float]) -> list[float]:
-        """The noise levels of a list of steps, in (0, 1], falling from 1."""
-
-    @abstractmethod
     def noise_source(
         self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
     ) -> NoiseSource:
@@ -93,6 +102,8 @@ class Student(nn.Module, ABC):
 
         A video's noise depends on its own seed alone.
         """
+        noise = seeded_noise(seeds, (self.chunk, *self.frame_shape))
+        return lambda chunk, step: noise(chunk, step).to(self.device, self.dtype)
 
     # --- what is alike ---
 

@@ -19,7 +19,7 @@ FREE_STUDENT = ("lora", "checkpoint_blocks", "rollout_batch")
 
 
 class StreamConfig(Section):
-    """The student, and how it streams: what `afd sample` and `afd eval` both need."""
+    """The student, and how it streams: what `afd sample` and `afd benchmark` both need."""
 
     student: Annotated[StudentConfig, ByKind("students", "wan")] = of_default_kind()
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class TeacherConfig(Section):
     """Base of every teacher's section.
 
-    A subclass names its function as "module:name"; a teacher outside this package overrides `open`
-    instead (docs/EXTENDING.md).
+    A subclass has an `open` of its own (docs/EXTENDING.md); a built-in one names the function, as
+    "module:name".
     """
 
     opener: ClassVar[str]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save
@@ -37,7 +38,7 @@ class Evaluation:
 
     Attributes:
         metrics: means over all its videos.
-        pictures_BFHWC: uint8, of all videos or (kind "video") the first `evaluation.samples`.
+        pictures_BFHWC: uint8, of all videos or only the first `evaluation.samples`.
         prompts, seeds: one for each video, also those whose pictures were let go.
         fps: rate at which the pictures are shown; None for the toy's.
     """
@@ -56,24 +57,30 @@ class Evaluation:
 Evaluator = Callable[[Student, int], Evaluation]
 
 
-class Metrics(Protocol):
-    """What an entry of the registry's group "metrics" is: a class whose objects evaluate."""
+class Metrics(ABC):
+    """Base of the classes in the registry's group "metrics" (docs/EXTENDING.md).
 
-    def __init__(self, run: Evaluated) -> None: ...
+    Attributes:
+        needs_prompts: whether it takes its prompts from the run (`evaluation_prompts`).
+    """
 
-    @staticmethod
+    needs_prompts: ClassVar[bool] = True
+
+    def __init__(self, run: Evaluated) -> None:
+        self.run = run
+
+    @staticmethod  # noqa: B027 - one that says nothing takes any
     def check(student: StudentConfig) -> None:
         """Raise ValueError where this student's videos cannot be measured."""
-        ...
 
     @staticmethod
     def watch(config: EvaluationConfig, ranks: Ranks) -> Watch | None:
-        """Metrics of an update's rollouts and scores, or None."""
-        ...
+        """Metrics of an update's rollouts and scores. Here: none."""
+        return None
 
+    @abstractmethod
     def __call__(self, policy: Student, count: int) -> Evaluation:
         """Measure `count` held-out videos; every process of the run calls it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -113,12 +120,13 @@ def make_evaluator(
 
 
 def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[str]:
-    """The prompts of held-out videos of kind "video": `evaluation.prompts`, or the teacher's.
+    """The prompts of held-out videos: `evaluation.prompts`, or the teacher's; empty for metrics
+    that have their own.
 
     Raises ConfigError where they cannot be read.
     """
     evaluation = config.evaluation
-    if evaluation.kind != "video":
+    if evaluation.kind == "none" or not find("metrics", evaluation.kind).needs_prompts:
         return []
     if evaluation.prompts is None:
         found = list(dict.fromkeys(request.prompt for request in requests))
@@ -144,35 +152,19 @@ def own_part(count: int, ranks: Ranks) -> list[int]:
     return [min(i, count - 1) for i in range(ranks.rank * each, (ranks.rank + 1) * each)]
 
 
-class VideoMetrics:
-    """Motion, and motion quality as the untouched VideoAlign rates it where that is the run's.
+class EachVideo(Metrics):
+    """Metrics that are means of numbers of single videos; a subclass measures one.
 
     Held-out video i has prompt i modulo their number and seed evaluation.seed + i: prompts and
-    noise are the same in every evaluation of every run.
+    noise are the same in every evaluation of every run. The processes share the videos.
     """
 
-    def __init__(self, run: Evaluated) -> None:
-        self.config, self.codec, self.ranks = run.config, run.codec, run.ranks
-        self.judge = run.discriminator if hasattr(run.discriminator, "released_ratings") else None
-        self.prompts = list(run.prompts)
-
-    @staticmethod
-    def check(student: StudentConfig) -> None:
-        """Any student's."""
-
-    @staticmethod
-    def watch(config: EvaluationConfig, ranks: Ranks) -> None:
-        """Nothing."""
+    @abstractmethod
+    def measure(self, video_1FCHW: Tensor, prompt: str) -> dict[str, float]:
+        """The metrics of one video in [-1, 1], under the same names for every video."""
 
     def __call__(self, policy: Student, count: int) -> Evaluation:
-        config, codec, judge, prompts, ranks = (
-            self.config,
-            self.codec,
-            self.judge,
-            self.prompts,
-            self.ranks,
-        )
-        fps = config.video.rate
+        config, prompts, ranks = self.run.config, self.run.prompts, self.run.ranks
         asked = [prompts[i % len(prompts)] for i in range(count)]
         seeds = [config.evaluation.seed + i for i in range(count)]
         own = own_part(count, ranks)
@@ -181,18 +173,8 @@ class VideoMetrics:
         names: list[str] = []
         for index, x0_1FCHW in zip(own, rolled(policy, config, asked, seeds, own), strict=True):
             with torch.no_grad():
-                video_1FCHW = codec.decode(x0_1FCHW)
-            moved = motion(video_1FCHW[0], fps)
-            row = {"motion": moved, "dynamic": float(moved > DYNAMIC)}
-            if judge is not None:
-                # As the discriminator sees them in training.
-                judged = video_1FCHW
-                if config.video.codec_match:
-                    judged = through_codec(judged, fps=config.video.fps, crf=config.video.crf)
-                seen = judge.prepare(judged)
-                ratings = judge.released_ratings(seen, [asked[index]])
-                row |= {name: float(value) for name, value in ratings.items()}
-                row["score"] = float(judge.score(seen, [asked[index]]))
+                video_1FCHW = self.run.codec.decode(x0_1FCHW)
+            row = self.measure(video_1FCHW, asked[index])
             names = list(row)
             rows.append([row[name] for name in names])
             if ranks.main and index < config.evaluation.samples and index == len(pictures):
@@ -200,7 +182,25 @@ class VideoMetrics:
         found_BN = ranks.gather(torch.tensor(rows, dtype=torch.float64))[:count]
         metrics = dict(zip(names, found_BN.mean(0).tolist(), strict=True))
         kept = torch.stack(pictures) if pictures else torch.empty(0, 0, 0, 0, 3, dtype=torch.uint8)
-        return Evaluation(metrics, kept, asked, seeds, fps)
+        return Evaluation(metrics, kept, asked, seeds, config.video.rate)
+
+
+class VideoMetrics(EachVideo):
+    """Motion, and motion quality as the untouched VideoAlign rates it where that is the run's."""
+
+    def measure(self, video_1FCHW: Tensor, prompt: str) -> dict[str, float]:
+        video, judge = self.run.config.video, self.run.discriminator
+        moved = motion(video_1FCHW[0], video.rate)
+        row = {"motion": moved, "dynamic": float(moved > DYNAMIC)}
+        if hasattr(judge, "released_ratings"):
+            # As the discriminator sees them in training.
+            if video.codec_match:
+                video_1FCHW = through_codec(video_1FCHW, fps=video.fps, crf=video.crf)
+            seen = judge.prepare(video_1FCHW)
+            ratings = judge.released_ratings(seen, [prompt])
+            row |= {name: float(value) for name, value in ratings.items()}
+            row["score"] = float(judge.score(seen, [prompt]))
+        return row
 
 
 def rolled(

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -96,8 +97,15 @@ def patchify(frames_BNCHW: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = (frames_BNCHW.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
     normal = (frames_BNCHW / 255 - mean) / std
     t, h, w = count // TEMPORAL, height // PATCH, width // PATCH
-    cells = normal.view(B, t, TEMPORAL, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
-    patches = cells.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(B * t * h * w, PATCH_DIM)
+    patches = rearrange(
+        normal,
+        "B (t pair) c (h mh ph) (w mw pw) -> (B t h w mh mw) (c pair ph pw)",
+        pair=TEMPORAL,
+        mh=MERGE,
+        mw=MERGE,
+        ph=PATCH,
+        pw=PATCH,
+    )
     return patches, torch.tensor([[t, h, w]] * B)
 
 

@@ -6,15 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from afd.config.base import Count, Positive
 from afd.hub import missing_source, pinned
 from afd.models.config import LoraConfig, StudentConfig
+from afd.registry import load
 from afd.schedules import ShiftedFlow, check_steps
 
 if TYPE_CHECKING:
+    from afd.models.codec import Codec
+    from afd.models.student import Student
+    from afd.models.wan.network import CausalWan
+    from afd.models.wan.types import WanConfig
     from afd.video.config import VideoConfig
 
 
@@ -25,10 +31,6 @@ PARTS = {"text_encoder": ("text_encoder", "tokenizer"), "vae": ("vae",)}
 class WanStudentConfig(StudentConfig):
     """A released causal student, its text encoder and its autoencoder."""
 
-    builder: ClassVar[str] = "afd.models.wan.loading:build"
-    network_sizes: ClassVar[str] = "afd.models.wan.loading:sizes"
-    network_loader: ClassVar[str] = "afd.models.wan.loading:load_network"
-    network_saver: ClassVar[str] = "afd.models.wan.loading:save_network"
     scale: ClassVar[tuple[int, int]] = (4, 8)
 
     kind: Literal["wan"] = Field(description="a Self-Forcing or Causal-Forcing student")
@@ -83,6 +85,23 @@ class WanStudentConfig(StudentConfig):
                 check_steps(steps, first=1000)
                 ShiftedFlow(self.shift).warp(steps)
         return self
+
+    def build(self, *given: Any, **options: Any) -> tuple[Student, Codec]:
+        found: tuple[Student, Codec] = load("afd.models.wan.loading:build")(self, *given, **options)
+        return found
+
+    def load_network(self) -> CausalWan:
+        network: CausalWan = load("afd.models.wan.loading:load_network")(self)
+        return network
+
+    def sizes(self) -> WanConfig:
+        """The checkpoint's where it is there, else the released ones."""
+        found: WanConfig = load("afd.models.wan.loading:sizes")(self)
+        return found
+
+    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+        path: Path = load("afd.models.wan.loading:save_network")(self, network, folder, dtype, note)
+        return path
 
     @property
     def network(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from afd.cache import Facts, Store, files_identity
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
-from afd.hub import need
+from afd.extras import need
 from afd.models.config import DTYPES
 from afd.models.wan.checkpoints import infer_config, load_checkpoint, read_weights, save_diffusers
 from afd.models.wan.config import WanStudentConfig

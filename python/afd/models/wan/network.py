@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
@@ -126,21 +127,27 @@ class CausalWan(nn.Module):
 
     def _patchify(self, x_BFCHW: Tensor) -> tuple[Tensor, int, int]:
         """Tokens [B, L, D], frame by frame, row by row; and rows, columns."""
-        B, frames, C, H, W = x_BFCHW.shape
+        C, H, W = x_BFCHW.shape[2:]
         if self.config.in_dim != C:
             raise ValueError(f"x: {C} channels came, the network takes {self.config.in_dim}")
         rows, cols = self.config.grid(H, W)
         ph, pw = self.config.patch
-        patches = x_BFCHW.reshape(B, frames, C, rows, ph, cols, pw).permute(0, 1, 3, 5, 2, 4, 6)
+        patches_BLP = rearrange(
+            x_BFCHW, "B F C (rows ph) (cols pw) -> B (F rows cols) (C ph pw)", ph=ph, pw=pw
+        )
         weight = self.patch_embedding.weight.flatten(1)
-        patches_BLP = patches.reshape(B, frames * rows * cols, -1)
         return F.linear(patches_BLP, weight, self.patch_embedding.bias), rows, cols
 
     def _unpatchify(self, y_BLP: Tensor, rows: int, cols: int) -> Tensor:
         ph, pw = self.config.patch
-        y = y_BLP.unflatten(-1, (ph, pw, self.config.out_dim)).unflatten(1, (-1, rows, cols))
-        y = y.permute(0, 1, 6, 2, 4, 3, 5)
-        return y.reshape(*y.shape[:3], rows * ph, cols * pw)
+        return rearrange(
+            y_BLP,
+            "B (F rows cols) (ph pw C) -> B F C (rows ph) (cols pw)",
+            rows=rows,
+            cols=cols,
+            ph=ph,
+            pw=pw,
+        )
 
     def time_table(self, t_BF: Tensor) -> TimeTable:
         """Time embedding and every block's modulation at times [B, F], of which both may be 1."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from afd.models.noise import Layout, NoiseSource, counted_noise
 from afd.models.student import Level, Student
 from afd.models.wan.network import CausalWan
-from afd.schedules import ShiftedFlow, check_steps, x0_from_flow
+from afd.schedules import ShiftedFlow, check_steps
 from afd_kernels.contracts import require
 
 # prompts -> embeddings [B, text_len, text_dim], zero past the prompt's length.
@@ -89,7 +89,3 @@ class WanStudent(Student):
             device=self.device,
             dtype=self.dtype,
         )
-
-    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
-        """The output is the flow: x0 = x_t - sigma flow, in float64."""
-        return x0_from_flow(out_BFCHW, x_t_BFCHW, sigma)

@@ -1,4 +1,4 @@
-"""`afd eval` end to end with the toy student: the benchmarks' layouts, and what is rated."""
+"""`afd benchmark` end to end with the toy student: the benchmarks' layouts, and what is rated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from afd.benchmarks import vbench, videophy
-from afd.benchmarks.config import EvalConfig, VBenchConfig, VideoPhyConfig
+from afd.benchmarks.config import BenchmarkConfig, VBenchConfig, VideoPhyConfig
 from afd.benchmarks.run import evaluate
 from afd.benchmarks.suites import Clip, Score
 from afd.cli import main
@@ -58,7 +58,7 @@ def prompts(tmp_path: Path) -> Path:
     return folder
 
 
-def make(prompts: Path, rater: Path, *overrides: str, **more: Any) -> EvalConfig:
+def make(prompts: Path, rater: Path, *overrides: str, **more: Any) -> BenchmarkConfig:
     data: dict[str, Any] = {
         "student": {"kind": "toy", "checkpoint": "base", "denoising_steps": [1.0, 0.833]},
         "out": str(prompts.parent / "samples"),
@@ -78,7 +78,7 @@ def make(prompts: Path, rater: Path, *overrides: str, **more: Any) -> EvalConfig
             "rotary": "exact",
         },
     }
-    return make_config({**data, **more}, overrides, "test", EvalConfig)
+    return make_config({**data, **more}, overrides, "test", BenchmarkConfig)
 
 
 def quiet() -> Console:
@@ -315,7 +315,7 @@ def test_videophy_rows_of_other_videos_are_refused_and_unread_answers_left_out(
     ("override", "told"),
     [
         ("run=somewhere", "run, student.checkpoint: got both"),
-        ("version=ema", "version: got ema; it is one of a run's weights"),
+        ("weights=ema", "weights: got ema; it is one of a run's weights"),
         ("crf=23", "crf is 23"),
         ("vbench.prompts=null", "vbench.prompts: not given"),
         ("vbench.prompts=/none.json", "vbench.prompts /none.json: cannot be read"),
@@ -346,12 +346,12 @@ def test_weights_have_to_be_named(prompts: Path, rater: Path) -> None:
 
 
 def test_the_shipped_file_holds_known_keys_only_and_every_key_has_a_description() -> None:
-    path = CONFIGS / "eval_self_forcing_480x832.yaml"
+    path = CONFIGS / "benchmark_self_forcing_480x832.yaml"
     config = make_config(
-        yaml.safe_load(path.read_text("utf-8")), ["student.checkpoint=x"], "f", EvalConfig
+        yaml.safe_load(path.read_text("utf-8")), ["student.checkpoint=x"], "f", BenchmarkConfig
     )
     assert (config.height, config.width, config.frames, config.fps) == (480, 832, 81, 16)
-    for section in (EvalConfig, VBenchConfig, VideoPhyConfig, type(config.videoalign_mq)):
+    for section in (BenchmarkConfig, VBenchConfig, VideoPhyConfig, type(config.videoalign_mq)):
         for name, field in section.model_fields.items():
             assert field.description or hasattr(field.annotation, "model_fields"), name
 
@@ -377,7 +377,7 @@ def test_a_run_is_evaluated_by_its_exported_weights_and_its_own_settings(
     }
     out = prompts.parent / "samples"
     evaluate(make(prompts, rater, **given), quiet())
-    evaluate(make(prompts, rater, version="theta", **given), quiet())
+    evaluate(make(prompts, rater, weights="theta", **given), quiet())
     assert [p.name for p in (out / "mine").iterdir()] == ["step_000001", "step_000001-theta"]
     seen = []
     for step, version in (("step_000001", "evaluated"), ("step_000001-theta", "theta")):
@@ -423,8 +423,8 @@ def test_a_wan_run_brings_its_own_size_files_and_rater(tmp_path: Path) -> None:
     given = [f"run={tmp_path / 'run'}", f"out={tmp_path / 'samples'}", "device=cpu"]
     given += ["suites=[videophy2, videoalign_mq]", "videoalign_mq.dtype=float32"]
     given += [f"videophy2.prompts={tmp_path / 'prompts.txt'}"]
-    path = CONFIGS / "eval_self_forcing_480x832.yaml"
-    scores = evaluate(load_config(path, given, EvalConfig), quiet())
+    path = CONFIGS / "benchmark_self_forcing_480x832.yaml"
+    scores = evaluate(load_config(path, given, BenchmarkConfig), quiet())
     assert scores[0].metric == "VideoAlign MQ"
     folder = tmp_path / "samples" / "sft_self_forcing_480x832" / "step_000001"
     (video,) = (folder / "videos").iterdir()
@@ -433,7 +433,7 @@ def test_a_wan_run_brings_its_own_size_files_and_rater(tmp_path: Path) -> None:
     shutil.rmtree(scorer)
     (tmp_path / "prompts.txt").write_text("the ball\na table\n")
     with pytest.raises(FileNotFoundError, match="VideoReward"):
-        evaluate(load_config(path, given, EvalConfig), quiet())
+        evaluate(load_config(path, given, BenchmarkConfig), quiet())
     assert list((folder / "videos").iterdir()) == [video]
 
 
@@ -456,13 +456,11 @@ def _evaluate_in_a_process(prompts: Path, rater: Path) -> None:
     evaluate(make(prompts, rater, name="shared", batch=1, **given), quiet())
 
 
-def test_one_verb_takes_a_run_or_a_configuration(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "eval.yaml").write_text("student: {kind: toy}\n")
-    assert main(["eval", str(tmp_path), "limit=3"]) == 2
-    assert "is a run, measured as its own config.yaml says" in capsys.readouterr().err
-    assert main(["eval", str(tmp_path / "eval.yaml"), "--videos", "3"]) == 2
-    assert "--videos belongs to a RUN_DIR; needed: limit=N" in capsys.readouterr().err
-    assert main(["eval", str(tmp_path / "none.yaml")]) == 2
+def test_each_verb_names_the_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "benchmark.yaml").write_text("student: {kind: toy}\n")
+    assert main(["benchmark", str(tmp_path), "limit=3"]) == 2
+    assert "a directory; needed: CONFIG.yaml; afd eval RUN_DIR" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "benchmark.yaml"), "--videos", "3"]) == 2
+    assert "a file; needed: a RUN_DIR; afd benchmark CONFIG.yaml" in capsys.readouterr().err
+    assert main(["benchmark", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: cannot be read" in capsys.readouterr().err
