@@ -75,7 +75,7 @@ gpu-wheels: ## fetch what gpu-check's sections want and a bare GPU box may lack;
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint requirements.lock \
 	  --implementation cp --python-version 3.12 --platform manylinux_2_28_x86_64 \
 	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest $(WHEELS) \
-	  pydantic pydantic-core annotated-types typing-inspection hypothesis sortedcontainers \
+	  einops pydantic pydantic-core annotated-types typing-inspection hypothesis sortedcontainers \
 	  diffusers importlib-metadata zipp pillow requests charset-normalizer idna urllib3 certifi
 
 base: setup ## make the shipped base student again

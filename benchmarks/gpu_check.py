@@ -4,7 +4,7 @@
     make gpu-check OUT=folder SECTIONS=build,bench-nft_loss,bench-attention
 
 Needs torch, triton, numpy, safetensors, rich, pytest, pybind11, cmake, ninja, nvcc and a compiler.
-What else sections want (pydantic, hypothesis, diffusers) is in the folder that `make gpu-wheels`
+What else sections want (einops, pydantic, hypothesis, diffusers) is in the folder `make gpu-wheels`
 fills on a machine with a network; a section without it says so, and the others run. Sections stand
 in the order of what is least to be lost: a failure, a limit or the end of the time stops one of
 them, not the check, and what was found so far lies in the folder at any moment: gpu-check.log
