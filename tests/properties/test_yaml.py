@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from afd.benchmarks.config import EvalConfig
+from afd.benchmarks.config import BenchmarkConfig
 from afd.config.base import Section
 from afd.config.run import RunConfig, load_config, make_config, read_yaml, to_yaml
 from afd.config.yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_yaml
@@ -20,7 +20,7 @@ from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-ROOTS: tuple[type[Section], ...] = (RunConfig, SampleConfig, EvalConfig, AblationConfig)
+ROOTS: tuple[type[Section], ...] = (RunConfig, SampleConfig, BenchmarkConfig, AblationConfig)
 ODD = [
     *("&a ", "*a", "<<: *a", "<<: [*a, *a]", "!!python/object:os.system ", "!!binary ", "!!set "),
     *("!x ", "? ", "- ", "{", "}", "[", "]", ": ", "#", "|\n", ">\n", "'", '"', "---\n", "...\n"),
