@@ -1,4 +1,4 @@
-"""The commands in README and on the pages about training and evaluation are ones that work."""
+"""The commands in README and in docs/ parse, and their configuration keys exist."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from afd.export import ExportConfig
 from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
+PAGES = (
+    "../README.md",
+    "QUICKSTART.md",
+    "TRAINING.md",
+    "SAMPLING.md",
+    "EVALUATION.md",
+    "TEACHERS.md",
+    "ABLATIONS.md",
+)
 KINDS = {
     "train": RunConfig,
     "teacher": RunConfig,
@@ -36,7 +45,7 @@ def commands(page: str, heading: str = "") -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "words",
-    [*commands("../README.md"), *commands("TRAINING.md"), *commands("EVALUATION.md")],
+    [words for page in PAGES for words in commands(page)],
     ids=" ".join,
 )
 def test_a_command_and_its_keys_exist(words: list[str]) -> None:
