@@ -55,7 +55,7 @@ def every_command(home: str, run: str) -> None:
         ["export", run, f"out={student}", "kind=student"],
         ["eval", run, "--videos", "2"],
         ["sample", f"{home}/sample.yaml", f"out={run}/mp4", *sampled],
-        ["eval", f"{home}/eval.yaml", f"run={run}", f"out={home}/e", *rated],
+        ["benchmark", f"{home}/eval.yaml", f"run={run}", f"out={home}/e", *rated],
         ["ablation", f"{home}/ablation.yaml", f"out={home}/ablation", teacher],
         [
             "train",
