@@ -98,7 +98,7 @@ def test_an_empty_budget_buys_nothing_and_says_so(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["teacher.kind=folder"], "is not bought; this is for ark, openai, fal"),
+        (["teacher={kind: simulator}"], "is not bought; needed: ark, openai or fal"),
         (["teacher.api.prompts=/none.txt"], "/none.txt: cannot be read"),
         (["teacher.api.options={seed: 3}"], "seed is said elsewhere"),
         (["teacher.fetch.price_per=million_tokens"], "needs teacher.fetch.units"),

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from afd.config.base import Count, Natural, Positive, Share
 from afd.discriminators.base import DiscriminatorConfig
 from afd.hub import missing_path, missing_source
-
-if TYPE_CHECKING:
-    pass
 
 
 class PairConfig(DiscriminatorConfig):
