@@ -135,7 +135,8 @@ void slice(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
   const P* v_ref = p.v_ref == nullptr ? v_theta : static_cast<const P*>(p.v_ref) + base;
   const X* x0 = static_cast<const X*>(p.x0) + base;
   // Half-precision noise is widened where it is used; the rest comes through the source.
-  [[maybe_unused]] const N* noise = static_cast<const N*>(p.noise) + base;
+  [[maybe_unused]] const N* noise =
+      p.noise == nullptr ? nullptr : static_cast<const N*>(p.noise) + base;
   P* grad = static_cast<P*>(p.grad) + (kGrad || kKeeps ? base : 0);
   for_each_run(p.rows, begin, end, [&](int64_t frame, int64_t position, int64_t count) {
     if (!frame_counts(p, sample, frame)) {
