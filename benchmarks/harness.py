@@ -53,7 +53,9 @@ def timed(
     names = list(runs)
     first = {name: _once(runs[name], 0, device, 0.0) for name in names}
     slow = {name for name in names if first[name][0] > 100 * budget_s}
-    host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in names if name not in slow}
+    # How long the host takes to issue a call, without what the first one compiles.
+    again = [name for name in names if name not in slow] if device == "cuda" else []
+    host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in again}
     spent: dict[str, list[float]] = {name: [] for name in names}
     issued: dict[str, list[float]] = {name: [] for name in names}
     used_s = dict.fromkeys(names, 0.0)
@@ -65,7 +67,7 @@ def timed(
             for name in names[shift:] + names[:shift]:
                 if rep >= _MIN_ROUNDS and used_s[name] > budget_s / len(names):
                     continue
-                head_start_s = 0.0 if name in slow else 1.5 * host_s[name] + 2e-4
+                head_start_s = 1.5 * host_s[name] + 2e-4 if name in host_s else 0.0
                 start = perf_counter()
                 ms, host = _once(runs[name], rep % sets, device, head_start_s)
                 used_s[name] += perf_counter() - start

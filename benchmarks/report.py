@@ -181,6 +181,14 @@ def device_slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
+def busy() -> str | None:
+    """A sentence where other processes want more cores than there are."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores + 0.5:
+        return None
+    return f"load {load:.1f} on {cores} cores: other processes ran, so measure again"
+
+
 def environment(device: str) -> dict[str, Any]:
     """Everything needed to read the numbers later."""
     names = ("torch", "triton", "numpy")
@@ -189,6 +197,7 @@ def environment(device: str) -> dict[str, Any]:
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "instruction_set": native.isa() if native.why_missing() is None else None,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
