@@ -4,8 +4,8 @@
     python -m benchmarks.compare OLD                      # NEW: measured now
 
 Times are compared in units of each run's own floor (the passes' bytes over its machine's stream),
-so that what is left is the code's. Exits with 1 where a row needs more than `--threshold` times the
-units it needed, with 2 where the two are not of one shape.
+so that differences are due to the code. Exits with 1 if a row takes more than `--threshold` times
+its old units, with 2 if the shapes differ.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Key = tuple[str, str, int]
 
 
 class NotComparable(Exception):
-    """Two documents of which no row has a counterpart, or one that is no such run."""
+    """Two documents without common rows, or one that is not such a run."""
 
 
 def read(path: Path) -> Document:
     """The JSON of a run.
 
     Raises:
-        NotComparable: for a file that is not one.
+        NotComparable: if the file is not such a run.
     """
     try:
         document: Document = json.loads(path.read_text())
@@ -54,7 +54,7 @@ def ratios(old: Document, new: Document) -> dict[Key, float]:
     """New time over old time in units of each run's floor, for the rows of both.
 
     Raises:
-        NotComparable: where the shapes differ or no row stands in both.
+        NotComparable: if the shapes differ or there are no common rows.
     """
     if old["shape"] != new["shape"]:
         raise NotComparable(f"shape: got {old['shape']} and {new['shape']}; needed: the same")
@@ -69,7 +69,7 @@ def ratios(old: Document, new: Document) -> dict[Key, float]:
 
 
 def table(old: Document, new: Document) -> list[str]:
-    """Lines of Markdown."""
+    """The comparison as lines of Markdown."""
     before, after = keyed(old), keyed(new)
     lines = [
         "| provider | dtype | B | old ms | new ms | old error | new error | units, new / old |"
@@ -84,7 +84,7 @@ def table(old: Document, new: Document) -> list[str]:
 
 
 def measured() -> Document:
-    """A run of now."""
+    """Measure a new run."""
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.nft_loss", "--out", folder]

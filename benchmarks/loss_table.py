@@ -1,8 +1,8 @@
-"""The loss in a minute: one row per provider at 480x832, time and accuracy side by side.
+"""A one-minute table of the loss: time and accuracy per provider at 480x832.
 
-What `python -m benchmarks.nft_loss` prints. Providers are timed interleaved, each with its own
-share of the time that is left; the gradient's error is against the provider's own formula in
-float64. What the minute has no room for is left out, and named at the end.
+Printed by `python -m benchmarks.nft_loss`. Providers are timed interleaved, each with its share of
+the remaining time; the gradient's error is against the provider's own formula in float64. What does
+not fit into the minute is skipped and listed at the end.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ HOW = (
     "rate in the same run; error: of the gradient, ||g - g64|| / ||g64||; x0 in bf16: the "
     "unweighted x0 loss with every operation in bf16; *: p80 / p20 above 1.3, so measure again."
 )
-# Calls of eager that one dtype takes besides the timing: first, warm-up, memory, and the oracle's.
+# Calls of eager per dtype besides the timing: first, warm-up, memory, and the oracle's.
 _CALLS_OF_EAGER = 12
 _COMPILE_S = 12.0
-_LEAST_S = 8.0  # that the rows of a dtype take
+_LEAST_S = 8.0  # minimum time for the rows of a dtype
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def x0_loss(i: Inputs) -> Tensor:
 
 
 def exact_gradient(loss: Callable[[Inputs], Tensor], i: Inputs) -> Tensor:
-    """Of a formula in float64, sample by sample to bound memory."""
+    """Gradient of a formula in float64, sample by sample to bound memory."""
     grads = []
     for b in range(len(i["x0"])):
         one = {name: x[b : b + 1].detach().double() for name, x in i.items() if name != "seed"}
@@ -82,7 +82,7 @@ def exact_gradient(loss: Callable[[Inputs], Tensor], i: Inputs) -> Tensor:
 
 
 def providers(case: Nft, device: str, wanted: list[str]) -> dict[str, Step]:
-    """Those of the suite that run here, and the loss without float32 arithmetic."""
+    """The suite's available providers, and the loss without float32 arithmetic."""
     refusals = ops.explain("nft_loss", device, case.case().dtypes)
     names = [
         name
@@ -100,7 +100,7 @@ def progress(what: str) -> None:
 
 
 def batch_that_fits(args: Namespace, dtype: str, left_s: float) -> int:
-    """The largest batch for which memory and the time left suffice, by a call at batch 1."""
+    """The largest batch that fits memory and remaining time, estimated from a call at batch 1."""
     shape = tuple(args.shape)
     one = Nft("x0_adaptive", dtype, 1, shape)
     inputs = one.inputs(args.device, 0)
@@ -117,7 +117,7 @@ def batch_that_fits(args: Namespace, dtype: str, left_s: float) -> int:
 
 
 def measure(args: Namespace, dtype: str, until_s: float, late: list[str]) -> Iterator[Row]:
-    """The rows of a dtype; ends near `until_s` seconds of the process. Adds to `late`."""
+    """The rows of a dtype; ends at about `until_s` of process age. Skipped ones go to `late`."""
     progress(f"{dtype}: how large a batch fits")
     batch = batch_that_fits(args, dtype, until_s - clock.age_s())
     case = Nft("x0_adaptive", dtype, batch, tuple(args.shape))
@@ -167,7 +167,7 @@ def measure(args: Namespace, dtype: str, until_s: float, late: list[str]) -> Ite
 
 
 def table(rows: list[Row], title: str) -> None:
-    """Prints the rows within a hundred columns."""
+    """Prints the rows within 100 columns."""
     printed = Table(title=title, title_justify="left", box=SIMPLE, padding=0)
     for column in ("provider", "dtype"):
         printed.add_column(column, no_wrap=True)
@@ -184,7 +184,7 @@ def table(rows: list[Row], title: str) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Measures every dtype asked for, prints the table, saves and compares where asked."""
+    """Measures every requested dtype, prints the table, and saves and compares on request."""
     rows: list[Row] = []
     dtypes = [dtype for dtype in ("bf16", "fp32") if dtype in args.dtype]
     limit_s = min(args.deadline, LIMIT_S[args.device]) - 4
