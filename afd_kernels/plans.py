@@ -1,6 +1,6 @@
-"""What the first call with some shapes, strides, dtypes and options worked out, for the next ones.
+"""Cache of call plans, keyed by shapes, strides, dtypes and options.
 
-Keys and what is kept hold numbers, dtypes and devices: never a tensor, never an address.
+Keys and entries hold numbers, dtypes and devices, never tensors or addresses.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from afd_kernels import dispatch
 
-# Keys per generation; two generations are kept.
+# Entries per generation; two generations are kept.
 _SIZE = 512
 
 
 class Kept:
-    """What a backend keeps between calls of one plan.
+    """State that a backend keeps between calls of one plan.
 
     Attributes:
-        problems: structs of the compiled core, filled but for their addresses. A call takes one out
-            and puts it back, so that calls at the same time have one each.
-        launches: Triton launches in order, to be repeated (triton_launch.py); None: not yet made.
+        problems: structs of the compiled core, filled in except for their addresses. A call takes
+            one out and puts it back, so that concurrent calls have one each.
+        launches: Triton launches in order, to be repeated (triton_launch.py); None: not recorded.
     """
 
     __slots__ = ("launches", "problems")
@@ -39,15 +39,15 @@ class Prepared(NamedTuple):
 
     plan: Any
     run: Callable[..., Any]
-    # Whether every tensor already has the strides that backends take.
+    # Whether every tensor already has strides that the backends accept.
     dense: bool
 
 
 class _Memory:
-    """A bounded map, of which the entries used last stay; safe in threads without a lock.
+    """A bounded, approximately LRU map, thread-safe without a lock.
 
-    An entry that is found in the older generation moves to the newer one; a full newer one becomes
-    the older. A race between threads loses an entry at worst.
+    A hit in the older generation moves the entry to the newer one; when the newer one is full, it
+    becomes the older. At worst, a race between threads loses an entry.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ _memory = _Memory()
 
 
 def clear() -> None:
-    """Forgets every plan."""
+    """Clears the cache."""
     _memory.newer, _memory.older = {}, {}
 
 
@@ -84,20 +84,20 @@ def prepared(
     dense: Callable[[Any], Sequence[Tensor | None]],
     also: Hashable = None,
 ) -> Prepared:
-    """The plan of a call and the backend's function that runs it, from memory where it is known.
+    """The plan of a call and the backend function that runs it, from the cache if present.
 
     Args:
         op: an op of dispatch.OPS.
         function: the backends' function.
-        check: (*tensors, *options), the op's contract; looks at metadata alone.
+        check: (*tensors, *options), the op's contract; reads only metadata.
         tensors: the op's tensors; None for those not given.
-        options: its other arguments.
+        options: the op's other arguments.
         chosen_by: indices of the tensors by which the backend is picked.
-        dense: gives the tensors the strides that backends take, by copies where needed.
-        also: what else a plan depends on: arguments that are not checked, alignment of addresses.
+        dense: gives the tensors strides that the backends accept, copying if needed.
+        also: other key parts: unchecked arguments, address alignment.
 
     Raises:
-        ValueError: from the contract; nothing is kept then.
+        ValueError: from the contract; nothing is cached then.
         RuntimeError: from the dispatch, likewise.
     """
     key = (

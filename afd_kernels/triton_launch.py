@@ -1,7 +1,7 @@
-"""Triton launches of a plan, made once in full and then repeated without Triton's binder.
+"""Records the Triton launches of a plan and repeats them without Triton's argument binder.
 
-Of what a kernel is specialised to, a plan fixes everything but the addresses. Launches are kept
-where 16 divides all of those, and are repeated only where it does again.
+A plan fixes everything a kernel is specialised on except the addresses. Launches are recorded if
+all addresses are 16-byte aligned, and repeated only if they are again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def _aligned(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def repeat(kept: Kept | None, tensors: Sequence[Tensor | None]) -> bool:
-    """Launches again what `Launches` kept; False where the caller has to do it in full.
+    """Repeats the launches recorded by `Launches`; False if the caller has to launch in full.
 
-    `tensors`: every tensor that the kernels are given, in the order in which they were recorded.
+    `tensors`: all tensors passed to the kernels, in recorded order.
     """
     if kept is None or kept.launches is None or not _aligned(tensors):
         return False
@@ -38,10 +38,10 @@ def repeat(kept: Kept | None, tensors: Sequence[Tensor | None]) -> bool:
 
 
 class Launches:
-    """Runs kernels, `launches(kernel, grid)(...)` for `kernel[grid](...)`, and keeps how.
+    """Runs kernels, `launches(kernel, grid)(...)` for `kernel[grid](...)`, and records them.
 
-    `tensors`: as given to `repeat`. A launch of any other tensor is not repeated, nor is one of
-    the interpreter or on ROCm, where Triton also specialises to the size of storages.
+    `tensors`: as passed to `repeat`. Launches with other tensors are not recorded, nor are those
+    of the interpreter or on ROCm, where Triton also specialises on storage sizes.
     """
 
     def __init__(self, kept: Kept | None, tensors: Sequence[Tensor | None]) -> None:
@@ -84,6 +84,6 @@ class Launches:
         self._made.append((compiled[grid], tuple(arguments), tuple(places)))
 
     def keep(self) -> None:
-        """Keeps the launches so far for `repeat`."""
+        """Stores the launches so far for `repeat`."""
         if self._can and self._kept is not None:
             self._kept.launches = tuple(self._made)

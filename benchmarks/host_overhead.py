@@ -4,10 +4,10 @@
     python -m benchmarks.host_overhead --out folder
     python -m benchmarks.host_overhead --against folder/host_overhead.json
 
-native: the compiled core on CPU tensors (attention: the CPU's library). triton: the host code of
-the Triton backend on CPU tensors, with a driver that loads and launches nothing: Triton
-specialises, binds and looks its kernels up as on a GPU, after compiling each once for sm_90.
-torch.add is there to read the machine by. Medians over interleaved rounds, in microseconds.
+native: the compiled core on CPU tensors (attention: the CPU library). triton: the host code of the
+Triton backend on CPU tensors, with a no-op driver: Triton specialises, binds and looks up kernels
+as on a GPU, after compiling each once for sm_90. torch.add serves as a reference for the machine.
+Medians over interleaved rounds, in microseconds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-# Kernels have to be Triton's own, not interpreted ones.
+# Kernels must be compiled, not interpreted.
 os.environ.pop("TRITON_INTERPRET", None)
 
 from afd import ops
@@ -60,7 +60,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One call on one path. Microseconds."""
+    """One call on one path, in microseconds."""
 
     op: str
     path: str
@@ -72,7 +72,7 @@ class Row:
 
 
 def calls(op: str) -> tuple[Call, Call | None]:
-    """The op forward without gradients, and forward and backward where it has one."""
+    """Forward without gradients, and forward with backward if the op has one."""
     if op == "nft_loss":
         i = Nft("x0_adaptive", "fp32", 1, (4, 2, 4, 4)).inputs("cpu", 0)
         i.pop("seed")
@@ -110,7 +110,7 @@ def _pair(forward: Callable[[], Any], leaves: list[Tensor]) -> tuple[Call, Call]
 
 @contextlib.contextmanager
 def no_launch() -> Iterator[None]:
-    """The Triton backend takes CPU tensors, and its launches end at the driver."""
+    """Let the Triton backend accept CPU tensors, with launches that are no-ops in the driver."""
     import triton
 
     from tests.fake_cuda.compiling import Driver
@@ -128,7 +128,7 @@ def no_launch() -> Iterator[None]:
 
 
 def measure(rounds: int = ROUNDS) -> list[Row]:
-    """Every call on every path, interleaved."""
+    """Measure every call on every path, interleaved."""
     x = torch.ones(8)
     runs: dict[tuple[str, str, bool], Call] = {("torch.add", "cpu", False): lambda: torch.add(x, x)}
     for op, paths in PATHS.items():

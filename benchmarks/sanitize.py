@@ -1,4 +1,4 @@
-"""Drives the CUDA kernels once on small awkward shapes, under compute-sanitizer.
+"""Runs the CUDA kernels once on small awkward shapes, under compute-sanitizer.
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
@@ -46,13 +46,13 @@ def drive(case: Case, backend: str) -> None:
         sys.exit(f"{case} on {backend}: the gradient is not finite")
 
 
-# Heads of whole packs and of none, several warps, runs of tokens with a tail: (frames, tokens of a
+# Heads with and without whole packs, several warps, token runs with a tail: (frames, tokens per
 # frame, heads, width).
 ROWS = ((3, 17, 3, 10), (2, 37, 3, 40), (1, 5, 12, 128), (2, 1, 1, 2))
 
 
 def drive_rows() -> None:
-    """Forward and backward of the ops on token rows, in the compiled core."""
+    """Forward and backward of the token-row ops in the compiled core."""
     for op in row_ops.OPS:
         for dtype in row_ops.DTYPES:
             for shape in ROWS:

@@ -1,6 +1,6 @@
-"""The two sides of benchmarks/train_step.py: the trainer's method, and the plain composition.
+"""The two sides of benchmarks/train_step.py: the trainer's method, and the naive implementation.
 
-Both are made for a `Case` (student and batch) and offer their phases as `Provider`s.
+Both are built for a `Case` (student and batch) and expose their phases as `Provider`s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from afd.rollout import stream_layout
 from benchmarks.eager_train import EagerTrained, EagerUpdate, Lora, rolled_out
 from benchmarks.eager_wan import random_network
 
-# Who makes the clean context; "kept" is the rollout's own cache.
+# Which network computes the clean context; "kept" is the rollout's own cache.
 MODES: dict[str, dict[str, Any]] = {
     "recompute": {"context": "recompute"},
     "own_context": {"context": "own_context"},
@@ -44,7 +44,7 @@ PROMPTS = ("a red ball falls from high onto the floor", "a blue ball is thrown u
 
 @dataclass(frozen=True)
 class Case:
-    """One student and batch. `wan` None: the toy of the quickstart, with all weights trained."""
+    """A student and batch. `wan` None: the quickstart's toy, with all weights trained."""
 
     name: str
     prompts: int
@@ -69,9 +69,9 @@ class Case:
 
     @property
     def afd(self) -> AfdConfig:
-        """The quickstart's settings for the toy, the reported ones else."""
+        """The quickstart's settings for the toy, else the published ones."""
         sizes: dict[str, Any] = {"samples_per_prompt": self.group, "draws": self.draws}
-        if self.group == 1:  # which a group says nothing of
+        if self.group == 1:  # a group of one has no statistics
             sizes |= {"baseline": "batch", "normalize": "batch"}
         if self.wan is None:
             return AfdConfig(**sizes)
@@ -80,7 +80,7 @@ class Case:
 
     @property
     def costs(self) -> Net:
-        """As the cost model takes it."""
+        """The case in the cost model's format."""
         wan = self.network
         rows, cols = wan.grid(self.height, self.width)
         sizes = (wan.dim, wan.ffn_dim, wan.num_layers, wan.text_len)
@@ -89,7 +89,7 @@ class Case:
 
 @dataclass
 class Provider:
-    """The phases that it has, run in this order, and what they took."""
+    """A provider's phases, run in this order, and their measurements."""
 
     phases: dict[str, Callable[[], object]]
     ms: dict[str, list[float]] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Provider:
 
 
 class Scored:
-    """A discriminator that has scored already, so that the update is timed alone."""
+    """A discriminator with precomputed scores, so that the update is timed alone."""
 
     def __init__(self, discriminator: Discriminator, score_B: Tensor) -> None:
         self._discriminator, self._score_B = discriminator, score_B
@@ -110,7 +110,7 @@ class Scored:
 
 
 class Ours:
-    """The trainer's method, whose context mode is set before every phase."""
+    """The trainer's method, with the context mode set before every phase."""
 
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, torch.device(device)
@@ -155,7 +155,7 @@ class Ours:
 
 
 class Eager:
-    """The same iteration of the same student by eager_train.py, its weights its own."""
+    """The same iteration of the same student by eager_train.py, with separate weights."""
 
     def __init__(self, ours: Ours) -> None:
         self.case, self.student, self.steps = ours.case, ours.student, ours.steps
@@ -234,7 +234,7 @@ class Eager:
 def adapters(
     wan: WanConfig, weights: dict[str, Tensor], rank: int, trained: bool
 ) -> dict[str, Lora]:
-    """LoRA on every linear layer of the blocks, as the trainer has it; up is 0."""
+    """LoRA on every linear layer of the blocks, as in the trainer; up is 0."""
     parts = [f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"] + ["ffn.0", "ffn.2"]
     names = [f"blocks.{i}.{part}" for i in range(wan.num_layers) for part in parts]
     made = {}
@@ -247,7 +247,7 @@ def adapters(
 
 
 def _weights(student: Student) -> dict[str, Tensor]:
-    """The network's weights by the names they have without adapters."""
+    """The network's weights by their names without adapters."""
     return {
         name.replace(".base_layer", ""): value
         for name, value in student.net.state_dict().items()
@@ -256,7 +256,7 @@ def _weights(student: Student) -> dict[str, Tensor]:
 
 
 def _student(case: Case, device: torch.device) -> tuple[Student, Discriminator, list[float]]:
-    """The student with random or shipped weights, its discriminator and its steps."""
+    """The student with random or shipped weights, its discriminator and denoising steps."""
     if case.wan is None:
         toy = ToyStudent.load().to(device)
         discriminator: Discriminator = ToyDiscriminator(

@@ -16,12 +16,12 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled core cannot run this, or None."""
+    """The reason why the compiled core cannot run this, or None."""
     return native.refuse(device, dtypes)
 
 
 def unfit(tensors: Sequence[Tensor]) -> str | None:
-    """Why these tensors, the rows first, are beyond the CUDA kernels, or None."""
+    """The reason why the CUDA kernels cannot take these tensors (rows first), or None."""
     return native.refuse_rows(tensors[0], tensors[0].shape[2])
 
 
@@ -74,7 +74,7 @@ def adaln(
     eps: float,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x_out ([0] without a branch) and h, contiguous; every input may be strided but for D."""
+    """x_out ([0] without a branch) and h, contiguous; inputs may be strided except over D."""
 
     def make() -> Any:
         problem = _problem(x, branch, gate, scale, scale_offset, eps, None)

@@ -15,12 +15,12 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled core cannot run this, or None."""
+    """The reason why the compiled core cannot run this, or None."""
     return native.refuse(device, dtypes)
 
 
 def unfit(tensors: Sequence[Tensor]) -> str | None:
-    """Why these tensors, the rows first, are beyond the CUDA kernels, or None."""
+    """The reason why the CUDA kernels cannot take these tensors (rows first), or None."""
     return native.refuse_rows(tensors[0], tensors[0].shape[2] * tensors[0].shape[3])
 
 
@@ -119,7 +119,7 @@ def qk_norm_rope_append_(
     eps: float,
     kept: Kept | None = None,
 ) -> Tensor:
-    """q_out; k_out and v go to the slots of their frames."""
+    """q_out; k_out and v are written to the cache slots of their frames."""
 
     def make() -> Any:
         problem = _problem(q, k, weight_q, weight_k, rope, eps, None)

@@ -1,8 +1,8 @@
-"""What is expensive to make and depends on little: text embeddings, teacher latents.
+"""On-disk cache of tensors that are expensive to compute: text embeddings, teacher latents.
 
 A `Store` is a folder of safetensors files, each named by the hash of everything that its tensor
-depends on, so that no run gets another's and any number of runs share one folder. A file appears
-whole or not at all; a damaged one is noticed, and made again.
+depends on, so that any number of runs can share one folder safely. Files are written atomically; a
+damaged one is detected and recomputed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from afd.files import sha256_of, write_bytes
 from afd.hub import tensor_bytes
 
 DEFAULT = Path("~/.cache/afd")
-# Part of every name: to be raised when the same facts come to mean other numbers.
+# Part of every name; increment it when the same facts no longer give the same values.
 VERSION = 1
-# A snapshot in the hub's cache; its name says its content.
+# A snapshot in the hub's cache; its name identifies its content.
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})(/.*)?$")
 _log = logging.getLogger("afd")
 
@@ -36,7 +36,7 @@ Facts = dict[str, Any]
 
 
 class Store:
-    """Tensors by kind and facts; several processes may read and write one folder at once."""
+    """Stores tensors by kind and facts; processes may read and write one folder concurrently."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -50,19 +50,19 @@ class Store:
 
     @classmethod
     def of(cls, cache: Path | None) -> Store:
-        """The store in a folder; None: in ~/.cache/afd."""
+        """The store in a folder; None: ~/.cache/afd."""
         return cls(cache or DEFAULT)
 
     def path(self, kind: str, facts: Facts) -> Path:
-        """Where the tensor of these facts is, or would be."""
+        """Path of the tensor of these facts, whether it exists or not."""
         name = hashlib.sha256(_written(kind, facts).encode()).hexdigest()
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
     def get(self, kind: str, facts: Facts) -> Tensor | None:
-        """The tensor, on the CPU; None where it is not there or its file is damaged."""
+        """The tensor, on the CPU; None if it is absent or its file is damaged."""
         path = self.path(kind, facts)
         try:
-            # Opening a pipe would wait for ever.
+            # Opening a pipe would block forever.
             if path.exists() and not path.is_file():
                 raise OSError("is not a file")
             with safe_open(path, "pt") as file:
@@ -83,7 +83,7 @@ class Store:
         return None
 
     def put(self, kind: str, facts: Facts, tensor: Tensor) -> None:
-        """Keep a tensor. A folder that cannot be written costs time, not the run: it is logged."""
+        """Store a tensor. If the folder cannot be written, this is logged and the run continues."""
         path = self.path(kind, facts)
         tensor = tensor.detach().cpu().contiguous()
         sha256 = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
@@ -96,20 +96,20 @@ class Store:
             self._writes = False
 
     def size(self, kind: str) -> tuple[int, int]:
-        """Files of a kind, and their bytes."""
+        """Number of files of a kind, and their total bytes."""
         sizes = [entry.stat().st_size for entry in self.folder.glob(f"{kind}/*/*.safetensors")]
         return len(sizes), sum(sizes)
 
     def told(self, kind: str) -> str:
-        """What the folder holds of a kind, for the log."""
+        """Summary of the folder's files of a kind, for the log."""
         count, held = self.size(kind)
         return f"{self.folder / kind} holds {count}, {held / 2**20:.1f} MiB"
 
 
 def files_identity(paths: Sequence[Path], store: Store | None = None) -> str:
-    """What files and folders hold, as one line: a hub's name and revision, or a SHA-256.
+    """One-line identity of the contents of files and folders: hub name and revision, or SHA-256.
 
-    With a store a file's hash is taken from it while size and times of change stay what they were.
+    With a store a file's hash is reused while its size and modification times are unchanged.
     """
     digest = hashlib.sha256()
     names = []
@@ -128,7 +128,7 @@ def files_identity(paths: Sequence[Path], store: Store | None = None) -> str:
 def file_hash(path: Path, store: Store | None = None) -> str:
     """SHA-256 of a file's bytes (see `files_identity`)."""
     stat, path = path.stat(), path.resolve()
-    # The time of the last change of the file's own record is nobody's to set.
+    # Unlike the modification time, ctime cannot be set by a program.
     times = {"time_ns": stat.st_mtime_ns, "changed_ns": stat.st_ctime_ns, "inode": stat.st_ino}
     facts = {"path": str(path), "bytes": stat.st_size, **times}
     known = store.get("hashes", facts) if store is not None else None

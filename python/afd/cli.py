@@ -1,11 +1,11 @@
 """The `afd` command.
 
-Exit codes: 0 done (or done before), 1 the run failed, 2 a mistake in the command, the configuration
+Exit codes: 0 done (now or before), 1 the run failed, 2 a mistake in the command, the configuration
 or a file it names, 3 the disk failed (full, read-only, gone), 130 stopped by Ctrl-C, SIGTERM or
 SIGHUP. docs/TRAINING.md has the table.
 
-This module imports nothing outside the core: what a verb needs is imported by its function, and a
-package that is missing there is one sentence with the extra that brings it.
+This module imports only the core dependencies. Each verb's function imports what it needs; a
+missing package is reported in one sentence that names the extra providing it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from afd.config.run import RunConfig
 
-# The shells for which `--print-completion` writes a script, and how they complete paths.
+# The shells that `--print-completion` supports, and how they complete paths.
 SHELLS = ("bash", "zsh")
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files"}
 FOLDERS = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
@@ -40,14 +40,14 @@ FOLDERS = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A path may hold bytes that are no characters, and a prompt letters that a terminal lacks.
-        # Where a caller has put another file under a stream, its encoder may not begin again.
+        # A path may contain undecodable bytes, and a prompt characters that the terminal lacks.
+        # A stream that a caller has replaced may not support being reconfigured.
         if isinstance(stream, TextIOWrapper):
             with suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == ["teacher", "simulate"]:
-        # The teacher is a black box even here: another process, which reads its own options.
+        # The teacher is a black box here, too: a separate process that parses its own options.
         command = [sys.executable, "-m", "afd.lab.simulator", *words[2:]]
         return subprocess.run(command, check=False).returncode
     occupy()
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    """Every error that a user can do something about, as one sentence and an exit code."""
+    """Run a command, turning errors a user can act on into one sentence and an exit code."""
     try:
         code = int(options.run(options))
         if sys.stdout is not None:
@@ -77,21 +77,21 @@ def _run_command(options: argparse.Namespace) -> int:
             raise
         return _say(absent.exit_code, str(absent))
     except BrokenPipeError:
-        # Of a command that only prints: nobody reads on.
+        # The reader of a command that only prints has closed the pipe.
         drop(1)
         return FAILED
     except OSError as error:
         if error.errno in DISK:
             remedy = f"{DISK[error.errno]}, and run the same command again"
             return _say(STORAGE, f"{what_failed(error)}; {remedy}")
-        # One that names a file is about what the user has given; any other came in mid-work.
+        # An error with a file name concerns the user's input; any other is a failure of the run.
         return _say(FAILED if error.filename is None else MISTAKE, what_failed(error))
     except KeyboardInterrupt:
         return _say(STOPPED, "interrupted; what was not finished is not saved")
 
 
 def _options(words: list[str]) -> argparse.Namespace:
-    """The command line; overrides may also stand behind options, where argparse loses them."""
+    """Parse the command line; overrides may follow options, which argparse alone does not allow."""
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     lost = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
@@ -107,7 +107,7 @@ def _say(code: int, sentence: str) -> int:
     try:
         from rich.console import Console
         from rich.markup import escape
-    except ModuleNotFoundError:  # the core alone
+    except ModuleNotFoundError:  # core installation only
         print(f"afd: error: {sentence}", file=sys.stderr)
         return code
     text = f"[red]afd: error:[/red] {escape(sentence)}"
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=SHELLS,
         help="print a script that completes commands, options and paths in this shell",
     )
-    # Whether a command outlives its terminal: those that run for hours, and leave files.
+    # Whether a command outlives its terminal, as those do that run for hours and write files.
     parser.set_defaults(lasts=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--videos", type=int, default=None, help="how many of its held-out videos"
     )
-    # Refused: a run is measured as its own config.yaml says.
+    # Rejected: a run is evaluated with its own config.yaml.
     evaluate.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     evaluate.set_defaults(run=_evaluate, lasts=True)
 
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Refused(argparse.Action):
-    """The former `afd sample --config CONFIG.yaml`."""
+    """Reject the former `afd sample --config CONFIG.yaml`."""
 
     def __call__(self, *_: Any) -> None:
         raise ConfigError("sample: got --config; needed: afd sample CONFIG.yaml k=v …")
@@ -246,7 +246,7 @@ class _PrintCompletion(argparse.Action):
 
 
 def _console() -> Console:
-    """For output in which paths and prompts stand as they are: [x] and :x: are no markup."""
+    """A console that prints paths and prompts verbatim: [x] and :x: are not markup."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False)

@@ -1,7 +1,7 @@
-"""Several processes of one run: what each takes, and how their parts come together.
+"""Distributed runs: how work is split over processes and results are combined.
 
-Every process draws the random numbers of the whole batch and takes its share of them, so what a
-run computes does not depend on the number of its processes but for the rounding of sums.
+Every process draws the random numbers of the whole batch and takes its share of them, so the
+results of a run do not depend on the number of processes, except for the rounding of sums.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from afd.errors import ConfigError, ProcessLostError
 
-# Elements summed at a time: large enough for the network, small beside the gradients themselves.
+# Elements per all-reduce: enough to saturate the interconnect, small next to the gradients.
 BUCKET = 1 << 24
-# How long one process waits for another beyond a teacher's deadline. One that ended is noticed at
-# once by its closed connection; this is for one that hangs.
+# How long one process waits for another beyond a teacher's deadline. A process that ended is
+# detected immediately by its closed connection; this is for one that hangs.
 PATIENCE = timedelta(minutes=30)
 FAILED = "afd/failed"
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the `world` processes of a run; alone without torchrun."""
+    """This process's rank among the `world` processes of a run; a single one without torchrun."""
 
     rank: int = 0
     world: int = 1
@@ -46,17 +46,17 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's contiguous part of `count` things; parts differ by at most one."""
+        """This process's contiguous part of `count` items; part sizes differ by at most one."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The parts of all processes in order, joined along dim 0; the same bits on every one.
+        """Concatenate all processes' parts in order along dim 0; bitwise equal on every process.
 
-        Parts may differ in their length only. Detached, on x's device; x itself when alone.
+        Parts may differ only in length. Detached, on x's device; x itself for a single process.
         """
         if self.world == 1:
             return x
-        # Bytes, because the transports know few dtypes.
+        # As bytes, because the backends support few dtypes.
         mine = x.detach().contiguous().view(-1).view(torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(self.world)]
         collective(dist.all_gather, sizes, torch.tensor([mine.numel()], device=x.device))
@@ -70,7 +70,7 @@ class Ranks:
         return whole.view(x.dtype).view(rows, *x.shape[1:])
 
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Add up each tensor over the processes, in place; the same bits on every one."""
+        """Sum each tensor over the processes, in place; bitwise equal on every process."""
         if self.world == 1:
             return
         for bucket in _buckets(tensors):
@@ -81,7 +81,7 @@ class Ranks:
                 x.copy_(part.view_as(x))
 
     def same(self, value: Any) -> Any:
-        """The main process's value on every one; what JSON holds (a tuple comes as a list)."""
+        """Broadcast the main process's value, which must be JSON (a tuple arrives as a list)."""
         if self.world == 1:
             return value
         data = bytearray(json.dumps(value).encode()) if self.main else bytearray()
@@ -94,7 +94,7 @@ class Ranks:
         return json.loads(bytes(sent.tolist()))
 
     def each(self, value: Any) -> list[Any]:
-        """The values of all processes in order, on every one; what JSON holds."""
+        """All-gather the values of all processes in order; each must be JSON."""
         if self.world == 1:
             return [value]
         data = torch.tensor(list(json.dumps(value).encode() + b"\n"), dtype=torch.uint8)
@@ -105,7 +105,7 @@ class Ranks:
         return any(self.each(flag))
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process reaches this call."""
         self.each(None)
 
 
@@ -113,7 +113,7 @@ ALONE = Ranks()
 
 
 def collective(call: Callable[..., Any], *args: Any) -> None:
-    """One call that all processes make together. Raises ProcessLostError where one has ended."""
+    """Run a collective call. Raises ProcessLostError if another process has ended or hangs."""
     try:
         call(*args)
     except RuntimeError as error:
@@ -124,7 +124,7 @@ def collective(call: Callable[..., Any], *args: Any) -> None:
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one dtype and device, up to BUCKET elements together."""
+    """Group consecutive tensors of one dtype and device, up to BUCKET elements per group."""
     bucket: list[Tensor] = []
     for x in tensors:
         alike = bucket and (x.dtype, x.device) == (bucket[0].dtype, bucket[0].device)
@@ -138,36 +138,37 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def join(device: str = "auto", *, patience_s: float = 0.0) -> Iterator[Ranks]:
-    """Meet the other processes that torchrun started, for the block; alone without it.
+    """Join the process group started by torchrun for the block; a single process without it.
 
-    `device`: auto, cpu, cuda or cuda:N. `patience_s`: seconds that one process may keep the others
-    waiting beyond PATIENCE.
+    `device`: auto, cpu, cuda or cuda:N. `patience_s`: seconds beyond PATIENCE that a process may
+    keep the rest waiting.
 
-    An error that ends the block on one process leaves it there; the others, whose work ends with
-    it, exit silently with code 1. Raises ConfigError where the device cannot be had.
+    An error that ends the block propagates on the process that raised it; all other processes,
+    which fail as a consequence, exit silently with code 1. Raises ConfigError if the device is not
+    available.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, world)
     if world == 1:
         yield Ranks(device=chosen)
         return
-    if dist.is_initialized():  # an outer block has met them
+    if dist.is_initialized():  # joined by an outer block
         yield Ranks(dist.get_rank(), world, chosen)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     store, rank, world = next(rendezvous("env://"))
-    # Small CPU values never wait for the GPU's queue.
+    # gloo for CPU tensors, so that small values never wait for the GPU's queue.
     backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
     patience = PATIENCE + timedelta(seconds=patience_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     try:
         ranks = Ranks(rank, world, chosen)
         yield ranks
-        # Nobody leaves while another still works: the group would end under it.
+        # No process leaves while another still works: that would tear down its group.
         ranks.barrier()
     except BaseException as error:
-        # Nothing is taken down in order: the end of this process is what frees the others.
+        # No orderly shutdown: the exit of this process is what unblocks the rest.
         if _is_first(store):
             raise
         raise SystemExit(1) from error
@@ -175,15 +176,15 @@ def join(device: str = "auto", *, patience_s: float = 0.0) -> Iterator[Ranks]:
 
 
 def _is_first(store: Store) -> bool:
-    """Whether no other process has failed before: then this one knows the reason."""
+    """Whether this is the first process to fail, which therefore knows the reason."""
     try:
         return store.add(FAILED, 1) == 1
-    except RuntimeError:  # the process that holds the store has gone, and has said why
+    except RuntimeError:  # the process that hosts the store has exited and reported the reason
         return False
 
 
 def _device(name: str, world: int) -> torch.device:
-    """The device that a name means for this process."""
+    """The device of this process for a device name."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""`afd doctor`: what this machine can run, and what would make it run more."""
+"""`afd doctor`: report what this machine can run and what is missing."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from afd.config.run import make_config
 from afd.planning.plan import make_plan
 from afd_kernels import dispatch
 
-# The extras that a run at video size needs.
+# Extras needed to train at full video size.
 TRAINING = ("train", "wan")
 
 
 def inspect() -> dict[str, Any]:
-    """The facts of `machine.inspect`, and what a run at video size needs."""
+    """The facts of `machine.inspect` and the requirements of training at full video size."""
     return machine.inspect() | {"training": _training()}
 
 
 def _training() -> dict[str, Any]:
-    """What AFD with LoRA at 480x832 needs by estimate, in GB, and what is here."""
+    """Estimated requirements of AFD with LoRA at 480x832 and available resources, in GB."""
     memory = [
         torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
     ]
@@ -44,7 +44,7 @@ def _training() -> dict[str, Any]:
 
 @functools.cache
 def _needs() -> tuple[int, int]:
-    """Bytes on the GPU, and of checkpoints on the disk."""
+    """Estimated bytes of GPU memory, and of checkpoints on disk."""
     data = {
         "video": {"frames": 81, "height": 480, "width": 832, "fps": 16},
         "student": {"kind": "wan"},
@@ -57,13 +57,13 @@ def _needs() -> tuple[int, int]:
 
 
 def show(facts: dict[str, Any], console: Console) -> None:
-    """The facts of `inspect` for a reader."""
+    """Print the facts of `inspect` in readable form."""
     for line in _lines(facts):
-        # Brackets in a sentence (as in pip install 'afd[dev]') are not rich's markup.
+        # Brackets in a line (as in pip install 'afd[dev]') are not rich markup.
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for device, ops in facts["ops_by_device"].items():
         table = Table("op", *dispatch.BACKENDS, title=f"backends on {device}", title_justify="left")
-        # Why a backend does not run is one sentence for many ops: said once, below.
+        # The reason why a backend is unavailable is shared by many ops: listed once, as a note.
         notes: dict[str, int] = {}
         for op, states in ops.items():
             cells = (_cell(states, backend, notes) for backend in dispatch.BACKENDS)

@@ -1,5 +1,5 @@
-"""The errors that a user can act on, in one tree. Each says what to do in one sentence, and the
-`afd` command ends with its exit code."""
+"""Hierarchy of the errors that a user can act on. Each message states in one sentence what to do,
+and the `afd` command exits with the error's exit code."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ DONE, FAILED, MISTAKE, STORAGE, STOPPED = 0, 1, 2, 3, 130
 
 
 class AfdError(Exception):
-    """Base of all errors of afd. `exit_code`: what the command returns."""
+    """Base class of afd's errors. `exit_code`: exit code of the command."""
 
     exit_code = FAILED
 
 
 class ConfigError(AfdError, ValueError):
-    """The configuration is wrong; the message names the key, what came and what is needed."""
+    """Invalid configuration; the message names the key, the value given and what is needed."""
 
     exit_code = MISTAKE
 
 
 class YamlError(ConfigError):
-    """Text that is not bounded, plain YAML; the message is one line and names the line."""
+    """Text is not plain YAML within the size limits; the one-line message gives the line number."""
 
 
 class VideoError(AfdError, ValueError):
@@ -30,26 +30,26 @@ class VideoError(AfdError, ValueError):
 
 
 class TeacherError(AfdError, ValueError):
-    """A teacher cannot be used; the message lists every reason at once."""
+    """A teacher cannot be used; the message lists all reasons together."""
 
     exit_code = MISTAKE
 
 
 class Unanswered(TeacherError):
-    """One request has no video and gets none in this run; other requests may."""
+    """A request has no video and will not get one in this run; other requests may."""
 
     def __init__(self, message: str, *, rejected: bool = False) -> None:
-        """`rejected`: moderation refused it, for good."""
+        """`rejected`: permanently refused by moderation."""
         super().__init__(message)
         self.rejected = rejected
 
 
 class ContentsError(TeacherError):
-    """A file of a teacher's folder is not what its ledger knows; other requests may have theirs."""
+    """A file in a teacher's folder does not match its ledger; other requests may be unaffected."""
 
 
 class BudgetError(TeacherError):
-    """The next submit could exceed the budget."""
+    """The next submission could exceed the budget."""
 
 
 class SchemaError(TeacherError):
@@ -57,7 +57,7 @@ class SchemaError(TeacherError):
 
 
 class StorageError(AfdError, RuntimeError):
-    """The disk failed while a command was working; the message says what to do and what is
+    """The disk failed while a command was running; the message states what to do and what is
     saved."""
 
     exit_code = STORAGE
@@ -70,11 +70,11 @@ class LockedError(AfdError, RuntimeError):
 
 
 class TrainingError(AfdError, RuntimeError):
-    """A run cannot go on; the message says at which update and why."""
+    """A run cannot continue; the message gives the update and the reason."""
 
 
 class CheckpointError(AfdError, RuntimeError):
-    """A checkpoint cannot be used; the message says why."""
+    """A checkpoint cannot be used; the message gives the reason."""
 
 
 class ProcessLostError(AfdError, RuntimeError):

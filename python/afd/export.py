@@ -1,8 +1,8 @@
-"""`afd export`: what a run has learned, in the files that other programs load.
+"""`afd export`: write a run's trained weights in formats that other programs load.
 
-Adapters go out as they are (PEFT's or diffusers' names) or added to the weights they were trained
-on; a run that trained every weight has no adapters. Everything is made from the fp32 masters and
-the fp32 start weights: nothing is rounded on the way but by the asked dtype.
+Adapters are written separately (with PEFT's or diffusers' names) or merged into the weights they
+were trained on; a run that trained every weight has no adapters. Everything is computed from the
+fp32 masters and fp32 start weights and rounded only once, to the requested dtype.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from afd.models.wan.network import CausalWan
 from afd.trainer import checkpoint
 from afd.trainer.loop import load_run
 
-# Which version is meant where none is named: the one that is evaluated.
+# Order of preference if no version is named; the first is the one that is evaluated.
 PREFERRED = ("ema", "old", "theta")
 
 
 class ExportConfig(Section):
-    """What `afd export` writes, and where."""
+    """Configuration of `afd export`."""
 
     out: Folder = Field(description="folder to write, new or empty")
     kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers", "student"] | None = Field(
@@ -64,10 +64,10 @@ class ExportConfig(Section):
 def export(folder: Path, config: ExportConfig) -> Path:
     """Write the newest checkpoint of the run in `folder`; returns the folder written.
 
-    It is written under another name and renamed, so it is whole or not there. `afd.json` in it, and
-    the header of its weights, say where they come from. A model.pt has the trained weights as
-    `generator` and the asked version as `generator_ema`, each of which Self-Forcing's inference
-    loads. Raises ConfigError where that cannot be, naming what can.
+    It is written under a temporary name and renamed, so it is complete or absent. Its `afd.json`
+    and the header of its weights record their origin. A model.pt has the trained weights as
+    `generator` and the requested version as `generator_ema`; Self-Forcing's inference loads either.
+    Raises ConfigError if the export is not possible, naming the alternatives.
     """
     out = config.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -92,7 +92,7 @@ def export(folder: Path, config: ExportConfig) -> Path:
 
 
 def start_network(run: RunConfig) -> CausalWan:
-    """The network that a run started from, in float32."""
+    """Load the network that a run started from, in float32."""
     for sentence in run.student.missing_weights():
         raise ConfigError(sentence)
     try:
@@ -105,7 +105,7 @@ def start_network(run: RunConfig) -> CausalWan:
 def merged(
     network: CausalWan, adapters: Mapping[str, Tensor], lora: LoraConfig
 ) -> dict[str, Tensor]:
-    """A network's weights with adapters added: W + alpha / rank · B A, in the network's dtype."""
+    """A network's weights with adapters merged: W + alpha / rank · B A, in the network's dtype."""
     state = dict(network.state_dict())
     for name, b_OR in adapters.items():
         layer, adapter, _ = name.rpartition(".lora_B")
@@ -118,7 +118,7 @@ def merged(
 
 @dataclass(frozen=True)
 class _Learned:
-    """A run's versions; one method for each kind of file, which writes it into a folder."""
+    """A run's trained versions, with one export method per file format."""
 
     run: RunConfig
     versions: Mapping[str, Mapping[str, Tensor]]
@@ -127,7 +127,7 @@ class _Learned:
     note: str
 
     def peft(self, folder: Path, version: str) -> None:
-        """The folder of `PeftModel.save_pretrained`: `PeftModel.from_pretrained(net, folder)`."""
+        """Write a folder for `PeftModel.from_pretrained(net, folder)`."""
         lora, adapters = self._adapters("peft", version)
         need("kind=peft", "peft")
         from peft import LoraConfig as PeftConfig
@@ -141,7 +141,7 @@ class _Learned:
         save_file(state, folder / "adapter_model.safetensors", metadata=header)
 
     def diffusers_lora(self, folder: Path, version: str) -> None:
-        """What `WanPipeline.load_lora_weights(folder)` looks for; the header has rank and alpha."""
+        """Write the file for `WanPipeline.load_lora_weights(folder)`, with rank and alpha."""
         lora, adapters = self._adapters("diffusers_lora", version)
         state, layers = {}, set()
         for name, tensor in adapters.items():
@@ -170,7 +170,7 @@ class _Learned:
         save_diffusers(folder / "transformer", network, note=self.note)
 
     def student(self, folder: Path, version: str) -> None:
-        """What `student.checkpoint` takes, of whatever kind the student is."""
+        """Write a file for `student.checkpoint`, for any kind of student."""
         network = start_network(self.run)
         network.load_state_dict(self._whole(network, version))
         self.run.student.save(network, folder, self.dtype, self.note)
@@ -205,7 +205,7 @@ def _choose(config: ExportConfig, versions: Mapping[str, object]) -> str:
 
 
 def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) -> dict[str, Any]:
-    """Where exported weights come from. Names and digests only: a path may say who somebody is."""
+    """Origin of exported weights, as names and digests only, since paths may identify a person."""
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     free = tuple(f"{key}." for key in FREE_KEYS)
     settings = {k: v for k, v in flatten(plain(run)) if not f"{k}.".startswith(free)}

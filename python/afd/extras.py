@@ -1,6 +1,6 @@
-"""The packages that only a part of afd needs, each with the extra of pyproject.toml that brings it.
+"""Optional packages, each with the extra of pyproject.toml that installs it.
 
-The core, `afd.ops` and `afd.schedules`, needs torch, triton and numpy.
+The core, `afd.ops` and `afd.schedules`, needs only torch, triton and numpy.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from afd.errors import ConfigError
 
 
 class Package(NamedTuple):
-    """A package outside the core.
+    """An optional package.
 
     Attributes:
-        name: of its distribution.
-        module: what is imported.
-        extra: of afd; None: it is installed by its own name.
-        purpose: what it adds.
+        name: distribution name.
+        module: name of the imported module.
+        extra: afd's extra that installs it; None: it is installed by its own name.
+        purpose: what it is used for.
     """
 
     name: str
@@ -54,12 +54,12 @@ _BY_MODULE = {package.module: package for package in PACKAGES}
 
 
 def missing() -> list[Package]:
-    """What is not installed here. Nothing is imported."""
+    """The optional packages that are not installed. Nothing is imported."""
     return [package for package in PACKAGES if find_spec(package.module) is None]
 
 
 def need(key: str, *modules: str) -> None:
-    """Raise ConfigError, in one sentence, where a setting's packages are not installed.
+    """Raise ConfigError, in one sentence, if a package required by a setting is not installed.
 
     Nothing is imported.
     """
@@ -71,7 +71,7 @@ def need(key: str, *modules: str) -> None:
 
 
 def absent_module(key: str, error: ModuleNotFoundError) -> ConfigError | None:
-    """The error of an import as one sentence, where the module is one of `PACKAGES`."""
+    """A ConfigError for a failed import if the module is one of `PACKAGES`; else None."""
     package = _BY_MODULE.get((error.name or "").partition(".")[0])
     if package is None:
         return None
@@ -79,7 +79,7 @@ def absent_module(key: str, error: ModuleNotFoundError) -> ConfigError | None:
 
 
 def command(*packages: Package) -> str:
-    """The pip command that installs packages, each by its extra."""
+    """The pip command that installs packages through their extras."""
     extras = ",".join(dict.fromkeys(p.extra for p in packages if p.extra is not None))
     wanted = [f"'afd[{extras}]'"] if extras else []
     return " ".join(["pip install", *wanted, *(p.name for p in packages if p.extra is None)])

@@ -1,6 +1,6 @@
-"""Files: atomic writes, locks, hashes, and rows of JSON lines and CSV.
+"""File utilities: atomic writes, locks, hashes, and parsing of JSON lines and CSV.
 
-Every OSError that leaves this module names its file.
+Every OSError raised by this module names its file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from afd.errors import ConfigError, LockedError
 
 try:
     from safetensors import SafetensorError
-except ModuleNotFoundError:  # the core alone (afd.extras): nothing writes with it
+except ModuleNotFoundError:  # core install only (afd.extras): safetensors is not used
 
     class SafetensorError(Exception):  # type: ignore[no-redef]
         """Never raised."""
 
 
-# What a disk answers that is full, read-only or broken, and what can be done about it.
+# Errors of a full, read-only or failing disk, and a remedy for each.
 DISK = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of the quota there",
@@ -47,19 +47,19 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 BLOCK = 1 << 20
 PARTIAL = ".partial"
 _log = logging.getLogger("afd")
-# Bytes of a name on every file system in use.
+# Maximum bytes of a file name on common file systems.
 LONGEST_NAME = 255
 
 
 def what_failed(error: OSError) -> str:
-    """The file and what its system said: "runs/a/metrics.jsonl: No space left on device"."""
+    """The file and the system's message: "runs/a/metrics.jsonl: No space left on device"."""
     said = error.strerror or str(error)
     return said if error.filename is None else f"{error.filename}: {said}"
 
 
 def refuse_odd(path: Path) -> None:
-    """Raise OSError where something that is no regular file lies at `path`: opening a pipe would
-    wait for ever. A path at which nothing lies is fine."""
+    """Raise OSError if `path` exists and is not a regular file: opening a pipe would block
+    forever."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def refuse_odd(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let every OSError of the block name a file: those of a write or a sync name none."""
+    """Add the file name to every OSError of the block: those of writes and syncs lack it."""
     try:
         yield
     except OSError as error:
@@ -80,7 +80,7 @@ def naming(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except SafetensorError as error:
-        # Its writer has the system's error in its words only.
+        # The safetensors writer reports the system's error only in its message.
         number = _SYSTEM_ERROR.search(str(error))
         if number is None:
             raise
@@ -89,12 +89,12 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A free name beside `path`; the file or folder that the block leaves there is flushed to disk
-    and takes its place, or nothing changes. Its permissions are the umask's, whatever library
-    has written it.
+    """Replace `path` atomically: yields a temporary name beside it, and the file or folder that the
+    block creates there is flushed to disk and renamed to `path`. On error nothing changes. The
+    permissions follow the umask, whichever library wrote the file.
 
-    `shared`: several processes may write this path at once, and the last one's stays. Without it
-    what a killed process left is removed by the next.
+    `shared`: several processes may write this path concurrently, and the last one wins. Otherwise
+    the remains of a killed process are removed by the next call.
     """
     unique = f".{uuid.uuid4().hex[:12]}" if shared else ""
     partial = path.with_name(_partial_name(path.name, f"{unique}{PARTIAL}"))
@@ -109,24 +109,24 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
             os.replace(partial, path)
             sync(path.parent)
         finally:
-            # The error of the write is the one to report.
+            # An error of the write takes precedence.
             with suppress(OSError):
                 remove(partial)
 
 
 def _partial_name(name: str, ending: str) -> str:
-    """A hidden name for what becomes `name`, which may be as long as a file system allows."""
+    """A hidden temporary name for `name`, which may have the maximum length."""
     if len(os.fsencode(f".{name}{ending}")) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return f".{name}{ending}"
 
 
 def _open_up(path: Path) -> None:
-    """Give what was made for its owner only (safetensors, tempfile) the umask's permissions."""
+    """Apply the umask's permissions to a file created as owner-only (safetensors, tempfile)."""
     mode = path.stat().st_mode
     if mode & 0o077 or path.is_symlink():
         return
-    # The umask of the process can be asked for only by changing it, for every thread.
+    # Reading the umask directly requires changing it temporarily, for every thread.
     probe = path.with_name(f".{uuid.uuid4().hex}")
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -137,7 +137,7 @@ def _open_up(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
-    """Write a file atomically, with the permissions that the umask gives; see `replacing`."""
+    """Write a file atomically, with the umask's permissions; see `replacing`."""
     with replacing(path, shared=shared) as partial:
         partial.write_bytes(data)
 
@@ -154,13 +154,13 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Flush a file's contents, or a folder's entries, to disk."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            # Some network file systems cannot sync a folder, and need not.
+            # Some network file systems do not support syncing folders, nor need it.
             if error.errno != errno.EINVAL or not path.is_dir():
                 raise
         finally:
@@ -168,7 +168,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if there is one."""
+    """Remove a file, link or folder tree, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -186,13 +186,13 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class JsonLine:
-    """One line of a JSON lines file that is no empty line.
+    """One non-empty line of a JSON lines file.
 
     Attributes:
         number: from 1.
-        value: the object; None where the line is damaged.
+        value: the object; None if the line is damaged.
         problem: what is wrong with it, or None.
-        torn: whether it is the last line, cut off before its end by a kill or a full disk.
+        torn: whether it is a last line truncated by a kill or a full disk.
     """
 
     number: int
@@ -202,7 +202,7 @@ class JsonLine:
 
 
 def read_json_lines(path: Path) -> list[JsonLine]:
-    """The lines of a JSON lines file, damaged ones included; none where there is no file."""
+    """Read the lines of a JSON lines file, including damaged ones; empty if there is no file."""
     refuse_odd(path)
     try:
         with naming(path):
@@ -210,7 +210,7 @@ def read_json_lines(path: Path) -> list[JsonLine]:
     except FileNotFoundError:
         return []
     ended = data.endswith(b"\n")
-    # Bytes that are not UTF-8 become halves of characters, which json_rows refuses.
+    # Bytes that are not UTF-8 become lone surrogates, which json_rows refuses.
     rows = list(json_rows(data.decode("utf-8", "surrogateescape")))
     lines = []
     for number, row in rows:
@@ -223,7 +223,7 @@ def read_json_lines(path: Path) -> list[JsonLine]:
 
 
 class JsonAppender:
-    """A JSON lines file to append to. A line is with the operating system when `write` returns."""
+    """Appends to a JSON lines file. `write` returns once the operating system has the line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -239,7 +239,7 @@ class JsonAppender:
                 data = data[os.write(self._descriptor, data) :]
 
     def sync(self) -> None:
-        """Wait until every line is on the disk."""
+        """Flush every line to disk."""
         with naming(self.path):
             os.fsync(self._descriptor)
 
@@ -265,10 +265,10 @@ class JsonAppender:
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Hold the lock on a folder, or on a file that is made where there is none, for the block.
+    """Hold the lock on a folder, or on a file (created if absent), for the block.
 
-    Yields whether it could be locked: some network file systems have no locks. It goes with the
-    process. Raises LockedError where another process has it.
+    Yields whether it could be locked: some network file systems do not support locks. The lock is
+    released when the process ends. Raises LockedError if another process holds it.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags, 0o666)
@@ -288,11 +288,12 @@ def locked(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def only_one(folder: Path, *, made: tuple[str, ...] = ()) -> Iterator[None]:
-    """The folder (made where there is none) is this process's; the lock goes with the process.
+    """Hold exclusive access to a folder (created if absent) for the block; the lock is released
+    when the process ends.
 
-    Files whose names end as one of `made` are then what a killed process left, and are removed. The
-    lock is on the folder itself, so nothing else lies in it. Raises ConfigError where another
-    process has it.
+    Files with one of the endings in `made` were left by a killed process and are removed. The lock
+    is on the folder itself, so there is no lock file in it. Raises ConfigError if another process
+    holds it.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,27 +312,27 @@ def only_one(folder: Path, *, made: tuple[str, ...] = ()) -> Iterator[None]:
         try:
             yield
         finally:
-            # It may have been removed, or have become unreadable, meanwhile.
+            # The folder may have been removed or become unreadable meanwhile.
             with suppress(OSError):
                 if new and not any(folder.iterdir()):
                     folder.rmdir()
 
 
 # --- rows ---
-# Line number, from 1, and the row by an object's or a header's keys; or what is wrong with it.
+# Line number, from 1, with the row as a dictionary, or with a message if the row is invalid.
 Rows = Iterator[tuple[int, "dict[str, Any] | str"]]
 
 
-# A million prompts fit.
+# Maximum size of a text file; enough for a million prompts.
 MAX_BYTES = 1 << 30
-# A zero byte in a text, as JSON writes it; the backslash before it may be the text's own.
+# A NUL character as escaped in JSON, but not a literal backslash followed by "u0000".
 _ZERO = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark.
+    """Read a UTF-8 text file, with or without a byte order mark.
 
-    Raises ValueError, which names no file, where it cannot be read or is not text.
+    Raises ValueError, without the file's name, if it cannot be read or is not text.
     """
     try:
         with path.open("rb") as file:
@@ -353,8 +354,8 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text holds. ValueError for whatever is wrong with it, also for zero bytes and
-    halves of characters, which JSON can write and no path or tokenizer takes."""
+    """Parse JSON. Raises ValueError for any problem, including NUL characters and lone surrogates,
+    which JSON can express but paths and tokenizers do not accept."""
     try:
         value = json.loads(text)
         written = json.dumps(value, ensure_ascii=False)
@@ -367,7 +368,7 @@ def parse_json(text: str) -> Any:
 
 
 def json_rows(text: str) -> Rows:
-    """One JSON object a line; empty lines are passed over."""
+    """Parse one JSON object per line, skipping empty lines."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -380,7 +381,8 @@ def json_rows(text: str) -> Rows:
 
 
 def csv_rows(text: str, columns: Sequence[str] = ()) -> Rows:
-    """Rows under a header, which must have the `columns`; None where a row is too short."""
+    """Parse CSV rows under a header that must have the `columns`; cells missing from a short row
+    are None."""
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
         header = rows.fieldnames

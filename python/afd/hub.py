@@ -1,4 +1,4 @@
-"""Where a pipeline's parts are: a local folder, or a name on the Hugging Face hub."""
+"""Locates parts of a pipeline in a local folder or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from afd.errors import ConfigError
 from afd.extras import need
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-# More than any released part has; a name that stands for more was not meant.
+# Larger than any released part; a name that would download more must be a mistake.
 HUB_BYTES = 64 * 2**30
-# Bytes of either end of a file that tell it from another one.
+# Bytes read from either end of a file for its fingerprint.
 ENDS = 2**20
 
 
 def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
-    """`source` itself where it is a path; else the hub's copy of those folders of a pipeline.
+    """`source` itself if it is a path; else a download of those folders of a pipeline on the hub.
 
-    The hub is asked only for a name like `owner/name`, or `owner/name@revision` (a commit, tag or
-    branch), that is no local path; files go to its own cache. Raises FileNotFoundError, saying what
-    is `needed`, where neither has it.
+    The hub is queried only for a name like `owner/name`, or `owner/name@revision` (a commit, tag or
+    branch), that is not a local path; files go to its own cache. Raises FileNotFoundError, stating
+    what is `needed`, if neither has it.
     """
     path = Path(source)
     if path.exists():
@@ -43,10 +43,10 @@ def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
 
 
 def pinned(source: str, parts: tuple[str, ...]) -> str:
-    """A hub name with the commit it stands for now, `owner/name@commit`; anything else as it is.
+    """A hub name pinned to its current commit, `owner/name@commit`; anything else unchanged.
 
-    What `local_copy` would ask the hub for is then in its cache. A name that neither hub nor cache
-    knows stays as it is: whoever loads it says so.
+    The files that `local_copy` would request are then in the hub's cache. A name unknown to both
+    hub and cache is returned unchanged: loading it reports the error.
     """
     match = None if Path(source).exists() else _HUB_NAME.fullmatch(source)
     if match is None:
@@ -59,7 +59,7 @@ def pinned(source: str, parts: tuple[str, ...]) -> str:
 
 def _from_hub(name: str, revision: str | None, parts: tuple[str, ...]) -> Path:
     need(name, "huggingface_hub")
-    # Imported here: most runs have local folders.
+    # Imported here, as most runs use local folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 
@@ -67,7 +67,7 @@ def _from_hub(name: str, revision: str | None, parts: tuple[str, ...]) -> Path:
     try:
         files = snapshot_download(name, revision=revision, allow_patterns=wanted, dry_run=True)
     except DryRunError:
-        files = []  # the hub cannot be asked; what is in the cache will do
+        files = []  # the hub is unreachable; use the cache
     size = sum(file.file_size or 0 for file in files if file.will_download)
     if size > HUB_BYTES:
         raise ValueError(f"{size / 2**30:.0f} GiB to download, more than {HUB_BYTES >> 30}")
@@ -76,7 +76,7 @@ def _from_hub(name: str, revision: str | None, parts: tuple[str, ...]) -> Path:
 
 @contextmanager
 def named_errors(what: str, path: Path) -> Iterator[None]:
-    """A library's error on reading a file, as a ValueError that begins with the file's name."""
+    """Re-raise a library's error on reading a file as a ValueError that names the file."""
     try:
         yield
     except Exception as error:  # damaged files make parsers raise anything
@@ -85,7 +85,7 @@ def named_errors(what: str, path: Path) -> Iterator[None]:
 
 
 def missing_path(key: str, path: str | Path | None, what: str) -> Iterator[str]:
-    """One sentence where a local path that a key names is not there."""
+    """Yield one sentence if the local path given for a key does not exist."""
     if path is None:
         yield f"{key} is not given: {what}"
     elif not Path(path).exists():
@@ -93,16 +93,16 @@ def missing_path(key: str, path: str | Path | None, what: str) -> Iterator[str]:
 
 
 def missing_source(key: str, source: str) -> Iterator[str]:
-    """One sentence where a source is not a local folder, so that the hub will be asked."""
+    """Yield one sentence if a source is not a local folder, so that the hub will be queried."""
     if not Path(source).exists():
         yield f"{key}: {source} is not a local folder; the hub is asked when the run starts"
 
 
 def fingerprint(path: Path) -> str:
-    """16 hex digits that change with a checkpoint: with the size and both ends of its files.
+    """16 hex digits that identify a checkpoint by the size and both ends of its files.
 
-    Training changes every tensor, and the end of a .pt file holds the checksums of all, so what
-    lies between need not be read: of released files that would take longer than a short video.
+    Training changes every tensor, and the end of a .pt file holds the checksums of all, so the rest
+    need not be read: for released files that would take longer than generating a short video.
     """
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
@@ -124,7 +124,7 @@ def _ends(path: Path, size: int, changed_ns: int) -> bytes:
 
 
 def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
-    """SHA-256 of tensors, their names and dtypes, and of settings: the same from any file."""
+    """SHA-256 of tensors, their names and dtypes, and settings; independent of the file format."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -133,7 +133,7 @@ def weights_digest(weights: Mapping[str, Tensor], *settings: object) -> str:
 
 
 def refuse_other_weights(key: str, there: str | None, now: str | None) -> None:
-    """ConfigError where the start weights of a state (their digest) are not those of `key` now."""
+    """Raise ConfigError if a state's start weights (digest `there`) are not those of `key` now."""
     if there != now:
         raise ConfigError(
             f"{key}: holds other weights than those that the run started from, without "
@@ -142,6 +142,6 @@ def refuse_other_weights(key: str, there: str | None, now: str | None) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The numbers of a tensor, row by row, as a buffer of bytes."""
+    """The data of a tensor in row-major order as a buffer of bytes."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy()

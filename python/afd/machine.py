@@ -1,4 +1,4 @@
-"""Facts of this machine: versions, devices, compilers, the compiled core, backends of the ops."""
+"""Inspect this machine: versions, devices, compilers, the compiled core, available op backends."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import afd
 from afd import extras
 from afd_kernels import dispatch, native
 
-# Those that a run depends on, and so writes down.
+# Packages that a run depends on, and whose versions it therefore records.
 PACKAGES = (
     "torch", "triton", "numpy",
     *(p.name for p in extras.PACKAGES if p.extra in ("train", "wan", "teachers", "lab")),
 )  # fmt: skip
-# What training and rollout run in; attention libraries take nothing wider on a GPU.
+# Default dtype of training and rollout; on a GPU, attention libraries support only 16-bit types.
 USUAL = {"cpu": torch.float32, "cuda": torch.bfloat16}
 COMPILERS = (("c++", "--version"), ("cmake", "--version"), ("ninja", "--version"))
 
 
 def inspect() -> dict[str, Any]:
-    """Plain data, ready for JSON: versions, devices, compilers, compiled core, ops, what lacks."""
+    """JSON-serialisable facts: versions, devices, compilers, compiled core, ops, missing extras."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
         "afd": afd.__version__,
@@ -101,7 +101,7 @@ def _cpu_model() -> str:
 
 @functools.cache
 def _first_line(program: str, flag: str) -> str | None:
-    """The first line a program says of itself, or None where it is not on the PATH."""
+    """The first line of a program's version output, or None if it is not on the PATH."""
     path = shutil.which(program, path=_search_path())
     if path is None:
         return None
@@ -122,5 +122,5 @@ def _nvcc() -> str | None:
 
 
 def _search_path() -> str:
-    # Build tools installed in this environment are used even where it is not activated.
+    # Also find build tools installed in this Python environment when it is not activated.
     return os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)

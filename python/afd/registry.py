@@ -1,9 +1,9 @@
-"""Students, teachers, discriminators and metrics by the name that a configuration gives them.
+"""Registry of students, teachers, discriminators and metrics by their name in a configuration.
 
-Built-in ones stand in the table below; an installed package adds its own through entry points of
-the groups `afd.students`, `afd.teachers`, `afd.discriminators` and `afd.metrics`
-(docs/EXTENDING.md). Everything is imported when its name is first asked for, so that a run loads
-only what it uses, and nothing below afd.lab or a paid service imports them.
+Built-in ones are listed in the table below; an installed package adds its own through entry points
+in the groups `afd.students`, `afd.teachers`, `afd.discriminators` and `afd.metrics`
+(docs/EXTENDING.md). Everything is imported when its name is first looked up, so that a run loads
+only what it uses, and lower layers never import afd.lab or a paid service.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from afd.errors import ConfigError
 
 Group = Literal["students", "teachers", "discriminators", "metrics"]
 
-# What an object of each group derives from, and what it has of its own.
+# Base class of the objects of each group, and the methods they must override.
 BASES: dict[Group, tuple[str, tuple[str, ...]]] = {
     "students": ("afd.models.config:StudentConfig", ("build", "load_network")),
     "teachers": ("afd.teachers.config:TeacherConfig", ("open",)),
@@ -50,7 +50,7 @@ BUILT_IN: dict[Group, dict[str, str]] = {
 
 @functools.cache
 def _entries(group: Group) -> dict[str, EntryPoint]:
-    """What is registered, by name; a built-in name cannot be taken by a package."""
+    """Registered entry points by name; a package cannot override a built-in name."""
     name = f"afd.{group}"
     installed = {entry.name: entry for entry in entry_points(group=name)}
     return installed | {
@@ -59,7 +59,7 @@ def _entries(group: Group) -> dict[str, EntryPoint]:
 
 
 def names(group: Group) -> list[str]:
-    """The names of a group: built-in ones first, then installed packages' in alphabetical order."""
+    """Names in a group: built-in ones first, then those of installed packages alphabetically."""
     own = list(BUILT_IN[group])
     return own + sorted(_entries(group).keys() - set(own))
 
@@ -67,8 +67,8 @@ def names(group: Group) -> list[str]:
 def find(group: Group, name: str) -> Any:
     """The object registered under a name.
 
-    Raises ConfigError for an unknown name, and where an installed package's object cannot be
-    imported or is not what its group needs (`BASES`).
+    Raises ConfigError for an unknown name, or if an installed package's object cannot be imported
+    or does not meet the requirements of its group (`BASES`).
     """
     entry = _entries(group).get(name)
     if entry is None:
@@ -78,7 +78,7 @@ def find(group: Group, name: str) -> Any:
     where = f"{name!r}: {entry.value}, registered in {entry.group},"
     try:
         found = entry.load()
-    except Exception as error:  # importing somebody's module may raise anything
+    except Exception as error:  # importing a third-party module may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{where} cannot be imported ({reason})") from error
     path, own = BASES[group]
@@ -92,7 +92,7 @@ def find(group: Group, name: str) -> Any:
 
 
 def importable(group: Group) -> list[Any]:
-    """The objects of a group, without those of installed packages that `find` refuses."""
+    """All objects of a group, except those of installed packages that `find` rejects."""
     found = []
     for name in names(group):
         with suppress(ConfigError):
@@ -101,5 +101,5 @@ def importable(group: Group) -> list[Any]:
 
 
 def load(path: str) -> Any:
-    """The object that "module:name" stands for, imported now."""
+    """Import the object that "module:name" refers to."""
     return EntryPoint(path, path, "").load()

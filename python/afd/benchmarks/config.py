@@ -1,4 +1,4 @@
-"""The configuration of `afd benchmark`: whose videos, which benchmarks, and what judges them."""
+"""The configuration of `afd benchmark`: the student, the benchmarks, and the raters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from afd.config.base import Count, Section
 from afd.sampling.config import StreamConfig
 
-# Seeds are SEEDS apart from prompt to prompt, so that a part of a benchmark has those of the whole.
+# Seed offset between prompts, so that a subset of a benchmark uses the seeds of the whole.
 SEEDS = 1000
 Samples = Annotated[int, Field(ge=1, le=SEEDS)]
 Suite = Literal["vbench", "videophy2", "videoalign_mq"]
@@ -18,7 +18,7 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class VBenchConfig(Section):
-    """VBench: what it finds a video by is its prompt, as the file's name."""
+    """VBench, which identifies a video by its prompt, used as the file name."""
 
     prompts: Path | None = Field(
         default=None,
@@ -72,7 +72,7 @@ class VideoPhyConfig(Section):
 
 
 class VideoAlignMqConfig(Section):
-    """Motion quality, as the frozen released VideoAlign rates it."""
+    """Motion quality, rated by the frozen released VideoAlign."""
 
     prompts: Path | None = Field(
         default=None,
@@ -102,7 +102,7 @@ class VideoAlignMqConfig(Section):
 
 
 class BenchmarkConfig(StreamConfig):
-    """One run of `afd benchmark`. `out` is the folder of all samples; null is samples."""
+    """Configuration of `afd benchmark`. `out`: folder of all samples; null: samples."""
 
     run: Path | None = Field(
         default=None,

@@ -1,8 +1,8 @@
-"""`afd benchmark CONFIG.yaml`: a student's videos in the benchmarks' layouts, and their scores.
+"""`afd benchmark CONFIG.yaml`: make a student's videos in the benchmarks' layouts and score them.
 
-Everything of one student lies in <out>/<name>/<step>/: videos/ holds the mp4 files and nothing
-else; beside it are manifest.jsonl (what each is of), vbench/<dimension>/, videophy.csv,
-videoalign.csv, and the scores. What is there is kept; a second call does what is missing.
+All files of a student are in <out>/<name>/<step>/: videos/ holds only the mp4 files; beside it are
+manifest.jsonl (a description of each video), vbench/<dimension>/, videophy.csv, videoalign.csv, and
+the scores. Existing files are kept; a second call does what is missing.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ LEFT = (".mp4.partial", ".mp4.whole")
 
 
 def evaluate(config: BenchmarkConfig, console: Console) -> list[Score]:
-    """Make the videos that are missing, write the layouts, rate, and print what is known.
+    """Make missing videos, write the layouts, rate the videos, and print the available scores.
 
-    Under torchrun the processes share videos and ratings. Raises ConfigError for a configuration or
-    file that is wrong, before the first video is made.
+    Under torchrun the processes split videos and ratings. Raises ConfigError for an invalid
+    configuration or file, before the first video is made.
     """
     config = with_rater(config)
     clips = [clip for suite in config.suites for clip in _clips(config, suite)]
@@ -42,7 +42,7 @@ def evaluate(config: BenchmarkConfig, console: Console) -> list[Score]:
     videos = folder / "videos"
     with (
         join(config.device) as ranks,
-        # The other processes belong to the one that has the folder.
+        # The main process holds the folder's lock for all processes.
         only_one(videos, made=LEFT) if ranks.main else nullcontext(),
     ):
         if ranks.main:
@@ -65,13 +65,13 @@ def evaluate(config: BenchmarkConfig, console: Console) -> list[Score]:
 
 
 def _check_rater(config: BenchmarkConfig) -> None:
-    """What rates comes last; that it is there is known first."""
+    """Check early that the rater's files exist, since rating comes last."""
     if "videoalign_mq" in config.suites:
         videoalign_mq.check_files(config.videoalign_mq)
 
 
 def _clips(config: BenchmarkConfig, suite: str) -> list[Clip]:
-    """Every video of a benchmark: names, and seeds that a part of it shares with the whole."""
+    """All videos of a benchmark, with seeds that a subset shares with the whole."""
     prompts: list[Prompt] = {
         "vbench": lambda: vbench.read(config.vbench),
         "videophy2": lambda: videophy.read(config.videophy2),
@@ -95,7 +95,7 @@ def _name(suite: str, prompt: Prompt, sample: int) -> str:
 
 
 def _make(stream: SampleConfig, clips: Sequence[Clip], ranks: Ranks, console: Console) -> None:
-    """The videos that are missing, each process its part; the main one looks at the others."""
+    """Make the missing videos, split among processes; the main one checks the others' results."""
     jobs = [Job(clip.name, clip.prompt.generate, clip.seed) for clip in clips]
     assert stream.out is not None
     there = [(stream.out / clip.file).exists() for clip in clips]
@@ -114,7 +114,7 @@ def _make(stream: SampleConfig, clips: Sequence[Clip], ranks: Ranks, console: Co
 def _layouts(
     config: BenchmarkConfig, stream: SampleConfig, subject: Subject, clips: list[Clip], folder: Path
 ) -> None:
-    """manifest.jsonl and what each benchmark reads."""
+    """Write manifest.jsonl and the input files of each benchmark."""
     videos = folder / "videos"
     lines = (
         {
@@ -146,7 +146,7 @@ def _of(clips: Sequence[Clip], suite: str) -> list[Clip]:
 
 
 def _to_rate(config: BenchmarkConfig, clips: Sequence[Clip]) -> list[Clip]:
-    """Motion quality is rated of its own videos, where it has prompts, else of all others."""
+    """Clips to rate for motion quality: its own if it has prompts, else those of all suites."""
     own = config.videoalign_mq.prompts is not None
     return _of(clips, "videoalign_mq") if own else list(clips)
 
@@ -178,7 +178,7 @@ def _rated(
 
 
 def _read_back(config: BenchmarkConfig, clips: list[Clip], folder: Path) -> list[Score]:
-    """What VBench and VideoPhy-2 have written, as far as they have."""
+    """Read the results of VBench and VideoPhy-2, as far as they exist."""
     scores = []
     if "vbench" in config.suites:
         results = config.vbench.results or folder / "vbench_results"
@@ -191,7 +191,7 @@ def _read_back(config: BenchmarkConfig, clips: list[Clip], folder: Path) -> list
 
 
 def _write_scores(folder: Path, subject: Subject, scores: Sequence[Score]) -> None:
-    """scores.csv and scores.json."""
+    """Write scores.csv and scores.json."""
     rows = [(s.suite, s.metric, s.value, s.videos, s.of) for s in scores]
     write_csv(folder / "scores.csv", ("suite", "metric", "value", "videos", "of"), rows)
     held = {
@@ -206,7 +206,7 @@ def _write_scores(folder: Path, subject: Subject, scores: Sequence[Score]) -> No
 def _show(
     config: BenchmarkConfig, console: Console, folder: Path, scores: list[Score], clips: list[Clip]
 ) -> None:
-    """The table, and the commands of the benchmarks that have not answered."""
+    """Print the table, and the commands of the benchmarks without results."""
     table = Table(title=str(folder))
     for column in ("suite", "metric", "mean", "videos"):
         table.add_column(column, justify="right" if column in ("mean", "videos") else "left")

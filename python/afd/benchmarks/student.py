@@ -1,4 +1,4 @@
-"""Whose videos are evaluated: a checkpoint file, or the student of a run."""
+"""The student to evaluate: a checkpoint file, or the student of a run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from afd.sampling.config import SampleConfig, StreamConfig
 from afd.trainer import checkpoint
 from afd.trainer.loop import load_run
 
-# What a file, and not a run, is given as its step.
+# The step of a checkpoint file, which belongs to no run.
 START = "start"
 
 
 class Stream(SampleConfig):
-    """How the videos are streamed, and what they were made from wherever the weights lie."""
+    """Streaming configuration that records the weights' origin independently of their path."""
 
     origin: str = Field(description="what the student is, instead of the path of its file")
 
@@ -43,9 +43,9 @@ class Subject:
     Attributes:
         name: first folder of its samples.
         step: second folder of its samples.
-        origin: what the student is; the videos name it.
+        origin: description of the student, recorded in the videos.
         settings: fields of StreamConfig.
-        export: writes the weights into a folder, where they are not a file already.
+        export: writes the weights into a folder, unless they already are a file.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Subject:
     export: Callable[[Path], None]
 
     def stream(self, folder: Path, videos: Path, device: torch.device) -> Stream:
-        """How `afd sample` makes its videos; `folder` is where the weights were exported to."""
+        """The `afd sample` configuration for its videos; `folder` holds the exported weights."""
         here = {"out": videos, "device": str(device), "origin": self.origin}
         student = self.settings["student"]
         if student.checkpoint is None:
@@ -64,9 +64,9 @@ class Subject:
 
 
 def find_subject(config: BenchmarkConfig) -> Subject:
-    """The student that `run` or `checkpoint` names; nothing is loaded.
+    """Find the student that `run` or `checkpoint` names, without loading it.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     settings = {name: getattr(config, name) for name in StreamConfig.model_fields}
     if config.run is not None:
@@ -80,7 +80,7 @@ def find_subject(config: BenchmarkConfig) -> Subject:
 
 
 def with_rater(config: BenchmarkConfig) -> BenchmarkConfig:
-    """The configuration with the VideoAlign of the run's discriminator, where it names none."""
+    """Fill in the VideoAlign of the run's discriminator if the configuration names none."""
     rater = config.videoalign_mq
     if config.run is None or rater.checkpoint is not None:
         return config
@@ -102,7 +102,7 @@ def _of_run(config: BenchmarkConfig, folder: Path, settings: dict[str, Any]) -> 
         raise ConfigError(f"run: {folder} has no checkpoint")
     digest = json.loads((path / "meta.json").read_text(encoding="utf-8"))["sha256"]
     theirs = _settings_of(run)
-    # What this configuration says of its own stays; weights are always the run's.
+    # This configuration's explicit settings take precedence; the weights are always the run's.
     settings |= {k: v for k, v in theirs.items() if k not in config.model_fields_set}
     given = config.student.model_fields_set & type(run.student).model_fields.keys()
     own = {key: getattr(config.student, key) for key in given - {"kind"}}
@@ -118,7 +118,7 @@ def _of_run(config: BenchmarkConfig, folder: Path, settings: dict[str, Any]) -> 
 
 
 def _settings_of(run: RunConfig) -> dict[str, Any]:
-    """Fields of StreamConfig as the run has them."""
+    """Fields of StreamConfig taken from the run."""
     video = run.video
     settings: dict[str, Any] = {"height": video.height, "width": video.width}
     settings["frames"] = video.frames
@@ -128,7 +128,7 @@ def _settings_of(run: RunConfig) -> dict[str, Any]:
 
 
 def _exported(samples: Path) -> Path:
-    """The file or folder of weights that `_export` writes."""
+    """The file or folder of weights written by `_export`."""
     (weights,) = (path for path in (samples / "student").iterdir() if path.name != "afd.json")
     return weights
 
@@ -136,7 +136,7 @@ def _exported(samples: Path) -> Path:
 def _export(
     folder: Path, samples: Path, run: RunConfig, config: BenchmarkConfig, digest: str, dtype: str
 ) -> None:
-    """The run's weights as they are shipped, once."""
+    """Export the run's weights in released form, unless already done."""
     from afd.export import ExportConfig, export
 
     out = samples / "student"

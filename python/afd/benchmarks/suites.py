@@ -1,4 +1,4 @@
-"""What all benchmarks have: prompts read from the user's files, and scores."""
+"""Common parts of all benchmarks: prompts read from the user's files, and scores."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from afd.files import write_bytes
 
 @dataclass(frozen=True)
 class Prompt:
-    """A benchmark's prompt. `index`: its place among all of the file; `generate`: what its videos
-    are made from; `dimensions`: what VBench rates them for."""
+    """A benchmark's prompt. `index`: its position in the file; `generate`: the text its videos are
+    generated from; `dimensions`: the VBench dimensions it is rated on."""
 
     index: int
     text: str
@@ -27,7 +27,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video of a benchmark. `name`: its file's in videos/, without the suffix."""
+    """A video of a benchmark. `name`: its file name in videos/, without the suffix."""
 
     suite: str
     prompt: Prompt
@@ -42,7 +42,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric's mean over `videos` (None: not said) of the `of` videos that are here for it."""
+    """A metric's mean over `videos` (None: not reported) of its `of` available videos."""
 
     suite: str
     metric: str
@@ -52,14 +52,14 @@ class Score:
 
 
 def need(path: Path | None, key: str, what: str) -> Path:
-    """A file that the configuration must name."""
+    """Return a path that the configuration must set, or raise ConfigError."""
     if path is None:
         raise ConfigError(f"{key}: not given; needed: {what}")
     return path
 
 
 def read_text(path: Path, key: str) -> str:
-    """The text of a file that a key names, or ConfigError; see `files.read_text`."""
+    """Read the text file set by a key, or raise ConfigError; see `files.read_text`."""
     try:
         return files.read_text(path)
     except ValueError as error:
@@ -67,7 +67,7 @@ def read_text(path: Path, key: str) -> str:
 
 
 def read_lines(path: Path, key: str) -> list[str]:
-    """The lines of a .txt that hold more than spaces, without those at their ends."""
+    """The non-blank lines of a .txt file, stripped."""
     lines = [line.strip() for line in read_text(path, key).split("\n")]
     if not any(lines):
         raise ConfigError(f"{key} {path}: holds none")
@@ -75,8 +75,8 @@ def read_lines(path: Path, key: str) -> list[str]:
 
 
 def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a .csv or .jsonl, each with all `columns` as text that is not empty; of a .txt
-    every line is the first column."""
+    """The rows of a .csv or .jsonl, all `columns` present as non-empty text; in a .txt, each line
+    is the first column."""
     if path.suffix == ".txt":
         if len(columns) > 1:
             raise ConfigError(f"{key} {path}: a .txt has no column {columns[1]}")
@@ -99,7 +99,7 @@ def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, st
 
 
 def write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
-    """Whole or not at all."""
+    """Write a CSV file atomically."""
     held = io.StringIO(newline="")
     writer = csv.writer(held)
     writer.writerow(header)
@@ -108,5 +108,5 @@ def write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[object
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A text, in which a path of any bytes stands as those bytes."""
+    """Write a text atomically; undecodable bytes of paths are preserved."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))

@@ -1,8 +1,8 @@
-"""VBench: prompts in, folders of hard links that its own code finds videos in, results back.
+"""VBench: read its prompts, lay out videos as its code expects them, and read its results.
 
-VBench in its standard mode looks for `<prompt_en>-<0..4>.mp4` in a folder that holds videos only,
-and takes the prompt back from that name; for temporal_flickering it first drops moving videos out
-of 25. So a prompt must be a file name, and of one dimension no two may name the same file.
+In its standard mode VBench looks for `<prompt_en>-<0..4>.mp4` in a folder that holds only videos,
+and recovers the prompt from that name; for temporal_flickering it first discards moving videos out
+of 25. So a prompt must be a valid file name, unique within each dimension.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from afd.files import parse_json
 
 _log = logging.getLogger("afd")
 FLICKERING = "temporal_flickering"
-# Bytes of a file's name on every file system in use.
+# Maximum bytes of a file name on common file systems.
 LONGEST = 255
 
 
 def read(config: VBenchConfig) -> list[Prompt]:
-    """The prompts of the dimensions asked for, each with those dimensions.
+    """The prompts of the requested dimensions, each with its dimensions.
 
-    Raises ConfigError for a file that is not what is needed, and for a prompt that VBench could not
-    find a video by.
+    Raises ConfigError for an invalid file, and for a prompt by which VBench could not find a video.
     """
     key, augmented = "vbench.prompts", config.augmented
     path = need(config.prompts, key, "VBench_full_info.json or a .txt of VBench's prompts")
@@ -61,7 +60,7 @@ def read(config: VBenchConfig) -> list[Prompt]:
 
 
 def _longer(config: VBenchConfig, augmented: Path, texts: list[str]) -> list[str]:
-    """The line of `augmented` for each prompt."""
+    """The augmented text of each prompt, from the lines of `augmented`."""
     lines = read_lines(augmented, "vbench.augmented")
     originals = texts
     if config.originals is not None:
@@ -82,7 +81,7 @@ def _longer(config: VBenchConfig, augmented: Path, texts: list[str]) -> list[str
 
 
 def file_name(prompt: str, sample: int) -> str:
-    """What VBench calls a video; ConfigError where its rule gives no file name."""
+    """VBench's file name for a video; ConfigError if it is not a valid file name."""
     name = f"{prompt}-{sample}.mp4"
     wrong = None
     if "/" in prompt or "\0" in prompt:
@@ -98,7 +97,7 @@ def file_name(prompt: str, sample: int) -> str:
 
 
 def check_disk(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """Raises ConfigError where two prompts of one dimension would be the same file on this disk."""
+    """Raises ConfigError if two prompts of a dimension map to the same file on this disk."""
     pairs = list(_alike(prompts))
     if not pairs:
         return
@@ -115,7 +114,7 @@ def check_disk(folder: Path, prompts: Sequence[Prompt]) -> None:
 def link(folder: Path, clips: Sequence[Clip], videos: Path) -> None:
     """Fill folder/<dimension>/ with the videos under VBench's names.
 
-    Links cost no space; where the disk has none the videos are copied.
+    Hard links take no space; where the disk does not support them the videos are copied.
     """
     for clip in clips:
         for dimension in clip.prompt.dimensions:
@@ -127,12 +126,12 @@ def link(folder: Path, clips: Sequence[Clip], videos: Path) -> None:
 
 
 def count_for(dimension: str, samples: int) -> int:
-    """How many videos of a prompt with `samples` VBench looks at for a dimension."""
+    """How many of a prompt's `samples` videos VBench reads for a dimension."""
     return samples if dimension == FLICKERING else min(samples, 5)
 
 
 def read_results(folder: Path, clips: Sequence[Clip]) -> list[Score]:
-    """The newest score of each dimension that VBench has written into a folder, if it is there."""
+    """The newest score of each dimension in VBench's results folder, if it exists."""
     files = sorted(folder.glob("*_eval_results.json"), key=lambda file: file.stat().st_mtime_ns)
     scores: dict[str, Score] = {}
     for file in files:
@@ -144,7 +143,7 @@ def read_results(folder: Path, clips: Sequence[Clip]) -> list[Score]:
 
 
 def _results(file: Path) -> dict[str, tuple[float, int | None]]:
-    """Mean and number of videos by dimension of one *_eval_results.json."""
+    """Mean and number of videos per dimension in an *_eval_results.json."""
     try:
         held = parse_json(read_text(file, "vbench.results"))
         found = {}

@@ -1,6 +1,6 @@
-"""VideoAlign's motion quality of video files, by the frozen released checkpoint.
+"""VideoAlign's motion quality of video files, from the frozen released checkpoint.
 
-Whoever trains against a discriminator that began as this model trains towards this number: report
+Training against a discriminator initialised from this model optimises this number: report
 VideoPhy-2 beside it.
 Shape letters: B videos, F frames, C colours, H x W pixels.
 """
@@ -23,13 +23,13 @@ from afd.models.config import DTYPES
 from afd.video import read_video
 
 RATINGS = ("VQ", "MQ", "TA", "Overall")
-# Videos rated between two writes of the ratings, for each process.
+# Videos rated per process between two writes of the ratings.
 BLOCK = 16
 Rater = Callable[[Sequence[Path], Sequence[str]], list[list[float]]]
 
 
 def read(config: VideoAlignMqConfig) -> list[Prompt]:
-    """Prompts of its own, if it has any; asks for the checkpoint before any video is made."""
+    """Read its own prompts, if any, and require the checkpoint before any video is made."""
     if config.checkpoint is None:
         raise ConfigError(
             "videoalign_mq.checkpoint: not given; needed: the released VideoReward (folder, "
@@ -43,7 +43,7 @@ def read(config: VideoAlignMqConfig) -> list[Prompt]:
 
 
 def check_files(config: VideoAlignMqConfig) -> None:
-    """Raises FileNotFoundError or ConfigError where a file that rating needs is not there."""
+    """Raises FileNotFoundError or ConfigError if a file needed for rating is missing."""
     from afd.discriminators.videoalign.model import BASE, Settings, find_files
     from afd.discriminators.videoalign.prompt import read_template
 
@@ -57,7 +57,7 @@ def check_files(config: VideoAlignMqConfig) -> None:
 
 
 def write(path: Path, clips: Sequence[Clip], videos: Path, fps: float, frames: int) -> None:
-    """path,prompt,fps,num_frames, as VideoAlign's own evaluation of videos reads them."""
+    """Write path,prompt,fps,num_frames as VideoAlign's evaluation script reads them."""
     rows = [
         (str((videos / clip.file).resolve()), clip.prompt.text, f"{fps:g}", frames)
         for clip in clips
@@ -74,9 +74,9 @@ def make_rater(
     width: int,
     device: torch.device,
 ) -> Rater:
-    """The frozen model: files and prompts in, normalised RATINGS of each out.
+    """Load the frozen model, which maps files and prompts to normalised RATINGS.
 
-    Raises ConfigError where the checkpoint is not what is needed.
+    Raises ConfigError if the checkpoint is not the required one.
     """
     from afd.discriminators.videoalign.model import VideoAlign
 
@@ -90,7 +90,7 @@ def make_rater(
             device=device,
             rotary=config.rotary,
         )
-    except ValueError as error:  # what a file holds is not what is needed
+    except ValueError as error:  # a file does not match what is required
         raise ConfigError(str(error)) from error
 
     def rate(paths: Sequence[Path], prompts: Sequence[str]) -> list[list[float]]:
@@ -107,7 +107,7 @@ def make_rater(
 
 
 class Ratings:
-    """What was rated so far, a line of a file per video; a video that changed is rated again."""
+    """Stored ratings, a line of a file per video; a video that changed is rated again."""
 
     def __init__(self, path: Path, config: VideoAlignMqConfig) -> None:
         self._path = path
@@ -123,8 +123,8 @@ class Ratings:
     def rate(
         self, clips: Sequence[Clip], videos: Path, make: Callable[[], Rater], ranks: Ranks
     ) -> list[dict[str, float]]:
-        """Ratings of every clip by name. What is not known is rated, shared among processes; the
-        model is made only for that. Every process must ask."""
+        """Ratings of every clip by name. Unknown ones are computed, split among the processes; only
+        then is the model loaded. Must be called by every process."""
         keys = [_key(videos / clip.file) for clip in clips]
         missing = [i for i, key in enumerate(keys) if not self._knows(key)]
         rater = make() if missing else None
@@ -160,6 +160,6 @@ def scores(clips: Sequence[Clip], ratings: Sequence[dict[str, float]]) -> list[S
 
 
 def _key(video: Path) -> str:
-    """A video and what tells that it is still the same file."""
+    """A key that identifies a video file and its version."""
     facts = video.stat()
     return f"{video.name} {facts.st_size} {facts.st_mtime_ns}"

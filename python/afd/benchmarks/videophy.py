@@ -1,8 +1,7 @@
-"""VideoPhy-2: prompts in, the CSV that its inference script reads, its output back.
+"""VideoPhy-2: read its prompts, write the CSV for its inference script, and read the output.
 
-Its script adds a column `score`, 1 to 5, to the rows it was given: physical commonsense with
---task pc, semantic adherence with --task sa. Reported are the means, and the share of videos that
-have at least 4 of both.
+Its script adds a column `score`, 1 to 5, to the rows: physical commonsense with --task pc, semantic
+adherence with --task sa. Reported are the means, and the share of videos with at least 4 in both.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ GOOD = 4
 
 
 def read(config: VideoPhyConfig) -> list[Prompt]:
-    """The prompts, in the order of the file and each once: its rows may be of several models."""
+    """The distinct prompts in file order; rows may repeat a prompt for several models."""
     path = need(config.prompts, "videophy2.prompts", "the test prompts as .csv, .jsonl or .txt")
     columns = [config.column] + ([] if config.generate is None else [config.generate])
     prompts: dict[str, Prompt] = {}
@@ -31,13 +30,13 @@ def read(config: VideoPhyConfig) -> list[Prompt]:
 
 
 def write(path: Path, clips: Sequence[Clip], videos: Path) -> None:
-    """videopath,caption: absolute paths, as the script runs in a folder of its own."""
+    """Write videopath,caption with absolute paths, since the script runs in another folder."""
     rows = [(str((videos / clip.file).resolve()), clip.prompt.text) for clip in clips]
     write_csv(path, ("videopath", "caption"), rows)
 
 
 def read_results(pc: Path, sa: Path, clips: Sequence[Clip]) -> list[Score]:
-    """What the script has written, as far as it is there."""
+    """Read the script's output, as far as it exists."""
     pcs, sas = (_ratings(path, clips) if path.is_file() else {} for path in (pc, sa))
     both = [float(min(pcs[name], sas[name]) >= GOOD) for name in pcs if name in sas]
     found = {"PC": [*pcs.values()], "SA": [*sas.values()], f"SA and PC >= {GOOD}": both}
@@ -49,7 +48,7 @@ def read_results(pc: Path, sa: Path, clips: Sequence[Clip]) -> list[Score]:
 
 
 def _ratings(path: Path, clips: Sequence[Clip]) -> dict[str, float]:
-    """Score by video. A row belongs to a video by its file's name, wherever the folder was."""
+    """Score per video. Rows are matched by file name, regardless of the folder."""
     key, known = "videophy2", {clip.file for clip in clips}
     ratings: dict[str, float] = {}
     for row in read_rows(path, key, ("videopath", "score")):
@@ -61,6 +60,6 @@ def _ratings(path: Path, clips: Sequence[Clip]) -> dict[str, float]:
         except ValueError:
             raise ConfigError(f"{key} {path}: score of {name} is {row['score']!r}") from None
         if not 1 <= ratings[name] <= 5:
-            # 0 is what the script writes where it could not read the model's answer.
+            # The script writes 0 if it could not parse the model's answer.
             del ratings[name]
     return ratings

@@ -1,4 +1,4 @@
-"""Building blocks of the configuration: the base of all sections, number types, kinds."""
+"""Building blocks of the configuration: base class of sections, number types, kinds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from afd.errors import ConfigError
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
-# More than any machine's cores; with millions torch crashes.
+# More cores than any machine has; torch crashes with millions of threads.
 Threads = Annotated[int, Field(ge=0, le=4096)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -42,15 +42,15 @@ Folder = Annotated[Path, AfterValidator(_in_utf8)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys and numbers that are not finite are errors, values cannot
-    change after loading."""
+    """Base class of every section: rejects unknown keys and non-finite numbers; immutable after
+    loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_from_a_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """`steps: true` would count as 1."""
+        """Reject booleans for numbers: `steps: true` would count as 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         parts = set(_parts(annotation))
         if parts & {int, float} and bool not in parts:
@@ -62,9 +62,9 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class ByKind:
-    """Metadata of a field that holds one of several sections, found by its `kind` in the registry.
+    """Metadata of a field that holds one of several sections, chosen by `kind` in the registry.
 
-    The default of such a field is the default `kind` with all its own defaults.
+    The default of such a field is the section of the default `kind` with its defaults.
     """
 
     group: registry.Group
@@ -98,12 +98,12 @@ class ByKind:
 
 
 def of_default_kind() -> Any:
-    """The default of a field with `ByKind`: the default kind with its own defaults."""
+    """The default of a `ByKind` field: the section of the default kind with its defaults."""
     return Field(default={}, validate_default=True)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """The types in an annotation, at every depth."""
+    """All types in an annotation, recursively."""
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)

@@ -1,7 +1,7 @@
-"""The whole configuration of a run: typed sections, one YAML file, `k=v` overrides.
+"""The configuration of a run: typed sections, one YAML file, `k=v` overrides.
 
-`load_config` is the only door. A key that no section knows is an error that names the key, where
-it came from and the closest known names; a bad value names the field, what came and what is needed.
+`load_config` is the entry point. The error for an unknown key names the key, its origin and the
+closest known names; that for an invalid value names the field, the value and what is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 class EvaluationConfig(Section):
-    """Measuring the student on held-out seeds."""
+    """Evaluation of the student on held-out seeds."""
 
     kind: str = Field(
         default="physics",
@@ -59,7 +59,7 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What a run writes about itself."""
+    """Logs and progress output of a run."""
 
     every: Count = Field(
         default=10,
@@ -82,7 +82,7 @@ class LoggingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the whole state of a run is saved."""
+    """When the full state of a run is saved."""
 
     every: Natural = Field(
         default=100, description="save after every so many updates; 0 only at the end and on Ctrl-C"
@@ -96,7 +96,7 @@ class CheckpointConfig(Section):
 
 
 class RunConfig(Section):
-    """One run."""
+    """Configuration of a training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = Field(
         default="run", description="name of the run; letters, digits, dot, dash, underscore"
@@ -142,7 +142,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
-        """Refuse parts that cannot work together."""
+        """Reject sections that are incompatible."""
         if self.evaluation.kind != "none":
             try:
                 metrics = find("metrics", self.evaluation.kind)
@@ -165,11 +165,11 @@ class RunConfig(Section):
         return self.teacher.path if self.teacher.path is not None else self.run_dir / "teacher"
 
     def open_teacher(self, console: Console | None = None) -> Teacher:
-        """The run's teacher. Raises TeacherError where it cannot be used."""
+        """Open the run's teacher. Raises TeacherError if it cannot be used."""
         return self.teacher.open(self.video, self.teacher_dir, console)
 
 
-# Keys of earlier versions, which are refused with their new names.
+# Keys of earlier versions, which are rejected with a hint at their new names.
 RENAMED = {
     "steps": ("updates", "student.denoising_steps"),
     "prompts_per_step": ("prompts_per_update",),
@@ -180,8 +180,8 @@ RENAMED = {
     **{f"{m}.cosine_steps": (f"{m}.cosine_updates",) for m in ("afd", "sft", "gan", "dmd")},
 }
 
-# A resumed run may differ from its checkpoint here and nowhere else: none of these changes a number
-# of the updates already made.
+# The only keys in which a resumed run may differ from its checkpoint: none of them affects the
+# results of updates already made.
 FREE_KEYS = (
     "name",
     "out",
@@ -202,11 +202,11 @@ def load_config(path: Path | str, overrides: Sequence[str], kind: type[Kind]) ->
 def load_config(
     path: Path | str, overrides: Sequence[str] = (), kind: type[Section] = RunConfig
 ) -> Section:
-    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML), check everything.
+    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate.
 
-    `kind` is the root section, RunConfig where none is named.
+    `kind` is the root section, by default RunConfig.
 
-    Raises ConfigError naming the key, what came, what is needed and where it came from.
+    Raises ConfigError naming the key, the value given, what is needed and the origin.
     """
     path = Path(path)
     data = read_yaml(path)
@@ -214,11 +214,11 @@ def load_config(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file; ConfigError where it holds anything else."""
+    """Read the keys and values of a YAML file; ConfigError if it contains anything else."""
     where = f"config {_shown(str(path), 400)}"
     try:
         with path.open("rb") as file:
-            # One byte more than is allowed; a device or pipe may have no end.
+            # One byte more than allowed; a device or pipe may be endless.
             text = file.read(MAX_BYTES + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{where}: cannot be read ({_reason(error)})") from error
@@ -231,7 +231,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """The plain value that YAML text stands for; ConfigError, which begins with `where`."""
+    """Parse YAML text to a plain value; raises ConfigError, whose message begins with `where`."""
     try:
         return parse_yaml(text)
     except YamlError as error:
@@ -261,7 +261,7 @@ def make_config(
     origin: str = "configuration",
     kind: type[Section] = RunConfig,
 ) -> Section:
-    """Check plain data (as YAML gives it) plus overrides. `origin` names it in errors."""
+    """Validate plain data (as parsed from YAML) with overrides. `origin` names it in errors."""
     data = _copy(data)
     came_from: dict[str, str] = {}
     for override in overrides:
@@ -274,7 +274,7 @@ def make_config(
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain data that YAML, JSON and torch.save(weights_only) all take."""
+    """The configuration as plain data for YAML, JSON and torch.save(weights_only)."""
     return config.model_dump(mode="json")
 
 
@@ -284,7 +284,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested data."""
+    """Yield dotted keys and values of nested data."""
     for key, value in data.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -295,7 +295,7 @@ def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def differences(
     old: dict[str, Any], new: dict[str, Any], free_keys: Sequence[str] = FREE_KEYS
 ) -> list[str]:
-    """What differs between two plain configurations outside `free_keys`, one sentence a key."""
+    """Differences between two plain configurations outside `free_keys`, one sentence per key."""
     a, b = dict(flatten(old)), dict(flatten(new))
     free = tuple(f"{key}." for key in free_keys)
     keys = [k for k in sorted(a.keys() | b.keys()) if not f"{k}.".startswith(free)]
@@ -316,7 +316,7 @@ def _named(override: str) -> str:
 
 
 def _shown(value: object, width: int = 120) -> str:
-    """A value's repr, cut where it is long; a path or another text that is short stays as it is."""
+    """A value's repr, truncated to `width`; with a large `width` printable text is not quoted."""
     text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
     return text if len(text) <= width else f"{text[:width]}…"
 
@@ -341,10 +341,10 @@ def _apply(data: dict[str, Any], override: str, kind: type[Section]) -> str:
 
 
 def _value(text: str, override: str, annotations: Sequence[Any]) -> Any:
-    """An override's value: YAML, or where the key takes a path or free text that text itself.
+    """An override's value: parsed as YAML, or taken literally if the key is a path or free text.
 
-    There YAML would cut "a #1", and take "a: b", [x], 2026 and *x for other things. What stands in
-    quotes, null, and a list where the key takes one, are YAML for every key.
+    For such keys YAML would truncate "a #1" and misread "a: b", [x], 2026 and *x. Quoted values,
+    null, and a list if the key takes one, are parsed as YAML for every key.
     """
     kinds = {part for annotation in annotations for part in _parts(annotation)}
     literal = bool(kinds & {str, Path})
@@ -356,12 +356,12 @@ def _value(text: str, override: str, annotations: Sequence[Any]) -> Any:
         return parse_value(text, f"{_named(override)}: {_shown(text)}")
     except ConfigError:
         if literal and quoted:
-            return text  # a name that begins and ends with a quote
+            return text  # a literal name that begins and ends with a quote
         raise
 
 
 def _annotations(kind: type[BaseModel], parts: Sequence[str]) -> list[Any]:
-    """The types of a dotted key, one of each section that has it."""
+    """The types of a dotted key, one per section that has it."""
     field = kind.model_fields.get(parts[0])
     if field is None:
         return []
@@ -372,7 +372,7 @@ def _annotations(kind: type[BaseModel], parts: Sequence[str]) -> list[Any]:
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """The plain types in a union; Path and str, but neither literals nor what a list holds."""
+    """The plain types in a union: Path and str, but neither literals nor element types of lists."""
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
         for part in get_args(annotation):
@@ -404,7 +404,7 @@ def _explain(
 
 
 def _suggest(key: str, kind: type[Section]) -> str:
-    """The closest known keys by their last part (the same section first), else the section's."""
+    """Suggest the closest known keys by last part (same section first), else the section's keys."""
     known = known_keys(kind)
     section, _, end = key.rpartition(".")
 
@@ -424,12 +424,12 @@ def _suggest(key: str, kind: type[Section]) -> str:
 
 
 def known_keys(kind: type[Section] = RunConfig) -> list[str]:
-    """Every dotted key of a root section, sections of all kinds included."""
+    """Every dotted key of a root section, including sections of all kinds."""
     return list(dict.fromkeys(_keys(kind, "")))
 
 
 def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
-    """The sections that a field may hold: one, one of each kind, or none."""
+    """The sections that a field may hold: one, one per kind, or an empty list."""
     for each in field.metadata:
         if isinstance(each, ByKind):
             return each.sections()

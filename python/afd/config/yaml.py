@@ -1,6 +1,6 @@
-"""Plain data from YAML text, bounded before anything is built from it.
+"""Safe YAML parsing into plain data, with size limits checked before construction.
 
-Scalars are read as YAML 1.2 does where 1.1 surprises: dates, 12:30, 010, yes and no are text.
+Scalars follow YAML 1.2 where 1.1 is surprising: dates, 12:30, 010, yes and no are text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from afd.errors import YamlError
 
-# A list of ten thousand prompts fits.
+# Large enough for a list of ten thousand prompts.
 MAX_BYTES = 1 << 20
 MAX_NODES = 50_000
 MAX_DEPTH = 32
@@ -27,8 +27,8 @@ _FLOAT = r"""(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of one YAML document: mappings with text as keys, lists, text, numbers, booleans
-    and None. Raises YamlError for anything else, and past the bounds above."""
+    """Parse one YAML document: mappings with text keys, lists, text, numbers, booleans and None.
+    Raises YamlError for anything else, and beyond the limits above."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise YamlError(f"it has more than {MAX_BYTES} bytes")
     try:
@@ -60,7 +60,7 @@ def _at(mark: Any, problem: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Counts nodes while they are read, so that a long or deep text is not read to its end."""
+    """Counts nodes during parsing, so that parsing stops early at the size or depth limit."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -78,7 +78,7 @@ class _Loader(yaml.SafeLoader):
             self._depth -= 1
 
 
-# None of YAML 1.1's own.
+# Drop YAML 1.1's implicit resolvers.
 _Loader.yaml_implicit_resolvers = {}
 _Loader.add_implicit_resolver(
     _PREFIX + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
@@ -102,15 +102,15 @@ def _too_deep() -> str:
 
 
 class _Check:
-    """One walk over the nodes before anything is built from them."""
+    """Validates the nodes in one traversal before construction."""
 
     def __init__(self, loader: _Loader) -> None:
         self._loader = loader
-        # Nodes and depth below each node, aliases expanded; None while it is being walked.
+        # Node count and depth below each node, with aliases expanded; None during its traversal.
         self._known: dict[int, tuple[int, int] | None] = {}
 
     def expanded(self, node: Node, depth: int) -> tuple[int, int]:
-        """How many nodes a node stands for, and how deep they are nested."""
+        """Number of nodes below and including a node, aliases expanded, and their depth."""
         if id(node) in self._known:
             found = self._known[id(node)]
             if found is None:
@@ -146,19 +146,19 @@ class _Check:
             if not merge and key.tag != _PREFIX + "str":
                 raise _wrong(key, f"key {_short(key.value)} is not text; needed: quotes around it")
             _text(key)
-            # Of a key that stands twice YAML would take the last, silently.
+            # PyYAML would silently take the last of duplicate keys.
             if key.value in seen:
                 raise _wrong(key, f"key {_short(key.value)} stands twice")
             seen.add(key.value)
 
     def _scalar(self, node: Node) -> None:
-        if node.tag == _PREFIX + "merge":  # as a value it is text
+        if node.tag == _PREFIX + "merge":  # text if used as a value
             node.tag = _PREFIX + "str"
         _plain(node, _SCALARS)
         if node.tag == _PREFIX + "str":
             _text(node)
             return
-        # An explicit tag may stand before anything.
+        # An explicit tag may precede any value.
         if self._loader.resolve(ScalarNode, node.value, (True, False)) != node.tag:
             kind = node.tag.replace(_PREFIX, "!!")
             raise _wrong(node, f"{_short(node.value)} does not have the form of {kind}")
@@ -168,12 +168,12 @@ class _Check:
 
 
 def _text(node: Node) -> None:
-    """Refuse what no file, path or tokenizer takes; JSON writes an emoji as two escapes."""
+    """Reject text that files, paths and tokenizers cannot hold; joins JSON's surrogate pairs."""
     node.value = node.value.encode("utf-16-le", "surrogatepass").decode(
         "utf-16-le", "surrogatepass"
     )
     try:
-        # As a path: bytes that are not UTF-8 are halves of characters, too.
+        # Encoded as for a path, whose non-UTF-8 bytes are lone surrogates too.
         node.value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         raise _wrong(node, f"{_short(node.value)} holds half of a character") from None
@@ -207,5 +207,5 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def yaml_text(data: object) -> str:
-    """Plain data as YAML, keys in their order; `parse_yaml` gives the same data back."""
+    """Serialise plain data as YAML in key order; `parse_yaml` restores the same data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,7 +1,7 @@
-"""What a run depends on beside its configuration and weights, by content.
+"""Content hashes of a run's inputs other than its configuration and weights.
 
-A checkpoint keeps these hashes, so that a resumed run, or one whose teacher's folder changes under
-it, notices another file under an old name.
+A checkpoint stores these hashes, so that a resumed run, or one whose teacher folder changes while
+it runs, detects a file that was replaced under the same name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger("afd")
 
 @dataclass(frozen=True)
 class Content:
-    """A file at one moment. Where size and time are the same, the hash need not be made again."""
+    """A file's hash, size and time. While size and time are unchanged, the hash is reused."""
 
     sha256: str
     bytes: int
@@ -33,26 +33,26 @@ class Content:
 
     @classmethod
     def of(cls, path: Path, sha256: Callable[[Path], str]) -> Content:
-        """Raises OSError where the file cannot be read."""
+        """Inspect and hash a file. Raises OSError if it cannot be read."""
         stat = path.stat()
         return cls(sha256(path), stat.st_size, stat.st_mtime_ns)
 
     def is_of(self, path: Path) -> bool:
-        """Whether a file's size and time are still these."""
+        """Whether a file's size and time still match."""
         stat = path.stat()
         return (stat.st_size, stat.st_mtime_ns) == (self.bytes, self.time_ns)
 
 
 class Contents:
-    """The teacher's videos that a run has looked at so far, each as it was at the first look."""
+    """The teacher's videos that a run has read so far, each as it was when first read."""
 
     def __init__(self, requests: Sequence[Request], *, accept: bool = False) -> None:
-        """`accept`: of a video that was replaced the new one counts, with a warning."""
+        """`accept`: accept replaced videos with a warning, and remember the new content."""
         self._requests, self._accept = list(requests), accept
         self._known: dict[Request, Content] = {}
 
     def check(self, request: Request, path: Path, now: Content) -> None:
-        """Remember a video, or compare it. Raises TeacherError where it was replaced."""
+        """Remember a video, or compare it if known. Raises TeacherError if it was replaced."""
         then = self._known.get(request, now)
         if then.sha256 != now.sha256:
             changed = (
@@ -65,7 +65,8 @@ class Contents:
         self._known[request] = now
 
     def state_dict(self, ranks: Ranks = ALONE) -> list[Any]:
-        """Of all processes; per request None or a Content's fields. Every process must call."""
+        """Per request, None or the fields of its Content, merged over all processes. Every process
+        must call this."""
         held = {n: self._known[r] for n, r in enumerate(self._requests) if r in self._known}
         rows: list[Any] = [None] * len(self._requests)
         for part in ranks.each([[n, *astuple(content)] for n, content in held.items()]):
@@ -81,14 +82,14 @@ class Contents:
         path: Callable[[Request], Path | None] = lambda request: None,
         sha256: Callable[[Path], str] | None = None,
     ) -> None:
-        """What `state_dict` gave. Videos whose `path` is known and whose size or time has changed
-        are compared now, the others when they are decoded again."""
+        """Restore a `state_dict`. Videos whose `path` is known and whose size or time has changed
+        are compared now, all other videos when they are decoded again."""
         for request, fields in zip(self._requests, rows, strict=True):
             if fields is None:
                 continue
             self._known[request] = Content(*fields)
             file = path(request) if sha256 is not None else None
-            # One that is not there is named by who wants it.
+            # A missing file is reported when it is requested.
             if file is None or sha256 is None or not file.is_file():
                 continue
             if not self._known[request].is_of(file):
@@ -96,9 +97,9 @@ class Contents:
 
 
 def inputs_of(method: Method, prompts: Sequence[str]) -> dict[str, str]:
-    """Content hashes of the files behind keys of the configuration whose content no weights hold.
+    """Content hashes, by configuration key, of input files that are not part of the saved weights.
 
-    `prompts`: of held-out videos.
+    `prompts`: those of the held-out videos.
     """
     with method.evaluation_policy() as policy:
         found = {
@@ -113,7 +114,7 @@ def inputs_of(method: Method, prompts: Sequence[str]) -> dict[str, str]:
 def refuse_other_inputs(
     there: Mapping[str, str], now: Mapping[str, str], *, accept: bool = False
 ) -> None:
-    """ConfigError where inputs changed since a checkpoint; a warning with `accept`."""
+    """Raise ConfigError if inputs changed since a checkpoint; with `accept`, only warn."""
     for key in sorted(there.keys() | now.keys()):
         if there.get(key) == now.get(key):
             continue

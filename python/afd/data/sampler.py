@@ -14,9 +14,9 @@ from afd.teachers.base import Request
 
 
 class Sampler:
-    """Requests in seeded random order, every one once before any comes again.
+    """Draws requests in seeded random order without replacement, reshuffled every round.
 
-    The order of round k depends on (seed, k) only, so the cursor is the whole state.
+    The order of round k depends only on (seed, k), so the cursor is the whole state.
     """
 
     def __init__(self, requests: Sequence[Request], seed: int) -> None:
@@ -40,7 +40,7 @@ class Sampler:
         return drawn
 
     def peek(self, count: int) -> list[Request]:
-        """What the next draw gives, as far as this round goes."""
+        """The next `count` requests without drawing them; fewer at the end of the round."""
         return [self._requests[i] for i in self._order[self._position : self._position + count]]
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,7 +48,8 @@ class Sampler:
         return cursor | {"of": len(self._requests), "asked": self._asked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved cursor; refuses one of other requests, or of the same in another order."""
+        """Restore a saved cursor. Raises TeacherError if it belongs to other requests, or to the
+        same in another order."""
         if state["of"] != len(self._requests):
             raise TeacherError(
                 f"the checkpoint was made with {state['of']} teacher videos, "

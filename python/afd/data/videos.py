@@ -1,4 +1,4 @@
-"""The teacher's videos as a method sees them: drawn, decoded once, encoded, kept.
+"""The teacher's videos as input to a method: drawn, decoded once, encoded and cached.
 
 Shape letters: P prompts, F frames, C = 3, H rows, W columns.
 """
@@ -26,20 +26,21 @@ from afd.teachers.base import Request, Teacher
 from afd.video import Clip, from_uint8, read_clip, through_codec, to_uint8
 from afd.video.config import VideoConfig
 
-# Requests offered for prefetching at a time; the teacher takes as many as it wants.
+# Requests offered for prefetching at a time; the teacher decides how many to start.
 AHEAD = 256
-# Bytes of finished clips (or latents) kept in memory; older ones are made again when asked for.
+# Bytes of finished clips (or latents) kept in memory; the least recently used are evicted.
 MEMORY = 4 << 30
-# Clips decoded at the same time, beside the training.
+# Clips decoded concurrently, in the background of training.
 THREADS = 2
 _log = logging.getLogger("afd")
 
 
 class Videos:
-    """A teacher's answers as a method wants to see them.
+    """A teacher's videos in the form that a method takes as input.
 
-    Each file is decoded once, the next update's in the background on the CPU, and kept in memory as
-    bytes (the frames that are looked at) or as latents, which a store also keeps for later runs.
+    Each file is decoded once, those of the next update in the background on the CPU, and kept in
+    memory as bytes (only the frames that are used) or as latents, which a store also keeps for
+    later runs.
     """
 
     def __init__(
@@ -55,28 +56,28 @@ class Videos:
         memory: int = MEMORY,
         accept: bool = False,
     ) -> None:
-        """`prepare`: what is kept of pixels [1, F, 3, H, W] (None: all); `codec`: makes the latents
-        that input_space="latents" means; `memory`: bytes that may be held; `accept`: videos may be
-        replaced by others."""
+        """`prepare`: selects what is kept of pixels [1, F, 3, H, W] (None: all); `codec`: encodes
+        the latents if input_space="latents"; `memory`: bytes that may be held; `accept`: accept
+        replaced videos."""
         self._teacher, self._video, self._ranks = teacher, video, ranks
         self._contents = Contents(teacher.requests, accept=accept)
         self._prepare, self._codec, self._store = prepare, codec or Pixels(), store
-        # None: pixels are wanted. Found here, because it may come from weights on a GPU.
+        # None for pixels. Computed here, because it may depend on weights on a GPU.
         self._identity = self._codec.identity if input_space == "latents" else None
         self._seen = input_space == "pixels"
         self._paths: dict[Request, Path] = {}
-        self._kept: dict[Request, Tensor] = {}  # the one asked for last comes last
+        self._kept: dict[Request, Tensor] = {}  # most recently used last
         self._memory = memory
         self._coming: dict[Request, Future[tuple[Tensor, Content]]] = {}
         self._pool = ThreadPoolExecutor(THREADS, "afd decode")
-        self._made, self._found = 0, 0  # latents: encoded, and read from the store
+        self._made, self._found = 0, 0  # latents encoded, and latents read from the store
 
     def draw(self, sampler: Sampler, count: int, ahead: int = 0) -> list[Request]:
-        """The sampler's next `count` requests that have an answer, the same on every rank.
+        """Draw the sampler's next `count` requests that have an answer, the same on every rank.
 
-        Requests without one are skipped and logged; TeacherError if none is left. `ahead`: how
-        many more will be drawn at most; a teacher that takes long begins with them now, and those
-        of the next draw that are there are decoded meanwhile. Only the main rank asks the teacher.
+        Requests without an answer are skipped with a warning; TeacherError if none is left.
+        `ahead`: the most that will still be drawn; a slow teacher starts on them now, and videos of
+        the next draw that are ready are decoded meanwhile. Only the main rank queries the teacher.
         """
         said = None
         if self._ranks.main:
@@ -117,21 +118,21 @@ class Videos:
         return drawn
 
     def _is_there(self, request: Request) -> bool:
-        """Whether asking for it would not wait: of a teacher that makes its videos on demand."""
+        """Whether the answer is available without waiting, for teachers that work on demand."""
         ready = getattr(self._teacher, "ready", None)
         return ready is None or bool(ready(request))
 
     def fetch(self, requests: Sequence[Request]) -> Tensor:
-        """float32 [P, F, C, H, W] on the CPU, one per request: frames in [-1, 1], or latents.
+        """Load float32 [P, F, C, H, W] on the CPU, one per request: frames in [-1, 1], or latents.
 
-        Under several ranks each asks for its share of what was drawn.
+        With several ranks, each fetches its share of the drawn requests.
         """
         for request in requests:
             self._begin(request)
         return torch.stack([self._one(request) for request in requests])
 
     def clip(self, request: Request) -> Tensor:
-        """The whole clip, float32 [F, 3, H, W] in [-1, 1], whatever a method sees of it."""
+        """The full clip, float32 [F, 3, H, W] in [-1, 1], independent of the method's input."""
         path = self._path(request)
         frames, content = self._with_content(
             path, lambda path: to_uint8(self._read(path).video_FCHW)
@@ -140,21 +141,21 @@ class Videos:
         return from_uint8(frames)
 
     def state_dict(self) -> list[Any]:
-        """The content of every video seen so far. Every process must call."""
+        """The content of every video read so far. Every process must call this."""
         return self._contents.state_dict(self._ranks)
 
     def load_state_dict(self, state: list[Any]) -> None:
-        """Know these contents again. Raises TeacherError for a video that was replaced since."""
+        """Restore known contents. Raises TeacherError for a video that was replaced since."""
 
         def path(request: Request) -> Path | None:
-            # Only the main process asks the teacher, and for nothing that is not there.
+            # Only the main process queries the teacher, and only for videos that are ready.
             known = self._ranks.main and self._is_there(request)
             return self._teacher.answer(request) if known else None
 
         self._contents.load_state_dict(state, path, sha256_of)
 
     def close(self) -> None:
-        """End the decoding threads. What was made is told."""
+        """Stop the decoding threads and log how many latents were encoded or read."""
         self._pool.shutdown(cancel_futures=True)
         if self._store is not None and self._made + self._found:
             told = self._store.told("latents")
@@ -185,10 +186,10 @@ class Videos:
         return held.float() if self._identity is not None else from_uint8(held)
 
     def _with_content(self, path: Path, load: Callable[[Path], Tensor]) -> tuple[Tensor, Content]:
-        """What is loaded of a file, and of which content that is."""
+        """Load a file and identify its content."""
         latents = self._identity is not None and self._store is not None
         try:
-            # What is not decoded again is not read again either.
+            # If cached latents spare the decoding, the cached hash also spares reading the file.
             content = Content.of(
                 path, partial(file_hash, store=self._store) if latents else sha256_of
             )
@@ -200,9 +201,9 @@ class Videos:
         return loaded, content
 
     def _load(self, path: Path) -> Tensor:
-        """Of a file: frames as uint8 [F, H, W, 3], or its latents where the store has them.
+        """Load a file's frames as uint8 [F, H, W, 3], or its latents if the store has them.
 
-        Runs beside the training: nothing here touches the accelerator.
+        Runs in the background of training, so it must not use the accelerator.
         """
         if self._identity is not None and self._store is not None:
             known = self._store.get("latents", self._facts(path))
@@ -211,8 +212,8 @@ class Videos:
         video_FCHW, own_pixels = self._read(path)
         if self._seen:
             if self._video.codec_match and not own_pixels:
-                # Its own codec's traces were scaled with it: the last pass shall be at this size,
-                # as the student's is.
+                # Scaling has altered the clip's own codec artefacts: re-encode it at this size, so
+                # that they match the student's.
                 video_FCHW = through_codec(
                     video_FCHW[None], fps=self._video.fps, crf=self._video.crf
                 )[0]
@@ -241,7 +242,7 @@ class Videos:
         return latent_FCHW
 
     def _facts(self, path: Path) -> Facts:
-        """What latents depend on."""
+        """Everything that latents depend on, as the cache key."""
         video = self._video.model_dump(include={"frames", "height", "width", "fps", "short", "hdr"})
         return {"video": file_hash(path, self._store), "codec": self._identity, **video}
 

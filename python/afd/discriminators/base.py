@@ -1,4 +1,4 @@
-"""What every discriminator offers, and the two losses.
+"""The discriminator interface and the two losses.
 
 Shape letters: B videos or pairs of a teacher and a student video, F frames, C channels, H x W.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class DiscriminatorConfig(Section):
-    """Base of every discriminator's section: loss, optimizer and pace.
+    """Base class of every discriminator's section: loss, optimizer and update schedule.
 
-    A subclass has a `build` of its own (docs/EXTENDING.md); a built-in one names the function, as
-    "module:name".
+    A subclass implements `build` (docs/EXTENDING.md); a built-in one sets `builder` to the
+    function, as "module:name".
     """
 
     builder: ClassVar[str]
-    # Optional packages without which it cannot be built.
+    # Optional packages required to build it.
     packages: ClassVar[tuple[str, ...]] = ()
 
     kind: str = Field(description="name of the discriminator in the registry")
@@ -57,26 +57,26 @@ class DiscriminatorConfig(Section):
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> DifferentiableDiscriminator:
-        """The discriminator of this student's videos, which can read the prompts.
+        """Build the discriminator for this student's videos and these prompts.
 
-        Raises ValueError, FileNotFoundError or ConfigError where a part cannot be loaded.
+        Raises ValueError, FileNotFoundError or ConfigError if a part cannot be loaded.
         """
         need(f"discriminator.kind={self.kind}", *self.packages)
         return load(self.builder)(self, student, video, prompts, seed=seed, ranks=ranks)
 
     def check_student(self, student: StudentConfig) -> None:
-        """Raise ValueError where it cannot judge this student's videos."""
+        """Raise ValueError if it cannot score this student's videos."""
 
     def missing(self) -> Iterator[str]:
-        """Files that a run would not find, or would have to download, one sentence each."""
+        """Yield a sentence for each file that a run would not find or would have to download."""
         yield from ()
 
 
 class Discriminator(Protocol):
-    """A scorer of finished videos that learns to tell the teacher's from the student's.
+    """A scorer of finished videos that learns to distinguish the teacher's from the student's.
 
-    Videos come prepared (`prepare`). With several processes each brings its own part of the batch:
-    an update is that of the whole batch, and so are its metrics.
+    Inputs are already prepared (`prepare`). With several processes each passes its own part of the
+    batch; an update and its metrics are those of the whole batch.
 
     Attributes:
         input_space: pixels in [-1, 1], or the student's latents.
@@ -86,15 +86,15 @@ class Discriminator(Protocol):
 
     @property
     def config(self) -> DiscriminatorConfig:
-        """Its pace, among other things."""
+        """Its settings, including the update schedule."""
         ...
 
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
-        """What of the videos is looked at; only this needs to be kept."""
+        """The part of the videos that it uses as input; only this needs to be stored."""
         ...
 
     def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """How much each video looks like the teacher's for its prompt, [B]; no gradient."""
+        """Scores [B], higher for videos more like the teacher's for the prompt; no gradient."""
         ...
 
     def step(
@@ -112,18 +112,18 @@ class DifferentiableDiscriminator(Discriminator, Protocol):
     """A discriminator through which a generator's loss can reach the videos (the GAN baseline)."""
 
     def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to what was looked at, and to the weights unless `held`."""
+        """Scores [B] with gradients to the input, and to the weights unless `held`."""
         ...
 
     def weights(self) -> Iterable[Tensor]:
-        """What it trains."""
+        """The trained weights."""
         ...
 
 
 @contextmanager
 def held(discriminator: DifferentiableDiscriminator) -> Iterator[None]:
-    """The discriminator's weights as constants: a loss, and its backward, in the block goes through
-    it and not into it."""
+    """Freeze the discriminator's weights in the block: a loss and its backward pass gradients
+    through it but not to its weights."""
     weights = list(discriminator.weights())
     for weight in weights:
         weight.requires_grad_(False)
@@ -135,7 +135,7 @@ def held(discriminator: DifferentiableDiscriminator) -> Iterator[None]:
 
 
 def bradley_terry_loss(teacher_B: Tensor, student_B: Tensor) -> Tensor:
-    """Mean -log sigmoid(D(teacher) - D(student)) over pairs of one prompt (arXiv 2605.26105)."""
+    """Mean -log sigmoid(D(teacher) - D(student)) over prompt-matched pairs (arXiv 2605.26105)."""
     return F.softplus(student_B - teacher_B).mean()
 
 
@@ -148,7 +148,7 @@ LOSSES = {"bt": bradley_terry_loss, "gan": gan_loss}
 
 
 def pair_metrics(teacher_B: Tensor, student_B: Tensor) -> dict[str, float]:
-    """Share of pairs ranked right, and the mean score difference."""
+    """Fraction of pairs ranked correctly, and the mean score difference."""
     margin_B = (teacher_B - student_B).detach()
     return {"accuracy": float((margin_B > 0).float().mean()), "margin": float(margin_B.mean())}
 

@@ -1,4 +1,4 @@
-"""Typed settings of the discriminators, one section per kind, and the interface to build one."""
+"""Settings of the discriminators, one section per kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from afd.hub import missing_path, missing_source
 
 
 class PairConfig(DiscriminatorConfig):
-    """A discriminator that learns from pairs in pieces."""
+    """Settings of a discriminator that learns from pairs in micro-batches."""
 
     learning_rate_warmup: Natural = Field(
         default=0, description="updates over which the rate rises linearly to learning_rate"
@@ -27,7 +27,7 @@ class PairConfig(DiscriminatorConfig):
 
 
 class VideoAlignConfig(PairConfig):
-    """A VideoAlign (Qwen2-VL) reward model that learns on: LoRA and the reward head."""
+    """A VideoAlign (Qwen2-VL) reward model whose LoRA and reward head are trained further."""
 
     builder: ClassVar[str] = "afd.discriminators.videoalign.discriminator:build"
     packages: ClassVar[tuple[str, ...]] = ("transformers", "peft")

@@ -1,7 +1,7 @@
-"""`afd ablation CONFIG.yaml`: one question, a run for every answer, a table and the r curves.
+"""`afd ablation CONFIG.yaml`: run the cells of an ablation, tabulate and plot them.
 
 The folder (runs/ablations/<name>, or `out=`) holds <row>/seed<k>/, results.json, results.md and
-curves.png. Every cell is run once; running the command again continues where it stopped.
+curves.png. Every cell runs once; rerunning the command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CURVES = {
 
 
 class AblationConfig(Section):
-    """One question about the trainer and the runs that answer it."""
+    """Settings of an ablation: its question and the runs that answer it."""
 
     name: str = Field(description="name of the folder and of the table")
     question: str = Field(description="what the rows are compared for; stands above the table")
@@ -43,7 +43,7 @@ class AblationConfig(Section):
 
 
 def ablation(path: Path, overrides: Sequence[str], console: Console) -> bool:
-    """Run or continue every chosen cell; False where Ctrl-C stopped it (all saved)."""
+    """Run or resume every selected cell; False if Ctrl-C interrupted it (all progress saved)."""
     config = load_config(path, [], AblationConfig)
     table = study(path, config, overrides)
     if not table.run(console):
@@ -58,7 +58,7 @@ def ablation(path: Path, overrides: Sequence[str], console: Console) -> bool:
 
 
 def study(path: Path, config: AblationConfig, overrides: Sequence[str]) -> Study:
-    """The runs of an ablation's file."""
+    """Build the study described by an ablation file."""
     chosen, seeds, common = choice(overrides, list(config.rows), config.seeds)
     start = read_yaml(path.parent / config.base)
     where = {"name": config.name, "out": str(Path("runs") / "ablations" / config.name)}
@@ -68,7 +68,7 @@ def study(path: Path, config: AblationConfig, overrides: Sequence[str]) -> Study
 
 
 def document(config: AblationConfig, table: Study, results: dict[str, Any]) -> str:
-    """The table with the question above it, and where and when it was measured below."""
+    """Format the results: the question, the table, and where and when it was measured."""
     folders = [folder for row in table.rows for folder in table.finished(row)]
     made = max((folder / "DONE").stat().st_mtime for folder in folders)
     day = datetime.datetime.fromtimestamp(made, datetime.timezone.utc).date()
@@ -104,7 +104,7 @@ def _updates(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw(table: Study, path: Path) -> None:
-    """r over the updates and physics error at the evaluations, a line for every finished run."""
+    """Plot r per update and physics error per evaluation, one line per finished run."""
     figure = Figure(figsize=(4 * (len(CURVES) + 1) + 1.5, 3.4), layout="constrained")
     panels = figure.subplots(1, len(CURVES) + 1)
     for number, row in enumerate(table.rows):

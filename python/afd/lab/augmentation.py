@@ -1,4 +1,4 @@
-"""Random looks: the same motion in another picture.
+"""Random appearance augmentation that leaves the motion unchanged.
 
 Shape letters: B videos, F frames, C colour channels, H x W pixels.
 """
@@ -15,7 +15,7 @@ def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
 
 
 def _field(n: int, height: int, width: int, generator: Generator) -> Tensor:
-    """A static grey texture [n, 1, 1, H, W] of a random coarseness, standard deviation about 1."""
+    """Static grey textures [n, 1, 1, H, W] of random coarseness, standard deviation about 1."""
     cells = int(torch.randint(1, 5, (), generator=generator))
     rows, columns = -(-height // cells), -(-width // cells)
     coarse = torch.randn(n, 1, rows, columns, generator=generator)
@@ -25,7 +25,7 @@ def _field(n: int, height: int, width: int, generator: Generator) -> Tensor:
 def random_look(
     video_BFCHW: Tensor, generator: Generator, strength: float = 1.0, shared: bool = False
 ) -> Tensor:
-    """New contrast, brightness, tint, texture, corner patch and pixel noise, one draw per video.
+    """Randomise contrast, brightness, tint, texture, corner patch and pixel noise per video.
 
     A discriminator that sees both sides under random looks cannot tell them apart by the look.
     `shared`: one draw for all videos, so that they can be compared under the same look.

@@ -1,4 +1,4 @@
-"""The toy student as a configuration names it: built, loaded and saved (`StudentConfig`)."""
+"""Build, load and save the toy student from its configuration (`StudentConfig`)."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def build(
     store: Store | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[ToyStudent, Pixels]:
-    """The toy of a checkpoint and its codec, which changes nothing (`StudentConfig.build`)."""
+    """Load the toy from its checkpoint, with an identity codec (`StudentConfig.build`)."""
     return _load(config).to(device, config.torch_dtype), Pixels()
 
 
 def video_size(config: ToyStudentConfig) -> tuple[int, int, int]:
-    """Frames, rows and columns of its videos."""
+    """Frames, height and width of the student's videos."""
     toy = _load(config).config
     return toy.frames, toy.height, toy.width
 
 
 def load_network(config: ToyStudentConfig) -> CausalWan:
-    """The network of the start weights, in float32."""
+    """Load the network with its initial weights, in float32."""
     return _load(config).net
 
 

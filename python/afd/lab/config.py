@@ -1,4 +1,4 @@
-"""Typed settings of the laptop task: its student, its discriminator and its teacher."""
+"""Settings of the toy task: its student, discriminator and teacher."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ToyStudentConfig(StudentConfig):
-    """The laptop-size student."""
+    """Settings of the toy student."""
 
     kind: Literal["toy"] = Field(default="toy", description="the laptop-size student")
     checkpoint: str = Field(
@@ -71,7 +71,7 @@ class ToyStudentConfig(StudentConfig):
 
 
 class ToyDiscriminatorConfig(DiscriminatorConfig):
-    """The laptop-size scorer."""
+    """Settings of the toy discriminator."""
 
     builder: ClassVar[str] = "afd.lab.discriminator:build"
 
@@ -118,7 +118,7 @@ class ToyDiscriminatorConfig(DiscriminatorConfig):
 
 
 class SimulatorConfig(TeacherConfig):
-    """A separate process that writes the bouncing-ball videos into the teacher's folder."""
+    """Settings of the simulator, a subprocess that writes the teacher's bouncing-ball videos."""
 
     opener: ClassVar[str] = "afd.lab.simulator_teacher:open_teacher"
 

@@ -1,4 +1,4 @@
-"""Discriminators of the laptop-size task, and the frozen motion backbone they can start from.
+"""Discriminators of the toy task, and the frozen motion backbone they can build on.
 
 Shape letters: B videos, F frames, C colour channels, H x W pixels, M motion features, E text.
 """
@@ -29,10 +29,10 @@ TEXT_LEN, TEXT_DIM = 6, 32
 
 
 class MotionBackbone(nn.Module):
-    """Twelve features a frame that say where the ball is and how it moves, whatever the look.
+    """Twelve look-invariant features per frame that encode the ball's position and motion.
 
-    The stand-in for a pretrained video scorer. Input: each frame, and its difference to the clip's
-    mean, which removes everything that does not move.
+    The stand-in for a pretrained video scorer. Input: each frame, and its difference from the
+    clip's mean, which removes everything that does not move.
     """
 
     features = 12
@@ -58,7 +58,7 @@ class MotionBackbone(nn.Module):
         return self.time2(F.gelu(self.time1(x))).transpose(1, 2)
 
     def forward(self, video_BFCHW: Tensor) -> Tensor:
-        """Features [B, F, M], each of mean 0 and standard deviation 1 on the pretraining clips."""
+        """Features [B, F, M], standardised over the pretraining clips."""
         return (self.raw(video_BFCHW) - self.mean) / self.std
 
     def save(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class MotionBackbone(nn.Module):
 
 
 class FrozenFeatureScorer(nn.Module):
-    """A small online head on frozen features: MLP 128-64-1 with the prompt beside them."""
+    """A small online head on frozen features and the prompt embedding: an MLP 128-64-1."""
 
     def __init__(self, backbone: MotionBackbone, frames: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class FrozenFeatureScorer(nn.Module):
         )
 
     def inputs(self, video_BFCHW: Tensor) -> Tensor:
-        """What noise and the gradient penalty act on."""
+        """The tensor to which noise and the gradient penalty apply."""
         return self.backbone(video_BFCHW)
 
     def forward(self, features_BFM: Tensor, text_BE: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class FrozenFeatureScorer(nn.Module):
 
 
 class ScratchScorer(nn.Module):
-    """Pixels to score, all of it trained online: per-frame convolutions, temporal one, MLP."""
+    """A pixel scorer trained from scratch online: per-frame and temporal convolutions, MLP."""
 
     def __init__(self, frames: int, channels: int = 3) -> None:
         super().__init__()
@@ -127,9 +127,9 @@ class ScratchScorer(nn.Module):
 
 
 class ToyDiscriminator:
-    """A scorer with its optimizer and its own random numbers (see `Discriminator`).
+    """A scorer with its optimizer and random generator (see `Discriminator`).
 
-    It is small: with several processes each makes the whole batch's update by itself.
+    It is small: with several processes, each computes the update of the whole batch redundantly.
     """
 
     input_space: Literal["pixels", "latents"] = "pixels"
@@ -161,11 +161,11 @@ class ToyDiscriminator:
         )
 
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
-        """All of it."""
+        """The videos, unchanged."""
         return video_BFCHW
 
     def weights(self) -> Iterable[Tensor]:
-        """What it trains."""
+        """The trained weights."""
         return self._weights
 
     def _restyled(self, video_BFCHW: Tensor, generator: Generator, shared: bool = False) -> Tensor:
@@ -177,7 +177,7 @@ class ToyDiscriminator:
         return encode_prompts(list(prompts), TEXT_LEN, TEXT_DIM).flatten(1)
 
     def _beginning(self, inputs: Tensor, quarters_B: Tensor) -> Tensor:
-        """Blank everything after the given number of quarters of each clip."""
+        """Keep the given number of quarters of each clip and blank the rest."""
         frames = inputs.shape[1]
         seen_BF = torch.arange(frames) * 4 < quarters_B[:, None] * frames
         return inputs * seen_BF.view(*seen_BF.shape, *[1] * (inputs.ndim - 2))
@@ -189,10 +189,10 @@ class ToyDiscriminator:
     def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the videos.
 
-        The looks are the same until the next `step`, so that a batch may come in parts.
+        The looks stay fixed until the next `step`, so that a batch may be scored in parts.
         """
         looks = Generator().set_state(self.generator.get_state())
-        # It lives on the CPU, wherever the student is.
+        # The discriminator is on the CPU, whatever the student's device.
         return self._score(input_BFCHW.cpu(), prompts, looks).to(input_BFCHW.device)
 
     def _score(self, input_BFCHW: Tensor, prompts: Sequence[str], generator: Generator) -> Tensor:
@@ -200,7 +200,7 @@ class ToyDiscriminator:
         looks = self.config.score_looks if self.config.random_looks else 1
         quarters = (4, 3, 2, 1) if self.config.beginnings else (4,)
         scores = []
-        # All videos under the same looks: what a look adds to the score cancels in the advantage.
+        # All videos share the looks: a look's contribution to the score cancels in the advantage.
         for _ in range(looks):
             inputs = self.net.inputs(self._restyled(input_BFCHW, generator, shared=True))
             for count in quarters:
@@ -248,7 +248,7 @@ class ToyDiscriminator:
 
 
 def _standardised(backbone: MotionBackbone) -> MotionBackbone:
-    """Give a random backbone features of mean 0 and standard deviation 1 on random pictures."""
+    """Standardise a randomly initialised backbone's features over random images."""
     noise = torch.rand(64, 12, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         raw = backbone.raw(random_look(noise, Generator().manual_seed(0))).flatten(0, 1)
@@ -266,5 +266,5 @@ def build(
     seed: int = 0,
     ranks: Ranks = ALONE,
 ) -> ToyDiscriminator:
-    """As a configuration names it (`DiscriminatorConfig.build`)."""
+    """Build the discriminator from its configuration (`DiscriminatorConfig.build`)."""
     return ToyDiscriminator(config, video.frames, seed=seed, ranks=ranks)

@@ -1,7 +1,7 @@
-"""Rows of settings x seeds: run what is missing, collect what is finished, draw the table.
+"""A grid of settings x seeds: run the missing cells, collect the finished ones, tabulate them.
 
 Every cell is a run folder <root>/<row>/seed<k>/ that is skipped once finished, so the same command
-continues where it stopped. `quickstart_full` and `ablation` say which rows there are.
+resumes where it stopped. `quickstart_full` and `ablation` define the rows.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ SIGNS = ("discriminator/margin", "discriminator/accuracy", "agreement/phys")
 
 @dataclass(frozen=True)
 class Study:
-    """Runs that differ in what their rows say.
+    """A grid of runs, one per row and seed.
 
     Attributes:
-        root: folder of everything.
-        rows: per row the overrides that make it.
-        seeds: of every row.
-        chosen: rows that are run now; None: all.
-        start: settings that every run begins with, as YAML gives them.
-        common: overrides of every run; a row's own win.
-        signs: keys of metrics.jsonl whose mean over the last eighth of a run is a column.
-        origin: who asks, for errors.
+        root: folder of the study.
+        rows: the overrides of each row.
+        seeds: seeds of every row.
+        chosen: rows to run now; None: all.
+        start: base settings of every run, as parsed from YAML.
+        common: overrides of every run; a row's own take precedence.
+        signs: keys of metrics.jsonl; the mean of each over the last eighth of a run is a column.
+        origin: source of the settings, named in errors.
     """
 
     root: Path
@@ -50,9 +50,9 @@ class Study:
     origin: str = "configuration"
 
     def run(self, console: Console) -> bool:
-        """Run or continue every chosen cell; False where Ctrl-C stopped it (all saved)."""
+        """Run or resume every selected cell; False if Ctrl-C interrupted it (progress saved)."""
         cells = [(row, seed) for row in self.chosen or self.rows for seed in self.seeds]
-        # A row that makes no configuration is found before the first hour is spent.
+        # Build every configuration first, so that an invalid row fails before anything runs.
         configs = [self.cell(row, seed) for row, seed in cells]
         for (row, seed), config in zip(cells, configs, strict=True):
             if isinstance(config.teacher, SimulatorConfig) and config.student.kind == "toy":
@@ -64,13 +64,13 @@ class Study:
         return True
 
     def cell(self, row: str, seed: int) -> RunConfig:
-        """The configuration of one run. Runs on one look share the simulator's folder."""
+        """The configuration of one run. Runs with the same look share the simulator's folder."""
         own = [*self.rows[row], f"name={row}", f"seed={seed}"]
         return self._placed([*self.common, *own], self.root / row / f"seed{seed}")
 
     def base_cell(self, style: str) -> RunConfig:
-        """Where a look's teacher and the base student are measured, once."""
-        # Nothing is trained there, so that a study may go on with another number of updates.
+        """The configuration that evaluates a look's teacher and the base student, once."""
+        # Nothing is trained there, so a study may be resumed with another number of updates.
         own = ["name=base", f"teacher.style={style}", "updates=1"]
         return self._placed([*self.common, *own], self.root / "base" / style)
 
@@ -82,10 +82,10 @@ class Study:
             changes["teacher"] = config.teacher.model_copy(update={"path": path})
         return config.model_copy(update=changes)
 
-    # --- what is finished ---
+    # --- finished runs ---
 
     def collect(self) -> dict[str, Any]:
-        """Per row the final metrics of every finished seed, with mean and standard deviation."""
+        """Final metrics of every finished seed per row, with mean and standard deviation."""
         results: dict[str, Any] = {}
         for folder in sorted((self.root / "base").glob("*")):
             for method in ("teacher", "base"):
@@ -103,7 +103,7 @@ class Study:
         return results
 
     def finished(self, row: str) -> list[Path]:
-        """Run folders of a row that hold a finished run."""
+        """Folders of a row's finished runs."""
         return sorted(path.parent for path in (self.root / row).glob("seed*/DONE"))
 
     def _cell(self, folder: Path) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Study:
     # --- tables ---
 
     def write(self, console: Console) -> dict[str, Any]:
-        """results.json and the printed table; returns what `collect` found."""
+        """Write results.json and print the table; returns the result of `collect`."""
         results = self.collect()
         write_json(self.root / "results.json", results)
         table = Table(*self._header())
@@ -140,7 +140,7 @@ class Study:
         return results
 
     def markdown(self, results: dict[str, Any]) -> str:
-        """The table for a document."""
+        """The results as a Markdown table."""
         rows = [self._header(), ["---"] * len(self._header())]
         rows += [[name, *self._printed(row)] for name, row in results.items()]
         return "".join("| " + " | ".join(row) + " |\n" for row in rows)
@@ -149,7 +149,7 @@ class Study:
         return ["run", "seeds", "s", *COLUMNS, *(sign.replace("/", " ") for sign in self.signs)]
 
     def _printed(self, row: dict[str, Any]) -> list[str]:
-        """A row's values: mean ± standard deviation over seeds."""
+        """A row's formatted values: mean ± standard deviation over seeds."""
         several = len(row["seeds"]) > 1
         seconds = [found["seconds"] for found in row["seeds"].values() if "seconds" in found]
         printed = [str(len(row["seeds"])), f"{statistics.fmean(seconds):.0f}" if seconds else ""]
@@ -178,9 +178,9 @@ def _row(cells: dict[str, Any]) -> dict[str, Any]:
 def choice(
     overrides: Sequence[str], rows: Sequence[str], seeds: Sequence[int]
 ) -> tuple[list[str], list[int], list[str]]:
-    """`rows=` and `seeds=` taken out of the overrides; where missing, all `rows` and `seeds`.
+    """Split `rows=` and `seeds=` from the other overrides; the defaults are all `rows` and `seeds`.
 
-    Raises ConfigError for rows that there are not, and seeds that are not whole numbers.
+    Raises ConfigError for unknown rows and for seeds that are not whole numbers.
     """
     chosen: dict[str, Any] = {"rows": list(rows), "seeds": list(seeds)}
     common = []

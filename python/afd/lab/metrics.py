@@ -1,4 +1,4 @@
-"""The laptop task's metrics as a run uses them: held-out physics, and what the score ranks by."""
+"""Evaluation of the toy task: held-out physics metrics and their rank agreement with the score."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PhysicsMetrics(Metrics):
     """The task's exact metrics (`physics.DEFINITIONS`).
 
     Held-out video i has the simulator's prompt i modulo 36 and seed evaluation.seed + i: every run
-    shows the same noise, whatever its method.
+    starts from the same noise, whatever its method.
     """
 
     needs_prompts: ClassVar[bool] = False
@@ -38,7 +38,7 @@ class PhysicsMetrics(Metrics):
 
     @staticmethod
     def check(student: StudentConfig) -> None:
-        """Only the toy makes such videos."""
+        """Reject any student but the toy."""
         if student.kind != "toy":
             raise ValueError(
                 "evaluation.kind: got physics, which measures the toy task; needed: video or none "
@@ -47,7 +47,7 @@ class PhysicsMetrics(Metrics):
 
     @staticmethod
     def watch(config: EvaluationConfig, ranks: Ranks) -> Watch:
-        """Every WATCH_EVERY updates: how far the score ranks rollouts by the task's metrics."""
+        """Log, every WATCH_EVERY updates, the score's agreement with the task's metrics."""
 
         def watch(
             step: int, score_B: Tensor, video_BFCHW: Tensor, prompts: list[str], group: int
@@ -75,7 +75,7 @@ class PhysicsMetrics(Metrics):
 
 
 def within_group_correlation(a_B: Tensor, b_B: Tensor, group_size: int) -> float:
-    """Pearson correlation after removing every group's mean; 0 when either is constant."""
+    """Pearson correlation after subtracting each group's mean; 0 when either is constant."""
     a, b = (x.view(-1, group_size).double() for x in (a_B, b_B))
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     scale = float((a.square().sum() * b.square().sum()).sqrt())
@@ -90,10 +90,10 @@ def rank_agreement(
     group_size: int,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Correlation of the score with each metric of the task, within a prompt's rollouts.
+    """Correlation of the score with each task metric among the rollouts of a prompt.
 
-    Over the videos of all processes. Only for bouncing-ball prompts and groups of two or more;
-    empty otherwise.
+    Computed over the videos of all processes. Empty unless the prompts are bouncing-ball prompts
+    and groups have two or more videos.
     """
     if group_size < 2 or ranks.any(any(prompt not in PROMPTS for prompt in prompts)):
         return {}

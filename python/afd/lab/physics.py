@@ -1,4 +1,4 @@
-"""Metrics of the bouncing-ball task; none is learned.
+"""Analytic metrics of the bouncing-ball task.
 
 Lengths are pixels, times are frames, y points down. Shape letters: N videos, F frames, C colour
 channels, H x W pixels, G grid points, P parameters. Videos are [N, F, C, H, W] in [-1, 1].
@@ -29,7 +29,7 @@ from afd.lab.simulator import (
 
 WINDOW = 4.0  # px around the strongest spot: the ball and a soft edge
 
-# What each number means, in the words of the report.
+# Definition of each metric, as shown in the report.
 DEFINITIONS = {
     "phys": "RMSE (px) of the ball's height to the best trajectory under the teacher's gravity",
     "g_mae": "mean |fitted gravity - the teacher's gravity| (px/frame²)",
@@ -45,7 +45,7 @@ DEFINITIONS = {
 
 @dataclass
 class Physics:
-    """Per-video measurements, each [N] unless said."""
+    """Per-video measurements, each [N] unless noted."""
 
     track: Tensor  # [N, F, 2] centroid (x, y)
     colour: Tensor  # int64, index into the simulator's colours
@@ -58,7 +58,7 @@ class Physics:
 
 
 def track_ball(video_NFCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Centroids [N, F, 2] and colour indices [N] of the most colourful thing.
+    """Track the most colourful object: centroids [N, F, 2] and colour indices [N].
 
     Backgrounds, textures and marks are grey in every look, so the pixels' excess of one channel
     over the grey level finds the ball without knowing the look. Only the surroundings of the
@@ -111,8 +111,8 @@ def _grid(kind: str, frames: int) -> tuple[Tensor, Tensor]:
 def fit(kind: str, curve_NF: Tensor, rounds: int = 8) -> tuple[Tensor, Tensor]:
     """Least-squares parameters [N, P] and RMSE [N]: nearest point of a grid, then Gauss-Newton.
 
-    Bounces make the problem non-convex; the grid finds the basin, and a step that does not help is
-    halved away.
+    Bounces make the problem non-convex: the grid finds the basin, and a step that does not improve
+    the fit is halved.
     """
     frames = curve_NF.shape[1]
     points_GP, curves_GF = _grid(kind, frames)
@@ -142,7 +142,7 @@ def fit(kind: str, curve_NF: Tensor, rounds: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def measure_each(video_NFCHW: Tensor) -> Physics:
-    """Everything that one video shows by itself."""
+    """All measurements that need only a single video."""
     if video_NFCHW.ndim != 5 or video_NFCHW.shape[2:] != (3, SIZE, SIZE):
         raise ValueError(f"video: {tuple(video_NFCHW.shape)} came, [N, F, 3, 16, 16] is needed")
     video = video_NFCHW.detach().float()
@@ -167,7 +167,7 @@ def measure_each(video_NFCHW: Tensor) -> Physics:
 
 
 def frechet_distance(a_NP: Tensor, b_MP: Tensor) -> float:
-    """Fréchet distance of the Gaussians through two sets of points."""
+    """Fréchet distance between Gaussians fitted to two sets of points."""
     a, b = a_NP.double(), b_MP.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # tr sqrt(A B) from the symmetric sqrt(A) B sqrt(A), whose eigenvalues are the same.
@@ -180,14 +180,14 @@ def frechet_distance(a_NP: Tensor, b_MP: Tensor) -> float:
 
 @lru_cache(maxsize=2)
 def fresh_teacher_tracks(count: int = 3600, seed: int = 987_654_321) -> Tensor:
-    """Tracks [count, F, 2] of the teacher's world that no training video shows."""
+    """Tracks [count, F, 2] with the teacher's physics, not in the training videos."""
     generator = Generator().manual_seed(seed)
     table = attribute_table([ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)])
     return trajectories(table, torch.full((count,), TARGET_GRAVITY), generator)
 
 
 def spread(track_NF2: Tensor, group_N: Tensor) -> float:
-    """Mean distance between two tracks of one group (nan when no group has two)."""
+    """Mean pairwise distance of tracks within a group (nan when no group has two)."""
     distances = []
     for group in group_N.unique():
         tracks = track_NF2[group_N == group].flatten(1)

@@ -1,10 +1,10 @@
-"""Make the two small checkpoints that the package ships.
+"""Train the two small checkpoints shipped with the package.
 
     python -m afd.lab.pretrain base
     python -m afd.lab.pretrain motion-backbone
 
-They replace the shipped files in afd/assets, or go to `--out`; a JSON file with the settings and
-the hash is written beside each.
+They replace the shipped files in afd/assets, or are written to `--out`; a JSON file with the
+settings and the hash is written beside each.
 The base student learns the simulator's source domain (weak gravity). The motion backbone learns to
 read motion under random looks; no clip it sees has a gravity near the teacher's.
 """
@@ -47,7 +47,7 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
 
 
 def train_base(out: Path, steps: int, seed: int, batch: int, rate: float) -> dict[str, Any]:
-    """Train the base student on the source domain; write it in float16."""
+    """Train the base student on the source domain and save it in float16."""
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
     student = ToyStudent(ToyConfig())
@@ -84,11 +84,11 @@ EXCLUDED_GRAVITY = (0.30, 0.42)  # the target, 0.36, is never seen
 
 
 def any_motion(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Tracks [n, F, 2] of broad random physics, and the same tracks shaken in half of the clips.
+    """Tracks [n, F, 2] with broad random physics, and the same tracks with jitter in half of them.
 
-    Any gravity but the target's, any bounce and throw. The labels are the smooth tracks: features
-    that read through the shaking leave a discriminator the fall to judge, where it would otherwise
-    stop at the student's small frame-to-frame errors.
+    Any gravity but the target's, any bounce and throw. The labels are the smooth tracks: with
+    features that are robust to jitter, a discriminator judges the fall, where it would otherwise
+    latch on to the student's small frame-to-frame errors.
     """
     low, high = EXCLUDED_GRAVITY
     gravity = uniform(n, 0.0, 0.6 - (high - low), generator)
@@ -115,7 +115,7 @@ def motion_labels(track_NF2: Tensor) -> Tensor:
 def train_motion_backbone(
     out: Path, steps: int, seed: int, batch: int, rate: float
 ) -> dict[str, Any]:
-    """Regress motion and colour from two looks of each clip; write the backbone in float16."""
+    """Regress motion and colour from two looks of each clip; save the backbone in float16."""
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
     backbone = MotionBackbone()
@@ -136,7 +136,7 @@ def train_motion_backbone(
         first, second = features.chunk(2)
         scale = features.detach().flatten(0, 1).var(0) + 1e-3
         apart = ((first - second).square() / scale).mean()
-        # Invariance from the start would be met fastest by constant features.
+        # An invariance loss from the start would favour constant features.
         ramp = min(1.0, max(0.0, (step - steps / 6) / (steps / 4)))
         loss = motion + 0.1 * shade + 0.1 * ramp * apart
         optimizer.zero_grad()
@@ -169,7 +169,7 @@ def train_motion_backbone(
 
 
 def record(path: Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """Write settings, results and the hash of a checkpoint beside it."""
+    """Write a checkpoint's settings, results and hash beside it."""
     about = {"settings": settings, "results": results, "sha256": sha256_of(path)}
     write_json(path.with_suffix(".json"), about | {"torch": torch.__version__}, indent=2)
 

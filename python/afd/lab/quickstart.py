@@ -1,7 +1,7 @@
 """`afd quickstart`: a black-box teacher, the base student, SFT and AFD side by side, and a report.
 
 The folder (runs/quickstart, or `out=`) holds teacher/, base/, sft/, afd/, report.html. Every part
-is finished once; running the command again continues where it stopped and repeats nothing.
+runs once; rerunning the command resumes where it stopped and repeats nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = ("phys", "g_mae", "fit_res", "motion", "rend", "adh", "div", "traj_fd"
 
 
 def quickstart(overrides: Sequence[str], console: Console) -> bool:
-    """Run or continue every part; False where Ctrl-C stopped it (all saved)."""
+    """Run or resume every part; False if Ctrl-C interrupted it (all progress saved)."""
     config = make_config(
         {"name": "quickstart", "device": "cpu"}, overrides, origin="afd quickstart"
     )
@@ -56,7 +56,7 @@ def quickstart(overrides: Sequence[str], console: Console) -> bool:
 
 
 def part(config: RunConfig, root: Path, name: str) -> RunConfig:
-    """The configuration of one part: same teacher folder, own run folder."""
+    """The configuration of one part: shared teacher folder, separate run folder."""
     method: Literal["afd", "sft"] = "sft" if name == "sft" else "afd"
     path = config.teacher.path or root / "teacher"
     teacher = config.teacher.model_copy(update={"path": path})
@@ -65,7 +65,7 @@ def part(config: RunConfig, root: Path, name: str) -> RunConfig:
 
 
 def base(config: RunConfig, console: Console) -> None:
-    """Measure the untrained student, and the teacher's own videos beside it."""
+    """Evaluate the untrained student and the teacher's videos."""
     out = config.run_dir
     refuse_another_run(out, config)
     if (out / "DONE").exists():
@@ -73,7 +73,7 @@ def base(config: RunConfig, console: Console) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     with log_to(out / "train.log", console):
-        # As in training: matrix products of other thread counts differ in their last bits.
+        # As in training: the thread count changes the last bits of matrix products.
         if config.threads:
             torch.set_num_threads(config.threads)
         write_text(out / "config.yaml", to_yaml(config))
@@ -97,7 +97,7 @@ def base(config: RunConfig, console: Console) -> None:
 
 
 def results(root: Path) -> Table:
-    """The final metrics of every finished part."""
+    """Final metrics of every finished part."""
     table = Table("", *COLUMNS, title="held-out seeds", title_justify="left")
     for name, folder in (("teacher", "base"), ("base", "base"), ("sft", "sft"), ("afd", "afd")):
         line = final_evaluation(root / folder, name)
@@ -109,14 +109,14 @@ def results(root: Path) -> Table:
 
 
 def final_evaluation(folder: Path, method: str) -> dict[str, Any] | None:
-    """The last line of a part's evaluation.jsonl that measured `method`."""
+    """The last entry for `method` in a part's evaluation.jsonl."""
     found = lines(folder / "evaluation.jsonl")
     of_method = (line for line in reversed(found) if line.get("method") == method)
     return next((line for line in of_method if isinstance(line.get("metrics"), dict)), None)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; none where there is no file. ConfigError for a damaged one."""
+    """The objects of a .jsonl file; empty if it is absent. ConfigError if it is damaged."""
     found = []
     for line in read_json_lines(path):
         if line.value is None:

@@ -1,8 +1,8 @@
-"""`afd quickstart-full`: the whole table, teachers x runs x seeds, with its controls.
+"""`afd quickstart-full`: the full table of teachers x runs x seeds, with controls.
 
 Every cell is a run folder runs/quickstart-full/<row>/seed<k>/ that is skipped once finished;
-`rows=` and `seeds=` choose a part; every other override goes to every run. At the end results.json
-and results.md hold what is finished so far.
+`rows=` and `seeds=` select a subset; all other overrides apply to every run. At the end
+results.json and results.md hold the results so far.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from afd.files import write_text
 from afd.lab.grid import Study, choice
 
 MOTION, RANDOM = "discriminator.backbone=motion", "discriminator.backbone=random"
-# The plain discriminator: whole clips as they look, no help from outside.
+# The plain discriminator: whole clips, no augmentation, no pretrained features.
 SCRATCH = [
     "discriminator.backbone=scratch",
     "discriminator.random_looks=false",
@@ -38,7 +38,7 @@ ROWS: dict[str, list[str]] = {
     "clean-sft": ["method=sft"],
     "clean-afd-scratch": SCRATCH,
     "clean-afd-motion": [MOTION],
-    # Controls: no signal, and a frozen backbone that was never trained.
+    # Controls: random advantages, and a frozen backbone that was never trained.
     "nuis-control-random-advantage": [MOTION, "afd.advantage=random"],
     "clean-control-random-advantage": [*SCRATCH, "afd.advantage=random"],
     "nuis-control-random-backbone": [RANDOM],
@@ -46,7 +46,7 @@ ROWS: dict[str, list[str]] = {
 
 
 def quickstart_full(overrides: Sequence[str], console: Console) -> bool:
-    """Run or continue every chosen cell; False where Ctrl-C stopped it (all saved)."""
+    """Run or resume every selected cell; False if Ctrl-C interrupted it (all progress saved)."""
     table = study(overrides)
     if not table.run(console):
         return False
@@ -57,7 +57,7 @@ def quickstart_full(overrides: Sequence[str], console: Console) -> bool:
 
 
 def study(overrides: Sequence[str]) -> Study:
-    """The table that the overrides ask for."""
+    """Build the study selected by the overrides."""
     chosen, seeds, common = choice(overrides, list(ROWS), [0, 1, 2])
     origin = "afd quickstart-full"
     root = make_config({"name": "quickstart-full", **START}, common, origin).run_dir

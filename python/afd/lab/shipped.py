@@ -1,4 +1,4 @@
-"""The two small checkpoints that the package ships."""
+"""The two small checkpoints shipped with the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHIPPED = {"base": "base_student.safetensors", "motion": "motion_backbone.safete
 
 
 def checkpoint_path(name: str) -> Path:
-    """A shipped checkpoint by its short name, or any file by its path."""
+    """Resolve the short name of a shipped checkpoint, or a path, to a file."""
     if name in SHIPPED:
         return Path(str(files("afd.lab") / "assets" / SHIPPED[name]))
     path = Path(name)

@@ -1,6 +1,6 @@
-"""A bouncing-ball simulator, and the black-box teacher of the quickstart made from it.
+"""A bouncing-ball simulator, the black-box teacher of the quickstart.
 
-Run as a program it writes finished mp4 files and their prompts into a folder, and nothing else:
+Run as a program, it only writes finished mp4 files and their prompts into a folder:
 
     python -m afd.lab.simulator --style nuis --count 200 --out DIR --seed 0
 
@@ -36,7 +36,7 @@ LOOKS = ("clean", "nuis", "mark", "outline", "noise")
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a prompt says, as indices into COLOURS, SIDES, DIRECTIONS and STARTS."""
+    """A prompt's attributes, as indices into COLOURS, SIDES, DIRECTIONS and STARTS."""
 
     colour: int
     side: int
@@ -55,7 +55,7 @@ PROMPTS = {attributes.prompt: attributes for attributes in ATTRIBUTES}
 
 
 def attribute_table(prompts: list[str]) -> Tensor:
-    """int64 [N, 4] of (colour, side, direction, start)."""
+    """Attributes of the prompts, int64 [N, 4]: (colour, side, direction, start)."""
     rows = []
     for prompt in prompts:
         if prompt not in PROMPTS:
@@ -70,12 +70,12 @@ def attribute_table(prompts: list[str]) -> Tensor:
 
 
 def fall(y0: Tensor, vy: Tensor, gravity: Tensor, bounce: Tensor, frames: int = FRAMES) -> Tensor:
-    """Heights [..., F] of a ball over a floor, exact between and at bounces."""
+    """Vertical positions [..., F] of a ball bouncing on the floor, exact between and at bounces."""
     y0, vy, gravity, bounce = torch.broadcast_tensors(y0, vy, gravity, bounce)
     y, v, heights = y0.clone(), vy.clone(), [y0]
     for _ in range(frames - 1):
         left = torch.ones_like(y)
-        for _ in range(2):  # more than two bounces in one frame need a ball lying on the floor
+        for _ in range(2):  # only a ball at rest on the floor bounces more than twice per frame
             depth = (HIGH - y).clamp_min(0.0)
             root = (v * v + 2 * gravity * depth).clamp_min(0.0).sqrt()
             hit = torch.where(v + root > 1e-6, 2 * depth / (v + root).clamp_min(1e-6), 1e6)
@@ -91,7 +91,7 @@ def fall(y0: Tensor, vy: Tensor, gravity: Tensor, bounce: Tensor, frames: int = 
 
 
 def drift(x0: Tensor, vx: Tensor, bounce: Tensor, frames: int = FRAMES) -> Tensor:
-    """Sideways positions [..., F] between two walls at constant speed."""
+    """Horizontal positions [..., F] between two walls at constant speed."""
     x, v, places = x0, vx, [x0]
     for _ in range(frames - 1):
         x = x + v
@@ -107,7 +107,7 @@ def uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
 
 
 def source_gravity(n: int, generator: Generator) -> Tensor:
-    """The base student's world: 0.5 · Beta(1, 2), mean 1/6 px/frame²."""
+    """Gravity in the source domain of the base student: 0.5 · Beta(1, 2), mean 1/6 px/frame²."""
     return 0.5 * (1 - torch.rand(n, generator=generator).sqrt())
 
 
@@ -118,7 +118,7 @@ def trajectories(
     bounce: Tensor | None = None,
     frames: int = FRAMES,
 ) -> Tensor:
-    """Tracks [N, F, 2] (x, y) that fit the prompts; gravity [N] (and bounce [N]) are given."""
+    """Tracks [N, F, 2] (x, y) that match the prompts, for gravity [N] (and bounce [N])."""
     n = attributes_N4.shape[0]
     _, side, direction, start = attributes_N4.unbind(1)
     bounce = torch.full((n,), BOUNCE) if bounce is None else bounce
@@ -127,17 +127,17 @@ def trajectories(
     dropped, thrown = uniform(n, 3.0, 6.0, generator), uniform(n, 9.5, 12.0, generator)
     y0 = torch.where(start == 0, dropped, thrown)
     rest, up = uniform(n, 0.0, 0.1, generator), uniform(n, -0.9, -0.5, generator)
-    # A floor under the apex keeps a thrown ball inside the picture when gravity is weak.
+    # Limit the throw so that the ball stays inside the image when gravity is weak.
     up = torch.maximum(up, -(2 * gravity * (y0 - LOW)).sqrt().clamp_min(0.6))
     vy = torch.where(start == 0, rest, up)
     return torch.stack([drift(x0, vx, bounce, frames), fall(y0, vy, gravity, bounce, frames)], -1)
 
 
-# --- pictures ---
+# --- rendering ---
 
 
 def coverage(track_NF2: Tensor, radius: float | Tensor = RADIUS, sharp: float = 1.0) -> Tensor:
-    """How much of each pixel the ball covers, [N, F, H, W] in [0, 1] (one-pixel soft edge)."""
+    """Fraction of each pixel covered by the ball, [N, F, H, W] in [0, 1] (one-pixel soft edge)."""
     centres = torch.arange(SIZE, dtype=torch.float32) + 0.5
     dx = centres - track_NF2[..., 0, None]
     dy = centres - track_NF2[..., 1, None]
@@ -146,13 +146,13 @@ def coverage(track_NF2: Tensor, radius: float | Tensor = RADIUS, sharp: float = 
 
 
 def render(track_NF2: Tensor, colour_N3: Tensor, cover: Tensor | None = None) -> Tensor:
-    """Clean videos [N, F, C, H, W]: a coloured ball on a grey ground."""
+    """Render clean videos [N, F, C, H, W]: a coloured ball on a grey background."""
     cover = coverage(track_NF2) if cover is None else cover
     return BACKGROUND + cover.unsqueeze(2) * (colour_N3[:, None, :, None, None] - BACKGROUND)
 
 
 def colour_table(colour_N: Tensor) -> Tensor:
-    """RGB [N, 3] of colour indices."""
+    """RGB values [N, 3] of colour indices."""
     return torch.tensor(list(COLOURS.values()))[colour_N]
 
 
@@ -167,7 +167,7 @@ def texture(n: int, generator: Generator) -> Tensor:
 
 
 def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Generator) -> Tensor:
-    """The same tracks in another look, [N, F, C, H, W] in [-1, 1]."""
+    """Render tracks in the given look, [N, F, C, H, W] in [-1, 1]."""
     n = track_NF2.shape[0]
     if style == "outline":
         ring = coverage(track_NF2, RADIUS + 0.3) - coverage(track_NF2, RADIUS - 0.9)
@@ -190,7 +190,7 @@ def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Gene
 def sample_videos(
     attributes_N4: Tensor, domain: str, style: str, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Videos [N, F, C, H, W] and their tracks [N, F, 2]; domain "source" or "target"."""
+    """Sample videos [N, F, C, H, W] and their tracks [N, F, 2]; domain "source" or "target"."""
     n = attributes_N4.shape[0]
     if domain not in ("source", "target"):
         raise ValueError(f"domain: {domain!r} came, 'source' or 'target' is needed")
@@ -204,8 +204,8 @@ def sample_videos(
 
 
 def write_video(path: Path, video_FCHW: Tensor) -> None:
-    """One lossless H.264 mp4 (RGB, so that the colours of 16 x 16 pixels survive)."""
-    import av  # here, so that the student's prompts and physics can be had without it
+    """Write a lossless H.264 mp4 (RGB, so that the colours of 16 x 16 pixels survive)."""
+    import av  # imported here: the prompts and physics do not need it
 
     frames = ((video_FCHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     with av.open(str(path), "w") as container:
@@ -220,7 +220,7 @@ def write_video(path: Path, video_FCHW: Tensor) -> None:
 
 
 def write_folder(out: Path, style: str, count: int, seed: int, domain: str = "target") -> None:
-    """Write `count` videos and prompts.jsonl to `out`; the folder appears only when complete."""
+    """Write `count` videos and prompts.jsonl to `out`; the folder appears only once complete."""
     if out.exists():
         raise FileExistsError(f"out: {out} exists; remove it or choose another folder")
     generator = Generator().manual_seed(seed)

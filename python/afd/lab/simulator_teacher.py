@@ -1,4 +1,4 @@
-"""The simulator as a teacher: another process writes its videos into the teacher's folder."""
+"""The simulator as a teacher: a subprocess writes its videos into the teacher's folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from afd.video.config import VideoConfig
 def open_teacher(
     config: SimulatorConfig, video: VideoConfig, folder: Path, console: Console
 ) -> FolderTeacher:
-    """The simulator's videos in `folder`, written there first, once (`TeacherConfig.open`)."""
+    """Open the simulator's videos in `folder`, written first if absent (`TeacherConfig.open`)."""
     _simulate(config, folder, console)
     return open_folder(folder, config.manifest, video)
 
 
 def _simulate(config: SimulatorConfig, folder: Path, console: Console) -> None:
-    """Let a separate process write the teacher's folder (it appears whole or not at all).
+    """Run the simulator in a subprocess to write the teacher's folder (atomically).
 
-    What was asked for is noted beside the folder, never in it, so that a folder made for other
-    settings is refused instead of used.
+    The requested settings are recorded beside the folder, never in it, so that a folder made with
+    other settings is rejected.
     """
     asked = config.model_dump(include={"style", "count", "seed"})
     note = folder.with_name(folder.name + ".request.json")

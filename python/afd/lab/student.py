@@ -1,4 +1,4 @@
-"""The laptop-size student: a small causal Wan network on raw pixels, with a fixed text encoder.
+"""The toy student: a small causal Wan network on raw pixels, with a fixed text encoder.
 
 Shape letters: B videos, F frames, C colour channels, H x W pixels, K chunks, L text tokens, E text
 channels. Videos are in [-1, 1]; times are in [0, 1] (1 is pure noise).
@@ -26,7 +26,7 @@ from afd.models.wan.types import LayerKV, WanConfig
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """One token per frame: a patch is the whole picture."""
+    """Sizes of the toy network. One token per frame: a patch is the whole image."""
 
     wan: WanConfig = field(
         default_factory=lambda: WanConfig(
@@ -49,7 +49,7 @@ class ToyConfig:
     smallest_t: float = 0.05
 
 
-# Words that tell no two sentences apart.
+# Stop words, which do not distinguish sentences.
 FILLERS = {"a", "an", "the", "on", "in", "at", "of", "is", "are", "and", "with", "to", "going"}
 
 
@@ -59,10 +59,10 @@ def _word(word: str, channels: int) -> Tensor:
 
 
 def encode_prompts(prompts: list[str], length: int, channels: int) -> Tensor:
-    """A fixed text encoder, [B, length, channels]: word vector plus place vector, zero-padded.
+    """A fixed text encoder, [B, length, channels]: word plus position vectors, zero-padded.
 
     Each content word has its own random vector, seeded by the word, so any sentence can be encoded
-    and equal words are equal everywhere. Words past `length` are dropped.
+    and a word has the same vector everywhere. Words past `length` are dropped.
     """
     text_BLE = torch.zeros(len(prompts), length, channels)
     for row, prompt in zip(text_BLE, prompts, strict=True):
@@ -73,13 +73,13 @@ def encode_prompts(prompts: list[str], length: int, channels: int) -> Tensor:
 
 
 class ToyStudent(Student):
-    """A causal video student; the network predicts the clean video, the outside sees velocities."""
+    """A causal video student that predicts the clean video and exposes velocities."""
 
     def __init__(self, config: ToyConfig | None = None) -> None:
         config = config or ToyConfig()
         super().__init__(CausalWan(config.wan))
         self.config = config
-        # The released network starts its head at zero; its own prediction is then zero too.
+        # As in the released network, a zero-initialised head: the initial prediction is zero.
         nn.init.zeros_(self.net.head.head.weight)
         nn.init.zeros_(self.net.head.head.bias)
 
@@ -98,7 +98,7 @@ class ToyStudent(Student):
         context: list[LayerKV] | None = None,
         **how: Any,
     ) -> Tensor:
-        """Of the clean video that the network predicts, in float32."""
+        """Velocity from the network's prediction of the clean video, in float32."""
         x0_BFCHW = self.predict_x0(x_t_BFCHW, t_BK, text_BLE, context, **how)
         t_BF = frame_times(x_t_BFCHW, t_BK).clamp_min(self.config.smallest_t)
         return (x_t_BFCHW - x0_BFCHW) / t_BF[..., None, None, None]
@@ -114,14 +114,14 @@ class ToyStudent(Student):
         return self.config.wan.in_dim, self.config.height, self.config.width
 
     def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
-        """The output is the clean chunk itself."""
+        """Return the output, which already is the clean chunk."""
         return out_BFCHW
 
     # --- files ---
 
     def save(self, path: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write weights and sizes as safetensors, whole or not at all."""
-        from safetensors.torch import save_file  # benchmarks make students where it is missing
+        """Write weights and sizes as safetensors, atomically."""
+        from safetensors.torch import save_file  # benchmarks build students without it
 
         weights = {k: v.detach().to(dtype).contiguous() for k, v in self.state_dict().items()}
         with replacing(path) as partial:
@@ -129,7 +129,7 @@ class ToyStudent(Student):
 
     @classmethod
     def load(cls, name: str = "base") -> ToyStudent:
-        """From a file written by `save`, or the shipped base student; float32, in train mode."""
+        """Load a file written by `save`, or the shipped base student; float32, in train mode."""
         from safetensors import safe_open
         from safetensors.torch import load_file
 

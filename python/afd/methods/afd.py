@@ -1,9 +1,10 @@
-"""Adversarial flow distillation of a causal student (arXiv 2605.26105), on any student.
+"""Adversarial flow distillation of a causal student (arXiv 2605.26105), for any student.
 
-The slow `old` policy rolls out; a discriminator scores the finished videos; the score, less a
-baseline, becomes a weight r that decides how far each video is approached or avoided (DiffusionNFT,
-arXiv 2509.16117). Shape letters: P prompts, G rollouts per prompt, B = P G videos, N noised copies
-of them, F frames, C channels, H x W pixels or latents, K chunks, L text tokens, E text channels.
+The slowly moving `old` policy generates rollouts; a discriminator scores the finished videos; the
+score, minus a baseline, becomes a weight r that sets how strongly each video is reinforced or
+avoided (DiffusionNFT, arXiv 2509.16117). Shape letters: P prompts, G rollouts per prompt, B = P G
+videos, N noised copies of them, F frames, C channels, H x W pixels or latents, K chunks, L text
+tokens, E text channels.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from afd.models.policies import Policies
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
 
-# Step, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
+# Maps step, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
 Watch = Callable[[int, Tensor, Tensor, list[str], int], dict[str, float]]
-# What the loss op measures of every copy, by the name in the metrics.
+# Metric names, and the per-copy outputs of the loss op that they report.
 MEASURED = {
     "student/loss_pos": "loss_pos",
     "student/loss_neg": "loss_neg",
@@ -44,10 +45,10 @@ class Afd(StudentMethod):
     """AFD (see `Method`).
 
     Args:
-        policies: the versions of the student that the configuration needs.
-        watch: called with scores [B], videos, prompts and group size after every update's scoring;
-            returns metrics.
-        how: what all methods are given (see `StudentMethod`).
+        policies: the versions of the student required by the configuration.
+        watch: called with step, scores [B], videos, prompts and group size after every update's
+            scoring; returns metrics.
+        how: arguments common to all methods (see `StudentMethod`).
     """
 
     name, needs_rollout, needs_discriminator = "afd", True, True
@@ -65,14 +66,14 @@ class Afd(StudentMethod):
         self.config: AfdConfig = config
         self.discriminator = discriminator
         check_chunks(config, self.chunks)
-        # With old="current" the student anchors itself: v_old is its own, without gradient.
+        # With old="current" the student is its own anchor: v_old is v_theta without gradient.
         self.old = "old" if config.old == "ema" else "theta"
         self.score_average: float | None = None
 
     # --- one step ---
 
     def rollout(self, batch: Batch) -> None:
-        """Let the old policy make `samples_per_prompt` videos for every prompt."""
+        """Generate `samples_per_prompt` videos for every prompt with the old policy."""
         config = self.config
         with self.policies.using(self.old) as student:
             self._rollouts = roll_out(
@@ -94,13 +95,13 @@ class Afd(StudentMethod):
         return {f"discriminator/{key}": value for key, value in metrics.items()}
 
     def _seen(self) -> tuple[Rollouts, Tensor]:
-        """This step's rollouts and what the discriminator sees of them."""
+        """This step's rollouts and the discriminator's input."""
         rollouts = self._current()
         assert rollouts.input_BFCHW is not None
         return rollouts, rollouts.input_BFCHW
 
     def _matched(self, batch: Batch) -> Tensor:
-        """Each rollout's teacher video."""
+        """The teacher video for each rollout."""
         return batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
 
     def student_step(self, batch: Batch) -> dict[str, float]:
@@ -120,7 +121,7 @@ class Afd(StudentMethod):
         return metrics
 
     def _weights(self, batch: Batch, score_B: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """r, [B] like the scores of all processes, and what to log about both."""
+        """Weights r [B] from the scores of all processes, and metrics of both."""
         config, used_B, teacher_B = self.config, score_B, None
         group = config.samples_per_prompt
         if config.advantage == "random":
@@ -144,7 +145,7 @@ class Afd(StudentMethod):
         }
 
     def _update(self, batch: Batch, rollouts: Rollouts, r_B: Tensor) -> dict[str, float]:
-        """One optimizer step on noised copies of the rollouts, then the averages'."""
+        """One optimizer step on noised copies of the rollouts, then the EMA updates."""
         config = self.config
         copies = draw_copies(
             config,
@@ -172,7 +173,7 @@ class Afd(StudentMethod):
         return metrics
 
     def _loss(self, rollouts: Rollouts, r_B: Tensor, copies: Copies) -> ops.NftLoss:
-        """The NFT loss of some copies, a mean over them."""
+        """NFT loss, averaged over some of the copies."""
         config = self.config
         x0 = rollouts.x0_BFCHW[copies.video_N]
         x_t = copies.noise(x0)
@@ -211,7 +212,7 @@ class Afd(StudentMethod):
         copies: Copies,
         shared: list[LayerKV] | None,
     ) -> Tensor:
-        """A version's velocity at x_t and like it, 0 in chunks that were not drawn."""
+        """A version's velocity at x_t, in its shape; 0 in chunks that were not drawn."""
         config, told = self.config, self.streaming.context_noise
         with self.policies.using(name) as student:
             context = shared
@@ -229,7 +230,7 @@ class Afd(StudentMethod):
             return copies.whole(v_NFCHW, x0_NFCHW.shape[1], student.chunk)
 
     def _shared_context(self, rollouts: Rollouts, copies: Copies) -> list[LayerKV] | None:
-        """The old policy's clean context, where all versions see that."""
+        """The old policy's clean context if all versions share it; else None."""
         if self.config.context != "shared_context":
             return None
         if rollouts.contexts:
@@ -239,7 +240,7 @@ class Afd(StudentMethod):
 
     @torch.no_grad()
     def _clean_context(self, student: Student, rollouts: Rollouts, copies: Copies) -> list[LayerKV]:
-        """One network's clean context of the copies' videos, made once for each video."""
+        """A network's clean context of the copies' videos, computed once per distinct video."""
         video_V, copy_N = copies.video_N.unique(return_inverse=True)
         context = student.clean_context(
             rollouts.x0_BFCHW[video_V],
@@ -257,7 +258,7 @@ class Afd(StudentMethod):
     # --- state ---
 
     def evaluation_policy(self) -> AbstractContextManager[Student]:
-        """The average kept for it if there is one; else the old policy, or the student itself."""
+        """Context with the EMA kept for evaluation if enabled; else the old or current policy."""
         return self.policies.using(self.old if self.config.ema_decay is None else "ema")
 
     def state_dict(self) -> dict[str, Any]:

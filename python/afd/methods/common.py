@@ -1,4 +1,4 @@
-"""What the methods have in common: the student's versions, how it denoises, its optimizer."""
+"""Base class of the methods: the student's versions, its denoising settings and its optimizer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from afd.video.config import VideoConfig
 
 
 class StudentMethod:
-    """The part of a `Method` that every one has, made of what every one is given.
+    """State and behaviour common to every `Method`.
 
     Args:
-        policies: the versions of the student's weights, "theta" among them.
-        discriminator: who looks at the videos; None: nobody, and the teacher's are seen as latents.
-        denoising_steps, first_chunk_steps, context_noise: how the student denoises
+        policies: the versions of the student's weights, including "theta".
+        discriminator: scores the videos; None: the method has none, and the teacher's videos are
+            given as latents.
+        denoising_steps, first_chunk_steps, context_noise: the student's denoising settings
             (`afd.rollout.stream`).
         codec: between the student's space and pixels.
-        video: whose `codec_match` puts the student's videos through h264 where pixels are seen.
+        video: with its `codec_match` the student's videos are passed through h264 if the
+            discriminator takes pixels.
         rollout_batch: videos streamed and decoded together; None: all.
-        seed: of everything the method draws.
+        seed: seeds every random draw of the method.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class StudentMethod:
         self._rollouts: Rollouts | None = None
 
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
-        """What is kept of a teacher's video [-1, 1] where `input_space` is "pixels"."""
+        """Reduce a teacher's video [-1, 1] to what is stored when `input_space` is "pixels"."""
         return (
             video_BFCHW
             if self.to_input is None

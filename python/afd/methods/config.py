@@ -1,4 +1,4 @@
-"""Typed settings of the methods, one section each."""
+"""Settings of the methods, one section each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from afd.config.base import Count, Natural, Positive, Section, Share
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
 
 
-# The versions of the student that DMD compares: of the teacher's videos, of the student's own.
+# DMD's velocity fields, fitted to the teacher's videos and to the student's videos.
 FIELDS = ("real", "fake")
 
 
 class StudentOptimizerConfig(Section):
-    """How every method updates the student."""
+    """Settings of the student's optimizer, common to all methods."""
 
     learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
@@ -41,12 +41,12 @@ class StudentOptimizerConfig(Section):
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The versions that an optimizer changes."""
+        """The versions that an optimizer updates."""
         return ("theta",)
 
 
 class TimesConfig(StudentOptimizerConfig):
-    """How noise levels are drawn."""
+    """Settings for drawing noise levels."""
 
     draws: Count = Field(default=1, description="(t, noise) draws per video and update")
     timesteps: Timesteps = Field(
@@ -141,7 +141,7 @@ class AfdConfig(TimesConfig):
 
 
 class SftConfig(TimesConfig):
-    """Supervised flow matching on the teacher's videos: the baseline."""
+    """Supervised flow matching on the teacher's videos: a baseline."""
 
     draws: Count = Field(default=4, description="(t, noise) draws per teacher video and update")
     timesteps: Timesteps = Field(
@@ -166,7 +166,7 @@ class SftConfig(TimesConfig):
 
 
 class LastStepConfig(StudentOptimizerConfig):
-    """Methods whose gradient goes through the student's last denoising step."""
+    """Settings of methods that backpropagate through the student's last denoising step."""
 
     samples_per_prompt: Count = Field(default=1, description="rollouts per prompt")
     context: Literal["own_context", "recompute"] = Field(
@@ -187,9 +187,10 @@ class LastStepConfig(StudentOptimizerConfig):
 
 
 class GanConfig(LastStepConfig):
-    """softplus(-D) of the student's own videos: the baseline.
+    """GAN loss softplus(-D) on the student's videos: a baseline.
 
-    Rate and prior are the toy's: at 1e-4, or with no prior, its videos lose the prompt.
+    Rate and prior are tuned on the toy: at 1e-4, or without a prior, its videos stop following the
+    prompt.
     """
 
     learning_rate: float = Field(default=3e-5, ge=0, description="AdamW learning rate")

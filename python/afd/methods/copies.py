@@ -1,7 +1,7 @@
-"""Noised copies of a step's videos: which video, which noise, at which times, which chunks of it.
+"""Noised copies of a step's videos: their videos, noise seeds, times and selected chunks.
 
 All random numbers of an update are drawn for the whole batch before the first pass; a process takes
-those of its own videos and a micro-batch some of these. So neither changes what is computed.
+those of its own videos and a micro-batch a part of these, so neither affects the result.
 Shape letters: N copies, B videos, F frames, C channels, H x W, K chunks, M drawn chunks.
 """
 
@@ -25,13 +25,13 @@ class Copies:
     """This process's copies, all on the CPU.
 
     Attributes:
-        video_N: number of each copy's video among this process's own, int64.
-        t_NK: times, float32, of which K may be 1.
+        video_N: index of each copy's video among this process's videos, int64.
+        t_NK: times, float32; K may be 1.
         seed_N: seeds of the noise, int64.
-        total: copies of all processes.
-        chunks_NM: the chunks that the update is about, rising, int64; None: all.
+        total: number of copies of all processes.
+        chunks_NM: the chunks used by the update, ascending, int64; None: all.
         level_N: noise level of the clean context, and
-        context_seed_N: the seeds of that noise; None where the context stays clean.
+        context_seed_N: the seeds of that noise; None if the context stays clean.
     """
 
     video_N: Tensor
@@ -47,48 +47,48 @@ class Copies:
 
     @property
     def share(self) -> float:
-        """What of all copies these are: a mean over them times this is their part of the loss."""
+        """Fraction of all copies; a mean over these times it is their contribution to the loss."""
         return len(self) / self.total
 
     def of(self, rows: slice | Tensor) -> Copies:
-        """Some of the copies."""
+        """Select some of the copies."""
         held: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         some = {key: x[rows] for key, x in held.items() if isinstance(x, Tensor)}
         return Copies(**held | some)
 
     def pieces(self, size: int | None) -> Iterator[Copies]:
-        """The copies, at most `size` at a time; None: all at once."""
+        """Yield the copies in pieces of at most `size`; None: in one piece."""
         width = size or len(self)
         return (self.of(slice(at, at + width)) for at in range(0, len(self), width))
 
     def noise(self, x0_NFCHW: Tensor) -> Tensor:
-        """x_t of the copies' videos."""
+        """x_t of the copies' videos x0."""
         return _noised(x0_NFCHW, self.t_NK, self.seed_N)
 
     def pure_noise(self, x0_NFCHW: Tensor) -> Tensor:
-        """The noise of x_t alone, like x0."""
+        """Only the noise in x_t, in x0's shape."""
         return _noised(torch.zeros_like(x0_NFCHW), torch.ones(len(self)), self.seed_N)
 
     def noise_context(self, x0_NFCHW: Tensor) -> Tensor:
-        """The clean context as it is shown: with noise of its own where there is any."""
+        """The clean context with its separate noise added, if any."""
         if self.level_N is None or self.context_seed_N is None:
             return x0_NFCHW
         return _noised(x0_NFCHW, self.level_N, self.context_seed_N)
 
     def frames(self, chunk: int) -> Tensor:
-        """The frames of the drawn chunks, int64 [N, M·chunk]."""
+        """Frame indices of the drawn chunks, int64 [N, M·chunk]."""
         assert self.chunks_NM is not None
         return (self.chunks_NM[..., None] * chunk + torch.arange(chunk)).flatten(1)
 
     def drawn(self, x_NFCHW: Tensor, chunk: int) -> Tensor:
-        """The drawn chunks of whole videos, [N, M·chunk, C, H, W]."""
+        """Gather the drawn chunks of whole videos, [N, M·chunk, C, H, W]."""
         if self.chunks_NM is None:
             return x_NFCHW
         row_N1 = torch.arange(len(self))[:, None]
         return x_NFCHW[row_N1, self.frames(chunk)]
 
     def whole(self, x_NFCHW: Tensor, frames: int, chunk: int) -> Tensor:
-        """Videos of `frames` frames that hold the drawn chunks, 0 elsewhere."""
+        """Scatter the drawn chunks into videos of `frames` frames, 0 elsewhere."""
         if self.chunks_NM is None:
             return x_NFCHW
         whole_NFCHW = x_NFCHW.new_zeros(len(self), frames, *x_NFCHW.shape[2:])
@@ -96,7 +96,7 @@ class Copies:
         return whole_NFCHW.index_put((row_N1, self.frames(chunk)), x_NFCHW)
 
     def mask(self, frames: int, chunk: int) -> Tensor | None:
-        """Which frames the update is about, bool [N, F]; None: all."""
+        """Mask of the frames used by the update, bool [N, F]; None: all."""
         if self.chunks_NM is None:
             return None
         mask_NF = torch.zeros(len(self), frames, dtype=torch.bool)
@@ -126,14 +126,14 @@ def draw_copies(
     first_times: Sequence[float] | None = None,
     context_noise: float | None = None,
 ) -> Copies:
-    """`config.draws` copies of every video, draw by draw.
+    """Draw `config.draws` copies of every video, grouped by draw.
 
     Args:
-        videos: of all processes.
-        chunks: of a video.
+        videos: number of videos of all processes.
+        chunks: number of chunks of a video.
         times: the student's own noise levels, for timesteps="student".
-        own: which videos are this process's.
-        first_times: those of the first chunk, where they differ.
+        own: slice of this process's videos.
+        first_times: noise levels of the first chunk, if different.
         context_noise: largest noise level of the clean context; None: it stays clean.
     """
     rows, each = config.draws * videos, config.timestep_per == "chunk"
@@ -165,6 +165,6 @@ def draw_copies(
 
 
 def check_chunks(config: TimesConfig, chunks: int) -> None:
-    """Refuse to draw more chunks than a video has."""
+    """Raise ValueError if more chunks would be drawn than a video has."""
     count = config.chunks_per_update or 1
     require(count <= chunks, "chunks_per_update", count, f"at most the {chunks} of a video")

@@ -1,16 +1,16 @@
-"""Score-free distribution matching: DMD's gradient from two velocity fields of the student's kind.
+"""Score-free distribution matching: DMD's gradient from two learned velocity fields.
 
-The definition is ours: the sources name this baseline and do not define it. The teacher is a black
-box without scores, so both fields are fitted here, by flow matching under teacher forcing and
-beginning as copies of the student: `real` on the teacher's finished videos, `fake` on the student's
+The definition is ours: the sources name this baseline without defining it. The teacher is a black
+box without scores, so both fields are initialised from the student and fitted here, by flow
+matching under teacher forcing: `real` on the teacher's finished videos, `fake` on the student's
 own. A finished video x is noised to x_t; the student is moved along
 
     g = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real(x_t)|
 
-which is DMD's gradient as Self-Forcing normalises it (arXiv 2405.14867, 2506.08009), applied to the
-x that the last denoising step makes, by the loss |x - stopgrad(x - g)|² / 2. Both fields see the
-earlier chunks of the same video clean, as the student does: chunk by chunk they compare what may
-follow on the student's own past.
+which is DMD's gradient as normalised in Self-Forcing (arXiv 2405.14867, 2506.08009), applied to the
+output x of the last denoising step by the loss |x - stopgrad(x - g)|² / 2. Both fields attend to
+clean earlier chunks of the same video, as the student does: they compare, chunk by chunk, the
+possible continuations of the student's own past.
 Shape letters: B rollouts, G rollouts per prompt, F frames, C channels, H x W pixels or latents, K
 chunks, L text tokens, E text channels.
 """
@@ -31,7 +31,8 @@ from afd.methods.rollouts import Rollouts
 from afd.models.policies import Policies
 from afd.models.student import Student
 
-# A squared error of x0 is divided by max(t, smallest)^power: |v - v*|² is |x0 - x0*|² / t².
+# (smallest, power): the squared x0 error is divided by max(t, smallest)^power, since |v - v*|² is
+# |x0 - x0*|² / t².
 WEIGHTING = {"x0": (0.1, 1), "velocity": (1e-3, 2)}
 
 
@@ -39,8 +40,8 @@ class Dmd(LastStepMethod):
     """The DMD baseline (see `Method`); its `discriminator_step` fits the two fields.
 
     Args:
-        policies: the versions of the student that the configuration needs.
-        how: what all methods are given (see `StudentMethod`).
+        policies: the versions of the student required by the configuration.
+        how: arguments common to all methods (see `StudentMethod`).
     """
 
     name = "dmd"
@@ -56,7 +57,7 @@ class Dmd(LastStepMethod):
         }
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
-        """Fit `real` to the teacher's videos and `fake` to the student's."""
+        """Fit `real` to the teacher's videos and `fake` to the student's videos."""
         rollouts, G = self._current(), self.config.samples_per_prompt
         text_BLE = self.policies.student.encode(batch.prompts)
         teacher_BFCHW = batch.teacher_BFCHW.to(rollouts.x0_BFCHW)
@@ -69,7 +70,7 @@ class Dmd(LastStepMethod):
     def _fit(
         self, name: str, x0_BFCHW: Tensor, text_BLE: Tensor, batch: Batch, copies: int
     ) -> dict[str, float]:
-        """One update of a field; `copies`: videos per prompt."""
+        """Update one field; `copies`: videos per prompt."""
         x_t, t_BK = self._noised(x0_BFCHW, batch, copies)
         count = batch.count * copies
         for part in pieces(len(x0_BFCHW), self.config.micro_batch):
@@ -85,7 +86,7 @@ class Dmd(LastStepMethod):
     def _noised(
         self, x0_BFCHW: Tensor, batch: Batch, copies: int, clamp: tuple[float, float] = (0.0, 1.0)
     ) -> tuple[Tensor, Tensor]:
-        """x_t like x0 and its times [B, K]; drawn for all processes, as everything is."""
+        """x_t in x0's shape and its times [B, K]; random numbers are drawn for all processes."""
         config, count, own = self.config, batch.count * copies, batch.own(copies)
         t_BK = draw_times(config.timesteps, count, self.chunks, self.times, self.generator)
         if config.timesteps == "student" and self.first_times is not None:
@@ -97,7 +98,7 @@ class Dmd(LastStepMethod):
     def _x0(
         self, student: Student, x0_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor
     ) -> Tensor:
-        """The clean video that a field sees in x_t, each chunk on the clean past of x; float32."""
+        """A field's prediction of the clean video, each chunk given x's clean past; float32."""
         told = self.streaming.context_noise
         context = student.clean_context(x0_BFCHW, text_BLE, context_noise=told)
         return clean(x_t, t_BK, student.velocity(x_t, t_BK, text_BLE, context).float())
@@ -127,7 +128,7 @@ class Dmd(LastStepMethod):
 
     @torch.no_grad()
     def _direction(self, x0_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor) -> Tensor:
-        """g: from what the teacher's videos are like to what the student's are like, like x."""
+        """The normalised difference g of the fields' predictions, in x's shape."""
         seen = {}
         for name in FIELDS:
             with self.policies.using(name) as student:

@@ -1,8 +1,8 @@
-"""The video-level GAN: softplus(-D) of the student's own videos, through its last denoising step.
+"""Video-level GAN: softplus(-D) on the student's videos, through its last denoising step.
 
-The discriminator is AFD's, so that only the student's side of the comparison differs; its loss is
-`discriminator.loss`, "gan" for the vanilla GAN. Where it sees videos, the gradient goes through the
-codec as well, a micro-batch at a time.
+The discriminator is the same as in AFD, so that only the student's update differs; its loss is
+`discriminator.loss`, "gan" for the vanilla GAN. If it takes pixels, the gradient also passes
+through the codec, a micro-batch at a time.
 Shape letters: B rollouts of this process, F frames, C channels, H x W pixels or latents.
 """
 
@@ -22,11 +22,11 @@ from afd.models.policies import Policies
 
 
 class Gan(LastStepMethod):
-    """The GAN baseline (see `Method`); its gradient passes the `video.codec_match` unchanged.
+    """The GAN baseline (see `Method`); `video.codec_match` is straight-through for its gradient.
 
     Args:
-        policies: the versions of the student that the configuration needs.
-        how: what all methods are given (see `StudentMethod`).
+        policies: the versions of the student required by the configuration.
+        how: arguments common to all methods (see `StudentMethod`).
     """
 
     name = "gan"
@@ -59,7 +59,7 @@ class Gan(LastStepMethod):
         return metrics
 
     def _update(self, rollouts: Rollouts, count: int) -> dict[str, float]:
-        """One update; `count`: videos of all processes."""
+        """Update the student; `count`: videos of all processes."""
         assert self.to_input is not None
         scores, priors = [], []
         for part in self._parts(rollouts):

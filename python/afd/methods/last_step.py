@@ -1,8 +1,8 @@
-"""What GAN and DMD share: the student's own rollouts, and a gradient through their last step.
+"""Shared by GAN and DMD: the student's own rollouts, and a gradient through their last step.
 
 A rollout keeps the noisy input of every chunk's last denoising step. One teacher-forced pass over
-all chunks then makes the finished video again, this time with gradients: everything before that
-step, and the context unless the configuration says otherwise, is a constant.
+all chunks then recomputes the finished video, this time with gradients: everything before that
+step, and by default the context, is constant.
 Shape letters: B videos of this process, b of a micro-batch, F frames, C channels, H x W pixels or
 latents, K chunks.
 """
@@ -27,11 +27,11 @@ from afd.models.student import Student
 
 
 class LastStepMethod(StudentMethod):
-    """The student's side of both methods.
+    """The student's part of both methods.
 
     Args:
-        policies: versions "theta" and "ema", and "ref" where the prior has a weight.
-        how: what all methods are given (see `StudentMethod`).
+        policies: versions "theta" and "ema", and "ref" if `prior_weight` > 0.
+        how: arguments common to all methods (see `StudentMethod`).
     """
 
     needs_rollout, needs_discriminator = True, True
@@ -51,7 +51,7 @@ class LastStepMethod(StudentMethod):
         self.last_t_1K = torch.tensor([last], dtype=torch.float32, device=device)
 
     def rollout(self, batch: Batch) -> None:
-        """Let the student make `samples_per_prompt` videos for every prompt."""
+        """Generate `samples_per_prompt` videos for every prompt with the student."""
         with self.policies.using("theta") as student:
             self._rollouts = roll_out(
                 student,
@@ -68,9 +68,9 @@ class LastStepMethod(StudentMethod):
         return pieces(len(rollouts.prompts), self.config.micro_batch)
 
     def predict(self, rollouts: Rollouts, part: slice) -> tuple[Tensor, Tensor]:
-        """Some of the videos again, float32 with gradients to theta, and their priors [b].
+        """Recompute some videos, float32 with gradients to theta, and their priors [b].
 
-        A prior is mean |v_theta - v_ref|² over the video, 0 where it has no weight.
+        A prior is mean |v_theta - v_ref|² over the video, 0 if `prior_weight` is 0.
         """
         assert rollouts.last_inputs_BFCHW is not None
         noisy = rollouts.last_inputs_BFCHW[part]
@@ -96,9 +96,9 @@ class LastStepMethod(StudentMethod):
         return student.velocity(noisy, t_BK, text_BLE, context).float()
 
     def _finish_update(self, **of_videos: Sequence[Tensor]) -> dict[str, float]:
-        """Update theta from what was added and let the average follow.
+        """Update theta from the accumulated gradients, then its average.
 
-        `of_videos`: values per video in parts; their means over all processes are metrics.
+        `of_videos`: per-video values in parts; their means over all processes become metrics.
         """
         metrics = self.optimizer.step()
         decay = ramped_decay(self.config.ema_decay, self.optimizer.updates - 1)
@@ -107,12 +107,12 @@ class LastStepMethod(StudentMethod):
         return metrics | {f"student/{key}": float(mean) for key, mean in means.items()}
 
     def evaluation_policy(self) -> AbstractContextManager[Student]:
-        """The average."""
+        """Context with the averaged student."""
         return self.policies.using("ema")
 
 
 def pieces(count: int, size: int | None) -> Iterator[slice]:
-    """Slices of at most `size` that cover `count` things; None: one slice."""
+    """Slices of at most `size` that cover `count` items; None: one slice."""
     width = size or max(count, 1)
     return (slice(start, min(start + width, count)) for start in range(0, count, width))
 

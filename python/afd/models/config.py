@@ -1,4 +1,4 @@
-"""Typed settings that all students have, and the interface by which one is built."""
+"""Settings common to all students, and the interface for building one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class LoraConfig(Section):
 
 
 class StudentConfig(Section):
-    """Base of every student's section.
+    """Base class of every student's configuration section.
 
-    A subclass has a `build` and a `load_network` of its own (docs/EXTENDING.md).
+    A subclass implements `build` and `load_network` (docs/EXTENDING.md).
     """
 
     # Video frames per latent frame after the first; pixels per latent row and column.
@@ -78,44 +78,44 @@ class StudentConfig(Section):
         store: Store | None = None,
         ranks: Ranks = ALONE,
     ) -> tuple[Student, Codec]:
-        """The student, frozen, which can encode the prompts, and its codec to pixels.
+        """Build the frozen student, able to encode `prompts`, and its codec to pixels.
 
         Args:
             video: the size and training length of its videos.
-            prompts: those it will be given; a text encoder embeds them before other parts load.
-            device: where everything goes.
+            prompts: those it will receive; a text encoder embeds them before other parts load.
+            device: the device of all parts.
             store: keeps embeddings for later runs; None: nothing is kept.
-            ranks: of several processes the main one embeds first, the others read the store.
+            ranks: with several processes the main one embeds first and the rest read the store.
 
         Raises ValueError, FileNotFoundError or ConfigError where a part cannot be loaded.
         """
         raise NotImplementedError
 
     def load_network(self) -> CausalWan:
-        """The network of the start weights, in float32, without text and codec."""
+        """Load only the network, with the start weights in float32; no text encoder or codec."""
         raise NotImplementedError
 
     def sizes(self) -> WanConfig:
-        """The network's sizes, also where the checkpoint is not there yet, if they are known."""
+        """The network's sizes; known sizes are returned even if the checkpoint is absent."""
         return self.load_network().config
 
     def check_video(self, video: VideoConfig) -> None:
-        """Raise ValueError where the student cannot make videos of this size or length."""
+        """Raise ValueError if the student cannot generate videos of this size or length."""
 
     def video_size(self) -> tuple[int, int, int] | None:
-        """Frames, rows and columns of the only videos it is trained on; None: of any size."""
+        """The only frames, rows and columns it can be trained on; None: any size."""
         return None
 
     def missing_weights(self) -> Iterator[str]:
-        """One sentence where the start weights are not there."""
+        """Yield one sentence if the start weights are missing."""
         yield from missing_path("student.checkpoint", self.checkpoint, "the student's weights")
 
     def missing(self) -> Iterator[str]:
-        """Files that a run would not find, or would have to download, one sentence each."""
+        """Yield a sentence for each file that a run would not find or would have to download."""
         yield from self.missing_weights()
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of a video."""
+        """Number of latent frames of a video with `frames` frames."""
         return 1 + (frames - 1) // self.scale[0]
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -123,9 +123,10 @@ class StudentConfig(Section):
         return height // self.scale[1], width // self.scale[1]
 
     def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
-        """Write a network into a folder as this student's `checkpoint`; returns that path.
+        """Save a network in a folder in the form `checkpoint` accepts; returns its path.
 
-        Here one safetensors file with the network's own names; `note` is kept in its header.
+        By default a single safetensors file with the network's parameter names and `note` in its
+        header.
         """
         path = folder / "network.safetensors"
         weights = {k: v.detach().to(dtype).contiguous() for k, v in network.state_dict().items()}
@@ -135,7 +136,7 @@ class StudentConfig(Section):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """What the network computes in."""
+        """Compute dtype of the network."""
         return DTYPES[self.dtype]
 
     @property
@@ -144,13 +145,13 @@ class StudentConfig(Section):
         return self.sizes().chunk
 
     def pinned(self) -> Self:
-        """The same with the commits that its hub names stand for now."""
+        """A copy whose hub names are pinned to their current commits."""
         return self
 
     def with_weights(self, path: Path) -> Self:
-        """The same student with weights that `save` wrote."""
+        """A copy that starts from weights written by `save`."""
         return self.model_copy(update={"checkpoint": str(path)})
 
     def fingerprint(self) -> str:
-        """A short text that changes with the start weights."""
+        """A short string that changes with the start weights."""
         return fingerprint(Path(str(self.checkpoint)))

@@ -1,8 +1,8 @@
-"""`afd train --dry-run`: what a run will need in memory, hours and money, before it starts.
+"""`afd train --dry-run`: estimate the memory, hours and money that a run needs.
 
-Nothing large is loaded or allocated. Sizes of a Wan network come from the checkpoint where it is
-there, else they are the released ones; everything else is the arithmetic of
-`afd.planning.cost_model`, and every number an estimate.
+Nothing large is loaded or allocated. The sizes of a Wan network come from the checkpoint if it
+exists, else they are the released ones; everything else comes from `afd.planning.cost_model`. All
+numbers are estimates.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from afd.planning.work import GIB, Part, Phase, Work, gib
 from afd.teachers.forecast import Forecast
 from afd.trainer.build import check_size
 
-# When a part of the memory is in use; "always" adds to each of the others.
+# When a part of the memory is in use; "always" counts towards each of these.
 MOMENTS = ("rollout", "discriminator", "student")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the dry run tells. `phases` is empty for the toy, whose time is not one of
-    a GPU."""
+    """The result of a dry run. `phases` is empty for the toy, which does not run on a GPU."""
 
     config: RunConfig
     processes: int
@@ -46,7 +45,7 @@ class Plan:
     missing: list[str]
 
     def peaks(self) -> dict[str, int]:
-        """Bytes held at most by one process, at each moment."""
+        """Peak bytes of one process at each moment."""
         fixed = sum(part.bytes for part in self.memory if part.when == "always")
         kept = sum(part.bytes for part in self.memory if part.when == "kept")
         return {
@@ -56,14 +55,14 @@ class Plan:
 
     @property
     def gpu_seconds(self) -> float:
-        """Of the whole run, all processes together."""
+        """GPU-seconds of the whole run, over all processes."""
         return sum(phase.seconds * phase.times for phase in self.phases)
 
 
 def make_plan(config: RunConfig, processes: int = 1) -> Plan:
-    """The plan of a run on so many processes, one GPU each.
+    """Plan a run on `processes` processes with one GPU each.
 
-    Raises ConfigError where the run would, as far as that is known without its large files.
+    Raises ConfigError if the run would, as far as can be determined without its large files.
     """
     prompts = config.prompts_per_update
     if not 1 <= processes <= prompts:
@@ -79,7 +78,7 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
         net = student_net(config)
         if isinstance(method, TimesConfig):
             check_chunks(method, net.chunks)
-    except ValueError as error:  # what the checkpoint holds is not what is needed
+    except ValueError as error:  # the checkpoint does not fit the configuration
         raise ConfigError(str(error)) from error
     work = Work(config, net, processes)
     drawn = config.updates * config.prompts_per_update
@@ -97,7 +96,7 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
 
 
 def _missing(config: RunConfig) -> Iterator[str]:
-    """What the run would not find, or would have to download, one sentence each."""
+    """Files that are missing or would have to be downloaded, one sentence each."""
     yield from config.student.missing()
     if config.method in ("afd", "gan"):
         yield from config.discriminator.missing()
@@ -107,7 +106,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
 
 
 def student_net(config: RunConfig) -> Net:
-    """The student's sizes: the checkpoint's where it is there, else the released ones."""
+    """The student's sizes: from the checkpoint if it exists, else the released ones."""
     student = config.student
     rank = student.lora.rank if student.lora is not None else None
     wan, video = student.sizes(), config.video
@@ -128,11 +127,11 @@ def student_net(config: RunConfig) -> Net:
     )
 
 
-# --- for a reader ---
+# --- display ---
 
 
 def show(plan: Plan, console: Console) -> None:
-    """The plan as tables and sentences; estimates, with what they assume."""
+    """Print the plan as tables and sentences, with the assumptions of its estimates."""
     config, net = plan.config, plan.net
     source = "" if config.student.kind == "toy" else _source(config)
     for line in (

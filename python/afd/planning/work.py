@@ -1,7 +1,7 @@
-"""The parts of a run's memory and the phases of its work, from its configuration.
+"""A run's memory parts and work phases, derived from its configuration.
 
-Sizes and formulas are `afd.planning.cost_model`'s; here is what a method, a discriminator and a
-number of processes make of them.
+`afd.planning.cost_model` has the sizes and formulas; this module applies them to a method, a
+discriminator and a number of processes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ GIB = 2**30
 
 
 def gib(count: int) -> str:
-    """A number of bytes for a reader."""
+    """Format a number of bytes for display."""
     return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Memory of one process: bytes, when (see MOMENTS, or "always", "kept", "start") and what."""
+    """Memory of one process: bytes, when (see MOMENTS, or "always", "kept", "start"), label."""
 
     name: str
     bytes: int
@@ -41,8 +41,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """Work of all processes in one update: FLOP of products and of convolutions; and how often it
-    is done in the run."""
+    """Work of all processes in one update: FLOP of matrix products and of convolutions, and the
+    number of times it is done in the run."""
 
     name: str
     flop: float
@@ -52,14 +52,14 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """GPU-seconds of one time, at the assumed utilisation of an H100 or H200."""
+        """GPU-seconds of one occurrence, at the assumed utilisation of an H100 or H200."""
         rate = MACHINES["H200"].flop
         products = self.flop / (rate * cost.UTILISATION)
         return products + self.convolutions / (rate * cost.CONVOLUTIONS)
 
 
 class Work:
-    """One configuration's parts of memory and phases of work."""
+    """Memory parts and work phases of one configuration."""
 
     def __init__(self, config: RunConfig, net: Net, processes: int) -> None:
         self.config, self.net, self.processes = config, net, processes
@@ -71,7 +71,7 @@ class Work:
         self.group = getattr(self.method, "samples_per_prompt", 1)
         self.rolls = config.method != "sft"
         self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
-        # Of the process with the most prompts.
+        # Prompts of the process that has the most.
         self.prompts = -(-config.prompts_per_update // processes)
         self.videos = self.prompts * self.group
         draws = getattr(self.method, "draws", 1)
@@ -89,7 +89,7 @@ class Work:
         yield from self._update()
 
     def versions(self) -> tuple[list[str], list[str]]:
-        """Versions of the weights beside the reference, and those of them that are trained."""
+        """Weight versions other than the reference, and the trained ones among them."""
         method, config = self.config.method, self.config
         if method == "afd":
             names = ["theta", "old"] if config.afd.old == "ema" else ["theta"]
@@ -103,7 +103,7 @@ class Work:
         names, trained = self.versions()
         sharded = self.config.parallel == "fsdp" and self.processes > 1
         parts = self.processes if sharded else 1
-        # FSDP's shares are fp32 and are the masters; elsewhere a narrower network has copies.
+        # FSDP shards are the fp32 masters; without FSDP, the network holds copies in its own dtype.
         held = cost.FLOAT if sharded else self.item
         master = 0 if held == cost.FLOAT else cost.FLOAT
         prior = getattr(self.method, "prior_weight", 0) > 0
@@ -197,7 +197,7 @@ class Work:
     def _update(self) -> Iterator[Part]:
         net, checkpointed = self.net, self.config.student.checkpoint_blocks
         context = getattr(self.method, "context", "recompute")
-        # Where gradients go through the context it is half of the pass.
+        # With gradients through the context, the context is half of the pass.
         halves = 2 if context == "recompute" else 1
         both = [
             halves * cost.activation_bytes(net, self.micro, self.item, checkpointed=c)
@@ -211,7 +211,7 @@ class Work:
             yield Part("context", one, "student", "keys and values of a pass's clean videos")
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of one saved state: masters, moments, and the same of the discriminator."""
+        """Bytes of one saved state: masters and moments of the student and the discriminator."""
         names, trained = self.versions()
         numbers = (len(names) + 2 * len(trained)) * self.net.trained
         if isinstance(self.discriminator, VideoAlignConfig):
@@ -223,7 +223,7 @@ class Work:
     # --- work ---
 
     def phases(self, distinct: int) -> Iterator[Phase]:
-        """`distinct`: teacher videos that are different."""
+        """The phases of one update. `distinct`: number of distinct teacher videos."""
         config, net = self.config, self.net
         assert config.student.kind == "wan"
         videos = config.prompts_per_update * self.group
@@ -248,7 +248,7 @@ class Work:
         yield Phase("student", flop, convolutions, updates, note)
         measured = self._evaluated()
         if measured:
-            # The discriminator, and the untouched model in it.
+            # The discriminator, and its frozen original model.
             rate = 2 * self._score_flop() if self.sees_video else 0.0
             note = f"{measured} held-out videos in all, and their decode"
             yield Phase("evaluation", rollout + rate, decode, measured, note)
@@ -271,7 +271,7 @@ class Work:
             )
             scored = videos
             if config.method == "gan":
-                scored = 0  # in the student's update
+                scored = 0  # scored in the student's update
             elif config.afd.baseline == "teacher":
                 scored += config.prompts_per_update
             total = 2 * videos * one * discriminator.steps_per_update + scored * self._score_flop()
@@ -319,19 +319,19 @@ class Work:
             return videos * flop, 0.0, f"through the last step, with both fields' views; {told}"
         if not self.sees_video:
             return videos * flop, 0.0, f"through the last step; {told}"
-        # Forward, recomputation and backward, through the discriminator as well.
+        # Forward, recomputation and backward, including the discriminator's.
         flop += 3 * self._score_flop()
         return videos * flop, videos * 4 * decode, f"through the last step and the decode; {told}"
 
     def _waits(self) -> int:
-        """Updates of the run before the first one of the student."""
+        """Number of updates before the student's first."""
         if self.config.method == "dmd":
             dmd = self.config.dmd
             return max(0, -(-dmd.score_warmup_updates // dmd.score_updates) - 1)
         return self.discriminator.warmup_updates if self.discriminator is not None else 0
 
     def _evaluated(self) -> int:
-        """Held-out videos of all evaluations of the run."""
+        """Number of held-out videos over all evaluations of the run."""
         evaluation, steps = self.config.evaluation, self.config.updates
         if evaluation.kind == "none":
             return 0
@@ -339,12 +339,12 @@ class Work:
         return on_the_way * evaluation.curve_videos + evaluation.videos
 
     def _looked(self) -> int:
-        """Frames of a video that VideoAlign looks at."""
+        """Number of frames of a video that VideoAlign reads."""
         video = self.config.video
         return len(frame_indices(video.frames, video.fps or 16.0))
 
     def _patches(self) -> tuple[int, int]:
-        """Patches of one video in VideoAlign's vision tower, and the pictures they come from."""
+        """Patches of one video in VideoAlign's vision tower, and the images they come from."""
         video, pictures = self.config.video, self._looked() // 2
         rows, columns = smart_resize(video.height, video.width, 448 * 448)
         return pictures * (rows // PATCH) * (columns // PATCH), pictures

@@ -1,4 +1,4 @@
-"""What the student streams and how, and the configuration of `afd sample`."""
+"""Configuration of streaming and of `afd sample`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from afd.config.base import ByKind, Count, Natural, Positive, Section, Threads, 
 from afd.errors import ConfigError
 from afd.models.config import StudentConfig
 
-# What a video does not depend on: it may differ when `afd sample` goes on in the same folder.
+# Settings that do not affect a video; they may differ when `afd sample` resumes in a folder.
 FREE = ("prompts", "out", "samples", "batch", "device", "compile", "cuda_graphs", "threads")
-# The same of the student's section.
+# The same for the student's section.
 FREE_STUDENT = ("lora", "checkpoint_blocks", "rollout_batch")
 
 
 class StreamConfig(Section):
-    """The student, and how it streams: what `afd sample` and `afd benchmark` both need."""
+    """Settings of the student and its streaming, shared by `afd sample` and `afd benchmark`."""
 
     student: Annotated[StudentConfig, ByKind("students", "wan")] = of_default_kind()
 
@@ -60,7 +60,7 @@ class StreamConfig(Section):
         if (self.frames - 1) % time:
             raise ValueError(f"frames: got {self.frames}; needed: 1 + a multiple of {time}")
         if self.height % (2 * space) or self.width % (2 * space):
-            # Two latent pixels make a token; h264 needs even sizes in any case.
+            # A token is two latent pixels high and wide; h264 always needs even sizes.
             got = f"{self.height}x{self.width}"
             raise ValueError(f"height, width: got {got}; needed: multiples of {2 * space}")
         if self.window is None and self.sink:
@@ -79,7 +79,7 @@ class StreamConfig(Section):
 
     @property
     def memory(self) -> dict[str, Any]:
-        """The fields of WanConfig that say what a stream remembers; no checkpoint holds them."""
+        """The fields of WanConfig that control the cache; checkpoints do not store them."""
         return {
             "window": self.window,
             "sink": self.sink,
@@ -101,7 +101,7 @@ class StreamConfig(Section):
 
 
 class SampleConfig(StreamConfig):
-    """One run of `afd sample`."""
+    """Configuration of `afd sample`."""
 
     prompts: str | list[str] | None = Field(
         default=None,
@@ -127,10 +127,10 @@ class SampleConfig(StreamConfig):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What a video depends on besides its prompt and seed, as plain data."""
+        """Settings that determine a video besides its prompt and seed, as plain data."""
         settings = self.model_dump(mode="json", exclude=set(FREE))
         student = {k: v for k, v in settings["student"].items() if k not in FREE_STUDENT}
         if self.student.checkpoint is not None:
-            # Another file under the same name makes other videos.
+            # Include the fingerprint, since another file may have the same name.
             student["checkpoint"] = f"{self.student.checkpoint} {self.student.fingerprint()}"
         return settings | {"student": student}

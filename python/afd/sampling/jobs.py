@@ -1,4 +1,4 @@
-"""The videos of an `afd sample` run: prompts, seeds, prefixes and prompt switches, one job each."""
+"""The jobs of an `afd sample` run, one per video: prompts, seed, prefix and prompt switches."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Line(Section):
-    """A line of a .jsonl file of prompts; files it names are relative to the list's folder."""
+    """A line of a .jsonl prompt file; paths in it are relative to that file's folder."""
 
     prompt: Annotated[str, Field(min_length=1)]
-    # With -<seed>.mp4.partial behind it it is still a file's name.
+    # Short enough to be a file name with -<seed>.mp4.partial appended.
     name: Annotated[str, Field(pattern=_NAME, max_length=200)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     image: Path | None = None
     video: Path | None = None
-    # From which chunk on which prompt.
+    # (first chunk, prompt) pairs.
     switches: tuple[tuple[Natural, str], ...] = ()
 
     @model_validator(mode="after")
@@ -36,7 +36,7 @@ class Line(Section):
         if not self.prompt.strip():
             raise ValueError("a prompt is blank")
         for prompt in (self.prompt, *(prompt for _, prompt in self.switches)):
-            # What no tokenizer takes, such as the bytes of another encoding on a command line.
+            # Text that no tokenizer accepts, such as undecodable bytes from a command line.
             if "\0" in prompt or not _encodable(prompt):
                 raise ValueError("a prompt holds a zero byte, or bytes that are not UTF-8")
         return self
@@ -44,7 +44,7 @@ class Line(Section):
 
 @dataclass(frozen=True)
 class Job:
-    """One video. `name` is its file's, without the suffix."""
+    """One video to make. `name` is its file name without the suffix."""
 
     name: str
     prompt: str
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt of the video."""
+        """All prompts of the video."""
         return [self.prompt, *(prompt for _, prompt in self.switches)]
 
     def prompt_at(self, chunk: int) -> str:
@@ -64,7 +64,7 @@ class Job:
         return before[-1] if before else self.prompt
 
     def record(self, config: SampleConfig) -> dict[str, Any]:
-        """Everything the video depends on; written into its file."""
+        """Everything that determines the video; stored in its file."""
         return {
             "prompt": self.prompt,
             "seed": self.seed,
@@ -79,10 +79,10 @@ class Job:
 
 
 def read_jobs(config: SampleConfig) -> list[Job]:
-    """`samples` jobs for every prompt, in the order of the prompts; seeds count on.
+    """`samples` jobs per prompt, in the order of the prompts, with consecutive seeds.
 
     Raises:
-        ConfigError: no prompts, a bad line (named by file and number), or two videos of one name.
+        ConfigError: no prompts, a bad line (with file and line number), or a duplicate video name.
     """
     jobs: dict[str, Job] = {}
     for index, line in enumerate(_lines(config)):
@@ -133,7 +133,7 @@ def _lines(config: SampleConfig) -> Iterator[Line]:
         return
     path = Path(given)
     if path.suffix not in (".txt", ".jsonl"):
-        if os.path.isfile(given):  # not Path's, which raises for a prompt as long as no name is
+        if os.path.isfile(given):  # Path.is_file raises if a prompt is too long for a name
             raise ConfigError(
                 f"prompts: got the file {given}; needed: its name to end in .txt or .jsonl"
             )
@@ -146,7 +146,7 @@ def _lines(config: SampleConfig) -> Iterator[Line]:
     if not text.strip():
         raise ConfigError(f"prompts {path}: holds none")
     if path.suffix == ".txt":
-        # Not splitlines, which also cuts at separators that a prompt may hold.
+        # Not splitlines, which also splits at separators that a prompt may contain.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield _line(f"prompts {path}:{number}", {"prompt": line.strip()})
@@ -170,7 +170,7 @@ def _line(where: str, row: dict[str, Any]) -> Line:
 
 
 def _files_of(line: Line, path: Path, where: str) -> Line:
-    """A line with the files that it names as they lie beside its list."""
+    """A line with its paths resolved relative to the prompt file."""
     if line.image is not None and line.video is not None:
         raise ConfigError(f"{where}: got image and video; needed: one of them")
     named = {key: getattr(line, key) for key in ("image", "video")}
@@ -179,11 +179,11 @@ def _files_of(line: Line, path: Path, where: str) -> Line:
 
 
 def _inside(path: Path, where: str, key: str, named: Path) -> Path:
-    """A file that a line names: beside the list or below, so that no list reads other files."""
+    """Resolve a path of a line; it must be in or below the prompt file's folder."""
     file = path.parent / named
     try:
         inside = file.resolve().is_relative_to(path.parent.resolve())
-    except (OSError, RuntimeError) as error:  # a link to itself
+    except (OSError, RuntimeError) as error:  # a symbolic-link loop
         raise ConfigError(f"{where}: {key}: {named} cannot be found ({error})") from error
     if not inside:
         raise ConfigError(

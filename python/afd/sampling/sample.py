@@ -1,4 +1,4 @@
-"""`afd sample`: prompts in, mp4 files out while the stream is still running.
+"""`afd sample`: stream videos from prompts, writing the mp4 files as frames are generated.
 
 Shape letters: B videos, F frames, C channels, H x W size, L text tokens, E text channels.
 """
@@ -37,7 +37,7 @@ from afd.video.recorder import Recorder
 
 @dataclass
 class Pipeline:
-    """Everything loaded."""
+    """The loaded models."""
 
     student: Student
     codec: Codec
@@ -49,11 +49,11 @@ class Pipeline:
         return self.student.encode(list(prompts)).to(self.student.dtype)
 
     def cache(self, text_BLE: Tensor, frames: int) -> KVCache:
-        """The one cache, its memory used by one batch after another; made anew for another size."""
+        """The KV cache, reused from batch to batch and reallocated when the batch size changes."""
         if self.kept is not None and len(self.kept.self_kv[0][0]) == len(text_BLE):
             self.kept.reset(self.student.net.text_kv(text_BLE))
             return self.kept
-        # The last batch may be a smaller one: what the others used goes first, and who holds it.
+        # The last batch may be smaller: free the old cache and its holders before allocating.
         self.kept = None
         if self.graphs:
             self.student.use_graphs()
@@ -63,7 +63,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a run did: files written, files that were there, and the times of every chunk."""
+    """Result of a run: files written, files that already existed, and timings of every chunk."""
 
     written: list[Path]
     skipped: int
@@ -71,11 +71,11 @@ class Sampled:
 
 
 def sample(config: SampleConfig, console: Console) -> Sampled:
-    """Stream every video that is not there yet into `config.out`, which is ours until it ends.
+    """Stream every missing video into `config.out`, which is locked meanwhile.
 
     Raises:
         ConfigError: the configuration or a file it names is wrong, `out` holds a video of the same
-            name that was made from something else, or another process is writing there.
+            name made with other settings, or another process is writing there.
     """
     if config.out is None:
         raise ConfigError("out: not given; needed: a folder for the mp4 files")
@@ -98,12 +98,12 @@ def _said_when_full() -> Iterator[None]:
 
 @_said_when_full()
 def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Sampled:
-    """`sample` for jobs of one's own; who may write into `config.out` is the caller's business."""
+    """`sample` for given jobs; locking `config.out` is left to the caller."""
     out = config.out
     assert out is not None
     for sentence in config.student.missing_weights():
         raise ConfigError(sentence)
-    # Before anything is downloaded or loaded.
+    # Checked before anything is downloaded or loaded.
     if config.torch_device.type != "cuda" and config.cuda_graphs:
         raise ConfigError("cuda_graphs: got 'cpu'; needed: a CUDA device")
     layout = _layout(config, jobs)
@@ -127,7 +127,7 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
         torch.set_num_threads(config.threads)
     try:
         pipeline = load(config, sorted({prompt for job in todo for prompt in job.prompts}))
-    except ValueError as error:  # what a file holds is not what the configuration says
+    except ValueError as error:  # a file does not match the configuration
         raise ConfigError(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
     with _progress(console, todo, layout) as advance:
@@ -144,7 +144,7 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
 def _record(
     pipeline: Pipeline, config: SampleConfig, batch: list[Job], advance: Callable[[], None]
 ) -> Recorder:
-    """Stream one batch into its files."""
+    """Stream one batch to its files."""
     student = pipeline.student
     frames = config.latent_frames
     prefix = _prefix(pipeline, config, batch)
@@ -182,7 +182,7 @@ def _record(
     return recorder
 
 
-# --- what there is to do ---
+# --- jobs ---
 
 
 def _finished(job: Job, config: SampleConfig) -> bool:
@@ -210,7 +210,7 @@ def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _prefix_frames(config: SampleConfig, job: Job) -> int:
-    """Latent frames that begin the video."""
+    """Number of latent frames in the job's prefix."""
     if job.image is not None:
         return 1
     if job.video is None:
@@ -221,7 +221,7 @@ def _prefix_frames(config: SampleConfig, job: Job) -> int:
 
 
 def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
-    """The chunks of a job, checked before anything is loaded."""
+    """The chunk layout of each job, validated before anything is loaded."""
 
     def layout(job: Job) -> Layout:
         given = _prefix_frames(config, job)
@@ -252,7 +252,7 @@ def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
 
 
 def _batches(jobs: list[Job], config: SampleConfig) -> Iterator[list[Job]]:
-    """Jobs that can be streamed together: the same number of frames given."""
+    """Batches of jobs with equal prefix lengths, which can be streamed together."""
     groups: dict[int, list[Job]] = {}
     for job in jobs:
         groups.setdefault(_prefix_frames(config, job), []).append(job)
@@ -262,7 +262,7 @@ def _batches(jobs: list[Job], config: SampleConfig) -> Iterator[list[Job]]:
 
 
 def _prefix(pipeline: Pipeline, config: SampleConfig, batch: list[Job]) -> Tensor | None:
-    """Latents [B, P, C, H, W] that begin the batch's videos."""
+    """Prefix latents [B, P, C, H, W] of a batch."""
     latent_frames = _prefix_frames(config, batch[0])
     if latent_frames == 0:
         return None
@@ -273,7 +273,7 @@ def _prefix(pipeline: Pipeline, config: SampleConfig, batch: list[Job]) -> Tenso
             frames=frames,
             height=config.height,
             width=config.width,
-            # Its time matters: the video goes on from it.
+            # The frame rate matters: the video continues from the prefix.
             fps=None if job.image is not None else config.fps,
         )
         for job in batch
@@ -288,7 +288,7 @@ def _prefix(pipeline: Pipeline, config: SampleConfig, batch: list[Job]) -> Tenso
 
 
 def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
-    """The student, which can encode the prompts, and its codec."""
+    """Load the student, ready to encode the prompts, and its codec."""
     device = config.torch_device
     if device.index is not None:
         # Kernels and graphs are launched on the current device.
@@ -313,7 +313,7 @@ def load(config: SampleConfig, prompts: list[str]) -> Pipeline:
     return Pipeline(student, codec, config.cuda_graphs)
 
 
-# --- what is told ---
+# --- dry run ---
 
 
 def _told(config: SampleConfig, batch: list[Job], seconds: list[float]) -> str:
@@ -338,7 +338,7 @@ def _progress(
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a batch holds by formula: nothing is allocated to know them."""
+    """Computed memory of a batch in bytes; nothing is allocated."""
 
     parameters: int
     weights: int
@@ -348,9 +348,9 @@ class Memory:
 
 
 def memory(config: SampleConfig) -> Memory:
-    """What the network, its cache, and the latents and noise of a chunk take.
+    """Memory of the network, its cache, and the latents and noise of a chunk.
 
-    Sizes of a Wan network come from the checkpoint where it exists, else they are the released
+    The sizes of a Wan network come from the checkpoint if it exists, else they are the released
     1.3 B ones.
     """
     wan = replace(config.student.sizes(), **config.memory)
@@ -364,7 +364,7 @@ def memory(config: SampleConfig) -> Memory:
     cache = cache_bytes(
         wan.num_layers, config.batch, kept * rows * cols, wan.text_len, wan.dim, dtype
     )
-    # What goes in, fresh noise, and what comes out.
+    # Input, fresh noise, and output.
     latents = 3 * config.batch * wan.chunk * wan.in_dim * height * width * dtype.itemsize
     return Memory(parameters, parameters * dtype.itemsize, cache, latents, kept)
 
@@ -377,14 +377,14 @@ def _sized_by(config: SampleConfig) -> str:
 
 
 def dry_run(config: SampleConfig, console: Console) -> Memory:
-    """Say what `sample` would do and hold, without loading or allocating it."""
+    """Print the plan of `sample` and its memory estimate; nothing is loaded or allocated."""
     jobs = read_jobs(config) if config.prompts else []
     layout = _layout(config, jobs)
     job = jobs[0] if jobs else Job("video", "", 0, config.image, config.video)
     chunks, given = layout(job), _prefix_frames(config, job)
     try:
         held = memory(config)
-    except ValueError as error:  # what a file holds is not what the configuration says
+    except ValueError as error:  # a file does not match the configuration
         raise ConfigError(str(error)) from error
     steps, first = (
         len(config.student.denoising_steps),

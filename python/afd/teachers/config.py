@@ -1,4 +1,5 @@
-"""Typed settings that all teachers have, the interface to open one, and the folder's section."""
+"""Typed settings common to all teachers, the interface to open one, and the folder teacher's
+section."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class TeacherConfig(Section):
-    """Base of every teacher's section.
+    """Base class of every teacher's section.
 
-    A subclass has an `open` of its own (docs/EXTENDING.md); a built-in one names the function, as
+    A subclass overrides `open` (docs/EXTENDING.md); built-in ones name the function in `opener`, as
     "module:name".
     """
 
@@ -36,20 +37,20 @@ class TeacherConfig(Section):
     )
 
     def open(self, video: VideoConfig, folder: Path, console: Console | None = None) -> Teacher:
-        """The teacher, whose videos lie or will lie in `folder`. Raises TeacherError."""
+        """Open the teacher, whose videos are stored in `folder`. Raises TeacherError."""
         return load(self.opener)(self, video, folder, console or Console())
 
     def forecast(self, folder: Path, drawn: int) -> Forecast:
-        """What a run that draws `drawn` requests will ask for. Nothing is contacted or written."""
+        """Estimate what a run that draws `drawn` requests will ask for, offline and read-only."""
         return Forecast(self.kind, 0, 0, 0, drawn)
 
     def missing(self, folder: Path) -> Iterator[str]:
-        """What a run would not find, one sentence each."""
+        """Yield a message for each input that a run needs and that is missing."""
         yield from ()
 
     @property
     def patience_s(self) -> float:
-        """Seconds that one answer may take."""
+        """The most seconds that one answer may take."""
         return 0.0
 
 
@@ -73,7 +74,7 @@ class FolderConfig(TeacherConfig):
     def forecast(self, folder: Path, drawn: int) -> Forecast:
         try:
             listed = len(read_manifest(folder, self.manifest)[1])
-        except TeacherError:  # `missing` names it
+        except TeacherError:  # `missing` reports it
             listed = 0
         return Forecast(self.kind, listed, listed, 0, min(drawn, listed or drawn))
 
@@ -97,5 +98,5 @@ class FolderConfig(TeacherConfig):
 def _is_file(folder: Path, name: str) -> bool:
     try:
         return (folder / name).is_file()
-    except (OSError, ValueError):  # too long, a zero byte
+    except (OSError, ValueError):  # too long, or with a NUL character
         return False

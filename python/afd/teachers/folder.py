@@ -1,4 +1,4 @@
-"""A folder of finished videos as a teacher."""
+"""The teacher backed by a folder of finished videos."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from afd.teachers.manifest import read_manifest
 from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
 from afd.video.config import VideoConfig
 
-# Clips checked at the same time; a large one decodes in several threads of its own.
+# Clips checked concurrently; the decoder uses several threads of its own for a large clip.
 THREADS = min(8, os.cpu_count() or 1)
 _log = logging.getLogger("afd")
 
 
 class FolderTeacher:
-    """Answers from files. Everything is checked before the first answer; one error lists all."""
+    """A teacher that answers from existing files. All files are checked on construction, and one
+    error lists every problem."""
 
     def __init__(
         self,
@@ -36,8 +37,8 @@ class FolderTeacher:
         hdr: Hdr = "tonemap",
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """`frames` to `limits`: how each video will be read (see `video.read_video`), so that an
-        unusable one is found now. `manifest` None looks for MANIFESTS in the folder."""
+        """`frames` to `limits`: how each video will be read (see `video.read_video`), so that
+        unusable ones are found now. `manifest` None searches the folder for MANIFESTS."""
         self.folder = Path(folder)
         self.manifest, entries, problems = read_manifest(self.folder, manifest)
         self._files: dict[Request, Path] = {}
@@ -76,7 +77,7 @@ class FolderTeacher:
         return self._requests
 
     def answer(self, request: Request) -> Path:
-        """The video's path; raises TeacherError for a prompt or draw the folder does not hold."""
+        """The video's path. Raises TeacherError for a prompt or draw not in the folder."""
         if request not in self._files:
             raise TeacherError(
                 f"teacher folder {self.folder}: no video {request.draw} for {request.prompt!r}"
@@ -94,13 +95,13 @@ def _problem(folder: Path, check: Callable[[Path], None], path: Path, prompt: st
         check(path)
     except VideoError as error:
         return str(error)
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a ring
+    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, symlink loop
         return f"{str(path)[:200]!r}: is no path ({str(error)[:60]})"
     return None
 
 
 def open_folder(folder: Path, manifest: Path | None, video: VideoConfig) -> FolderTeacher:
-    """The teacher of a folder whose clips become videos as the configuration says."""
+    """Open a folder teacher, checking its clips against the video configuration."""
     teacher = FolderTeacher(
         folder,
         manifest,
@@ -116,5 +117,5 @@ def open_folder(folder: Path, manifest: Path | None, video: VideoConfig) -> Fold
 def open_teacher(
     config: FolderConfig, video: VideoConfig, folder: Path, console: Console
 ) -> FolderTeacher:
-    """A folder as a configuration names it (`TeacherConfig.open`)."""
+    """Open the folder teacher of a configuration (`TeacherConfig.open`)."""
     return open_folder(folder, config.manifest, video)

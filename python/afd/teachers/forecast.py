@@ -1,27 +1,27 @@
-"""What a run will ask of its teacher: videos, money and waiting, estimated before it starts."""
+"""Forecast of a run's use of its teacher: videos, cost and waiting time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Assumed of a service that has made no video for this folder yet.
+# Assumed for a service that has not yet made a video for this folder.
 SECONDS_PER_VIDEO = 120.0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Videos that the teacher still has to make.
+    """Estimate of the videos that the teacher still has to make.
 
     Attributes:
-        wanted: videos that the run can ask for; 0 where that is not known.
-        there, rejected: of these, finished, and refused by the service.
-        distinct: different videos that the run will see.
-        price_usd: expected for one video; None where nothing is bought.
+        wanted: videos that the run can request; 0 if unknown.
+        there, rejected: how many of these are finished, and how many the service refused.
+        distinct: different videos that the run will use.
+        price_usd: expected price of one video; None if nothing is bought.
         spent_usd, budget_usd: of the folder.
-        seconds: of one video, by the ledger or by assumption.
-        measured: whether by the ledger.
-        concurrency: videos made at once.
+        seconds: time to make one video, from the ledger or assumed.
+        measured: whether `seconds` comes from the ledger.
+        concurrency: videos made concurrently.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Forecast:
 
     @property
     def to_buy(self) -> int:
-        """Videos that have still to be made for money."""
+        """Videos that still have to be bought."""
         if self.price_usd is None:
             return 0
         return max(0, min(self.distinct, self.wanted) - self.there - self.rejected)
@@ -49,11 +49,12 @@ class Forecast:
 
     @property
     def wait_s(self) -> float:
-        """Until the last video is there, if nothing fails."""
+        """Seconds until the last video is finished, if nothing fails."""
         return -(-self.to_buy // self.concurrency) * self.seconds
 
     def lines(self, training_s: float) -> Iterator[str]:
-        """Money and wall-clock for a reader; `training_s`: seconds of the updates, 0 unknown."""
+        """Yield readable lines on cost and wall-clock time. `training_s`: seconds of all updates, 0
+        if unknown."""
         if self.price_usd is None:
             number = f"{self.wanted} videos" if self.wanted else "videos not counted"
             yield f"teacher: {self.kind}, {number}; nothing is bought"

@@ -1,4 +1,4 @@
-"""The manifest of a folder of videos: which prompt each one answers.
+"""The manifest of a folder of videos, which maps each video to its prompt.
 
 Formats, by file ending; video paths are relative to the folder and must stay inside it:
 
@@ -20,9 +20,10 @@ MANIFESTS = ("prompts.jsonl", "prompts.csv", "prompts.txt")
 def read_manifest(
     folder: Path, manifest: Path | str | None = None
 ) -> tuple[Path, list[tuple[str, str, str]], list[str]]:
-    """The manifest's path; where, file and prompt of its entries; and what is wrong with others.
+    """Read a manifest: its path; (place, file, prompt) of the valid entries; and the problems of
+    the invalid ones.
 
-    No video is looked at. Raises TeacherError where there is no folder, or no manifest to read.
+    No video is opened. Raises TeacherError if there is no folder or no readable manifest.
     """
     if not folder.is_dir():
         raise TeacherError(f"teacher folder {folder}: no such folder")

@@ -1,4 +1,4 @@
-"""The method of a run, built from its configuration: student, codec and discriminator."""
+"""Build the training method of a run (student, codec, discriminator) from its configuration."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _log = logging.getLogger("afd")
 
 
 def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()) -> Method:
-    """The method of a run, from its start checkpoints and seed, on the rank's device.
+    """Build the method of a run on the rank's device, from its initial checkpoints and seed.
 
-    `prompts`: those of the run; a text encoder embeds them before anything else is loaded.
-    Raises ConfigError, with the key, for parts that do not fit together, files that are not what is
-    needed and packages that are missing.
+    `prompts`: all prompts of the run; a text encoder embeds them before anything else is loaded.
+    Raises ConfigError, naming the key, for incompatible parts, unsuitable files and missing
+    packages.
     """
     student, codec = build_student(config, ranks, prompts)
     discriminator = None
@@ -72,7 +72,7 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
 
 
 def _watch(config: RunConfig, ranks: Ranks) -> Watch | None:
-    """What the run's metrics log about scores of rollouts, if anything."""
+    """The run's hook for logging metrics of rollouts and their scores, or None."""
     if config.evaluation.kind == "none":
         return None
     watch: Watch | None = find("metrics", config.evaluation.kind).watch(config.evaluation, ranks)
@@ -90,7 +90,7 @@ def _sharding(
 def build_student(
     config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
 ) -> tuple[Student, Codec]:
-    """The student, which can encode the prompts, and its codec to pixels."""
+    """Build the student, able to encode `prompts`, and its codec to pixels."""
     section = config.student
     with _config_errors("student"):
         check_size(config)
@@ -106,7 +106,7 @@ def build_student(
 
 
 def check_size(config: RunConfig) -> None:
-    """Raise ConfigError where the student was made for videos of another size."""
+    """Raise ConfigError if the student was made for videos of another size."""
     video, size = config.video, config.student.video_size()
     given = (video.frames, video.height, video.width)
     if size is not None and given != size:
@@ -119,7 +119,7 @@ def check_size(config: RunConfig) -> None:
 def build_discriminator(
     config: RunConfig, student: Student, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
 ) -> DifferentiableDiscriminator:
-    """The discriminator that a configuration names, which can read the prompts."""
+    """Build the configured discriminator, able to encode `prompts`."""
     with _config_errors("discriminator"):
         return config.discriminator.build(
             student, config.video, prompts, seed=config.seed, ranks=ranks
@@ -128,7 +128,7 @@ def build_discriminator(
 
 @contextmanager
 def _config_errors(section: str) -> Iterator[None]:
-    """An error of loading a part, as one of the section that names it."""
+    """Re-raise loading errors as a ConfigError that names the configuration section."""
     try:
         yield
     except ConfigError:

@@ -1,11 +1,12 @@
-"""Checkpoints: one folder per step that is either whole or not there.
+"""Atomic checkpoints: one folder per step, either complete or absent.
 
-`checkpoints/step_000400/` holds the shards that every process wrote for itself and `state.json`
-(afd.trainer.shards), and `meta.json`: step, method, configuration, who wrote it, the SHA-256 of
-every file that a resume reads, and the SHA-256 of all this. It is written under another name,
-flushed to disk by all processes and renamed, so a power cut at any moment leaves the newest whole
-checkpoint in place. Whatever else lies in the folder is not looked at. Any number of processes
-reads a checkpoint, sharded or not. All functions that take `ranks` are called by every process.
+`checkpoints/step_000400/` holds the shards that each process wrote and `state.json`
+(afd.trainer.shards), and `meta.json`: step, method, configuration, the software that wrote it, the
+SHA-256 of every file that a resume reads, and the SHA-256 of all of this. A checkpoint is written
+under a temporary name, flushed to disk by all processes and renamed, so a power cut at any moment
+leaves the newest complete checkpoint in place. Other files in the folder are ignored. A checkpoint,
+sharded or not, can be loaded by any number of processes. Functions that take `ranks` are
+collective: every process must call them.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from afd.files import PARTIAL, naming, parse_json, remove, sha256_of, sync
 from afd.trainer import shards
 
 META = "meta.json"
-# Changes whenever older checkpoints can no longer be read.
+# Incremented whenever older checkpoints can no longer be read.
 FORMAT = 4
 _log = logging.getLogger("afd")
 _NAME = re.compile(r"step_(\d{6,})")
-# What a resume reads; and what a killed process left of it.
+# Files that a resume reads; and partial checkpoints left by a killed process.
 _FILE = re.compile(r"(?!\.)[^/]*\.(safetensors|json)")
 _LEFT = re.compile(_NAME.pattern + re.escape(PARTIAL))
 
@@ -48,7 +49,8 @@ _LEFT = re.compile(_NAME.pattern + re.escape(PARTIAL))
 def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE) -> Path:
     """Write `state` (with the keys step, method, config) atomically; keep the newest `keep`.
 
-    `written_by` in the state says who writes. What a state may hold: `shards.write`.
+    `written_by` in the state overrides the default provenance. See `shards.write` for the types
+    that a state may hold.
     """
     final = folder / f"step_{state['step']:06d}"
     partial = final.with_suffix(PARTIAL)
@@ -70,12 +72,12 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE
             if len(files) < len(digests):
                 raise OSError(errno.EIO, "what was just written cannot be read", str(partial))
             _finish(partial, final, state, files)
-            # Newer ones are damaged, or the run would have gone on from them.
+            # Newer checkpoints are damaged, or the run would have resumed from them.
             older = [path for path in _newest_first(folder) if _step(path) <= state["step"]]
             for old in older[keep:]:
                 remove(old)
     except OSError:
-        # A disk that is full has room for the rest of the run's files again.
+        # On a full disk, make room for the run's other files again.
         with suppress(OSError):
             remove(partial)
         raise
@@ -84,7 +86,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE
 
 
 def _finish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, str]) -> None:
-    """Write what binds the files together, and give the folder its name."""
+    """Write meta.json, which binds the files together, and give the folder its final name."""
     meta: dict[str, Any] = {key: state[key] for key in ("step", "method", "config")}
     meta |= {"format": FORMAT, "written_by": state.get("written_by", written_by()), "files": files}
     meta["sha256"] = _bound(meta)
@@ -92,16 +94,16 @@ def _finish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, 
         json.dump(meta, text, indent=1)
     sync(partial / META)
     sync(partial)
-    remove(final)  # damaged, or `save` had returned
+    remove(final)  # damaged, otherwise `save` would have returned early
     partial.rename(final)
     sync(final.parent)
 
 
 def latest(folder: Path, ranks: Ranks = ALONE) -> Path | None:
-    """The newest whole checkpoint, or None where there is none at all.
+    """The newest complete checkpoint, or None if there are no checkpoints at all.
 
-    Damaged ones are passed over and named in the log. Raises CheckpointError where all are damaged:
-    to begin again is for the user to decide.
+    Damaged checkpoints are skipped with a warning. Raises CheckpointError if all are damaged:
+    starting over is for the user to decide.
     """
     problems: list[tuple[Path, str]] = []
     for name in ranks.same([path.name for path in _newest_first(folder)]):
@@ -129,12 +131,11 @@ def load(
     only: str = "",
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """The state in a checkpoint folder.
+    """Load the state in a checkpoint folder.
 
-    Tensors are read into those of `into` where it has them, and are left out where `only` says so:
-    see `shards.read`. Raises CheckpointError where the checkpoint is damaged or of another format,
-    ConfigError where it belongs to another method or another configuration (naming each differing
-    key).
+    Tensors are read into the matching ones of `into`, and only those selected by `only`: see
+    `shards.read`. Raises CheckpointError if the checkpoint is damaged or has another format,
+    ConfigError if it belongs to another method or configuration (naming each differing key).
     """
     problem = _problem(path, ranks)
     if problem is not None:
@@ -159,13 +160,13 @@ def load(
 
 @lru_cache
 def written_by() -> dict[str, Any]:
-    """Who writes: the package's version, and its git commit where it runs from a repository."""
+    """Provenance: versions of afd and torch, and afd's git commit if run from a repository."""
     return {"afd": afd.__version__, "torch": str(torch.__version__), "commit": _commit()}
 
 
 def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
-    # A package installed below somebody's repository is not of that repository.
+    # A package installed inside an unrelated repository must not report that repository's commit.
     known = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
     try:
         subprocess.run(known, capture_output=True, check=True)
@@ -176,14 +177,14 @@ def _commit() -> str | None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the process-wide generators; what a method draws for itself has its own."""
+    """Seed the process-wide generators; methods draw from separate generators."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """The process-wide random states (torch CPU, its own GPU's, numpy, Python) as JSON holds."""
+    """The process-wide random states (torch CPU and current GPU, numpy, Python), as JSON values."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {
@@ -195,7 +196,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: Sequence[dict[str, Any]], rank: int = 0) -> None:
-    """Put back what `random_state` returned on this process; a new process takes the first's."""
+    """Restore this process's `random_state`; additional processes take that of the first."""
     state = states[rank if rank < len(states) else 0]
     torch.set_rng_state(_bytes(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
@@ -226,7 +227,7 @@ def _step(path: Path) -> int:
 
 
 def _problem(path: Path, ranks: Ranks = ALONE) -> str | None:
-    """Why a checkpoint is not whole, or None; one of another format is for `load` to refuse."""
+    """Why a checkpoint is not complete, or None; `load` refuses other formats."""
     files, problem = ranks.same(_promised(path) if ranks.main else None)
     if problem is not None or files is None:
         return None if problem is None else str(problem)
@@ -239,7 +240,7 @@ def _problem(path: Path, ranks: Ranks = ALONE) -> str | None:
 
 
 def _promised(path: Path) -> tuple[dict[str, str] | None, str | None]:
-    """The files that meta.json binds, with their SHA-256; or None, and why they are not known."""
+    """The files listed in meta.json with their SHA-256; or None and why they are unknown."""
     try:
         meta = _meta(path)
         bound = meta.pop("sha256") == _bound(meta)
@@ -263,18 +264,18 @@ def _meta(path: Path) -> dict[str, Any]:
 
 
 def _bound(meta: Mapping[str, Any]) -> str:
-    """The SHA-256 of everything that a meta.json says."""
+    """The SHA-256 of the contents of a meta.json."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(folder: Path, names: Sequence[str], ranks: Ranks) -> dict[str, str | None]:
-    """SHA-256 of files, None where one cannot be read; each process reads some of them."""
+    """The SHA-256 of each file (None if unreadable); the processes share the reading."""
     own = {name: _sha256(folder / name) for name in names[ranks.share(len(names))]}
     return {name: digest for part in ranks.each(own) for name, digest in part.items()}
 
 
 def _sha256(path: Path) -> str | None:
-    # Opening a pipe would wait for ever.
+    # Opening a pipe would block forever.
     if _unreadable(path):
         return None
     try:
@@ -284,7 +285,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _unreadable(path: Path) -> str | None:
-    """What keeps a file from being read, as far as its folder tells."""
+    """Why a file cannot be read, judging by its directory entry alone; None if nothing is wrong."""
     try:
         return None if stat.S_ISREG(path.stat().st_mode) else "is not a file"
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Evaluation as the loop sees it: a policy in; metrics and videos of held-out seeds out.
+"""Evaluation: takes a policy, returns metrics and videos of held-out seeds.
 
 Shape letters: B videos, F frames, C channels, H x W pixels, N metrics.
 """
@@ -34,13 +34,13 @@ from afd.video import from_uint8, through_codec, to_uint8, write_video
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found.
+    """The result of one evaluation.
 
     Attributes:
         metrics: means over all its videos.
         pictures_BFHWC: uint8, of all videos or only the first `evaluation.samples`.
-        prompts, seeds: one for each video, also those whose pictures were let go.
-        fps: rate at which the pictures are shown; None for the toy's.
+        prompts, seeds: one per video, including those whose pictures were freed.
+        fps: frame rate of the pictures; None for the toy.
     """
 
     metrics: dict[str, float]
@@ -58,7 +58,7 @@ Evaluator = Callable[[Student, int], Evaluation]
 
 
 class Metrics(ABC):
-    """Base of the classes in the registry's group "metrics" (docs/EXTENDING.md).
+    """Base class of the entries of the registry's group "metrics" (docs/EXTENDING.md).
 
     Attributes:
         needs_prompts: whether it takes its prompts from the run (`evaluation_prompts`).
@@ -69,26 +69,26 @@ class Metrics(ABC):
     def __init__(self, run: Evaluated) -> None:
         self.run = run
 
-    @staticmethod  # noqa: B027 - one that says nothing takes any
+    @staticmethod  # noqa: B027 - the default accepts any student
     def check(student: StudentConfig) -> None:
-        """Raise ValueError where this student's videos cannot be measured."""
+        """Raise ValueError if this student's videos cannot be measured."""
 
     @staticmethod
     def watch(config: EvaluationConfig, ranks: Ranks) -> Watch | None:
-        """Metrics of an update's rollouts and scores. Here: none."""
+        """A hook that computes metrics of an update's rollouts and scores. Default: None."""
         return None
 
     @abstractmethod
     def __call__(self, policy: Student, count: int) -> Evaluation:
-        """Measure `count` held-out videos; every process of the run calls it."""
+        """Measure `count` held-out videos. Every process of the run must call this."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What metrics may use of a run.
+    """The parts of a run that metrics may use.
 
     Attributes:
-        teacher_videos: makes [N, F, C, H, W] in [-1, 1], some of the teacher's training videos.
+        teacher_videos: returns some of the teacher's training videos, [N, F, C, H, W] in [-1, 1].
         codec, discriminator: of the run's method.
         prompts: of held-out videos, see `evaluation_prompts`.
         ranks: the processes that share an evaluation's videos.
@@ -111,7 +111,7 @@ def make_evaluator(
     prompts: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> Evaluator | None:
-    """The metrics that `evaluation.kind` names (arguments: `Evaluated`); None for "none"."""
+    """Build the metrics of `evaluation.kind` (arguments: see `Evaluated`); None for "none"."""
     if config.evaluation.kind == "none":
         return None
     run = Evaluated(config, teacher_videos, codec or Pixels(), discriminator, prompts, ranks)
@@ -121,9 +121,9 @@ def make_evaluator(
 
 def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[str]:
     """The prompts of held-out videos: `evaluation.prompts`, or the teacher's; empty for metrics
-    that have their own.
+    that define their own.
 
-    Raises ConfigError where they cannot be read.
+    Raises ConfigError if they cannot be read.
     """
     evaluation = config.evaluation
     if evaluation.kind == "none" or not find("metrics", evaluation.kind).needs_prompts:
@@ -144,8 +144,9 @@ def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[s
 
 
 def own_part(count: int, ranks: Ranks) -> list[int]:
-    """Which of `count` videos this process makes, in order; the last one again where they do not
-    divide: a sharded network needs all processes in each pass. ConfigError for fewer than one."""
+    """Indices of the `count` videos that this process makes, in order. The last index is repeated
+    if they do not divide evenly, because every forward pass of a sharded network needs all
+    processes. Raises ConfigError for fewer than one."""
     if count < 1:
         raise ConfigError(f"videos: got {count}; needed: at least one to evaluate")
     each = -(-count // ranks.world)
@@ -153,10 +154,10 @@ def own_part(count: int, ranks: Ranks) -> list[int]:
 
 
 class EachVideo(Metrics):
-    """Metrics that are means of numbers of single videos; a subclass measures one.
+    """Metrics averaged over videos; a subclass measures a single video.
 
-    Held-out video i has prompt i modulo their number and seed evaluation.seed + i: prompts and
-    noise are the same in every evaluation of every run. The processes share the videos.
+    Held-out video i has prompt i modulo the number of prompts and seed evaluation.seed + i, so
+    prompts and noise are the same in every evaluation of every run. The processes share the videos.
     """
 
     @abstractmethod
@@ -186,14 +187,14 @@ class EachVideo(Metrics):
 
 
 class VideoMetrics(EachVideo):
-    """Motion, and motion quality as the untouched VideoAlign rates it where that is the run's."""
+    """Motion, and motion quality as rated by the frozen VideoAlign if the run uses it."""
 
     def measure(self, video_1FCHW: Tensor, prompt: str) -> dict[str, float]:
         video, judge = self.run.config.video, self.run.discriminator
         moved = motion(video_1FCHW[0], video.rate)
         row = {"motion": moved, "dynamic": float(moved > DYNAMIC)}
         if hasattr(judge, "released_ratings"):
-            # As the discriminator sees them in training.
+            # The same input as the discriminator's in training.
             if video.codec_match:
                 video_1FCHW = through_codec(video_1FCHW, fps=video.fps, crf=video.crf)
             seen = judge.prepare(video_1FCHW)
@@ -210,7 +211,7 @@ def rolled(
     seeds: list[int],
     chosen: list[int],
 ) -> Iterator[Tensor]:
-    """The chosen videos one by one [1, F, C, H, W], in the student's space, streamed a few together
+    """Yield the selected videos [1, F, C, H, W] in the student's space, generated in small batches
     as in training."""
     student = config.student
     width = student.rollout_batch or len(chosen)
@@ -227,15 +228,15 @@ def rolled(
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Only the metrics that this many videos allow (a spread needs two of one prompt)."""
+    """The metrics that are defined for this many videos (a spread needs two of one prompt)."""
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
 def write_samples(out: Path, result: Evaluation, count: int) -> None:
-    """The first `count` videos, into a run's folder, whole or not at all.
+    """Write the first `count` videos into a run's folder, atomically.
 
-    The toy's as samples.safetensors, uint8 [N, F, H, W, 3] under "videos"; others as
-    samples/000.mp4 and on, with samples.jsonl beside that folder.
+    Toy videos as samples.safetensors, uint8 [N, F, H, W, 3] under "videos"; others as
+    samples/000.mp4 and so on, with samples.jsonl beside that folder.
     """
     if result.fps is None:
         _write_tensors(out / "samples.safetensors", result, count)

@@ -1,6 +1,6 @@
-"""Signs of trouble in a run, each with what to do about it.
+"""Detection of training problems, each with a suggested remedy.
 
-The log warns once of a sign until it goes away; the report lists what the log warned of.
+Each problem is logged as a warning once until it clears; the report lists all warnings.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 AGREEMENT, MOTION, FROZEN, MARGIN = "agreement/phys", "motion", "MQ", "discriminator/margin"
 OLD_DEVIATION = "student/old_deviation"
-# Motion below this share of the base student's; a fall of the frozen rating, in its standard
+# Motion below this fraction of the base student's; a drop of the frozen rating, in its standard
 # deviations, while the margin shrinks by at least this much.
 LOST_MOTION, LOST_RATING, WON_MARGIN = 0.7, 0.1, 0.1
-# The deviation from the old policy may wander; this many times its usual size it runs away.
+# The deviation from the old policy may drift; at this multiple of its usual size it is diverging.
 RUNAWAY, USUAL_AFTER = 5.0, 50
 _log = logging.getLogger("afd")
 
 
 class Signs:
-    """Looks at every update and evaluation; remembers what needs more than one of them."""
+    """Checks every update and evaluation; keeps state for checks that need several of them."""
 
     def __init__(self) -> None:
         self._shown: dict[str, set[str]] = {"update": set(), "evaluation": set()}
@@ -35,7 +35,7 @@ class Signs:
         self._best_rating: tuple[float, float | None] | None = None
 
     def look(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
-        """Judge one update's metrics. `quiet`: only remember, for what a run did before."""
+        """Check one update's metrics. `quiet`: only update the state, when replaying history."""
         if MARGIN in metrics:
             before = metrics[MARGIN] if self._margin is None else self._margin
             self._margin = 0.9 * before + 0.1 * metrics[MARGIN]
@@ -44,13 +44,13 @@ class Signs:
         self._tell("update", step, present, quiet)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
-        """Judge one evaluation; the first one is the base student's."""
+        """Check one evaluation; the first is that of the base student."""
         present = self._still(metrics) | self._hacking(metrics)
         self._tell("evaluation", step, present, quiet)
 
     def replay(self, updates: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-        """Remember the lines of metrics.jsonl and evaluation.jsonl that a run wrote before."""
-        # An update's evaluation comes before its own line.
+        """Rebuild the state from the existing lines of metrics.jsonl and evaluation.jsonl."""
+        # An update's evaluation precedes its line of metrics.
         lines = [(line["step"], 1, line) for line in updates]
         lines += [(line["step"], 0, line["metrics"]) for line in evaluations]
         for step, late, metrics in sorted(lines, key=lambda line: line[:2]):
@@ -63,14 +63,14 @@ class Signs:
         self._shown[kind] = set(present)
 
     def _smooth_accuracy(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The accuracy over the last tens of updates; a single batch is often all right."""
+        """Accuracy averaged over the last tens of updates; a single batch is often all correct."""
         if "discriminator/accuracy" not in metrics:
             return {}
         self._accuracy = 0.95 * self._accuracy + 0.05 * metrics["discriminator/accuracy"]
         return {"discriminator/accuracy": self._accuracy}
 
     def _falling(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The score once ranked by physics and no longer does: the best sign to stop early."""
+        """The score used to rank by physics and no longer does: the best early-stopping signal."""
         if AGREEMENT in metrics:
             before = metrics[AGREEMENT] if self._agreement is None else self._agreement
             self._agreement = 0.8 * before + 0.2 * metrics[AGREEMENT]
@@ -85,7 +85,7 @@ class Signs:
         return {"agreement": sentence}
 
     def _still(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Videos that move less and less look better to many a judge."""
+        """Motion is being lost: many scores prefer videos that move less."""
         if MOTION not in metrics:
             return {}
         now = metrics[MOTION]
@@ -100,7 +100,7 @@ class Signs:
         return {"motion": sentence}
 
     def _hacking(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The online score likes the student better while the untouched rating likes it less."""
+        """Reward hacking: the student's online score rises while the frozen rating falls."""
         if FROZEN not in metrics:
             return {}
         now, best = metrics[FROZEN], self._best_rating
@@ -123,7 +123,7 @@ class Signs:
 
 @dataclass
 class _Deviation:
-    """The student's distance from the old policy, against what it usually was."""
+    """The student's distance from the old policy, relative to its usual size."""
 
     fast: float | None = None
     usual: float = 0.0
@@ -135,7 +135,7 @@ class _Deviation:
         value = metrics[OLD_DEVIATION]
         self.fast = value if self.fast is None else 0.8 * self.fast + 0.2 * value
         self.seen += 1
-        # It begins at 0, as both begin equal: the largest of the early ones is the usual size.
+        # It starts at 0, as both policies start equal; the largest early value is the usual size.
         if self.seen <= USUAL_AFTER:
             self.usual = max(self.usual, self.fast)
             return {}
@@ -150,7 +150,7 @@ class _Deviation:
 
 
 def signs(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """(name, sentence) of every sign of trouble in one step's metrics."""
+    """Yield (name, message) for every problem in one step's metrics."""
 
     def value(key: str) -> float:
         return metrics.get(key, math.nan)

@@ -1,4 +1,4 @@
-"""What a run says about itself: log, lines of metrics, how long each phase takes and will take."""
+"""Logging of a run: log file, JSON lines of metrics, phase timers and progress bar."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def log_to(path: Path, console: Console) -> Iterator[None]:
 
 
 class _Screen(RichHandler):
-    """A log on a terminal, in letters that its encoding has: a path may hold any bytes."""
+    """A terminal log handler restricted to the terminal's encoding: paths may hold any bytes."""
 
     def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
         encoding = self.console.encoding
@@ -69,7 +69,7 @@ class _Screen(RichHandler):
 
 
 class _File(logging.FileHandler):
-    """A log that cannot be written any more is missed, once in a warning, and stops nobody."""
+    """A file log handler that warns once when it can no longer write, and never stops the run."""
 
     missed = False
 
@@ -83,13 +83,13 @@ class _File(logging.FileHandler):
             _log.warning("log %s: cannot be written, goes on without (%s)", self.baseFilename, why)
 
     def close(self) -> None:
-        # What its buffer holds is tried once more.
+        # Closing tries to flush the buffer once more.
         with suppress(OSError):
             super().close()
 
 
 class Timers:
-    """Seconds per phase since the last `take`; `begins` is told of each phase."""
+    """Seconds per phase since the last `take`; `begins` is called at the start of each phase."""
 
     def __init__(self, begins: Callable[[str], None] = lambda phase: None) -> None:
         self._seconds: dict[str, float] = {}
@@ -106,20 +106,21 @@ class Timers:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + passed
 
     def take(self) -> dict[str, float]:
-        """Every phase's seconds, then start from zero."""
+        """Return the seconds of every phase and reset them to zero."""
         taken = {phase: round(self._seconds.get(phase, 0.0), 6) for phase in PHASES}
         self._seconds = {}
         return taken
 
 
 class Lines:
-    """A .jsonl file of a run, one object with a "step" a line; later lines than `resumed_at` go.
+    """A .jsonl file of a run, one object with a "step" per line. Lines after `resumed_at` are
+    dropped on opening.
 
-    A last line that was cut off is dropped with a warning; so is a damaged one before it, and then
-    the file as it was stays beside it, as <name>.damaged.
+    A truncated last line is dropped with a warning; so is a damaged line before it, in which case
+    the original file is kept as <name>.damaged.
 
     Attributes:
-        kept: the lines that were there.
+        kept: the existing lines that were kept.
         steps: their steps.
     """
 
@@ -131,8 +132,8 @@ class Lines:
         needs: Sequence[str] = (),
         promised: Mapping[str, Any] | None = None,
     ) -> None:
-        """`needs`: keys that every line has; `promised`: the `state_dict` of a checkpoint at
-        `resumed_at`, which says what the kept lines were."""
+        """`needs`: keys that every line must have; `promised`: the `state_dict` of a checkpoint at
+        `resumed_at`, against which the kept lines are verified."""
         self.path = path
         lines = read_json_lines(path)
         problems = {line.number: line.problem or _oddity(line.value or {}, needs) for line in lines}
@@ -163,13 +164,13 @@ class Lines:
         self._file = JsonAppender(path)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append; the line is with the operating system when this returns."""
+        """Append a line; it has been passed to the operating system when this returns."""
         self._file.write(line)
         self._counted(line)
         self._lines += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """How many lines there are, and the SHA-256 of all."""
+        """The number of lines and the SHA-256 of all of them."""
         return {"lines": self._lines, "sha256": self._digest.hexdigest()}
 
     def sync(self) -> None:
@@ -190,7 +191,7 @@ def _aside(path: Path) -> Path:
 
 
 def _oddity(line: Mapping[str, Any], needs: Sequence[str]) -> str | None:
-    """What keeps an object from being a line of a run, or None."""
+    """Why an object is not a valid line of a run, or None."""
     missing = [key for key in ("step", *needs) if key not in line]
     if missing:
         return f"has no {missing[0]}"
@@ -205,7 +206,7 @@ def _oddity(line: Mapping[str, Any], needs: Sequence[str]) -> str | None:
 
 @contextmanager
 def progress_bar(name: str, total: int, done: int, console: Console, shown: bool) -> Iterator[Bar]:
-    """Updates with the time left, and every phase with its own; silent without a terminal."""
+    """Progress of the updates and of every phase, with time left; silent without a terminal."""
     updates = Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -225,7 +226,7 @@ def progress_bar(name: str, total: int, done: int, console: Console, shown: bool
 
 
 class _Phase(ProgressColumn):
-    """How long a phase takes, what is left of it in the run, and how far the running one is."""
+    """A phase's mean duration, its remaining time in the run, and the elapsed time if running."""
 
     max_refresh = 0.25
 
@@ -239,7 +240,7 @@ class _Phase(ProgressColumn):
 
 
 class Bar:
-    """One run's lines in the progress display."""
+    """The progress display of one run."""
 
     def __init__(
         self, updates: Progress, phases: Progress, name: str, total: int, done: int
@@ -251,7 +252,7 @@ class Bar:
         self._running: str | None = None
 
     def begins(self, phase: str) -> None:
-        """A phase of the current update is under way now."""
+        """Mark the phase of the current update that has started."""
         self._mark(self._running, None)
         self._running = phase
         if phase not in self._rows:
@@ -261,7 +262,7 @@ class Bar:
         self._mark(phase, time.perf_counter())
 
     def advance(self, phase_s: dict[str, float]) -> None:
-        """One more update; each phase has a running mean of its seconds, and so a time left."""
+        """Count one more update, and update each phase's running mean and time left."""
         self._mark(self._running, None)
         self._left -= 1
         self._updates.update(self._task, advance=1)
@@ -277,7 +278,7 @@ class Bar:
 
 
 def _time(seconds: float) -> str:
-    """12 ms, 3.4 s, 5:07 or 12:05:07."""
+    """Format a duration: 12 ms, 3.4 s, 5:07 or 12:05:07."""
     if seconds < 60:
         return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,8 +1,8 @@
-"""The trainer: one visible step, and everything that makes it safe to interrupt.
+"""The training loop: one explicit step, with exact resumption after any interruption.
 
 A run is a pure function of its configuration: stopping it anywhere (Ctrl-C, kill -9, power cut) and
-continuing gives the same numbers and weights, bit by bit, as never having stopped. Under torchrun
-every process makes its part of each update (afd.distributed); the main one writes the files.
+resuming gives bitwise the same numbers and weights as an uninterrupted run. Under torchrun every
+process computes its part of each update (afd.distributed); the main process writes the files.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _log = logging.getLogger("afd")
 
 
 class Outcome(Enum):
-    """How `train` ended."""
+    """The outcome of `train`."""
 
     FINISHED = "finished"
     ALREADY_FINISHED = "already finished"
@@ -75,12 +75,12 @@ def train(
     teacher: Teacher | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Start a run, or continue it where its newest checkpoint stands.
+    """Start a run, or resume it from its newest checkpoint.
 
-    `method` and `teacher` replace what the configuration names (for one's own). A finished run is
-    never touched: it returns ALREADY_FINISHED. Raises ConfigError where the run folder holds a run
-    of another configuration, TeacherError for a bad teacher, TrainingError for a loss or metric
-    that is not finite, StorageError where the run folder cannot be written any more or has gone.
+    `method` and `teacher`, if given, replace the configured ones (for custom implementations). A
+    finished run is never modified: ALREADY_FINISHED is returned. Raises ConfigError if the run
+    folder holds a run of another configuration, TeacherError for a bad teacher, TrainingError for a
+    non-finite loss or metric, StorageError if the run folder is no longer writable or has gone.
     """
     out = config.run_dir
     with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
@@ -106,7 +106,7 @@ def train(
 
 
 def _stopped_by_disk(error: OSError, trainer: Trainer) -> Exception:
-    """What ends a run whose files cannot be written; any other error stays what it is."""
+    """Convert a write error in the run folder to a StorageError; return other errors unchanged."""
     own = error.filename is not None and Path(error.filename).is_relative_to(trainer.out)
     if error.errno not in DISK and not own:
         return error
@@ -122,7 +122,8 @@ def _stopped_by_disk(error: OSError, trainer: Trainer) -> Exception:
 
 @contextmanager
 def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFolder | None]:
-    """The run folder for the block: locked, logged to and described by the main process."""
+    """Open the run folder for the block; the main process locks it, logs there and writes its
+    config.yaml."""
     if not ranks.main:
         _log.addHandler(logging.NullHandler())
         yield None
@@ -143,7 +144,7 @@ def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
     prompts, world = config.prompts_per_update, ranks.world
     if prompts < world:
         raise ConfigError(f"prompts_per_update is {prompts}; {world} processes need one each")
-    # Every pass of a sharded network is one of all processes.
+    # Every forward and backward pass of a sharded network involves all processes.
     if config.parallel == "fsdp" and prompts % world:
         raise ConfigError(
             f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {world} "
@@ -152,7 +153,8 @@ def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
 
 
 def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
-    """The main process first: it writes a simulator's folder, the others find it."""
+    """Open the teacher on the main process first: it creates a simulator's folder, which the other
+    processes then read."""
     if ranks.main:
         teacher = config.open_teacher(console)
     ranks.barrier()
@@ -166,7 +168,7 @@ def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ran
         input_space=method.input_space,
         prepare=method.prepare,
         codec=method.codec,
-        # Pixels are not kept, so that a run on them needs no home for a cache.
+        # Pixels are not cached, so a run on pixels needs no cache folder.
         store=Store.of(config.cache) if method.input_space == "latents" else None,
         ranks=ranks,
         accept=config.checkpoint.accept_changed_inputs,
@@ -174,12 +176,12 @@ def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ran
 
 
 def _clips(videos: Videos, teacher: Teacher) -> Tensor:
-    """Every clip of the teacher, float32 [N, F, 3, H, W] in [-1, 1]."""
+    """All clips of the teacher, float32 [N, F, 3, H, W] in [-1, 1]."""
     return torch.stack([videos.clip(request) for request in teacher.requests])
 
 
 def _prompts(config: RunConfig, teacher: Teacher) -> list[str]:
-    """Every prompt that the run will embed."""
+    """All prompts that the run will embed."""
     asked = [request.prompt for request in teacher.requests]
     return list(dict.fromkeys([*asked, *evaluation_prompts(config, teacher.requests)]))
 
@@ -198,13 +200,14 @@ def _evaluator(
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of the run in a folder; `overrides` may change config.FREE_KEYS only."""
+    """Load the configuration of the run in a folder; `overrides` may change only
+    config.FREE_KEYS."""
     written_config(folder / CONFIG)
     return load_config(folder / CONFIG, [*overrides, f"out={json.dumps(str(folder))}"])
 
 
 def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
-    """Measure the newest checkpoint of a run on held-out seeds; nothing in the folder changes."""
+    """Evaluate the newest checkpoint of a run on held-out seeds, without changing the folder."""
     config = load_run(folder)
     with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
         return _evaluate_newest(config, folder, videos, ranks)
@@ -227,7 +230,7 @@ def _evaluate_newest(
 
 
 def _load(path: Path, method: Method, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """Bring a method to where it stood at a checkpoint; returns the whole state."""
+    """Restore a method from a checkpoint; returns the whole state."""
     into = {"method_state": method.state_dict()}
     how: dict[str, Any] = {"config": plain(config), "into": into, "ranks": ranks}
     state = checkpoint.load(path, method=method.name, **how)
@@ -236,7 +239,7 @@ def _load(path: Path, method: Method, config: RunConfig, ranks: Ranks) -> dict[s
 
 
 class Trainer:
-    """State of one run between two updates."""
+    """Runs the updates of one run and holds its state between them."""
 
     def __init__(
         self,
@@ -261,7 +264,7 @@ class Trainer:
         self.evaluated = set(ranks.same(sorted(self.records.evaluated) if self.records else []))
 
     def run(self, console: Console) -> Outcome:
-        """All remaining updates, then the final evaluation."""
+        """Run all remaining updates, then the final evaluation."""
         config = self.config
         began = time.perf_counter() - self.elapsed_s
         bar_args = (config.name, config.updates, self.step, console, config.logging.progress)
@@ -269,7 +272,7 @@ class Trainer:
             timers = Timers(bar.begins)
             if self.step == 0:
                 self._evaluate_on_the_way(timers)
-            # A signal may reach one process only, or reach them in different updates.
+            # A signal may reach only one process, or reach the processes in different updates.
             stopping = self.ranks.any(bool(stop))
             while self.step < config.updates and not stopping:
                 metrics = self._update(timers)
@@ -319,12 +322,13 @@ class Trainer:
 
     @contextmanager
     def _saved_without_videos(self) -> Iterator[None]:
-        """Save the state between two updates where the teacher has no videos for the next one."""
+        """Save the state of the latest update if the teacher fails to provide the next videos."""
         cursor = self.sampler.state_dict()
         try:
             yield
         except (TeacherError, VideoError):
-            # Of several processes the others wait for what this one cannot give any more.
+            # With several processes the other ones are waiting for this failed one, so saving,
+            # which is collective, would hang.
             if self.step > 0 and self.ranks.world == 1:
                 self.sampler.load_state_dict(cursor)
                 self._save()
@@ -354,7 +358,7 @@ class Trainer:
             self.records.update(self.step, metrics, phase_s, self.elapsed_s)
 
     def _evaluate_on_the_way(self, timers: Timers) -> None:
-        """A point of the curve, if one is due here and not on file already."""
+        """Evaluate for the curve, if due at this step and not yet recorded."""
         every = self.config.evaluation.every
         if not _due(self.step, every) or self.step in (self.config.updates, *self.evaluated):
             return
@@ -362,7 +366,7 @@ class Trainer:
             self._evaluate(self.config.evaluation.curve_videos)
 
     def _evaluate(self, videos: int) -> Evaluation | None:
-        """Measure held-out videos, each process its share; on file once for each step."""
+        """Measure held-out videos, shared between the processes; recorded once per step."""
         if self.evaluate is None:
             return None
         with self.method.evaluation_policy() as policy:
@@ -373,7 +377,7 @@ class Trainer:
         return result
 
     def _show(self) -> None:
-        """The teacher's and the student's video of the step's first prompt, for people."""
+        """Write the teacher's and the student's video of the step's first prompt, for viewing."""
         shown = self.method.shown
         if shown is None:  # a method without rollouts
             prompt, seed = self.asked.prompt, self.config.evaluation.seed
@@ -382,7 +386,7 @@ class Trainer:
             shown = Shown(prompt, x0_1FCHW[0])
         if self.records is None:
             return
-        # Of the two ways to score, the one that draws no random number of the run's.
+        # This scoring method does not draw from the run's random generators.
         score = getattr(getattr(self.method, "discriminator", None), "differentiable_score", None)
         with torch.no_grad():
             if score is not None and shown.score is not None:
@@ -393,13 +397,13 @@ class Trainer:
         folder = self.out / "videos"
         try:
             path, video_FHWC = write_side_by_side(folder, left, right, shown, self.step, fps)
-        except OSError as error:  # it is for people to look at
+        except OSError as error:  # these videos are only for viewing
             _log.warning("videos: cannot be written (%s); goes on without", what_failed(error))
             return
         self.records.video(self.step, path, video_FHWC, fps)
 
     def _finish(self) -> None:
-        """The final evaluation on the full held-out set, its samples, and DONE last of all."""
+        """Run the final evaluation on the full held-out set; write its samples and, last, DONE."""
         result = self._evaluate(self.config.evaluation.videos)
         if self.records is None:
             return
@@ -410,7 +414,7 @@ class Trainer:
         _log.info("finished: %d updates in %.1f s", self.step, self.elapsed_s)
 
     def _save(self) -> None:
-        """Everything the next update depends on. The lines up to here reach the disk before it."""
+        """Save everything the next update depends on, after flushing all metrics to disk."""
         if self.home is not None and self.home.gone:
             self.home.make_again()
         if self.records is not None:
@@ -433,7 +437,7 @@ class Trainer:
         self.newest = checkpoint.save(self.checkpoints, state, keep=keep, ranks=self.ranks)
 
     def _restore(self) -> dict[str, Any] | None:
-        """Go to the newest whole checkpoint, if there is one; returns the records' state."""
+        """Restore the newest complete checkpoint, if any; returns the state of the records."""
         path = checkpoint.latest(self.checkpoints, self.ranks)
         if path is None:
             return None
@@ -461,7 +465,7 @@ class Trainer:
 
 
 def _state_of(teacher: Teacher) -> dict[str, Any] | None:
-    """What a teacher that pays had spent; others have no state."""
+    """The state of a paid teacher (its spending); None for teachers without state."""
     ask = getattr(teacher, "state_dict", None)
     return None if ask is None else ask()
 

@@ -1,5 +1,5 @@
-"""What a run writes about its progress: lines of metrics and evaluations, warnings, boards. By the
-main process only."""
+"""Records of a run's progress, written by the main process only: metrics, evaluations, warnings,
+experiment trackers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _log = logging.getLogger("afd")
 
 
 class Records:
-    """metrics.jsonl, evaluation.jsonl, alarms and boards of a run that continues after `step`.
+    """metrics.jsonl, evaluation.jsonl, warnings and trackers of a run that continues after `step`.
 
-    Lines of later updates, which a killed run has written after its last checkpoint, are dropped.
+    Lines of later updates, written by a killed run after its last checkpoint, are dropped.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Records:
 
     @property
     def evaluated(self) -> set[int]:
-        """Updates after which an evaluation is on file."""
+        """Steps whose evaluation is already recorded."""
         return self._evaluations.steps
 
     def update(
         self, step: int, metrics: dict[str, float], phase_s: dict[str, float], elapsed_s: float
     ) -> None:
-        """One line of metrics.jsonl: `step` counts the updates made so far."""
+        """Append a line to metrics.jsonl; `step` counts the updates made so far."""
         line: dict[str, Any] = {"step": step, "time_s": round(elapsed_s, 3), "phase_s": phase_s}
         self._metrics.write(line | metrics)
         phases = {f"phase_s/{phase}": seconds for phase, seconds in phase_s.items()}
@@ -58,7 +58,7 @@ class Records:
         self._signs.look(step, metrics)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
-        """One line of evaluation.jsonl."""
+        """Append a line to evaluation.jsonl."""
         self._evaluations.write(
             {
                 "step": step,
@@ -75,18 +75,18 @@ class Records:
         self._signs.evaluated(step, result.metrics)
 
     def video(self, step: int, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
-        """Teacher and student side by side, which lie at `path`."""
+        """Log the side-by-side video of teacher and student that was written to `path`."""
         self._boards.video(step, "teacher | student", path, video_FHWC, fps)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the files hold now, for a resumed run to compare."""
+        """Digests of the files' contents, which a resumed run verifies."""
         return {
             "metrics": self._metrics.state_dict(),
             "evaluation": self._evaluations.state_dict(),
         }
 
     def sync(self) -> None:
-        """Wait until every line is on the disk."""
+        """Flush every line to disk."""
         self._metrics.sync()
         self._evaluations.sync()
 

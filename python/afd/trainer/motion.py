@@ -1,11 +1,12 @@
-"""How much moves in a video: a proxy for VBench's dynamic degree, by block matching.
+"""Amount of motion in a video: a proxy for VBench's dynamic degree, by block matching.
 
-VBench takes the optical flow of a network (RAFT) between frames 1/8 s apart, the mean size of its
-largest twentieth in every pair, and counts a video as dynamic where enough pairs exceed 6 pixels
-at a short side of 256. Here the flow is that of blocks of 8 x 8 pixels of the grey picture, shrunk
-to a short side of 128: each block's displacement is the one of at most 8 pixels in each direction
-with the least absolute difference, and 0 unless that is clearly less than without any. The numbers
-order videos of one size as VBench does in kind, and are not comparable with VBench's own.
+VBench computes optical flow with a network (RAFT) between frames 1/8 s apart, averages the largest
+5 % of its magnitudes in every pair, and counts a video as dynamic if enough pairs exceed 6 pixels
+at a short side of 256. Here the flow is estimated for 8 x 8 blocks of the greyscale picture,
+downscaled to a short side of 128: a block's displacement is the one of at most 8 pixels in each
+direction with the least absolute difference, and 0 unless that is clearly less than the difference
+without displacement. The numbers rank videos of one size similarly to VBench, but are not
+comparable with VBench's own.
 Shape letters: F frames, N pairs of frames, H x W pixels, h x w blocks.
 """
 
@@ -18,11 +19,11 @@ from torch import Tensor
 from afd_kernels.contracts import require
 
 SHORT, BLOCK, REACH = 128, 8, 8
-# Frames a second that are compared, largest share of blocks that counts, and pixels (at a short
-# side of 256) from which on a video counts as dynamic.
+# Frames per second that are compared, fraction of blocks (the largest displacements) that is
+# averaged, and threshold in pixels (at a short side of 256) above which a video counts as dynamic.
 RATE, LARGEST, DYNAMIC = 8.0, 0.05, 6.0
-# A displacement must leave less than this share of the difference, and win this many grey levels
-# (of 256) a pixel: what a codec adds moves nothing.
+# A displacement must leave less than this fraction of the difference, and reduce it by this many
+# grey levels (of 256) per pixel, so that codec artefacts do not count as motion.
 GAIN, NOISE = 0.8, 0.5
 DEFINITION = (
     "proxy for VBench's dynamic degree: mean displacement of the twentieth of 8 x 8 blocks that "
@@ -58,7 +59,7 @@ def displacements(video_FCHW: Tensor, fps: float) -> Tensor:
             shifted = padded[..., top : top + rows, left : left + columns]
             left_over = F.avg_pool2d((shifted - before).abs(), BLOCK)
             size_px = (down * down + right * right) ** 0.5
-            # Of equal ones the shortest: a flat wall has not moved.
+            # Ties go to the shortest displacement: a flat wall has not moved.
             better = (left_over < best - 1e-4) | ((left_over <= best + 1e-4) & (size_px < moved))
             best = torch.where(better, left_over, best)
             moved = torch.where(better, torch.full_like(moved, size_px), moved)
@@ -67,7 +68,7 @@ def displacements(video_FCHW: Tensor, fps: float) -> Tensor:
 
 
 def motion(video_FCHW: Tensor, fps: float) -> float:
-    """The DEFINITION of one video."""
+    """The motion of one video, as stated in DEFINITION."""
     moved_NB = displacements(video_FCHW, fps).flatten(1)
     count = max(1, round(LARGEST * moved_NB.shape[1]))
     return float(moved_NB.topk(count, dim=1).values.mean())

@@ -1,4 +1,4 @@
-"""The folder of a run: to whom it belongs, and what becomes of the run when it goes away."""
+"""The folder of a run: its lock, its owner, and recovery if it is moved or removed."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _log = logging.getLogger("afd")
 
 
 class RunFolder:
-    """The folder that this process writes a run into.
+    """The folder into which this process writes a run.
 
     Attributes:
-        path: where it was when the run began.
+        path: its location when the run started.
     """
 
     def __init__(self, config: RunConfig, descriptor: int) -> None:
         self.path, self._config = config.run_dir, config
-        # Open for as long as the run, so that no other folder can get its number.
+        # Kept open for the whole run, so that no other folder can reuse its inode number.
         self._descriptor = descriptor
         self._stat = os.fstat(descriptor)
 
     @property
     def gone(self) -> bool:
-        """Whether it was moved or removed, or something else lies at its path now."""
+        """Whether the folder was moved or removed, or its path now holds something else."""
         try:
             return not os.path.samestat(os.stat(self.path), self._stat)
         except OSError:
             return True
 
     def make_again(self) -> None:
-        """A folder at the old path, for the state of a run whose folder has gone.
+        """Recreate the folder at its old path, to save the state of a run whose folder has gone.
 
-        Raises StorageError where that place is another's now.
+        Raises StorageError if that path is now otherwise in use.
         """
         lost = f"run folder {self.path}: was moved or removed while the run wrote there, and"
         nearest = next(parent for parent in self.path.parents if parent.exists())
@@ -64,9 +64,9 @@ class RunFolder:
 
 @contextmanager
 def run_folder(config: RunConfig) -> Iterator[RunFolder]:
-    """The run's folder (made where there is none) for this process alone, with its config.yaml.
+    """Lock the run's folder (created if absent) for this process, and write its config.yaml.
 
-    Raises TrainingError where another process has it.
+    Raises TrainingError if another process holds it.
     """
     out = config.run_dir
     out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def run_folder(config: RunConfig) -> Iterator[RunFolder]:
         with locked(out / LOCK):
             descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                # A run that is killed here has the old one or the new one.
+                # Atomic: a run killed here leaves either the old file or the new one.
                 write_text(out / CONFIG, to_yaml(config))
                 yield RunFolder(config, descriptor)
             finally:
@@ -84,10 +84,11 @@ def run_folder(config: RunConfig) -> Iterator[RunFolder]:
 
 
 def refuse_another_run(out: Path, config: RunConfig) -> None:
-    """A run folder belongs to one configuration; a finished one also to its number of updates.
+    """Raise ConfigError if the folder holds a run of another configuration, or a finished run with
+    another number of updates.
 
-    One that never came to a first number or checkpoint belongs to nobody yet. A config.yaml that
-    is damaged says nothing: then a checkpoint's own configuration is compared, by who loads it.
+    A folder without any metrics or checkpoint is free to use. If config.yaml is damaged, the
+    configuration in the checkpoint is compared instead, when the checkpoint is loaded.
     """
     path = out / CONFIG
     checkpoints = list(out.glob("checkpoints/step_*/meta.json"))
@@ -110,7 +111,7 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
 
 
 def written_config(path: Path) -> dict[str, Any]:
-    """What a run's config.yaml holds: every section. Raises ConfigError where it is damaged."""
+    """All sections of a run's config.yaml. Raises ConfigError if it is damaged."""
     refuse_odd(path)
     there = read_yaml(path)
     missing = [key for key in RunConfig.model_fields if key not in there]

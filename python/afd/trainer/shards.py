@@ -1,8 +1,8 @@
-"""A tree of tensors and plain values as a folder of safetensors shards and one JSON.
+"""Store a tree of tensors and plain values as a folder of safetensors shards and one JSON file.
 
-Every process writes its own shares (torch.distributed.checkpoint plans who writes what), and reads
-what its own shares need. There is no pickle: DCP's usual storage keeps one, its safetensors storage
-does not, as each shard's header says where its part belongs.
+Every process writes its own shards (torch.distributed.checkpoint plans which), and reads only what
+it needs. No pickle is involved: DCP's default storage writes one, its safetensors storage does not,
+since each shard's header records where the shard belongs.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from afd.files import naming, sync
 from afd.models.weights import local
 
 TREE = "state.json"
-# A file is made in memory before it is written: bytes of a process's shares after which another one
-# begins.
+# Bytes of a process's shards after which a new file is started: each file is assembled in memory
+# before it is written.
 FILE_BYTES = 1 << 30
-# Keys of the JSON's own, in place of what JSON cannot hold.
+# Reserved JSON keys that stand for values JSON cannot hold.
 _TENSOR, _SCALAR, _INTEGERS = "$tensor", "$scalar", "$integers"
 
 
 def write(folder: Path, tree: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write a tree into an empty folder, flushed to disk. Every process must call; once it returns
-    on the main one, all have written.
+    """Write a tree into an empty folder, flushed to disk. Every process must call this; when it
+    returns on the main process, all processes have written.
 
-    Dictionaries with str or int keys, lists, tuples (read as lists), tensors, str, numbers, None.
-    What is no sharded tensor (DTensor) must be the same on every process; plain values are the main
-    process's. Raises TypeError for anything else, OSError where a file cannot be written.
+    A tree consists of dictionaries with str or int keys, lists, tuples (read back as lists),
+    tensors, str, numbers and None. Tensors other than sharded ones (DTensor) must be the same on
+    every process; plain values are taken from the main process. Raises TypeError for other types,
+    OSError if a file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     packed = _pack(tree, "", tensors)
@@ -69,14 +70,14 @@ def read(
     only: str = "",
     files: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """The tree in a folder, written by any number of processes. Every process must call.
+    """Read the tree in a folder, written by any number of processes. Every process must call this.
 
     Args:
-        into: a tree whose tensors are filled in place, shares of sharded ones each on its process,
-            wherever the folder holds one of the same shape and dtype in the same place. What is
-            not there is read whole, onto the CPU.
-        only: tensors whose path ("a/b/c") does not begin so are left out: they come as "meta".
-        files: names of those that are read; None: all that lie there.
+        into: a tree whose tensors are filled in place (of a sharded tensor, each process fills its
+            own shard) if the folder holds one of the same path, shape and dtype. Other tensors are
+            read in full, onto the CPU.
+        only: prefix of the tensor paths ("a/b/c") to read; others are returned on device "meta".
+        files: names of the files to read; None: all files in the folder.
     """
     there: dict[str, Tensor] = {}
     _pack(into or {}, "", there)
@@ -93,7 +94,7 @@ def read(
 
 
 class _Only(FileSystem):
-    """The file system of a folder in which strange files may lie."""
+    """A file system that lists only the given files, as the folder may hold unrelated ones."""
 
     def __init__(self, files: Collection[str]) -> None:
         self._files = files
@@ -103,7 +104,7 @@ class _Only(FileSystem):
 
 
 def _place(name: str, like: Tensor, there: Mapping[str, Tensor], only: str) -> Tensor:
-    """Where a tensor is read to; `like` is on the meta device."""
+    """The tensor to read into; `like` is on the meta device."""
     if not name.startswith(only):
         return like
     present = there.get(name)
@@ -113,7 +114,8 @@ def _place(name: str, like: Tensor, there: Mapping[str, Tensor], only: str) -> T
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A tree as JSON holds it, and its tensors by name. `path` is empty or ends in "/"."""
+    """Convert a tree to JSON values and collect its tensors by name. `path` is empty or ends in
+    "/"."""
     name = path[:-1]
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
@@ -122,7 +124,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         if name in tensors:
             raise TypeError(f"state: two tensors are called {name!r}; needed: other keys")
         value = value.detach()
-        # safetensors takes nothing else.
+        # safetensors accepts only contiguous tensors.
         tensors[name] = value if value.is_contiguous() else value.contiguous()
         return {_TENSOR: name, "shape": list(value.shape), "dtype": dtype}
     if isinstance(value, Mapping):
@@ -141,7 +143,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpack(packed: Any, place: Callable[[str, Tensor], Tensor], tensors: dict[str, Tensor]) -> Any:
-    """The tree that `_pack` was given; the tensors that are to be read, by name."""
+    """Inverse of `_pack`; collects the tensors to be read, by name."""
     if isinstance(packed, list):
         return [_unpack(one, place, tensors) for one in packed]
     if not isinstance(packed, dict):
@@ -162,16 +164,16 @@ def _unpack(packed: Any, place: Callable[[str, Tensor], Tensor], tensors: dict[s
 def _planned(
     folder: Path, ranks: Ranks, call: Callable[..., Any], tensors: Any, **named: Any
 ) -> None:
-    """`save` or `load`; what failed on any process is raised as itself."""
+    """Run DCP's `save` or `load`, re-raising the original error of any process."""
 
     def plan() -> None:
         call(tensors, no_dist=ranks.world == 1, **named)
 
     with naming(folder), warnings.catch_warnings():
-        # One process is all there is, and DCP says so each time.
+        # With a single process DCP warns on every call.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
             plan() if ranks.world == 1 else collective(plan)
-        except CheckpointException as error:  # it comes for all processes in one, and no Exception
+        except CheckpointException as error:  # aggregates all processes; not an Exception
             first, _ = next(iter(error.failures.values()))
             raise first from error

@@ -1,4 +1,4 @@
-"""Teacher and student side by side, with what the discriminator made of them.
+"""Side-by-side videos of teacher and student, captioned with the discriminator's scores.
 
 Shape letters: F frames, H x W pixels.
 """
@@ -15,7 +15,7 @@ from matplotlib.ft2font import FT2Font
 from afd.methods.base import Shown
 from afd.video import from_uint8, write_video
 
-# Small videos are enlarged to this height, so that they can be seen and written upon.
+# Small videos are enlarged to this height, so that they and their captions are legible.
 HEIGHT = 192
 TEXT, GAP = 14, 8
 INK, PAPER = 235, 24
@@ -24,8 +24,8 @@ INK, PAPER = 235, 24
 def side_by_side(
     teacher_FHWC: np.ndarray, student_FHWC: np.ndarray, shown: Shown, step: int
 ) -> np.ndarray:
-    """Teacher | student, uint8 [F, H, W, 3] (H and W even), with a line above each and the prompt
-    below; the shorter one's last frame stays."""
+    """Teacher | student, uint8 [F, H, W, 3] (H and W even), with a caption above each and the
+    prompt below; the shorter video is extended by its last frame."""
     frames = max(len(teacher_FHWC), len(student_FHWC))
     left, right = (_grown(_as_long(v, frames)) for v in (teacher_FHWC, student_FHWC))
     width = left.shape[2]
@@ -55,7 +55,7 @@ def write_side_by_side(
     step: int,
     fps: float,
 ) -> tuple[Path, np.ndarray]:
-    """`folder`/update_000025.mp4 and its pictures."""
+    """Write `folder`/update_000025.mp4; returns its path and pictures."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _blank(height: int, width: int) -> np.ndarray:
 
 
 def _strip(width: int, lines: list[str]) -> np.ndarray:
-    """Lines of text on a dark ground, uint8 [H, W, 3]; what does not fit is cut off."""
+    """Lines of text on a dark background, uint8 [H, W, 3]; overflow is cut off."""
     rows = []
     for line in lines:
         row, letters = _blank(TEXT + 8, width), _drawn(line)
@@ -97,7 +97,7 @@ def _strip(width: int, lines: list[str]) -> np.ndarray:
 
 
 def _drawn(line: str) -> np.ndarray:
-    """Grey letters [H, W] of matplotlib's own font."""
+    """Render a line as greyscale [H, W] in matplotlib's bundled font."""
     font = FT2Font(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"))
     font.set_size(TEXT - 3, 72)
     font.set_text(line)

@@ -1,4 +1,4 @@
-"""A signal as a request: the loop finishes its update, saves and leaves."""
+"""Graceful stopping on signals: the loop finishes its update, saves and returns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logging.getLogger("afd")
 
 
 class StopRequest:
-    """Becomes true once SIGINT, SIGTERM or SIGHUP came."""
+    """True once SIGINT, SIGTERM or SIGHUP has been received."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -26,10 +26,10 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catch SIGINT, SIGTERM and SIGHUP for the block; a second SIGINT interrupts at once.
+    """Catch SIGINT, SIGTERM and SIGHUP for the block; a second SIGINT interrupts immediately.
 
-    A run whose terminal is closed stops, saved, as torchrun would have it killed 30 seconds later.
-    Under nohup, where SIGHUP is ignored, it goes on.
+    A run whose terminal is closed saves and stops, as torchrun would kill it 30 seconds later.
+    Under nohup, where SIGHUP is ignored, it continues.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -41,7 +41,7 @@ def stop_request() -> Iterator[StopRequest]:
         if request.requested:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            return  # a service manager sends SIGTERM and SIGHUP
+            return  # service managers send both SIGTERM and SIGHUP
         request.requested = True
         name = signal.Signals(number).name
         _log.info("%s: stopping after this update (Ctrl-C now: at once, without saving)", name)

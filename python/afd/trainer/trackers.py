@@ -1,4 +1,4 @@
-"""Boards beside the run's own files: TensorBoard, and Weights & Biases where it is installed."""
+"""Experiment trackers: TensorBoard, and Weights & Biases if it is installed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from afd.files import what_failed
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# TensorBoard shows videos as GIFs, which are large: it gets every second frame, this high at most.
+# TensorBoard shows videos as GIFs, which are large: it gets every second frame, at most this high.
 GIF_HEIGHT = 240
 _log = logging.getLogger("afd")
 
 
 class Boards:
-    """The boards that `config.logging` asks for, of a run that continues after `step`.
+    """The trackers enabled in `config.logging`, for a run that continues after `step`.
 
-    They are for people to look at: where one cannot be written, the run goes on without it.
+    They are not essential: if one cannot be written, the run continues without it.
     """
 
     def __init__(self, config: RunConfig, step: int) -> None:
@@ -38,7 +38,7 @@ class Boards:
         if config.logging.tensorboard:
             with self._or_without():
                 self._tensorboard = _tensorboard(config, step)
-                # It writes on a thread, and what that raises is raised here again by the next call.
+                # Its writer runs on a thread, and the next call raises that thread's error again.
                 threading.excepthook = self._raised
         self._wandb = _wandb(config) if config.logging.wandb is not None else None
 
@@ -51,7 +51,7 @@ class Boards:
             self._wandb.log({**values, "update": step})
 
     def video(self, step: int, name: str, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
-        """A video that lies at `path`; its pictures are uint8."""
+        """Log the video at `path`, whose pictures are uint8."""
         with self._or_without():
             if self._tensorboard is not None:
                 _add_gif(self._tensorboard, step, name, video_FHWC, fps)
@@ -88,14 +88,14 @@ def _tensorboard(config: RunConfig, step: int) -> SummaryWriter | None:
             "tensorboard: %s is not UTF-8, which its writer needs; goes on without", folder
         )
         return None
-    # Imported here because it takes seconds, also of a run that does not want it.
+    # Imported lazily because it takes seconds.
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(folder, purge_step=step + 1)
 
 
 def _wandb(config: RunConfig) -> Any:
-    """The run on Weights & Biases, or None with one line in the log."""
+    """Start the run on Weights & Biases; on failure log one line and return None."""
     if find_spec("wandb") is None:
         _log.warning("logging.wandb is set and wandb is not installed: pip install wandb")
         return None
@@ -107,15 +107,15 @@ def _wandb(config: RunConfig) -> Any:
             project=config.logging.wandb,
             name=config.name,
             dir=str(folder),
-            # A resumed run goes on where it was.
+            # A stable id, so that a resumed run continues the same W&B run.
             id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
             resume="allow",
             config=plain(config),
         )
-    except wandb.Error as error:  # nobody is logged in, for instance
+    except wandb.Error as error:  # not logged in, for instance
         _log.warning("logging.wandb is set and wandb cannot begin: %s", error)
         return None
-    # Steps of ours, not its own count: a resumed run writes some of them again.
+    # Use the training step rather than W&B's own counter: a resumed run logs some steps again.
     run.define_metric("*", step_metric="update")
     return run
 

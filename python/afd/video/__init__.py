@@ -1,4 +1,4 @@
-"""Video files in and out: check, decode, resample in time, centre-crop, resize; encode."""
+"""Video file I/O: check, decode, resample in time, centre-crop and resize; encode."""
 
 from afd.errors import VideoError
 from afd.video.levels import from_uint8, to_uint8

@@ -1,4 +1,4 @@
-"""Typed settings of videos: size, rate, length, and what a clip may cost."""
+"""Typed settings of videos: size, frame rate, length, and decoding limits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import Field
 from afd.config.base import Count, Natural, Positive, Section
 from afd.video.source import Limits
 
-# Frames per second of a student's videos where no rate is asked for: the released students'.
+# Frames per second of a student's videos if none are configured: that of the released students.
 DEFAULT_FPS = 16.0
 
 
 class VideoConfig(Section):
-    """The size, rate and length of the videos of a run, and how clips become such videos."""
+    """The size, frame rate and length of a run's videos, and how clips are converted to them."""
 
     frames: Count = Field(default=12, description="frames per video the trainer sees")
     height: Count = Field(default=16, description="rows of a frame in pixels")
@@ -51,10 +51,10 @@ class VideoConfig(Section):
 
     @property
     def rate(self) -> float:
-        """Frames per second: `fps`, or DEFAULT_FPS for clips that are taken as they come."""
+        """Frames per second: `fps`, or DEFAULT_FPS if clips are not resampled."""
         return self.fps or DEFAULT_FPS
 
     @property
     def limits(self) -> Limits:
-        """What a clip may cost before it is refused."""
+        """Decoding limits beyond which a clip is refused."""
         return Limits(self.max_pixels, self.max_frames, self.max_seconds)

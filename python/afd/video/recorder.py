@@ -1,4 +1,4 @@
-"""Writes the videos of a running stream on a thread of its own, so that the stream never waits."""
+"""Writes the videos of a running stream on a background thread, so that encoding overlaps it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch import Tensor
 
 from afd.video import VideoWriter
 
-# Chunks that may wait to be encoded; a slower encoder then slows the stream, and memory is bounded.
+# Chunks queued for encoding at most: bounds memory, at the price of a slow encoder slowing the
+# stream.
 WAITING = 2
 
 
 class Recorder:
-    """Appends chunks of B videos to B files as they come. Use it as a context manager.
+    """Appends chunks of B videos to B files as they are produced. Use it as a context manager.
 
-    Frames leave the device through pinned memory and the thread waits for them, so the caller goes
-    on launching. Leaving the block waits for the encoder and gives the files their names; an error
-    in it or in the thread leaves no file.
+    Frames are copied from the device through pinned memory, and only the thread waits for them, so
+    the caller can keep launching kernels. Leaving the block waits for the encoder and gives the
+    files their final names; an error in the block or the thread leaves no files.
 
     Attributes:
         paths: the files.
-        times: time.monotonic() at which each chunk was in its files.
+        times: time.monotonic() when each chunk had been written to its files.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Recorder:
         self._thread.start()
 
     def put(self, video_BFCHW: Tensor) -> None:
-        """Take a decoded chunk, floats in [-1, 1] on any device."""
+        """Enqueue a decoded chunk, floats in [-1, 1] on any device."""
         if self._error is not None:
             raise self._error
         levels = ((video_BFCHW.detach().float() + 1) * 127.5).round().clamp(0, 255)
@@ -69,7 +70,7 @@ class Recorder:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             if self._error is not None:
-                continue  # the caller may be waiting for room
+                continue  # keep draining: the caller may be waiting for space in the queue
             try:
                 frames_BFHWC, arrived = item
                 if arrived is not None:
@@ -78,7 +79,7 @@ class Recorder:
                     writer.append(frames_FHWC)
                     self._advance()
                 self.times.append(time.monotonic())
-            except BaseException as error:  # told to the caller, on its own thread
+            except BaseException as error:  # re-raised on the caller's thread
                 self._error = error
 
     def __enter__(self) -> Recorder:
@@ -94,7 +95,7 @@ class Recorder:
                 continue
             try:
                 writer.close()
-            except BaseException as broken:  # the files after it are not left half-written either
+            except BaseException as broken:  # keep going, to clean up the other files
                 failed = broken
         if error is None and failed is not None:
             raise failed

@@ -1,8 +1,8 @@
-"""VideoAlign as an online discriminator: the released reward model, learning on.
+"""VideoAlign as an online discriminator: the released reward model, trained further.
 
-The language model gets a fresh LoRA and the reward head is trained; nothing else changes. With the
-LoRA off and the original head it is still the untouched VideoAlign, by which motion quality is
-judged independently of what was learnt here.
+Only a new LoRA on the language model and the reward head are trained. With the LoRA disabled and
+the original head it is still the released VideoAlign, which measures motion quality independently
+of this training.
 Shape letters: B videos, F frames, C colours, H x W pixels.
 """
 
@@ -32,7 +32,7 @@ TARGETS = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|d
 class VideoAlignDiscriminator(PairDiscriminator):
     """A VideoAlign that learns to rank the teacher's videos above the student's.
 
-    Videos are pixels in [-1, 1]; both sides go through the same preprocessing.
+    Videos are pixels in [-1, 1]; teacher's and student's are preprocessed identically.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class VideoAlignDiscriminator(PairDiscriminator):
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Takes the scorer over: its language model gets the LoRA. `video_fps`: of all videos."""
+        """Takes ownership of `scorer` and adds LoRA to it. `video_fps`: rate of all videos."""
         from peft import LoraConfig, get_peft_model
 
         require(video_fps > 0, "video_fps", video_fps, "a positive rate")
@@ -57,7 +57,7 @@ class VideoAlignDiscriminator(PairDiscriminator):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            # peft makes the adapters float32 whatever the network is.
+            # peft creates float32 adapters whatever the network's dtype.
             self.adapted: Any = get_peft_model(scorer.network, lora)
         self.head_OD = nn.Parameter(scorer.head_OD.clone())
         if config.gradient_checkpointing:
@@ -65,30 +65,30 @@ class VideoAlignDiscriminator(PairDiscriminator):
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             enable = next(name for name in names if hasattr(scorer.network, name))
             getattr(scorer.network, enable)({"use_reentrant": False})
-        # Only checkpointing looks at the mode: there is no dropout.
+        # The mode only affects checkpointing, as there is no dropout.
         scorer.network.train(config.gradient_checkpointing)
         self.optimizer = DiscriminatorOptimizer(self.trained().values(), config)
 
     def trained(self) -> dict[str, Tensor]:
-        """What is trained, by name: the LoRA and the head."""
+        """Trained weights by name: the LoRA and the head."""
         named = self.scorer.network.named_parameters()
         return {name: p for name, p in named if p.requires_grad} | {"rm_head.weight": self.head_OD}
 
     # --- scores ---
 
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
-        """The frames that are looked at: about two a second."""
+        """Sample the input frames: about two per second."""
         return self.scorer.settings.preprocessing.choose(video_BFCHW, self.video_fps)
 
     def differentiable_score(self, seen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to the pixels; rounding to 8 bits passes them through."""
+        """Scores [B] with gradients to the pixels; rounding to 8 bits is straight-through."""
         ratings_B3 = rewards(self.scorer.states(seen_BNCHW, prompts), self.head_OD)
         return ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1)
 
     def released_ratings(
         self, seen_BNCHW: Tensor, prompts: Sequence[str], *, normalised: bool = True
     ) -> dict[str, Tensor]:
-        """VQ, MQ, TA and their sum Overall, [B] each, of VideoAlign as it was released."""
+        """VQ, MQ, TA and their sum Overall, [B] each, of the released VideoAlign."""
         with self.adapted.disable_adapter():
             return self.scorer.ratings_of(
                 seen_BNCHW, prompts, normalised=normalised, micro_batch=self.config.micro_batch
@@ -97,7 +97,7 @@ class VideoAlignDiscriminator(PairDiscriminator):
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """What was trained and the optimizer; of the released weights, which stay in their file,
+        """Trained weights and optimizer state; of the released weights, which are not saved, only
         the digest."""
         trained = {name: value.detach().clone() for name, value in self.trained().items()}
         return {
@@ -127,7 +127,7 @@ def build(
     seed: int = 0,
     ranks: Ranks = ALONE,
 ) -> VideoAlignDiscriminator:
-    """As a configuration names it (`DiscriminatorConfig.build`)."""
+    """Build the discriminator from its configuration (`DiscriminatorConfig.build`)."""
     if config.checkpoint is None:
         raise ConfigError(
             "discriminator.checkpoint: not given; needed: the folder of the released VideoReward "
@@ -140,6 +140,6 @@ def build(
         dtype=DTYPES[config.dtype],
         device=student.device,
     )
-    for prompt in prompts:  # now, and not in the update that asks it
+    for prompt in prompts:  # fail now rather than in the update that uses it
         scorer.prompts.request(prompt)
     return VideoAlignDiscriminator(scorer, config, video_fps=video.rate, seed=seed, ranks=ranks)

@@ -1,8 +1,8 @@
 """VideoAlign's reward model on transformers >= 5, loaded from the released `model.pth`.
 
 Qwen2-VL without its language-model head, and one linear head on the hidden state of three reward
-tokens. The released code calls the text model without positions, so tokens are simply counted: no
-M-RoPE. Right padding needs no mask, because no token looks to its right.
+tokens. The released code calls the text model without positions, so positions are sequential: no
+M-RoPE. Right padding needs no mask, as attention is causal.
 Shape letters: B videos, L tokens, D channels, P patches, V video tokens of the whole batch.
 """
 
@@ -46,13 +46,13 @@ Rotary = Literal["released", "rounded", "exact"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What model_config.json says.
+    """Settings from model_config.json.
 
     Attributes:
         base: name of the base model.
-        lora_alpha: LoRA's weight is alpha / r.
-        lora_rank: r, where it is said.
-        rslora: alpha / sqrt(r) instead.
+        lora_alpha: LoRA's scale is alpha / r.
+        lora_rank: r, if given.
+        rslora: the scale is alpha / sqrt(r) instead.
         preprocessing: frame rate and size.
         template: kind of prompt template.
         norms: mean and standard deviation by rating.
@@ -68,7 +68,7 @@ class Settings:
 
     @classmethod
     def read(cls, file: Path) -> Settings:
-        """From model_config.json; refuses a model whose rewards are not read at special tokens."""
+        """Read model_config.json; rejects a model whose rewards are not at special tokens."""
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -104,7 +104,7 @@ class Settings:
 
 
 def find_files(checkpoint: str | Path) -> tuple[Path, Path]:
-    """model.pth and model_config.json of a released folder, a checkpoint folder or a model.pth."""
+    """Find model.pth and model_config.json from a released or checkpoint folder, or a model.pth."""
     path = local_copy(checkpoint, ("model_config.json", "checkpoint-*"), LAYOUTS)
     if path.is_dir():
         found = sorted([*path.glob("model.pth"), *path.glob("checkpoint-*/model.pth")])
@@ -130,11 +130,10 @@ def remap(
     dtype: torch.dtype = torch.float32,
     lora: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Released tensors as transformers 5's Qwen2VLModel names them, LoRA merged; and the head.
+    """Rename released tensors for transformers 5's Qwen2VLModel and merge LoRA; also the head.
 
-    Every key is accounted for: the language-model head is the only one that is left out, and what
-    is not understood is an error. `rank`: that of every LoRA, where it is known. With `lora=False`
-    the released LoRA is left out.
+    Every key is accounted for: only the language-model head is dropped, and an unknown key is an
+    error. `rank`: rank of every LoRA, if known. With `lora=False` the released LoRA is not merged.
     """
     weights: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -158,7 +157,7 @@ def remap(
             weights[ours] = tensor
         else:
             odd.append(key)
-    # A linear that LoRA wraps has both its halves, and LoRA wraps what is there.
+    # Every wrapped linear must have a LoRA pair, and every LoRA pair a wrapped linear.
     odd += sorted(wrapped ^ pairs.keys())
     odd += [name for name, pair in pairs.items() if not _is_lora(pair, weights.get(name))]
     if head is None:
@@ -181,7 +180,7 @@ def remap(
 
 
 def _is_lora(pair: Mapping[str, Tensor], weight: Tensor | None) -> bool:
-    """Whether two halves are there and multiply to something of the weight's shape."""
+    """Whether both LoRA factors are present and their product has the weight's shape."""
     if pair.keys() != {"A", "B"} or weight is None:
         return False
     down, up = pair["A"], pair["B"]
@@ -193,10 +192,10 @@ def _is_lora(pair: Mapping[str, Tensor], weight: Tensor | None) -> bool:
 
 
 class _ReleasedVisionRotary(nn.Module):
-    """Rotary tables of the vision tower as the released code has them in bfloat16 throughout.
+    """Rotary tables of the vision tower, in bfloat16 throughout as in the released code.
 
-    Of the interface of later transformers 5, where a tower's rotary module makes the tables; in
-    earlier ones it makes the angles and does so in its frequencies' dtype.
+    It has the interface of later transformers 5 versions, in which a tower's rotary module computes
+    the tables; in earlier ones it computes the angles, in its frequencies' dtype.
     """
 
     def __init__(self, inv_freq: Tensor) -> None:
@@ -216,12 +215,12 @@ def _frequencies(width: int, theta: float) -> Tensor:
 
 
 def set_rotary(network: Any, rotary: Rotary, device: torch.device | str) -> None:
-    """Give both towers their rotary frequencies, which no checkpoint holds, in one of three ways.
+    """Set both towers' rotary frequencies, which checkpoints do not store, at a chosen precision.
 
-    "released": frequencies rounded to bfloat16, and the vision tower's angles and tables too, as
-    `model.to(bfloat16)` makes them in the released code. "rounded": rounded frequencies, everything
+    "released": frequencies rounded to bfloat16, as well as the vision tower's angles and tables,
+    as `model.to(bfloat16)` does in the released code. "rounded": rounded frequencies, everything
     after them in float32. "exact": float32 throughout; at distance 2000 its angles are up to 2.3
-    rad away from those that the released weights were trained with. Once per network.
+    rad from those that the released weights were trained with. Call it once per network.
     """
     known = rotary in ("released", "rounded", "exact")
     require(known, "rotary", rotary, "'released', 'rounded' or 'exact'")
@@ -245,7 +244,7 @@ def set_rotary(network: Any, rotary: Rotary, device: torch.device | str) -> None
 
 
 def build_network(config: Any, rows: int, attention: str = "sdpa") -> Any:
-    """Qwen2VLModel of a base configuration on the meta device, with `rows` rows of embedding."""
+    """Qwen2VLModel of a base configuration on the meta device, with `rows` embedding rows."""
     from transformers import Qwen2VLModel
 
     vision = config.vision_config
@@ -259,7 +258,7 @@ def build_network(config: Any, rows: int, attention: str = "sdpa") -> Any:
 
 
 class VideoAlign(nn.Module):
-    """Videos and prompts to VQ, MQ and TA."""
+    """VideoAlign reward model: rates videos with prompts by VQ, MQ and TA."""
 
     def __init__(
         self,
@@ -290,21 +289,21 @@ class VideoAlign(nn.Module):
         lora: bool = True,
         attention: str = "sdpa",
     ) -> VideoAlign:
-        """The released model.
+        """Load the released model.
 
         Args:
             checkpoint: its folder, a `model.pth` with model_config.json nearby, or a hub name.
             base: folder or hub name of Qwen2-VL, for config.json and the tokenizer only; None takes
-                the one model_config.json names.
+                the one named in model_config.json.
             videoalign: checkout of VideoAlign's code, for its prompt template (never executed).
-            template: the template itself, instead.
-            dtype: what both towers compute in; the head is float32.
+            template: the template text itself, instead of `videoalign`.
+            dtype: compute dtype of both towers; the head is float32.
             rotary: precision of the rotary tables (see `set_rotary`).
-            lora: whether the released LoRA is merged.
-            attention: transformers' name of the attention.
+            lora: whether to merge the released LoRA.
+            attention: transformers' name of the attention implementation.
 
-        Raises FileNotFoundError for an unknown path, ValueError where the file is not what is
-        needed: every key must be known, every weight present and of its shape.
+        Raises FileNotFoundError for an unknown path, ValueError for an unsuitable file: every key
+        must be known, and every weight present with the right shape.
         """
         from transformers import Qwen2VLConfig
 
@@ -358,7 +357,7 @@ class VideoAlign(nn.Module):
         """Video tokens [V, D] of normalised patches (see `patchify`), in the network's dtype."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and pixels_PK.requires_grad):
             pixels_PK = pixels_PK.to(self.device, self.dtype)
-            # `last_hidden_state` would be the tokens before they are merged by fours.
+            # `last_hidden_state` would be the tokens before each four are merged.
             seen = self.network.visual(pixels_PK, grid_thw=grid_B3.to(self.device))
             return seen.pooler_output
 
@@ -368,14 +367,14 @@ class VideoAlign(nn.Module):
         text = self.network.language_model
         embedded_BLD = text.embed_tokens(ids_BL)
         at_BL1 = (ids_BL == self.prompts.video_id)[..., None]
-        # Counted where the ids came from: nothing waits for the device.
+        # Counted on the ids' original device, which avoids a synchronisation.
         count = int((tokens.ids_BL == self.prompts.video_id).sum())
         require(count == len(seen_VD), "tokens", f"{count} of video", f"{len(seen_VD)}")
         embedded_BLD = embedded_BLD.masked_scatter(at_BL1, seen_VD.to(embedded_BLD.dtype))
         B, length = ids_BL.shape
         counted_3BL = torch.arange(length, device=self.device).expand(3, B, length)
         half = self.dtype if self.dtype in (torch.bfloat16, torch.float16) else None
-        # Trained LoRA is float32; its products are to be taken in the network's dtype.
+        # The trained LoRA is float32; autocast runs its matmuls in the network's dtype.
         with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
             hidden_BLD = text(
                 inputs_embeds=embedded_BLD, position_ids=counted_3BL, use_cache=False
@@ -384,7 +383,7 @@ class VideoAlign(nn.Module):
         return hidden_BLD.gather(1, at_B3D).float()
 
     def states(self, chosen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Hidden states at the reward tokens, float32 [B, 3, D], of chosen frames in [-1, 1]."""
+        """Hidden states at the reward tokens, float32 [B, 3, D], for sampled frames in [-1, 1]."""
         patches = self.settings.preprocessing.patches
         pixels_PK, grid_B3 = patches(chosen_BNCHW.to(self.device))
         tokens = self.prompts.encode(prompts, (grid_B3.prod(1) // MERGE**2).tolist())
@@ -402,7 +401,7 @@ class VideoAlign(nn.Module):
         """VQ, MQ, TA and their sum Overall, float64 [B] each, of videos in [-1, 1].
 
         `normalised`: z-scores by the checkpoint's own mean and standard deviation, as the released
-        evaluation reports them. `micro_batch`: videos per pass; None: all at once.
+        evaluation reports them. `micro_batch`: videos per pass; None: all in one pass.
         """
         seen_BNCHW = self.settings.preprocessing.choose(video_BFCHW, video_fps)
         return self.ratings_of(seen_BNCHW, prompts, normalised=normalised, micro_batch=micro_batch)
@@ -416,7 +415,7 @@ class VideoAlign(nn.Module):
         normalised: bool = True,
         micro_batch: int | None = None,
     ) -> dict[str, Tensor]:
-        """`ratings` of videos of which only the frames that are looked at are left."""
+        """`ratings` of videos already reduced to the sampled frames."""
         hidden_B3D = torch.cat(
             [
                 self.states(seen_BNCHW[part], prompts[part])
@@ -428,7 +427,7 @@ class VideoAlign(nn.Module):
 
 
 def rewards(hidden_B3D: Tensor, head_OD: Tensor) -> Tensor:
-    """VQ, MQ and TA, float32 [B, 3]: one head for all three tokens, or each token its own."""
+    """VQ, MQ and TA, float32 [B, 3], from one head for all three tokens or one head each."""
     each_B3O = hidden_B3D @ head_OD.t()
     return each_B3O[..., 0] if len(head_OD) == 1 else each_B3O.diagonal(dim1=1, dim2=2)
 

@@ -1,8 +1,8 @@
-"""From a video to VideoAlign's input: frame sampling, resize, rounding, normalisation, patches.
+"""VideoAlign's preprocessing: frame sampling, resize, rounding, normalisation, patches.
 
-The rules are the released model's (KwaiVGI/VideoAlign, `vision_process.py`, and Qwen2-VL's image
-processor); everything runs on the video's device and has gradients with respect to its pixels.
-Shape letters: B videos, F frames, N chosen frames, C = 3 colours, H x W pixels, P patches.
+It follows the released model (KwaiVGI/VideoAlign, `vision_process.py`, and Qwen2-VL's image
+processor); everything runs on the video's device and is differentiable with respect to its pixels.
+Shape letters: B videos, F frames, N sampled frames, C = 3 colours, H x W pixels, P patches.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 def frame_indices(
     total: int, video_fps: float, *, fps: float = 2.0, count: int | None = None
 ) -> Tensor:
-    """Which frames of a clip of `total` are looked at: int64 [N], evenly spaced, both ends in.
+    """Sampled frames of a clip of `total`: int64 [N], evenly spaced, including both ends.
 
-    N is the clip's length at `fps`, at least 4 (as far as the clip has them) and even; `count` asks
-    for a number of frames instead, made even, and is only cut where the clip has fewer.
+    N is the clip's length at `fps`, at least 4 (if the clip has as many) and even; `count` requests
+    a number of frames instead, rounded to even and reduced only if the clip has fewer.
     """
     require(total >= 1, "total", total, "at least one frame")
     if count is None:
@@ -50,8 +50,9 @@ def frame_indices(
 def smart_resize(
     height: int, width: int, max_pixels: int, *, min_pixels: int = MIN_PIXELS
 ) -> tuple[int, int]:
-    """Rows and columns after the resize: multiples of 28 with about the frame's shape and an area
-    between the limits. Small frames are enlarged. Below a `max_pixels` of 28 x 28 a side may be 0.
+    """Rows and columns after the resize: multiples of 28 with about the frame's aspect ratio and an
+    area between the limits. Small frames are enlarged. A `max_pixels` below 28 x 28 may give a side
+    of 0.
     """
     require(min(height, width) >= 1, "height, width", (height, width), "positive sizes")
     rows, columns = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
@@ -65,12 +66,12 @@ def smart_resize(
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Whole numbers whose gradient is that of x: rounding has none of its own."""
+    """Rounding with a straight-through gradient."""
     return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
 def resize(frames: Tensor, rows: int, columns: int) -> Tensor:
-    """Antialiased bicubic resize of levels 0..255, [..., 3, H, W] -> whole levels as float32."""
+    """Antialiased bicubic resize of levels 0..255, [..., 3, H, W]; integer levels as float32."""
     levels = frames.float()
     if levels.shape[-2:] != (rows, columns):
         flat = levels.flatten(0, -4)
@@ -111,11 +112,11 @@ def patchify(frames_BNCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How videos become patches; the same for the teacher's and the student's.
+    """Converts videos to patches, identically for the teacher's and the student's.
 
     Attributes:
-        fps: rate at which frames are looked at.
-        count: number of frames instead, where given.
+        fps: rate at which frames are sampled.
+        count: number of sampled frames instead, if given.
         max_pixels: largest area of a resized frame.
     """
 
@@ -124,7 +125,7 @@ class Preprocessing:
     max_pixels: int = 448 * 448
 
     def choose(self, video_BFCHW: Tensor, video_fps: float) -> Tensor:
-        """The frames that are looked at, [B, N, 3, H, W], of videos [B, F, 3, H, W]."""
+        """Sample frames [B, N, 3, H, W] from videos [B, F, 3, H, W]."""
         shape = tuple(video_BFCHW.shape)
         require(
             len(shape) == 5 and shape[2] == 3 and min(shape) > 0,
@@ -142,7 +143,7 @@ class Preprocessing:
         return video_BFCHW[:, chosen_N.to(video_BFCHW.device)]
 
     def patches(self, video_BNCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches [P, 1176] and grid [B, 3] (see `patchify`) of chosen frames in [-1, 1]."""
+        """Patches [P, 1176] and grid [B, 3] (see `patchify`) of sampled frames in [-1, 1]."""
         height, width = video_BNCHW.shape[3:]
         rows, columns = smart_resize(height, width, self.max_pixels)
         require(
@@ -151,6 +152,7 @@ class Preprocessing:
             self.max_pixels,
             f"room for a block of {FACTOR} x {FACTOR} pixels in frames of {height} x {width}",
         )
-        # To the 8 bits of a decoded file first: neither side may be told by its finer levels.
+        # First quantised to 8 bits, as in a decoded file, so that finer levels do not give away
+        # either side.
         levels = _rounded(((video_BNCHW.float() + 1) * 127.5).clamp(0, 255))
         return patchify(resize(levels, rows, columns))

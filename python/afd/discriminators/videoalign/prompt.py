@@ -1,7 +1,7 @@
-"""The text around a prompt that VideoAlign reads, and its tokens.
+"""VideoAlign's prompt template and tokenization.
 
 The model was trained on one prompt template, which is part of its own code. It is read from the
-user's checkout of that code by parsing the file; nothing of it is executed or shipped here.
+user's checkout of that code by parsing the file; none of that code is executed or shipped here.
 Shape letters: B prompts, L tokens.
 """
 
@@ -27,12 +27,12 @@ REWARDS = ("VQ", "MQ", "TA")
 REWARD_TOKENS = tuple(f"<|{name}_reward|>" for name in REWARDS)
 VIDEO_TOKEN = "<|video_pad|>"
 FIELD = "text_prompt"
-# By the names that model_config.json has for them; the other kinds have no reward tokens.
+# Template kinds in model_config.json, and their variables; all other kinds lack reward tokens.
 TEMPLATES = {"detailed_special": "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"}
 FILE = "prompt_template.py"
 
-# Where there is no checkout. As in the released one the prompt comes last: what the model learnt
-# about the first two ratings it learnt without having read a prompt.
+# Used without a checkout. As in the released template the prompt comes last: the model learnt the
+# first two ratings without access to the prompt.
 OWN_TEMPLATE = """
 Rate this generated video from 0 to 10 in three separate respects.
 
@@ -50,10 +50,10 @@ Text alignment rating: <|TA_reward|>
 
 
 def read_template(checkout: str | Path | None, kind: str = "detailed_special") -> str:
-    """The prompt template of a VideoAlign checkout (its folder, or prompt_template.py itself).
+    """Read the prompt template of a VideoAlign checkout (its folder, or prompt_template.py).
 
-    The file is parsed and never run. None: our own wording, which is said in the log. Raises
-    FileNotFoundError, or ValueError where the file has no such template as a plain string.
+    The file is parsed and never executed. None: our own wording, with a warning in the log. Raises
+    FileNotFoundError, or ValueError if the file has no such template as a plain string.
     """
     known = kind in TEMPLATES
     require(known, "prompt_template_type", kind, f"one with reward tokens: {', '.join(TEMPLATES)}")
@@ -86,9 +86,9 @@ def read_template(checkout: str | Path | None, kind: str = "detailed_special") -
 
 
 def check_template(template: str, where: str = "template") -> str:
-    """The template itself if it has the prompt's field once and each reward token once, in order.
+    """Validate and return a template: one prompt field, and each reward token once, in order.
 
-    Fields with attributes, indices, conversions or formats are refused: a template is data.
+    Fields with attributes, indices, conversions or formats are rejected, as templates are data.
     """
     try:
         fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
@@ -107,7 +107,7 @@ def check_template(template: str, where: str = "template") -> str:
 
 
 def chat_text(user_text: str) -> str:
-    """Qwen2-VL's chat around a request that follows a video, ready for the answer."""
+    """Qwen2-VL's chat format for a video followed by a request, up to the assistant's turn."""
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n<|vision_start|>{VIDEO_TOKEN}<|vision_end|>{user_text}<|im_end|>\n"
@@ -117,12 +117,12 @@ def chat_text(user_text: str) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch of requests.
+    """A tokenized batch of requests.
 
     Attributes:
-        ids_BL: int64, padded on the right.
-        lengths: tokens of each request without padding.
-        places_B3: int64, where the VQ, MQ and TA tokens stand.
+        ids_BL: int64, right-padded.
+        lengths: number of tokens of each request without padding.
+        places_B3: int64, positions of the VQ, MQ and TA tokens.
     """
 
     ids_BL: Tensor
@@ -130,16 +130,16 @@ class Tokens:
     places_B3: Tensor
 
     def mask(self) -> Tensor:
-        """int64 [B, L]: 1 where a token is no padding."""
+        """Attention mask, int64 [B, L]: 1 for tokens, 0 for padding."""
         at_L = torch.arange(self.ids_BL.shape[1])
         return (at_L < torch.tensor(self.lengths)[:, None]).long()
 
 
 class PromptEncoder:
-    """Prompts to the model's tokens."""
+    """Tokenizes prompts for the model."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
-        """`tokenizer`: the base model's; reward tokens it lacks are added to it."""
+        """`tokenizer`: that of the base model; missing reward tokens are added to it."""
         from transformers import AddedToken
 
         self.template = check_template(template)
@@ -149,7 +149,7 @@ class PromptEncoder:
         require(
             fits, "tokenizer", f"{len(known)} tokens", f"Qwen2-VL's, with {VIDEO_TOKEN} and padding"
         )
-        # One call in the released order, so that their rows of the embedding are the trained ones.
+        # One call in the released order, so that they get their trained embedding rows.
         new = [AddedToken(t, special=True) for t in REWARD_TOKENS if t not in known]
         tokenizer.add_tokens(new, special_tokens=True)
         ids = tokenizer.convert_tokens_to_ids([VIDEO_TOKEN, *REWARD_TOKENS])
@@ -160,12 +160,12 @@ class PromptEncoder:
 
     @property
     def rows(self) -> int:
-        """Rows that the embedding needs."""
+        """Number of embedding rows."""
         return len(self.tokenizer)
 
     @classmethod
     def load(cls, folder: str | Path, template: str) -> PromptEncoder:
-        """From a folder with tokenizer.json or whatever transformers reads."""
+        """Load from a folder with tokenizer.json or any format that transformers reads."""
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         exact = (Path(folder) / "tokenizer.json").is_file()
@@ -175,7 +175,7 @@ class PromptEncoder:
         return cls(tokenizer, template)
 
     def request(self, prompt: str) -> str:
-        """What the user's turn says about a video of this prompt."""
+        """Text of the user's turn for a video with this prompt."""
         inside = [token for token in self.markup if token in prompt]
         require(
             not inside, "prompts", f"{prompt!r} with {inside}", "text without the model's tokens"
@@ -183,7 +183,7 @@ class PromptEncoder:
         return self.template.format(**{FIELD: prompt})
 
     def encode(self, prompts: Sequence[str], video_tokens: Sequence[int]) -> Tokens:
-        """Tokens of each prompt behind a video of that many tokens."""
+        """Tokenize each prompt after a video of `video_tokens` tokens."""
         listed = not isinstance(prompts, str) and len(prompts) == len(video_tokens) > 0
         require(listed, "prompts", prompts, f"a list of {len(video_tokens)} prompts, one per video")
         rows = []

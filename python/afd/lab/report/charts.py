@@ -1,4 +1,4 @@
-"""The report's charts: what is drawn, from metrics.jsonl and evaluation.jsonl."""
+"""The report's charts, drawn from metrics.jsonl and evaluation.jsonl."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from afd.lab.report.inline_svg import COLORS, HEIGHT, WIDTH, inline_svg
 from afd.lab.report.metrics import Metric, number
 from afd.lab.report.run_files import Part, numbers, runs
 
-# The axes within the drawing, in pixels; REFERENCES is the room for the names of reference lines.
+# Margins of the axes in pixels; REFERENCES is extra room on the right for reference labels.
 LEFT, RIGHT, TOP, BOTTOM, REFERENCES = 56, 16, 14, 36, 52
-# Of the distance between ticks, times a power of ten.
+# Candidate tick spacings, times a power of ten.
 STEPS = (1, 2, 5, 10)
-# Lines of at least so many updates are drawn thin under a running mean.
+# Lines with at least this many updates are drawn thin under a running mean.
 NOISY = 25
 
 
 class Chart(NamedTuple):
-    """A drawing with its caption; `legend` holds (label, colour name)."""
+    """A figure with its caption; `legend` holds (label, colour name)."""
 
     title: str
     note: str
@@ -32,8 +32,8 @@ class Chart(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One curve of (x, y) points; `color` is a name in COLORS. `dots` marks every point, otherwise
-    a long line is smoothed."""
+    """A curve of (x, y) points; `color` is a name in COLORS. With `dots` every point is marked;
+    otherwise a long line is smoothed."""
 
     label: str
     color: str
@@ -46,13 +46,13 @@ class Line(NamedTuple):
 
     @property
     def range(self) -> list[float]:
-        """The y values to show: of a long noisy line all but the wildest hundredth."""
+        """The y values to show; for a long noisy line, without the most extreme 1 %."""
         cut = 0.005 if self.noisy and len(self.points) >= 100 else 0.0
         return list(map(float, np.quantile([y for _, y in self.points], [cut, 1 - cut])))
 
 
 class Group(NamedTuple):
-    """Logged values that share a chart: (key, label, colour) each; empty ones are the run's."""
+    """Logged values that share a chart: (key, label, colour) each; if empty, the run's are used."""
 
     title: str
     note: str
@@ -94,7 +94,7 @@ def line_chart(
     references: Sequence[Reference] = (),
     zero: bool = False,
 ) -> Chart | None:
-    """Lines over the updates; None without a point.
+    """A line chart over the updates; None if there are no points.
 
     `references` are horizontal lines (label, colour, y); `zero` includes 0 in the y axis.
     """
@@ -114,7 +114,7 @@ def line_chart(
             if line.noisy:
                 axes.plot(x, y.clip(*axes.get_ylim()), color=color, linewidth=1, alpha=0.25)
                 y = running_mean(y, window(len(y)))
-            # A single point is no line: only a dot shows it.
+            # A single point is visible only as a dot.
             marker = "o" if line.dots or len(y) == 1 else ""
             axes.plot(x, y.clip(*axes.get_ylim()), color=color, marker=marker)
 
@@ -129,7 +129,7 @@ def line_chart(
 
 
 def _set_axes(axes: Axes, x_label: str, room: int = 0) -> None:
-    """Leave room around the axes for labels, and `room` more on the right; pixels."""
+    """Set the margins around the axes, with `room` extra pixels on the right."""
     size = (WIDTH - LEFT - RIGHT - room) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT
     axes.set_position((LEFT / WIDTH, BOTTOM / HEIGHT, *size))
     axes.set_xlabel(x_label, loc="right")
@@ -137,7 +137,7 @@ def _set_axes(axes: Axes, x_label: str, room: int = 0) -> None:
 
 
 def _draw_references(axes: Axes, references: Sequence[Reference]) -> None:
-    """Dotted lines with their names on the right; names of close lines move apart."""
+    """Draw dotted reference lines labelled on the right, moving overlapping labels apart."""
     ordered = sorted(references, key=lambda reference: -reference[2])
     low, high = axes.get_ylim()
     for index, (label, color, y) in enumerate(ordered):
@@ -152,7 +152,7 @@ def _draw_references(axes: Axes, references: Sequence[Reference]) -> None:
 def _limits(
     values: Sequence[float], zero: bool = False, margin: float = 0.06
 ) -> tuple[float, float]:
-    """Limits of an axis with a margin; `zero` includes 0, without a margin there."""
+    """Axis limits with a margin; `zero` includes 0, without a margin on that side."""
     low, high = min(values), max(values)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -162,12 +162,12 @@ def _limits(
 
 
 def window(count: int) -> int:
-    """Updates in the running mean of a line of `count` updates."""
+    """Window of the running mean for a line of `count` updates."""
     return max(1, count // 25)
 
 
 def running_mean(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over `width` values, over fewer at both ends."""
+    """Centred running mean over `width` values, truncated at both ends."""
     total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     index = np.arange(len(values))
     first = np.maximum(index - width // 2, 0)
@@ -179,7 +179,7 @@ def running_mean(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray
 
 
 def evaluation_chart(parts: dict[str, Part], metric: Metric) -> Chart | None:
-    """A metric at every evaluation of every run, beside the teacher's and the base student's."""
+    """A metric at every evaluation of every run, with teacher and base student as references."""
     lines = []
     for run in runs(parts):
         found = [(line["step"], numbers(line.get("metrics"))) for line in run.evaluations]
@@ -194,7 +194,7 @@ def evaluation_chart(parts: dict[str, Part], metric: Metric) -> Chart | None:
 
 
 def update_charts(parts: dict[str, Part], groups: Sequence[Group]) -> Iterator[Chart | None]:
-    """The groups that each run has logged."""
+    """One chart per group and run, where the run logged any of the group's values."""
     for group in groups:
         logging = [run for run in runs(parts) if {k for k, _, _ in group.lines} & set(keys(run))]
         for run in logging:
@@ -207,26 +207,26 @@ def update_charts(parts: dict[str, Part], groups: Sequence[Group]) -> Iterator[C
 
 
 def other_groups(parts: dict[str, Part]) -> list[Group]:
-    """A group for each logged value that is not in GROUPS."""
+    """A separate group for each logged value that is not in GROUPS."""
     grouped = {key for group in GROUPS for key, _, _ in group.lines}
     found = dict.fromkeys(key for run in runs(parts) for key in keys(run))
     return [Group(key, "", False, ((key, "", ""),)) for key in found if key not in grouped]
 
 
 def keys(run: Part) -> list[str]:
-    """The names of all logged values, in the order of their first appearance."""
+    """Names of all logged values, in order of first appearance."""
     found = dict.fromkeys(key for update in run.updates for key in numbers(update))
     return [key for key in found if key not in ("step", "time_s")]
 
 
 def logged(run: Part, key: str) -> list[tuple[int, float]]:
-    """(update, value) wherever a value was logged."""
+    """(update, value) for every update that logged the key."""
     found = ((update["step"], numbers(update)) for update in run.updates)
     return [(step, values[key]) for step, values in found if key in values]
 
 
 def trade_off(parts: dict[str, Part]) -> Chart | None:
-    """Physics error against look error: each run is a path from the base student."""
+    """Physics error against look error, each run as a path from the base student."""
     paths: dict[str, list[tuple[float, float]]] = {}
     for part in parts.values():
         lines = part.evaluations if part.is_run else part.evaluations[-1:]

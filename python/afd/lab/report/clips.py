@@ -1,4 +1,4 @@
-"""Small clips side by side: which prompts are shown, and the pictures that page.js animates."""
+"""Small clips side by side: selects the prompts and makes the images that page.js animates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = 6
 
 
 def clip_table(parts: dict[str, Part], columns: Sequence[str]) -> dict[str, Any]:
-    """A row per prompt and a cell per column, for the template; no rows without any video."""
+    """The template's clip table, a row per prompt and a cell per column; empty without videos."""
     chosen = {prompt: _videos(parts, prompt) for prompt in choose_prompts(parts, PROMPTS)}
     lengths = [len(v) for row in chosen.values() for v in row.values() if not isinstance(v, str)]
     frames = max(lengths, default=0)
@@ -35,7 +35,7 @@ def clip_table(parts: dict[str, Part], columns: Sequence[str]) -> dict[str, Any]
 
 
 def choose_prompts(parts: dict[str, Part], count: int) -> list[str]:
-    """Up to `count` prompts, of those with a video in most columns the most different ones."""
+    """Up to `count` prompts: the most diverse of those with a video in the most columns."""
     videos = Counter(prompt for part in parts.values() for prompt in set(part.prompts))
     order = list(dict.fromkeys(prompt for part in parts.values() for prompt in part.prompts))
     left = [prompt for prompt in order if videos[prompt] == max(videos.values())]
@@ -51,8 +51,8 @@ def choose_prompts(parts: dict[str, Part], count: int) -> list[str]:
 
 
 def _videos(parts: dict[str, Part], prompt: str) -> dict[str, np.ndarray | str]:
-    """Per column the video [F, H, W, 3] of a prompt, from a common seed if there is one, or the
-    reason for its absence."""
+    """A prompt's video [F, H, W, 3] per column, from a common seed if there is one, or the
+    reason why it is missing."""
     own = {p.name: [clip for clip in p.clips if clip.prompt == prompt] for p in parts.values()}
     seeds = [[clip.seed for clip in clips] for clips in own.values() if clips]
     common = [seed for seed in seeds[0] if all(seed in other for other in seeds)] if seeds else []
@@ -69,7 +69,7 @@ def _videos(parts: dict[str, Part], prompt: str) -> dict[str, np.ndarray | str]:
 
 
 def _video_shape(parts: dict[str, Part]) -> dict[str, Any]:
-    """How the trainer read the teacher's videos; the toy's size if no configuration is left."""
+    """The run's video settings; the toy's size if no configuration is found."""
     configs = (run.config.get("video") for run in runs(parts))
     video = next((config for config in configs if isinstance(config, dict)), {})
     shape: dict[str, Any] = {"frames": 12, "height": 16, "width": 16}
@@ -93,7 +93,7 @@ def _cell(name: str, video: np.ndarray | str, frames: int) -> dict[str, Any]:
         return cell
     height, width = video.shape[1:3]
     side = max(height, width)
-    # Whole multiples keep the pixels square; a clip that is too large is made smaller instead.
+    # Integer scales keep the pixels square; clips that are too large are downscaled.
     scales = {size: size // side if side <= size else round(size / side, 4) for size in (112, 80)}
     still = [video[-1]] * (frames - len(video))
     return cell | {
@@ -107,15 +107,15 @@ def _cell(name: str, video: np.ndarray | str, frames: int) -> dict[str, Any]:
 
 
 def exposure(video_FHWC: np.ndarray, shots: int = 5) -> str:
-    """The clip in one picture, as if lit by a stroboscope: per pixel the moment that differs most
-    from its frame's median colour, earlier flashes dimmer. A PNG data URI."""
+    """A stroboscopic image of a clip as a PNG data URI: each pixel shows the frame in which it
+    differs most from the frame's median colour, earlier frames dimmer."""
     video = video_FHWC.astype(np.float64)
     count = len(video)
     contrast = np.linalg.norm(video - np.median(video, axis=(1, 2), keepdims=True), axis=-1)
     ground = np.take_along_axis(video, contrast.argmin(0)[None, ..., None], 0)[0]
     flashes = np.unique(np.linspace(0, count - 1, min(shots, count)).round().astype(int))
     strength = np.linspace(0.45, 1.0, len(flashes))
-    # Where two flashes overlap the later one wins.
+    # Where two exposures overlap, the later one wins.
     best = ((0.9 + 0.1 * strength[:, None, None]) * contrast[flashes]).argmax(0)
     chosen = np.take_along_axis(video[flashes], best[None, ..., None], 0)[0]
     picture = ground + strength[best][..., None] * (chosen - ground)

@@ -1,4 +1,4 @@
-"""The title and first paragraph of a toy run's report: what the numbers show, in sentences."""
+"""Title and first paragraph of a toy run's report, which summarise its results."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from afd.lab.report.run_files import LABELS, RUNS
 
 Metrics = Mapping[str, Mapping[str, float]]
 
-# The look counts as kept up to this rise of `rend`, and physics errors this close (relative) as
-# equal: two seeds of one recipe differ by about as much.
+# The look counts as kept up to this rise of `rend`, and physics errors this close (relative) count
+# as equal: two seeds of one recipe differ by about as much.
 LOOK_KEPT = 0.01
 EQUAL = 0.10
 
 
 def headline(metrics: Metrics, unfinished: Mapping[str, str]) -> tuple[str, str]:
-    """Title and paragraph. `unfinished`: the progress of such runs ("update 150 of 400")."""
+    """Title and paragraph. `unfinished`: progress of unfinished runs ("update 150 of 400")."""
     runs = [name for name in RUNS if "phys" in metrics.get(name, {})]
     if not runs:
         return "No trained student has been evaluated", "This folder holds no student’s evaluation."
@@ -55,7 +55,7 @@ def _title(runs: Sequence[str], metrics: Metrics) -> str:
 
 
 def _physics(run: str, metrics: Metrics) -> str:
-    """How far a run went from the base's physics error to the teacher's, in words."""
+    """How much of the gap to the teacher's physics error a run closed, in words."""
     base = metrics["base"]["phys"]
     way = base - metrics.get("teacher", {}).get("phys", 0.0)
     gain = (base - metrics[run]["phys"]) / way if way > 0 else 0.0
@@ -65,7 +65,7 @@ def _physics(run: str, metrics: Metrics) -> str:
 
 
 def _look(run: str, metrics: Metrics) -> str:
-    """What became of the student's look, in words; empty if it is unknown."""
+    """How the student's look changed, in words; empty if unknown."""
     base, own = metrics["base"].get("rend"), metrics[run].get("rend")
     if base is None or own is None:
         return ""

@@ -1,4 +1,4 @@
-"""matplotlib drawings as inline SVG whose colours and fonts are decided by the page's CSS."""
+"""Render matplotlib drawings as inline SVG; the page's CSS sets their colours and fonts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# CSS custom properties of page.css, each drawn in a placeholder colour that is replaced by it.
+# CSS custom properties of page.css; each replaces a placeholder colour in the drawing.
 _NAMES = ["soft", "line", "card", "teacher", "base", "afd", "sft", "gan", "dmd"]
 _NAMES += [f"phase{index}" for index in range(6)]
 COLORS = {name: f"#0000{number:02x}" for number, name in enumerate(_NAMES, 1)}
@@ -22,7 +22,7 @@ _CSS = {"#000000": "currentColor"} | {color: f"var(--{name})" for name, color in
 WIDTH, HEIGHT = 540, 264
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    # A $ in a text is a dollar sign.
+    # A $ in text is a literal dollar sign.
     "text.parse_math": False,
     "font.size": 12,
     "figure.facecolor": "none",
@@ -49,13 +49,13 @@ for _axis in ("xtick", "ytick"):
 def inline_svg(
     draw: Callable[[Axes], None], title: str, description: str, height: int = HEIGHT
 ) -> Markup:
-    """An accessible SVG element of what `draw` draws into an Axes, WIDTH x `height` pixels.
+    """Render what `draw` draws into an Axes as an accessible SVG, WIDTH x `height` pixels.
 
-    The same drawing gives the same text, whatever the process's matplotlib settings are.
+    The output is deterministic and independent of the process's matplotlib settings.
     """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # The salt keeps the ids of one page's charts apart.
+        # The salt keeps element ids unique among the charts of a page.
         with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"{title}\n{description}"}):
             figure = Figure(figsize=(WIDTH / 72, height / 72))
             draw(figure.add_axes((0, 0, 1, 1)))

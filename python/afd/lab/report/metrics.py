@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: names, meanings, and which value is the best."""
+"""Metrics of an evaluation: names, meanings, and which value is best."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from afd.trainer.motion import DEFINITION, DYNAMIC
 
 
 class Metric(NamedTuple):
-    """`better`: "lower", "higher", "teacher" (closer to the teacher's value is better), "far"
-    (only a value near 0 is bad, so none is best), or "" where values are not compared."""
+    """A metric's name and meaning. `better`: "lower", "higher", "teacher" (closest to the teacher's
+    value), "far" (only values near 0 are bad, so none is best), or "" (not compared)."""
 
     key: str
     name: str
@@ -52,7 +52,7 @@ DIRECTIONS = {
 
 
 def number(value: float) -> str:
-    """A value as the report prints it: 0.043, 1.32, 12.6."""
+    """Format a value for the report: 0.043, 1.32, 12.6."""
     size = abs(value)
     digits = 3 if size < 1 else 2 if size < 10 else 1
     return f"{value:.{digits}f}" if size < 1e7 else f"{value:.3g}"
@@ -61,7 +61,7 @@ def number(value: float) -> str:
 def metric_rows(
     parts: Mapping[str, Part], columns: Sequence[str], metrics: Sequence[Metric]
 ) -> Iterator[dict[str, Any]]:
-    """The known `metrics` in their order, then everything else that was measured."""
+    """Table rows of the known `metrics` in order, then of all other measured values."""
     measured = {key for name in columns for key in parts[name].metrics}
     others = sorted(measured - {metric.key for metric in metrics})
     for metric in [*metrics, *(Metric(key, key) for key in others)]:
@@ -71,7 +71,7 @@ def metric_rows(
 
 
 def best(metric: Metric, values: Mapping[str, float]) -> set[str]:
-    """The columns, the teacher's aside, whose printed value is the best; none without a rival."""
+    """Columns with the best printed value, except the teacher's; empty if only one has a value."""
     badness = {
         "lower": lambda value: value,
         "higher": lambda value: -value,

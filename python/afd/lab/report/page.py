@@ -1,6 +1,6 @@
-"""One self-contained report.html from a quickstart folder, or from the folder of one run.
+"""Build a self-contained report.html from a quickstart folder or a single run folder.
 
-Every number comes from the run's own files; what is missing is named, never guessed.
+Every number comes from the run's files; missing data are listed, never guessed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from afd.lab.report import charts, headline, metrics, phase_times, video_page
 from afd.lab.report.clips import clip_table
 from afd.lab.report.run_files import LABELS, Part, read_parts, runs
 
-# Metrics with a chart of their own; the others are among "all other values".
+# Metrics with their own chart; all other metrics are under "all other values".
 CURVES = {"toy.html": ("phys", "g_mae", "rend", "traj_fd"), "video.html": ("motion",)}
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html (whole or not at all) and return its path.
+    """Write `run_dir`/report.html (atomically) and return its path.
 
-    Raises FileNotFoundError if `run_dir` is not a directory. Parts that are missing, unfinished or
-    unreadable are named in the report.
+    Raises FileNotFoundError if `run_dir` is not a directory. The report lists parts that are
+    missing, unfinished or unreadable.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -42,13 +42,13 @@ def write_report(run_dir: Path) -> Path:
     template = "video.html" if video_page.is_video_run(run_dir) else "toy.html"
     html = environment.get_template(template).render(_page(run_dir, template))
     path = run_dir / "report.html"
-    # File names may hold bytes that are not characters.
+    # File names may contain bytes that do not decode.
     write_bytes(path, html.encode("utf-8", "backslashreplace"))
     return path
 
 
 def _page(run_dir: Path, template: str) -> dict[str, Any]:
-    """Everything that a template shows."""
+    """The template's variables."""
     parts = read_parts(run_dir)
     known: Sequence[metrics.Metric]
     drawn: list[charts.Chart | None] = []
@@ -97,7 +97,7 @@ def _page(run_dir: Path, template: str) -> dict[str, Any]:
 
 
 def _toy_page(parts: dict[str, Part]) -> dict[str, Any]:
-    """What toy.html shows beside the common parts."""
+    """The template variables specific to toy.html."""
     unfinished = {r.name: r.progress for r in runs(parts) if r.folder and not r.finished}
     measured = {name: part.metrics for name, part in parts.items() if part.metrics}
     title, paragraph = headline.headline(measured, unfinished)
@@ -116,7 +116,7 @@ def _toy_page(parts: dict[str, Part]) -> dict[str, Any]:
 
 
 def _notices(parts: Iterable[Part]) -> Iterator[str]:
-    """What is missing, one sentence each."""
+    """Notices about missing data, one sentence each."""
     for part in parts:
         if part.folder is None and not part.evaluations:
             yield f"{part.label}: not in this folder."

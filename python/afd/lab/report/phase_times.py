@@ -1,4 +1,4 @@
-"""The time per phase of each run, as sums and as a chart."""
+"""Time per phase of each run, as totals and as a chart."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from afd.lab.report.inline_svg import COLORS, WIDTH, inline_svg
 from afd.lab.report.run_files import LABELS, Part, numbers
 
-# In the trainer's order; what lies between them is "other".
+# In the trainer's order; time outside them is "other".
 PHASES = ("teacher", "rollout", "discriminator", "student", "evaluate", "other")
 
 
 def seconds_per_phase(run: Part) -> dict[str, float]:
-    """Sums over the updates, in the order of PHASES, of the phases that took any time."""
+    """Total seconds per phase over all updates, in the order of PHASES, without empty phases."""
     seconds = dict.fromkeys(PHASES, 0.0)
     for update in run.updates:
         for phase, value in numbers(update.get("phase_s")).items():
@@ -27,12 +27,12 @@ def seconds_per_phase(run: Part) -> dict[str, float]:
 
 
 def phase_color(phase: str) -> str:
-    """The name of a phase's colour in COLORS."""
+    """Name of a phase's colour in COLORS."""
     return f"phase{PHASES.index(phase if phase in PHASES else 'other')}"
 
 
 def phase_chart(times: Mapping[str, Mapping[str, float]]) -> Markup:
-    """One horizontal bar per run, stacked from its seconds per phase."""
+    """A stacked horizontal bar per run with its seconds per phase."""
 
     def draw(axes: Axes) -> None:
         axes.set_position((48 / WIDTH, 0, (WIDTH - 48 - 80) / WIDTH, 1))
@@ -57,7 +57,7 @@ def phase_chart(times: Mapping[str, Mapping[str, float]]) -> Markup:
 
 
 def duration(seconds: float) -> str:
-    """An amount of time as the report prints it: 2.5 ms, 310 ms, 12.0 s, 3 min 05 s."""
+    """Format a duration for the report: 2.5 ms, 310 ms, 12.0 s, 3 min 05 s."""
     if seconds >= 100:
         return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
     if seconds >= 1:

@@ -1,4 +1,4 @@
-"""The files of a run folder, read so that a missing or broken one is a note in the report."""
+"""Read a run folder; missing or damaged files become notes in the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from afd.teachers.folder import FolderTeacher
 COLUMNS = ("teacher", "base", "afd", "sft")
 RUNS = ("afd", "sft", "gan", "dmd")
 LABELS = {"teacher": "Teacher", "base": "Base"} | {name: name.upper() for name in RUNS}
-# Beyond these no chart can be drawn: sums overflow and float64 no longer tells steps apart.
+# Limits of what can be plotted: beyond them sums overflow and steps are not exact in float64.
 LARGEST, LAST_STEP = 1e100, 2**53
 # Samples are embedded in the page.
 MAX_SAMPLES_BYTES = 1 << 29
@@ -37,7 +37,7 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One column of the report. `evaluations` and `updates` are sorted by step, one per step."""
+    """A column of the report. `evaluations` and `updates` are sorted by step, one per step."""
 
     name: str
     folder: Path | None = None
@@ -61,37 +61,37 @@ class Part:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts that have a video."""
+        """Prompts that have a video."""
         if self.clips:
             return [clip.prompt for clip in self.clips]
         return [request.prompt for request in self.source.requests] if self.source else []
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The finite numbers of the last evaluation."""
+        """Finite values of the last evaluation."""
         return numbers(self.evaluations[-1].get("metrics")) if self.evaluations else {}
 
     @property
     def progress(self) -> str:
-        """The last known update: "update 150 of 400"."""
+        """Last known update: "update 150 of 400"."""
         step = max([0, *(line["step"] for line in self.evaluations + self.updates)])
         steps = self.config.get("updates")
         return f"update {step}" + (f" of {steps}" if steps else "")
 
     @property
     def when(self) -> datetime | None:
-        """The time of the last file written."""
+        """Modification time of the newest file."""
         names = ("DONE", "evaluation.jsonl", "metrics.jsonl")
         for path in [self.folder / name for name in names] if self.folder else []:
             try:
                 return datetime.fromtimestamp(path.stat().st_mtime)
-            except (OSError, ValueError, OverflowError):  # absent, or a time without a date
+            except (OSError, ValueError, OverflowError):  # absent, or an invalid timestamp
                 continue
         return None
 
 
 def read_parts(run_dir: Path) -> dict[str, Part]:
-    """The columns of a quickstart folder or of the folder of one run."""
+    """The report columns of a quickstart folder or a single run folder."""
     if (run_dir / "config.yaml").is_file() or (run_dir / "metrics.jsonl").is_file():
         run = _read_part("afd", run_dir)
         methods = [run.config.get("method"), *(line.get("method") for line in run.evaluations)]
@@ -116,7 +116,7 @@ def read_parts(run_dir: Path) -> dict[str, Part]:
 
 
 def runs(parts: dict[str, Part]) -> list[Part]:
-    """The columns of trained students, including those without a folder."""
+    """Columns of trained students, including those without a folder."""
     return [part for part in parts.values() if part.is_run]
 
 
@@ -149,7 +149,7 @@ def _read_part(name: str, folder: Path, manifest: Any = None) -> Part:
 
 
 def _by_method(parts: dict[str, Part]) -> dict[str, Part]:
-    """Move evaluations to the column of their method: base/ may hold the teacher's, too."""
+    """Move evaluations to the column of their method, since base/ may also hold the teacher's."""
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
     for name, part in parts.items():
         for line in part.evaluations:
@@ -159,7 +159,7 @@ def _by_method(parts: dict[str, Part]) -> dict[str, Part]:
 
 
 def by_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sorted by step; of two lines of one step and method the later one counts."""
+    """Sort lines by step; the last line of each step and method wins."""
     kept: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:
         step = line.get("step", 0)
@@ -169,19 +169,19 @@ def by_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def numbers(data: Any) -> dict[str, float]:
-    """The numbers of a mapping that can be drawn; anything else gives an empty one."""
+    """The plottable numbers of a mapping; empty if `data` is not a mapping."""
     if not isinstance(data, dict):
         return {}
     return {
         str(key): float(value)
         for key, value in data.items()
-        # A comparison with NaN is false.
+        # NaN fails the comparison.
         if type(value) in (int, float) and -LARGEST <= value <= LARGEST
     }
 
 
 def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; damaged lines (a torn last one) are skipped and noted."""
+    """The objects of a JSON-lines file; damaged (truncated) lines are skipped and noted."""
     try:
         lines = read_json_lines(path) if path.is_file() else []
     except OSError as error:
@@ -194,7 +194,7 @@ def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The keys and values of a YAML or JSON file (JSON is YAML)."""
+    """The mapping in a YAML or JSON file (JSON is YAML)."""
     try:
         return read_yaml(path) if path.is_file() else {}
     except ConfigError as error:
@@ -209,7 +209,7 @@ def _read_clips(path: Path, problems: list[str]) -> list[Clip]:
         with safe_open(str(path), framework="np") as file:
             layout = file.get_slice("videos")
             dtype, shape = layout.get_dtype(), layout.get_shape()
-            # Checked before the tensor is read: NumPy may lack the dtype, and size costs memory.
+            # Check before reading the tensor: NumPy may lack the dtype, and it may be huge.
             if dtype != "U8" or len(shape) != 5 or shape[-1] != 3 or 0 in shape:
                 raise ValueError(f"it holds {dtype} {list(shape)}, not uint8 [N, F, H, W, 3]")
             if math.prod(shape) > MAX_SAMPLES_BYTES:
@@ -231,7 +231,7 @@ def _read_clips(path: Path, problems: list[str]) -> list[Clip]:
 
 
 def _read_warnings(path: Path) -> list[str]:
-    """Distinct warnings of a log, each with its first step and its count."""
+    """Distinct warnings of a log, each with its first step and count."""
     first: dict[str, str] = {}
     count: Counter[str] = Counter()
     try:

@@ -1,5 +1,4 @@
-"""What only the report of a run evaluated as video shows: its videos, and whether the student
-fools its discriminator."""
+"""Report sections specific to runs evaluated as video: the videos, and a reward-hacking check."""
 
 from __future__ import annotations
 
@@ -14,12 +13,12 @@ from afd.lab.report.charts import Chart, Line, line_chart, logged
 from afd.lab.report.metrics import number
 from afd.lab.report.run_files import Part, numbers, read_jsonl
 
-# How many videos from training and from the final evaluation are embedded, and how large a one.
+# Embedded videos from training and from the final evaluation, and the largest allowed, in bytes.
 TRAINING, SAMPLES, MAX_BYTES = 6, 4, 12 * 2**20
 
 
 def is_video_run(run_dir: Path) -> bool:
-    """Whether a folder holds one run that is evaluated as video."""
+    """Whether a folder holds a single run that is evaluated as video."""
     try:
         return bool(read_yaml(run_dir / "config.yaml")["evaluation"]["kind"] == "video")
     except (ConfigError, KeyError, TypeError):
@@ -27,7 +26,7 @@ def is_video_run(run_dir: Path) -> bool:
 
 
 def video_page(run_dir: Path, run: Part, base: dict[str, float]) -> dict[str, Any]:
-    """What video.html shows beside the common parts; `base`: the base student's metrics."""
+    """The template variables specific to video.html; `base`: the base student's metrics."""
     changes = []
     for key, what in (("MQ", "motion quality by the frozen VideoAlign"), ("motion", "motion")):
         if key in run.metrics:
@@ -51,7 +50,7 @@ def video_page(run_dir: Path, run: Part, base: dict[str, float]) -> dict[str, An
 
 
 def reward_hacking(run: Part) -> Chart | None:
-    """The frozen rating and the online score, which should rise together."""
+    """Chart of the frozen rating and the online score, which should rise together."""
     rated = [(line["step"], numbers(line.get("metrics"))) for line in run.evaluations]
     quality = [(step, values["MQ"]) for step, values in rated if "MQ" in values]
     score = [(step, -margin) for step, margin in logged(run, "discriminator/margin")]
@@ -64,7 +63,7 @@ def reward_hacking(run: Part) -> Chart | None:
 
 
 def _training_videos(run_dir: Path) -> list[dict[str, str]]:
-    """Teacher and student side by side: the first update, the last, and some evenly between."""
+    """Teacher and student side by side at evenly spaced updates, including the first and last."""
     paths = sorted((run_dir / "videos").glob("*.mp4"))
     paths = [path for path in paths if re.fullmatch(r"update_[0-9]{1,15}", path.stem)]
     if len(paths) > TRAINING:
@@ -73,7 +72,7 @@ def _training_videos(run_dir: Path) -> list[dict[str, str]]:
 
 
 def _film(path: Path, caption: str) -> dict[str, str]:
-    """A video as a data URI, or the reason for its absence."""
+    """A video as a data URI, or the reason why it is missing."""
     film = {"caption": caption, "missing": "", "data": ""}
     try:
         if not path.is_file():

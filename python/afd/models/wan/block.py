@@ -1,7 +1,7 @@
 """One transformer block of the causal Wan network, and the head, on the fused ops.
 
-The residual stream is carried open, as (x, branch, gate) with x + gate·branch still to be added:
-the addition, the next norm and its modulation are one pass (`ops.adaln`).
+The residual addition is deferred: (x, branch, gate) stands for x + gate·branch, so that the
+addition, the next norm and its modulation are one fused pass (`ops.adaln`).
 Shape letters: B batch, F frames, L tokens, D model width, h heads, d head channels.
 """
 
@@ -20,12 +20,12 @@ EPS = 1e-6
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor) -> Tensor:
-    """RMS norm over all heads' channels with a gain; fp32 inside, one rounding at the end."""
+    """RMS norm over all heads' channels with a gain; computed in fp32, rounded once."""
     return F.rms_norm(x_BLD, (x_BLD.shape[-1],), weight_D, EPS)
 
 
 class Gain(nn.Module):
-    """The gain of an RMS norm over all channels."""
+    """Gain of an RMS norm over all channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -42,11 +42,11 @@ class Attention(nn.Module):
         self.q, self.k = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_q, self.norm_k = Gain(dim), Gain(dim)
-        # Weight [3D, D] and bias [3D] whose slices are q, k and v, and those slices' parameters.
+        # Fused weight [3D, D] and bias [3D], and the q, k and v parameters that are its slices.
         self._fused: tuple[Tensor, Tensor, list[Tensor | None]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's parameters are memory of their own; the slices would be of the original's.
+        # A copy's parameters have their own memory, not slices of the original's.
         return {**super().__getstate__(), "_fused": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -55,11 +55,11 @@ class Attention(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether `fuse` found something to do, and no copy or move has undone it."""
+        """Whether the projections are fused and no copy or move has undone it."""
         return self._fused is not None
 
     def fuse(self) -> None:
-        """Let q, k and v be slices of one memory, so that one product makes all three."""
+        """Make q, k and v slices of one buffer, so that one matmul computes all three."""
         parameters = self._slices()
         if parameters:
             weight, bias = (
@@ -74,14 +74,14 @@ class Attention(nn.Module):
             self._fused = (weight, bias, parameters)
 
     def _slices(self) -> list[Tensor | None]:
-        """Weight and bias of q, k and v; empty where one is no plain projection (an adapter's)."""
+        """Weight and bias of q, k and v; empty if one is not a plain `nn.Linear` (an adapter)."""
         linears = [self._modules[name] for name in "qkv"]
         if any(type(linear) is not nn.Linear for linear in linears):
             return []
         return [x for m in linears if m is not None for x in m._parameters.values()]
 
     def _is_fused(self) -> bool:
-        # Adapters wrap projections and loaders may assign parameters: then the slices are stale.
+        # Adapters wrap projections and loaders may assign parameters, which makes the slices stale.
         if self._fused is None or torch.is_grad_enabled():
             return False
         now = self._slices()
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         return x_BLD.view(*x_BLD.shape[:2], self.heads, -1)
 
     def project(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw q, k, v, each [B, L, h, d]: not normed, not rotated."""
+        """Raw q, k, v, each [B, L, h, d], before norm and RoPE."""
         if self._fused is not None and self._is_fused():
             q_BLD, k_BLD, v_BLD = F.linear(x_BLD, *self._fused[:2]).chunk(3, -1)
         else:
@@ -100,12 +100,12 @@ class Attention(nn.Module):
         return self.split(q_BLD), self.split(k_BLD), self.split(v_BLD)
 
     def text_kv(self, text_BLD: Tensor) -> LayerKV:
-        """Normed keys, and values, of the prompt."""
+        """Normalised keys, and values, of the prompt."""
         k_BLD = rms_norm(self.k(text_BLD), self.norm_k.weight)
         return self.split(k_BLD), self.split(self.v(text_BLD))
 
     def cross(self, x_BLD: Tensor, text_kv: LayerKV) -> Tensor:
-        """Attention to the prompt, its padding included, after the output projection."""
+        """Cross-attention to the prompt, including its padding, with the output projection."""
         q_BLhd = self.split(rms_norm(self.q(x_BLD), self.norm_q.weight))
         q, k, v = (x.transpose(1, 2) for x in (q_BLhd, *text_kv))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Modulated self-attention, cross-attention to the prompt, modulated feed-forward.
 
-    Self-attention itself lies between `before` and `after`: what it sees differs from pass to pass.
+    Self-attention itself runs between `before` and `after`, as its keys differ from pass to pass.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -131,14 +131,14 @@ class Block(nn.Module):
     def before(
         self, x_BLD: Tensor, branch_BLD: Tensor | None, gate_BFD: Tensor | None, mods: Modulation
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Closes the residual; returns x [B, L, D] and raw q, k, v [B, L, h, d]."""
+        """Applies the deferred residual; returns x [B, L, D] and raw q, k, v [B, L, h, d]."""
         x_BLD, h_BLD = ops.adaln(x_BLD, branch_BLD, gate_BFD, mods[1], mods[0], eps=EPS)
         return x_BLD, *self.self_attn.project(h_BLD)
 
     def after(
         self, x_BLD: Tensor, attended_BLhd: Tensor, mods: Modulation, text_kv: LayerKV
     ) -> tuple[Tensor, Tensor]:
-        """Everything after self-attention; returns x and the feed-forward's branch, gate mods 5."""
+        """Everything after self-attention; returns x and the feed-forward branch (gate mods[5])."""
         _, _, gate_sa, shift_ff, scale_ff, _ = mods
         branch = self.self_attn.o(attended_BLhd.flatten(2))
         weight, bias = self.norm3.weight, self.norm3.bias
@@ -149,7 +149,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Last modulated norm and projection to patches, modulated by the bare time embedding."""
+    """Final modulated norm and projection to patches; the modulation is the time embedding."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()

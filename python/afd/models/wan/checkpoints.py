@@ -1,9 +1,9 @@
-"""Checkpoints of the causal Wan network, in the layouts that are in use.
+"""Reading and writing checkpoints of the causal Wan network in all common layouts.
 
 Read: Self-Forcing and Causal-Forcing `.pt` files, diffusers Wan folders (a pipeline or its
 `transformer/`, sharded or not), folders of the original Wan code, and single safetensors files with
-either set of parameter names. Written: Self-Forcing `.pt` files and diffusers folders. What is
-written reads back bit for bit, and a crash while writing leaves what was there before.
+either set of parameter names. Written: Self-Forcing `.pt` files and diffusers folders. Round trips
+are bit for bit, and a crash while writing leaves the previous file or folder intact.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ LAYOUTS = (
     "a Self-Forcing or Causal-Forcing .pt file, a .safetensors file, a diffusers Wan folder or its "
     "transformer/ folder (config.json and *.safetensors)"
 )
-# Which part of a .pt file `ema` means, in order of preference.
+# The parts of a .pt file that `ema` selects, in order of preference.
 PARTS: dict[bool | None, tuple[str, ...]] = {
     None: ("generator_ema", "generator", "model"),
     True: ("generator_ema",),
     False: ("generator", "model"),
 }
-# Left in the names by FSDP, activation checkpointing and torch.compile.
+# Prefixes added to names by FSDP, activation checkpointing and torch.compile.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-# No network file says how wide a head is; every released Wan model has this.
+# Network files do not store the head width; every released Wan model has this one.
 HEAD_DIM = 128
 
 _TOP = {
@@ -81,7 +81,7 @@ def _translate(name: str, tables: _Tables) -> str:
 
 
 def to_diffusers(name: str) -> str:
-    """diffusers' name of a parameter of the released network; unknown names stay as they are."""
+    """diffusers' name of a parameter of the released network; unknown names are unchanged."""
     return _translate(name, _OUT)
 
 
@@ -90,7 +90,7 @@ def from_diffusers(name: str) -> str:
     return _translate(name, _IN)
 
 
-# The tensors whose shapes are the sizes of a network.
+# The tensors from whose shapes the network's sizes are inferred.
 _SIZED = (
     "patch_embedding.weight",
     "text_embedding.0.weight",
@@ -111,17 +111,16 @@ def load_checkpoint(
     head_dim: int | None = None,
     **settings: Any,
 ) -> CausalWan:
-    """The network in a checkpoint, sized by its weights.
+    """Load a network from a checkpoint, with its sizes inferred from the weights.
 
-    `ema`: of a `.pt` file, True takes generator_ema, False generator (or model); None takes the
-    average where there is one. `dtype`: None keeps the file's. `head_dim`: None takes that of
-    config.json, or 128 where there is none. `settings`: fields of WanConfig that no file holds
-    (chunk, window, sink, independent_first_frame, text_len). Weights are read from disk once,
-    straight into the network: there is never a second copy in memory, and the file may be replaced
-    afterwards.
+    `ema`: from a `.pt` file, True takes generator_ema, False generator (or model); None prefers the
+    average. `dtype`: None keeps the file's. `head_dim`: None takes that of config.json, or 128 if
+    absent. `settings`: fields of WanConfig that files do not store (chunk, window, sink,
+    independent_first_frame, text_len). Weights are read from disk once, directly into the network:
+    there is never a second copy in memory, and the file may be replaced afterwards.
 
-    Raises FileNotFoundError for an unknown path, ValueError where the file is not what is needed;
-    names and shapes must match exactly, and the error lists what is missing, extra or misshaped.
+    Raises FileNotFoundError for an unknown path, ValueError for an unsuitable file; names and
+    shapes must match exactly, and the error lists what is missing, extra or misshaped.
     """
     weights, written = read_weights(path, ema=ema)
     config = replace(infer_config(weights, written, head_dim=head_dim), **settings)
@@ -139,10 +138,10 @@ def fill(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Give a network that is on the meta device its weights; empties `weights` on the way.
+    """Load `weights` into a network on the meta device, emptying `weights` in the process.
 
-    Raises ValueError unless names and shapes match exactly, and where the weights mix dtypes and no
-    `dtype` was asked for; `path` is for the message.
+    Raises ValueError unless names and shapes match exactly, or if the weights mix dtypes and no
+    `dtype` is given; `path` is for the message.
     """
     needed = network.state_dict()
     missing = [name for name in needed if name not in weights]
@@ -160,12 +159,12 @@ def fill(
     shown = ", ".join(sorted(str(kind) for kind in kinds))
     floats = all(kind.is_floating_point for kind in kinds)
     require(floats, f"checkpoint {path}", shown, "floating point weights")
-    # Eight-bit floats are a way of storing weights, not one of computing with them.
+    # Eight-bit floats are storage formats, not compute dtypes.
     usable = dtype is not None or (len(kinds) == 1 and all(kind.itemsize > 1 for kind in kinds))
     require(usable, "dtype", dtype, f"a dtype to compute in; {path} holds {shown}")
     state: dict[str, Tensor] = {}
     for name in needed:
-        # A copy, tensor by tensor: what was read is a view of the file.
+        # Copied one tensor at a time, as the tensors read are views of the mapped file.
         state[name] = weights.pop(name).to(device=device, dtype=dtype, copy=True).contiguous()
     network.load_state_dict(state, assign=True)
 
@@ -173,10 +172,10 @@ def fill(
 def read_weights(
     path: str | Path, *, ema: bool | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by the released network's names, and config.json ({} where the file has none).
+    """Read tensors by the released network's names, and config.json ({} if absent).
 
-    Nothing is copied where the file can be mapped into memory. Pickles are read with
-    weights_only=True: a file that holds more than tensors and plain values is refused.
+    Nothing is copied if the file can be memory-mapped. Pickles are read with weights_only=True: a
+    file that contains more than tensors and plain values is rejected.
     """
     path = Path(path)
     if not path.exists():
@@ -201,7 +200,7 @@ def read_weights(
 
 
 def read_pickle(path: Path) -> Mapping[str, Any]:
-    """A torch pickle of tensors, mapped into memory where its format allows."""
+    """Read a torch pickle of tensors, memory-mapped if its format allows."""
     try:
         held = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -217,7 +216,7 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what wrappers and the released pipelines put before it."""
+    """A parameter's name without the prefixes of wrappers and the released pipelines."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("model.")
@@ -229,10 +228,10 @@ def infer_config(
     *,
     head_dim: int | None = None,
 ) -> WanConfig:
-    """Sizes of a network from its weights (released names) and, where there is one, config.json.
+    """Infer the sizes of a network from its weights (released names) and config.json, if any.
 
-    The head width and text_len cannot be seen in weights: `head_dim`, else config.json's, else 128;
-    config.json's text_len, else 512.
+    The head width and text_len do not follow from the weights: `head_dim`, else config.json's, else
+    128; config.json's text_len, else 512.
     """
     written = written or {}
     lacking = [name for name in _SIZED if name not in weights]
@@ -275,7 +274,7 @@ def infer_config(
 
 
 def _pick(held: Mapping[str, Any], ema: bool | None, path: Path) -> Mapping[str, Tensor]:
-    """The part of a .pt file that `ema` means; a file that is itself a state dict is one part."""
+    """The part of a .pt file that `ema` selects; a bare state dict counts as a single part."""
     parts = [key for key, value in held.items() if isinstance(value, Mapping)]
     if not parts and ema is not True:
         part, chosen = "its tensors", held
@@ -314,7 +313,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         require(named, str(indices[0]), table, "weight_map: tensors and the files they lie in")
         names = sorted(set(cast("dict[str, str]", table).values()))
         for name in names:
-            # The index is data: it may name files of this folder only.
+            # The index is untrusted data: it may only name files in this folder.
             require(Path(name).name == name, str(indices[0]), name, "file names in its own folder")
     else:
         require(len(names) == 1, f"checkpoint {folder}", names, "one .safetensors file or index")
@@ -327,7 +326,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor even text
+    except ValueError as error:  # invalid JSON or UTF-8
         raise ValueError(f"{path}: it is no JSON ({error})") from error
     require(isinstance(held, dict), str(path), type(held).__name__, "a JSON object")
     return cast("dict[str, Any]", held)
@@ -358,8 +357,8 @@ def save_self_forcing(
 ) -> None:
     """Write a `.pt` file that Self-Forcing's and Causal-Forcing's inference scripts load.
 
-    Either or both parts, as networks or state dicts; dtypes are kept, devices are not. `note` goes
-    under "afd", where those scripts do not look.
+    Either or both parts, as networks or state dicts; dtypes are kept, devices are not. `note` is
+    stored under "afd", which those scripts ignore.
     """
     parts = {"generator": generator, "generator_ema": generator_ema}
     held: dict[str, object] = {
@@ -372,7 +371,7 @@ def save_self_forcing(
         try:
             torch.save(held if note is None else held | {"afd": note}, file)
         except RuntimeError as error:
-            # After a write that failed its end fails, too, in words about itself.
+            # After a failed write, closing the archive raises a second, misleading error.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -381,9 +380,9 @@ def save_self_forcing(
 def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None = None) -> None:
     """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` loads.
 
-    It is what a pipeline has under `transformer/`. The folder must be new or empty. What diffusers
-    has no word for (chunk, window, sink, text_len) is not stored; `note` goes into the weights'
-    header under "afd".
+    It corresponds to `transformer/` of a pipeline. The folder must be new or empty. Settings that
+    diffusers does not have (chunk, window, sink, text_len) are not stored; `note` is stored in the
+    weights' header under "afd".
     """
     folder, config = Path(folder), network.config
     filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -413,7 +412,7 @@ def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None =
 
 
 def _state(weights: Weights) -> dict[str, Tensor]:
-    """Tensors by clean name, on the CPU, none of them part of a larger storage."""
+    """CPU tensors by clean name, none of them a view of a larger storage."""
     held = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {}
     for name, value in held.items():

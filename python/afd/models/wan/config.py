@@ -1,4 +1,4 @@
-"""Typed settings of the released Wan students."""
+"""Settings of the released Wan students."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from afd.video.config import VideoConfig
 
 
-# Parts that may come from elsewhere than `pretrained`, and their folders there.
+# Parts that may come from a source other than `pretrained`, and their folders in it.
 PARTS = {"text_encoder": ("text_encoder", "tokenizer"), "vae": ("vae",)}
 
 
@@ -95,7 +95,7 @@ class WanStudentConfig(StudentConfig):
         return network
 
     def sizes(self) -> WanConfig:
-        """The checkpoint's where it is there, else the released ones."""
+        """Network sizes from the checkpoint if it exists, else those of the released students."""
         found: WanConfig = load("afd.models.wan.loading:sizes")(self)
         return found
 
@@ -105,13 +105,13 @@ class WanStudentConfig(StudentConfig):
 
     @property
     def network(self) -> dict[str, Any]:
-        """The fields of WanConfig that no checkpoint holds."""
+        """The fields of WanConfig that checkpoints do not store."""
         return {"chunk": self.chunk, "text_len": self.text_len}
 
     def check_video(self, video: VideoConfig) -> None:
         time, space = self.scale
         height, width, frames = video.height, video.width, video.frames
-        # Two latent pixels make a token.
+        # A token spans two latent pixels per side.
         if height % (2 * space) or width % (2 * space):
             raise ValueError(
                 f"video.height, video.width: got {height}, {width}; needed: multiples of "
@@ -130,7 +130,7 @@ class WanStudentConfig(StudentConfig):
         return self.chunk
 
     def with_weights(self, path: Path) -> Self:
-        # What a folder holds is one network; the choice belongs to a .pt file of two.
+        # A folder holds one network; `ema` only chooses between the two of a .pt file.
         return self.model_copy(update={"checkpoint": str(path), "ema": None})
 
     def pinned(self) -> Self:

@@ -1,9 +1,8 @@
 """A student's streaming passes as CUDA graphs: one launch instead of some hundred per pass.
 
-What changes between replays lies in memory that stays where it is: the chunk, the modulation of its
-time, the position and its rotary table. A graph is then known by how much of the cache is in use,
-so there is one per chunk index and kind of pass (and adapter), and a single one for all chunks of a
-full ring.
+Inputs that change between replays are in fixed memory: the chunk, the modulation of its time, the
+position and its rotary table. Graphs are keyed by how much of the cache is in use, so there is one
+per chunk index and kind of pass (and adapter), and a single one for all chunks of a full ring.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from afd.models.wan.network import CausalWan
 from afd.models.wan.types import TimeTable
 from afd_kernels.contracts import require
 
-# Runs before a capture: libraries make their handles and kernels are compiled, which may not be
-# captured. They write to the cache what the replay writes again.
+# Runs before a capture, in which libraries create handles and kernels are compiled; neither can be
+# captured. They write the same cache slots as the replay.
 WARMUPS = 2
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """One pass with its inputs and its output in fixed memory."""
+    """One recorded pass, with its inputs and output in fixed memory."""
 
     x_BFCHW: Tensor
     times: TimeTable
@@ -36,11 +35,11 @@ class _Recorded:
 
 
 class FixedPasses:
-    """`CausalWan.forward_cached` with every input in fixed memory; a replay runs the pass again.
+    """`CausalWan.forward_cached` with every input in fixed memory; a replay reruns the pass.
 
-    What `GraphedPasses` does without the graphs, so it also runs where there are none. Another
-    cache starts anew; a cache that is reset keeps its passes. The weights are read where they lie:
-    after an update in place only `KVCache.reset` is needed.
+    The logic of `GraphedPasses` without CUDA graphs, so it runs on any device. A different cache
+    discards all recorded passes; resetting a cache keeps them. Weights are read in place: after an
+    in-place update only `KVCache.reset` is needed.
     """
 
     def __init__(self, net: CausalWan) -> None:
@@ -50,14 +49,14 @@ class FixedPasses:
 
     @property
     def count(self) -> int:
-        """Passes recorded for the present cache."""
+        """Number of passes recorded for the current cache."""
         return len(self._recorded)
 
     @torch.no_grad()
     def __call__(
         self, x_BFCHW: Tensor, t_11: Tensor, cache: KVCache, start: int, context: bool
     ) -> Tensor | None:
-        """As `forward_cached`; the result is memory of its own."""
+        """Like `forward_cached`; the result is a new tensor."""
         if cache is not self._cache:
             self._recorded.clear()
             self._cache = cache
@@ -73,7 +72,8 @@ class FixedPasses:
         recorded.x_BFCHW.copy_(x_BFCHW)
         torch._foreach_copy_(_tensors(recorded.times), _tensors(times))
         recorded.replay()
-        # The next replay overwrites the output, and a student may hand it out as a finished chunk.
+        # Cloned, as the next replay overwrites the output and a student may return it as a finished
+        # chunk.
         return None if recorded.out_BFCHW is None else recorded.out_BFCHW.clone()
 
     def _record(
@@ -90,26 +90,26 @@ class FixedPasses:
 
 
 class GraphedPasses(FixedPasses):
-    """`FixedPasses` whose passes are captured at their first use and replayed from then on.
+    """`FixedPasses` that captures each pass as a CUDA graph on first use and then replays it.
 
     Raises:
-        ValueError: where the network is not on a CUDA device.
+        ValueError: if the network is not on a CUDA device.
     """
 
     def __init__(self, net: CausalWan) -> None:
         super().__init__(net)
         device = net.patch_embedding.weight.device
         require(device.type == "cuda", "cuda_graphs", str(device), "a network on a CUDA device")
-        # Replays never overlap, so all graphs share the memory of their intermediates.
+        # Replays never overlap, so all graphs share one pool for intermediates.
         self._pool = torch.cuda.graph_pool_handle()
-        # Of the network's device. PyTorch's default is one stream for the whole process, of the
-        # device that was current at its first capture.
+        # On the network's device. PyTorch's default capture stream is one per process, on the
+        # device that was current at the first capture.
         self._stream = torch.cuda.Stream(device)
 
     def _record(
         self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context: bool
     ) -> _Recorded:
-        # Streams and captures are the current device's, which need not be the network's.
+        # Streams and captures use the current device, which may not be the network's.
         with torch.cuda.device(x_BFCHW.device):
             stream = self._stream
             stream.wait_stream(torch.cuda.current_stream())
@@ -118,7 +118,7 @@ class GraphedPasses(FixedPasses):
                     self._net.streamed(x_BFCHW, times, cache, context)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Not "global": a thread that records an earlier chunk may wait for its event meanwhile.
+            # Not "global": a thread that records an earlier chunk may be waiting for its event.
             mode = "thread_local"
             with torch.cuda.graph(graph, self._pool, stream, capture_error_mode=mode):
                 out = self._net.streamed(x_BFCHW, times, cache, context)

@@ -1,4 +1,4 @@
-"""Keys and values of a stream: a preallocated ring with a fixed sink, never rolled or cloned.
+"""KV cache of a stream: a preallocated ring with a fixed sink, never rolled or cloned.
 
 Shape letters: B batch, S token slots, L tokens, T tokens per frame, h heads, d head channels.
 """
@@ -12,36 +12,37 @@ from afd.models.wan.rope import rope_table
 from afd.models.wan.types import LayerKV, TimeTable
 from afd_kernels.contracts import require
 
-# Step values whose modulation is kept; a released list has four, and the context pass one.
+# Number of step values with cached modulation; released lists have four, the context pass one.
 TIMES_KEPT = 16
 
 
 def cache_bytes(
     layers: int, batch: int, slots: int, text_len: int, channels: int, dtype: torch.dtype
 ) -> int:
-    """Bytes of a stream's cache: keys and values of `slots` tokens and of the prompt, per layer.
+    """Size in bytes of a stream's cache: keys and values of `slots` tokens and the prompt.
 
-    `slots` are tokens (frames kept times tokens per frame), `channels` all heads' together.
+    `slots` counts tokens (frames kept times tokens per frame), `channels` those of all heads.
     """
     return 2 * layers * batch * (slots + text_len) * channels * dtype.itemsize
 
 
 class KVCache:
-    """What later chunks see of a stream, and what all chunks see of the prompt, for every layer.
+    """Self-attention keys and values of a stream and cross-attention ones of the prompt, per layer.
 
-    A frame f below `sink` has slot f for good; the others take turns in the ring behind it. Keys
-    carry their absolute position and softmax ignores order, so nothing is ever moved. A chunk's
-    denoising steps and its context pass write the same slots; what later chunks see is the last
-    write. Places are host integers and the position is also a device tensor: a stream never waits
-    for the device, and a captured graph replays at any position.
+    A frame f below `sink` stays in slot f; all later frames share the ring behind it. Keys are
+    already rotated to their absolute position and softmax ignores order, so nothing is ever moved.
+    A chunk's denoising steps and its context pass write the same slots; later chunks attend to the
+    last write. Slots are host integers and the position is also a device tensor: a stream never
+    synchronises, and a captured graph replays at any position.
 
     Attributes:
         self_kv: per layer keys and values, each [B, S, h, d].
         cross_kv: per layer keys and values of the prompt, each [B, text_len, h, d].
         tokens_per_frame: T.
-        frames: S / T, frames that are kept.
-        limit: frames the stream may have; None where the ring forgets and the stream may go on.
-        sink: frames kept from the start.
+        frames: S / T, capacity in frames.
+        limit: most frames the stream may have; None if the ring overwrites old frames and the
+            stream may continue.
+        sink: initial frames that are always kept.
         position: int64 [1] on the device, the absolute frame at which the current chunk starts.
         start, end: the current chunk's frames [start, end) as host integers.
     """
@@ -60,14 +61,14 @@ class KVCache:
 
         Args:
             cross_kv: the prompt's keys and values (`CausalWan.text_kv`); kept, not copied, and
-                written over when the prompt changes.
-            frames: frames of the stream. With a window, more may come later; None: unlimited.
+                overwritten when the prompt changes.
+            frames: frames of the stream. With a window, the stream may be longer; None: unlimited.
             rows, cols: tokens of a frame.
-            window: frames kept, sink and current chunk included; None keeps all of `frames`.
-            sink: frames from the start that the window never loses.
+            window: frames kept, including sink and current chunk; None keeps all of `frames`.
+            sink: initial frames that always stay in the window.
 
         Raises:
-            ValueError: naming the argument, what came and what is needed.
+            ValueError: naming the argument, the value given and what is needed.
         """
         require(bool(cross_kv), "cross_kv", cross_kv, "keys and values of at least one layer")
         if window is None:
@@ -78,7 +79,7 @@ class KVCache:
         require(frames is None or frames >= 1, "frames", frames, "at least one frame")
         like = cross_kv[0][0]
         batch, _, heads, head_dim = like.shape
-        # A window that the stream does not fill keeps everything, like none.
+        # A window that the stream does not fill keeps everything, as without a window.
         keeps_all = window is None or (frames is not None and frames <= window)
         kept = frames if keeps_all else window
         assert kept is not None
@@ -97,16 +98,16 @@ class KVCache:
         self._roped: tuple[int, int] | None = None
         self._times: dict[int, tuple[Tensor, int, TimeTable]] = {}
 
-    # --- where things are ---
+    # --- slots ---
 
     @property
     def ring(self) -> int:
-        """Frames that take turns behind the sink."""
+        """Capacity in frames of the ring behind the sink."""
         return self.frames - self.sink
 
     @property
     def valid_frames(self) -> int:
-        """Frames held, the current chunk included; they fill the slots from 0 on."""
+        """Frames held, including the current chunk; they fill the slots from 0."""
         return min(self.end, self.frames)
 
     @property
@@ -115,30 +116,31 @@ class KVCache:
         return self.valid_frames * self.tokens_per_frame
 
     def slot(self, frame: int) -> int:
-        """The frame slot of an absolute frame."""
+        """Frame slot of an absolute frame index."""
         return frame if frame < self.sink else self.sink + (frame - self.sink) % self.ring
 
     def held(self) -> list[int]:
-        """The absolute frames held, ascending: the sink and the most recent ones."""
+        """Absolute indices of the frames held, ascending: the sink and the most recent ones."""
         sunk = list(range(min(self.sink, self.end)))
         return sunk + list(range(max(len(sunk), self.end - self.ring), self.end))
 
     @property
     def bytes(self) -> int:
-        """Memory of all keys and values; `cache_bytes` is its formula."""
+        """Bytes of all keys and values; `cache_bytes` predicts it."""
         tensors = [x for kv in (*self.self_kv, *self.cross_kv) for x in kv]
         return sum(x.numel() * x.element_size() for x in tensors)
 
-    # --- a stream's life ---
+    # --- streaming ---
 
     def seek(self, start: int, frames: int) -> None:
         """Make [start, start + frames) the current chunk.
 
-        The same chunk again keeps everything, the next one follows on, and 0 begins a new video.
-        Earlier frames may be taken up again (later ones are then forgotten) until the ring turns.
+        Repeating the current chunk keeps everything, the next chunk continues the stream, and 0
+        begins a new video. Until the ring wraps around, the stream may resume from earlier frames;
+        later ones are then discarded.
 
         Raises:
-            ValueError: where the frames do not fit, leave a gap, or lie where the ring has turned.
+            ValueError: if the frames do not fit, leave a gap, or have been overwritten.
         """
         end = start + frames
         require(frames >= 1, "frames", frames, "at least one frame")
@@ -173,9 +175,9 @@ class KVCache:
             self._roped = (start, frames)
 
     def rope(self, frames: int) -> Tensor:
-        """The rotary table of the current chunk, fp32 [1, frames·T, d/2, 2], always in one place.
+        """Rotary table of the current chunk, fp32 [1, frames·T, d/2, 2], at a fixed address.
 
-        One table, made when the position changes, serves all layers and steps of a chunk.
+        It is computed when the position changes, for all layers and steps of a chunk.
         """
         return self._ropes[frames]
 
@@ -184,18 +186,18 @@ class KVCache:
         return rope_table(self.self_kv[0][0].shape[-1], frame_F, self.rows, self.cols)
 
     def view(self, layer: int) -> LayerKV:
-        """Keys and values of all slots in use, each [B, valid, h, d]; not a copy."""
+        """Views of the keys and values of all slots in use, each [B, valid, h, d]."""
         k_BShd, v_BShd = self.self_kv[layer]
         return k_BShd[:, : self.valid], v_BShd[:, : self.valid]
 
     def before(self, start: int) -> list[LayerKV]:
         """Per layer keys and values of frames [0, start), for a pass with gradients.
 
-        Not a copy, and later writes do not count as changes of it: until the ring turns they go to
-        other slots.
+        They are not copied, and autograd does not treat later writes as modifications: until the
+        ring wraps around, those go to other slots.
 
         Raises:
-            ValueError: where the ring has turned.
+            ValueError: if the ring has wrapped around.
         """
         require(
             self.end <= self.frames,
@@ -205,13 +207,13 @@ class KVCache:
             f"overwritten before its gradient is taken",
         )
         slots = start * self.tokens_per_frame
-        # .data has a version counter of its own; a view would share the cache's.
+        # .data has a separate version counter; a view would share the cache's.
         return [(k.data[:, :slots], v.data[:, :slots]) for k, v in self.self_kv]
 
     def reset(self, cross_kv: list[LayerKV] | None = None) -> None:
-        """Begin the next videos in the same memory, with other prompts if given (same shapes).
+        """Start new videos in the same memory, with new prompts if given (same shapes).
 
-        Also forgets what depends on the weights: call it when they have changed.
+        Also drops cached values that depend on the weights: call it when they have changed.
         """
         self.start = self.end = 0
         self._roped = None
@@ -220,9 +222,9 @@ class KVCache:
             self.switch_text(cross_kv)
 
     def switch_text(self, cross_kv: list[LayerKV]) -> None:
-        """Put another prompt's keys and values (same shapes) where the cache holds the last one's.
+        """Overwrite the prompt's keys and values with another's (same shapes).
 
-        In place, so that a captured graph sees them.
+        In place, so that a captured graph reads them.
         """
         for old, new in zip(self.cross_kv, cross_kv, strict=True):
             for kept, value in zip(old, new, strict=True):
@@ -233,15 +235,15 @@ class KVCache:
     # --- step values ---
 
     def known_time(self, t_BF: Tensor) -> TimeTable | None:
-        """The modulation made for this very tensor, if it has not been written to since."""
+        """Cached modulation of this tensor object, if it has not been modified since."""
         entry = self._times.get(id(t_BF))
         return entry[2] if entry is not None and entry[1] == _version(t_BF) else None
 
     def keep_time(self, t_BF: Tensor, table: TimeTable) -> None:
-        """Remember the modulation of a step value; the oldest one makes room."""
+        """Cache the modulation of a step value, evicting the oldest."""
         while len(self._times) >= TIMES_KEPT:
             self._times.pop(next(iter(self._times)))
-        # The tensor is kept with it, so that no other one can take its id.
+        # The tensor is kept too, so that its id cannot be reused.
         self._times[id(t_BF)] = (t_BF, _version(t_BF), table)
 
 

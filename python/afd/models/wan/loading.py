@@ -1,7 +1,7 @@
-"""A released student as a configuration names it: network, text embeddings and autoencoder.
+"""Loads a released student from its configuration: network, text embeddings and autoencoder.
 
-The one way to load them, for `afd train` and `afd sample`. The text encoder is the largest part: it
-comes first, embeds what the cache lacks, and is let go before the network comes.
+Used by both `afd train` and `afd sample`. The text encoder is the largest part: it is loaded first,
+embeds the prompts that are not cached, and is freed before the network is loaded.
 Shape letters: B prompts, L text tokens, E text channels.
 """
 
@@ -37,7 +37,7 @@ _log = logging.getLogger("afd")
 
 
 class Texts:
-    """Prompts to embeddings, each made once; a cache keeps them for later runs."""
+    """Text embeddings, each computed once; a cache keeps them for later runs."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Texts:
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, L, E] on the CPU, zero past each prompt's end.
 
-        A prompt that was not embedded before brings the text encoder back for it.
+        The text encoder is reloaded for prompts that have not been embedded yet.
         """
         self.embed(prompts)
         rows = [self._known[prompt] for prompt in prompts]
@@ -62,7 +62,7 @@ class Texts:
         return text_BLE
 
     def embed(self, prompts: Sequence[str]) -> None:
-        """Know these prompts: from the cache, and the rest by the text encoder."""
+        """Embed these prompts: from the cache if possible, else with the text encoder."""
         wanted = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if not wanted:
             return
@@ -87,7 +87,7 @@ class Texts:
             device=self._device,
             text_len=files.text_len,
         )
-        for prompt in prompts:  # by itself, so that no bit depends on the others
+        for prompt in prompts:  # one at a time: bitwise independent of the rest of the batch
             text_LE = encoder.encode([prompt])[0].cpu()
             self._known[prompt] = text_LE[: _used(text_LE)].clone()
             if self._store is not None:
@@ -95,11 +95,11 @@ class Texts:
 
     @property
     def identity(self) -> str:
-        """What the encoder's files hold (`files_identity`)."""
+        """Identity of the encoder's files (`files_identity`)."""
         return str(self._of("")["encoder"])
 
     def _of(self, prompt: str) -> Facts:
-        """What a prompt's embedding depends on."""
+        """Cache key: everything a prompt's embedding depends on."""
         if self._facts is None:
             files = self._files
             found = TextEncoder.files(files.text_encoder or files.pretrained, files.tokenizer)
@@ -112,7 +112,7 @@ class Texts:
 
 
 def _used(text_LE: Tensor) -> int:
-    """Rows up to the last that is not zero."""
+    """Number of rows up to and including the last nonzero one."""
     rows = text_LE.any(-1).nonzero()
     return int(rows[-1]) + 1 if len(rows) else 0
 
@@ -126,18 +126,18 @@ def build(
     store: Store | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[WanStudent, VideoVAE]:
-    """The student of a checkpoint, frozen, and its autoencoder; the prompts' embeddings are known.
+    """Build the frozen student of a checkpoint and its autoencoder, with `prompts` embedded.
 
     Args:
         config: the files, and the dtypes of their parts.
         video: the size and training length of its videos.
-        prompts: those `student.encode` will be given; others are embedded when they come.
-        device: where everything goes.
+        prompts: those `student.encode` will receive; any other is embedded on first use.
+        device: the device of all parts.
         store: keeps embeddings for later runs; None: nothing is kept.
-        ranks: of several processes the main one embeds first, the others read the cache.
+        ranks: with several processes the main one embeds first and the rest read the cache.
 
-    Raises FileNotFoundError for an unknown path or layout, ValueError where a file is not what is
-    needed, ConfigError where a package is missing.
+    Raises FileNotFoundError for an unknown path or layout, ValueError for an unsuitable file,
+    ConfigError for a missing package.
     """
     need("a wan student", "diffusers", "transformers", "ftfy")
     path = _checkpoint(config)
@@ -170,7 +170,7 @@ def build(
 
 
 def sizes(config: WanStudentConfig) -> WanConfig:
-    """The network's sizes: the checkpoint's where it is there, else the released ones."""
+    """Network sizes from the checkpoint if it exists, else those of the released students."""
     if config.checkpoint is None or not Path(config.checkpoint).exists():
         return WanConfig(**config.network)
     weights, written = read_weights(config.checkpoint, ema=config.ema)
@@ -179,7 +179,7 @@ def sizes(config: WanStudentConfig) -> WanConfig:
 
 
 def load_network(config: WanStudentConfig) -> CausalWan:
-    """The network of the start weights, in float32."""
+    """Load the network with the start weights, in float32."""
     return load_checkpoint(
         _checkpoint(config),
         ema=config.ema,
@@ -192,7 +192,7 @@ def load_network(config: WanStudentConfig) -> CausalWan:
 def save_network(
     config: WanStudentConfig, network: CausalWan, folder: Path, dtype: torch.dtype, note: str
 ) -> Path:
-    """Write a network as folder/transformer, which diffusers and `student.checkpoint` both take."""
+    """Save a network as folder/transformer, which diffusers and `student.checkpoint` can load."""
     path = folder / "transformer"
     save_diffusers(path, network.to(dtype), note=note)
     return path

@@ -28,16 +28,17 @@ from afd_kernels.contracts import require
 
 @dataclass(frozen=True)
 class _Pass:
-    """What self-attention of one pass looks at.
+    """Inputs and options of self-attention in one pass.
 
     Attributes:
-        rope: table of the pass's tokens.
-        intervals: keys of each query.
-        context: per layer, keys and values before the pass's own; or
-        cache: where the pass writes its own, and reads everything from.
-        keep: the pass's own keys and values are wanted afterwards; else a layer's are let go.
-        keys_only: nothing of the last layer is wanted but keys and values.
-        last: (tokens, frames, intervals): in the last layer only what follows is asked.
+        rope: rotary table of the pass's tokens.
+        intervals: the keys each query attends to.
+        context: per layer, keys and values that precede those of the pass; or
+        cache: to which the pass appends its keys and values, and from which it reads all.
+        keep: return the pass's keys and values; otherwise each layer's are freed.
+        keys_only: compute only keys and values in the last layer.
+        last: (tokens, frames, intervals): the last layer skips this many leading tokens and
+            frames, and uses these intervals.
     """
 
     rope: Tensor
@@ -50,7 +51,7 @@ class _Pass:
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """(cos, sin) of t times a ladder of frequencies, float64 [..., channels]."""
+    """Sinusoidal embedding of t: (cos, sin) at geometric frequencies, float64 [..., channels]."""
     half = channels // 2
     exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
     angle = t.double().unsqueeze(-1) * 10000.0**-exponent
@@ -58,12 +59,12 @@ def sinusoid(t: Tensor, channels: int) -> Tensor:
 
 
 class CausalWan(nn.Module):
-    """The network. Videos are [B, F, C, H, W]; times are [B, F] or [B, 1] on the 0-1000 scale.
+    """Causal Wan2.1. Videos are [B, F, C, H, W]; times are [B, F] or [B, 1] on the 0-1000 scale.
 
     Attributes:
-        checkpoint_blocks: training passes keep only what lies between blocks, and compute the rest
-            again in the backward.
-        adapters: low-rank additions to the weights, if there are any.
+        checkpoint_blocks: activation checkpointing: training passes keep only the activations
+            between blocks and recompute the rest in the backward.
+        adapters: low-rank adapters on the weights, if any.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -75,7 +76,7 @@ class CausalWan(nn.Module):
         self.config = config
         self.checkpoint_blocks = False
         self.adapters: AdapterSet | None = None
-        # What passes compute in, where the weights are kept in another dtype (sharding).
+        # Compute dtype of passes if the weights are stored in another one (sharding).
         self.compute_dtype: torch.dtype | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
@@ -95,10 +96,10 @@ class CausalWan(nn.Module):
     # --- switches ---
 
     def compile_blocks(self, enabled: bool = True, **options: Any) -> None:
-        """Compile what lies around self-attention, once for all layers (regional compilation).
+        """Compile the parts around self-attention, once for all layers (regional compilation).
 
-        Attention and the cache stay outside: they are ops already, and their lengths change from
-        chunk to chunk while these shapes do not. `options` go to torch.compile.
+        Attention and the cache are left out: they are custom ops already, and their lengths change
+        from chunk to chunk while these shapes do not. `options` go to torch.compile.
         """
         self._before: Callable[..., Any] = Block.before
         self._after: Callable[..., Any] = Block.after
@@ -107,10 +108,10 @@ class CausalWan(nn.Module):
             self._after = torch.compile(Block.after, **options)
 
     def fuse_projections(self) -> None:
-        """Make q, k and v of self-attention one product where no gradient is taken.
+        """Compute q, k and v of self-attention in one matmul when no gradient is needed.
 
-        Their parameters become slices of one memory, in place; names stay. Moving, casting or
-        copying the network separates them again.
+        Their parameters become slices of one buffer, in place; names are unchanged. Moving, casting
+        or copying the network separates them again.
         """
         for block in self._layers():
             block.self_attn.fuse()
@@ -126,7 +127,7 @@ class CausalWan(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def _patchify(self, x_BFCHW: Tensor) -> tuple[Tensor, int, int]:
-        """Tokens [B, L, D], frame by frame, row by row; and rows, columns."""
+        """Embed patches as tokens [B, L, D] in (frame, row, column) order; also rows, columns."""
         C, H, W = x_BFCHW.shape[2:]
         if self.config.in_dim != C:
             raise ValueError(f"x: {C} channels came, the network takes {self.config.in_dim}")
@@ -150,7 +151,7 @@ class CausalWan(nn.Module):
         )
 
     def time_table(self, t_BF: Tensor) -> TimeTable:
-        """Time embedding and every block's modulation at times [B, F], of which both may be 1."""
+        """Time embedding and every block's modulation at times [B, F]; both sizes may be 1."""
         require(t_BF.ndim == 2, "t", t_BF, "[B, F] or [B, 1]")
         embed_BFD = self.time_embedding(
             sinusoid(t_BF, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
@@ -169,7 +170,7 @@ class CausalWan(nn.Module):
         return [block.cross_attn.text_kv(embedded) for block in self._layers()]
 
     def _rope(self, rows: int, cols: int, frames: range, chunks_BN: Tensor | None = None) -> Tensor:
-        """The table of these frames, or of the drawn chunks among them, [1 or B, L, d/2, 2]."""
+        """Rotary table of these frames, or of the selected chunks in them, [1 or B, L, d/2, 2]."""
         device = self.patch_embedding.weight.device
         frame_BF = torch.arange(frames.start, frames.stop, device=device)[None]
         if chunks_BN is not None:
@@ -189,7 +190,7 @@ class CausalWan(nn.Module):
         mods: Modulation,
         text_kv: LayerKV,
     ) -> tuple[Tensor, Tensor | None, Tensor, LayerKV]:
-        """Block i: the open residual (x, branch, gate) after it, and its own keys and values."""
+        """Run block i; returns the deferred residual (x, branch, gate), and its keys and values."""
         block, last = self._layers()[i], i + 1 == len(self.blocks)
         x_BLD, q, k, v = self._before(block, x_BLD, branch_BLD, gate_BFD, mods)
         norms = block.self_attn.norm_q.weight, block.self_attn.norm_k.weight
@@ -226,7 +227,7 @@ class CausalWan(nn.Module):
     def _run(
         self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: _Pass
     ) -> tuple[Tensor | None, list[LayerKV]]:
-        """All layers and the head: patches [B, L, P] (None if keys_only), kept keys and values."""
+        """Run all layers and the head; returns patches [B, L, P] (None if keys_only), kept k, v."""
         branch_BLD: Tensor | None = None
         gate_BFD: Tensor | None = None
         own: list[LayerKV] = []
@@ -263,20 +264,21 @@ class CausalWan(nn.Module):
         clean_t_BF: Tensor | None = None,
         chunks_BN: Tensor | None = None,
     ) -> Tensor:
-        """Block-causal prediction for all frames at once, [B, F, out, H, W].
+        """Block-causal prediction for all frames in one pass, [B, F, out, H, W].
 
-        Teacher forcing, where a chunk sees the earlier ones clean:
+        Teacher forcing, where a chunk attends to clean earlier chunks:
         - `x0_BFCHW` (with the noise level `clean_t_BF`, default 0): clean and noisy frames in
-          one pass, gradients also through the clean half (mode `recompute`);
-        - `context` from `clean_context`: the noisy half alone. Made without gradient it is mode
-          `own_context`, made by another network `shared_context`.
+          one pass, with gradients through the clean half too (mode `recompute`);
+        - `context` from `clean_context`: the noisy half alone. Computed without gradient this is
+          mode `own_context`; computed by another network, `shared_context`.
 
         Args:
             x_BFCHW: noisy frames.
             t_BF: their times, [B, F] or [B, 1].
             text: embeddings [B, text_len, text_dim], or the result of `text_kv`.
-            chunks_BN: under teacher forcing, which chunks of each video `x_BFCHW` and `t_BF` hold,
-                rising, int64 [B, N] on the CPU; the clean frames are whole. None: all.
+            chunks_BN: under teacher forcing, indices of the chunks of each video in `x_BFCHW` and
+                `t_BF`, ascending, int64 [B, N] on the CPU; the clean frames are whole videos.
+                None: all chunks.
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
         frames, tokens, chunk = x_BFCHW.shape[1], rows * cols, self.config.chunk
@@ -317,8 +319,8 @@ class CausalWan(nn.Module):
     ) -> list[LayerKV]:
         """Keys and values of clean frames, for the teacher-forced forward.
 
-        Clean frames never see noisy ones, so this half of teacher forcing is a pass of its own; of
-        the last layer only keys and values are needed. `t_BF` is the context's noise level (0).
+        Clean frames never attend to noisy ones, so this half of teacher forcing can be a separate
+        pass; the last layer computes only keys and values. `t_BF`: the context's time, default 0.
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
         frames = x_BFCHW.shape[1]
@@ -342,10 +344,10 @@ class CausalWan(nn.Module):
     ) -> tuple[Tensor, list[LayerKV]]:
         """One chunk with gradients over a given past: the trained step of self-forcing.
 
-        The chunk sees itself and all of `context` (None: no past). Gradients reach the context if
-        it carries any: detached values stop there, `straight_through` lets them pass to the keys
-        of another pass. Returns the prediction [B, F, out, H, W] and the chunk's own keys and
-        values, both differentiable; nothing is written anywhere.
+        The chunk attends to itself and all of `context` (None: no past). Gradients flow into the
+        context if it requires them: detached values stop them, `straight_through` passes them to
+        the keys of another pass. Returns the prediction [B, F, out, H, W] and the chunk's own keys
+        and values, both differentiable; no cache is written.
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
         past = 0 if context is None else context[0][0].shape[1]
@@ -371,9 +373,9 @@ class CausalWan(nn.Module):
     ) -> KVCache:
         """An empty cache for streams of `frames` frames with these prompts.
 
-        With a window in the configuration it holds that many frames and the stream may go on
-        (`frames` None: without end); else it holds all of `frames`. A list is copied: a prompt
-        switch writes over the cache's own, and other streams may have begun with the same list.
+        With a window in the configuration it holds that many frames and the stream may continue
+        (`frames` None: indefinitely); otherwise it holds all of `frames`. A list is copied, as a
+        prompt switch overwrites the cache's tensors and other streams may share the list.
         """
         window, sink = self.config.window, self.config.sink
         grid = self.config.grid(height, width)
@@ -388,19 +390,19 @@ class CausalWan(nn.Module):
         start_frame: int,
         context_only: bool = False,
     ) -> Tensor | None:
-        """One chunk at frames `start_frame`…, given the cache of everything before it.
+        """Forward of one chunk at frames `start_frame`…, given the cache of all earlier frames.
 
         Full attention inside the chunk; its keys and values overwrite its slots in the cache.
-        `context_only`: only the cache is wanted, so the end of the last layer is left out.
-        `t_BF`: [B, F], [B, 1] or [1, 1]; what it means to each layer is computed once per tensor,
-        so pass the same one again. No gradients: the cache is written in place.
+        `context_only`: only update the cache, skipping the end of the last layer.
+        `t_BF`: [B, F], [B, 1] or [1, 1]; the modulation is computed once per tensor object, so
+        reuse the same one. No gradients: the cache is written in place.
         """
         cache.seek(start_frame, x_BFCHW.shape[1])
         return self.streamed(x_BFCHW, self.streaming_times(t_BF, cache), cache, context_only)
 
     @torch.no_grad()
     def streaming_times(self, t_BF: Tensor, cache: KVCache) -> TimeTable:
-        """The modulation at a step value, computed once for a cache."""
+        """The modulation at a step value, computed once per cache."""
         table = cache.known_time(t_BF)
         if table is None:
             table = self.time_table(t_BF)
@@ -410,8 +412,8 @@ class CausalWan(nn.Module):
     def streamed(
         self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context_only: bool = False
     ) -> Tensor | None:
-        """`forward_cached` at the chunk the cache has been put to; depends on no host value."""
-        # Autograd in between costs the host more time per op than some ops take.
+        """`forward_cached` at the cache's current chunk; depends on no host value."""
+        # Autograd's host overhead per op exceeds the run time of some ops.
         with torch.inference_mode():
             x_BLD, rows, cols = self._patchify(x_BFCHW)
             how = _Pass(
@@ -423,7 +425,7 @@ class CausalWan(nn.Module):
             y_BLP, _ = self._run(x_BLD, times, cache.cross_kv, how)
         if y_BLP is None:
             return None
-        # Rearranged out here: autograd may save it, so it must not be an inference tensor.
+        # Rearranged outside inference mode, as autograd may save the result.
         out = self._unpatchify(y_BLP, rows, cols)
         return out.clone() if out.is_inference() else out
 
@@ -433,7 +435,7 @@ def _copies(kv: LayerKV) -> LayerKV:
 
 
 def _frames(clean: Tensor | None, context: list[LayerKV] | None, tokens: int) -> int:
-    """Frames of what is given clean."""
+    """Number of clean frames given."""
     if clean is not None:
         return clean.shape[1]
     assert context is not None
@@ -441,6 +443,6 @@ def _frames(clean: Tensor | None, context: list[LayerKV] | None, tokens: int) ->
 
 
 def _times(t_BF: Tensor | None, x_BFCHW: Tensor) -> Tensor:
-    """Times [B, F]; 0 where none are given."""
+    """Times [B, F]; 0 if None."""
     shape = x_BFCHW.shape[:2]
     return x_BFCHW.new_zeros(shape, dtype=torch.float32) if t_BF is None else t_BF.expand(shape)

@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 def pairs_per_axis(head_dim: int) -> tuple[int, int, int]:
-    """How the d/2 channel pairs are split over time, row and column (22, 21, 21 for d = 128)."""
+    """Split of the d/2 channel pairs over time, row and column (22, 21, 21 for d = 128)."""
     pairs = head_dim // 2
     return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
 
 def axis_table(position_P: Tensor, pairs: int) -> Tensor:
-    """(cos, sin) of one axis, float32 [P, pairs, 2]; every axis has its own ladder of frequencies.
+    """(cos, sin) of one axis, float32 [P, pairs, 2]; each axis has its own frequency range.
 
-    Angles are float64, as the released code's are: in float32 a far frame loses its angle.
+    Angles are float64, as in the released code: float32 is too coarse for distant frames.
     """
     exponent = torch.arange(pairs, dtype=torch.float64, device=position_P.device) / pairs
     angle = position_P.double()[:, None] * 10000.0**-exponent
@@ -28,10 +28,10 @@ def axis_table(position_P: Tensor, pairs: int) -> Tensor:
 
 
 def rope_table(head_dim: int, frame_F: Tensor, rows: int, cols: int) -> Tensor:
-    """The table of whole frames at absolute positions `frame_F` (int64 [F], any size of number).
+    """The table of whole frames at absolute positions `frame_F` (int64 [F], any magnitude).
 
-    Made where `frame_F` lies without looking at its values, so a stream's position may live on the
-    device. Returns float32 [1, F·rows·cols, head_dim/2, 2].
+    Computed on `frame_F`'s device without reading its values on the host, so a stream's position
+    may be a device tensor. Returns float32 [1, F·rows·cols, head_dim/2, 2].
     """
     frames = frame_F.shape[0]
     time, row, col = pairs_per_axis(head_dim)

@@ -1,4 +1,4 @@
-"""Self-forcing: a rollout whose exit steps carry gradients (Huang et al., arXiv 2506.08009).
+"""Self-forcing: a rollout with gradients through its exit steps (Huang et al., arXiv 2506.08009).
 
 Shape letters: B videos, F frames, c frames of a chunk, C channels, H x W latent size, L tokens,
 h heads, d head channels.
@@ -32,9 +32,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(value_BLhd: Tensor, written: Sequence[Tensor]) -> Tensor:
-    """The value of one tensor with the gradient of others, chunk after chunk along its tokens.
+    """Straight-through: returns `value`; its gradient goes to `written`, split along tokens.
 
-    Nothing is copied: the value may be slots of a cache.
+    Nothing is copied, so the value may be slots of a cache.
     """
     tokens = sum(part.shape[1] for part in written)
     require(tokens == value_BLhd.shape[1], "written", tokens, f"{value_BLhd.shape[1]} tokens")
@@ -56,24 +56,24 @@ def self_forced(
     """Clean latents [B, F, C, H, W] of a rollout, differentiable with respect to the weights.
 
     Each chunk is denoised without gradient up to its exit step; that step is taken with gradient
-    and its prediction is the result. Then the chunk's context pass, without gradient, at time 0 on
-    the slightly noised result (the schedule's last level), as in the released training.
+    and its prediction is the result. The chunk's context pass follows without gradient, at time 0
+    on the slightly noised result (the schedule's last level), as in the released training.
 
     Args:
-        net: the network, without window; `checkpoint_blocks` saves its memory.
+        net: the network, without window; `checkpoint_blocks` reduces memory.
         text_BLE: embeddings of the prompts.
-        noise_BFCHW: what the chunks start from.
+        noise_BFCHW: initial noise of the chunks.
         lists: times of the denoising steps (0-1000 scale) of every chunk, or one list for all.
         exits: the exit step of every chunk, or one for all.
-        draw: fresh standard normal noise [B, c, C, H, W], in the order of use: one between two
-            steps, one for each context pass.
-        schedule: what a time means; default shift 5.
+        draw: returns fresh standard normal noise [B, c, C, H, W], in order of use: one draw
+            between two steps, one per context pass.
+        schedule: maps times to noise levels; default shift 5.
         leak: let gradients of later chunks reach the keys and values of earlier exit steps, with
-            the context's value: what the released code does. False: the context is a constant.
-        frames_with_gradient: only the chunks of the last so many frames take gradients.
+            the context's values, as the released code does. False: the context is a constant.
+        frames_with_gradient: take gradients only in the chunks of this many last frames.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: naming the argument, the value given and what is needed.
     """
     schedule = schedule or ShiftedFlow()
     frames, chunk = noise_BFCHW.shape[1], net.config.chunk
@@ -117,7 +117,7 @@ def self_forced(
 
 
 def _level(t: float, schedule: ShiftedFlow, like: Tensor) -> tuple[Tensor, float]:
-    """What the network is told, [1, 1], and the noise level."""
+    """The network's timestep, [1, 1], and the noise level."""
     told = torch.full((1, 1), t, dtype=torch.float32, device=like.device)
     return told, schedule.sigma_of(t)
 

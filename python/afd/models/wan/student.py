@@ -1,4 +1,4 @@
-"""The released students: the causal Wan network, its noise table and its text encoder.
+"""The released students: the causal Wan network with its noise schedule and text encoder.
 
 The network predicts the flow (noise minus video) of latents [B, F, 16, H/8, W/8]. Shape letters: B
 videos, F latent frames, C channels, H x W latent size, L text tokens, E text channels.
@@ -24,12 +24,12 @@ class WanStudent(Student):
     """A Self-Forcing or Causal-Forcing student.
 
     Args:
-        net: the network, its window and sink in its configuration.
+        net: the network; its configuration holds window and sink.
         height: rows of a latent frame (pixels / 8).
         width: columns of a latent frame (pixels / 8).
-        frames: latent frames of the training length.
-        schedule: the table that steps and noise levels come from.
-        encoder: what `encode` asks; None where embeddings come from elsewhere.
+        frames: latent frames of a training video.
+        schedule: the table of timesteps and noise levels.
+        encoder: used by `encode`; None if embeddings come from elsewhere.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WanStudent(Student):
 
     @property
     def text_identity(self) -> str | None:
-        """The content of the text encoder's files, where `encoder` knows it."""
+        """Identity of the text encoder's files, if `encoder` reports it; else None."""
         return getattr(self._encoder, "identity", None)
 
     @property
@@ -68,7 +68,7 @@ class WanStudent(Student):
         return self._encoder(prompts).to(self.device, self.dtype)
 
     def levels(self, steps: Sequence[float]) -> list[Level]:
-        """Steps are whole numbers falling from 1000 to more than 0, before the warp."""
+        """Convert steps, integers before the warp that descend from 1000 and stay above 0."""
         check_steps(steps, first=1000)
         times = self.schedule.warp(steps)
         return [Level.at(t, self.schedule.sigma_of(t), self.device) for t in times]
@@ -80,7 +80,7 @@ class WanStudent(Student):
     def noise_source(
         self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
     ) -> NoiseSource:
-        """Noise counted by (seed, chunk, step), made on the student's device."""
+        """Counter-based noise of (seed, chunk, step), generated on the student's device."""
         return counted_noise(
             [int(seed) for seed in seeds],
             layout,

@@ -1,4 +1,4 @@
-"""The text encoder of Wan: UMT5 through transformers, with the released pipelines' cleaning.
+"""Wan's text encoder: UMT5 through transformers, with the released pipelines' prompt cleaning.
 
 Shape letters: B prompts, L text_len, E text channels.
 """
@@ -24,7 +24,7 @@ LAYOUTS = (
     "and google/umt5-xxl/)"
 )
 _ORIGINAL = "models_t5_umt5-xxl-enc-bf16.pth"
-# The original file's names and transformers'; the first three stand outside the blocks.
+# Maps the original file's names to transformers'; the first two are outside the blocks.
 _NAMES = {
     "token_embedding.weight": "shared.weight",
     "norm.weight": "encoder.final_layer_norm.weight",
@@ -42,7 +42,7 @@ _NAMES = {
 
 
 def clean_prompt(prompt: str) -> str:
-    """Mended Unicode, HTML entities resolved (twice: some are escaped twice), single spaces."""
+    """Fix Unicode, unescape HTML entities (twice, as some are escaped twice), collapse spaces."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
@@ -50,7 +50,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """Prompts to embeddings [B, L, E]; rows past a prompt's length are zero."""
+    """Encodes prompts as embeddings [B, L, E]; rows past a prompt's length are zero."""
 
     def __init__(self, model: Any, tokenizer: Any, *, text_len: int = 512, batch: int = 8) -> None:
         """`model`: a UMT5EncoderModel; `tokenizer`: its tokenizer; `batch`: prompts per forward."""
@@ -73,10 +73,10 @@ class TextEncoder:
         text_len: int = 512,
         batch: int = 8,
     ) -> TextEncoder:
-        """From a local folder or a hub name; `tokenizer` is a folder of its own where it is apart.
+        """Load from a local folder or a hub name; `tokenizer` names a separate tokenizer folder.
 
-        `dtype` is what the encoder computes in. Raises FileNotFoundError for an unknown layout,
-        ValueError where weights are missing.
+        `dtype` is the encoder's compute dtype. Raises FileNotFoundError for an unknown layout,
+        ValueError if weights are missing.
         """
         weights, words = cls.files(source, tokenizer)
         read = _load_original if weights.is_file() else _load_transformers
@@ -85,7 +85,7 @@ class TextEncoder:
 
     @staticmethod
     def files(source: str | Path, tokenizer: str | Path | None = None) -> tuple[Path, Path]:
-        """What `load` would read: the encoder's folder or file, and the tokenizer's folder.
+        """Paths that `load` would read: the encoder's folder or file, and the tokenizer's folder.
 
         Raises FileNotFoundError for an unknown layout.
         """
@@ -103,7 +103,7 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str], *, dtype: torch.dtype | None = None) -> Tensor:
         """Embeddings [B, L, E] on the encoder's device, in `dtype` (None: the encoder's).
 
-        A prompt's embedding depends on that prompt only: all are padded to L. Longer ones are cut.
+        A prompt's embedding depends on that prompt only, as all are padded or truncated to L.
         """
         listed = not isinstance(prompts, str) and len(prompts) > 0
         require(listed, "prompts", prompts, "a list of at least one prompt")
@@ -142,8 +142,8 @@ def _find(path: Path) -> tuple[Path, Path]:
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # tokenizer.json as it is written: transformers 5 makes a T5 tokenizer anew from its vocabulary
-    # and leaves out normalisation that the file asks for.
+    # Use tokenizer.json as written: transformers 5 rebuilds a T5 tokenizer from its vocabulary and
+    # drops the normalisation that the file specifies.
     exact = (folder / "tokenizer.json").is_file()
     kind = PreTrainedTokenizerFast if exact else AutoTokenizer
     with named_errors("tokenizer", folder):
@@ -156,7 +156,7 @@ def _load_transformers(folder: Path, dtype: torch.dtype, device: torch.device | 
     read: Any = UMT5EncoderModel.from_pretrained
     with named_errors("text_encoder", folder):
         model, info = read(folder, dtype=dtype, output_loading_info=True)
-    # transformers draws what a file lacks at random and only warns.
+    # transformers initialises missing weights at random and only warns.
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     require(not lacking, f"text_encoder {folder}", lacking[:4], "weights for the whole encoder")
     return model.to(device)
@@ -194,7 +194,7 @@ def _renamed(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         known = _NAMES.get(match[2] if match else name, name)
         weights[f"encoder.block.{match[1]}.{known}" if match else known] = tensor
-    # transformers lists the table a second time, as the encoder's own.
+    # transformers lists the embedding table a second time, under the encoder.
     if "shared.weight" in weights:
         weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     return weights

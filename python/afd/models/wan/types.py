@@ -1,4 +1,4 @@
-"""Types of the causal Wan network: its sizes, and what passes between its layers.
+"""Types of the causal Wan network: its configuration and the data passed between its layers.
 
 Shape letters: B batch, F frames, D model width, h heads, d head channels.
 """
@@ -19,13 +19,13 @@ LayerKV = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of the network and of its memory; defaults: Wan2.1-T2V-1.3B with 3-frame chunks.
+    """Sizes of the network and its attention window; defaults: Wan2.1-T2V-1.3B, 3-frame chunks.
 
     Attributes:
         chunk: frames denoised together.
-        window: frames that a query sees at most, its own chunk and the sink included; None: all.
-        sink: frames from the start that the window never loses. The released training mask has
-            none; with one, training sees what a stream sees.
+        window: most frames a query attends to, including its own chunk and the sink; None: all.
+        sink: initial frames that always stay in the window. The released training mask has none;
+            with a sink, training attends to the same frames as streaming.
         independent_first_frame: the first chunk is one frame.
     """
 
@@ -56,7 +56,7 @@ class WanConfig:
         return rows, cols
 
     def sight(self, frames: int, tokens: int) -> Intervals:
-        """What each chunk sees in one pass over all frames."""
+        """Attention intervals of each chunk in one pass over all frames."""
         first = self.independent_first_frame
         if self.window is None or not self.sink:
             return intervals.causal(
@@ -78,10 +78,10 @@ Modulation = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class TimeTable:
-    """What one set of times does to every layer.
+    """Modulation of every layer for one set of times.
 
     Attributes:
-        embed_BFD: the time embedding, which modulates the head; B and F may be 1.
+        embed_BFD: time embedding, which modulates the head; B and F may be 1.
         mods: per layer [B, F, 6, D]; `layers` are its slices.
     """
 
@@ -94,13 +94,13 @@ class TimeTable:
 
 
 class AdapterSet(Protocol):
-    """Low-rank additions to a network's weights, one of several versions at a time."""
+    """Low-rank adapters on a network's weights, one of several versions active at a time."""
 
     @property
     def active(self) -> str | None:
-        """Name of the version that is on."""
+        """Name of the active version; None if all are disabled."""
         ...
 
     def recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts of a checkpointed block's first pass and of its recomputation."""
+        """Contexts for a checkpointed block's forward and its recomputation."""
         ...

@@ -28,7 +28,7 @@ _ORIGINAL = "Wan2.1_VAE.pth"
 
 
 class VideoVAE:
-    """Video to normalised latents and back. Frozen, but gradients flow to what is passed in."""
+    """Encodes video into normalised latents and decodes them. Frozen; inputs get gradients."""
 
     def __init__(self, model: Any) -> None:
         """`model`: a Wan2.1 AutoencoderKLWan."""
@@ -41,7 +41,7 @@ class VideoVAE:
         )
         self.model = model.eval().requires_grad_(False)
         self.scale = int(config.scale_factor_temporal), int(config.scale_factor_spatial)
-        # On the device once: a stream must not wait for a copy at every chunk.
+        # Moved to the device once, so that a stream does not wait for a copy at every chunk.
         statistics = [config.latents_mean, config.latents_std]
         self._mean_std = torch.tensor(statistics, device=model.device).view(2, -1, 1, 1)
 
@@ -53,9 +53,9 @@ class VideoVAE:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> VideoVAE:
-        """From a local folder, an original file or a hub name; it computes in `dtype`.
+        """Load from a local folder, an original file or a hub name, to compute in `dtype`.
 
-        Raises FileNotFoundError for an unknown layout, ValueError where weights are missing.
+        Raises FileNotFoundError for an unknown layout, ValueError if weights are missing.
         """
         path = local_copy(source, ("vae",), LAYOUTS)
         path = next((p for p in (path / "vae", path / _ORIGINAL) if p.exists()), path)
@@ -67,7 +67,7 @@ class VideoVAE:
 
     @cached_property
     def identity(self) -> str:
-        """What latents depend on besides the video: the weights, their dtype, the statistics."""
+        """Digest of everything latents depend on besides the video: weights, dtype, statistics."""
         return weights_digest(self.model.state_dict(), *self._mean_std.flatten().tolist())
 
     @torch.no_grad()
@@ -90,18 +90,18 @@ class VideoVAE:
     def decode(self, latent_BFCHW: Tensor) -> Tensor:
         """Video [B, 1 + 4(F-1), 3, 8H, 8W] in [-1, 1], in the autoencoder's dtype.
 
-        With gradients to the latents where they ask for them. Each latent frame is then computed
-        again in the backward, from the state before it; at 480x832 a state takes 1.8 GiB in
-        bfloat16 and one frame's activations 15.6.
+        Differentiable with respect to latents that require a gradient. The backward then recomputes
+        each latent frame from the state before it; at 480x832 a state takes 1.8 GiB in bfloat16 and
+        one frame's activations 15.6 GiB.
         """
         return self.stream()(latent_BFCHW)
 
     def stream(self) -> StreamingDecoder:
-        """A decoder for one batch of streams, chunk by chunk."""
+        """A chunk-by-chunk decoder for one batch of streams."""
         return StreamingDecoder(self)
 
     def denormalise(self, latent_BFCHW: Tensor) -> Tensor:
-        """What the decoder network takes, in the autoencoder's dtype."""
+        """Undo the normalisation: inputs of the decoder network, in the autoencoder's dtype."""
         mean, std = self._statistics(latent_BFCHW)
         return (latent_BFCHW.float() * std + mean).to(self.model.dtype)
 
@@ -114,10 +114,10 @@ class VideoVAE:
 
 
 class StreamingDecoder:
-    """Decodes a stream chunk by chunk; together the chunks are the frames of one whole decode.
+    """Decodes a stream chunk by chunk; the concatenated chunks equal one full decode.
 
     Every causal convolution keeps the last two frames of its input, so memory does not grow with
-    the stream. One decoder serves one batch of streams; a new stream needs a new decoder.
+    the stream. A decoder serves one batch of streams; a new stream needs a new decoder.
     """
 
     def __init__(self, vae: VideoVAE) -> None:
@@ -130,7 +130,7 @@ class StreamingDecoder:
         self._stream: tuple[int, ...] | None = None
 
     def __call__(self, latent_BFCHW: Tensor) -> Tensor:
-        """The chunk's video frames: four per latent frame, one for the stream's first."""
+        """Video frames of the chunk: four per latent frame, one for the stream's first."""
         latent_BCFHW = self._vae.denormalise(latent_BFCHW).transpose(1, 2)
         stream = (latent_BFCHW.shape[0], *latent_BFCHW.shape[3:])
         same = self._stream in (None, stream) and latent_BFCHW.shape[1] > 0
@@ -138,8 +138,8 @@ class StreamingDecoder:
         first, self._stream = self._stream is None, stream
         again = torch.is_grad_enabled() and latent_BFCHW.requires_grad
         pieces = []
-        # Frame by frame, as a whole decode does: the convolutions' state is defined that way. The
-        # first convolution as well, so that no bit depends on how the stream is cut into chunks.
+        # Frame by frame, as in a full decode: the convolutions' state is defined that way. This
+        # includes the first convolution, so that the result is bitwise independent of chunking.
         for frame_BC1HW in latent_BCFHW.split(1, dim=2):
             args = (frame_BC1HW, first, *self._cache)
             piece, *self._cache = _again(self._frame, *args) if again else self._frame(*args)
@@ -148,7 +148,7 @@ class StreamingDecoder:
         return torch.cat(pieces, dim=2).clamp_(-1, 1).transpose(1, 2)
 
     def _frame(self, frame_BC1HW: Tensor, first: bool, *cache: Any) -> tuple[Any, ...]:
-        """The video frames of one latent frame, and the state after it."""
+        """Decode one latent frame; returns its video frames and the new state."""
         model, after = self._vae.model, list(cache)
         frame_BC1HW = model.post_quant_conv(frame_BC1HW)
         video = model.decoder(frame_BC1HW, feat_cache=after, feat_idx=[0], first_chunk=first)
@@ -162,7 +162,7 @@ class StreamingDecoder:
 
 
 def _again(function: Callable[..., Any], *args: Any) -> Any:
-    """Computed again in the backward; only what goes in and comes out is kept."""
+    """Activation checkpointing: keeps only inputs and outputs and recomputes in the backward."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -173,7 +173,7 @@ def _load_diffusers(folder: Path, dtype: torch.dtype, device: torch.device | str
         model, info = AutoencoderKLWan.from_pretrained(
             folder, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
         )
-    # diffusers draws what a file lacks at random and only warns.
+    # diffusers initialises missing weights at random and only warns.
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     require(not lacking, f"vae {folder}", lacking[:4], "weights for the whole autoencoder")
     return model.to(device)

@@ -1,8 +1,8 @@
-"""The one door through which words and numbers of a server enter.
+"""Sanitising and validation of server responses: the only path by which server data enters.
 
-Bytes of bounded size are decoded once into text and JSON of bounded depth; the API key and whatever
-is no character to read are taken out of every string; then a model of typed, bounded fields is made
-of it. Whatever does not pass is a Failure of that exchange, whose reason holds no secret.
+Bytes of bounded size are decoded once into text and JSON of bounded depth; the API key and
+non-printable characters are removed from every string; then a model of typed, bounded fields is
+validated. Anything invalid is a Failure of that exchange, whose reason contains no secret.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ from afd.teachers.paid.secret import HIDDEN, NAME_RUN, WORD_RUN, Secret, clean
 
 DEPTH, VALUES = 32, 200_000
 TEXT, SHOWN = 65_536, 300
-DIGITS = 18  # of an integer; more is no count of anything
-PATIENCE_S = 86_400.0  # the longest Retry-After that is believed
-# What a path may hold as it is (RFC 3986), without the characters that steer or escape.
+DIGITS = 18  # of an integer; larger values are implausible
+PATIENCE_S = 86_400.0  # cap on Retry-After
+# Identifiers that may appear unescaped in a path (RFC 3986), without delimiters or escapes.
 NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._~:@=+,-]{1,200}")
 
 
 class Kind(str, Enum):
-    """Why something failed, as far as it decides what to do next."""
+    """Category of a failure, which decides what to do next."""
 
-    RETRYABLE = "retryable"  # passing: the same request may succeed later
+    RETRYABLE = "retryable"  # transient: the same request may succeed later
     CONTENT = "content"  # moderation: this prompt is skipped
-    QUOTA = "quota"  # the account: no money, no permission; everything stops
+    QUOTA = "quota"  # the account: no money or no permission; everything stops
     INVALID = "invalid"  # the request itself is wrong
 
 
 @dataclass(eq=False)
 class Failure(Exception):
-    """One HTTP exchange did not give what was wanted. The reason holds no secret.
+    """An HTTP exchange failed. The reason contains no secret.
 
-    `certain`: the provider surely did not act on the request. Only then may a submit be repeated.
+    `certain`: the provider definitely did not act on the request. Only then may a submit be
+    repeated.
     """
 
     kind: Kind
     reason: str
     certain: bool = False
     throttled: bool = False
-    gone: bool = False  # the address is not valid (any more): ask for a fresh one
-    received: bool = False  # an answer of success came that does not say what was made
+    gone: bool = False  # the URL is not or no longer valid: request a fresh one
+    received: bool = False  # a success response came that does not identify what was created
     retry_after_s: float = 0.0
 
     def __str__(self) -> str:
@@ -61,7 +62,7 @@ class Failure(Exception):
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also one in a string; None for anything else, such as a truth value."""
+    """A finite number, possibly in a string; None for anything else, such as a bool."""
     if isinstance(value, str) and re.fullmatch(r"\d{1,15}(\.\d{1,9})?", value):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -70,13 +71,13 @@ def _number(value: Any) -> float | None:
 
 
 def _amount(value: Any) -> float | None:
-    """A finite number above 0, given as a number; None for anything else."""
+    """A finite number above 0, not in a string; None for anything else."""
     found = None if isinstance(value, str) else _number(value)
     return found if found is not None and found > 0 else None
 
 
 def _moment(value: Any) -> float | None:
-    """Unix seconds, also of milliseconds; None for what is no time since 2001, such as 0."""
+    """Unix seconds, from seconds or milliseconds; None if not a time since 2001, such as 0."""
     found = _number(value)
     if found is not None and found >= 1e11:
         found /= 1000.0
@@ -98,7 +99,7 @@ def _address(value: str) -> str:
 
 
 def _word(value: Any) -> str:
-    """A short text; absent is empty."""
+    """A short text; empty if absent."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -106,8 +107,8 @@ def _word(value: Any) -> str:
     return str(value)[:SHOWN]
 
 
-# An identifier that is safe as one part of a path; a state or code; a web address; a number or
-# nothing; a count of what is billed or nothing; a time or nothing.
+# An identifier that is safe as a path segment; a state or code; a URL; a number or None; a billed
+# quantity or None; a time or None.
 Name = Annotated[str, BeforeValidator(_name)]
 Word = Annotated[str, BeforeValidator(_word)]
 Address = Annotated[str, Field(min_length=1, max_length=8192), AfterValidator(_address)]
@@ -117,7 +118,7 @@ Moment = Annotated[float | None, BeforeValidator(_moment)]
 
 
 class Answer(BaseModel):
-    """Base of what is read of an answer; fields that nobody asked for are passed over."""
+    """Base class of response models; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, hide_input_in_errors=True)
 
@@ -127,7 +128,7 @@ _A = TypeVar("_A", bound=Answer)
 
 @dataclass(frozen=True)
 class Reply:
-    """An API's answer without the key. `json` is None where the body is empty or not JSON."""
+    """An API response, with the key removed. `json` is None if the body is empty or not JSON."""
 
     status: int
     headers: Mapping[str, str]
@@ -140,7 +141,7 @@ class Reply:
 
     @property
     def received(self) -> bool:
-        """Whether it says something and is one of success, so that the request surely arrived."""
+        """Whether it is a success with a non-empty body, so that the request definitely arrived."""
         return self.ok and bool(self.text.strip())
 
     @property
@@ -148,7 +149,7 @@ class Reply:
         return _seconds(self.headers.get("retry-after"))
 
     def object(self) -> dict[str, Any]:
-        """The JSON object of the body; Failure for anything else, such as an empty 200."""
+        """The body's JSON object. Raises Failure for anything else, such as an empty 200."""
         if not isinstance(self.json, dict):
             held = "an empty body" if not self.text.strip() else "no JSON object"
             reason = f"HTTP {self.status} with {held}"
@@ -156,7 +157,7 @@ class Reply:
         return self.json
 
     def read(self, model: type[_A]) -> _A:
-        """The body's object as typed values; Failure names the first field that is wrong."""
+        """Validate the body's object. Raises Failure that names the first invalid field."""
         try:
             return parse(self.object(), model)
         except Failure as failure:
@@ -165,7 +166,7 @@ class Reply:
 
 
 def parse(value: Any, model: type[_A]) -> _A:
-    """Typed values of a part of an answer; Failure names the first field that is wrong."""
+    """Validate a part of a response. Raises Failure that names the first invalid field."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -179,7 +180,7 @@ def parse(value: Any, model: type[_A]) -> _A:
 
 
 def receive(status: int, headers: Mapping[str, str], body: bytes, secret: Secret) -> Reply:
-    """The answer that arrived as `body`, decoded, without the key, and on printable characters."""
+    """Decode a response, with the key and non-printable characters removed."""
     text = body.decode(json.detect_encoding(body), "replace").removeprefix("\ufeff")
     kept = {
         name: shown(headers[name], secret)
@@ -190,24 +191,25 @@ def receive(status: int, headers: Mapping[str, str], body: bytes, secret: Secret
 
 
 def shown(text: str, secret: Secret, most: int = SHOWN) -> str:
-    """Words of a server for people: without the key, on one line, not too many."""
-    # Cut twice: the first cut may leave less of the key than is recognised, the second is behind.
+    """Prepare a server's text for display: without the key, on one line, truncated."""
+    # Truncated twice: the first cut may split the key so that its beginning is not recognised, but
+    # the second removes that part.
     return clean(secret.hide(text[: 2 * most]))[:most]
 
 
 def plain(value: Any, secret: Secret) -> Any:
-    """A JSON value of our own as it would come back in an answer, to compare it with one."""
+    """Sanitise a JSON value of ours like a response, so that it can be compared with one."""
     return _redacted(value, secret, DEPTH, [VALUES])
 
 
 def _tree(text: str, secret: Secret) -> Any:
-    """JSON with every string redacted and cleaned; None where it is none, too deep, too large or
-    says two things under one name."""
+    """Parse JSON with every string redacted and cleaned; None if it is invalid, too deep, too large
+    or has conflicting duplicate keys."""
     try:
         value = json.loads(
             text,
             parse_int=lambda digits: int(digits) if len(digits) <= DIGITS else None,
-            parse_constant=lambda _: None,  # NaN and infinities are no JSON and no number
+            parse_constant=lambda _: None,  # NaN and infinities are not valid JSON
             object_pairs_hook=_once,
         )
         return _redacted(value, secret, DEPTH, [VALUES])
@@ -229,7 +231,7 @@ def _redacted(value: Any, secret: Secret, depth: int, left: list[int]) -> Any:
     if depth < 0 or left[0] < 0:
         raise ValueError("too deep or too large")
     if isinstance(value, str):
-        # Signatures in addresses and identifiers may look like a little of a key by chance.
+        # Signatures in URLs and identifiers may match a few characters of the key by chance.
         least = WORD_RUN if any(map(str.isspace, value)) else NAME_RUN
         return clean(secret.hide(value[:TEXT], least))
     if isinstance(value, float) and not math.isfinite(value):
@@ -248,7 +250,7 @@ def _redacted(value: Any, secret: Secret, depth: int, left: list[int]) -> Any:
 
 
 def _seconds(value: str | None) -> float:
-    """Retry-After in seconds; an HTTP date counts from now; nonsense is 0."""
+    """Parse Retry-After to seconds; an HTTP date counts from now; 0 if invalid."""
     if not value:
         return 0.0
     try:

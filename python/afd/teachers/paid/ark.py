@@ -1,8 +1,8 @@
 """Seedance on Volcengine Ark and BytePlus ModelArk: /contents/generations/tasks.
 
 Written against volcengine-ark-runtime 5.0.54 and the vendor's pages; never run against the live
-service. The vendor keeps tasks for 7 days and addresses of videos for 24 hours, and says that only
-videos that succeed are billed: width x height x 24 frames a second x seconds / 1024 tokens.
+service. The vendor keeps tasks for 7 days and video URLs for 24 hours, and states that only
+successful videos are billed: width x height x 24 frames per second x seconds / 1024 tokens.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Usage(Answer):
 
 class _Task(Answer):
     status: Word = ""
-    # Content of another form is a broken answer, not a video that is missing.
+    # Content of another form is a malformed response, not a missing video.
     content: _Content | None = None
     usage: Any = None
     duration: Amount = None
@@ -85,7 +85,8 @@ class _Page(Answer):
 
 
 class Ark(Provider):
-    """base_url is the international site; https://ark.cn-beijing.volces.com/api/v3 the Chinese."""
+    """The provider for Ark. `base_url` is the international site; the Chinese one is
+    https://ark.cn-beijing.volces.com/api/v3."""
 
     name = "ark"
     key_variable = "ARK_API_KEY"
@@ -95,7 +96,7 @@ class Ark(Provider):
     bills_failures = False
 
     def defaults(self) -> dict[str, Any]:
-        # A sound track only adds moderation failures; the trainer does not hear it.
+        # Audio only adds moderation failures; the trainer does not use it.
         return {"generate_audio": False, "watermark": False}
 
     def seconds(self, parameters: Mapping[str, Any]) -> float | None:
@@ -104,8 +105,8 @@ class Ark(Provider):
         return frames / FPS if frames else length(parameters.get("duration"))
 
     def tokens(self, parameters: Mapping[str, Any]) -> float | None:
-        """The vendor's rule for the smallest picture of a resolution: 480p has at least 480 x 640
-        pixels, whatever its ratio and model."""
+        """The vendor's rule for the smallest frame of a resolution: 480p has at least 480 x 640
+        pixels, for every aspect ratio and model."""
         resolution = str(_with_flags(parameters).get("resolution", ""))
         rows = re.fullmatch(r"(\d{3,4})p", resolution, re.ASCII)
         seconds = self.seconds(parameters)
@@ -140,7 +141,7 @@ class Ark(Provider):
             raise refusal(reply, QUOTA)
 
     async def find(self, http: Http, order: Order, since: float) -> Sightings | None:
-        """The list tells neither prompt nor name, but the seed and the expiry of each task."""
+        """The list gives neither prompt nor name, but the seed and the expiry of each task."""
         sightings = Sightings()
         if time.time() - since > KEPT_S:
             return sightings  # older than the list
@@ -155,7 +156,7 @@ class Ark(Provider):
                 raise refusal(reply, QUOTA)
             page = reply.read(_Page)
             if page.items is None and page.total != 0:
-                break  # no list, so no proof
+                break  # no list, hence no proof
             listed, before = page.items or [], len(seen)
             for raw in listed:
                 try:
@@ -176,7 +177,7 @@ class Ark(Provider):
         self, order: Order, raw: dict[str, Any], item: _Listed, since: float, sightings: Sightings
     ) -> None:
         ours, task = self._body(order), {"id": item.id}
-        # Models without seeds tell one of their own; then only the mark counts.
+        # Models without seeds report one of their own; then only the mark counts.
         same_seed = order.send_seed and item.seed == order.seed
         mark, own = item.execution_expires_after, MARK not in order.parameters
         marked = own and mark is not None
@@ -191,7 +192,7 @@ class Ark(Provider):
         )
         if (differs or (marked and mark != ours[MARK])) and not same_seed:
             return
-        # The same seed under another mark: of another order, or of a server with marks of its own.
+        # The same seed with another mark: another order's task, or the server sets its own marks.
         sure = not differs and (mark == ours[MARK] if marked else same_seed)
         (sightings.ours if sure else sightings.lookalikes).append(task)
 
@@ -202,8 +203,8 @@ class Ark(Provider):
             "model": order.model,
             "content": [{"type": "text", "text": asked}],
             **({"seed": order.seed} if order.send_seed else {}),
-            # Between 24 and 48 hours, a different second for each order: the mark by which a
-            # submit without an answer is found in the list.
+            # Between 24 and 48 hours, in seconds derived from the order: the mark by which an
+            # unanswered submit is found in the list.
             MARK: DAY_S + order.number(DAY_S),
             **options,
         }
@@ -211,14 +212,14 @@ class Ark(Provider):
 
 
 def _with_flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as older models take them, which read flags behind the prompt."""
+    """The options including the flags appended to the prompt, which older models read."""
     flags = re.findall(r"--(\w+)[ =]+(\S+)", str(parameters.get("prompt_suffix", "")))
     names = {"rs": "resolution", "dur": "duration", "frames": "frames"}
     return {**parameters, **{names.get(name, name): value for name, value in flags}}
 
 
 def _differ(ours: Any, listed: Any) -> bool:
-    """Whether a listed task was surely asked with another option; 5, "5" and "5s" are alike."""
+    """Whether a listed task definitely has a different option; 5, "5" and "5s" are equal."""
     if listed in (None, "adaptive"):
         return False
     seconds = length(ours), length(listed)

@@ -1,4 +1,4 @@
-"""`afd teacher fetch` and `afd teacher status`."""
+"""The commands `afd teacher fetch` and `afd teacher status`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _log = logging.getLogger("afd")
 
 
 def fetch(config: RunConfig, console: Console) -> bool | None:
-    """Buy what is missing. True: every video is there or rejected; False: some are not; None:
-    stopped by Ctrl-C. Raises TeacherError where nothing more can be bought."""
+    """Buy the missing videos. Returns True if every video is present or rejected, False if some are
+    not, None if stopped by Ctrl-C. Raises TeacherError if nothing more can be bought."""
     section = _paid(config)
     teacher = open_teacher(section, config.video, config.teacher_dir)
     missing, skipped, there = 0, 0, 0
@@ -87,7 +87,7 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
 
 
 def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int:
-    """Print what the folder's ledger says; nothing is contacted and no key is needed."""
+    """Print the state of the folder's ledger; works offline and without a key."""
     section = _paid(config)
     folder = config.teacher_dir
     if not (folder / NAME).is_file():

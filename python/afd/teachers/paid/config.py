@@ -1,4 +1,4 @@
-"""Typed settings of paid services. API keys have no place in them: see docs/TEACHERS.md."""
+"""Typed settings of paid services. They never contain API keys: see docs/TEACHERS.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from afd.teachers.forecast import Forecast
 
 
 class ApiConfig(Section):
-    """What a paid service is asked for (kinds ark, openai, fal); every field decides the videos."""
+    """Parameters of the videos requested from a paid service (kinds ark, openai, fal); every field
+    affects the videos."""
 
     model: str | None = Field(
         default=None,
@@ -48,7 +49,7 @@ class ApiConfig(Section):
     @classmethod
     def _no_credentials(cls, url: str | None) -> str | None:
         if url is not None and ("@" in urlsplit(url).netloc or not urlsplit(url).netloc):
-            # The value stays out of the message: it may hold a password.
+            # The value is left out of the message: it may contain a password.
             raise ValueError("teacher.api.base_url needs scheme://host[:port]/path, no user name")
         return url
 
@@ -63,7 +64,8 @@ class ApiConfig(Section):
 
 
 class FetchConfig(Section):
-    """How a paid service is asked: money, patience and trust. Nothing here changes a video."""
+    """How a paid service is used: prices, timeouts and trusted hosts. Nothing here affects the
+    videos."""
 
     budget_usd: float = Field(
         default=0.0,
@@ -152,7 +154,7 @@ class FetchConfig(Section):
 
 
 class PaidConfig(TeacherConfig):
-    """A paid service, which is asked for videos that its folder keeps."""
+    """A paid service, whose videos are kept in a folder."""
 
     opener: ClassVar[str] = "afd.teachers.paid.teacher:open_teacher"
 

@@ -1,4 +1,4 @@
-"""Files of a folder of bought videos: what lies there, and that it is what was bought."""
+"""Verification of the files in a folder of bought videos against what was bought."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from afd.errors import ContentsError, TeacherError, VideoError
 from afd.video import check_video
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
-# Something else stands where a folder or file belongs, or it is gone.
+# A folder or file has been replaced by something else, or is gone.
 _DISK |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENOENT, errno.ESTALE}
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A finished file."""
+    """Hash and size of a finished file."""
 
     sha256: str
     bytes: int
 
 
 def lying(path: Path) -> Saved | None:
-    """What lies under a path, if it is a whole video."""
+    """Hash and size of the file at a path if it is a complete video, else None."""
     try:
         check_video(path)
         return _hashed(path)
@@ -35,7 +35,8 @@ def lying(path: Path) -> Saved | None:
 
 
 def compare(path: Path, sha256: str | None) -> tuple[bool, Saved | None]:
-    """Whether the file has these contents; and what it is if not, None for no whole video."""
+    """Whether the file has these contents; and its hash and size, None if it is not a complete
+    video."""
     try:
         found = _hashed(path)
     except (FileNotFoundError, IsADirectoryError):
@@ -49,7 +50,7 @@ def compare(path: Path, sha256: str | None) -> tuple[bool, Saved | None]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Names what the disk refuses as a TeacherError: what cannot be kept need not be bought."""
+    """Convert disk errors in the block to TeacherError, which stops further purchases."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
 """Any text-to-video model on fal's queue: https://queue.fal.run/{model}.
 
 Written against fal_client 1.0.3 and fal's pages; never run against the live service. fal keeps a
-result for minutes to an hour, its media longer; the request history of the platform API holds both
-results that are gone from the queue and submits that got no answer. It lists finished requests, so
-it can find a lost submit but never prove that one did not arrive.
+result for minutes to an hour, its media longer; the platform API's request history holds both
+results that have left the queue and submits that got no response. It lists only finished requests,
+so it can find a lost submit but never prove that one did not arrive.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class _Page(Answer):
 
 
 class Fal(Provider):
-    """base_url is the queue; another one is taken to serve the platform API as well."""
+    """The provider for fal. `base_url` is the queue; a custom one is assumed to serve the platform
+    API as well."""
 
     name = "fal"
     key_variable = "FAL_KEY"
@@ -134,7 +135,7 @@ class Fal(Provider):
         if result.status == 429 or not any(
             word in result.text for word in ("error_type", "detail")
         ):
-            # Not the model's answer but that of something on the way to it.
+            # Not the model's response but that of an intermediary.
             raise refusal(result, QUOTA)
         wrong = complaint(result.json)
         kind = failed_kind(wrong, QUOTA, INVALID)
@@ -157,7 +158,7 @@ class Fal(Provider):
         return sightings
 
     async def _remembered(self, http: Http, task: Task, gone: Failure) -> Status:
-        """What the history says of a request that the queue does not know (any more)."""
+        """The status, from the history, of a request that the queue does not or no longer know."""
         for item in await self._history(http, task["model"], request_id=task["id"]):
             if item.request_id != task["id"]:
                 continue
@@ -171,7 +172,7 @@ class Fal(Provider):
         raise gone
 
     async def _history(self, http: Http, model: str, **filters: str) -> list[_Past]:
-        """Finished requests; those of a form not known here are left out: none is proof."""
+        """Finished requests; malformed entries are skipped, as the list is never used as proof."""
         url, cursor = f"{self._platform}/models/requests/by-endpoint", ""
         items: list[_Past] = []
         for _ in range(PAGES):
@@ -179,7 +180,7 @@ class Fal(Provider):
             where |= {"cursor": cursor} if cursor else {}
             reply = await http.call("GET", url, params=where)
             if not reply.ok:
-                # The history is an aid: a key that may not read it can still buy.
+                # The history is optional: a key without access to it can still buy.
                 raise Failure(Kind.RETRYABLE, f"request history: HTTP {reply.status}")
             page = reply.read(_Page)
             for raw in page.items or []:
@@ -193,7 +194,8 @@ class Fal(Provider):
         return items
 
     def _unsent(self, reply: Reply) -> Failure:
-        """fal's own client repeats a submit that its ingress answered without a request id."""
+        """The Failure of a rejected submit. Like fal's own client, treats an ingress error without
+        a request id as certainly not submitted."""
         failure = refusal(reply, QUOTA)
         ingress = reply.status in (502, 503, 504) and "nginx" in reply.text
         if ingress and "x-fal-request-id" not in reply.headers:
@@ -214,8 +216,8 @@ class Fal(Provider):
             ("cancel_url", "/cancel"),
         ):
             url = named.get(name)
-            # The key goes nowhere but to the queue, and there to this request only, whatever the
-            # answer says.
+            # The key is sent only to the queue, and there only for this request, whatever URLs the
+            # response contains.
             ours = url is not None and http.trusts(url) and _leads_to(url, number)
             task[name] = str(url) if ours else root + ending
         return task
@@ -228,14 +230,15 @@ class Fal(Provider):
 
 
 def _leads_to(url: str, number: str) -> bool:
-    """Whether an address of the queue is that of this request and nothing else."""
+    """Whether a queue URL refers to this request."""
     path = r"(/(?!\.)[\w.-]+)+/requests/" + re.escape(number) + r"(/status|/response|/cancel)?"
     parts = urlsplit(url)
     return not parts.query and re.fullmatch(path, parts.path, re.ASCII) is not None
 
 
 def _succeeded(output: dict[str, Any]) -> Status:
-    """A model's output. A checker that found something leaves a black video or none."""
+    """The Status for a model's output. If its safety checker triggered, the video is black or
+    absent."""
     flags = {name: value for name, value in output.items() if "nsfw" in name.lower()}
     wrong = complaint({"error": output.get("error"), **flags})
     url = None if wrong.moderated else _video(output)
@@ -243,7 +246,7 @@ def _succeeded(output: dict[str, Any]) -> Status:
 
 
 def _video(output: Mapping[str, Any]) -> str | None:
-    """The address in a model's output; models spell it in a few ways."""
+    """The video URL in a model's output; models use a few different fields."""
     several = output.get("videos")
     for place in (
         output.get("video"),

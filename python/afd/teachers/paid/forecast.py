@@ -1,4 +1,4 @@
-"""The forecast of a paid service: its prices, its ledger, and what it needs before it is asked."""
+"""Forecast of a paid service from its prices and ledger, and checks of its prerequisites."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from afd.teachers.paid.teacher import PROVIDERS, price_of, read_prompts
 
 
 def forecast(config: PaidConfig, folder: Path, drawn: int) -> Forecast:
-    """What `drawn` requests will cost (`TeacherConfig.forecast`). Nothing is contacted."""
+    """Estimate the cost of `drawn` requests, offline (`TeacherConfig.forecast`)."""
     provider = PROVIDERS[config.kind](config.api.base_url)
     parameters = {**provider.defaults(), **config.api.options}
     price = price_of(config, provider, parameters)
     assert config.api.prompts is not None
     try:
         wanted = len(read_prompts(config.api.prompts)) * config.api.draws
-    except TeacherError:  # named among the missing files
+    except TeacherError:  # reported by `missing`
         wanted = 0
     there = rejected = 0
     spent, seconds = 0.0, None
@@ -48,7 +48,7 @@ def forecast(config: PaidConfig, folder: Path, drawn: int) -> Forecast:
 
 
 def missing(config: PaidConfig, folder: Path) -> Iterator[str]:
-    """What is not there yet, one sentence each (`TeacherConfig.missing`)."""
+    """Yield a message per missing prerequisite (`TeacherConfig.missing`)."""
     assert config.api.prompts is not None
     try:
         read_prompts(config.api.prompts)

@@ -1,7 +1,7 @@
-"""HTTP for teachers: who may be contacted, who may see the key, how much may come back.
+"""Restricted HTTP client for teachers: limits hosts, use of the API key and response sizes.
 
 Every exchange ends in a Reply, a Saved file or a Failure. A Failure carries neither the exception
-that caused it nor its frames: those of the HTTP client hold request headers.
+that caused it nor its frames, because those of the HTTP client hold request headers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _exchanging: ContextVar[bool] = ContextVar("exchanging", default=False)
 
 
 def _quiet(_: logging.LogRecord) -> bool:
-    """The client's own log holds signed addresses and whatever headers come back."""
+    """Suppress the HTTP client's log, which contains signed URLs and response headers."""
     return not _exchanging.get()
 
 
@@ -43,7 +43,7 @@ for _name in ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy
 
 
 class _NoCookies(CookieJar):
-    """Takes no cookie, so that none is sent back."""
+    """A cookie jar that stores nothing, so that no cookie is ever sent."""
 
     def extract_cookies(self, response: Any, request: Any) -> None:
         pass
@@ -53,7 +53,7 @@ class _NoCookies(CookieJar):
 
 
 class Http:
-    """The one door to the network of one teacher. Use as an async context manager."""
+    """The HTTP client of one teacher, its only network access. Use as an async context manager."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class Http:
         scheme: str,
         config: FetchConfig,
     ) -> None:
-        """`trusted`: roots whose origin (scheme, host, port) gets `scheme` and the secret as its
-        Authorization header; no other origin ever does."""
+        """`trusted`: URLs whose origin (scheme, host, port) is sent `scheme` and the secret as the
+        Authorization header; no other origin ever is."""
         self.base_url = base_url
         self._secret, self._config = secret, config
         self._auth = _Auth(secret, scheme, {_origin(httpx.URL(root)) for root in trusted})
@@ -73,7 +73,7 @@ class Http:
             cookies=_NoCookies(),
             timeout=httpx.Timeout(config.request_s),
             headers={"User-Agent": "afd", "Accept-Encoding": "identity"},
-            # Proxies of the environment would decide who is contacted.
+            # Proxies from the environment would determine which host is contacted.
             trust_env=False,
         )
 
@@ -89,46 +89,47 @@ class Http:
         await self._client.aclose()
 
     def trusts(self, url: str) -> bool:
-        """Whether a request to this address would carry the key."""
+        """Whether a request to this URL would carry the key."""
         try:
             return _origin(httpx.URL(url)) in self._auth.origins
         except (httpx.InvalidURL, ValueError, TypeError):
             return False
 
     def plain(self, value: Any) -> Any:
-        """Words of our own as they would come back through the door of answers."""
+        """Sanitise a value of ours like a response, for comparison."""
         return plain(value, self._secret)
 
     def words(self, text: str) -> str:
-        """Someone else's words for people: without the key, on one line, not too many."""
+        """Prepare external text for display: without the key, on one line, truncated."""
         return shown(text, self._secret)
 
     async def call(self, method: str, url: str, **content: Any) -> Reply:
-        """One API exchange; a `url` with a leading / is below base_url. Redirects are not followed.
+        """Make an API call; a `url` with a leading / is relative to base_url. Redirects are not
+        followed.
 
-        `content`: json, params, files, headers as httpx takes them. Every HTTP status gives a
-        Reply; Failure only where there was no whole answer.
+        `content`: json, params, files, headers as in httpx. Every HTTP status gives a Reply; raises
+        Failure only if there was no complete response.
         """
         successes: list[int] = []
         try:
             exchange = self._call(method, url, content, successes)
             return await self._bounded(exchange, self._config.request_s)
         except Failure as failure:
-            # Cut off, too large or encoded: it was answered all the same.
+            # Truncated, too large or encoded, but it was a response nonetheless.
             failure.received = bool(successes)
             raise
 
     async def save(self, url: str, path: Path, max_bytes: int) -> Saved:
-        """Download to `path` (replaced), following checked redirects; synced to the disk.
+        """Download to `path` (overwritten), following checked redirects; flushed to disk.
 
-        Failure.gone: the address is refused (401, 403, 404, 410), a fresh one may work.
+        Failure.gone: the URL was refused (401, 403, 404, 410); a fresh one may work.
         """
         return await self._bounded(self._save(url, path, max_bytes), self._config.download_s)
 
     async def _call(
         self, method: str, url: str, content: dict[str, Any], successes: list[int]
     ) -> Reply:
-        """`successes` receives the status of an answer of success once its head is there."""
+        """`successes` receives the status of a success response once its headers have arrived."""
         target = self._checked(self.base_url + url if url.startswith("/") else url)
         request = self._client.build_request(method, target, **content)
         response = await self._client.send(
@@ -145,7 +146,7 @@ class Http:
                     raise Failure(Kind.RETRYABLE, f"the answer exceeds {JSON_BYTES} bytes")
         finally:
             await response.aclose()
-        # Large ones take a second, in which the other exchanges go on.
+        # Large responses take a second, during which other exchanges continue.
         return await asyncio.to_thread(
             receive, response.status_code, response.headers, bytes(body), self._secret
         )
@@ -192,7 +193,7 @@ class Http:
         return Saved(digest.hexdigest(), size)
 
     def _checked(self, url: str) -> httpx.URL:
-        """The address, if its scheme may be used and it names a host."""
+        """Parse a URL. Raises Failure unless its scheme is allowed and it has a host."""
         try:
             target = httpx.URL(url)
             where = self.words(place(target))
@@ -209,7 +210,7 @@ class Http:
         return target.copy_with(userinfo=b"")
 
     async def _bounded(self, exchange: Awaitable[_T], seconds: float) -> _T:
-        """The exchange within a time; every error of the client as a Failure without its frames."""
+        """Run an exchange with a timeout, converting client errors to Failures without frames."""
         _exchanging.set(True)
         failure: Failure | TeacherError
         try:
@@ -221,13 +222,13 @@ class Http:
         except asyncio.TimeoutError:
             failure = Failure(Kind.RETRYABLE, f"no whole answer within {seconds:g} s")
         except Exception as error:
-            # The client's own, or what it or we did not foresee in an answer.
+            # An error of the client, or an unforeseen response.
             failure = self._failure(error)
             if not isinstance(error, httpx.HTTPError | httpx.StreamError | OSError | ValueError):
                 _log.error("unexpected in an exchange: %s", failure.reason)
         finally:
             _exchanging.set(False)
-        # Outside the handlers, so that neither cause nor context hangs on to the client's frames.
+        # Outside the handlers, so that neither cause nor context references the client's frames.
         raise failure
 
     def _failure(self, error: Exception) -> Failure:
@@ -246,15 +247,15 @@ class Http:
 
 
 def _refuse_encoded(response: httpx.Response) -> None:
-    """Nobody asked for another encoding than identity, and a small one may hold a very large
-    answer: refused before anything is decoded."""
+    """Refuse any content encoding but identity before decoding: none was requested, and a small
+    compressed body may expand to a very large one."""
     named = ",".join(response.headers.get_list("content-encoding"))
     if {name.strip().lower() for name in named.split(",")} - {"", "identity"}:
         raise Failure(Kind.RETRYABLE, "an answer in an encoding that nobody asked for")
 
 
 def place(url: httpx.URL | str) -> str:
-    """An address for people: without user, query and fragment, which may be signatures."""
+    """A URL for display, without user, query and fragment, which may contain signatures."""
     url = httpx.URL(url)
     port = f":{url.port}" if url.port else ""
     return f"{url.scheme}://{url.host}{port}{url.path}"
@@ -266,7 +267,7 @@ def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
 
 
 class _Auth(httpx.Auth):
-    """Adds the key where the origin is trusted."""
+    """Adds the API key to requests to trusted origins."""
 
     def __init__(
         self, secret: Secret, scheme: str, origins: set[tuple[str, str, int | None]]

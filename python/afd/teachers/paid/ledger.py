@@ -1,9 +1,9 @@
-"""The ledger of a folder of bought videos: what was asked, what it costs, what came back.
+"""The ledger of a folder of bought videos: requests, costs and results.
 
-One SQLite file, ledger.sqlite3, with one row per submit. The row is on the disk before the submit
-leaves, and a unique index allows one row per video that may have been paid, so a crash at any point
-leaves a row that says what may have happened; nothing is ever deleted. Times are Unix seconds,
-money is USD. API keys never come here.
+One SQLite file, ledger.sqlite3, with one row per submit. The row is on disk before the request is
+sent, and a unique index allows at most one row per video that may have been paid for, so a crash at
+any point leaves a record of what may have happened; nothing is ever deleted. Times are Unix
+seconds, money is USD. API keys are never stored.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from afd.teachers.paid.schema import connect, copy, create, prepare
 from afd.teachers.paid.service import Order, Task, canonical
 
 NAME, LOCK, MANIFEST = "ledger.sqlite3", "ledger.lock", "prompts.jsonl"
-# asked: the submit left or was about to, no answer is recorded (after a crash: in doubt)
-# running: the provider gave a task   done: the video lies in the folder
-# refused: surely not accepted        failed, cancelled, expired: the task's own end
+# asked: the submit was sent or about to be, with no response recorded (after a crash: in doubt)
+# running: the provider returned a task    done: the video is in the folder
+# refused: definitely not accepted         failed, cancelled, expired: final states of the task
 # written_off: in doubt or stuck, and the user chose to submit again; its price stays counted
 LIVE = ("asked", "running", "done")
 _BOUGHT = re.compile(r"[0-9a-f]{32}\.mp4")  # names of bought videos
@@ -53,23 +53,23 @@ class Row:
     asked_at: float
     sha256: str | None
     bytes: int | None
-    faults: int  # unexpected errors on the way
-    fault: str | None  # the last of them
+    faults: int  # number of unexpected errors
+    fault: str | None  # the last unexpected error
 
 
 class Ledger:
-    """One connection to a folder's ledger; belongs to the thread that made it."""
+    """A connection to a folder's ledger; must be used on the thread that created it."""
 
     def __init__(self, folder: Path, about: dict[str, Any] | None = None) -> None:
-        """`about`: what the folder's videos are (provider, model, parameters). A folder made for
-        something else is refused with TeacherError, and so is a file that is no ledger; None takes
-        the folder as it is."""
+        """`about`: identity of the folder's videos (provider, model, parameters); None accepts any.
+        Raises TeacherError if the folder was made for something else, or the file is not a
+        ledger."""
         self.folder = folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with self._named_errors():
             self._database = create(folder / NAME)
-            # Every commit reaches the disk; the rollback journal also works on network folders.
+            # Every commit is flushed to disk; the rollback journal also works on network folders.
             self._database.execute("PRAGMA synchronous = FULL")
             self._check()
         with self._writing():
@@ -87,8 +87,8 @@ class Ledger:
 
     @classmethod
     def snapshot(cls, folder: Path) -> Ledger:
-        """A copy in memory of what the folder's ledger holds now, to look at: nothing is written
-        to the folder. An empty one where there is none."""
+        """An in-memory copy of the folder's current ledger for inspection, empty if there is none.
+        Nothing is written to the folder."""
         ledger = cls.__new__(cls)
         ledger.folder = folder
         with ledger._named_errors():
@@ -103,8 +103,8 @@ class Ledger:
         self._database.close()
 
     def unknown_videos(self) -> list[str]:
-        """Names of bought videos that lie in the folder and stand in no row: the ledger is new, or
-        an older copy than they."""
+        """Names of bought videos in the folder that are not in any row: the ledger is new, or an
+        older copy."""
         if not self.folder.is_dir():
             return []
         there = {name.name for name in self.folder.iterdir() if _BOUGHT.fullmatch(name.name)}
@@ -115,17 +115,18 @@ class Ledger:
         return sorted(there - known)
 
     def latest(self, key: str) -> Row | None:
-        """The newest submit of a video."""
+        """The newest submit of a video, or None."""
         found = self._one("SELECT * FROM submits WHERE key = ? ORDER BY id DESC LIMIT 1", key)
         return None if found is None else _row(found)
 
     def reserve(self, order: Order, price_usd: float, budget_usd: float) -> Row:
-        """Write that a submit is about to leave and count its price, or raise BudgetError.
+        """Record a submit that is about to be sent and reserve its price, or raise BudgetError.
 
-        One transaction: many processes together never reserve more than the budget.
+        One transaction: concurrent processes never reserve more than the budget in total.
         """
         with self._writing():
-            # Bills above their estimate raise the next one alike, and those of what is under way.
+            # If a bill exceeded its estimate, scale up the next reservation and those of submits in
+            # flight by the same factor.
             excess = "SELECT max(cost_usd / price_usd) FROM submits WHERE price_usd > 0"
             price_usd *= max(1.0, self._one(excess)[0] or 1.0)
             if not (math.isfinite(price_usd) and price_usd >= 0):
@@ -166,14 +167,14 @@ class Ledger:
         return self._get(row.id)
 
     def received(self, row: Row, reason: str) -> Row:
-        """An answer of success came that does not name the task: it was taken, whatever a list
-        says."""
+        """Record a success response that does not name the task: the submit was accepted, even if
+        the provider's list does not contain it."""
         self._update(row, reason=reason[:500])
         return self._get(row.id)
 
     def delivered(self, row: Row, bill_usd: float | None) -> None:
-        """The provider says that the video is finished: from here on it is paid, also if the task
-        is said to have failed later. A bill as in `done`."""
+        """Record that the provider reported the video as finished. From now on it counts as paid,
+        even if the task is later reported as failed. `bill_usd` as in `done`."""
         with self._writing():
             self._database.execute(
                 "UPDATE submits SET ended_at = coalesce(ended_at, ?), cost_usd = max(cost_usd, ?)"
@@ -182,8 +183,8 @@ class Ledger:
             )
 
     def done(self, row: Row, file: str, saved: Saved, bill_usd: float | None) -> None:
-        """The video lies in the folder under its name. A bill may raise what was reserved for
-        it and never lowers it; None: there is none."""
+        """Record that the video is in the folder under its name. `bill_usd`: the bill, which may
+        raise the reserved price but never lowers it; None if there is none."""
         with self._writing():
             self._database.execute(
                 "UPDATE submits SET state = 'done', ended_at = CASE WHEN state = 'done' THEN"
@@ -195,9 +196,10 @@ class Ledger:
     def holds(
         self, row: Row, path: Path, found: tuple[bool, Saved | None], accept_changed: bool
     ) -> bool:
-        """Whether the video of a done submit lies there. `found`: as `contents.compare` has it.
+        """Whether the video of a done submit is present. `found`: result of `contents.compare`.
 
-        Another video in its place is refused with ContentsError, or bound anew if accepted.
+        If another video is in its place, raises ContentsError, or records its hash if
+        `accept_changed`.
         """
         same, saved = found
         if same or saved is None:
@@ -213,8 +215,8 @@ class Ledger:
         return True
 
     def found(self, order: Order, saved: Saved, path: Path, adopt: bool) -> None:
-        """A finished video of this order lay in the folder without a submit: adopted, it costs
-        nothing; else ContentsError."""
+        """Handle a finished video of this order found without a submit: if `adopt`, record it at no
+        cost, else raise ContentsError."""
         if not adopt:
             raise ContentsError(_unknown(self.folder, [path.name]))
         with self._writing():
@@ -245,8 +247,8 @@ class Ledger:
             )
 
     def end(self, row: Row, state: str, kind: str, reason: str, *, paid: bool) -> None:
-        """A submit came to nothing; `paid` says whether its price may have been charged. That of a
-        video that was finished once stays."""
+        """End a submit without a video. `paid`: whether its price may have been charged; the price
+        of a video that was once reported finished stays counted."""
         unpaid = "CASE WHEN ended_at IS NULL THEN 0.0 ELSE cost_usd END"
         cost = "max(cost_usd, price_usd)" if paid else unpaid
         with self._writing():
@@ -257,21 +259,21 @@ class Ledger:
             )
 
     def task_ids(self) -> set[str]:
-        """Every task that belongs to a submit."""
+        """Ids of all tasks that belong to a submit."""
         query = "SELECT task_id FROM submits WHERE task_id IS NOT NULL"
         return {found["task_id"] for found in self._all(query)}
 
     def spent_usd(self) -> float:
-        """Paid, reserved and possibly paid."""
+        """Total of amounts paid, reserved and possibly paid."""
         return float(self._all("SELECT total(cost_usd) FROM submits")[0][0])
 
     def length(self) -> int:
-        """Submits ever written down; none is taken back, so this only grows."""
+        """The number of submits ever recorded. Rows are never deleted, so this only grows."""
         return int(self._all("SELECT coalesce(max(id), 0) FROM submits")[0][0])
 
     def contents(self, length: int, until: float) -> str:
-        """One hash of the videos that lay there at a time (Unix seconds), of the first `length`
-        submits: empty where there were none."""
+        """A hash over the videos of the first `length` submits that were finished by a time (Unix
+        seconds); empty if there were none."""
         query = (
             "SELECT key, sha256 FROM submits WHERE state = 'done' AND id <= ? AND ended_at <= ?"
             " ORDER BY id"
@@ -280,7 +282,7 @@ class Ledger:
         return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
 
     def typical_seconds(self) -> float | None:
-        """Mean time from a submit to its video on the disk; None where none was bought yet."""
+        """Mean time from a submit to its video on disk; None if none was bought yet."""
         query = (
             "SELECT avg(ended_at - asked_at) FROM submits WHERE state = 'done' AND price_usd > 0"
         )
@@ -288,7 +290,7 @@ class Ledger:
         return None if found is None else float(found)
 
     def counts(self) -> dict[str, int]:
-        """How many videos stand where; a failed one under its kind. The newest submit counts."""
+        """Number of videos per state of their newest submit; failed ones by their kind."""
         query = (
             "SELECT CASE WHEN state = 'failed' THEN kind ELSE state END AS stands, count(*) AS n "
             "FROM submits WHERE id IN (SELECT max(id) FROM submits GROUP BY key) GROUP BY stands"
@@ -296,12 +298,12 @@ class Ledger:
         return {found["stands"]: found["n"] for found in self._all(query)}
 
     def open_rows(self) -> list[tuple[str, Row]]:
-        """(prompt, row) of every submit that is asked or running, oldest first."""
+        """(prompt, row) of every submit in state asked or running, oldest first."""
         query = "SELECT * FROM submits WHERE state IN ('asked', 'running') ORDER BY id"
         return [(found["prompt"], _row(found)) for found in self._all(query)]
 
     def about(self) -> dict[str, Any]:
-        """What the folder's videos are."""
+        """Identity of the folder's videos (provider, model, parameters)."""
         found = self._one("SELECT value FROM about WHERE name = 'about'")
         try:
             about = {} if found is None else json.loads(found["value"])
@@ -312,9 +314,9 @@ class Ledger:
         return about
 
     def write_manifest(self) -> None:
-        """prompts.jsonl with every finished video, so that the folder is a `folder` teacher.
+        """Write prompts.jsonl with every finished video, so that a `folder` teacher can read it.
 
-        Entries of other files that are there stay. Replaced as a whole, one writer at a time.
+        Entries for other existing files are kept. Written atomically, by one writer at a time.
         """
         query = "SELECT * FROM submits WHERE state = 'done' ORDER BY draw, id"
         path = self.folder / MANIFEST
@@ -356,7 +358,7 @@ class Ledger:
             return self._database.execute(query, values).fetchall()
 
     def _check(self) -> None:
-        """Refuse a damaged file before anything is added to it."""
+        """Refuse a damaged file before anything is written to it."""
         found = self._database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise SchemaError(f"it is damaged: {found}")
@@ -369,7 +371,7 @@ class Ledger:
                 yield
                 self._database.execute("COMMIT")
             except BaseException:
-                # A full disk has ended the transaction already.
+                # On a full disk SQLite has already rolled back the transaction.
                 if self._database.in_transaction:
                     self._database.execute("ROLLBACK")
                 raise
@@ -379,8 +381,8 @@ class Ledger:
         try:
             yield
         except sqlite3.IntegrityError:
-            raise  # a rule of ours
-        # No database, no space, no right to write; a schema of another version.
+            raise  # a violated constraint, handled by the caller
+        # Not a database, no space, no write permission; a schema of another version.
         except (sqlite3.Error, SchemaError) as error:
             raise TeacherError(
                 f"{self.folder / NAME}: cannot be used ({error}); it knows what is paid, so "
@@ -393,8 +395,8 @@ def _bill(usd: float | None) -> float:
 
 
 def refuse_unknown_videos(folder: Path) -> None:
-    """TeacherError where bought videos lie in a folder whose ledger does not know them: it is gone,
-    empty or an older copy, and what it counted as paid with it."""
+    """Raise TeacherError if a folder holds bought videos that its ledger does not list: the ledger
+    is missing, empty or an older copy, so its record of spending is incomplete."""
     ledger = Ledger.snapshot(folder)
     try:
         names = ledger.unknown_videos()
@@ -442,10 +444,10 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 class Claims:
-    """Who works on which video: byte locks of one file, one byte per video.
+    """Exclusive claims on videos in progress: byte-range locks on one file, one byte per video.
 
-    They hold between the processes of a machine and go with the process that dies. A process opens
-    the file once and never closes it, because closing would drop all its locks.
+    They are effective between the processes of a machine and released when a process ends. A
+    process opens the file once and never closes it, because closing would drop all its locks.
     """
 
     _files: ClassVar[dict[tuple[int, str], tuple[int, set[int]]]] = {}
@@ -461,7 +463,7 @@ class Claims:
             self._descriptor, self._mine = self._files[name]
 
     def take(self, key: str) -> bool:
-        """Whether this caller alone now works on the video."""
+        """Try to claim a video; True if this caller now holds it exclusively."""
         place = _byte(key)
         with self._guard:
             if place in self._mine:

@@ -1,4 +1,4 @@
-"""How many videos are under way at once."""
+"""Adaptive limit on the number of concurrent requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _log = logging.getLogger("afd")
 
 
 class Limiter:
-    """How many videos are under way: additive increase, halved when the provider says 429."""
+    """Limits the videos in flight: additive increase, halved when the provider returns 429."""
 
     def __init__(self, ceiling: int) -> None:
         self.ceiling, self.limit = ceiling, float(ceiling)
@@ -21,7 +21,7 @@ class Limiter:
         self._timer: asyncio.TimerHandle | None = None
 
     async def enter(self) -> None:
-        """Wait for a place; first come, first served."""
+        """Wait for a slot; first come, first served."""
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
         self._admit()
@@ -37,12 +37,12 @@ class Limiter:
         self._admit()
 
     def accepted(self) -> None:
-        """A submit went through: one more place per round."""
+        """Record an accepted submit, which raises the limit by one slot per full round."""
         self.limit = min(float(self.ceiling), self.limit + 1.0 / self.limit)
         self._admit()
 
     def throttled(self, pause_s: float) -> None:
-        """429: half the places, and nobody enters for a while. Once per pause."""
+        """Handle a 429: halve the limit (once per pause), and admit nobody for `pause_s`."""
         now = time.monotonic()
         if now >= self._paused_until:
             self.limit = max(1.0, min(self.limit, self.under_way) / 2)

@@ -1,9 +1,9 @@
-"""How services say that moderation stopped a video: the one table of their words.
+"""Detection of moderation in error responses: the table of codes and phrases of all services.
 
-A wrong yes means that a prompt is silently never bought again, a wrong no that it is paid again and
-again. So machine-readable codes decide wherever they stand; sentences decide only where they speak
-of content, and not where they speak of a fault, a limit, an account or a field of the request; and
-nothing that merely repeats the request (prompt, input, the address of a page) is looked at.
+A false positive means that a prompt is silently never bought again, a false negative that it is
+paid for repeatedly. Therefore machine-readable codes decide wherever they appear; sentences decide
+only if they concern content and not a fault, a limit, an account or a field of the request; and
+fields that merely echo the request (prompt, input, the URL of a page) are ignored.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# Codes, in lower case and without what is no letter or digit; whose they are, and where they are
-# documented or were seen.
+# Patterns of codes, in lower case with only letters and digits; for each the service that uses it,
+# and where it is documented or was observed.
 CODES = {
     # OpenAI's images and videos APIs; litellm's exceptions; many gateways
     "contentpolicy": "OpenAI: content_policy_violation; fal's error reference",
@@ -58,12 +58,12 @@ CODES = {
     r"(content|prompt|input|output)(was|is)?(flagged|blocked|rejected)": "generic",
     r"flaggedcontent|inappropriate|harmfulcontent": "generic",
 }
-# Codes of a fault of moderation itself, or of a field whose name has its words.
+# Codes that report a fault of the moderation system itself, or a field with a similar name.
 NO_CODES = (
     r"error$|unavailable|timeout|timedout|overload|ratelimit|quota|invalid|unsupported|missing"
     r"|setting|identifier|header|internal|notfound|parameter|tolerance|disabled"
 )
-# Codes that services also write within a sentence, where nothing else can be meant.
+# Codes that services also write within sentences, and that are unambiguous there.
 WRITTEN = (
     r"content_filter(?![\w-])|content_policy_violation|moderation_blocked|responsibleaipolicyviolation"
     r"|sensitivecontentdetected|data_?inspection_?failed|(?<![a-z])new_sensitive|prohibited_content"
@@ -110,8 +110,8 @@ _CODES = re.compile("|".join(CODES))
 _NO_CODES, _WRITTEN = re.compile(NO_CODES), re.compile(WRITTEN)
 _SENTENCES, _NO_SENTENCES = re.compile(SENTENCES), re.compile(NO_SENTENCES)
 
-# Where answers say what went wrong, with the words inside of objects, lists and strings there. What
-# stands under other names (prompt, input, loc, url, id) repeats the request.
+# Fields of a response that report an error, as objects, lists or strings. Other fields (prompt,
+# input, loc, url, id) echo the request.
 _IN_CODES = (
     "code type error_type error_code err_code errcode errcodeext reason status_code failure_code"
     " fail_code failurecode failcode finish_reason finishreason blockreason block_reason category"
@@ -127,12 +127,12 @@ _IN_WORDS = (
 _WRAPPERS = "data response result output body"
 _NAMES_OF_CODES, _NAMES_OF_WORDS = set(_IN_CODES.split()), set(_IN_WORDS.split())
 _FLAGS = {"nsfw", "flagged", "has_nsfw_concepts", "moderated", "is_nsfw", "content_filtered"}
-_MOST = 32  # words that are looked at
+_MOST = 32  # strings that are examined
 
 
 @dataclass(frozen=True)
 class Complaint:
-    """What an answer says went wrong: machine-readable codes and sentences."""
+    """The error reported in a response: machine-readable codes and sentences."""
 
     codes: tuple[str, ...] = ()
     sentences: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ class Complaint:
 
     @property
     def reason(self) -> str:
-        """For people, e.g. `moderation_blocked: Your request was rejected.`"""
+        """Human-readable reason, e.g. `moderation_blocked: Your request was rejected.`"""
         sentences = [sentence for sentence in self.sentences if sentence != self.code]
         return ": ".join(part for part in (self.code, "; ".join(sentences[:2])) if part)[:300]
 
@@ -152,22 +152,22 @@ class Complaint:
 
     @property
     def moderated(self) -> bool:
-        """Whether it was moderation that stopped the video."""
+        """Whether the video was stopped by moderation."""
         return any(map(_is_code, self.codes)) or any(map(_is_sentence, self.sentences))
 
     @property
     def surely_moderated(self) -> bool:
-        """Whether a code says so; sentences also stand in answers about something else."""
+        """Whether a code reports moderation; sentences alone may concern something else."""
         written = (_WRITTEN.search(sentence.lower()) for sentence in self.sentences)
         return any(map(_is_code, self.codes)) or any(written)
 
 
 def complaint(answer: Any) -> Complaint:
-    """What an answer, or the part of one that holds its error, says went wrong."""
+    """Extract the Complaint from a response, or from the part of it that holds the error."""
     codes: list[str] = []
     sentences: list[str] = []
     for is_code, word in _words(answer, False, 6):
-        # A single word is a code, wherever it stands; several words may be both.
+        # A single word is a code in any field; several words in a code field count as both.
         several = re.search(r"[\s\u3000-\uffef]", word) is not None
         for into, fits in ((codes, is_code or not several), (sentences, several or not is_code)):
             if fits and word not in into and len(codes) + len(sentences) < _MOST:
@@ -185,7 +185,7 @@ def _words(value: Any, is_code: bool, depth: int) -> Iterator[tuple[bool, str]]:
             yield from _words(item, is_code, depth - 1)
     if depth and isinstance(value, dict):
         named = {name.lower().replace("-", "_"): held for name, held in value.items()}
-        # Codes first: the first one stands in what people read.
+        # Codes first, as the first one is shown in `Complaint.reason`.
         for names, codes in ((_NAMES_OF_CODES, True), (_NAMES_OF_WORDS, False)):
             for name in (name for name in named if name in names):
                 if name.startswith("rai"):
@@ -215,5 +215,5 @@ def _is_sentence(sentence: str) -> bool:
 
 
 def any_moderated(words: Iterable[str]) -> bool:
-    """Whether one of these codes is one of moderation."""
+    """Whether any of these codes reports moderation."""
     return any(map(_is_code, words))

@@ -1,4 +1,4 @@
-"""Connections for teachers: they go to the address that was checked, and to public ones only."""
+"""Network connections for teachers, restricted to checked, public IP addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import httpx
 
 
 class Transport(httpx.AsyncHTTPTransport):
-    """httpx's transport over connections that look at the address they really go to."""
+    """httpx transport whose connections verify the IP address that they connect to."""
 
     def __init__(self, private_hosts: Iterable[str]) -> None:
         context = certificates()
@@ -23,7 +23,7 @@ class Transport(httpx.AsyncHTTPTransport):
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=context,
             max_connections=64,
-            # A connection that idles longer may be closed as a submit is written to it.
+            # The server may close a connection idle for longer just as a submit is written to it.
             keepalive_expiry=2.0,
             network_backend=_Guard(private_hosts),
         )
@@ -31,7 +31,7 @@ class Transport(httpx.AsyncHTTPTransport):
 
 @functools.cache
 def certificates() -> ssl.SSLContext:
-    """Reading them takes a tenth of a second."""
+    """The SSL context with root certificates, cached because loading takes a tenth of a second."""
     return httpx.create_ssl_context(trust_env=False)
 
 
@@ -40,8 +40,8 @@ class Forbidden(httpcore.ConnectError):
 
 
 class _Guard(httpcore.AsyncNetworkBackend):
-    """Resolves names itself and connects to the address it has checked, so that no second look-up
-    can give another one."""
+    """Resolves names and connects to the address that was checked, so that a second DNS lookup
+    cannot return another one (DNS rebinding)."""
 
     def __init__(self, private_hosts: Iterable[str]) -> None:
         self._private_hosts = {host.strip("[]").lower() for host in private_hosts}
@@ -90,7 +90,7 @@ class _Guard(httpcore.AsyncNetworkBackend):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, also where IPv6 wraps an IPv4 one."""
+    """Whether an IP address is publicly routable, including IPv4 addresses embedded in IPv6."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner: list[ipaddress.IPv4Address | None] = [ip.ipv4_mapped, ip.sixtofour]

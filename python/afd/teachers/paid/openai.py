@@ -1,9 +1,9 @@
-"""Servers that speak the OpenAI Videos API: /videos.
+"""Servers that implement the OpenAI Videos API: /videos.
 
 Written against openai 3.54.0, whose videos resource announces that OpenAI's own service shuts down
-on 2026-09-24; gateways and self-hosted servers speak the same API (teacher.api.base_url). Never run
-against a live service. The API takes no seed and has no cancel; whether a failed video is billed is
-not documented, so its price stays counted.
+on 2026-09-24; gateways and self-hosted servers implement the same API (teacher.api.base_url). Never
+run against a live service. The API takes no seed and has no cancel; whether a failed video is
+billed is not documented, so its price stays counted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Listed(Answer):
     seconds: Word = ""
 
     def before(self, since: float) -> bool:
-        """Whether it is surely older."""
+        """Whether it is definitely older."""
         return self.created_at is not None and self.created_at < since
 
 
@@ -65,7 +65,7 @@ class _Page(Answer):
 
 
 class OpenAI(Provider):
-    """The Videos API; the content of a video needs the key as well."""
+    """The provider for the Videos API; downloading a video also needs the key."""
 
     name = "openai"
     key_variable = "OPENAI_API_KEY"
@@ -99,11 +99,11 @@ class OpenAI(Provider):
         return unfinished(state, video.status, wrong)
 
     async def cancel(self, http: Http, task: Task) -> None:
-        """There is no cancel; DELETE would lose a video that finished meanwhile."""
+        """Do nothing: there is no cancel, and DELETE would lose a video that finished meanwhile."""
 
     async def find(self, http: Http, order: Order, since: float) -> Sightings | None:
-        """The list tells prompt, size and seconds. Draws of one prompt are alike, so any of its
-        videos that nobody holds will do."""
+        """Search the list by prompt, size and seconds. Draws of a prompt are interchangeable, so
+        any of its videos that no submit holds will do."""
         sightings, after, whole = Sightings(), "", True
         seen: set[str] = set()
         ours = self._body(order)
@@ -114,7 +114,7 @@ class OpenAI(Provider):
                 raise refusal(reply, QUOTA)
             page = reply.read(_Page)
             if page.data is None:
-                break  # no list, so no proof
+                break  # no list, hence no proof
             listed, before = [], len(seen)
             for raw in page.data:
                 try:
@@ -124,7 +124,7 @@ class OpenAI(Provider):
                     continue
                 seen.add(listed[-1].id)
                 self._sort(http.plain(ours["prompt"]), ours, listed[-1], since, sightings)
-            # Servers that do not say whether there is more are asked until there is not.
+            # If a server does not report whether there is more, request pages until one is empty.
             if not page.data or page.has_more is False or _down_to(listed, since):
                 sightings.complete = whole
                 break
@@ -136,8 +136,8 @@ class OpenAI(Provider):
     def _sort(
         self, prompt: str, ours: dict[str, Any], item: _Listed, since: float, seen: Sightings
     ) -> None:
-        """`prompt`: ours, as it comes through the door of answers."""
-        # A prompt may come back cut short or empty.
+        """Classify a listed video. `prompt`: ours, sanitised like a response."""
+        # A prompt may be returned truncated or empty.
         asked = " ".join(prompt.split())
         listed = asked if item.prompt is None else " ".join(item.prompt.split())
         whole = item.prompt is not None and listed == asked
@@ -156,12 +156,12 @@ class OpenAI(Provider):
 
 
 def _down_to(listed: list[_Listed], since: float) -> bool:
-    """Whether a page goes from new to old, as was asked for, and ends before a time."""
+    """Whether a page is sorted from new to old, as requested, and ends before a time."""
     times = [item.created_at for item in listed if item.created_at is not None]
     falling = len(times) > 1 and times[0] > times[-1] and times == sorted(times, reverse=True)
     return falling and listed[-1].before(since)
 
 
 def _field(value: Any) -> str:
-    """A form's field; what is no text travels as JSON."""
+    """A form field; values other than strings are encoded as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

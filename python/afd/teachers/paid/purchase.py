@@ -1,7 +1,7 @@
-"""From an order to a file: the one way a video is bought, whatever the provider.
+"""The purchase engine: turns an order into a video file, for every provider.
 
-An order goes: claim, ledger, submit, poll, download, probe, rename, ledger. Every step may be the
-last one of a process; the next process continues from what the ledger and the folder say.
+The steps of an order are: claim, ledger, submit, poll, download, probe, rename, ledger. A process
+may end after any step; the next process continues from the state of the ledger and the folder.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from afd.video import check_video
 
 _T = TypeVar("_T")
 _log = logging.getLogger("afd")
-# A provider's clock may differ from ours by this much, one set to the wrong zone included.
+# A provider's clock may differ from ours by this much, including a wrong time zone.
 SKEW_S = 86_400.0
 MANIFEST_S = 5.0
-DECIDED = 20  # videos before a share of rejections means anything
-FAULTS = 5  # unexpected errors of one video, over all processes, before it is left alone
-WORDS = 5  # unknown states that are named
+DECIDED = 20  # decided videos before the share of rejections is checked
+FAULTS = 5  # unexpected errors of one video, over all processes, before it is given up
+WORDS = 5  # unknown states that are logged
 
 
 class Engine:
-    """Buys videos into one folder. Belongs to one event loop and its thread."""
+    """Buys videos into one folder. Must be used on one event loop and its thread."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class Engine:
         price_usd: float,
         accept: Callable[[Path], None] = check_video,
     ) -> None:
-        """`price_usd`: the most one video is expected to cost. `accept` raises VideoError for a
-        whole video that this run cannot use; the first one stops further purchases."""
+        """`price_usd`: the most one video is expected to cost. `accept`: raises VideoError for an
+        intact video that this run cannot use; the first such video stops further purchases."""
         self.provider, self.http, self.ledger, self.config = provider, http, ledger, config
         self.price_usd = price_usd
         self.limiter = Limiter(config.concurrency)
@@ -63,9 +63,10 @@ class Engine:
         self._manifest_at = time.monotonic()
 
     async def obtain(self, order: Order) -> Path:
-        """The finished video of an order, bought if need be.
+        """The finished video of an order, bought if necessary.
 
-        Raises Unanswered if this one cannot be had now, TeacherError if nothing more is bought.
+        Raises Unanswered if this video cannot be obtained now, TeacherError if purchases have
+        stopped.
         """
         while True:
             await self.limiter.enter()
@@ -86,11 +87,11 @@ class Engine:
                 self.limiter.leave()
             if fault is not None:
                 raise self._fault(order, fault)
-            # Another process is at it; it ends or dies, and either frees the claim.
+            # Another caller is working on it; the claim is released when it finishes or dies.
             await asyncio.sleep(self.config.poll_s)
 
     async def settle(self) -> None:
-        """No further submit; wait until those on their way are answered and written down."""
+        """Stop submitting, and wait until the responses of submits in flight are recorded."""
         self.fatal = self.fatal or TeacherError("the teacher was closed")
         while self._asking:
             await asyncio.gather(*self._asking, return_exceptions=True)
@@ -111,7 +112,7 @@ class Engine:
                     return path
             elif path.is_file() and (saved := await asyncio.to_thread(lying, path)) is not None:
                 if row is not None and row.state == "running":
-                    # The end came between the rename and the ledger.
+                    # A process ended between the rename and the ledger.
                     self.ledger.done(row, order.file, saved, None)
                     return path
                 if row is None or row.state not in LIVE:
@@ -148,14 +149,14 @@ class Engine:
         raise Unanswered(f"{order.prompt!r}: {self.config.attempts} submits failed, last: {reason}")
 
     async def _submit(self, order: Order) -> Row:
-        """A row that is running, or asked where the answer got lost."""
+        """Submit an order. Returns a row in state running, or asked if the response was lost."""
         give_up, tries = time.monotonic() + self.config.deadline_s, 0
         while True:
             if self.fatal is not None:
                 raise self.fatal
             row = self.ledger.reserve(order, self.price_usd, self.config.budget_usd)
             self._age_s(row)
-            # Shielded: who stops waiting for the answer must not lose it.
+            # Shielded: the response must be recorded even if the caller is cancelled.
             asking = asyncio.ensure_future(self._ask(order, row))
             self._asking.add(asking)
             asking.add_done_callback(self._asking.discard)
@@ -190,7 +191,8 @@ class Engine:
                 await asyncio.sleep(wait_s)
 
     async def _enter_again(self) -> None:
-        """After the pause; a cancelled wait still owns the place that `obtain` will leave."""
+        """Re-enter the limiter after a pause. If cancelled, the slot is counted all the same, as
+        `obtain` will leave it."""
         try:
             await self.limiter.enter()
         except BaseException:
@@ -210,15 +212,15 @@ class Engine:
         return running
 
     async def _look_up(self, order: Order, row: Row) -> Row | None:
-        """A submit without an answer: its task, or None once it surely never arrived.
+        """Look up the task of an unanswered submit; None once it definitely never arrived.
 
-        Raises Unanswered (in doubt) where the provider's list does not decide it.
+        Raises Unanswered (in doubt) if the provider's list does not settle it.
         """
         tries, why = 0, f"{self.provider.name} has no list of tasks"
         while True:
             tries += 1
             partial = False
-            # Of the moment before the list is asked for: it must be younger than that.
+            # Evaluated before the list is requested: the list must be newer than this moment.
             settled = self._age_s(row) >= self.config.settle_s
             try:
                 if self.config.idempotency_header is not None:
@@ -254,7 +256,7 @@ class Engine:
         return None
 
     async def _follow(self, order: Order, row: Row) -> Path | str:
-        """Poll a task to its end: the video, or why another submit is worth it."""
+        """Poll a task until it ends. Returns the video, or the reason to submit again."""
         assert row.task is not None
         faults = downloads = silences = 0
         cancelled = delivered = False
@@ -304,7 +306,7 @@ class Engine:
                 await asyncio.sleep(self._pause_s(downloads))
                 continue
             if status.state is State.SUCCEEDED and silences == 0:
-                # A rejection is remembered for good: one odd answer is not enough for it.
+                # A rejection is permanent, so a single odd response is not enough.
                 silences += 1
                 await asyncio.sleep(self.config.poll_s)
                 continue
@@ -314,7 +316,7 @@ class Engine:
                 if cancelled or status.state is not State.QUEUED:
                     waited = f"still {status.state.value} after {self.config.deadline_s:g} s"
                     return self._stuck(order, row, waited)
-                cancelled = True  # only what has not begun: its end is not paid, and known soon
+                cancelled = True  # only if not yet started: it is then not billed, and ends soon
                 try:
                     await self._understood(self.provider.cancel(self.http, row.task))
                 except Failure as failure:
@@ -322,7 +324,8 @@ class Engine:
             await asyncio.sleep(self.config.poll_s)
 
     def _ended(self, order: Order, row: Row, status: Status, cancelled: bool) -> str:
-        """A task ended without a video: write it down; return if another submit is worth it."""
+        """Record a task that ended without a video. Returns the reason if it is worth submitting
+        again, else raises."""
         paid = self.provider.bills_failures
         if status.state is State.SUCCEEDED:
             reason = status.reason or "succeeded without a video (a silent filter)"
@@ -342,14 +345,14 @@ class Engine:
         return reason
 
     async def _download(self, order: Order, row: Row, status: Status) -> Path:
-        """The video under its name, in the ledger and on the disk."""
+        """Download the video, give it its final name and record it in the ledger."""
         folder = self.ledger.folder
         path, partial = folder / order.file, folder / f".{order.file}.partial"
         try:
             most = int(self.config.max_mib * 2**20)
             saved = await self.provider.download(self.http, status, partial, most)
             await asyncio.to_thread(check_video, partial)
-            # What is collected again is what was bought, or is refused.
+            # A video downloaded again must be the one that was bought.
             if row.state == "done" and saved.sha256 != row.sha256:
                 self.ledger.holds(row, path, (False, saved), self.config.accept_changed_videos)
             with writing(folder):
@@ -369,21 +372,21 @@ class Engine:
         return path
 
     def _bill_usd(self, status: Status) -> float | None:
-        """What the service says it billed, by its own units; None where it does not say."""
+        """The cost by the units that the service reports as billed; None if it reports none."""
         units = {"million_tokens": (status.tokens or 0.0) / 1e6, "second": status.seconds}
         found = units.get(self.config.price_per)
         return found * (self.config.price_usd or 0.0) if found else None
 
     def _age_s(self, row: Row) -> float:
-        """Seconds since a submit. The clock counts only until this process first saw it: one that
-        is set meanwhile neither proves nor delays anything."""
+        """Seconds since a submit. Wall-clock time is used only up to when this process first saw
+        it, monotonic time after that, so later clock changes have no effect."""
         now = time.monotonic()
         known = (now, max(0.0, time.time() - row.asked_at))
         first, age_s = self._first_seen.setdefault(row.id, known)
         return age_s + now - first
 
     def _stuck(self, order: Order, row: Row, reason: str) -> str:
-        """A task that may be paid gives no video now. The next fetch looks at it again."""
+        """Handle a task that may be paid but currently yields no video; the next fetch retries."""
         self._doubt(order, row, f"the task {(row.task or {}).get('id')} {reason}")
         return reason
 
@@ -398,7 +401,8 @@ class Engine:
         )
 
     def _rejected(self, order: Order, reason: str) -> Unanswered:
-        """Log the share of rejected prompts: it biases what the student learns from."""
+        """Log the share of rejected prompts, which biases the training data, and return the error
+        for this one."""
         counts = self.ledger.counts()
         rejected = counts.get(Kind.CONTENT.value, 0)
         decided = rejected + counts.get("done", 0)
@@ -418,7 +422,7 @@ class Engine:
         return _rejection(order, reason)
 
     async def _understood(self, exchange: Awaitable[_T]) -> _T:
-        """A provider's verb; what nobody foresaw in an answer is a Failure like others."""
+        """Await a provider's method, converting unexpected errors to a Failure."""
         try:
             return await exchange
         except (Failure, TeacherError):
@@ -429,8 +433,8 @@ class Engine:
         raise Failure(Kind.RETRYABLE, f"an answer of a form not known here ({what})")
 
     def _fault(self, order: Order, error: Exception) -> TeacherError:
-        """An error that nobody foresaw ends this order only, and is remembered: what may be paid is
-        looked at again by later processes, a few times, and not bought again."""
+        """Record an unexpected error, which ends only this order. Later processes retry a few times
+        to collect what may be paid, without buying it again."""
         what = self._described(error)
         _log.error("%r: unexpected: %s; this video fails, others go on", order.prompt, what)
         try:
@@ -441,7 +445,7 @@ class Engine:
         return Unanswered(f"{order.prompt!r}: unexpected: {what}; the next fetch looks again")
 
     def _described(self, error: Exception) -> str:
-        """Type, place and words of an error."""
+        """The type, location and message of an error."""
         frames = traceback.extract_tb(error.__traceback__)
         where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
         return f"{type(error).__name__} at {where}: {self.http.words(str(error))}"
@@ -453,7 +457,7 @@ class Engine:
         )
 
     def _pause_s(self, tries: int, at_least_s: float = 0.0) -> float:
-        """Exponential with jitter, in seconds; never below what the provider asked for."""
+        """Exponential backoff with jitter, in seconds; at least what the provider requested."""
         grown = self.config.backoff_s * 2.0 ** min(tries - 1, 30)
         wanted = min(grown, self.config.backoff_max_s) * random.uniform(0.5, 1.0)
         return min(max(wanted, at_least_s), self.config.deadline_s)
@@ -464,7 +468,7 @@ def _rejection(order: Order, reason: str | None) -> Unanswered:
 
 
 def _sync(folder: Path) -> None:
-    """A rename is on the disk when its folder is."""
+    """Flush a folder's entries to disk, which makes a rename durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

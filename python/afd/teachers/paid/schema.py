@@ -1,4 +1,4 @@
-"""The file of a ledger, its tables, their version, and how older ones become it."""
+"""The SQLite schema of a ledger: tables, version and migrations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from afd.errors import SchemaError
 
-# Version 1 carried no number: what has its tables and the number 0.
+# Version 1 files carry no version number: they have its tables and user_version 0.
 VERSION = 2
 _TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -38,8 +38,8 @@ CREATE UNIQUE INDEX one_purchase ON submits (key)
     WHERE state IN ('asked', 'running', 'done');
 CREATE INDEX by_key ON submits (key)
 """
-# Statements that lead from a version to the next. Version 1 took bills as a server named them: what
-# is no price becomes the price that was reserved.
+# Statements that migrate a version to the next. Version 1 stored bills as reported by servers:
+# values that are not a price are replaced by the price that was reserved.
 _MIGRATIONS = {
     1: """
 ALTER TABLE submits ADD COLUMN faults INTEGER NOT NULL DEFAULT 0;
@@ -51,26 +51,27 @@ UPDATE submits SET cost_usd = price_usd
 
 
 def connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
-    """A connection that waits a minute for others and commits by itself."""
+    """Open a connection with a busy timeout of one minute, in autocommit mode."""
     database = sqlite3.connect(name, timeout=60.0, isolation_level=None, uri=uri)
     database.row_factory = sqlite3.Row
     return database
 
 
 def create(path: Path) -> sqlite3.Connection:
-    """A connection to a file that is made if need be, with the permissions of the umask."""
-    # SQLite's own new files are writable by their owner only; its journals follow the file. Only a
-    # new file is touched: closing one that is open elsewhere in the process would drop its locks.
+    """Open a connection to a file, created with the umask's permissions if absent."""
+    # Files created by SQLite are writable by their owner only; its journals copy the permissions of
+    # the file. Only a new file is opened here: closing one that is open elsewhere in the process
+    # would drop its locks.
     with suppress(OSError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     return connect(str(path))
 
 
 def copy(path: Path, into: sqlite3.Connection) -> None:
-    """Copy a database; sqlite3.OperationalError where another process keeps it locked."""
+    """Copy a database. Raises sqlite3.OperationalError if another process keeps it locked."""
 
     def locked(status: int, *_: int) -> None:
-        # SQLITE_BUSY, SQLITE_LOCKED: the copy itself would ask again for ever.
+        # SQLITE_BUSY, SQLITE_LOCKED: `backup` would otherwise retry forever.
         if status in (5, 6):
             raise sqlite3.OperationalError("another process holds it locked")
 
@@ -82,7 +83,7 @@ def copy(path: Path, into: sqlite3.Connection) -> None:
 
 
 def prepare(database: sqlite3.Connection) -> None:
-    """Make the tables, or bring those of an older version to this one; within a transaction."""
+    """Create the tables, or migrate those of an older version. Call within a transaction."""
     version = database.execute("PRAGMA user_version").fetchone()[0]
     tables = {found[0] for found in database.execute("SELECT name FROM sqlite_master")}
     if version > VERSION:

@@ -1,4 +1,4 @@
-"""API keys, and how they and whatever would move a terminal are taken out of others' words."""
+"""API keys, and the removal of keys and terminal control characters from external text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import NoReturn
 from afd.errors import TeacherError
 
 HIDDEN = "[key]"
-# Runs of the key that are hidden: in words for people, where one too many is harmless, and in
-# identifiers and addresses, which are then refused.
+# Minimum length of runs of the key that are hidden: in text for display, where a false match is
+# harmless, and in identifiers and URLs, which are refused on a match.
 WORD_RUN, NAME_RUN = 6, 8
-LAYERS = 4  # escapes within escapes
+LAYERS = 4  # of nested escapes
 _SEED = 4
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
 _BASES = ((base64.b64encode, 6, 3), (base64.b32encode, 5, 5))
-# A run of backslashes is looked at from its beginning only: from each of them it is quadratic.
+# A run of backslashes is matched only from its beginning: matching from each one is quadratic.
 _RUN = r"(?<!\\)\\+"
 _ESCAPE = re.compile(
     rf"(?:{_RUN}|%)[uU]\{{?([0-9a-fA-F]{{2,6}})\}}?|(?:{_RUN}[xX]|%|=)([0-9a-fA-F]{{2}})"
@@ -30,8 +30,8 @@ _ESCAPE = re.compile(
 
 
 def clean(text: str) -> str:
-    """The text on one line and without what is no character to read: controls, escapes of
-    terminals, marks that turn the reading direction, halves of surrogate pairs."""
+    """The text on one line, without unprintable characters: control characters, terminal escapes,
+    bidirectional marks, lone surrogates."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -42,13 +42,13 @@ def clean(text: str) -> str:
 
 
 class Secret:
-    """An API key that does not show itself: no value in repr, str, pickle or copies."""
+    """An API key that never reveals its value in repr, str, pickle or copies."""
 
     __slots__ = ("_seeds", "_value", "name")
 
     def __init__(self, name: str, value: str) -> None:
         self.name, self._value = name, value
-        # Every place of every spelling of the key by the `_SEED` characters that begin there.
+        # Index of all positions in all spellings of the key by the next `_SEED` characters.
         self._seeds: dict[str, list[tuple[str, int, float]]] = {}
         for spelling, characters in _spellings(value):
             per_character = len(spelling) / characters
@@ -58,8 +58,8 @@ class Secret:
 
     @classmethod
     def from_environment(cls, name: str) -> Secret:
-        """The key in an environment variable (docs/ENVIRONMENT.md names them); TeacherError if
-        there is none or it could not be a header."""
+        """Read the key from an environment variable (listed in docs/ENVIRONMENT.md). Raises
+        TeacherError if it is unset or not valid in a header."""
         value = os.environ.get(name, "").strip()
         if not value:
             raise TeacherError(f"no API key: set the environment variable {name}")
@@ -71,19 +71,20 @@ class Secret:
         return cls(name, value)
 
     def reveal(self) -> str:
-        """The key itself, for the one header it belongs to."""
+        """The key itself, for use in the Authorization header only."""
         return self._value
 
     def stands_in(self, text: str) -> bool:
-        """Whether the whole key stands in the text as it is."""
+        """Whether the text contains the whole key verbatim."""
         return self._value in text
 
     def hide(self, text: str, least: int = WORD_RUN) -> str:
-        """The text without the key and without runs of `least` or more characters of it.
+        """Replace the key, and runs of `least` or more of its characters, in a text.
 
-        Also where it is reversed, in other case, interrupted by punctuation, or spelt in base64,
-        base32, hexadecimal or codes, one within another, at any place of a longer text; where it
-        is escaped (JSON, percent, HTML, quoted-printable), the text comes back without escapes.
+        Also recognised if reversed, in another case, interrupted by punctuation, or encoded in
+        base64, base32, hexadecimal or character codes (also nested), anywhere in a longer text. If
+        the match was escaped (JSON, percent, HTML, quoted-printable), the text is returned
+        unescaped.
         """
         layers = [text]
         while len(layers) <= LAYERS and (plain := _unescaped(layers[-1])) != layers[-1]:
@@ -129,8 +130,8 @@ class Secret:
 
 
 def _letters(text: str) -> tuple[str, list[int]]:
-    """The letters and digits alone, in one case and width; and where each stands in the text
-    (empty where the text is ASCII: they are those that `isalnum`)."""
+    """Only the letters and digits, normalised in case and width; and the position of each in the
+    text (empty if the text is ASCII: then they are the characters that are `isalnum`)."""
     if text.isascii():
         return re.sub(r"[^a-z0-9]+", "", text.lower()), []
     letters: list[str] = []
@@ -144,7 +145,7 @@ def _letters(text: str) -> tuple[str, list[int]]:
 
 
 def _unescaped(text: str) -> str:
-    """One layer of escapes less."""
+    """Remove one layer of escapes."""
     if not any(mark in text for mark in "\\%&="):
         return text
 
@@ -157,7 +158,8 @@ def _unescaped(text: str) -> str:
 
 
 def _spellings(key: str) -> Iterator[tuple[str, int]]:
-    """Letters and digits of each spelling, and how many characters of the key they stand for."""
+    """Yield the letters and digits of each spelling, and how many characters of the key they
+    encode."""
     seen: set[str] = set()
     for plain in (key, key[::-1]):
         wide = [plain.encode(width) for width in ("utf-16-le", "utf-16-be")]
@@ -167,13 +169,13 @@ def _spellings(key: str) -> Iterator[tuple[str, int]]:
             letters = _letters(data.decode("ascii"))[0]
             if len(letters) >= _SEED and letters not in seen:
                 seen.add(letters)
-                # Of the key itself only letters and digits count; codes hold every character.
+                # Of the plain key only letters and digits count; encodings cover every character.
                 yield letters, len(letters) if data == plain.encode() else len(plain)
 
 
 def _codes(data: bytes, usual: bool = False) -> Iterator[bytes]:
-    """Hexadecimal and base64, unless `usual` also base32 and decimal codes. Base64 and base32 at
-    every alignment, without the characters that also depend on what stands around the data."""
+    """Yield encodings: hexadecimal and base64; unless `usual`, also base32 and decimal codes.
+    Base64 and base32 at every alignment, without the characters that depend on adjacent data."""
     yield binascii.hexlify(data)
     if not usual:
         yield " ".join(str(byte) for byte in data).encode()

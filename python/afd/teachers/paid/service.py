@@ -1,8 +1,8 @@
-"""What a paid service is to the core: five verbs and the words for what can happen.
+"""The interface of a paid service: five operations, and the types of their results.
 
-A new provider is one file with a subclass of Provider, named in
-`afd.teachers.paid.teacher.PROVIDERS`. It says how its API spells things; money, waiting, retrying
-and files belong to the core.
+A new provider is one file with a subclass of Provider, listed in
+`afd.teachers.paid.teacher.PROVIDERS`. It defines only the mapping to its API; payment, waiting,
+retrying and files are handled by the core.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from afd.teachers.paid.answers import Answer, Failure, Kind, Reply
 from afd.teachers.paid.http import Http, Saved
 from afd.teachers.paid.moderation import Complaint, any_moderated, complaint
 
-# What a provider needs to find a task of its own again; goes into the ledger as JSON. `id` is
-# unique within the provider.
+# What a provider needs to find one of its tasks again; stored in the ledger as JSON. `id` is unique
+# within the provider.
 Task = dict[str, str]
 
 
 class State(str, Enum):
-    """What a task is doing."""
+    """The state of a task."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -39,7 +39,7 @@ class State(str, Enum):
     EXPIRED = "expired"
 
 
-# Every service's own words, and those that gateways put in their place.
+# The names of each state in all services, and in gateways.
 STATES = {
     State.QUEUED: "queued in_queue pending submitted created waiting not_started throttled",
     State.RUNNING: "running in_progress processing generating started dreaming",
@@ -48,8 +48,9 @@ STATES = {
     State.CANCELLED: "cancelled canceled aborted",
     State.EXPIRED: "expired timeout",
 }
-# What an API says that has not acted: the request is wrong, or belongs elsewhere. Not 302 and 303,
-# which also send on from what was accepted, nor timeouts and failures behind a gateway.
+# HTTP statuses that mean the API has not acted: the request is invalid, or must be sent elsewhere.
+# Not 302 and 303, which also redirect from accepted requests, nor timeouts and failures behind a
+# gateway.
 REFUSING = {301, 307, 308, *range(400, 500)} - {408, 409, 424, 425, 499}
 _A = TypeVar("_A", bound=Answer)
 _STATES = {word: state for state, words in STATES.items() for word in words.split()}
@@ -57,20 +58,20 @@ _STATES = {word: state for state, words in STATES.items() for word in words.spli
 
 @dataclass(frozen=True)
 class Status:
-    """A task as the provider tells it. SUCCEEDED without video_url is a silent filter."""
+    """A task as reported by the provider. SUCCEEDED without video_url is a silent filter."""
 
     state: State
     video_url: str | None = None
     kind: Kind = Kind.RETRYABLE  # of FAILED
     reason: str = ""
-    tokens: float | None = None  # billed, where the provider tells; above 0
-    seconds: float | None = None  # of the video, where the provider tells; above 0
-    unknown: str | None = None  # the provider's word, where it is none of those we know
+    tokens: float | None = None  # billed, if the provider reports it; above 0
+    seconds: float | None = None  # of the video, if the provider reports it; above 0
+    unknown: str | None = None  # the provider's name of an unknown state
 
 
 @dataclass(frozen=True)
 class Order:
-    """One video to ask for. Two orders with the same key are the same purchase."""
+    """One video to request. Two orders with the same key are the same purchase."""
 
     provider: str
     model: str
@@ -82,26 +83,26 @@ class Order:
 
     @cached_property
     def key(self) -> str:
-        """sha256 over everything that decides the video, in hexadecimal."""
+        """SHA-256 of everything that determines the video, in hexadecimal."""
         what = [self.provider, self.model, self.prompt, self.parameters, self.seed]
         return hashlib.sha256(canonical(what).encode()).hexdigest()
 
     @property
     def file(self) -> str:
-        """The video's name in the folder."""
+        """The video's file name in the folder."""
         return f"{self.key[:32]}.mp4"
 
     def number(self, below: int) -> int:
-        """A number in [0, below) that depends on the key only: a mark to know a task by."""
+        """A number in [0, below) that depends only on the key: a mark to recognise a task by."""
         return int(self.key[:15], 16) % below
 
 
 @dataclass
 class Sightings:
-    """What the provider's list says about an order whose submit was not answered.
+    """Tasks in the provider's list that match an order whose submit got no response.
 
-    `ours` surely belong to this order; `lookalikes` may. Only if the list is `complete` and there
-    are no lookalikes does an empty `ours` prove that the submit never arrived.
+    `ours` definitely belong to this order; `lookalikes` may. Only if the list is `complete` and
+    there are no lookalikes does an empty `ours` prove that the submit never arrived.
     """
 
     ours: list[Task] = field(default_factory=list)
@@ -110,7 +111,7 @@ class Sightings:
 
 
 class Provider(Protocol):
-    """One service. Its methods make one HTTP exchange each, or a few, and raise Failure."""
+    """A paid service. Each method makes one or a few HTTP exchanges and raises Failure."""
 
     name: str
     key_variable: str  # the environment variable with the API key
@@ -126,28 +127,28 @@ class Provider(Protocol):
 
     @property
     def trusted(self) -> list[str]:
-        """Roots that may see the API key."""
+        """URLs whose origins may receive the API key."""
         return [self.base_url]
 
     def defaults(self) -> dict[str, Any]:
-        """Options of every request unless the configuration says otherwise."""
+        """Default options of every request, unless overridden by the configuration."""
         return {}
 
     def seconds(self, parameters: Mapping[str, Any]) -> float | None:
-        """Length of the video in seconds, if the options say it; for the price."""
+        """Length of the video in seconds for the price, or None if the options do not set it."""
         return None
 
     def tokens(self, parameters: Mapping[str, Any]) -> float | None:
-        """The least that a video of these options is billed in tokens by the service's own rule, if
-        they say it; for the price."""
+        """The fewest tokens billed for a video with these options by the service's rule, for the
+        price; None if the options do not determine it."""
         return None
 
     async def submit(self, http: Http, order: Order, headers: Mapping[str, str]) -> Task:
-        """Ask for the video. A Failure is `certain` only if nothing can have been started."""
+        """Request the video. A Failure is `certain` only if nothing can have been started."""
         ...
 
     async def poll(self, http: Http, task: Task) -> Status:
-        """Look at a task; a video_url given here is fresh."""
+        """Query a task's status; the returned video_url is fresh."""
         ...
 
     async def download(self, http: Http, status: Status, path: Path, max_bytes: int) -> Saved:
@@ -156,30 +157,31 @@ class Provider(Protocol):
         return await http.save(status.video_url, path, max_bytes)
 
     async def cancel(self, http: Http, task: Task) -> None:
-        """Ask the provider to stop; the next poll tells whether it did."""
+        """Ask the provider to cancel a task; the next poll shows whether it did."""
         ...
 
     async def find(self, http: Http, order: Order, since: float) -> Sightings | None:
-        """Tasks created after `since` (Unix seconds) that are or may be this order's; None where
+        """Find tasks created after `since` (Unix seconds) that are or may be this order's; None if
         the API has no list."""
         return None
 
 
 def canonical(value: Any) -> str:
-    """JSON with one spelling per value."""
+    """Canonical JSON: one representation per value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def state_of(word: str) -> State | None:
-    """The state that a service's word means, in whatever case; None for one not known."""
+    """The state for a service's name of it, case-insensitive; None if unknown."""
     return _STATES.get(re.sub(r"[\s_-]+", "_", word.strip().lower()))
 
 
 def unfinished(state: State | None, word: str, wrong: Complaint) -> Status:
-    """A task without a video, by its state, the service's word for it, and what went wrong.
+    """The Status of a task without a video, from its state, the service's name for it and the
+    reported error.
 
-    A word of moderation is a rejection, and so is moderation without any state. Another state that
-    this version does not know is waited for, but named.
+    A state name that reports moderation is a rejection, and so is a moderation code without a
+    state. Any other unknown state counts as running, and is reported as `unknown`.
     """
     moderated = any_moderated([word]) or (state is None and wrong.surely_moderated)
     if moderated:
@@ -190,19 +192,19 @@ def unfinished(state: State | None, word: str, wrong: Complaint) -> Status:
 
 
 def submitted(reply: Reply, model: type[_A], quota: str) -> _A:
-    """What the answer to a submit names; Failure where it refuses, or names nothing readable."""
+    """Parse the response to a submit. Raises Failure if it is a refusal or unreadable."""
     if not reply.ok:
         raise refusal(reply, quota)
     try:
         return reply.read(model)
     except Failure as failure:
         unread = failure
-    # An identifier that is null or empty stands beside what went wrong.
+    # A null or empty identifier may come with an error message.
     raise refusal(reply, quota) if complaint(reply.json) else unread
 
 
 def refusal(reply: Reply, quota: str) -> Failure:
-    """The Failure of an HTTP error. `quota`: pattern of the provider's codes of an account."""
+    """The Failure for an HTTP error. `quota`: pattern of the provider's account error codes."""
     body = reply.json
     if body is None and not reply.text.lstrip().startswith("<"):
         body = reply.text
@@ -221,8 +223,8 @@ def refusal(reply: Reply, quota: str) -> Failure:
 
 
 def _rejects(status: int, wrong: Complaint) -> bool:
-    """Whether an HTTP answer is a rejection of the prompt. A code says so under every status but
-    those of an account; a sentence only under those that speak of the request."""
+    """Whether an HTTP response is a rejection of the prompt. A code decides for every status except
+    account errors; a sentence only for statuses that concern the request."""
     if status in (401, 402):
         return False
     if wrong.surely_moderated:
@@ -233,7 +235,7 @@ def _rejects(status: int, wrong: Complaint) -> bool:
 
 
 def failed_kind(wrong: Complaint, quota: str, invalid: str) -> Kind:
-    """The Kind of a task that failed, by the provider's codes."""
+    """The Kind of a failed task, by the provider's codes."""
     if wrong.moderated:
         return Kind.CONTENT
     if _named(quota, wrong):
@@ -246,14 +248,14 @@ def _named(pattern: str, wrong: Complaint) -> bool:
 
 
 def segment(identifier: str) -> str:
-    """An identifier as one part of a path, wherever it came from."""
+    """Quote an untrusted identifier as one segment of a URL path."""
     if identifier.strip(".") == "":
         raise Failure(Kind.RETRYABLE, f"the identifier {identifier!r} is no part of a path")
     return quote(identifier, safe=":@=+,~")
 
 
 def length(value: Any) -> float | None:
-    """An option as a positive, finite number, also one in a string such as "5s"; else None."""
+    """Parse an option as a positive, finite number, possibly a string such as "5s"; else None."""
     if isinstance(value, str):
         number = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*", value, re.ASCII)
         value = float(number.group(1)) if number else None

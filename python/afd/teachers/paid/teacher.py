@@ -1,6 +1,7 @@
-"""A paid service as a teacher: answers from its folder, buys what is missing, in the background.
+"""The teacher backed by a paid service: answers from its folder, and buys missing videos in the
+background.
 
-Importing this needs no network and no key; the first purchase does.
+Importing this module needs neither network nor key; the first purchase does.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
 from afd.video.config import VideoConfig
 
 PROVIDERS: dict[str, type[Provider]] = {"ark": Ark, "openai": OpenAI, "fal": Fal}
-# Said by other parts of the configuration, or by the core.
+# Options that are set elsewhere in the configuration, or by the core.
 RESERVED = ("model", "prompt", "content", "seed", "callback_url")
 _log = logging.getLogger("afd")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a folder stands; money in USD."""
+    """Spending and concurrency of a teacher; money in USD."""
 
     spent_usd: float
     budget_usd: float
@@ -52,7 +53,7 @@ class Progress:
 
 
 class ApiTeacher:
-    """The Teacher of kinds ark, openai and fal."""
+    """The teacher of kinds ark, openai and fal."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class ApiTeacher:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """`folder`: where the videos and the ledger are kept. `frames` to `limits`: how each video
-        will be read (as `video.check_video`), so that the first unusable one stops the buying."""
+        will be read (see `video.check_video`), so that the first unusable one stops purchases."""
         api = config.api
         assert api.model is not None
         assert api.prompts is not None
@@ -99,7 +100,7 @@ class ApiTeacher:
         if not config.fetch.adopt_videos:
             refuse_unknown_videos(folder)
         self._ledger = Ledger(folder, self.about)
-        # A process that died may have left its last videos out.
+        # The manifest of a process that died may lack its last videos.
         self._ledger.write_manifest()
         self._accept = lambda path: check_video(
             path, frames=frames, fps=fps, hdr=hdr, limits=limits
@@ -109,12 +110,12 @@ class ApiTeacher:
 
     @property
     def requests(self) -> Sequence[Request]:
-        """Every prompt, once per draw; also those that turn out to be rejected, so that the order
-        a sampler gives them does not depend on what the provider does."""
+        """Every prompt, once per draw, including those that turn out to be rejected, so that a
+        sampler's order does not depend on the provider."""
         return self._requests
 
     def answer(self, request: Request) -> Path:
-        """The video, bought first if it is not there; blocks until then.
+        """The video, bought first if missing; blocks until it is available.
 
         Raises Unanswered if this request has none (rejected, in doubt, stuck), TeacherError if
         nothing more can be bought (budget, account, configuration).
@@ -122,7 +123,7 @@ class ApiTeacher:
         return self.start(request).result()
 
     def prefetch(self, requests: Sequence[Request]) -> None:
-        """These are asked next, in this order: start buying the first that are missing."""
+        """Start buying the first missing ones of the requests that come next, in this order."""
         waiting = 0
         for request in requests:
             if waiting >= self.config.fetch.prefetch:
@@ -130,12 +131,12 @@ class ApiTeacher:
             waiting += not self.start(request).done()
 
     def ready(self, request: Request) -> bool:
-        """Whether `answer` gives this one's video without waiting."""
+        """Whether `answer` would return this request's video without waiting."""
         future = self._asked.get(request)
         return future is not None and future.done() and future.exception() is None
 
     def progress(self) -> Progress:
-        """For those who watch."""
+        """Current spending and concurrency, for display."""
         limiter = self._worker.engine.limiter if self._worker else None
         return Progress(
             spent_usd=self._ledger.spent_usd(),
@@ -145,16 +146,16 @@ class ApiTeacher:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the ledger stands, for a checkpoint: its length, the USD it counts, and one hash of
-        the videos that lie there now (Unix seconds), if any."""
+        """The ledger's state for a checkpoint: number of submits, USD spent and, if there are
+        videos, a hash over them with the current time (Unix seconds)."""
         length, until = self._ledger.length(), time.time()
         contents = self._ledger.contents(length, until)
         state = {"submits": length, "spent_usd": self._ledger.spent_usd()}
         return state | ({"videos": contents, "until": until} if contents else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse a ledger that has lost what it held at a checkpoint: it would pay again; and one
-        that knows other videos: the run would go on with them."""
+        """Raise TeacherError if the ledger has lost submits since the checkpoint, which would be
+        paid for again, or lists other videos, with which the run would continue."""
         length = self._ledger.length()
         if length < state["submits"]:
             held = f"{self._ledger.spent_usd():.2f} USD, at the checkpoint it held"
@@ -174,15 +175,15 @@ class ApiTeacher:
             )
 
     def close(self) -> None:
-        """Stop the background thread. Submits on their way are awaited and written down; tasks run
-        on at the provider, and the next teacher on this folder collects them."""
+        """Stop the background thread. Submits in flight are awaited and recorded; tasks continue at
+        the provider, and the next teacher on this folder collects them."""
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
         self._ledger.close()
 
     def start(self, request: Request) -> Future[Path]:
-        """The answer as a future; for a caller that waits for many."""
+        """The answer as a future, for callers that wait for many."""
         known = self._asked.get(request)
         if known is not None:
             return known
@@ -207,7 +208,7 @@ class ApiTeacher:
         return future
 
     def _held(self, order: Order, row: Row, future: Future[Path]) -> bool:
-        """Whether the video's future is settled by what lies in the folder."""
+        """Resolve the future from the file in the folder; False if the video is missing."""
         path = self.folder / order.file
         try:
             found = compare(path, row.sha256)
@@ -220,7 +221,7 @@ class ApiTeacher:
 
 
 class _Worker:
-    """A thread with an event loop, the engine in it, and everything the engine owns."""
+    """A background thread with an event loop that runs the engine and owns its resources."""
 
     def __init__(self, teacher: ApiTeacher) -> None:
         provider, config, folder = teacher.provider, teacher.config.fetch, teacher.folder
@@ -257,7 +258,7 @@ class _Worker:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def stop(self) -> None:
-        """Idempotent."""
+        """Stop the engine and the thread. Idempotent."""
         if not self._thread.is_alive():
             return
         self.run(self._end()).result()
@@ -275,7 +276,7 @@ class _Worker:
         while others:
             for task in others:
                 task.cancel()
-            # Again until all are gone: before Python 3.12 wait_for may swallow one cancellation.
+            # Repeat until all are done: before Python 3.12 wait_for may swallow a cancellation.
             _, others = await asyncio.wait(others, timeout=0.1)
         self.engine.close()
         self._ledger.close()
@@ -285,7 +286,7 @@ class _Worker:
 def open_teacher(
     config: PaidConfig, video: VideoConfig, folder: Path, console: Console | None = None
 ) -> ApiTeacher:
-    """A paid service as a configuration names it (`TeacherConfig.open`)."""
+    """Open the paid service of a configuration (`TeacherConfig.open`)."""
     return ApiTeacher(
         config,
         folder,
@@ -297,7 +298,7 @@ def open_teacher(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a .txt (one a line), .jsonl or .csv (field `prompt`) file, each once."""
+    """Read the distinct prompts of a .txt (one per line), .jsonl or .csv (field `prompt`) file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -331,14 +332,15 @@ def _prompt(path: Path, number: int, row: dict[str, Any] | str) -> str:
 
 
 def _seed(seed: int, request: Request) -> int:
-    """31 bits that differ between prompts and draws: what every provider takes, and a mark."""
+    """A 31-bit seed, accepted by every provider, that differs between prompts and draws and so also
+    identifies a task."""
     mixed = hashlib.sha256(f"{seed}\n{request.draw}\n{request.prompt}".encode()).digest()
     return int.from_bytes(mixed[:4], "big") & 0x7FFFFFFF
 
 
 def price_of(config: PaidConfig, provider: Provider, parameters: dict[str, Any]) -> float:
-    """USD one video is expected to cost: finite, and for what the options say of its length or
-    tokens no less than the service's own rule gives, whatever teacher.fetch.units says."""
+    """The expected price of one video in USD. It is finite and, even if teacher.fetch.units is
+    smaller, no less than the service's own rule for the length or tokens set by the options."""
     fetch = config.fetch
     assert fetch.price_usd is not None
     if fetch.price_per == "video":
