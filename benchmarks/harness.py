@@ -43,13 +43,20 @@ class Timing:
 
 
 def timed(
-    runs: Mapping[str, Run], device: str, sets: int, reps: int, budget_s: float
+    runs: Mapping[str, Run],
+    device: str,
+    sets: int,
+    reps: int,
+    budget_s: float,
+    most_s: float = float("inf"),
 ) -> dict[str, Timing]:
     """Interleaved timing of `runs`: at most `reps` rounds, about `budget_s` seconds in total.
 
     Each run has an equal share of the budget. A run that has used its share is dropped, but never
-    before three rounds, so that a slow run does not reduce the repetitions of faster ones.
+    before three rounds, so that a slow run does not reduce the repetitions of faster ones; after
+    `most_s` seconds no run begins that has run once.
     """
+    began = perf_counter()
     names = list(runs)
     first = {name: _once(runs[name], 0, device, 0.0) for name in names}
     slow = {name for name in names if first[name][0] > 100 * budget_s}
@@ -66,6 +73,8 @@ def timed(
             shift = rep % len(names)
             for name in names[shift:] + names[:shift]:
                 if rep >= _MIN_ROUNDS and used_s[name] > budget_s / len(names):
+                    continue
+                if spent[name] and perf_counter() - began > most_s:
                     continue
                 head_start_s = 1.5 * host_s[name] + 2e-4 if name in host_s else 0.0
                 start = perf_counter()

@@ -35,7 +35,8 @@ HOW = (
     "unweighted x0 loss with every operation in bf16; *: p80 / p20 above 1.3, so measure again."
 )
 # What a dtype takes in calls of eager: checked and timed, the oracle, the loss in bf16.
-_CALLS_OF_EAGER = 10
+_CALLS_OF_EAGER = 14
+_CALLS_TIMED = 4  # of every provider at least, the first of which does not count
 _COMPILE_S = 6.0  # of one dtype's loss, once the compiler has its headers
 _LEAST_S = 8.0  # that the rows of a dtype take
 # Precompiles what every C++ kernel of torch.compile includes, where its cache is empty.
@@ -141,6 +142,18 @@ def warm_compiler(args: Namespace) -> Iterator[subprocess.Popen[bytes] | None]:
         process.wait()
 
 
+@contextmanager
+def one_core_left(compiler: subprocess.Popen[bytes] | None) -> Iterator[None]:
+    """Torch with a thread less while the compiler is prepared: its threads wait by spinning."""
+    threads = torch.get_num_threads()
+    if compiler is not None:
+        torch.set_num_threads(max(threads - 1, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def batches_that_fit(args: Namespace, dtype: str, left_s: float) -> list[int]:
     """Those for which memory and the time left suffice, by a call at batch 1; largest first."""
     shape = tuple(args.shape)
@@ -193,12 +206,28 @@ def check(step: Step, sets: list[Inputs], right: Tensor, device: str) -> Checked
     return Checked(lambda index: step(sets[index]), error, peak, call_s)
 
 
-def measure(
-    args: Namespace, dtype: str, until_s: float, latest_s: float, minute: Clock
-) -> Iterator[Row]:
-    """The rows of a dtype. Ends near `until_s` seconds of the process, on a busy machine near
-    `latest_s`.
-    """
+@dataclass
+class Prepared:
+    """A dtype whose providers ran, but for torch.compile's; nothing is timed yet."""
+
+    dtype: str
+    batch: int
+    sets: list[Inputs]
+    bytes: tuple[int, int]  # of one pass, and of two
+    steps: dict[str, Step]
+    exact: Tensor
+    found: dict[str, Checked]
+
+    def rest_s(self) -> float:
+        """What compiling and timing will take at least, about."""
+        return (_COMPILE_S if "compile" in self.steps else 0.0) + self.timing_s()
+
+    def timing_s(self) -> float:
+        return _CALLS_TIMED * sum(one.call_s for one in self.found.values())
+
+
+def prepare(args: Namespace, dtype: str, until_s: float, minute: Clock) -> Prepared:
+    """Chooses the batch such that its rows are there by `until_s` seconds of the process."""
     progress(f"{dtype}: how large a batch fits")
     candidates = batches_that_fit(args, dtype, until_s - clock.age_s())
     # Large temporaries cost more than in proportion: only a call shows it.
@@ -213,35 +242,42 @@ def measure(
         call_s = seconds(lambda step=eager, inputs=sets[0]: step(inputs), args.device)
         if (_CALLS_OF_EAGER - 1) * call_s < until_s - clock.age_s():
             break
-    one_pass, two_passes = case.case().bytes("given")
     steps = providers(case, args.device, args.providers)
     progress(f"{dtype} B={batch}: the gradient in float64")
     exact = exact_gradient(official_loss("x0_adaptive"), sets[0])
-    found: dict[str, Checked] = {}
-    # Compiling last: the compiler's headers have the longest until then.
-    for name in sorted(steps, key=lambda name: name == "compile"):
-        step, right = steps[name], exact
-        progress(f"{dtype} B={batch}: {name}")
-        if name == "compile":
-            if not minute.may_compile(latest_s):
-                minute.late.append(f"compile {dtype}")
-                continue
-            step(sets[0])
-        elif name == IN_BF16:
-            if latest_s - clock.age_s() < 4 * sum(one.call_s for one in found.values()):
+    ready = Prepared(dtype, batch, sets, case.case().bytes("given"), steps, exact, {})
+    for name in (name for name in steps if name != "compile"):
+        right = exact
+        if name == IN_BF16:
+            if until_s - clock.age_s() < ready.rest_s():
                 minute.late.append(name)
                 continue
             right = exact_gradient(x0_loss, sets[0])
-        found[name] = check(step, sets, right, args.device)
-    del exact
+        progress(f"{dtype} B={batch}: {name}")
+        ready.found[name] = check(steps[name], sets, right, args.device)
+    return ready
+
+
+def measure(args: Namespace, ready: Prepared, until_s: float, minute: Clock) -> Iterator[Row]:
+    """The rows of a dtype, near `until_s` seconds of the process."""
+    dtype, batch, sets, found = ready.dtype, ready.batch, ready.sets, ready.found
+    one_pass, two_passes = ready.bytes
+    if "compile" in ready.steps:
+        progress(f"{dtype} B={batch}: compile")
+        if minute.may_compile(until_s - ready.timing_s()):
+            ready.steps["compile"](sets[0])
+            found["compile"] = check(ready.steps["compile"], sets, ready.exact, args.device)
+        else:
+            minute.late.append(f"compile {dtype}")
     streams = floors.streams(one_pass, args.device, len(sets))
     progress(f"{dtype} B={batch}: timing")
-    budget = min(args.budget, max(until_s - clock.age_s(), 1.0))
+    left_s = max(until_s - clock.age_s(), 1.0)
+    budget = min(args.budget, left_s)
     everything = {name: one.run for name, one in found.items()}
     everything |= {name: stream.run for name, stream in streams.items()}
-    timings = harness.timed(everything, args.device, len(sets), args.reps, budget)
+    timings = harness.timed(everything, args.device, len(sets), args.reps, budget, left_s)
     floor = min(timings[name].median_ms / stream.bytes for name, stream in streams.items())
-    for name in (name for name in steps if name in found):
+    for name in (name for name in ready.steps if name in found):
         one, timing = found[name], timings[name]
         moved = one_pass if name == IN_BF16 else two_passes
         yield Row(
@@ -288,15 +324,22 @@ def run(args: Namespace) -> None:
     """Measures every dtype asked for, prints the table, saves and compares where asked."""
     rows: list[Row] = []
     dtypes = [dtype for dtype in ("bf16", "fp32") if dtype in args.dtype]
-    minute = Clock(min(args.deadline, LIMIT_S[args.device]) - 6)
+    minute = Clock(min(args.deadline, LIMIT_S[args.device]) - 8)
     with warm_compiler(args) as minute.compiler:
+        # All are prepared before one is compiled: meanwhile the compiler's headers get ready.
+        prepared: list[Prepared] = []
         for index, dtype in enumerate(dtypes):
-            if minute.left_s() < _LEAST_S:
+            spare_s = minute.left_s() - sum(one.rest_s() for one in prepared)
+            if spare_s < _LEAST_S:
                 minute.late.append(dtype)
                 continue
-            others = len(dtypes) - index - 1
-            until_s = clock.age_s() + minute.left_s() / (others + 1)
-            rows += measure(args, dtype, until_s, minute.end_s - others * 2 * _LEAST_S, minute)
+            share_s = spare_s / (len(dtypes) - index)
+            with one_core_left(minute.compiler):
+                prepared.append(prepare(args, dtype, clock.age_s() + share_s, minute))
+        while prepared:
+            ready = prepared.pop(0)
+            until_s = minute.end_s - sum(one.rest_s() for one in prepared)
+            rows += measure(args, ready, until_s, minute)
     shape = "x".join(map(str, args.shape))
     table(rows, f"nft_loss, samples of {shape}, {report.device_name(args.device)}")
     print(HOW)

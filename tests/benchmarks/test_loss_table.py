@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,16 @@ def test_without_out_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_the_minute_has_no_room_for_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def old(args: Any, dtype: str, *_: Any) -> Iterator[Any]:
-        monkeypatch.setattr(clock, "age_s", lambda: 59.0)
-        return iter(())
+    prepare = loss_table.prepare
 
-    monkeypatch.setattr(loss_table, "measure", old)
+    def slow(*given: Any) -> loss_table.Prepared:
+        ready = prepare(*given)
+        monkeypatch.setattr(clock, "age_s", lambda: 59.0)
+        return ready
+
+    monkeypatch.setattr(loss_table, "prepare", slow)
     with pytest.raises(SystemExit) as end:
-        nft_loss.main(["--device", "cpu", "--providers", "eager", "native"])
+        nft_loss.main([*QUICK, "--providers", "eager", "reference"])
     assert end.value.code == clock.INCOMPLETE
     assert "not enough time for: fp32" in capsys.readouterr().out
 
@@ -89,8 +91,7 @@ def test_a_batch_whose_one_call_takes_too_long_gives_way_to_a_smaller(
     args = asked("--shape", "2", "2", "4", "4", "--providers", "eager", "native", "--reps", "3")
     took = iter([0.001, 9.0, 9.0, 0.001])  # at batch 1, then at 8, at 4 and at 2
     monkeypatch.setattr(loss_table, "seconds", lambda *_: next(took))
-    rows = list(loss_table.measure(args, "fp32", 30.0, 40.0, loss_table.Clock(54.0)))
-    assert {row.B for row in rows} == {2}
+    assert loss_table.prepare(args, "fp32", 30.0, loss_table.Clock(54.0)).batch == 2
     assert "fp32 B=8: a call of eager" in capsys.readouterr().err
 
 
