@@ -171,7 +171,7 @@ def test_a_price_is_finite(service: Service, tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="needs a finite price"):
         price_of(config, PROVIDERS["ark"](), {})
     with pytest.raises(ValueError, match="finite"):
-        make_config({}, ["teacher.fetch.price_usd=inf"])
+        make_config({}, ["teacher.kind=ark", "teacher.fetch.price_usd=inf"])
 
 
 @pytest.mark.parametrize("per", ["video", "second", "million_tokens"])

@@ -129,13 +129,13 @@ def sharded(ranks: Ranks) -> nn.Module:
 
 
 def write_in_shares(folder: Path) -> None:
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         shards.write(folder, state_of(sharded(ranks)) | {"rank": ranks.rank}, ranks)
 
 
 def read_in_shares(folder: Path) -> list[list[int]]:
     """The shapes of this process's shares, once they are known to be right."""
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         net = sharded(ranks)
         expected = {name: value.to_local().clone() for name, value in net.state_dict().items()}
         for parameter in net.parameters():
@@ -177,7 +177,7 @@ def checkpoint_of(step: int, net: nn.Module) -> dict[str, Any]:
 
 def killed_while_saving(folder: Path, rank: int, event: int) -> None:
     """Step 1 whole; in step 2 one process is killed at its n-th sync."""
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         net = sharded(ranks)
         checkpoint.save(folder, checkpoint_of(1, net), keep=2, ranks=ranks)
         sync, seen = os.fsync, 0
@@ -209,7 +209,7 @@ def test_one_killed_while_all_write_leaves_the_newest_whole_one(
 
 
 def fail_to_write(folder: Path) -> str:
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         net = sharded(ranks)
         if not ranks.main:
             (folder / "shard-00002-model-00001-of-00001.safetensors").mkdir()

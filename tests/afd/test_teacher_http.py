@@ -261,7 +261,7 @@ def test_a_key_in_the_configuration_is_refused(
     teacher.close()
     assert KEY not in str(error.value)
     with pytest.raises(ConfigError, match="no user name") as wrong:
-        make_config({}, [f"teacher.api.base_url=https://me:{KEY}@a.example/v1"])
+        make_config({}, ["teacher.kind=ark", f"teacher.api.base_url=https://me:{KEY}@a.example/v1"])
     assert KEY not in str(wrong.value).split("base_url=https")[-1].split("no user name")[1]
 
 
