@@ -240,8 +240,11 @@ def prepare(args: Namespace, dtype: str, until_s: float, minute: Clock) -> Prepa
         progress(f"{dtype} B={batch}: a call of eager")
         eager = case.step("eager", "given")
         call_s = seconds(lambda step=eager, inputs=sets[0]: step(inputs), args.device)
-        if (_CALLS_OF_EAGER - 1) * call_s < until_s - clock.age_s():
+        most_s = (until_s - clock.age_s()) / (_CALLS_OF_EAGER - 1)
+        if call_s < most_s:
             break
+        smaller = [other for other in candidates if other * call_s < most_s * batch]
+        candidates = smaller or candidates[-1:]
     steps = providers(case, args.device, args.providers)
     progress(f"{dtype} B={batch}: the gradient in float64")
     exact = exact_gradient(official_loss("x0_adaptive"), sets[0])
