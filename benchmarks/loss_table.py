@@ -7,6 +7,8 @@ float64. What the minute has no room for is left out, and named at the end.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -123,6 +125,8 @@ class Clock:
             try:
                 self.compiler.wait(max(until_s - clock.age_s(), 0.1))
             except subprocess.TimeoutExpired:
+                end(self.compiler)  # what is timed next has the cores for itself
+            if self.compiler.returncode < 0:
                 return False
         return until_s - clock.age_s() > _COMPILE_S
 
@@ -134,11 +138,19 @@ def warm_compiler(args: Namespace) -> Iterator[subprocess.Popen[bytes] | None]:
         yield None
         return
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, "-c", _WARM_COMPILER], stdout=quiet, stderr=quiet)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WARM_COMPILER], stdout=quiet, stderr=quiet, start_new_session=True
+    )
     try:
         yield process
     finally:
-        process.kill()
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a session's processes; a C++ compiler then removes what it has half written."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 

@@ -103,7 +103,8 @@ def test_the_compiler_is_waited_for_only_while_there_is_time() -> None:
     with loss_table.warm_compiler(args) as minute.compiler:
         assert minute.compiler is not None
         assert not minute.may_compile(0.2)  # by now it has imported nothing
-    assert minute.compiler.returncode is not None  # nothing is left running
+        assert minute.compiler.returncode is not None  # and does not run beside the timing
+        assert not minute.may_compile(30.0)
     assert loss_table.Clock(54.0).may_compile(30.0)
     with loss_table.warm_compiler(asked("--providers", "eager")) as none:
         assert none is None
