@@ -39,7 +39,7 @@ HOW = (
 # What a dtype takes in calls of eager: checked and timed, the oracle, the loss in bf16.
 _CALLS_OF_EAGER = 14
 _CALLS_TIMED = 4  # of every provider at least, the first of which does not count
-_COMPILE_S = 6.0  # of one dtype's loss, once the compiler has its headers
+_COMPILE_S = 4.0  # of one dtype's loss, once the compiler has its headers
 _LEAST_S = 8.0  # that the rows of a dtype take
 # Precompiles what every C++ kernel of torch.compile includes, where its cache is empty.
 _WARM_COMPILER = "import torch; torch.compile(lambda x: x.sin().sum())(torch.ones(64))"
