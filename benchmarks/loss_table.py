@@ -7,6 +7,8 @@ float64. What the minute has no room for is left out, and named at the end.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -37,7 +39,7 @@ HOW = (
 # What a dtype takes in calls of eager: checked and timed, the oracle, the loss in bf16.
 _CALLS_OF_EAGER = 14
 _CALLS_TIMED = 4  # of every provider at least, the first of which does not count
-_COMPILE_S = 6.0  # of one dtype's loss, once the compiler has its headers
+_COMPILE_S = 4.0  # of one dtype's loss, once the compiler has its headers
 _LEAST_S = 8.0  # that the rows of a dtype take
 # Precompiles what every C++ kernel of torch.compile includes, where its cache is empty.
 _WARM_COMPILER = "import torch; torch.compile(lambda x: x.sin().sum())(torch.ones(64))"
@@ -123,6 +125,8 @@ class Clock:
             try:
                 self.compiler.wait(max(until_s - clock.age_s(), 0.1))
             except subprocess.TimeoutExpired:
+                end(self.compiler)  # what is timed next has the cores for itself
+            if self.compiler.returncode < 0:
                 return False
         return until_s - clock.age_s() > _COMPILE_S
 
@@ -134,11 +138,19 @@ def warm_compiler(args: Namespace) -> Iterator[subprocess.Popen[bytes] | None]:
         yield None
         return
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, "-c", _WARM_COMPILER], stdout=quiet, stderr=quiet)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WARM_COMPILER], stdout=quiet, stderr=quiet, start_new_session=True
+    )
     try:
         yield process
     finally:
-        process.kill()
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a session's processes; a C++ compiler then removes what it has half written."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
@@ -240,8 +252,11 @@ def prepare(args: Namespace, dtype: str, until_s: float, minute: Clock) -> Prepa
         progress(f"{dtype} B={batch}: a call of eager")
         eager = case.step("eager", "given")
         call_s = seconds(lambda step=eager, inputs=sets[0]: step(inputs), args.device)
-        if (_CALLS_OF_EAGER - 1) * call_s < until_s - clock.age_s():
+        most_s = (until_s - clock.age_s()) / (_CALLS_OF_EAGER - 1)
+        if call_s < most_s:
             break
+        smaller = [other for other in candidates if other * call_s < most_s * batch]
+        candidates = smaller or candidates[-1:]
     steps = providers(case, args.device, args.providers)
     progress(f"{dtype} B={batch}: the gradient in float64")
     exact = exact_gradient(official_loss("x0_adaptive"), sets[0])
