@@ -6,6 +6,7 @@ wrong weight, optimizer moment, random state or cursor after a resume changes ev
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -162,6 +163,8 @@ def main() -> None:
     # Imports everything that a run imports on the way, and starts no thread that a fork would lose.
     torch.set_num_threads(1)
     train(tiny_config(out / "first", clips), method=TinyMethod())
+    # A scaler of FFmpeg that a child frees would wait for threads that only its parent has.
+    gc.collect()
     for event in map(int, sys.argv[3:]):
         ends = []
         for attempt in range(2):
