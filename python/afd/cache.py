@@ -100,7 +100,7 @@ class Store:
         sizes = [entry.stat().st_size for entry in self.folder.glob(f"{kind}/*/*.safetensors")]
         return len(sizes), sum(sizes)
 
-    def told(self, kind: str) -> str:
+    def summary(self, kind: str) -> str:
         """Summary of the folder's files of a kind, for the log."""
         count, held = self.size(kind)
         return f"{self.folder / kind} holds {count}, {held / 2**20:.1f} MiB"

@@ -93,8 +93,7 @@ def export(folder: Path, config: ExportConfig) -> Path:
 
 def start_network(run: RunConfig) -> CausalWan:
     """Load the network that a run started from, in float32."""
-    for sentence in run.student.missing_weights():
-        raise ConfigError(sentence)
+    run.student.require_weights()
     try:
         network: CausalWan = run.student.load_network()
     except ValueError as error:

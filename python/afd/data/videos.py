@@ -64,7 +64,7 @@ class Videos:
         self._prepare, self._codec, self._store = prepare, codec or Pixels(), store
         # None for pixels. Computed here, because it may depend on weights on a GPU.
         self._identity = self._codec.identity if input_space == "latents" else None
-        self._seen = input_space == "pixels"
+        self._as_pixels = input_space == "pixels"
         self._paths: dict[Request, Path] = {}
         self._kept: dict[Request, Tensor] = {}  # most recently used last
         self._memory = memory
@@ -79,20 +79,22 @@ class Videos:
         `ahead`: the most that will still be drawn; a slow teacher starts on them now, and videos of
         the next draw that are ready are decoded meanwhile. Only the main rank queries the teacher.
         """
-        said = None
+        shared = None
         if self._ranks.main:
             drawn = self._answered(sampler, count, ahead)
             soon = [r for r in sampler.peek(min(count, ahead)) if self._is_there(r)]
-            told = [
+            answers = [
                 [[r.prompt, r.draw, str(self._teacher.answer(r))] for r in part]
                 for part in (drawn, soon)
             ]
-            said = [*told, sampler.state_dict()]
-        *told, cursor = self._ranks.same(said)
+            shared = [*answers, sampler.state_dict()]
+        *answers, cursor = self._ranks.same(shared)
         if not self._ranks.main:
             sampler.load_state_dict(cursor)
-        drawn, soon = ([Request(prompt, n) for prompt, n, _ in part] for part in told)
-        self._paths = {Request(prompt, n): Path(path) for part in told for prompt, n, path in part}
+        drawn, soon = ([Request(prompt, n) for prompt, n, _ in part] for part in answers)
+        self._paths = {
+            Request(prompt, n): Path(path) for part in answers for prompt, n, path in part
+        }
         self._coming = {r: future for r, future in self._coming.items() if r in self._paths}
         for request in soon[self._ranks.share(len(soon))]:
             self._begin(request)
@@ -158,8 +160,8 @@ class Videos:
         """Stop the decoding threads and log how many latents were encoded or read."""
         self._pool.shutdown(cancel_futures=True)
         if self._store is not None and self._made + self._found:
-            told = self._store.told("latents")
-            _log.info("latents: %d made, %d from the cache; %s", self._made, self._found, told)
+            held = self._store.summary("latents")
+            _log.info("latents: %d made, %d from the cache; %s", self._made, self._found, held)
 
     def _path(self, request: Request) -> Path:
         return self._paths.get(request) or self._teacher.answer(request)
@@ -210,7 +212,7 @@ class Videos:
             if known is not None:
                 return known
         video_FCHW, own_pixels = self._read(path)
-        if self._seen:
+        if self._as_pixels:
             if self._video.codec_match and not own_pixels:
                 # Scaling has altered the clip's own codec artefacts: re-encode it at this size, so
                 # that they match the student's.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,7 +17,10 @@ from afd.lab.shipped import checkpoint_path
 from afd.lab.student import ToyStudent
 from afd.models.codec import Pixels
 from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.video.config import VideoConfig
+
+T = TypeVar("T")
 
 
 def build(
@@ -34,8 +38,13 @@ def build(
 
 def video_size(config: ToyStudentConfig) -> tuple[int, int, int]:
     """Frames, height and width of the student's videos."""
-    toy = _load(config).config
+    toy = _read(config, ToyStudent.read_config)
     return toy.frames, toy.height, toy.width
+
+
+def sizes(config: ToyStudentConfig) -> WanConfig:
+    """Network sizes, from the header of the checkpoint."""
+    return _read(config, ToyStudent.read_config).wan
 
 
 def load_network(config: ToyStudentConfig) -> CausalWan:
@@ -44,10 +53,15 @@ def load_network(config: ToyStudentConfig) -> CausalWan:
 
 
 def _load(config: ToyStudentConfig) -> ToyStudent:
+    return _read(config, ToyStudent.load)
+
+
+def _read(config: ToyStudentConfig, read: Callable[[str], T]) -> T:
+    """Read the checkpoint; an unreadable one is a ConfigError that names the file."""
     path = checkpoint_path(config.checkpoint)
     try:
         with named_errors("student.checkpoint", path):
-            return ToyStudent.load(config.checkpoint)
+            return read(config.checkpoint)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

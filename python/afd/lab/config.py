@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from afd.models.codec import Codec
     from afd.models.student import Student
     from afd.models.wan.network import CausalWan
+    from afd.models.wan.types import WanConfig
 
 
 class ToyStudentConfig(StudentConfig):
@@ -53,6 +54,10 @@ class ToyStudentConfig(StudentConfig):
     def load_network(self) -> CausalWan:
         network: CausalWan = load("afd.lab.build:load_network")(self)
         return network
+
+    def sizes(self) -> WanConfig:
+        found: WanConfig = load("afd.lab.build:sizes")(self)
+        return found
 
     def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
         path: Path = load("afd.lab.build:save_network")(self, network, folder, dtype, note)

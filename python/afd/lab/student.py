@@ -130,13 +130,19 @@ class ToyStudent(Student):
     @classmethod
     def load(cls, name: str = "base") -> ToyStudent:
         """Load a file written by `save`, or the shipped base student; float32, in train mode."""
-        from safetensors import safe_open
         from safetensors.torch import load_file
 
-        path = checkpoint_path(name)
-        with safe_open(path, "pt") as opened:
+        student = cls(cls.read_config(name))
+        weights = load_file(checkpoint_path(name))
+        student.load_state_dict({k: v.float() for k, v in weights.items()})
+        return student
+
+    @staticmethod
+    def read_config(name: str = "base") -> ToyConfig:
+        """Read the sizes of such a file from its header; no weights are loaded."""
+        from safetensors import safe_open
+
+        with safe_open(checkpoint_path(name), "pt") as opened:
             metadata: dict[str, Any] = json.loads(opened.metadata()["config"])
         wan = metadata.pop("wan")
-        student = cls(ToyConfig(WanConfig(**{**wan, "patch": tuple(wan["patch"])}), **metadata))
-        student.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-        return student
+        return ToyConfig(WanConfig(**{**wan, "patch": tuple(wan["patch"])}), **metadata)

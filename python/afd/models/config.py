@@ -14,6 +14,7 @@ from typing_extensions import Self
 from afd.cache import Store
 from afd.config.base import Count, Section
 from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
 from afd.files import replacing
 from afd.hub import fingerprint, missing_path
 
@@ -109,6 +110,11 @@ class StudentConfig(Section):
     def missing_weights(self) -> Iterator[str]:
         """Yield one sentence if the start weights are missing."""
         yield from missing_path("student.checkpoint", self.checkpoint, "the student's weights")
+
+    def require_weights(self) -> None:
+        """Raise ConfigError if the start weights do not exist."""
+        for sentence in self.missing_weights():
+            raise ConfigError(sentence)
 
     def missing(self) -> Iterator[str]:
         """Yield a sentence for each file that a run would not find or would have to download."""

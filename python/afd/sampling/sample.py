@@ -101,8 +101,7 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
     """`sample` for given jobs; locking `config.out` is left to the caller."""
     out = config.out
     assert out is not None
-    for sentence in config.student.missing_weights():
-        raise ConfigError(sentence)
+    config.student.require_weights()
     # Checked before anything is downloaded or loaded.
     if config.torch_device.type != "cuda" and config.cuda_graphs:
         raise ConfigError("cuda_graphs: got 'cpu'; needed: a CUDA device")
@@ -223,18 +222,18 @@ def _prefix_frames(config: SampleConfig, job: Job) -> int:
 def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
     """The chunk layout of each job, validated before anything is loaded."""
 
+    chunk = config.student.chunk_frames
+
     def layout(job: Job) -> Layout:
         given = _prefix_frames(config, job)
         alone = config.independent_first_frame or given == 1
         try:
-            chunks = chunk_layout(
-                config.latent_frames, config.student.chunk_frames, first_alone=alone
-            )
+            chunks = chunk_layout(config.latent_frames, chunk, first_alone=alone)
         except ValueError:
-            single = int(alone and config.student.chunk_frames > 1)
-            whole = max(1, -(-(config.latent_frames - single) // config.student.chunk_frames))
-            fits = 1 + (single + whole * config.student.chunk_frames - 1) * config.student.scale[0]
-            needed = f"{'one frame and ' * single}chunks of {config.student.chunk_frames}"
+            single = int(alone and chunk > 1)
+            whole = max(1, -(-(config.latent_frames - single) // chunk))
+            fits = 1 + (single + whole * chunk - 1) * config.student.scale[0]
+            needed = f"{'one frame and ' * single}chunks of {chunk}"
             raise ConfigError(
                 f"frames: got {config.frames}, which is {config.latent_frames} latent frames; "
                 f"needed: {needed}, such as frames={fits}"

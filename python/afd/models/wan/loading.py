@@ -75,8 +75,8 @@ class Texts:
             self._make(missing)
         if store is not None:
             kept = len(wanted) - len(missing)
-            told = store.told("text")
-            _log.info("text: %d prompts, %d of them from the cache; %s", len(wanted), kept, told)
+            held = store.summary("text")
+            _log.info("text: %d prompts, %d of them from the cache; %s", len(wanted), kept, held)
 
     def _make(self, prompts: Sequence[str]) -> None:
         files = self._files
