@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from afd.errors import ContentsError, TeacherError, VideoError
+from afd.files import sha256_of
 from afd.video import check_video
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
@@ -63,9 +63,4 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _hashed(path: Path) -> Saved:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-            size += len(chunk)
-    return Saved(digest.hexdigest(), size)
+    return Saved(sha256_of(path), path.stat().st_size)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from afd.errors import ContentsError, TeacherError, Unanswered, VideoError
+from afd.files import sync
 from afd.teachers.paid.answers import Failure, Kind
 from afd.teachers.paid.config import FetchConfig
 from afd.teachers.paid.contents import compare, lying, writing
@@ -357,7 +358,7 @@ class Engine:
                 self.ledger.holds(row, path, (False, saved), self.config.accept_changed_videos)
             with writing(folder):
                 os.replace(partial, path)
-                _sync(folder)
+                sync(folder)
         finally:
             partial.unlink(missing_ok=True)
         self.ledger.done(row, order.file, saved, self._bill_usd(status))
@@ -465,12 +466,3 @@ class Engine:
 
 def _rejection(order: Order, reason: str | None) -> Unanswered:
     return Unanswered(f"{order.prompt!r} was rejected: {reason}", rejected=True)
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries to disk, which makes a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
