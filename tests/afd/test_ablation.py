@@ -66,7 +66,8 @@ def test_an_ablation_draws_its_table_and_curves_and_runs_nothing_twice(tmp_path:
     assert "student/r_mean" not in results["gan"]["mean"]
     assert {file: file.stat().st_mtime_ns for file in done} == done
     text = (tmp_path / "results.md").read_text()
-    assert text.startswith("## methods\n\nWhat do the methods learn")
+    question = load_config(path, [], AblationConfig).question
+    assert text.startswith(f"## methods\n\n{question}")
     assert "- `gan`: method=gan, discriminator.loss=gan" in text
     assert "| gan | 1 |" in text
     assert "2 updates of `quickstart.yaml`" in text
