@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -493,3 +495,19 @@ def test_the_first_video_too_short_for_the_run_stops_the_buying(
     assert "is too short" in str(got[0])
     assert all(isinstance(error, TeacherError) for error in got)
     assert len(service.jobs) == 1
+
+
+def test_a_teacher_left_behind_without_its_folder_logs_one_sentence(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "videos"
+    teacher = teacher_of(paid_config("ark", service, folder))
+    teacher.start(teacher.requests[0]).result()
+    worker = teacher._worker
+    assert worker is not None
+    shutil.rmtree(folder)
+    del teacher
+    gc.collect()
+    assert not worker._thread.is_alive()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert str(folder) in line

@@ -10,7 +10,7 @@ settings.register_profile(
     "bounded", max_examples=40, derandomize=True, deadline=None, suppress_health_check=_ANY_SPEED
 )
 settings.register_profile(
-    "soak", max_examples=1000, deadline=None, suppress_health_check=_ANY_SPEED, print_blob=True
+    "soak", max_examples=200, deadline=None, suppress_health_check=_ANY_SPEED, print_blob=True
 )
 
 

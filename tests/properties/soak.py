@@ -25,7 +25,10 @@ def main() -> int:
         seed = asked.seed + rounds
         print(f"== property tests, seed {seed}", flush=True)
         if failed := _pytest(
-            "tests/properties", f"--hypothesis-seed={seed}", "--hypothesis-profile=soak"
+            "tests/properties",
+            f"--hypothesis-seed={seed}",
+            "--hypothesis-profile=soak",
+            "--timeout=7200",  # of one test: it runs five times the examples of `make test`
         ):
             return failed
         rounds += 1

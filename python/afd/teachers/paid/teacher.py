@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ class ApiTeacher:
             if self._worker is None:
                 self._worker = _Worker(self)
                 # Without a close(), the thread still ends with the teacher or the process.
-                weakref.finalize(self, self._worker.stop)
+                weakref.finalize(self, self._worker.stop_at_exit)
             future = self._worker.run(self._worker.engine.obtain(order))
         self._asked[request] = future
         return future
@@ -261,9 +262,18 @@ class _Worker:
         """Stop the engine and the thread. Idempotent."""
         if not self._thread.is_alive():
             return
-        self.run(self._end()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        try:
+            self.run(self._end()).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def stop_at_exit(self) -> None:
+        """Stop, and log what fails: nobody is left to catch it."""
+        try:
+            self.stop()
+        except TeacherError as error:
+            _log.error("%s", error)
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -278,9 +288,9 @@ class _Worker:
                 task.cancel()
             # Repeat until all are done: before Python 3.12 wait_for may swallow a cancellation.
             _, others = await asyncio.wait(others, timeout=0.1)
-        self.engine.close()
-        self._ledger.close()
-        await self._http.__aexit__(None, None, None)
+        async with self._http:
+            with closing(self._ledger):
+                self.engine.close()
 
 
 def open_teacher(
