@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from afd_kernels.forward_noise.reference import as_rows, coefficients, draw, per_frame, wide
+from afd_kernels.forward_noise.reference import as_rows, coefficients, draw, per_frame, times, wide
 from afd_kernels.nft_loss.contract import LEAST_SIGMA, NftInputs, NftPlan
 from afd_kernels.nft_loss.storage import grad_power
 
@@ -50,17 +50,18 @@ class _Frames(NamedTuple):
 
 
 def _frames(inputs: NftInputs, plan: NftPlan) -> _Frames:
-    times = per_frame(inputs.t, plan.frames).double()
-    alpha, sigma, d_alpha, d_sigma = coefficients(plan.schedule, plan.schedule_args, times)
+    t = times(inputs.t, plan)
+    alpha, sigma, d_alpha, d_sigma = coefficients(plan.schedule, plan.schedule_args, t)
     kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
     if inputs.sigma is not None:
         kappa = per_frame(inputs.sigma, plan.frames).double()
-        kappa = kappa.where((kappa >= LEAST_SIGMA * times) & (kappa <= 1), torch.nan)
+        kappa = kappa.where((kappa >= LEAST_SIGMA * t) & (kappa <= 1), torch.nan)
         if plan.x0_space:
             # x_t - kappa v - x0 = kappa (t / kappa (noise - x0) - v).
-            ratio = torch.where(kappa == 0, 1, times / kappa)
+            ratio = torch.where(kappa == 0, 1, t / kappa)
             d_alpha, d_sigma = -ratio, ratio
-    one = torch.ones_like(times)
+    # NaN where t or sigma is.
+    one = 1 + 0 * (kappa if inputs.sigma is not None else d_sigma)
     return _Frames(
         kappa if plan.x0_space else one, kappa if plan.prior_in_x0 else one, d_alpha, d_sigma
     )
@@ -113,6 +114,7 @@ def _finish(errors: _Errors, frames: _Frames, inputs: NftInputs, plan: NftPlan) 
         return x.repeat_interleave(plan.frames // plan.groups, dim=1)
 
     weight = per_frame(inputs.r, plan.frames).double()
+    weight = weight.where((weight >= 0) & (weight <= 1), torch.nan)
     kappa, sample_weight = frames.kappa, _per_sample(inputs.sample_weight, elements)
 
     def branch(error: Tensor) -> tuple[Tensor, Tensor]:
