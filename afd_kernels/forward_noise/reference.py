@@ -82,7 +82,7 @@ def per_frame(value: Tensor, frames: int) -> Tensor:
 
 
 def times(t: Tensor, plan: Plan) -> Tensor:
-    """t as float64 [B, frames]; NaN outside the schedule, which is not refused on an accelerator."""
+    """t as float64 [B, frames]; NaN outside the schedule, as accelerators do not refuse it."""
     low, high = SCHEDULES[plan.schedule]
     t = per_frame(t, plan.frames).double()
     # The domain's end may have been rounded to float32.

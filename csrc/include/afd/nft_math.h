@@ -163,7 +163,6 @@ AFD_HD double finalize_group(const NftProblem& p, int64_t sample, int64_t group,
     const NftFrame at = nft_frame(p, sample, f);
     const double kappa = at.kappa;
     const double k2 = kappa * kappa;
-    count += per_frame;
     s1p += kappa * s[0];
     s2p += k2 * s[1];
     s1n += kappa * s[2];
@@ -171,8 +170,14 @@ AFD_HD double finalize_group(const NftProblem& p, int64_t sample, int64_t group,
     r_s2p += r * k2 * s[1];
     r_s2n += (1.0 - r) * k2 * s[3];
     prior += prior_factor(p, at, r) * s[4];
-    ref_deviation += s[4];
-    old_deviation += s[5];
+  }
+  // On their own: beside a schedule's functions they would cost registers.
+  for (int64_t f = first; f < first + length; ++f) {
+    if (frame_counts(p, sample, f)) {
+      count += per_frame;
+      ref_deviation += sums[f * kNftSums + 4];
+      old_deviation += sums[f * kNftSums + 5];
+    }
   }
   const double per_element = count > 0.0 ? 1.0 / count : 0.0;
   double w_plus = 1.0, w_minus = 1.0;
