@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from afd_kernels.contracts import Plan
+from afd_kernels.contracts import SCHEDULES, Plan
 
 _MASK = 0xFFFFFFFF
 
@@ -81,6 +81,14 @@ def per_frame(value: Tensor, frames: int) -> Tensor:
     return value.repeat_interleave(frames // value.shape[1], dim=1)
 
 
+def times(t: Tensor, plan: Plan) -> Tensor:
+    """t as float64 [B, frames]; NaN outside the schedule, as accelerators do not refuse it."""
+    low, high = SCHEDULES[plan.schedule]
+    t = per_frame(t, plan.frames).double()
+    # The domain's end may have been rounded to float32.
+    return t.where((t >= low * (1 - 2.0**-23)) & (t <= high), torch.nan)
+
+
 def draw(seed: Tensor | None, noise: Tensor | None, like: Tensor, plan: Plan) -> Tensor:
     """The given or generated noise as rows [B, outer, frames, inner], in its own dtype."""
     if noise is not None:
@@ -100,8 +108,7 @@ def forward_noise(
 ) -> Tensor:
     """x_t = alpha_t x0 + sigma_t noise, shape and dtype of x0."""
     dtype = wide(x0)
-    times = per_frame(t, plan.frames).double()
-    alpha, sigma, _, _ = coefficients(plan.schedule, plan.schedule_args, times)
+    alpha, sigma, _, _ = coefficients(plan.schedule, plan.schedule_args, times(t, plan))
     eps = draw(seed, noise, x0, plan).to(dtype)
     x_t = (
         alpha.to(dtype)[:, None, :, None] * as_rows(x0, plan).to(dtype)
@@ -113,7 +120,6 @@ def forward_noise(
 def forward_noise_bwd(grad: Tensor, t: Tensor, plan: Plan) -> Tensor:
     """The gradient with respect to x0: alpha_t grad."""
     dtype = wide(grad)
-    times = per_frame(t, plan.frames).double()
-    alpha = coefficients(plan.schedule, plan.schedule_args, times)[0].to(dtype)
+    alpha = coefficients(plan.schedule, plan.schedule_args, times(t, plan))[0].to(dtype)
     scaled = alpha[:, None, :, None] * as_rows(grad, plan).to(dtype)
     return scaled.to(grad.dtype).reshape(grad.shape)

@@ -134,11 +134,22 @@ def op_calls(device: str) -> dict[str, Callable[[], Any]]:
             given = (q, k, v, gain, gain, rope, *caches, position)
             return ops.qk_norm_rope_append_(*given, tokens_per_frame=4, sink_frames=1)
 
+    weight = torch.ones(2).to(device)
     given = {"v_old": old, "v_ref": base, "x0": base, "t": t, "r": t, "seed": seed}
     return {
         "forward_noise": lambda: ops.forward_noise(x, t, seed=seed).sum().backward(),
         "nft_loss": lambda: ops.nft_loss(
             v_theta=x, nft_beta=0.1, prior_weight=1e-4, group="chunk", **given
+        ).loss.backward(),
+        "nft_loss of another trainer": lambda: ops.nft_loss(
+            v_theta=x,
+            nft_beta=0.1,
+            weighting="x0",
+            prior_space="x0",
+            prior_weight=weight,
+            sample_weight=weight,
+            sigma=t,
+            **given,
         ).loss.backward(),
         "block_attention": lambda: ops.block_attention(q, k, v, seen)[0].sum().backward(),
         "qk_norm_rope": lambda: ops.qk_norm_rope(q, k, gain, gain, rope)[0].sum().backward(),

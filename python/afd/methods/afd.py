@@ -18,7 +18,6 @@ from torch import Tensor
 
 from afd import ops
 from afd.discriminators.base import Discriminator
-from afd.methods.advantage import optimality
 from afd.methods.base import Batch, Shown
 from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
@@ -122,14 +121,24 @@ class Afd(StudentMethod):
 
     def _weights(self, batch: Batch, score_B: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Weights r [B] from the scores of all processes, and metrics of both."""
-        config, used_B, teacher_B = self.config, score_B, None
+        config, used_B = self.config, score_B
         group = config.samples_per_prompt
         if config.advantage == "random":
             used_B = torch.randn(score_B.shape, generator=self.generator)
-        if config.baseline == "teacher":
+        baseline: Any = config.baseline
+        if baseline == "teacher":
             teacher_P = self.discriminator.score(batch.teacher_BFCHW, batch.prompts).float().cpu()
-            teacher_B = self.ranks.gather(teacher_P).repeat_interleave(group)
-        _, r_B = optimality(used_B, group, config, teacher_B, self.score_average)
+            baseline = self.ranks.gather(teacher_P).repeat_interleave(group)
+        elif baseline == "ema":
+            baseline = "batch" if self.score_average is None else self.score_average
+        r_B = ops.optimality(
+            used_B,
+            samples_per_prompt=group,
+            baseline=baseline,
+            normalize=config.normalize,
+            adv_clip=config.adv_clip,
+            adv_mode=config.adv_mode,
+        ).r
         mean = float(used_B.mean())
         before = mean if self.score_average is None else self.score_average
         self.score_average = 0.9 * before + 0.1 * mean

@@ -75,8 +75,10 @@ class AfdConfig(TimesConfig):
     baseline: Literal["batch", "group", "teacher", "ema"] = Field(
         default="group", description="what is subtracted from a score to get its advantage"
     )
-    normalize: Literal["batch", "group", "none"] = Field(
-        default="batch", description="whose standard deviation divides the advantage"
+    normalize: Literal["batch", "group", "global", "none"] = Field(
+        default="batch",
+        description="what divides the advantage: the standard deviation of the batch's advantages, "
+        "of the prompt's scores, or of the batch's scores",
     )
     adv_clip: Positive = Field(default=2.0, description="advantages are clipped to ± this before r")
     adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = Field(
@@ -87,9 +89,9 @@ class AfdConfig(TimesConfig):
     nft_beta: Positive = Field(default=1.0, description="how far v± lie from v_old towards v_theta")
     prior_weight: float = Field(default=1e-4, ge=0, description="weight of |v_theta - v_ref|²")
     prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
-    weighting: Literal["x0_adaptive", "velocity"] = Field(
+    weighting: Literal["x0_adaptive", "x0", "velocity"] = Field(
         default="x0_adaptive",
-        description="error in x0 space with adaptive weights, or plain velocity",
+        description="error in x0 space with adaptive weights, without them, or in velocity space",
     )
     context: Literal["recompute", "own_context", "shared_context"] = Field(
         default="shared_context",
