@@ -74,7 +74,9 @@ def make(name: str, kind: str, **settings: Any) -> Method:
     policies = versions(kind, config)
     discriminator: Any
     if kind == "toy":
-        discriminator = ToyDiscriminator(ToyDiscriminatorConfig(loss="gan", warmup_updates=0), 12)
+        discriminator = ToyDiscriminator(
+            ToyDiscriminatorConfig(loss="gan", window=None, warmup_updates=0)
+        )
     else:
         discriminator = LatentDiscriminator(
             policies.student.encode, LatentConfig(loss="gan", width=4), channels=4, text_dim=8
@@ -324,7 +326,7 @@ def test_the_gans_loss_goes_through_the_discriminator_and_not_into_it(kind: str)
 
 
 def test_scores_with_gradients_are_the_same_for_a_batch_and_its_parts() -> None:
-    discriminator, of = ToyDiscriminator(ToyDiscriminatorConfig(), 12), batch("toy")
+    discriminator, of = ToyDiscriminator(ToyDiscriminatorConfig()), batch("toy")
     video = of.teacher_BFCHW.clone().requires_grad_()
     whole_B = discriminator.differentiable_score(video, of.prompts)
     parts = [

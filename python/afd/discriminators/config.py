@@ -10,6 +10,7 @@ from pydantic import Field
 
 from afd.config.base import Count, Natural, Positive, Share
 from afd.discriminators.base import DiscriminatorConfig
+from afd.discriminators.windows import WindowedConfig
 from afd.hub import missing_path, missing_source
 
 
@@ -70,7 +71,7 @@ class VideoAlignConfig(PairConfig):
             yield from missing_path("discriminator.checkout", self.checkout, "VideoAlign's code")
 
 
-class LatentConfig(PairConfig):
+class LatentConfig(PairConfig, WindowedConfig):
     """A small network on latents, trained from scratch."""
 
     builder: ClassVar[str] = "afd.discriminators.latent:build"

@@ -90,7 +90,7 @@ class Afd(StudentMethod):
         rollouts, input_BFCHW = self._seen()
         teacher = self._matched(batch)
         metrics: dict[str, float] = {}
-        for _ in range(self.discriminator.config.steps_per_update):
+        for _ in range(self.discriminator.config.steps_in(batch.step)):
             metrics = self.discriminator.step(teacher, input_BFCHW, rollouts.prompts)
         return {f"discriminator/{key}": value for key, value in metrics.items()}
 
@@ -115,7 +115,7 @@ class Afd(StudentMethod):
         )
         if self.watch is not None:
             metrics |= self.watch(batch.step, score_B, rollouts.x0_BFCHW, rollouts.prompts, group)
-        if batch.step >= self.discriminator.config.warmup_updates:
+        if not self.discriminator.config.learns_alone(batch.step):
             metrics |= self._update(batch, rollouts, r_B)
         self._rollouts = None
         return metrics

@@ -274,8 +274,10 @@ class Work:
                 scored = 0  # scored in the student's update
             elif config.afd.baseline == "teacher":
                 scored += config.prompts_per_update
-            total = 2 * videos * one * discriminator.steps_per_update + scored * self._score_flop()
-            note = f"{discriminator.steps_per_update} step(s) on {videos} pairs"
+            # The mean over the run: updates of the discriminator alone may have more.
+            steps = sum(map(discriminator.steps_in, range(config.updates))) / config.updates
+            total = 2 * videos * one * steps + scored * self._score_flop()
+            note = f"{steps:g} step(s) on {videos} pairs"
             return total, note + (f", and {scored} scores" if scored else "")
         return 0.0, "small; not counted"
 

@@ -17,7 +17,8 @@ OLD_DEVIATION = "student/old_deviation"
 # deviations, while the margin shrinks by at least this much.
 LOST_MOTION, LOST_RATING, WON_MARGIN = 0.7, 0.1, 0.1
 # The deviation from the old policy may drift; at this multiple of its usual size it is diverging.
-RUNAWAY, USUAL_AFTER = 5.0, 50
+# It grows until the rate is warm and the old policy's decay has its largest value.
+RUNAWAY, USUAL_AFTER = 5.0, 100
 _log = logging.getLogger("afd")
 
 
