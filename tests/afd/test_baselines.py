@@ -351,7 +351,7 @@ def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
     folder = write_released(tmp_path / "released")
     scorer = VideoAlign.load(folder / "root", base=folder / "base", dtype=torch.float32)
     settings = VideoAlignConfig(loss="gan", lora_rank=2, lora_alpha=4, learning_rate=1e-3)
-    discriminator = VideoAlignDiscriminator(scorer, settings, video_fps=16.0)
+    discriminator = VideoAlignDiscriminator(scorer, settings, video=VideoConfig())
     codec = VideoVAE(model())
     student = wan(frames=3, in_dim=16, out_dim=16)
     policies = make_policies(student, ("theta", "ema"), lora=LoraConfig(rank=4, alpha=8))

@@ -27,7 +27,7 @@ class PairConfig(DiscriminatorConfig):
     )
 
 
-class VideoAlignConfig(PairConfig):
+class VideoAlignConfig(PairConfig, WindowedConfig):
     """A VideoAlign (Qwen2-VL) reward model whose LoRA and reward head are trained further."""
 
     builder: ClassVar[str] = "afd.discriminators.videoalign.discriminator:build"
@@ -57,6 +57,11 @@ class VideoAlignConfig(PairConfig):
     )
     lora_rank: Count = Field(default=64, description="rank of the trained LoRA")
     lora_alpha: Count = Field(default=128, description="LoRA's weight is alpha / rank")
+    window: Positive | None = Field(
+        default=None,
+        description="seconds of a window: a step ranks one random window of each pair, the score "
+        "is the mean over windows that overlap by half, each with the prompt; null: the whole clip",
+    )
     gradient_checkpointing: bool = Field(
         default=True, description="keep one activation per layer and compute the others again"
     )

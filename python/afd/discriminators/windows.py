@@ -35,13 +35,14 @@ class WindowedConfig(DiscriminatorConfig):
                 f"length of the videos ({video.frames} frames at {video.rate:g} per second)"
             )
 
-    def window_frames(self, video: VideoConfig, frames: int) -> int | None:
-        """Frames of a window of an input that has `frames` frames, in latents fewer than the video;
-        None: the whole clip."""
+    def window_frames(self, video: VideoConfig, frames: int, multiple: int = 1) -> int | None:
+        """Frames of a window, a multiple of `multiple`, of an input that has `frames` frames: fewer
+        than the video in latents or sampled frames. None: the whole clip."""
         if self.window is None:
             return None
         self.check_video(video)
-        return max(1, round(self.window * video.rate / video.frames * frames))
+        share = self.window * video.rate / video.frames
+        return min(max(1, round(share * frames / multiple)) * multiple, frames)
 
 
 def window_starts(frames: int, size: int) -> list[int]:
