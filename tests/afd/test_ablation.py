@@ -34,7 +34,7 @@ def test_every_row_of_every_file_is_another_run_of_its_base(path: Path, tmp_path
         assert cell.run_dir == tmp_path / row / "seed3"
         assert (cell.seed, cell.name) == (3, row)
         usual = load_config(path.parent / config.base, [f"method={cell.method}"])
-        assert (cell.updates, cell.teacher.style) == (usual.updates, usual.teacher.style)
+        assert cell.updates == usual.updates
         made.append(plain(cell.model_copy(update={"name": "", "out": None})))
     assert all(made.count(one) == 1 for one in made)
 
