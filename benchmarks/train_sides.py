@@ -259,9 +259,7 @@ def _student(case: Case, device: torch.device) -> tuple[Student, Discriminator, 
     """The student with random or shipped weights, its discriminator and denoising steps."""
     if case.wan is None:
         toy = ToyStudent.load().to(device)
-        discriminator: Discriminator = ToyDiscriminator(
-            ToyDiscriminatorConfig(warmup_updates=0), toy.config.frames
-        )
+        discriminator: Discriminator = ToyDiscriminator(ToyDiscriminatorConfig(warmup_updates=0))
         return toy, discriminator, ToyStudentConfig().denoising_steps
     net = random_network(case.wan, device, DTYPES[case.dtype])
     net.checkpoint_blocks = case.checkpoint_blocks

@@ -108,6 +108,59 @@ def test_the_warm_up_trains_the_discriminator_alone(student: ToyStudent) -> None
         assert torch.equal(value, ref[name])
 
 
+def test_updates_of_the_discriminator_alone_have_their_own_number_of_steps(
+    student: ToyStudent,
+) -> None:
+    method, counts = afd(student), []
+    config = method.discriminator.config
+    method.discriminator.config = config.model_copy(
+        update={"warmup_updates": 2, "warmup_steps_per_update": 3, "steps_per_update": 2}
+    )
+    before = weights(method, "theta")
+    for number in range(3):
+        seen = _adam_steps(method)
+        metrics = step(method, number)
+        counts.append(_adam_steps(method) - seen)
+        assert ("student/loss" in metrics) == (number == 2)
+        if number < 2:
+            for version in ("theta", "old", "ref"):
+                assert_equal(weights(method, version), before)
+    assert counts == [3, 3, 2]
+    assert method.optimizer.updates == 1
+    assert any(not torch.equal(v, before[name]) for name, v in weights(method, "theta").items())
+
+
+def _adam_steps(method: Afd) -> int:
+    state = method.discriminator.state_dict()["optimizer"]["state"]
+    return max((int(moments["step"]) for moments in state.values()), default=0)
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_that_stops_among_those_updates_continues_with_the_same_bits(
+    student: ToyStudent,
+) -> None:
+    pace = {"warmup_updates": 3, "warmup_steps_per_update": 2}
+    straight, first, second = afd(student), afd(student), afd(student, seed=5)
+    for method in (straight, first, second):
+        method.discriminator.config = method.discriminator.config.model_copy(update=pace)
+    for number in range(5):
+        expected = step(straight, number)
+    step(first, 0)
+    step(first, 1)
+    second.load_state_dict(saved(first))
+    for number in range(2, 5):
+        found = step(second, number)
+    assert found == expected
+    for version in ("theta", "old"):
+        assert_equal(weights(second, version), weights(straight, version))
+    ours, theirs = (m.discriminator.state_dict()["net"] for m in (second, straight))
+    assert_equal(ours, theirs)
+
+
 def test_all_contexts_agree_while_the_three_policies_are_one(student: ToyStudent) -> None:
     losses = {}
     for context in ("recompute", "own_context", "shared_context"):

@@ -64,6 +64,18 @@ def test_a_student_that_runs_away_from_its_old_policy_is_told(
     assert int(line.split()[1].rstrip(":")) >= USUAL_AFTER + 50
 
 
+def test_rollouts_that_become_alike_are_reported_once(log: pytest.LogCaptureFixture) -> None:
+    watch = Signs()
+    for step in range(200):
+        # Half of it is not yet a sign, nor is one batch of easy prompts.
+        value = 0.14 if step < 50 else 0.075 if step < 120 else 0.05
+        watch.look(step, {"student/diversity": 0.01 if step == 40 else value})
+    (line,) = said(log)
+    assert "the distance between rollouts of a prompt fell to" in line
+    assert "raise afd.prior_weight" in line
+    assert int(line.split()[1].rstrip(":")) > 120
+
+
 def test_growing_from_nothing_to_the_usual_size_is_no_sign(log: pytest.LogCaptureFixture) -> None:
     watch = Signs()
     for step in range(300):

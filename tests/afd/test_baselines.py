@@ -74,7 +74,9 @@ def make(name: str, kind: str, **settings: Any) -> Method:
     policies = versions(kind, config)
     discriminator: Any
     if kind == "toy":
-        discriminator = ToyDiscriminator(ToyDiscriminatorConfig(loss="gan", warmup_updates=0), 12)
+        discriminator = ToyDiscriminator(
+            ToyDiscriminatorConfig(loss="gan", window=None, warmup_updates=0)
+        )
     else:
         discriminator = LatentDiscriminator(
             policies.student.encode, LatentConfig(loss="gan", width=4), channels=4, text_dim=8
@@ -324,7 +326,7 @@ def test_the_gans_loss_goes_through_the_discriminator_and_not_into_it(kind: str)
 
 
 def test_scores_with_gradients_are_the_same_for_a_batch_and_its_parts() -> None:
-    discriminator, of = ToyDiscriminator(ToyDiscriminatorConfig(), 12), batch("toy")
+    discriminator, of = ToyDiscriminator(ToyDiscriminatorConfig()), batch("toy")
     video = of.teacher_BFCHW.clone().requires_grad_()
     whole_B = discriminator.differentiable_score(video, of.prompts)
     parts = [
@@ -349,7 +351,7 @@ def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
     folder = write_released(tmp_path / "released")
     scorer = VideoAlign.load(folder / "root", base=folder / "base", dtype=torch.float32)
     settings = VideoAlignConfig(loss="gan", lora_rank=2, lora_alpha=4, learning_rate=1e-3)
-    discriminator = VideoAlignDiscriminator(scorer, settings, video_fps=16.0)
+    discriminator = VideoAlignDiscriminator(scorer, settings, video=VideoConfig())
     codec = VideoVAE(model())
     student = wan(frames=3, in_dim=16, out_dim=16)
     policies = make_policies(student, ("theta", "ema"), lora=LoraConfig(rank=4, alpha=8))

@@ -256,3 +256,43 @@ def test_values_that_a_run_would_take_for_others_or_die_of_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=needed):
         make_config({}, [override])
+
+
+# What the laptop task's defaults were chosen by (docs/METHOD.md): at 480x832 each is stated.
+LEARNING = {
+    "learning_rate",
+    "warmup_updates",
+    "cosine_updates",
+    "weight_decay",
+    "grad_clip",
+    "prior_weight",
+    "draws",
+    "samples_per_prompt",
+    "nft_beta",
+    "adv_clip",
+    "old_decay",
+    "old_decay_slope",
+    "ema_decay",
+    "score_learning_rate",
+    "score_updates",
+    "score_warmup_updates",
+    "timesteps",
+    "context_noise",
+    "window",
+    "warmup_steps_per_update",
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_480x832.yaml")), ids=lambda path: path.stem)
+def test_no_configuration_at_480x832_inherits_a_toy_default(path: Path) -> None:
+    held = yaml.safe_load(path.read_text())
+    if "method" not in held:  # samples or evaluates
+        return
+    config = load_config(path)
+    sections = {config.method: getattr(config, config.method)}
+    if "discriminator" in held:
+        sections["discriminator"] = config.discriminator
+    assert "updates" in held
+    for name, section in sections.items():
+        silent = LEARNING & type(section).model_fields.keys() - held[name].keys()
+        assert not silent, f"{path.name}: {name} leaves {sorted(silent)} to the defaults"

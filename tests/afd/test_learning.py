@@ -14,7 +14,7 @@ from afd.methods.base import Batch
 from afd.rollout import rollout
 from afd.trainer.build import build_method
 
-UPDATES = 130
+UPDATES = 65
 HELD_OUT = list(PROMPTS) * 6
 
 
@@ -43,8 +43,10 @@ def test_afd_takes_the_fall_and_leaves_the_look_where_sft_takes_both() -> None:
         with method.evaluation_policy() as policy:
             after[name] = evaluate(policy)
     afd, sft = after["afd"], after["sft"]
-    assert afd["g_mae"] < 0.75 * base["g_mae"]
-    assert afd["phys"] < 0.75 * base["phys"]
+    # A third of the default run, in which SFT is not yet as far.
+    assert afd["g_mae"] < 0.5 * base["g_mae"]
+    assert afd["phys"] < 0.5 * base["phys"]
+    assert afd["phys"] < sft["phys"] - 0.05
     assert afd["rend"] < base["rend"] + 0.01
     assert afd["adh"] > 0.95
     assert sft["rend"] > base["rend"] + 0.08

@@ -13,10 +13,19 @@ from afd.lab.physics import (
     frechet_distance,
     measure,
     measure_each,
+    seam_jerk,
     spread,
     track_ball,
 )
-from afd.lab.simulator import BOUNCE, PROMPTS, attribute_table, fall, sample_videos
+from afd.lab.simulator import (
+    BOUNCE,
+    PROMPTS,
+    attribute_table,
+    colour_table,
+    fall,
+    render,
+    sample_videos,
+)
 
 PROMPTS_4 = list(PROMPTS) * 4
 
@@ -109,3 +118,28 @@ def test_a_score_that_is_physics_agrees_with_physics_inside_a_group() -> None:
 def test_a_video_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"video: \(2, 12, 3, 8, 8\) came"):
         measure_each(torch.zeros(2, 12, 3, 8, 8))
+
+
+def test_kinks_are_told_by_where_they_are() -> None:
+    """Second differences at frames 1 to 10 of 12; chunks of three begin at 0, 3, 6 and 9."""
+    inside, across = torch.zeros(2, 10), torch.zeros(2, 10)
+    inside[:, [0, 3, 6, 9]] = 4.0
+    across[:, [1, 2, 4, 5, 7, 8]] = 4.0
+    assert seam_jerk(inside) == 0
+    assert seam_jerk(across) == float("inf")
+    assert seam_jerk(inside + across) == 1
+    assert seam_jerk(inside + across / 4) == pytest.approx(0.5)
+
+
+def test_a_ball_that_jumps_between_chunks_has_a_seam_jerk() -> None:
+    table, generator = attribute_table(PROMPTS_4), Generator().manual_seed(3)
+    _, track_NF2 = sample_videos(table, "target", "clean", generator)
+    jumping = track_NF2.clone()
+    jumping[:, 3:6, 0] += 0.4
+    jumping[:, 9:, 0] += 0.4
+    colour = colour_table(table[:, 0])
+    smooth, kinked = (
+        measure(render(track, colour), PROMPTS_4)["seam_jerk"] for track in (track_NF2, jumping)
+    )
+    assert smooth < 1.3
+    assert kinked > 1.3 * smooth

@@ -31,6 +31,7 @@ from afd.trainer.motion import displacements, motion
 from afd.trainer.side_by_side import side_by_side, write_side_by_side
 from afd.trainer.trackers import Boards
 from afd.video import read_video
+from afd.video.config import VideoConfig
 from tests.afd.tiny_methods import toy_student
 from tests.afd.tiny_videoalign import write_released
 
@@ -100,7 +101,7 @@ def discriminator(tmp_path_factory: pytest.TempPathFactory) -> VideoAlignDiscrim
     """A tiny VideoAlign in the released layout."""
     folder = write_released(tmp_path_factory.mktemp("released"))
     scorer = VideoAlign.load(folder / "root", base=folder / "base", dtype=torch.float32)
-    return VideoAlignDiscriminator(scorer, VideoAlignConfig(lora_rank=2), video_fps=8.0)
+    return VideoAlignDiscriminator(scorer, VideoAlignConfig(lora_rank=2), video=VideoConfig(fps=8))
 
 
 def test_a_video_evaluation_is_the_same_every_time_and_keeps_the_first_samples(

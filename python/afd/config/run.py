@@ -12,7 +12,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
@@ -28,6 +35,10 @@ from afd.teachers.config import TeacherConfig
 from afd.video.config import VideoConfig
 
 Kind = TypeVar("Kind", bound=Section)
+
+
+# Updates of a run of the laptop task, by method (docs/ABLATIONS.md).
+UPDATES = {"afd": 200, "sft": 400, "gan": 400, "dmd": 400}
 
 
 class EvaluationConfig(Section):
@@ -110,7 +121,12 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="seed of everything the run draws"
     )
-    updates: Count = Field(default=400, description="optimizer updates of the student")
+    updates: Count = Field(
+        default=None,
+        validate_default=True,
+        description="updates of the run, those of the discriminator alone included; null: the "
+        "method's own number on the laptop task (afd 200, others 400)",
+    )
     prompts_per_update: Count = Field(
         default=8, description="prompts, each with its teacher video, in one update"
     )
@@ -140,6 +156,18 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @field_validator("updates", mode="before")
+    @classmethod
+    def _updates_of_the_method(cls, value: Any, info: ValidationInfo) -> Any:
+        return UPDATES.get(info.data.get("method", ""), 1) if value is None else value
+
+    @field_validator("discriminator")
+    @classmethod
+    def _discriminator_of_the_method(
+        cls, value: DiscriminatorConfig, info: ValidationInfo
+    ) -> DiscriminatorConfig:
+        return value.for_method(info.data.get("method", ""))
+
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
         """Reject sections that are incompatible."""
@@ -151,6 +179,7 @@ class RunConfig(Section):
             metrics.check(self.student)
         if self.method in ("afd", "gan"):
             self.discriminator.check_student(self.student)
+            self.discriminator.check_video(self.video)
         self.student.check_video(self.video)
         return self
 

@@ -5,7 +5,7 @@ Shape letters: B videos or pairs of a teacher and a student video, F frames, C c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -46,7 +46,31 @@ class DiscriminatorConfig(Section):
     warmup_updates: Natural = Field(
         default=0, description="updates of the run in which only the discriminator learns"
     )
+    warmup_steps_per_update: Natural | None = Field(
+        default=None,
+        description="its steps in each of those updates, on the same rollouts; null: as in others",
+    )
     steps_per_update: Natural = Field(default=1, description="its steps in one update of the run")
+
+    # Defaults that differ for a method, by its name.
+    of_methods: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def for_method(self, method: str) -> DiscriminatorConfig:
+        """The settings with the method's own defaults for keys that were not given."""
+        own = self.of_methods.get(method, {})
+        return self.model_copy(
+            update={key: own[key] for key in own if key not in self.model_fields_set}
+        )
+
+    def learns_alone(self, step: int) -> bool:
+        """Whether only the discriminator learns in this update (from 0)."""
+        return step < self.warmup_updates
+
+    def steps_in(self, step: int) -> int:
+        """Number of its steps in this update (from 0)."""
+        if self.learns_alone(step) and self.warmup_steps_per_update is not None:
+            return self.warmup_steps_per_update
+        return self.steps_per_update
 
     def build(
         self,
@@ -66,6 +90,9 @@ class DiscriminatorConfig(Section):
 
     def check_student(self, student: StudentConfig) -> None:
         """Raise ValueError if it cannot score this student's videos."""
+
+    def check_video(self, video: VideoConfig) -> None:
+        """Raise ValueError if it cannot score videos of this length."""
 
     def missing(self) -> Iterator[str]:
         """Yield a sentence for each file that a run would not find or would have to download."""

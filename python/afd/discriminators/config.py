@@ -10,6 +10,7 @@ from pydantic import Field
 
 from afd.config.base import Count, Natural, Positive, Share
 from afd.discriminators.base import DiscriminatorConfig
+from afd.discriminators.windows import WindowedConfig
 from afd.hub import missing_path, missing_source
 
 
@@ -26,7 +27,7 @@ class PairConfig(DiscriminatorConfig):
     )
 
 
-class VideoAlignConfig(PairConfig):
+class VideoAlignConfig(PairConfig, WindowedConfig):
     """A VideoAlign (Qwen2-VL) reward model whose LoRA and reward head are trained further."""
 
     builder: ClassVar[str] = "afd.discriminators.videoalign.discriminator:build"
@@ -56,6 +57,11 @@ class VideoAlignConfig(PairConfig):
     )
     lora_rank: Count = Field(default=64, description="rank of the trained LoRA")
     lora_alpha: Count = Field(default=128, description="LoRA's weight is alpha / rank")
+    window: Positive | None = Field(
+        default=None,
+        description="seconds of a window: a step ranks one random window of each pair, the score "
+        "is the mean over windows that overlap by half, each with the prompt; null: the whole clip",
+    )
     gradient_checkpointing: bool = Field(
         default=True, description="keep one activation per layer and compute the others again"
     )
@@ -70,7 +76,7 @@ class VideoAlignConfig(PairConfig):
             yield from missing_path("discriminator.checkout", self.checkout, "VideoAlign's code")
 
 
-class LatentConfig(PairConfig):
+class LatentConfig(PairConfig, WindowedConfig):
     """A small network on latents, trained from scratch."""
 
     builder: ClassVar[str] = "afd.discriminators.latent:build"

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from afd.discriminators.config import LatentConfig
 from afd.discriminators.pairs import PairDiscriminator
+from afd.discriminators.windows import windows
 from afd.distributed import ALONE, Ranks
 from afd.models.student import Student
 from afd.video.config import VideoConfig
@@ -113,11 +114,14 @@ class LatentDiscriminator(PairDiscriminator):
         channels: int = 16,
         text_dim: int = 4096,
         device: torch.device | str = "cpu",
+        video: VideoConfig | None = None,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`encode`: maps prompts to embeddings [B, L, text_dim]; it gets no gradient."""
+        """`encode`: maps prompts to embeddings [B, L, text_dim]; it gets no gradient. `video`: the
+        length and rate of the videos, for windows; by default those of the toy task."""
         self.encode, self.device = encode, torch.device(device)
+        self.video = video or VideoConfig()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = LatentScorer(channels, text_dim, config.width).to(device).eval()
@@ -129,7 +133,14 @@ class LatentDiscriminator(PairDiscriminator):
         """Scores [B] with gradients to the latents."""
         with torch.no_grad():
             text_BLE = self.encode(prompts).to(self.device, torch.float32)
-        return self.net(latent_BFCHW.to(self.device, torch.float32), text_BLE)
+        latent_BFCHW = latent_BFCHW.to(self.device, torch.float32)
+        size = self.config.window_frames(self.video, latent_BFCHW.shape[1])
+        if size is None:
+            return self.net(latent_BFCHW, text_BLE)
+        window_BN = windows(latent_BFCHW, size)
+        count = window_BN.shape[1]
+        score = self.net(window_BN.flatten(0, 1), text_BLE.repeat_interleave(count, 0))
+        return score.view(-1, count).sum(1)
 
     def step(
         self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
@@ -157,6 +168,7 @@ def build(
         channels=wan.in_dim,
         text_dim=wan.text_dim,
         device=student.device,
+        video=video,
         seed=seed,
         ranks=ranks,
     )

@@ -85,6 +85,10 @@ class PairDiscriminator(ABC):
         """The part of the videos that it uses as input; only this needs to be stored."""
         return video_BFCHW
 
+    def excerpts(self, teacher_BFCHW: Tensor, student_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of each pair that one step ranks, the same of both its videos."""
+        return teacher_BFCHW, student_BFCHW
+
     @abstractmethod
     def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the input and to the weights."""
@@ -110,6 +114,7 @@ class PairDiscriminator(ABC):
         """One update on prompt-matched pairs; returns loss, accuracy, margin and gradient norm."""
         alike = teacher_BFCHW.shape == student_BFCHW.shape
         require(alike, "student_BFCHW", student_BFCHW, f"shape {tuple(teacher_BFCHW.shape)}")
+        teacher_BFCHW, student_BFCHW = self.excerpts(teacher_BFCHW, student_BFCHW)
         self.optimizer.clear()
         count = int(self.ranks.gather(torch.tensor([len(prompts)])).sum())
         total, seen = 0.0, []

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from afd.config.base import Count, Natural, Share
-from afd.discriminators.base import DiscriminatorConfig
+from afd.config.base import Count, Natural, Positive, Share
+from afd.discriminators.windows import WindowedConfig
 from afd.hub import fingerprint
 from afd.lab.shipped import SHIPPED, checkpoint_path
 from afd.models.config import StudentConfig
@@ -75,10 +75,19 @@ class ToyStudentConfig(StudentConfig):
         return fingerprint(checkpoint_path(self.checkpoint))
 
 
-class ToyDiscriminatorConfig(DiscriminatorConfig):
+class ToyDiscriminatorConfig(WindowedConfig):
     """Settings of the toy discriminator."""
 
     builder: ClassVar[str] = "afd.lab.discriminator:build"
+    # A generator's gradient finds the weak spots of a sum of local scores (docs/ABLATIONS.md).
+    of_methods: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gan": {
+            "window": None,
+            "beginnings": True,
+            "warmup_updates": 30,
+            "warmup_steps_per_update": None,
+        }
+    }
 
     kind: Literal["toy"] = Field(default="toy", description="the laptop-size scorer")
     backbone: Literal["motion", "scratch", "random"] = Field(
@@ -91,8 +100,18 @@ class ToyDiscriminatorConfig(DiscriminatorConfig):
     )
     learning_rate: float = Field(default=1e-3, ge=0, description="AdamW learning rate")
     betas: tuple[Share, Share] = Field(default=(0.5, 0.99), description="AdamW betas")
+    window: Positive | None = Field(
+        default=0.1875,
+        description="seconds of a window (3 frames at the toy's 16 per second): the score is the "
+        "sum over windows that overlap by half, each with the prompt; null: one score of the whole "
+        "clip",
+    )
     warmup_updates: Natural = Field(
-        default=30, description="updates of the run in which only the discriminator learns"
+        default=10, description="updates of the run in which only the discriminator learns"
+    )
+    warmup_steps_per_update: Natural | None = Field(
+        default=3,
+        description="its steps in each of those updates, on the same rollouts; null: as in others",
     )
     steps_per_update: Natural = Field(default=2, description="its steps in one update of the run")
     r1: float = Field(
@@ -110,8 +129,9 @@ class ToyDiscriminatorConfig(DiscriminatorConfig):
         default=4, description="looks averaged in a score (1: the video as is)"
     )
     beginnings: bool = Field(
-        default=True,
-        description="also rank by the first quarters of a clip, before a bounce can hide the fall",
+        default=False,
+        description="also rank by the first quarters of a clip, before a bounce can hide the fall; "
+        "for scores of the whole clip",
     )
 
     def check_student(self, student: StudentConfig) -> None:

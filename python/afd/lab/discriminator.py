@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from afd.discriminators.base import LOSSES, gradient_penalty, pair_metrics
+from afd.discriminators.windows import windows
 from afd.distributed import ALONE, Ranks
 from afd.files import replacing
 from afd.lab.augmentation import random_look
@@ -74,15 +75,47 @@ class MotionBackbone(nn.Module):
         return backbone
 
 
-class FrozenFeatureScorer(nn.Module):
-    """A small online head on frozen features and the prompt embedding: an MLP 128-64-1."""
+class WindowedHead(nn.Module):
+    """Base class of the scorers: a head on windows of per-frame features and the prompt.
 
-    def __init__(self, backbone: MotionBackbone, frames: int) -> None:
+    Attributes:
+        window: frames that the head takes at a time.
+        text: embeds the prompt.
+        head: one score per window.
+    """
+
+    window: int
+    text: nn.Linear
+    head: nn.Sequential
+
+    def per_frame(self, inputs: Tensor) -> Tensor:
+        """The features of every frame that the head reads, [B, F, D]."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, text_BE: Tensor) -> Tensor:
+        """Scores [B]."""
+        return self.summed(self.per_frame(inputs), text_BE)
+
+    def summed(self, features_BFD: Tensor, text_BE: Tensor) -> Tensor:
+        """Sum of the scores of all windows, [B]."""
+        window_BND = windows(features_BFD, self.window).flatten(2)
+        text_BNE = self.text(text_BE)[:, None].expand(-1, window_BND.shape[1], -1)
+        return self.head(torch.cat([window_BND, text_BNE], 2)).sum((1, 2))
+
+
+class FrozenFeatureScorer(WindowedHead):
+    """A small online head on frozen features and the prompt embedding: an MLP 128-64-1.
+
+    `window`: frames of a window of the score; of the clip, if there is only one.
+    """
+
+    def __init__(self, backbone: MotionBackbone, window: int) -> None:
         super().__init__()
+        self.window = window
         self.backbone = backbone.requires_grad_(False)
         self.text = nn.Linear(TEXT_LEN * TEXT_DIM, 32)
         self.head = nn.Sequential(
-            nn.Linear(frames * backbone.features + 32, 128),
+            nn.Linear(window * backbone.features + 32, 128),
             nn.GELU(),
             nn.Linear(128, 64),
             nn.GELU(),
@@ -93,16 +126,16 @@ class FrozenFeatureScorer(nn.Module):
         """The tensor to which noise and the gradient penalty apply."""
         return self.backbone(video_BFCHW)
 
-    def forward(self, features_BFM: Tensor, text_BE: Tensor) -> Tensor:
-        """Scores [B]."""
-        return self.head(torch.cat([features_BFM.flatten(1), self.text(text_BE)], 1)).squeeze(1)
+    def per_frame(self, features_BFM: Tensor) -> Tensor:
+        return features_BFM
 
 
-class ScratchScorer(nn.Module):
+class ScratchScorer(WindowedHead):
     """A pixel scorer trained from scratch online: per-frame and temporal convolutions, MLP."""
 
-    def __init__(self, frames: int, channels: int = 3) -> None:
+    def __init__(self, window: int, channels: int = 3) -> None:
         super().__init__()
+        self.window = window
         self.conv = nn.Sequential(
             nn.Conv2d(channels, 16, 5, stride=2, padding=2),
             nn.LeakyReLU(0.2),
@@ -114,22 +147,24 @@ class ScratchScorer(nn.Module):
         self.time = nn.Conv1d(64, 64, 3, padding=1)
         self.text = nn.Linear(TEXT_LEN * TEXT_DIM, 32)
         self.head = nn.Sequential(
-            nn.Linear(frames * 64 + 32, 96), nn.LeakyReLU(0.2), nn.Linear(96, 1)
+            nn.Linear(window * 64 + 32, 96), nn.LeakyReLU(0.2), nn.Linear(96, 1)
         )
 
     def inputs(self, video_BFCHW: Tensor) -> Tensor:
         return video_BFCHW
 
-    def forward(self, video_BFCHW: Tensor, text_BE: Tensor) -> Tensor:
+    def per_frame(self, video_BFCHW: Tensor) -> Tensor:
         frames = self.conv(video_BFCHW.flatten(0, 1)).view(*video_BFCHW.shape[:2], -1)
-        mixed = F.leaky_relu(self.time(frames.transpose(1, 2)), 0.2)
-        return self.head(torch.cat([mixed.flatten(1), self.text(text_BE)], 1)).squeeze(1)
+        return F.leaky_relu(self.time(frames.transpose(1, 2)), 0.2).transpose(1, 2)
 
 
 class ToyDiscriminator:
     """A scorer with its optimizer and random generator (see `Discriminator`).
 
     It is small: with several processes, each computes the update of the whole batch redundantly.
+
+    Args:
+        video: the length and rate of its videos; by default those of the toy task.
     """
 
     input_space: Literal["pixels", "latents"] = "pixels"
@@ -137,21 +172,23 @@ class ToyDiscriminator:
     def __init__(
         self,
         config: ToyDiscriminatorConfig,
-        frames: int = 12,
+        video: VideoConfig | None = None,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
+        video = video or VideoConfig()
+        window = config.window_frames(video, video.frames) or video.frames
         self.config, self.ranks = config, ranks
         self.generator = Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net: FrozenFeatureScorer | ScratchScorer
             if config.backbone == "scratch":
-                self.net = ScratchScorer(frames)
+                self.net = ScratchScorer(window)
             elif config.backbone == "random":
-                self.net = FrozenFeatureScorer(_standardised(MotionBackbone()), frames)
+                self.net = FrozenFeatureScorer(_standardised(MotionBackbone()), window)
             else:
-                self.net = FrozenFeatureScorer(MotionBackbone.load(config.checkpoint), frames)
+                self.net = FrozenFeatureScorer(MotionBackbone.load(config.checkpoint), window)
         self._weights = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self._weights,
@@ -267,4 +304,4 @@ def build(
     ranks: Ranks = ALONE,
 ) -> ToyDiscriminator:
     """Build the discriminator from its configuration (`DiscriminatorConfig.build`)."""
-    return ToyDiscriminator(config, video.frames, seed=seed, ranks=ranks)
+    return ToyDiscriminator(config, video, seed=seed, ranks=ranks)

@@ -90,7 +90,8 @@ def rank_agreement(
     group_size: int,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Correlation of the score with each task metric among the rollouts of a prompt.
+    """Correlation of the score with each task metric among the rollouts of a prompt, and the
+    rollouts' `seam_jerk`.
 
     Computed over the videos of all processes. Empty unless the prompts are bouncing-ball prompts
     and groups have two or more videos.
@@ -100,7 +101,8 @@ def rank_agreement(
     each = measure_each(video_BFCHW.cpu())
     score_B = ranks.gather(score_B)
     known = {"phys": -each.phys, "fit_res": -each.fit_res, "rend": -each.rend}
-    return {
+    found = {
         f"agreement/{name}": within_group_correlation(score_B, ranks.gather(value_B), group_size)
         for name, value_B in known.items()
     }
+    return finite(found | {"student/seam_jerk": physics.seam_jerk(ranks.gather(each.kink))})

@@ -27,6 +27,7 @@ from afd.lab.simulator import (
     trajectories,
 )
 
+CHUNK = 3  # frames that the toy student generates at a time
 WINDOW = 4.0  # px around the strongest spot: the ball and a soft edge
 
 # Definition of each metric, as shown in the report.
@@ -34,6 +35,8 @@ DEFINITIONS = {
     "phys": "RMSE (px) of the ball's height to the best trajectory under the teacher's gravity",
     "g_mae": "mean |fitted gravity - the teacher's gravity| (px/frame²)",
     "fit_res": "RMSE (px) to the best trajectory of any constant gravity: smoothness",
+    "seam_jerk": "kinks of the trajectory across chunk boundaries over those within chunks (RMS): "
+    "1 is even",
     "motion": "mean speed of the ball (px/frame)",
     "rend": "RMSE to the clean render of the same ball (0-1 colour scale): look and quality",
     "adh": "share of videos with all four attributes of their prompt",
@@ -52,6 +55,7 @@ class Physics:
     gravity: Tensor
     phys: Tensor
     fit_res: Tensor
+    kink: Tensor  # [N, F-2], squared second difference of the residual to the best trajectory
     motion: Tensor
     rend: Tensor
     attributes: Tensor  # int64 [N, 4], what the video shows
@@ -147,9 +151,11 @@ def measure_each(video_NFCHW: Tensor) -> Physics:
         raise ValueError(f"video: {tuple(video_NFCHW.shape)} came, [N, F, 3, 16, 16] is needed")
     video = video_NFCHW.detach().float()
     track, colour = track_ball(video)
+    frames = track.shape[1]
     free, free_rmse = fit("free", track[..., 1])
     _, phys = fit("target", track[..., 1])
     sideways, sideways_rmse = fit("sideways", track[..., 0])
+    best_NF2 = torch.stack([_sideways(sideways, frames), _free_fall(free, frames)], -1)
     clean = render(track, colour_table(colour))
     side = (sideways[:, 0] > SIZE / 2).long()
     direction = 1 + (sideways[:, 1] > 0.25).long() - (sideways[:, 1] < -0.25).long()
@@ -160,10 +166,21 @@ def measure_each(video_NFCHW: Tensor) -> Physics:
         gravity=free[:, 2],
         phys=phys,
         fit_res=(free_rmse.square() + sideways_rmse.square()).sqrt(),
+        kink=(track - best_NF2).diff(n=2, dim=1).square().sum(-1),
         motion=(track[:, 1:] - track[:, :-1]).norm(dim=-1).mean(1),
         rend=(video - clean).square().mean((1, 2, 3, 4)).sqrt() / 2,
         attributes=torch.stack([colour, side, direction, start], 1),
     )
+
+
+def seam_jerk(kink_NT: Tensor, chunk: int = CHUNK) -> float:
+    """RMS of the kinks that span a boundary of chunks over that of the others; nan without either.
+
+    The second difference at frame f + 1 spans the frames f to f + 2.
+    """
+    middle = torch.arange(1, kink_NT.shape[1] + 1) % chunk
+    inside = (middle > 0) & (middle < chunk - 1)
+    return float((kink_NT[:, ~inside].mean() / kink_NT[:, inside].mean()).sqrt())
 
 
 def frechet_distance(a_NP: Tensor, b_MP: Tensor) -> float:
@@ -213,6 +230,7 @@ def measure(
         "phys": float(each.phys.mean()),
         "g_mae": float((each.gravity - TARGET_GRAVITY).abs().mean()),
         "fit_res": float(each.fit_res.mean()),
+        "seam_jerk": seam_jerk(each.kink),
         "motion": float(each.motion.mean()),
         "rend": float(each.rend.mean()),
         "adh": float((each.attributes == wanted).all(1).float().mean()),

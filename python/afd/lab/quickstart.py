@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,15 +35,14 @@ COLUMNS = ("phys", "g_mae", "fit_res", "motion", "rend", "adh", "div", "traj_fd"
 
 def quickstart(overrides: Sequence[str], console: Console) -> bool:
     """Run or resume every part; False if Ctrl-C interrupted it (all progress saved)."""
-    config = make_config(
-        {"name": "quickstart", "device": "cpu"}, overrides, origin="afd quickstart"
-    )
-    began, root = time.perf_counter(), config.run_dir
+    began = time.perf_counter()
+    parts = {name: part(overrides, name) for name in ("base", "sft", "afd")}
+    root = parts["base"].run_dir.parent
     console.rule("teacher and base student")
-    base(part(config, root, "base"), console)
+    base(parts["base"], console)
     for method in ("sft", "afd"):
         console.rule({"sft": "supervised fine-tuning", "afd": "AFD"}[method])
-        outcome = train(part(config, root, method), console=console)
+        outcome = train(parts[method], console=console)
         if outcome is Outcome.STOPPED:
             console.print("stopped, everything is saved; the same command continues")
             return False
@@ -55,13 +54,14 @@ def quickstart(overrides: Sequence[str], console: Console) -> bool:
     return True
 
 
-def part(config: RunConfig, root: Path, name: str) -> RunConfig:
-    """The configuration of one part: shared teacher folder, separate run folder."""
-    method: Literal["afd", "sft"] = "sft" if name == "sft" else "afd"
-    path = config.teacher.path or root / "teacher"
-    teacher = config.teacher.model_copy(update={"path": path})
-    changes = {"name": name, "out": root / name, "method": method, "teacher": teacher}
-    return config.model_copy(update=changes)
+def part(overrides: Sequence[str], name: str) -> RunConfig:
+    """The configuration of one part: the method's own settings, shared teacher folder, separate run
+    folder."""
+    own = [*overrides, f"method={'sft' if name == 'sft' else 'afd'}"]
+    config = make_config({"name": "quickstart", "device": "cpu"}, own, origin="afd quickstart")
+    root = config.run_dir
+    teacher = config.teacher.model_copy(update={"path": config.teacher_dir})
+    return config.model_copy(update={"name": name, "out": root / name, "teacher": teacher})
 
 
 def base(config: RunConfig, console: Console) -> None:

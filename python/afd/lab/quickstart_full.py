@@ -19,6 +19,7 @@ MOTION, RANDOM = "discriminator.backbone=motion", "discriminator.backbone=random
 # The plain discriminator: whole clips, no augmentation, no pretrained features.
 SCRATCH = [
     "discriminator.backbone=scratch",
+    "discriminator.window=null",
     "discriminator.random_looks=false",
     "discriminator.beginnings=false",
 ]

@@ -23,6 +23,7 @@ from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import ramped_decay
+from afd.methods.rollout_metrics import rollout_metrics
 from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.policies import Policies
 from afd.models.student import Student
@@ -89,7 +90,7 @@ class Afd(StudentMethod):
         rollouts, input_BFCHW = self._seen()
         teacher = self._matched(batch)
         metrics: dict[str, float] = {}
-        for _ in range(self.discriminator.config.steps_per_update):
+        for _ in range(self.discriminator.config.steps_in(batch.step)):
             metrics = self.discriminator.step(teacher, input_BFCHW, rollouts.prompts)
         return {f"discriminator/{key}": value for key, value in metrics.items()}
 
@@ -112,9 +113,10 @@ class Afd(StudentMethod):
         self.shown = Shown(
             rollouts.prompts[0], rollouts.x0_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
         )
+        metrics |= rollout_metrics(rollouts.x0_BFCHW, group, self.ranks)
         if self.watch is not None:
             metrics |= self.watch(batch.step, score_B, rollouts.x0_BFCHW, rollouts.prompts, group)
-        if batch.step >= self.discriminator.config.warmup_updates:
+        if not self.discriminator.config.learns_alone(batch.step):
             metrics |= self._update(batch, rollouts, r_B)
         self._rollouts = None
         return metrics
@@ -165,13 +167,15 @@ class Afd(StudentMethod):
             own=batch.own(config.samples_per_prompt),
             first_times=self.first_times,
         )
-        sums = torch.zeros(len(MEASURED), dtype=torch.float64)
+        sums = torch.zeros(len(MEASURED) + 1, dtype=torch.float64)
         for piece in copies.pieces(config.micro_batch):
-            result = self._loss(rollouts, r_B, piece)
+            result, square_N = self._loss(rollouts, r_B, piece)
             self.optimizer.add(result.loss * piece.share)
-            sums += torch.stack([getattr(result, key).sum() for key in MEASURED.values()]).cpu()
+            parts = [*(getattr(result, key) for key in MEASURED.values()), square_N]
+            sums += torch.stack([part.sum() for part in parts]).cpu()
         self.ranks.sum_([sums])
-        metrics = dict(zip(MEASURED, (sums / copies.total).tolist(), strict=True))
+        *means, square = (sums / copies.total).tolist()
+        metrics = dict(zip(MEASURED, means, strict=True)) | {"student/v_rms": square**0.5}
         metrics |= self.optimizer.step()
         if self.old == "old":
             metrics["student/old_decay"] = decay = self._decay(self.optimizer.updates)
@@ -181,8 +185,8 @@ class Afd(StudentMethod):
             self.policies.average("ema", "theta", decay)
         return metrics
 
-    def _loss(self, rollouts: Rollouts, r_B: Tensor, copies: Copies) -> ops.NftLoss:
-        """NFT loss, averaged over some of the copies."""
+    def _loss(self, rollouts: Rollouts, r_B: Tensor, copies: Copies) -> tuple[ops.NftLoss, Tensor]:
+        """NFT loss, averaged over some of the copies, and the mean of v_theta² of each [N]."""
         config = self.config
         x0 = rollouts.x0_BFCHW[copies.video_N]
         x_t = copies.noise(x0)
@@ -195,7 +199,7 @@ class Afd(StudentMethod):
         # The trained policy comes last: its backward follows.
         v_theta = self._velocity("theta", x0, x_t, rollouts, copies, shared)
         mask_NF = copies.mask(x0.shape[1], self.policies.student.chunk)
-        return ops.nft_loss(
+        loss = ops.nft_loss(
             v_theta=v_theta,
             v_old=v_old,
             v_ref=v_ref,
@@ -211,6 +215,9 @@ class Afd(StudentMethod):
             frame_mask=None if mask_NF is None else mask_NF.to(x0.device),
             prior_by_r=config.prior_by_r,
         )
+        # v is 0 in chunks that were not drawn.
+        drawn = self.chunks if copies.chunks_NM is None else copies.chunks_NM.shape[1]
+        return loss, v_theta.detach().square().flatten(1).mean(1) * (self.chunks / drawn)
 
     def _velocity(
         self,

@@ -67,6 +67,14 @@ class TimesConfig(StudentOptimizerConfig):
 class AfdConfig(TimesConfig):
     """On-policy adversarial flow distillation: advantage, NFT step, old policy, optimizer."""
 
+    learning_rate: float = Field(default=3e-4, ge=0, description="AdamW learning rate")
+    warmup_updates: Natural = Field(
+        default=20, description="updates over which the rate rises linearly"
+    )
+    cosine_updates: Count | None = Field(
+        default=170,
+        description="steps over which the rate falls as a cosine to 5 %; null: it stays",
+    )
     draws: Count = Field(default=2, description="(t, noise) draws per rollout and update")
     samples_per_prompt: Count = Field(default=4, description="rollouts per prompt (G)")
     advantage: Literal["score", "random"] = Field(
@@ -87,7 +95,7 @@ class AfdConfig(TimesConfig):
         "to 1 and the others to 0; or only their sign",
     )
     nft_beta: Positive = Field(default=1.0, description="how far v± lie from v_old towards v_theta")
-    prior_weight: float = Field(default=1e-4, ge=0, description="weight of |v_theta - v_ref|²")
+    prior_weight: float = Field(default=2.0, ge=0, description="weight of |v_theta - v_ref|²")
     prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
     weighting: Literal["x0_adaptive", "x0", "velocity"] = Field(
         default="x0_adaptive",
@@ -109,7 +117,7 @@ class AfdConfig(TimesConfig):
         default=0.95, ge=0, lt=1, description="largest decay of the old policy's EMA"
     )
     old_decay_slope: float = Field(
-        default=0.02,
+        default=0.01,
         ge=0,
         description="decay at step s is min(old_decay, slope · (s - old_decay_start))",
     )

@@ -14,7 +14,13 @@ import torch
 from afd.config.run import RunConfig
 from afd.discriminators.config import LatentConfig, VideoAlignConfig
 from afd.discriminators.latent import LatentScorer
-from afd.discriminators.videoalign.preprocess import PATCH, frame_indices, smart_resize
+from afd.discriminators.videoalign.preprocess import (
+    PATCH,
+    TEMPORAL,
+    frame_indices,
+    smart_resize,
+)
+from afd.discriminators.windows import window_starts
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
 from afd.planning import cost_model as cost
@@ -155,7 +161,7 @@ class Work:
             note = "LoRA, gradients and Adam, fp32"
             yield Part("VideoAlign training", state, "always", note)
             pairs = min(discriminator.micro_batch or self.videos, self.videos)
-            patches, _ = self._patches()
+            patches, _ = self._patches(self._window(discriminator))
             kept = READER.activation_bytes(
                 patches, item, checkpointed=discriminator.gradient_checkpointing
             )
@@ -248,8 +254,8 @@ class Work:
         yield Phase("student", flop, convolutions, updates, note)
         measured = self._evaluated()
         if measured:
-            # The discriminator, and its frozen original model.
-            rate = 2 * self._score_flop() if self.sees_video else 0.0
+            # The discriminator, and its frozen original model on the whole video.
+            rate = self._score_flop() + self._rate_flop() if self.sees_video else 0.0
             note = f"{measured} held-out videos in all, and their decode"
             yield Phase("evaluation", rollout + rate, decode, measured, note)
 
@@ -262,7 +268,7 @@ class Work:
             note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
             return fits * (teachers + videos) * flop, note
         if isinstance(discriminator, VideoAlignConfig):
-            patches, pictures = self._patches()
+            patches, pictures = self._patches(self._window(discriminator))
             one = READER.train_flop(
                 patches,
                 pictures,
@@ -274,16 +280,24 @@ class Work:
                 scored = 0  # scored in the student's update
             elif config.afd.baseline == "teacher":
                 scored += config.prompts_per_update
-            total = 2 * videos * one * discriminator.steps_per_update + scored * self._score_flop()
-            note = f"{discriminator.steps_per_update} step(s) on {videos} pairs"
+            # The mean over the run: updates of the discriminator alone may have more.
+            steps = sum(map(discriminator.steps_in, range(config.updates))) / config.updates
+            total = 2 * videos * one * steps + scored * self._score_flop()
+            note = f"{steps:g} step(s) on {videos} pairs"
             return total, note + (f", and {scored} scores" if scored else "")
         return 0.0, "small; not counted"
+
+    def _rate_flop(self) -> float:
+        """Rating one whole video by the released VideoAlign."""
+        return READER.score_flop(*self._patches(self._looked()), rank=0)
 
     def _score_flop(self) -> float:
         discriminator = self.discriminator
         assert isinstance(discriminator, VideoAlignConfig)
-        patches, pictures = self._patches()
-        return READER.score_flop(patches, pictures, discriminator.lora_rank)
+        window, count = self._window(discriminator), self._looked()
+        patches, pictures = self._patches(window)
+        one = READER.score_flop(patches, pictures, discriminator.lora_rank)
+        return len(window_starts(count, window)) * one
 
     def _student_work(self, videos: int, decode: float) -> tuple[float, float, str]:
         config, net = self.config, self.net
@@ -343,8 +357,13 @@ class Work:
         video = self.config.video
         return len(frame_indices(video.frames, video.fps or 16.0))
 
-    def _patches(self) -> tuple[int, int]:
-        """Patches of one video in VideoAlign's vision tower, and the images they come from."""
-        video, pictures = self.config.video, self._looked() // 2
+    def _window(self, discriminator: VideoAlignConfig) -> int:
+        """Number of those frames in a window of the score; of the video without windows."""
+        count = self._looked()
+        return discriminator.window_frames(self.config.video, count, TEMPORAL) or count
+
+    def _patches(self, frames: int) -> tuple[int, int]:
+        """Patches of `frames` frames in VideoAlign's vision tower, and its images of two frames."""
+        video, pictures = self.config.video, frames // TEMPORAL
         rows, columns = smart_resize(video.height, video.width, 448 * 448)
         return pictures * (rows // PATCH) * (columns // PATCH), pictures

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 AGREEMENT, MOTION, FROZEN, MARGIN = "agreement/phys", "motion", "MQ", "discriminator/margin"
-OLD_DEVIATION = "student/old_deviation"
+OLD_DEVIATION, DIVERSITY = "student/old_deviation", "student/diversity"
 # Motion below this fraction of the base student's; a drop of the frozen rating, in its standard
 # deviations, while the margin shrinks by at least this much.
 LOST_MOTION, LOST_RATING, WON_MARGIN = 0.7, 0.1, 0.1
+# Distance between rollouts of a prompt below this fraction of its largest smoothed value.
+LOST_DIVERSITY = 0.5
 # The deviation from the old policy may drift; at this multiple of its usual size it is diverging.
-RUNAWAY, USUAL_AFTER = 5.0, 50
+# It grows until the rate is warm and the old policy's decay has its largest value.
+RUNAWAY, USUAL_AFTER = 5.0, 100
 _log = logging.getLogger("afd")
 
 
@@ -31,6 +34,8 @@ class Signs:
         self._best_agreement = 0.0
         self._margin: float | None = None
         self._deviation = _Deviation()
+        self._diversity: float | None = None
+        self._best_diversity = 0.0
         self._motion: float | None = None
         self._best_rating: tuple[float, float | None] | None = None
 
@@ -41,6 +46,7 @@ class Signs:
             self._margin = 0.9 * before + 0.1 * metrics[MARGIN]
         present = dict(signs({**metrics, **self._smooth_accuracy(metrics)}))
         present |= self._falling(metrics) | self._deviation.look(metrics)
+        present |= self._narrowing(metrics)
         self._tell("update", step, present, quiet)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
@@ -83,6 +89,22 @@ class Signs:
             "stop here, or go back to a checkpoint from before"
         )
         return {"agreement": sentence}
+
+    def _narrowing(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """The rollouts of a prompt become alike; the update learns from their differences."""
+        if DIVERSITY not in metrics:
+            return {}
+        before = metrics[DIVERSITY] if self._diversity is None else self._diversity
+        now = self._diversity = 0.9 * before + 0.1 * metrics[DIVERSITY]
+        self._best_diversity = max(self._best_diversity, now)
+        if now >= LOST_DIVERSITY * self._best_diversity:
+            return {}
+        sentence = (
+            f"the distance between rollouts of a prompt fell to {now:.3g}, "
+            f"{now / self._best_diversity:.0%} of what it was: go back to an earlier checkpoint, "
+            "lower afd.learning_rate or raise afd.prior_weight"
+        )
+        return {"diversity": sentence}
 
     def _still(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Motion is being lost: many scores prefer videos that move less."""

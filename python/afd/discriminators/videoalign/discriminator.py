@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
 from afd.discriminators.videoalign.model import VideoAlign, rewards
+from afd.discriminators.videoalign.preprocess import TEMPORAL
+from afd.discriminators.windows import windows
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
 from afd.hub import refuse_other_weights, weights_digest
@@ -40,16 +42,17 @@ class VideoAlignDiscriminator(PairDiscriminator):
         scorer: VideoAlign,
         config: VideoAlignConfig,
         *,
-        video_fps: float = 16.0,
+        video: VideoConfig | None = None,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Takes ownership of `scorer` and adds LoRA to it. `video_fps`: rate of all videos."""
+        """Takes ownership of `scorer` and adds LoRA to it. `video`: the rate of all videos, and
+        their length, for windows; by default those of the toy task."""
         from peft import LoraConfig, get_peft_model
 
-        require(video_fps > 0, "video_fps", video_fps, "a positive rate")
-        self.scorer, self.video_fps, self.ranks = scorer, video_fps, ranks
+        self.scorer, self.video, self.ranks = scorer, video or VideoConfig(), ranks
         self.config: VideoAlignConfig = config
+        self.generator = Generator().manual_seed(seed)
         released = {**dict(scorer.network.named_parameters()), "rm_head": scorer.head_OD}
         self.start = weights_digest(released)
         lora = LoraConfig(
@@ -78,10 +81,40 @@ class VideoAlignDiscriminator(PairDiscriminator):
 
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """Sample the input frames: about two per second."""
-        return self.scorer.settings.preprocessing.choose(video_BFCHW, self.video_fps)
+        return self.scorer.settings.preprocessing.choose(video_BFCHW, self.video.rate)
 
     def differentiable_score(self, seen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to the pixels; rounding to 8 bits is straight-through."""
+        """Scores [B], the mean over windows if there are any, with gradients to the pixels;
+        rounding to 8 bits is straight-through."""
+        size = self._window(seen_BNCHW)
+        if size is None or size >= seen_BNCHW.shape[1]:
+            return self._rating(seen_BNCHW, prompts)
+        parts = windows(seen_BNCHW, size)
+        count = parts.shape[1]
+        repeated = [prompt for prompt in prompts for _ in range(count)]
+        return self._rating(parts.flatten(0, 1), repeated).view(-1, count).mean(1)
+
+    def excerpts(self, teacher_BFCHW: Tensor, student_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """One random window of each pair; the whole videos without windows."""
+        size = self._window(teacher_BFCHW)
+        if size is None:
+            return teacher_BFCHW, student_BFCHW
+        # Drawn for the pairs of all processes, so that their number changes no update.
+        counts = self.ranks.gather(torch.tensor([len(teacher_BFCHW)])).tolist()
+        last = teacher_BFCHW.shape[1] - size
+        every = torch.randint(last + 1, (sum(counts),), generator=self.generator)
+        own_B = every.split(counts)[self.ranks.rank].to(teacher_BFCHW.device)
+        index_BN = own_B[:, None] + torch.arange(size, device=own_B.device)
+        row_B1 = torch.arange(len(own_B), device=own_B.device)[:, None]
+        return teacher_BFCHW[row_B1, index_BN], student_BFCHW[row_B1, index_BN]
+
+    def _window(self, seen_BNCHW: Tensor) -> int | None:
+        """Frames of a window of whole videos; an excerpt of a video is one window."""
+        total = len(self.scorer.settings.preprocessing.indices(self.video.frames, self.video.rate))
+        size = self.config.window_frames(self.video, total, TEMPORAL)
+        return None if size is None else min(size, seen_BNCHW.shape[1])
+
+    def _rating(self, seen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         ratings_B3 = rewards(self.scorer.states(seen_BNCHW, prompts), self.head_OD)
         return ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1)
 
@@ -104,6 +137,7 @@ class VideoAlignDiscriminator(PairDiscriminator):
             "start": self.start,
             "trained": trained,
             "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
         }
 
     @torch.no_grad()
@@ -116,6 +150,7 @@ class VideoAlignDiscriminator(PairDiscriminator):
         for name, value in ours.items():
             value.copy_(held[name])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
 
 
 def build(
@@ -142,4 +177,4 @@ def build(
     )
     for prompt in prompts:  # fail now rather than in the update that uses it
         scorer.prompts.request(prompt)
-    return VideoAlignDiscriminator(scorer, config, video_fps=video.rate, seed=seed, ranks=ranks)
+    return VideoAlignDiscriminator(scorer, config, video=video, seed=seed, ranks=ranks)

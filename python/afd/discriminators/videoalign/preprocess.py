@@ -124,6 +124,10 @@ class Preprocessing:
     count: int | None = None
     max_pixels: int = 448 * 448
 
+    def indices(self, total: int, video_fps: float) -> Tensor:
+        """Sampled frames of a clip of `total`, int64 [N]."""
+        return frame_indices(total, video_fps, fps=self.fps, count=self.count)
+
     def choose(self, video_BFCHW: Tensor, video_fps: float) -> Tensor:
         """Sample frames [B, N, 3, H, W] from videos [B, F, 3, H, W]."""
         shape = tuple(video_BFCHW.shape)
@@ -133,7 +137,7 @@ class Preprocessing:
             video_BFCHW,
             "[B, F, 3, H, W] in [-1, 1]",
         )
-        chosen_N = frame_indices(shape[1], video_fps, fps=self.fps, count=self.count)
+        chosen_N = self.indices(shape[1], video_fps)
         require(
             len(chosen_N) > 0 and len(chosen_N) % TEMPORAL == 0,
             "video_BFCHW",
