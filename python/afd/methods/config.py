@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from afd.config.base import Count, Natural, Positive, Section, Share
 
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
+# The level of a noisy copy may also come from a list in the configuration.
+Listed = Literal["student", "uniform", "shifted", "logit_normal", "list"]
+# A noise level from which a copy can be made: at 0 there is nothing to denoise.
+Level = Annotated[float, Field(gt=0, le=1)]
 
 
 # DMD's velocity fields, fitted to the teacher's videos and to the student's videos.
@@ -49,10 +53,15 @@ class TimesConfig(StudentOptimizerConfig):
     """Settings for drawing noise levels."""
 
     draws: Count = Field(default=1, description="(t, noise) draws per video and update")
-    timesteps: Timesteps = Field(
+    timesteps: Listed = Field(
         default="student",
         description="t from the student's own steps, uniform, shifted towards noise (5u / (1 + "
-        "4u)), or logit-normal (sigmoid of a normal number)",
+        "4u)), logit-normal (sigmoid of a normal number), or from timestep_list",
+    )
+    timestep_list: list[Level] | None = Field(
+        default=None,
+        min_length=1,
+        description="timesteps=list: noise levels in (0, 1], each drawn as often as the others",
     )
     logit_mean: float = Field(default=0.0, description="logit_normal: mean of the normal number")
     logit_std: Positive = Field(default=1.0, description="logit_normal: its standard deviation")
@@ -62,6 +71,15 @@ class TimesConfig(StudentOptimizerConfig):
     chunks_per_update: Count | None = Field(
         default=None, description="chunks of each video in an update, drawn at random; null: all"
     )
+
+    @model_validator(mode="after")
+    def _list(self) -> TimesConfig:
+        if (self.timesteps == "list") != (self.timestep_list is not None):
+            raise ValueError(
+                f"timesteps: got {self.timesteps} with timestep_list={self.timestep_list}; needed: "
+                "timesteps=list with a timestep_list, or neither"
+            )
+        return self
 
 
 class AfdConfig(TimesConfig):
@@ -91,9 +109,10 @@ class AfdConfig(TimesConfig):
         default="x0_adaptive",
         description="error in x0 space with adaptive weights, or plain velocity",
     )
-    context: Literal["recompute", "own_context", "shared_context"] = Field(
+    context: Literal["recompute", "own_context", "shared_context", "noisy"] = Field(
         default="shared_context",
-        description="who computes the clean context of v, and with which gradient",
+        description="who computes the clean context of v, and with which gradient; noisy: chunks "
+        "attend to the earlier noisy chunks of their own pass, and there is no clean context",
     )
     keep_context: bool = Field(
         default=True,
@@ -137,6 +156,11 @@ class AfdConfig(TimesConfig):
                 "afd.samples_per_prompt: got 1; needed: 2 or more, or afd.baseline and "
                 "afd.normalize other than group, which says nothing of a single video"
             )
+        if self.context == "noisy" and self.chunks_per_update is not None:
+            raise ValueError(
+                f"afd.chunks_per_update: got {self.chunks_per_update}; needed: null with "
+                "afd.context=noisy, where every chunk attends to all earlier ones of its pass"
+            )
         return self
 
 
@@ -144,10 +168,10 @@ class SftConfig(TimesConfig):
     """Supervised flow matching on the teacher's videos: a baseline."""
 
     draws: Count = Field(default=4, description="(t, noise) draws per teacher video and update")
-    timesteps: Timesteps = Field(
+    timesteps: Listed = Field(
         default="shifted",
         description="t from the student's own steps, uniform, shifted towards noise (5u / (1 + "
-        "4u)), or logit-normal (sigmoid of a normal number)",
+        "4u)), logit-normal (sigmoid of a normal number), or from timestep_list",
     )
     loss: Literal["x0", "velocity"] = Field(
         default="x0",

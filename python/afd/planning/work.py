@@ -206,7 +206,7 @@ class Work:
         held, other = both if checkpointed else reversed(both)
         told = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
         yield Part("activations", held, "student", told + str(not checkpointed).lower())
-        if halves == 1 and not self._keeps_context():
+        if context not in ("recompute", "noisy") and not self._keeps_context():
             one = cost.kv_bytes(net, self.micro, self.item)
             yield Part("context", one, "student", "keys and values of a pass's clean videos")
 
