@@ -45,6 +45,7 @@ FLOORS = (
     "afd.models",
     "afd.rollout",
     "afd.discriminators",
+    "afd.rewards",
     "afd.teachers",
     "afd.methods",
     "afd.config",
