@@ -1,7 +1,7 @@
 """Shape, dtype and device checks shared by all backends and fakes.
 
-`plan_forward_noise` and `plan_nft_loss` read only metadata, so fakes share them;
-`check_values` reads values and runs only where that needs no synchronisation (CPU).
+Plans read only metadata, so fakes share them; `check_times` and `check_between` read values and run
+only where that needs no synchronisation (CPU).
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-LAYOUTS = ("BCFHW", "BFCHW")
-WEIGHTINGS = ("x0_adaptive", "velocity")
-GROUPS = ("video", "chunk")
+# L: the tokens of a frame.
+LAYOUTS = ("BCFHW", "BFCHW", "BFLC")
 # Domain of t per schedule; vp_linear's sigma' is unbounded at 0.
 SCHEDULES = {"rectified_flow": (0.0, 1.0), "vp_cosine": (0.0, 1.0), "vp_linear": (1e-5, 1.0)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# The columns of nft_loss's metrics tensor.
-METRICS = ("loss_pos", "loss_neg", "prior", "w_pos", "w_neg", "old_deviation", "ref_deviation")
 
 
 @dataclass(frozen=True)
@@ -38,20 +35,6 @@ class Plan:
     t_chunks: int
     schedule: str
     schedule_args: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class NftPlan(Plan):
-    """A Plan with the options of the loss; frame f is in group f // (frames // groups)."""
-
-    r_chunks: int
-    groups: int
-    nft_beta: float
-    prior_weight: float
-    adv_clip: float
-    weighting: str
-    prior_by_r: bool
-    needs_grad: bool
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -85,17 +68,17 @@ def expect(
     require(False, argument, value, f"{kinds} {list(shape)} on {beside.device}")
 
 
-def _check_one_of(argument: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_one_of(argument: str, value: str, allowed: tuple[str, ...]) -> None:
     require(value in allowed, argument, value, "one of " + ", ".join(map(repr, allowed)))
 
 
-def _check_sample(x0: Tensor) -> None:
+def check_sample(x0: Tensor) -> None:
     require(x0.dtype in FLOATS, "x0", x0, "float32, bfloat16, float16 or float64")
     require(x0.ndim >= 2, "x0", x0, "at least 2 dimensions, the first is the batch")
     require(x0.numel() > 0, "x0", x0, "at least one sample with at least one element")
 
 
-def _check_source(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> None:
+def check_source(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> None:
     if (seed is None) == (noise is None):
         got = "neither" if seed is None else "both"
         raise ValueError(f"seed, noise: got {got}; needed: exactly one of them")
@@ -114,16 +97,17 @@ def _check_source(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> None
         require(noise.device == x0.device, "noise", noise, f"the device of x0, {x0.device}")
 
 
-def _frame_count(x0: Tensor, layout: str, why: str) -> int:
-    if x0.ndim != 5:
+def frame_count(x0: Tensor, layout: str, why: str) -> int:
+    """How many frames x0 has, whose layout counts as `why` is given per frame or chunk."""
+    if x0.ndim != len(layout):
         raise ValueError(
-            f"x0: got {describe(x0)}; needed: 5 dimensions {layout}, because {why} is per frame "
-            f"or per chunk"
+            f"x0: got {describe(x0)}; needed: {len(layout)} dimensions {layout}, because {why} is "
+            f"per frame or per chunk"
         )
     return x0.shape[layout.index("F")]
 
 
-def _check_per_frame(x0: Tensor, name: str, value: Tensor, layout: str) -> int:
+def check_per_frame(x0: Tensor, name: str, value: Tensor, layout: str) -> int:
     """Checks t or r ([B] or [B, K]) and returns K."""
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
     require(
@@ -142,7 +126,7 @@ def _check_per_frame(x0: Tensor, name: str, value: Tensor, layout: str) -> int:
     )
     if value.ndim == 1 or value.shape[1] == 1:
         return 1
-    frames = _frame_count(x0, layout, name)
+    frames = frame_count(x0, layout, name)
     chunks = value.shape[1]
     require(
         chunks > 0 and frames % chunks == 0,
@@ -153,17 +137,16 @@ def _check_per_frame(x0: Tensor, name: str, value: Tensor, layout: str) -> int:
     return chunks
 
 
-def _rows(x0: Tensor, layout: str, per_video: bool) -> tuple[int, int, int]:
+def rows(x0: Tensor, layout: str, per_video: bool) -> tuple[int, int, int]:
     """outer, frames, inner of one sample."""
     if per_video:
         return 1, 1, prod(x0.shape[1:])
-    if layout == "BCFHW":
-        return x0.shape[1], x0.shape[2], prod(x0.shape[3:])
-    return 1, x0.shape[1], prod(x0.shape[2:])
+    axis = layout.index("F")
+    return prod(x0.shape[1:axis]), x0.shape[axis], prod(x0.shape[axis + 1 :])
 
 
-def _check_schedule(schedule: str, args: Sequence[float]) -> None:
-    _check_one_of("schedule", schedule, tuple(SCHEDULES))
+def check_schedule(schedule: str, args: Sequence[float]) -> None:
+    check_one_of("schedule", schedule, tuple(SCHEDULES))
     if schedule != "vp_linear":
         require(not args, "schedule_args", list(args), f"none for {schedule}")
         return
@@ -185,12 +168,12 @@ def plan_forward_noise(
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
-    _check_sample(x0)
-    _check_one_of("layout", layout, LAYOUTS)
-    _check_schedule(schedule, schedule_args)
-    _check_source(x0, seed, noise)
-    t_chunks = _check_per_frame(x0, "t", t, layout)
-    outer, frames, inner = _rows(x0, layout, per_video=t_chunks == 1)
+    check_sample(x0)
+    check_one_of("layout", layout, LAYOUTS)
+    check_schedule(schedule, schedule_args)
+    check_source(x0, seed, noise)
+    t_chunks = check_per_frame(x0, "t", t, layout)
+    outer, frames, inner = rows(x0, layout, per_video=t_chunks == 1)
     return Plan(
         batch=x0.shape[0],
         outer=outer,
@@ -199,94 +182,6 @@ def plan_forward_noise(
         t_chunks=t_chunks,
         schedule=schedule,
         schedule_args=tuple(map(float, schedule_args)),
-    )
-
-
-def plan_nft_loss(
-    v_theta: Tensor,
-    v_old: Tensor,
-    v_ref: Tensor | None,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    frame_mask: Tensor | None,
-    nft_beta: float,
-    prior_weight: float,
-    adv_clip: float,
-    weighting: str,
-    group: str,
-    prior_by_r: bool,
-    schedule: str,
-    schedule_args: Sequence[float],
-    layout: str,
-    needs_grad: bool,
-) -> NftPlan:
-    """Checks the metadata of nft_loss and returns its plan.
-
-    Raises:
-        ValueError: names the argument, its value and the requirement.
-    """
-    _check_sample(x0)
-    _check_one_of("layout", layout, LAYOUTS)
-    _check_one_of("weighting", weighting, WEIGHTINGS)
-    _check_one_of("group", group, GROUPS)
-    _check_schedule(schedule, schedule_args)
-    require(v_theta.dtype in FLOATS, "v_theta", v_theta, "float32, bfloat16, float16 or float64")
-    for name, value in (("v_theta", v_theta), ("v_old", v_old), ("v_ref", v_ref)):
-        if value is None:
-            continue
-        require(value.shape == x0.shape, name, value, f"the shape of x0, {list(x0.shape)}")
-        require(value.device == x0.device, name, value, f"the device of x0, {x0.device}")
-        require(value.dtype == v_theta.dtype, name, value, f"v_theta's dtype, {v_theta.dtype}")
-    _check_source(x0, seed, noise)
-    require(0 < nft_beta < float("inf"), "nft_beta", nft_beta, "a finite number > 0")
-    require(0 < adv_clip < float("inf"), "adv_clip", adv_clip, "a finite number > 0")
-    require(0 <= prior_weight < float("inf"), "prior_weight", prior_weight, "a finite number >= 0")
-    require(
-        v_ref is not None or prior_weight == 0,
-        "prior_weight",
-        prior_weight,
-        "0 when v_ref is not given (the prior compares v_theta with v_ref)",
-    )
-    t_chunks = _check_per_frame(x0, "t", t, layout)
-    r_chunks = _check_per_frame(x0, "r", r, layout)
-    groups = 1
-    if group == "chunk":
-        groups = r_chunks if r_chunks > 1 else t_chunks
-        if groups == 1 and max(t.ndim, r.ndim) == 1:
-            raise ValueError(
-                f"group: got 'chunk' with t {describe(t)} and r {describe(r)}; needed: t or r of "
-                f"shape [{x0.shape[0]}, chunks], which says how many chunks there are"
-            )
-    if frame_mask is not None:
-        frames = _frame_count(x0, layout, "frame_mask")
-        require(
-            frame_mask.dtype == torch.bool and frame_mask.shape == (x0.shape[0], frames),
-            "frame_mask",
-            frame_mask,
-            f"bool [{x0.shape[0]}, {frames}]",
-        )
-        require(frame_mask.device == x0.device, "frame_mask", frame_mask, f"on {x0.device}")
-    per_video = frame_mask is None and t_chunks == r_chunks == 1
-    outer, frames, inner = _rows(x0, layout, per_video)
-    return NftPlan(
-        batch=x0.shape[0],
-        outer=outer,
-        frames=frames,
-        inner=inner,
-        t_chunks=t_chunks,
-        schedule=schedule,
-        schedule_args=tuple(map(float, schedule_args)),
-        r_chunks=r_chunks,
-        groups=groups,
-        nft_beta=nft_beta,
-        prior_weight=prior_weight,
-        adv_clip=adv_clip,
-        weighting=weighting,
-        prior_by_r=prior_by_r,
-        needs_grad=needs_grad,
     )
 
 
@@ -308,21 +203,18 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=dtype).item())
 
 
-def check_values(plan: Plan, t: Tensor, r: Tensor | None = None) -> None:
-    """Rejects timesteps outside the schedule and r outside [0, 1] or NaN; CPU tensors only.
+def check_times(t: Tensor, schedule: str) -> None:
+    """Rejects timesteps outside the schedule or NaN."""
+    low, high = SCHEDULES[schedule]
+    check_between("t", t, low, high, f"[{low:g}, {high:g}], the domain of {schedule}")
+
+
+def check_between(name: str, x: Tensor, low: float, high: float, needed: str) -> None:
+    """Rejects values outside [low, high] and NaN; CPU tensors only.
 
     On an accelerator this would synchronise; there the kernels set the result to NaN instead.
     """
-    if t.device.type != "cpu":
-        return
-    low, high = SCHEDULES[plan.schedule]
-    if not _within(t, low, high):
+    if x.device.type == "cpu" and not _within(x, low, high):
         raise ValueError(
-            f"t: got values in [{t.min().item():.6g}, {t.max().item():.6g}]; needed: "
-            f"[{low:g}, {high:g}], the domain of {plan.schedule}"
-        )
-    if r is not None and not _within(r, 0.0, 1.0):
-        raise ValueError(
-            f"r: got values in [{r.min().item():.6g}, {r.max().item():.6g}]; needed: [0, 1] "
-            f"(r = clamp(advantage / (2 adv_clip) + 1/2, 0, 1))"
+            f"{name}: got values in [{x.min().item():.6g}, {x.max().item():.6g}]; needed: {needed}"
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ from afd_kernels.derivatives import Rule
 from afd_kernels.short_way import shorten
 
 LIBRARY = Library("afd", "DEF")
+
+
+# Types of an op's arguments, and their names in a schema.
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+    str | None: "str?",
+    bool: "bool",
+    Sequence[float]: "float[]",
+}
+
+
+def schema(fields: type[Any]) -> str:
+    """The fields of a NamedTuple as arguments of a schema."""
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(fields).items())
 
 
 def define(

@@ -20,9 +20,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "Tensor": _PLAIN,
     "Optional[Tensor]": (*_PLAIN, type(None)),
     "float": (float,),
+    "Optional[float]": (float, type(None)),
     "int": (int,),
     "bool": (bool,),
     "str": (str,),
+    "Optional[str]": (str, type(None)),
     "List[float]": (list,),
     "List[int]": (list,),
     "List[bool]": (list, tuple),
@@ -37,15 +39,19 @@ def shorten(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
     allowed = [_TYPES[str(x.type)] for x in op._schema.arguments]
     # The tensors come first in every schema.
     count = sum("Tensor" in str(x.type) for x in op._schema.arguments)
+    names = [x.name for x in op._schema.arguments[:count]]
+    optional = [str(x.type) == "Optional[Tensor]" for x in op._schema.arguments[:count]]
     # Argument-type tuples known to match the schema; they are few.
     known: set[tuple[type, ...]] = set()
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _nothing_active():
+            _refuse_non_tensors(names, optional, args)
             return op(*args)
         types = tuple(map(type, args))
         if types not in known:
             if len(types) != len(allowed) or not all(map(_is_one_of, types, allowed)):
+                _refuse_non_tensors(names, optional, args)
                 return op(*args)
             known.add(types)
         if not (args[place].is_cpu or args[place].is_cuda):
@@ -59,6 +65,18 @@ def shorten(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
         return run(*args)
 
     return call
+
+
+def _refuse_non_tensors(names: list[str], optional: list[bool], args: tuple[Any, ...]) -> None:
+    """Rejects numbers, arrays and the like where the schema has a tensor.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name, may_be_none, value in zip(names, optional, args, strict=False):
+        if not (isinstance(value, Tensor) or (may_be_none and value is None)):
+            needed = "a tensor or None" if may_be_none else "a tensor"
+            raise ValueError(f"{name}: got {value!r}; needed: {needed}")
 
 
 def _is_one_of(kind: type, allowed: tuple[type, ...]) -> bool:

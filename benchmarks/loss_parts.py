@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from afd_kernels import contracts, native
-from afd_kernels.nft_loss import native_impl
+from afd_kernels import native
+from afd_kernels.nft_loss import contract, native_impl
+from afd_kernels.nft_loss.contract import NftInputs, NftOptions
 from afd_kernels.plans import Kept
 from benchmarks import floors, harness, report
 from benchmarks.nft_case import DTYPES, NFT_BETA, PRIOR_WEIGHT, Nft
@@ -61,12 +62,11 @@ class Row:
 def direct(inputs: Inputs) -> harness.Run:
     """The compiled core's call alone, with results that stay."""
     names = ("v_theta", "v_old", "v_ref", "x0", "t", "r")
-    tensors: Any = (*(inputs[name].detach() for name in names), None, inputs["noise"], None)
-    options = (NFT_BETA, PRIOR_WEIGHT, 5.0, "x0_adaptive", "video", False)
-    schedule = ("rectified_flow", [], "BCFHW", True)
+    given = [inputs[name].detach() for name in names]
+    tensors = NftInputs(*given, noise=inputs["noise"])
+    options = NftOptions(NFT_BETA, PRIOR_WEIGHT)
     kept = Kept()
-    plan = contracts.plan_nft_loss(*tensors, *options, *schedule)
-    results = native_impl.nft_loss(*tensors, plan, kept)
+    results = native_impl.nft_loss(tensors, contract.plan_nft_loss(tensors, options), kept)
     (problem,) = kept.problems
     threads = native.threads(inputs["x0"])
 

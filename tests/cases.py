@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd_kernels.nft_loss.contract import NftInputs, NftOptions
+
 # The latent of 81 frames at 480x832: [B, C, F, H, W].
 WAN_480 = (16, 21, 60, 104)
 
@@ -33,9 +35,16 @@ class Case:
     nft_beta: float = 0.1
     prior_weight: float = 1e-2
     t: float | None = None  # a constant t instead of random ones
+    space: str | None = None
+    scale: float | None = None
+    weight_min: float | None = None
+    prior_space: str = "velocity"
+    sigma_chunks: int | None = None  # None: no sigma; 0: per video
+    weighted: bool = False  # prior_weight and sample_weight per sample
 
     def frames(self) -> int:
-        return self.shape[self.layout.index("F")] if len(self.shape) == 5 else 1
+        split = len(self.shape) == len(self.layout)
+        return self.shape[self.layout.index("F")] if split else 1
 
     def inputs(self, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Keyword arguments of afd.ops.nft_loss; v_theta requires grad."""
@@ -57,6 +66,14 @@ class Case:
             mask = torch.rand(batch, self.frames(), generator=g) < 0.6
             mask[:, 0] = True
         v_old = normal(self.pred)
+        prior_weight: float | Tensor = self.prior_weight if self.ref else 0.0
+        sigma = sample_weight = None
+        if self.sigma_chunks is not None:
+            sigma = (uniform(self.sigma_chunks) * 0.9 + 0.1).to(device, wide)
+        if self.weighted:
+            sample_weight = (uniform(0) * 2).to(device, wide)
+            prior_weight = (uniform(0) * self.prior_weight).to(device, wide)
+            prior_weight[0] = 0
         return {
             "v_theta": (v_old + 0.1 * normal(self.pred)).requires_grad_(),
             "v_old": v_old,
@@ -69,13 +86,19 @@ class Case:
             else torch.randint(-(2**63), 2**63 - 1, (batch,), generator=g).to(device),
             "noise": normal(self.noise) if self.noise else None,
             "nft_beta": self.nft_beta,
-            "prior_weight": self.prior_weight if self.ref else 0.0,
+            "prior_weight": prior_weight,
             "weighting": self.weighting,
             "group": self.group,
             "schedule": self.schedule,
             "layout": self.layout,
             "frame_mask": None if mask is None else mask.to(device),
             "prior_by_r": self.prior_by_r,
+            "space": self.space,
+            "scale": self.scale,
+            "weight_min": self.weight_min,
+            "prior_space": self.prior_space,
+            "sigma": sigma,
+            "sample_weight": sample_weight,
         }
 
     def __str__(self) -> str:
@@ -83,6 +106,33 @@ class Case:
 
 
 BASE = Case("per_video")
+_X0 = replace(BASE, weighting="x0", prior_space="x0", prior_weight=0.1)
+# What other trainers minimise: docs/OPS.md has the table.
+DIALECTS = [
+    replace(_X0, name="x0"),
+    replace(_X0, name="x0_sigma", sigma_chunks=0, weighted=True),
+    replace(_X0, name="x0_bf16", pred=torch.bfloat16, latent=torch.bfloat16, sigma_chunks=0),
+    # A scale without which the gradient would be below float16's normal numbers.
+    replace(_X0, name="x0_fp16", pred=torch.float16, latent=torch.float16, scale=5e3),
+    replace(
+        _X0,
+        name="x0_masked_chunks",
+        masked=True,
+        t_chunks=6,
+        r_chunks=2,
+        sigma_chunks=3,
+        weighted=True,
+        prior_by_r=True,
+    ),
+    replace(_X0, name="x0_vp", schedule="vp_cosine", scale=50.0, prior_space="velocity"),
+    replace(_X0, name="x0_t_is_0", t=0.0),
+    replace(BASE, name="adaptive_sigma", t_chunks=2, sigma_chunks=2, prior_space="x0"),
+    replace(BASE, name="adaptive_scale", nft_beta=1.0, scale=0.5, weight_min=0.4, ref=False),
+    replace(BASE, name="adaptive_velocity", space="velocity", weighted=True, t_chunks=2),
+    replace(BASE, name="velocity_prior_x0", weighting="velocity", prior_space="x0", sigma_chunks=0),
+    replace(BASE, name="tokens", layout="BFLC", shape=(2, 6, 10, 8), t_chunks=6, weighted=True),
+    replace(_X0, name="one_video", shape=(1, 4, 6, 5, 8), sigma_chunks=6),
+]
 CASES = [
     BASE,
     replace(BASE, name="noise_given", noise=torch.float32),
@@ -118,8 +168,20 @@ CASES = [
     replace(BASE, name="t_near_0", t=1e-4),
     replace(BASE, name="t_is_1", t=1.0),
     replace(BASE, name="prior_by_r", prior_by_r=True, r_chunks=3, t_chunks=3, prior_weight=1.0),
+    *DIALECTS,
     replace(BASE, name="many_tiles", shape=(2, 3, 4, 60, 104), t_chunks=2),
 ]
+
+
+def raw(inputs: dict[str, Any]) -> tuple[NftInputs, NftOptions]:
+    """The arguments of torch.ops.afd.nft_loss for those of afd.ops.nft_loss."""
+    prior_weight = inputs["prior_weight"]
+    given = dict(inputs)
+    if isinstance(prior_weight, Tensor):
+        given |= {"prior_weight": 1.0, "prior_weights": prior_weight}
+    tensors = {name: given[name] for name in NftInputs._fields if name in given}
+    options = {name: given[name] for name in NftOptions._fields if name in given}
+    return NftInputs(**tensors), NftOptions(**options)
 
 
 def oracle(case: Case, inputs: dict[str, Any], eps: Tensor) -> dict[str, Tensor]:
@@ -127,12 +189,12 @@ def oracle(case: Case, inputs: dict[str, Any], eps: Tensor) -> dict[str, Tensor]
 
     Shares nothing with the package: x_t, v+-, x0+- are built explicitly; the frame loop is a loop.
     """
-    five = inputs["x0"].ndim == 5
-    frame_axis = case.layout.index("F") if five else 1
-    frames = inputs["x0"].shape[frame_axis] if five else 1
+    split = inputs["x0"].ndim == len(case.layout)
+    frame_axis = case.layout.index("F") if split else 1
+    frames = case.frames()
 
     def frame(x: Tensor, b: int, f: int) -> Tensor:
-        return x[b].select(frame_axis - 1, f) if five else x[b]
+        return x[b].select(frame_axis - 1, f) if split else x[b]
 
     def at(x: Tensor, b: int, f: int) -> Tensor:
         row = x[b].reshape(-1)
@@ -143,6 +205,9 @@ def oracle(case: Case, inputs: dict[str, Any], eps: Tensor) -> dict[str, Tensor]
     ref = None if inputs["v_ref"] is None else inputs["v_ref"].double()
     beta, batch = case.nft_beta, x0.shape[0]
     adaptive = case.weighting == "x0_adaptive"
+    in_x0 = (case.space or case.weighting) != "velocity"
+    scale = case.scale or (5.0 / beta if adaptive else 1.0)
+    floor = case.weight_min or 1e-5
     chunks = 1
     if case.group == "chunk":
         chunks = case.r_chunks if case.r_chunks > 1 else case.t_chunks
@@ -165,17 +230,30 @@ def oracle(case: Case, inputs: dict[str, Any], eps: Tensor) -> dict[str, Tensor]
             x_t, target = alpha * clean + sigma * noise, d_alpha * clean + d_sigma * noise
             v, v_old = frame(theta, b, f), frame(old, b, f)
             v_pos, v_neg = (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
+            given = None if inputs["sigma"] is None else at(inputs["sigma"].double(), b, f)
+
+            def x0_of(
+                velocity: Tensor,
+                x_t: Tensor = x_t,
+                given: Tensor | None = given,
+                of_t: tuple[Tensor, ...] = (alpha, sigma, d_alpha, d_sigma),
+            ) -> Tensor:
+                if given is not None:
+                    return x_t - given * velocity
+                alpha, sigma, d_alpha, d_sigma = of_t
+                return (d_sigma * x_t - sigma * velocity) / (alpha * d_sigma - sigma * d_alpha)
+
             for key, velocity in (("pos", v_pos), ("neg", v_neg)):
-                if adaptive:
-                    x0_hat = (d_sigma * x_t - sigma * velocity) / (
-                        alpha * d_sigma - sigma * d_alpha
-                    )
-                    errors[key].append([(x0_hat - clean).flatten()])
+                if in_x0:
+                    errors[key].append([(x0_of(velocity) - clean).flatten()])
                 else:
                     errors[key].append([(velocity - target).flatten()])
             weights.append(r)
             if ref is not None:
-                squared = (v - frame(ref, b, f)).square().flatten()
+                apart = v - frame(ref, b, f)
+                if case.prior_space == "x0":
+                    apart = x0_of(v) - x0_of(frame(ref, b, f))
+                squared = apart.square().flatten()
                 priors.append(squared * (r if case.prior_by_r else 1))
             else:
                 priors.append(torch.zeros_like(v).flatten())
@@ -190,14 +268,13 @@ def oracle(case: Case, inputs: dict[str, Any], eps: Tensor) -> dict[str, Tensor]
             for key in ("pos", "neg"):
                 flat = [errors[key][f][0] for f in members]
                 if not flat:
-                    values[key], values["w_" + key] = zero, zero + (1e-5 if adaptive else 1)
+                    values[key], values["w_" + key] = zero, zero + (floor if adaptive else 1)
                     continue
-                w = torch.cat(flat).abs().mean().clamp(min=1e-5).detach() if adaptive else zero + 1
+                w = torch.cat(flat).abs().mean().clamp(min=floor).detach() if adaptive else zero + 1
                 values["w_" + key] = w
                 values[key] = torch.cat(flat).square().mean() / w
                 for f, e in zip(members, flat, strict=True):
                     share = weights[f] if key == "pos" else 1 - weights[f]
-                    scale = 5.0 / beta if adaptive else 1.0
                     per_sample = per_sample + scale * share * e.square().sum() / w / count
             prior = torch.cat([priors[f] for f in members]).mean() if members else zero
             moved = torch.cat([deviations[f] for f in members]).mean() if members else zero
@@ -205,7 +282,13 @@ def oracle(case: Case, inputs: dict[str, Any], eps: Tensor) -> dict[str, Tensor]
                 [values["pos"], values["neg"], prior, values["w_pos"], values["w_neg"], moved]
             )
         prior_sum = sum(p.sum() for p in priors if p is not None)
-        loss = loss + (per_sample + inputs["prior_weight"] * prior_sum / count) / batch
+        prior_weight, sample_weight = inputs["prior_weight"], inputs["sample_weight"]
+        if isinstance(prior_weight, Tensor):
+            prior_weight = prior_weight[b].double()
+        whole = per_sample + prior_weight * prior_sum / count
+        if sample_weight is not None:
+            whole = whole * sample_weight[b].double()
+        loss = loss + whole / batch
     loss.backward()
     metrics = torch.stack([torch.stack([v.detach() for v in row]) for row in rows])
     return {

@@ -30,7 +30,7 @@ def _forward_noise(
         (0, 3),
         contracts.contiguous,
     )
-    contracts.check_values(plan, t)
+    contracts.check_times(t, plan.schedule)
     return run(*(tensors if dense else contracts.contiguous(tensors)), plan)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels import native
-from afd_kernels.contracts import METRICS, NftPlan
+from afd_kernels.nft_loss.contract import METRICS, NftInputs, NftPlan
 from afd_kernels.nft_loss.storage import grad_power
 from afd_kernels.plans import Kept
 
@@ -20,24 +20,37 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     return native.refuse(device, dtypes)
 
 
+def _problem(inputs: NftInputs, plan: NftPlan) -> Any:
+    """All of a call's problem but its addresses."""
+    noise = inputs.noise
+    problem = native.describe(native.core().NftProblem(), plan)
+    problem.r_chunks = plan.r_chunks
+    problem.sigma_chunks = plan.sigma_chunks
+    problem.groups = plan.groups
+    problem.nft_beta = plan.nft_beta
+    problem.prior_weight = plan.prior_weight
+    problem.scale = plan.scale
+    problem.slope = plan.slope
+    problem.weight_min = plan.weight_min
+    problem.grad_power = grad_power(plan, inputs)
+    problem.adaptive = plan.adaptive
+    problem.x0_space = plan.x0_space
+    problem.prior_in_x0 = plan.prior_in_x0
+    problem.prior_by_r = plan.prior_by_r
+    problem.prediction_type = native.type_code(inputs.v_theta.dtype)
+    problem.x0_type = native.type_code(inputs.x0.dtype)
+    problem.noise_type = native.type_code(torch.float32 if noise is None else noise.dtype)
+    return problem
+
+
 def nft_loss(
-    v_theta: Tensor,
-    v_old: Tensor,
-    v_ref: Tensor | None,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    frame_mask: Tensor | None,
-    plan: NftPlan,
-    kept: Kept | None = None,
+    inputs: NftInputs, plan: NftPlan, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss fp32 [], metrics fp64 [B, G, 7], grad_power times the gradient ([0] if not requested).
 
     All tensors are contiguous. Apart from the results, nothing of a sample's size is allocated.
     """
-    core = native.core()
+    core, x0, v_theta = native.core(), inputs.x0, inputs.v_theta
     loss = torch.empty((), dtype=torch.float32, device=x0.device)
     metrics = torch.empty(
         (plan.batch, plan.groups, len(METRICS)), dtype=torch.float64, device=x0.device
@@ -46,35 +59,10 @@ def nft_loss(
         grad = native.empty_like(v_theta)
     else:
         grad = torch.empty(0, dtype=v_theta.dtype, device=v_theta.device)
-
-    def make() -> Any:
-        problem = native.describe(core.NftProblem(), plan)
-        problem.r_chunks = plan.r_chunks
-        problem.groups = plan.groups
-        problem.nft_beta = plan.nft_beta
-        problem.prior_weight = plan.prior_weight
-        problem.adv_clip = plan.adv_clip
-        problem.grad_power = grad_power(v_theta.dtype, plan, frame_mask is not None)
-        problem.velocity_weighting = plan.weighting == "velocity"
-        problem.prior_by_r = plan.prior_by_r
-        problem.prediction_type = native.type_code(v_theta.dtype)
-        problem.x0_type = native.type_code(x0.dtype)
-        problem.noise_type = native.type_code(torch.float32 if noise is None else noise.dtype)
-        return problem
-
-    problem = native.take(kept, make)
-    problem.v_theta = native.pointer(v_theta)
-    problem.v_old = native.pointer(v_old)
-    problem.v_ref = native.pointer(v_ref)
-    problem.x0 = native.pointer(x0)
-    problem.t = native.pointer(t)
-    problem.r = native.pointer(r)
-    problem.seed = native.pointer(seed)
-    problem.noise = native.pointer(noise)
-    problem.frame_mask = native.pointer(frame_mask)
-    problem.loss = native.pointer(loss)
-    problem.metrics = native.pointer(metrics)
-    problem.grad = native.pointer(grad) if plan.needs_grad else 0
+    problem = native.take(kept, lambda: _problem(inputs, plan))
+    results = (loss, metrics, grad if plan.needs_grad else None)
+    # In the order of NftInputs.
+    problem.place(*map(native.pointer, (*inputs, *results)))
     if x0.device.type == "cpu":
         core.nft_loss_cpu(problem, native.threads(x0))
     else:

@@ -15,54 +15,44 @@ from torch import Tensor
 from afd_kernels import contracts, dispatch, plans, registry
 from afd_kernels.aliasing import refuse_overlaps
 from afd_kernels.derivatives import Rule
+from afd_kernels.nft_loss import contract
+from afd_kernels.nft_loss.contract import NftInputs, NftOptions, NftPlan
 from afd_kernels.nft_loss.storage import grad_power
 
+_TENSORS = len(NftInputs._fields)
+_V_THETA, _X0, _NOISE = map(NftInputs._fields.index, ("v_theta", "x0", "noise"))
+# The backend is picked by the dtypes of these.
+_CHOOSING = (_V_THETA, _X0, _NOISE)
 
-def _nft_loss(
-    v_theta: Tensor,
-    v_old: Tensor,
-    v_ref: Tensor | None,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    frame_mask: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask)
+
+def _plan(*arguments: Any) -> NftPlan:
+    return contract.plan_nft_loss(
+        NftInputs(*arguments[:_TENSORS]), NftOptions(*arguments[_TENSORS:])
+    )
+
+
+def _nft_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = NftInputs(*arguments[:_TENSORS])
     plan, run, dense = plans.prepared(
         "nft_loss",
         "nft_loss",
-        contracts.plan_nft_loss,
-        tensors,
-        tuple(tuple(x) if isinstance(x, list) else x for x in options),
-        (0, 3, 7),
+        _plan,
+        inputs,
+        tuple(tuple(x) if isinstance(x, list) else x for x in arguments[_TENSORS:]),
+        _CHOOSING,
         contracts.contiguous,
     )
-    contracts.check_values(plan, t, r)
-    return run(*(tensors if dense else contracts.contiguous(tensors)), plan)
+    contract.check_values(inputs, plan)
+    return run(inputs if dense else NftInputs._make(contracts.contiguous(inputs)), plan)
 
 
-def _fake(
-    v_theta: Tensor,
-    v_old: Tensor,
-    v_ref: Tensor | None,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    frame_mask: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan = contracts.plan_nft_loss(
-        v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask, *options
-    )
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _plan(*arguments)
+    v_theta, x0 = arguments[_V_THETA], arguments[_X0]
     wide = torch.float64 if torch.float64 in (v_theta.dtype, x0.dtype) else torch.float32
     return (
         x0.new_empty((), dtype=wide),
-        x0.new_empty((plan.batch, plan.groups, len(contracts.METRICS)), dtype=torch.float64),
+        x0.new_empty((plan.batch, plan.groups, len(contract.METRICS)), dtype=torch.float64),
         v_theta.new_empty(v_theta.shape if plan.needs_grad else 0),
     )
 
@@ -95,8 +85,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     grad = output[2]
     ctx.power, ctx.loss_dtype = 1.0, output[0].dtype
     if grad.dtype == torch.float16:
-        plan = contracts.plan_nft_loss(*inputs)
-        ctx.power = grad_power(grad.dtype, plan, inputs[8] is not None)
+        ctx.power = grad_power(_plan(*inputs), NftInputs(*inputs[:_TENSORS]))
     # If second derivatives are possible, the gradient stays differentiable, so they can be refused.
     ctx.mark_non_differentiable(output[1], *([] if ctx.transformed else [grad]))
     ctx.save_for_backward(grad)
@@ -153,15 +142,10 @@ _ONCE = (
     "); afd_kernels.nft_loss.reference.loss is twice differentiable"
 )
 _SCHEMA = (
-    "nft_loss(Tensor v_theta, Tensor v_old, Tensor? v_ref, Tensor x0, Tensor t, Tensor r, "
-    "Tensor? seed, Tensor? noise, Tensor? frame_mask, float nft_beta, float prior_weight, "
-    "float adv_clip, str weighting, str group, bool prior_by_r, str schedule, "
-    "float[] schedule_args, str layout, bool needs_grad) "
+    f"nft_loss({registry.schema(NftInputs)}, {registry.schema(NftOptions)}) "
     "-> (Tensor loss, Tensor metrics, Tensor grad)"
 )
-_ARGUMENTS = [
-    part.split()[-1] for part in _SCHEMA[_SCHEMA.index("(") + 1 : _SCHEMA.index(")")].split(",")
-]
+_ARGUMENTS = (*NftInputs._fields, *NftOptions._fields)
 
 _REFERENCE = "afd_kernels.nft_loss.reference.loss"
 

@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from afd_kernels.contracts import METRICS, NftPlan
 from afd_kernels.forward_noise import triton_impl as noising
 from afd_kernels.launch_config import device_arch, launch_config
+from afd_kernels.nft_loss.contract import METRICS, NftInputs, NftPlan
 from afd_kernels.nft_loss.storage import grad_power
 from afd_kernels.nft_loss.triton_kernels import (
     COEFFICIENTS,
@@ -37,28 +37,18 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
 
 
 def _segments(plan: NftPlan, frame_mask: Tensor | None) -> int:
-    """Number of runs of frames that share t, r and group; with a mask, the number of frames."""
+    """Number of runs of frames that share t, r, sigma and group; with a mask, of frames."""
     if frame_mask is not None:
         return plan.frames
-    return math.lcm(plan.t_chunks, plan.r_chunks, plan.groups)
+    return math.lcm(plan.t_chunks, plan.r_chunks, plan.sigma_chunks, plan.groups)
 
 
 def nft_loss(
-    v_theta: Tensor,
-    v_old: Tensor,
-    v_ref: Tensor | None,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    frame_mask: Tensor | None,
-    plan: NftPlan,
-    kept: Kept | None = None,
+    inputs: NftInputs, plan: NftPlan, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss fp32 [], metrics fp64 [B, G, 7], grad_power times the gradient ([0] if unneeded)."""
-    adaptive = plan.weighting == "x0_adaptive"
-    frames = _segments(plan, frame_mask)
+    v_theta, x0, adaptive = inputs.v_theta, inputs.x0, plan.adaptive
+    frames = _segments(plan, inputs.frame_mask)
     inner = plan.inner * (plan.frames // frames)
     rows = plan.outer * frames
     configs = launch_config("nft_loss", device_arch(x0.device))
@@ -77,9 +67,8 @@ def nft_loss(
     if adaptive and plan.needs_grad:
         coefficients = scratch(torch.float32, plan.batch, frames, COEFFICIENTS.value)
     early_grad = grad if plan.needs_grad and not adaptive else None
-    if early_grad is not None and frame_mask is not None:
+    if early_grad is not None and inputs.frame_mask is not None:
         early_grad.zero_()
-    inputs = (v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask)
     tensors = (*inputs, partials, losses, metrics, loss, grad, coefficients)
     if repeat(kept, tensors):
         return loss, metrics, grad
@@ -87,10 +76,15 @@ def nft_loss(
     launches = Launches(kept, tensors)
     noising.check_batch(plan.batch)
     align = noising.row_align(inner)
-    schedule = noising.schedule_constants(plan)
-    power = grad_power(v_theta.dtype, plan, frame_mask is not None)
-    options = (plan.nft_beta, plan.prior_weight, plan.adv_clip, power)
-    loads = [x for x in (v_theta, x0, noise) if x is not None]
+    chunks = (plan.t_chunks, plan.r_chunks, plan.sigma_chunks)
+    numbers = (plan.nft_beta, plan.prior_weight, plan.slope, grad_power(plan, inputs))
+    options = {
+        "X0": plan.x0_space,
+        "PRIOR_X0": plan.prior_in_x0,
+        "PRIOR_BY_R": plan.prior_by_r,
+        **noising.schedule_constants(plan),
+    }
+    loads = [x for x in (v_theta, x0, inputs.noise) if x is not None]
     shape = {
         "ONE_ROW": rows == 1,
         "ROW_ALIGN": align,
@@ -107,11 +101,9 @@ def nft_loss(
         rows,
         frames,
         tiles,
-        plan.t_chunks,
-        plan.r_chunks,
-        *options,
-        **schedule,
-        PRIOR_BY_R=plan.prior_by_r,
+        *chunks,
+        *numbers,
+        **options,
         **shape,
         BLOCK=one_pass["block"] // halve,
         STEPS=one_pass["steps"] * halve,
@@ -122,9 +114,12 @@ def nft_loss(
     side_by_side = min(16, triton.next_power_of_2(frames // plan.groups))
     launches(_nft_loss_finalize_kernel, (plan.groups, plan.batch))(
         partials,
-        t,
-        r,
-        frame_mask,
+        inputs.t,
+        inputs.r,
+        inputs.frame_mask,
+        inputs.sigma,
+        inputs.prior_weights,
+        inputs.sample_weight,
         metrics,
         losses,
         coefficients,
@@ -132,12 +127,12 @@ def nft_loss(
         plan.outer,
         frames,
         tiles,
-        plan.t_chunks,
-        plan.r_chunks,
-        *options,
+        *chunks,
+        *numbers,
+        plan.scale,
+        plan.weight_min,
         ADAPTIVE=adaptive,
-        PRIOR_BY_R=plan.prior_by_r,
-        **schedule,
+        **options,
         ROW_ALIGN=align,
         FRAMES=side_by_side,
         PARALLEL=_PARALLEL // side_by_side,
@@ -156,12 +151,12 @@ def nft_loss(
     tiles = triton.cdiv(inner, block)
     launches(_nft_loss_grad_kernel, (rows * tiles, plan.batch))(
         v_theta,
-        v_old,
-        v_ref,
+        inputs.v_old,
+        inputs.v_ref,
         x0,
-        seed,
-        noise,
-        frame_mask,
+        inputs.seed,
+        inputs.noise,
+        inputs.frame_mask,
         coefficients,
         grad,
         losses,

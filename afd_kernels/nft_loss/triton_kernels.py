@@ -1,6 +1,6 @@
 """Kernels of nft_loss: partial sums, an fp64 finalisation per group, the gradient; no atomics.
 
-Letters: B batch, O outer, F frames, I inner, G groups (see contracts.NftPlan); a row is I
+Letters: B batch, O outer, F frames, I inner, G groups (see contract.NftPlan); a row is I
 contiguous elements. MATH.md has the algebra and the launches; triton_impl.py launches them.
 """
 # mypy: ignore-errors
@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from afd_kernels.forward_noise.triton_impl import lanes_left, schedule_coefficients, tile_of_row
+from afd_kernels.forward_noise.triton_impl import lanes_left, tile_of_row
+from afd_kernels.nft_loss.triton_frames import (
+    gradient_coefficients,
+    frame_factors,
+    optimality,
+    sample_factor,
+    share_of_sample,
+    valid_frames,
+)
 from afd_kernels.philox_triton import normal_tile
 
 # Columns of the partial sums [B, O * F * tiles, SUMS] fp32: |pos|, pos^2, |neg|, neg^2,
@@ -101,48 +109,6 @@ def _gradient(e, from_old, from_ref, c_e, c_old, c_ref, REF: tl.constexpr):
 
 
 @triton.jit
-def _valid_frames(mask_ptr, sample, frames, BLOCK: tl.constexpr):
-    """How many frames of the sample count."""
-    if mask_ptr is None:
-        return tl.full((), 0, tl.int64) + frames
-    else:
-        count = tl.full((BLOCK,), 0, tl.int64)
-        for start in range(0, frames, BLOCK):
-            f = start + tl.arange(0, BLOCK)
-            count += tl.load(mask_ptr + sample * frames + f, mask=f < frames, other=0).to(tl.int64)
-        return tl.sum(count)
-
-
-@triton.jit
-def _coefficients(
-    t, r, valid, w_pos, w_neg, count, batch, nft_beta, prior_weight, adv_clip, grad_power,
-    ADAPTIVE: tl.constexpr, PRIOR_BY_R: tl.constexpr, SCHEDULE: tl.constexpr,
-    BETA_MIN: tl.constexpr, BETA_MAX: tl.constexpr,
-):  # fmt: skip
-    """Coefficients of e, v_theta - v_old and v_theta - v_ref in grad_power times the gradient, in
-    fp64, and alpha', sigma'.
-
-    NaN where t or r is out of range: a device value cannot be refused without a synchronisation.
-    """
-    alpha, sigma, d_alpha, d_sigma = schedule_coefficients(t, SCHEDULE, BETA_MIN, BETA_MAX)
-    r = tl.where((r >= 0.0) & (r <= 1.0), r, float("nan")).to(tl.float64)
-    elements = tl.maximum(count, 1).to(tl.float64) * batch
-    common = valid.to(tl.float64) * 2.0 / elements * grad_power
-    if ADAPTIVE:
-        kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
-        scale = common * kappa * kappa * adv_clip
-    else:
-        # The loss does not depend on alpha and sigma, but an invalid t must still give NaN.
-        scale = common * (nft_beta + 0.0 * d_sigma)
-    pos = scale * r / w_pos
-    neg = scale * (1.0 - r) / w_neg
-    prior = common * prior_weight
-    if PRIOR_BY_R:
-        prior = prior * r
-    return pos - neg, (pos + neg) * nft_beta, prior, d_alpha, d_sigma
-
-
-@triton.jit
 def _nft_loss_partials_kernel(
     v_theta_ptr,
     v_old_ptr,
@@ -153,6 +119,9 @@ def _nft_loss_partials_kernel(
     seed_ptr,
     noise_ptr,
     mask_ptr,
+    sigma_ptr,
+    prior_weights_ptr,
+    sample_weight_ptr,
     partials_ptr,
     grad_ptr,
     row_units,
@@ -161,10 +130,13 @@ def _nft_loss_partials_kernel(
     tiles,
     t_chunks,
     r_chunks,
-    nft_beta,
-    prior_weight,
-    adv_clip,
-    grad_power,
+    sigma_chunks,
+    nft_beta: tl.float64,
+    prior_weight: tl.float64,
+    slope: tl.float64,
+    grad_power: tl.float64,
+    X0: tl.constexpr,
+    PRIOR_X0: tl.constexpr,
     SCHEDULE: tl.constexpr,
     BETA_MIN: tl.constexpr,
     BETA_MAX: tl.constexpr,
@@ -177,32 +149,36 @@ def _nft_loss_partials_kernel(
 ):
     """The six sums of STEPS * BLOCK elements of one row.
 
-    With grad_ptr also their gradient: velocity weighting knows its coefficients beforehand.
+    With grad_ptr also their gradient: without adaptive weights its coefficients are known.
     """
     sample = tl.program_id(1)
     block = tl.program_id(0)
     inner = tl.full((), ROW_ALIGN, tl.int64) * row_units
     row, start, left = tile_of_row(block, inner, tiles, STEPS * BLOCK, ONE_ROW)
     frame = row % frames
-    t = tl.load(t_ptr + sample * t_chunks + frame // (frames // t_chunks))
     if mask_ptr is not None:
         left = tl.where(tl.load(mask_ptr + sample * frames + frame) != 0, left, 0)
+    d_alpha, d_sigma, kappa, prior_kappa = frame_factors(
+        t_ptr, sigma_ptr, sample, frame, frames, t_chunks, sigma_chunks, X0, PRIOR_X0, SCHEDULE,
+        BETA_MIN, BETA_MAX,
+    )  # fmt: skip
     c_e = 0.0
     c_old = 0.0
     c_ref = 0.0
-    if grad_ptr is None:
-        _, _, d_alpha, d_sigma = schedule_coefficients(t, SCHEDULE, BETA_MIN, BETA_MAX)
-    else:
-        r = tl.load(r_ptr + sample * r_chunks + frame // (frames // r_chunks))
+    if grad_ptr is not None:
+        r = optimality(r_ptr, sample, frame, frames, r_chunks)
         per_frame = inner * (rows // frames)
-        count = _valid_frames(mask_ptr, sample, frames, 64) * per_frame
-        e_64, old_64, ref_64, d_alpha, d_sigma = _coefficients(
-            t, r, tl.full((), 1.0, tl.float64), 1.0, 1.0, count, tl.num_programs(1), nft_beta,
-            prior_weight, adv_clip, grad_power, False, PRIOR_BY_R, SCHEDULE, BETA_MIN, BETA_MAX,
-        )  # fmt: skip
+        count = valid_frames(mask_ptr, sample, frames, 64) * per_frame
+        share = share_of_sample(sample_weight_ptr, sample, count, tl.num_programs(1)) * grad_power
+        weight = prior_weight * sample_factor(prior_weights_ptr, sample)
+        one = tl.full((), 1.0, tl.float64)
+        e_64, old_64, ref_64 = gradient_coefficients(
+            kappa, prior_kappa, r, one, 1.0, 1.0, 2.0 * share, nft_beta, weight, slope, PRIOR_BY_R
+        )
         c_e = e_64.to(tl.float32)
         c_old = old_64.to(tl.float32)
         c_ref = ref_64.to(tl.float32)
+    beta = tl.full((), nft_beta, tl.float32)
     d_alpha = d_alpha.to(tl.float32)
     d_sigma = d_sigma.to(tl.float32)
     seed = 0
@@ -227,7 +203,7 @@ def _nft_loss_partials_kernel(
             d_alpha, d_sigma, False, False, QUADS, VECTOR, BLOCK,
         )  # fmt: skip
         pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq = _add(
-            pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, nft_beta, REF
+            pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, beta, REF
         )
         if grad_ptr is not None:
             grad = _gradient(e, from_old, from_ref, c_e, c_old, c_ref, REF)
@@ -242,7 +218,7 @@ def _nft_loss_partials_kernel(
             d_alpha, d_sigma, True, True, QUADS, VECTOR, BLOCK,
         )  # fmt: skip
         pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq = _add(
-            pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, nft_beta, REF
+            pos_abs, pos_sq, neg_abs, neg_sq, ref_sq, old_sq, e, from_old, from_ref, beta, REF
         )
         if grad_ptr is not None:
             grad = _gradient(e, from_old, from_ref, c_e, c_old, c_ref, REF)
@@ -257,6 +233,12 @@ def _nft_loss_partials_kernel(
 
 
 @triton.jit
+def _of_prior(total, column):
+    """The column of (v_theta - v_ref)^2 of [FRAMES, SUMS]."""
+    return tl.sum(tl.where((column == 4)[None, :], total, 0.0), axis=1)
+
+
+@triton.jit
 def _column(values, column, index: tl.constexpr):
     return tl.sum(tl.where(column == index, values, 0.0))
 
@@ -267,6 +249,9 @@ def _nft_loss_finalize_kernel(
     t_ptr,
     r_ptr,
     mask_ptr,
+    sigma_ptr,
+    prior_weights_ptr,
+    sample_weight_ptr,
     metrics_ptr,
     losses_ptr,
     coefficients_ptr,
@@ -276,10 +261,15 @@ def _nft_loss_finalize_kernel(
     tiles,
     t_chunks,
     r_chunks,
-    nft_beta,
-    prior_weight,
-    adv_clip,
-    grad_power,
+    sigma_chunks,
+    nft_beta: tl.float64,
+    prior_weight: tl.float64,
+    slope: tl.float64,
+    grad_power: tl.float64,
+    scale: tl.float64,
+    weight_min: tl.float64,
+    X0: tl.constexpr,
+    PRIOR_X0: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     PRIOR_BY_R: tl.constexpr,
     SCHEDULE: tl.constexpr,
@@ -298,7 +288,7 @@ def _nft_loss_finalize_kernel(
     group = tl.program_id(0)
     members = frames // tl.num_programs(0)
     per_frame = (tl.full((), ROW_ALIGN, tl.int64) * row_units) * outer
-    count = _valid_frames(mask_ptr, sample, frames, 64) * per_frame
+    count = valid_frames(mask_ptr, sample, frames, 64) * per_frame
 
     column = tl.arange(0, SUMS)
     plain = tl.full((SUMS,), 0.0, tl.float64)
@@ -323,16 +313,17 @@ def _nft_loss_finalize_kernel(
                 other=0.0,
             ).to(tl.float64)
         total = tl.sum(sums, axis=1)
-        t = tl.load(t_ptr + sample * t_chunks + f // (frames // t_chunks))
-        r = tl.load(r_ptr + sample * r_chunks + f // (frames // r_chunks))
-        r = tl.where((r >= 0.0) & (r <= 1.0), r, float("nan")).to(tl.float64)
-        alpha, sigma, d_alpha, d_sigma = schedule_coefficients(t, SCHEDULE, BETA_MIN, BETA_MAX)
-        # Propagate the NaN of a t outside the schedule even if the formula does not use t.
-        kappa = 1.0 + 0.0 * d_sigma
-        if ADAPTIVE:
-            kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
+        r = optimality(r_ptr, sample, f, frames, r_chunks)
+        _, _, kappa, prior_kappa = frame_factors(
+            t_ptr, sigma_ptr, sample, f, frames, t_chunks, sigma_chunks, X0, PRIOR_X0, SCHEDULE,
+            BETA_MIN, BETA_MAX,
+        )  # fmt: skip
         power = tl.where((column & 1)[None, :] == 1, (kappa * kappa)[:, None], kappa[:, None])
-        weighted = total * tl.where((column < 4)[None, :], power, 1.0)
+        # Column 6, which is empty in memory, takes the prior in its space.
+        total = tl.where((column == 6)[None, :], _of_prior(total, column)[:, None], total)
+        power = tl.where((column < 4)[None, :], power, 1.0)
+        power = tl.where((column == 6)[None, :], (prior_kappa * prior_kappa)[:, None], power)
+        weighted = total * power
         plain += tl.sum(weighted, axis=0)
         by_r += tl.sum(weighted * r[:, None], axis=0)
         in_group += tl.sum(valid.to(tl.int64)) * per_frame
@@ -343,23 +334,22 @@ def _nft_loss_finalize_kernel(
     pull_pos = _column(by_r, column, 1)
     pull_neg = sq_neg - _column(by_r, column, 3)
     ref_sq = _column(plain, column, 4)
-    prior = ref_sq
+    prior = _column(plain, column, 6)
     if PRIOR_BY_R:
-        prior = _column(by_r, column, 4)
+        prior = _column(by_r, column, 6)
     w_pos = tl.full((), 1.0, tl.float64)
     w_neg = w_pos
-    scale = w_pos
     if ADAPTIVE:
         # Not maximum(): it drops a NaN.
         w_pos = _column(plain, column, 0) / elements
         w_neg = _column(plain, column, 2) / elements
-        w_pos = tl.where(w_pos < 1e-5, 1e-5, w_pos)
-        w_neg = tl.where(w_neg < 1e-5, 1e-5, w_neg)
-        scale = scale * adv_clip / nft_beta
-    of_batch = tl.maximum(count, 1).to(tl.float64) * tl.num_programs(1)
-    loss = scale * (pull_pos / w_pos + pull_neg / w_neg) + prior_weight * prior
+        w_pos = tl.where(w_pos < weight_min, weight_min, w_pos)
+        w_neg = tl.where(w_neg < weight_min, weight_min, w_neg)
+    weight = prior_weight * sample_factor(prior_weights_ptr, sample)
+    share = share_of_sample(sample_weight_ptr, sample, count, tl.num_programs(1))
+    loss = scale * (pull_pos / w_pos + pull_neg / w_neg) + weight * prior
     place = sample * tl.num_programs(0) + group
-    tl.store(losses_ptr + place, loss / of_batch)
+    tl.store(losses_ptr + place, loss * share)
     columns = metrics_ptr + place * METRICS
     tl.store(columns, sq_pos / w_pos / elements)
     tl.store(columns + 1, sq_neg / w_neg / elements)
@@ -377,12 +367,14 @@ def _nft_loss_finalize_kernel(
             valid = exists
             if mask_ptr is not None:
                 valid = exists & (tl.load(mask_ptr + sample * frames + f) != 0)
-            t = tl.load(t_ptr + sample * t_chunks + f // (frames // t_chunks))
-            r = tl.load(r_ptr + sample * r_chunks + f // (frames // r_chunks))
-            c_e, c_old, c_ref, d_alpha, d_sigma = _coefficients(
-                t, r, valid.to(tl.float64), w_pos, w_neg, count, tl.num_programs(1), nft_beta,
-                prior_weight, adv_clip, grad_power, ADAPTIVE, PRIOR_BY_R, SCHEDULE, BETA_MIN,
-                BETA_MAX,
+            r = optimality(r_ptr, sample, f, frames, r_chunks)
+            d_alpha, d_sigma, kappa, prior_kappa = frame_factors(
+                t_ptr, sigma_ptr, sample, f, frames, t_chunks, sigma_chunks, X0, PRIOR_X0,
+                SCHEDULE, BETA_MIN, BETA_MAX,
+            )  # fmt: skip
+            c_e, c_old, c_ref = gradient_coefficients(
+                kappa, prior_kappa, r, valid, w_pos, w_neg, 2.0 * share * grad_power, nft_beta,
+                weight, slope, PRIOR_BY_R,
             )  # fmt: skip
             out = coefficients_ptr + (sample * frames + f) * COEFFICIENTS
             tl.store(out, c_e.to(tl.float32), mask=exists)

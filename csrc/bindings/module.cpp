@@ -249,12 +249,17 @@ PYBIND11_MODULE(_native, m) {
   using Nft = afd::NftProblem;
   auto nft = problem<Nft>(m, "NftProblem");
   nft.def_readwrite("r_chunks", &Nft::r_chunks);
+  nft.def_readwrite("sigma_chunks", &Nft::sigma_chunks);
   nft.def_readwrite("groups", &Nft::groups);
   nft.def_readwrite("nft_beta", &Nft::nft_beta);
   nft.def_readwrite("prior_weight", &Nft::prior_weight);
-  nft.def_readwrite("adv_clip", &Nft::adv_clip);
+  nft.def_readwrite("scale", &Nft::scale);
+  nft.def_readwrite("slope", &Nft::slope);
+  nft.def_readwrite("weight_min", &Nft::weight_min);
   nft.def_readwrite("grad_power", &Nft::grad_power);
-  nft.def_readwrite("velocity_weighting", &Nft::velocity_weighting);
+  nft.def_readwrite("adaptive", &Nft::adaptive);
+  nft.def_readwrite("x0_space", &Nft::x0_space);
+  nft.def_readwrite("prior_in_x0", &Nft::prior_in_x0);
   nft.def_readwrite("prior_by_r", &Nft::prior_by_r);
   type_code(nft, "prediction_type", &Nft::prediction_type);
   pointer(nft, "v_theta", &Nft::v_theta);
@@ -262,9 +267,34 @@ PYBIND11_MODULE(_native, m) {
   pointer(nft, "v_ref", &Nft::v_ref);
   pointer(nft, "r", &Nft::r);
   pointer(nft, "frame_mask", &Nft::frame_mask);
+  pointer(nft, "sigma", &Nft::sigma);
+  pointer(nft, "prior_weights", &Nft::prior_weights);
+  pointer(nft, "sample_weight", &Nft::sample_weight);
   pointer(nft, "loss", &Nft::loss);
   pointer(nft, "metrics", &Nft::metrics);
   pointer(nft, "grad", &Nft::grad);
+  nft.def(
+      "place",
+      [](Nft& p, Pointer v_theta, Pointer v_old, Pointer v_ref, Pointer x0, Pointer t, Pointer r,
+         Pointer seed, Pointer noise, Pointer frame_mask, Pointer sigma, Pointer prior_weights,
+         Pointer sample_weight, Pointer loss, Pointer metrics, Pointer grad) {
+        place(p.v_theta, v_theta);
+        place(p.v_old, v_old);
+        place(p.v_ref, v_ref);
+        place(p.x0, x0);
+        place(p.t, t);
+        place(p.r, r);
+        place(p.seed, seed);
+        place(p.noise, noise);
+        place(p.frame_mask, frame_mask);
+        place(p.sigma, sigma);
+        place(p.prior_weights, prior_weights);
+        place(p.sample_weight, sample_weight);
+        place(p.loss, loss);
+        place(p.metrics, metrics);
+        place(p.grad, grad);
+      },
+      "Sets every address: the op's inputs in order, then the results.");
 
   define_qk_norm_rope(m);
   define_adaln(m);

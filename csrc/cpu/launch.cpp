@@ -79,8 +79,8 @@ void launch_nft_loss(const NftProblem& p, int threads) {
   const int64_t frames = p.rows.frames;
   hint_huge_pages(p.grad, bytes_of(p.rows, p.prediction_type));
   const Slices slices(elements_per_sample(p.rows));
-  // With velocity weighting the gradient's coefficients are known before the sums: one pass.
-  const bool one_pass = p.velocity_weighting && p.grad != nullptr;
+  // Without adaptive weights the gradient's coefficients are known before the sums: one pass.
+  const bool one_pass = !p.adaptive && p.grad != nullptr;
   // Samples go through both passes one after the other (small ones several at a time), so that the
   // second pass finds as much as possible in the cache.
   int64_t together = kMostSlices / slices.count;

@@ -237,7 +237,7 @@ void dispatch(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
 
 void nft_sums(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
               const NftCoefficients* of_frame, double* sums) {
-  if (p.grad != nullptr && p.velocity_weighting) {
+  if (p.grad != nullptr && !p.adaptive) {
     dispatch<true, true, Errors::kComputed>(p, sample, begin, end, of_frame, sums);
   } else if (p.grad != nullptr && p.noise == nullptr) {
     dispatch<true, false, Errors::kLeft>(p, sample, begin, end, of_frame, sums);

@@ -1,7 +1,6 @@
 // nft_loss in three launches: partial sums per block (fp32), one block per sample that finishes
-// them in fp64, the gradient. No atomics: the order of every sum is fixed by the sizes alone. With
-// velocity weighting the gradient's coefficients are known beforehand and the first launch writes
-// it.
+// them in fp64, the gradient. No atomics: the order of every sum is fixed by the sizes alone. Without
+// adaptive weights the gradient's coefficients are known beforehand and the first launch writes it.
 #include "launch.h"
 #include "pack.cuh"
 
@@ -83,9 +82,9 @@ __global__ void __launch_bounds__(kThreads)
       c = nft_coefficients(p, sample, at.frame, valid_elements(p, sample), 1.0, 1.0);
     } else if (kSums) {
       // The gradient's coefficients are not known yet, and their divisions are slow.
-      const ScheduleAt s = schedule_of_frame(p.rows, p.schedule, p.t, sample, at.frame);
-      c.alpha_dot = static_cast<float>(s.alpha_dot);
-      c.sigma_dot = static_cast<float>(s.sigma_dot);
+      const NftFrame x = nft_frame(p, sample, at.frame);
+      c.alpha_dot = static_cast<float>(x.alpha_dot);
+      c.sigma_dot = static_cast<float>(x.sigma_dot);
     } else {
       c = w.coefficients[sample * p.rows.frames + at.frame];
     }
@@ -174,7 +173,7 @@ __global__ void _nft_loss_mean_kernel(NftProblem p, void* memory) {
 
 template <class P>
 void launch(const NftProblem& p, void* memory, cudaStream_t stream) {
-  const bool one_pass = p.velocity_weighting && p.grad != nullptr;
+  const bool one_pass = !p.adaptive && p.grad != nullptr;
   for_each_grid(p.rows, [&](dim3 grid, int64_t first) {
     if (one_pass) {
       _nft_loss_fwd_kernel<P, true, true><<<grid, kThreads, 0, stream>>>(p, memory, first);

@@ -12,11 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from afd.optimality import Optimality as Optimality
+from afd.optimality import optimality as optimality
 from afd.schedules import Schedule, resolve
 from afd_kernels.adaln import op as _adaln
 from afd_kernels.block_attention import intervals as intervals
 from afd_kernels.block_attention import op as _block_attention
 from afd_kernels.block_attention.intervals import Intervals as Intervals
+from afd_kernels.contracts import require
 from afd_kernels.dispatch import explain, report, use_backend
 from afd_kernels.forward_noise import op as _forward_noise
 from afd_kernels.nft_loss import op as _nft_loss
@@ -25,6 +28,7 @@ from afd_kernels.qk_norm_rope import op as _qk_norm_rope
 __all__ = [
     "Intervals",
     "NftLoss",
+    "Optimality",
     "adaln",
     "block_attention",
     "draw_seeds",
@@ -32,19 +36,64 @@ __all__ = [
     "forward_noise",
     "intervals",
     "nft_loss",
+    "optimality",
     "qk_norm_rope",
     "qk_norm_rope_append_",
     "report",
     "use_backend",
 ]
 
-Layout = Literal["BCFHW", "BFCHW"]
+Layout = Literal["BCFHW", "BFCHW", "BFLC"]
 
 
-def draw_seeds(batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """One 64-bit noise seed per sample, int64 [batch], drawn from `generator` on its device."""
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator, device=device)
+def draw_seeds(
+    batch: int,
+    generator: torch.Generator | None = None,
+    *,
+    base: int | None = None,
+    step: int | None = None,
+    rank: int | None = None,
+) -> Tensor:
+    """One 64-bit noise seed per sample, int64 [batch].
+
+    Either drawn from `generator` (None: torch's own) on its device; every process needs a generator
+    with a seed of its own. Or made from `base`, the run's seed, with the step and the rank, on the
+    CPU: no two (step, rank, sample) of one base have the same seed, and a repeated call has the
+    same seeds.
+
+    Args:
+        batch: with base at most 65,536.
+        generator: None if base is given.
+        base: any 64-bit integer, the same on every rank; step and rank are then required.
+        step: in [0, 2^32), the update.
+        rank: in [0, 65,536).
+
+    Raises:
+        ValueError: naming the argument, the value given and what is needed.
+    """
+    if base is None and step is None and rank is None:
+        device = "cpu" if generator is None else generator.device
+        return torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator, device=device)
+    if base is None or step is None or rank is None:
+        given = {"base": base, "step": step, "rank": rank}
+        raise ValueError(f"base, step, rank: got {given}; needed: all three, or a generator")
+    require(generator is None, "generator", generator, "None when base is given")
+    require(-(2**63) <= base < 2**63, "base", base, "an integer of int64")
+    require(0 <= step < 2**32, "step", step, "in [0, 2^32)")
+    require(0 <= rank < 2**16, "rank", rank, "in [0, 65536)")
+    require(0 <= batch <= 2**16, "batch", batch, "at most 65536 with base")
+    # A bijection of 64-bit integers: different samples cannot meet.
+    first = step << 32 | rank << 16
+    samples = torch.arange(batch) + (first if step < 2**31 else first - 2**64)
+    return _mixed(samples ^ _mixed(torch.tensor(base)))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, a bijection of int64."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        # Shifted without the sign.
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x
 
 
 def forward_noise(
@@ -59,8 +108,8 @@ def forward_noise(
     """Adds noise to clean latents: x_t = alpha_t x0 + sigma_t noise.
 
     Args:
-        x0: [B, ...], or [B, C, F, H, W] / [B, F, C, H, W] when t is per chunk or frame;
-            float32, bfloat16, float16 or float64; any strides.
+        x0: [B, ...], or [B, C, F, H, W], [B, F, C, H, W] or [B, F, L, C] (L tokens a frame) when t
+            is per chunk or frame; float32, bfloat16, float16 or float64; any strides.
         t: float32 [B] (per video), [B, K] (per chunk) or [B, F] (per frame), inside the schedule's
             domain; 0 is clean.
         schedule: a name ("rectified_flow", "vp_cosine", "vp_linear") or a Schedule.
@@ -86,10 +135,10 @@ class NftLoss:
 
     Attributes:
         loss: scalar, differentiable with respect to v_theta.
-        loss_pos: L+ = mean of the squared error of v+ (in x0 space over w+ when x0_adaptive).
+        loss_pos: L+ = mean of the squared error of v+ in its space, over w+ when adaptive.
         loss_neg: L-, likewise for v-.
-        prior: mean of (v_theta - v_ref)^2, times r when prior_by_r; 0 without v_ref.
-        w_pos: the adaptive weight w+ = max(mean |x0+ - x0|, 1e-5); 1 when weighting="velocity".
+        prior: mean of (v_theta - v_ref)^2 in prior_space, times r when prior_by_r; 0 without v_ref.
+        w_pos: the adaptive weight w+ = max(mean |error of v+|, weight_min); 1 when not adaptive.
         w_neg: w-, likewise.
         old_deviation: mean of (v_theta - v_old)^2.
         ref_deviation: mean of (v_theta - v_ref)^2; 0 without v_ref.
@@ -116,9 +165,15 @@ def nft_loss(
     seed: Tensor | None = None,
     noise: Tensor | None = None,
     nft_beta: float,
-    prior_weight: float = 0.0,
+    prior_weight: float | Tensor = 0.0,
     adv_clip: float = 5.0,
-    weighting: Literal["x0_adaptive", "velocity"] = "x0_adaptive",
+    weighting: Literal["x0_adaptive", "x0", "velocity"] = "x0_adaptive",
+    space: Literal["x0", "velocity"] | None = None,
+    scale: float | None = None,
+    weight_min: float | None = None,
+    prior_space: Literal["x0", "velocity"] = "velocity",
+    sigma: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     group: Literal["video", "chunk"] = "video",
     schedule: str | Schedule = "rectified_flow",
     layout: Layout = "BCFHW",
@@ -127,13 +182,18 @@ def nft_loss(
 ) -> NftLoss:
     """The DiffusionNFT loss with a prior to the frozen base, in one op (arXiv 2509.16117).
 
-    With v+ = (1 - nft_beta) v_old + nft_beta v_theta, v- = (1 + nft_beta) v_old - nft_beta v_theta
-    and x0+- the clean latents they imply at x_t, "x0_adaptive" is the official code's total
-        adv_clip mean_b[(r L+ + (1 - r) L-) / nft_beta] + prior_weight mean|v_theta - v_ref|^2
-        L+- = mean (x0+- - x0)^2 / w+-,   w+- = max(mean |x0+- - x0|, 1e-5), a constant;
-    "velocity" is mean[r (v+ - v*)^2 + (1 - r) (v- - v*)^2] plus the same prior. Noise, x_t and v*
-    are regenerated inside; the gradient with respect to v_theta is computed in the forward, so a
-    step allocates that gradient and O(B) scalars.
+    With v+ = (1 - nft_beta) v_old + nft_beta v_theta, v- = (1 + nft_beta) v_old - nft_beta v_theta,
+    v* the target velocity and x0+-, x0_theta, x0_ref the clean latents that velocities imply,
+        mean_b sample_weight_b (scale [r L+ + (1 - r) L-] + prior_weight_b prior).
+    `weighting` names the usual forms of it; `space`, `scale`, `weight_min` and `prior_space` change
+    one thing about them:
+        "x0_adaptive"  L+- = mean (x0+- - x0)^2 / w+-,  w+- = max(mean |x0+- - x0|, weight_min), a
+                       constant;  scale = adv_clip / nft_beta: the official code's total
+        "x0"           L+- = mean (x0+- - x0)^2;  scale = 1
+        "velocity"     L+- = mean (v+- - v*)^2;   scale = 1
+    Noise, x_t and v* are regenerated inside; the gradient with respect to v_theta is computed in
+    the forward, so a step allocates that gradient and O(B) scalars. Without adaptive weights the
+    forward reads every input once, else twice.
 
     Args:
         v_theta: the trained policy's velocity at x_t, [B, ...]; float32, bfloat16 or float16.
@@ -141,13 +201,26 @@ def nft_loss(
         v_ref: the frozen base's, likewise, or None (then prior_weight must be 0).
         x0: clean latents, shape of v_theta; may have another dtype than the predictions.
         t: float32 [B], [B, K] or [B, F], as given to forward_noise.
-        r: float32 [B] or [B, K] in [0, 1], the optimality weight clamp(A/(2 adv_clip) + .5, 0, 1).
+        r: float32 [B] or [B, K] in [0, 1], the optimality weight clamp(A/(2 adv_clip) + .5, 0, 1);
+            afd.ops.optimality makes it from rewards.
         seed: int64 [B], as given to forward_noise; or
         noise: the noise itself, shape of x0, float32 or x0's dtype.
         nft_beta: mixes the velocities, > 0.
-        prior_weight: weighs the prior (elsewhere called KL beta), >= 0.
-        adv_clip: the bound to which advantages were clipped, > 0.
-        weighting: "x0_adaptive" or "velocity".
+        prior_weight: weighs the prior (elsewhere called KL beta), >= 0; a number, or float32 [B]
+            for one of each sample. A prior averaged over some samples only has the weight
+            w B / (number of those) there and 0 elsewhere, because the mean is over the batch.
+        adv_clip: the bound to which advantages were clipped, > 0; only part of the default scale.
+        weighting: "x0_adaptive", "x0" or "velocity".
+        space: the space of the errors and of w; None: that of `weighting`. Only "x0_adaptive" may
+            be given another one ("velocity": adaptive weights on velocity errors).
+        scale: > 0, of both branches; None: that of `weighting`.
+        weight_min: > 0, the smallest adaptive weight; None: 1e-5. Refused without adaptive weights.
+        prior_space: "velocity", the mean of (v_theta - v_ref)^2, or "x0", of (x0_theta - x0_ref)^2.
+        sigma: float32, shaped like t ([B], [B, K] or [B, F]), in [0, 1] and at least 1e-6 t: the
+            sigma of x0 = x_t - sigma v where it is not the t at which x_t was noised, as in
+            trainers that look sigma up in a table. Only for the rectified flow, and with the error
+            or the prior in x0 space. None: t's own.
+        sample_weight: float32 [B], >= 0, of a sample's whole loss; the mean stays one over B.
         group: w+- per "video" or per "chunk" (K then comes from r, else from t).
         schedule: a name or a Schedule.
         layout: which dimension holds the frames; ignored when everything is per video.
@@ -159,25 +232,26 @@ def nft_loss(
         sums in a fixed order: the same bits every run, for every thread count.
 
     Raises:
-        ValueError: naming the argument, the value given and what is needed. On an accelerator t
-            and r are not range-checked, to avoid a synchronisation; the loss is then NaN.
+        ValueError: naming the argument, the value given and what is needed. On an accelerator t,
+            r, sigma and weights are not range-checked, to avoid a synchronisation; the loss is then
+            NaN.
     """
     how = resolve(schedule)
+    require(isinstance(v_theta, Tensor), "v_theta", v_theta, "a tensor")
+    per_sample = isinstance(prior_weight, Tensor)
     needs_grad = torch.is_grad_enabled() and v_theta.requires_grad
     loss, metrics, _ = _nft_loss.nft_loss(
-        v_theta,
-        v_old,
-        v_ref,
-        x0,
-        t,
-        r,
-        seed,
-        noise,
-        frame_mask,
+        *(v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask, sigma),
+        prior_weight if per_sample else None,
+        sample_weight,
         nft_beta,
-        prior_weight,
+        1.0 if per_sample else prior_weight,
         adv_clip,
         weighting,
+        space,
+        scale,
+        weight_min,
+        prior_space,
         group,
         prior_by_r,
         how.name,
@@ -227,6 +301,7 @@ def block_attention(
     Raises:
         ValueError: naming the argument, the value given and what is needed.
     """
+    require(isinstance(q, Tensor), "q", q, "a tensor")
     return _block_attention.block_attention(
         q,
         k,

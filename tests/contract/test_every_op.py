@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from afd import ops
 from afd_kernels import dispatch, registry
 from afd_kernels.dispatch import use_backend
-from tests.cases import BASE, CASES, Case
+from tests.cases import BASE, CASES, Case, raw
 
 Place = tuple[str, str]
 
@@ -38,24 +38,11 @@ def arguments(name: str, device: str, strided: bool) -> tuple[Any, ...]:
     if strided:
         i = {k: transposed(v) if isinstance(v, Tensor) and v.ndim == 5 else v for k, v in i.items()}
     x0 = i["x0"].clone().requires_grad_()
+    tensors, options = raw(i)
     return {
         "forward_noise": (x0, i["t"], i["seed"], None, "rectified_flow", [], "BCFHW"),
         "forward_noise_bwd": (i["x0"], i["t"], "vp_linear", [0.1, 20.0], "BCFHW"),
-        "nft_loss": (
-            *(i[k] for k in ("v_theta", "v_old", "v_ref", "x0", "t", "r", "seed")),
-            None,
-            None,
-            0.1,
-            1e-4,
-            5.0,
-            "x0_adaptive",
-            "video",
-            False,
-            "rectified_flow",
-            [],
-            "BCFHW",
-            True,
-        ),
+        "nft_loss": (*tensors, *options),
         "nft_loss_bwd": (i["x0"], torch.tensor(0.5, device=device)),
         "nft_loss_bwd_": (i["x0"], torch.tensor(0.5, device=device)),
     }[name]

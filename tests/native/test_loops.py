@@ -14,6 +14,13 @@ from afd_kernels import contracts, native
 from afd_kernels.forward_noise import native_impl as forward_noise
 from afd_kernels.forward_noise import reference as forward_noise_reference
 from afd_kernels.nft_loss import native_impl as nft_loss
+from afd_kernels.nft_loss.contract import (
+    WEIGHTINGS,
+    NftInputs,
+    NftOptions,
+    NftPlan,
+    plan_nft_loss,
+)
 from tests.tolerances import assert_elementwise
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
@@ -53,12 +60,11 @@ def _case(shape, predictions, latents, *, per_frame=False, mask=False, given=Fal
     noise = draw(latents) if given else None
     seed = None if given else torch.arange(batch) - 1
     frame_mask = torch.rand((batch, frames), generator=make) < 0.7 if mask else None
-    tensors = (v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask)
-    options = (0.7, 1e-2, 5.0)
+    tensors = NftInputs(v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask)
 
-    def plan(weighting: str) -> contracts.NftPlan:
-        schedule = ("vp_cosine", [], "BCFHW", True)
-        return contracts.plan_nft_loss(*tensors, *options, weighting, "video", True, *schedule)
+    def plan(weighting: str) -> NftPlan:
+        options = NftOptions(0.7, 1e-2, 5.0, weighting, prior_by_r=True, schedule="vp_cosine")
+        return plan_nft_loss(tensors, options)
 
     return tensors, plan
 
@@ -69,7 +75,7 @@ def _assert_same(got, expected):
 
 
 @pytest.mark.parametrize("isa", native.isas())
-@pytest.mark.parametrize("weighting", contracts.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("latents", DTYPES)
 @pytest.mark.parametrize("predictions", DTYPES)
 def test_every_instruction_set_gives_the_same_loss(isa, weighting, predictions, latents):
@@ -79,9 +85,9 @@ def test_every_instruction_set_gives_the_same_loss(isa, weighting, predictions, 
         ((2, 9001), False),
     ):
         tensors, plan = _case(shape, predictions, latents, per_frame=per_frame, mask=per_frame)
-        expected = nft_loss.nft_loss(*tensors, plan(weighting))
+        expected = nft_loss.nft_loss(tensors, plan(weighting))
         with native.use_isa(isa):
-            _assert_same(nft_loss.nft_loss(*tensors, plan(weighting)), expected)
+            _assert_same(nft_loss.nft_loss(tensors, plan(weighting)), expected)
 
 
 @pytest.mark.parametrize("isa", native.isas())
@@ -91,12 +97,11 @@ def test_every_instruction_set_gives_the_same_loss(isa, weighting, predictions, 
 def test_every_instruction_set_gives_the_same_loss_of_given_noise(isa, predictions, latents, noise):
     for shape, shift in (((2, 3, 4, 31, 37), 3), ((2, 9001), 0)):
         tensors, plan = _case(shape, predictions, latents, given=True, shift=shift)
-        *before, given, mask = tensors
-        tensors = (*before, given.to(noise or latents), mask)
-        for weighting in contracts.WEIGHTINGS:
-            expected = nft_loss.nft_loss(*tensors, plan(weighting))
+        tensors = tensors._replace(noise=tensors.noise.to(noise or latents))
+        for weighting in WEIGHTINGS:
+            expected = nft_loss.nft_loss(tensors, plan(weighting))
             with native.use_isa(isa):
-                _assert_same(nft_loss.nft_loss(*tensors, plan(weighting)), expected)
+                _assert_same(nft_loss.nft_loss(tensors, plan(weighting)), expected)
 
 
 @pytest.mark.parametrize("isa", native.isas())
@@ -105,12 +110,13 @@ def test_given_noise_counts_as_that_of_the_seed(isa, dtype):
     """To the bit: runs of given noise are added in the order of the seed's tiles."""
     shape = (2, 3, 4, 31, 37)
     seeded, plan = _case(shape, dtype, torch.float32)
-    *before, seed, _, mask = seeded
-    drawn = torch.stack([native.normals(int(x), 0, 3 * 4 * 31 * 37) for x in seed]).view(shape)
+    drawn = [native.normals(int(x), 0, 3 * 4 * 31 * 37) for x in seeded.seed]
+    noise = torch.stack(drawn).view(shape)
     with native.use_isa(isa):
-        found = nft_loss.nft_loss(*before, seed, None, mask, plan("x0_adaptive"))
+        found = nft_loss.nft_loss(seeded, plan("x0_adaptive"))
         _, given_plan = _case(shape, dtype, torch.float32, given=True)
-        given = nft_loss.nft_loss(*before, None, drawn, mask, given_plan("x0_adaptive"))
+        inputs = seeded._replace(seed=None, noise=noise)
+        given = nft_loss.nft_loss(inputs, given_plan("x0_adaptive"))
     _assert_same(given, found)
 
 
@@ -120,23 +126,24 @@ def test_elements_that_are_no_numbers_stay_where_they_are(isa, dtype):
     """In every place of a whole line, and of a partial one."""
     odd = [float("nan"), float("inf"), -float("inf")]
     for place in range(70):
-        (v_theta, *others), plan = _case((1, 70), dtype, dtype, given=True)
+        tensors, plan = _case((1, 70), dtype, dtype, given=True)
+        v_theta = tensors.v_theta
         v_theta[0, place] = odd[place % 3]
         with native.use_isa(isa):
-            grad = nft_loss.nft_loss(v_theta, *others, plan("velocity"))[2]
+            grad = nft_loss.nft_loss(tensors, plan("velocity"))[2]
         assert torch.equal(~grad.isfinite(), ~v_theta.isfinite())
 
 
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("weighting", contracts.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_one_thread_and_three_threads_give_the_same_bits(weighting, given):
     tensors, plan = _case((2, 4, 6, 41, 67), torch.float32, torch.bfloat16, given=given)
     with threads(1):
-        expected = nft_loss.nft_loss(*tensors, plan(weighting))
+        expected = nft_loss.nft_loss(tensors, plan(weighting))
     for count in (2, 3):
         with threads(count):
             for _ in range(3):
-                _assert_same(nft_loss.nft_loss(*tensors, plan(weighting)), expected)
+                _assert_same(nft_loss.nft_loss(tensors, plan(weighting)), expected)
 
 
 @pytest.mark.parametrize("isa", native.isas())
@@ -144,10 +151,10 @@ def test_one_thread_and_three_threads_give_the_same_bits(weighting, given):
 def test_pointers_need_no_alignment(isa, dtype):
     aligned, plan = _case((2, 3, 2, 5, 9), dtype, dtype, given=True)
     with native.use_isa(isa):
-        expected = nft_loss.nft_loss(*aligned, plan("x0_adaptive"))
+        expected = nft_loss.nft_loss(aligned, plan("x0_adaptive"))
         for shift in (1, 3, 5):
             shifted, _ = _case((2, 3, 2, 5, 9), dtype, dtype, given=True, shift=shift)
-            _assert_same(nft_loss.nft_loss(*shifted, plan("x0_adaptive")), expected)
+            _assert_same(nft_loss.nft_loss(shifted, plan("x0_adaptive")), expected)
 
 
 @pytest.mark.parametrize("isa", native.isas())

@@ -120,4 +120,7 @@ def _specialise(kernel: Any, named: dict[str, Any]) -> Launch:
                 launch.aligned.add(name)
         else:
             launch.types[name] = "fp32"
+        annotated = next((p.annotation_type for p in kernel.params if p.name == name), None)
+        if annotated and name in launch.types:
+            launch.types[name] = annotated
     return launch

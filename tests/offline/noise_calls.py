@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from afd_kernels import contracts
+from afd_kernels.nft_loss.contract import NftInputs, NftOptions, plan_nft_loss
 from tests.offline.launches import ONE_EACH, Call, Launch, empty
 
 # The latent of 81 frames at 480x832: [B, C, F, H, W]; 7 chunks of 3 frames.
@@ -27,6 +28,7 @@ class NoiseCall(Call):
     schedule: str = "rectified_flow"
     masked: bool = False
     ref: bool = True
+    weights: bool = False  # sigma, and weights per sample
     shape: tuple[int, ...] = SHAPE
     streaming: bool = True  # False: odd sizes, where wide loads are impossible
 
@@ -67,13 +69,22 @@ class NoiseCall(Call):
             return
         ref = pred if self.ref else None
         mask = empty(torch.bool, batch, self.shape[2]) if self.masked else None
-        tensors = (pred, pred, ref, x0, times, times, seed, noise, mask)
-        options = (0.1, 1e-2 if self.ref else 0.0, 5.0, self.weighting)
-        group = "chunk" if self.chunks else "video"
-        nft_plan = contracts.plan_nft_loss(
-            *tensors, *options, group, True, self.schedule, args, "BCFHW", True
+        weights = empty(torch.float32, batch) if self.weights else None
+        sigma = times if self.weights else None
+        inputs = NftInputs(
+            *(pred, pred, ref, x0, times, times, seed, noise, mask, sigma, weights, weights)
         )
-        module.nft_loss(*tensors, nft_plan)
+        options = NftOptions(
+            nft_beta=0.1,
+            prior_weight=1e-2 if self.ref else 0.0,
+            weighting=self.weighting,
+            prior_space="x0" if self.weighting == "x0" else "velocity",
+            group="chunk" if self.chunks else "video",
+            prior_by_r=True,
+            schedule=self.schedule,
+            schedule_args=args,
+        )
+        module.nft_loss(inputs, plan_nft_loss(inputs, options))
 
 
 _FP32 = {"pred": torch.float32, "latent": torch.float32}
@@ -97,6 +108,7 @@ CALLS = (
     NoiseCall("fp32", "nft_loss", ("partials", "grad"), **_FP32),
     NoiseCall("chunks", "nft_loss", _ALL, chunks=CHUNKS),
     NoiseCall("velocity", "nft_loss", ("partials", "total"), weighting="velocity"),
+    NoiseCall("x0", "nft_loss", ("partials", "total"), weighting="x0", weights=True),
     NoiseCall("vp_linear", "nft_loss", _ALL, chunks=CHUNKS, **_VP),
     NoiseCall("no_ref", "nft_loss", ("grad",), ref=False, archs=ONE_EACH),
     NoiseCall("fp16", "nft_loss", ("grad",), archs=ONE_EACH, **_FP16),

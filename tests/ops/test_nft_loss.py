@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from afd import ops
-from afd_kernels.contracts import METRICS, plan_nft_loss
 from afd_kernels.dispatch import use_backend
 from afd_kernels.forward_noise.reference import normal
 from afd_kernels.nft_loss import reference
-from tests.cases import BASE, CASES, Case, oracle
+from afd_kernels.nft_loss.contract import METRICS, plan_nft_loss
+from tests.cases import BASE, CASES, Case, oracle, raw
 from tests.tolerances import assert_elementwise, assert_reduced
 
 Place = tuple[str, str]
@@ -99,22 +99,8 @@ def test_the_gradient_is_the_derivative_in_double() -> None:
 
 
 def differentiable(v_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
-    names = ("v_old", "v_ref", "x0", "t", "r", "seed", "noise", "frame_mask")
-    tensors = (v_theta, *(inputs[name] for name in names))
-    plan = plan_nft_loss(
-        *tensors,
-        inputs["nft_beta"],
-        inputs["prior_weight"],
-        5.0,
-        inputs["weighting"],
-        inputs["group"],
-        inputs["prior_by_r"],
-        inputs["schedule"],
-        [],
-        inputs["layout"],
-        True,
-    )
-    return reference.loss(*tensors, plan)
+    tensors, options = raw({**inputs, "v_theta": v_theta})
+    return reference.loss(tensors, plan_nft_loss(tensors, options))
 
 
 def test_the_reference_is_twice_differentiable() -> None:

@@ -8,6 +8,9 @@
 
 namespace afd {
 
+// The smallest sigma / t of a given sigma, see contract.py.
+constexpr double kLeastSigma = 1e-6;
+
 template <class F>
 struct NftElement {
   F plus, minus, prior, old;
@@ -73,23 +76,72 @@ AFD_HD double r_of_frame(const NftProblem& p, int64_t sample, int64_t frame) {
   return static_cast<double>(r >= 0.0f && r <= 1.0f ? r : as_float(0x7FC00000u));
 }
 
-// Coefficients of the stored gradient of the batch's loss; w_plus = w_minus = 1 with velocity
-// weighting.
+// A factor of one sample, 1 where `weights` is null; NaN where it is negative or infinite.
+AFD_HD double weight_of_sample(const float* weights, int64_t sample) {
+  if (weights == nullptr) {
+    return 1.0;
+  }
+  const float w = weights[sample];
+  return static_cast<double>(w >= 0.0f && w <= 3.4028235e38f ? w : as_float(0x7FC00000u));
+}
+
+// What a frame's formulas need: the target's coefficients, and the factors that turn a velocity
+// error, and v_theta - v_ref, into the space of the loss. Everything is NaN for a bad t or sigma.
+struct NftFrame {
+  double alpha_dot, sigma_dot, kappa, prior_kappa;
+};
+
+AFD_HD NftFrame nft_frame(const NftProblem& p, int64_t sample, int64_t frame) {
+  const ScheduleAt at = schedule_of_frame(p.rows, p.schedule, p.t, sample, frame);
+  NftFrame x = {at.alpha_dot, at.sigma_dot, at.kappa, at.kappa};
+  if (p.sigma != nullptr) {
+    // x_t - sigma v - x0 = sigma (t / sigma (noise - x0) - v); of rectified_flow, at.sigma is t.
+    const int64_t chunk = chunk_of_frame(frame, p.rows.frames, p.sigma_chunks);
+    const double given = static_cast<double>(p.sigma[sample * p.sigma_chunks + chunk]);
+    const bool valid = given >= kLeastSigma * at.sigma && given <= 1.0;
+    x.kappa = valid ? given : static_cast<double>(as_float(0x7FC00000u));
+    x.prior_kappa = x.kappa;
+    if (p.x0_space) {
+      x.sigma_dot = given == 0.0 ? 1.0 : at.sigma / x.kappa;
+      x.alpha_dot = -x.sigma_dot;
+    }
+  }
+  const double one = x.kappa != x.kappa ? x.kappa : 1.0;
+  if (!p.x0_space) {
+    x.kappa = one;
+  }
+  if (!p.prior_in_x0) {
+    x.prior_kappa = one;
+  }
+  return x;
+}
+
+// The prior's factor in a frame, without its weight.
+AFD_HD double prior_factor(const NftProblem& p, const NftFrame& frame, double r) {
+  return frame.prior_kappa * frame.prior_kappa * (p.prior_by_r ? r : 1.0);
+}
+
+AFD_HD double prior_weight_of_sample(const NftProblem& p, int64_t sample) {
+  return p.prior_weight * weight_of_sample(p.prior_weights, sample);
+}
+
+// Coefficients of the stored gradient of the batch's loss; w_plus = w_minus = 1 where the weights
+// are not adaptive.
 AFD_HD NftCoefficients nft_coefficients(const NftProblem& p, int64_t sample, int64_t frame,
                                         double valid, double w_plus, double w_minus) {
-  const ScheduleAt at = schedule_of_frame(p.rows, p.schedule, p.t, sample, frame);
+  const NftFrame at = nft_frame(p, sample, frame);
   NftCoefficients c = {static_cast<float>(at.alpha_dot), static_cast<float>(at.sigma_dot), 0.0f,
                        0.0f, 0.0f};
   if (valid == 0.0) {
     return c;
   }
   const double r = r_of_frame(p, sample, frame);
-  const double share = 2.0 / (valid * static_cast<double>(p.rows.batch)) * p.grad_power;
-  const double scale =
-      share * (p.velocity_weighting ? p.nft_beta : p.adv_clip * at.kappa * at.kappa);
+  const double share = 2.0 / (valid * static_cast<double>(p.rows.batch)) * p.grad_power *
+                       weight_of_sample(p.sample_weight, sample);
+  const double scale = share * (p.slope * at.kappa * at.kappa);
   c.plus = static_cast<float>(scale * r / w_plus);
   c.minus = static_cast<float>(scale * (1.0 - r) / w_minus);
-  c.prior = static_cast<float>(share * p.prior_weight * (p.prior_by_r ? r : 1.0));
+  c.prior = static_cast<float>(share * prior_weight_of_sample(p, sample) * prior_factor(p, at, r));
   return c;
 }
 
@@ -108,9 +160,8 @@ AFD_HD double finalize_group(const NftProblem& p, int64_t sample, int64_t group,
     }
     const double* s = sums + f * kNftSums;
     const double r = r_of_frame(p, sample, f);
-    const ScheduleAt at = schedule_of_frame(p.rows, p.schedule, p.t, sample, f);
-    // Velocity weighting still needs a NaN for a t outside the schedule.
-    const double kappa = p.velocity_weighting ? (at.kappa != at.kappa ? at.kappa : 1.0) : at.kappa;
+    const NftFrame at = nft_frame(p, sample, f);
+    const double kappa = at.kappa;
     const double k2 = kappa * kappa;
     count += per_frame;
     s1p += kappa * s[0];
@@ -119,17 +170,17 @@ AFD_HD double finalize_group(const NftProblem& p, int64_t sample, int64_t group,
     s2n += k2 * s[3];
     r_s2p += r * k2 * s[1];
     r_s2n += (1.0 - r) * k2 * s[3];
-    prior += (p.prior_by_r ? r : 1.0) * s[4];
+    prior += prior_factor(p, at, r) * s[4];
     ref_deviation += s[4];
     old_deviation += s[5];
   }
   const double per_element = count > 0.0 ? 1.0 / count : 0.0;
   double w_plus = 1.0, w_minus = 1.0;
-  if (!p.velocity_weighting) {
+  if (p.adaptive) {
     // Written so that NaN stays NaN.
     const double mean_plus = s1p * per_element, mean_minus = s1n * per_element;
-    w_plus = mean_plus < 1e-5 ? 1e-5 : mean_plus;
-    w_minus = mean_minus < 1e-5 ? 1e-5 : mean_minus;
+    w_plus = mean_plus < p.weight_min ? p.weight_min : mean_plus;
+    w_minus = mean_minus < p.weight_min ? p.weight_min : mean_minus;
   }
   metrics[0] = s2p / w_plus * per_element;
   metrics[1] = s2n / w_minus * per_element;
@@ -147,8 +198,9 @@ AFD_HD double finalize_group(const NftProblem& p, int64_t sample, int64_t group,
     return 0.0;
   }
   const double branches = r_s2p / w_plus + r_s2n / w_minus;
-  const double nft = (p.velocity_weighting ? 1.0 : p.adv_clip / p.nft_beta) * branches;
-  return (nft + p.prior_weight * prior) / (valid * static_cast<double>(p.rows.batch));
+  const double loss = p.scale * branches + prior_weight_of_sample(p, sample) * prior;
+  return weight_of_sample(p.sample_weight, sample) * loss /
+         (valid * static_cast<double>(p.rows.batch));
 }
 
 }  // namespace afd

@@ -54,10 +54,13 @@ struct NoiseProblem {
 struct NftProblem {
   Rows rows;
   Schedule schedule;
-  int64_t r_chunks, groups;
-  double nft_beta, prior_weight, adv_clip;
+  int64_t r_chunks, sigma_chunks, groups;
+  double nft_beta, prior_weight;
+  double scale, slope;  // of both branches' losses, and that times nft_beta
+  double weight_min;
   double grad_power = 1.0;  // a power of two by which the gradient is stored
-  bool velocity_weighting, prior_by_r;
+  // Whether weights divide the errors; whether they, and the prior, are those of x0.
+  bool adaptive, x0_space, prior_in_x0, prior_by_r;
   DType prediction_type, x0_type, noise_type;
   const void *v_theta, *v_old;
   const void* v_ref;  // null without a prior
@@ -66,6 +69,9 @@ struct NftProblem {
   const int64_t* seed;  // [batch], or null when `noise` is given
   const void* noise;
   const bool* frame_mask;  // [batch, frames], or null: every frame counts
+  const float* sigma;      // of the x0 prediction, [batch, sigma_chunks], or null: the schedule's
+  // Factors of a sample's prior and of its loss, [batch], or null: 1.
+  const float *prior_weights, *sample_weight;
   float* loss;
   double* metrics;  // [batch, groups, 7]
   void* grad;       // null when no gradient is wanted

@@ -133,8 +133,8 @@ void nft(Data& d, bool velocity) {
   afd::NftProblem p{};
   p.rows = sample_rows();
   p.r_chunks = p.groups = 1;
-  p.nft_beta = p.adv_clip = 1.0;
-  p.velocity_weighting = velocity;
+  p.nft_beta = p.scale = p.slope = 1.0;
+  p.adaptive = !velocity;
   p.v_theta = d.in.data();
   p.v_old = p.x0 = d.weight.data();
   p.t = p.r = d.t.data();

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import afd_kernels  # noqa: F401 (registers torch.ops.afd.*)
 from afd_kernels.dispatch import use_backend
+from afd_kernels.nft_loss.contract import NftInputs, NftOptions
 
 AFD = torch.ops.afd
-OPTIONS = (0.1, 0.0, 5.0, "x0_adaptive", "video", False, "rectified_flow", [], "BCFHW", True)
+OPTIONS = NftOptions(nft_beta=0.1, prior_weight=0.0)
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -42,7 +43,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     return {
         "forward_noise": lambda: AFD.forward_noise(x, t, seed, None, "rectified_flow", [], "BCFHW"),
         "forward_noise_bwd": lambda: AFD.forward_noise_bwd(x, t, "rectified_flow", [], "BCFHW"),
-        "nft_loss": lambda: AFD.nft_loss(x, x * 0.9, None, x, t, t, seed, None, mask, *OPTIONS),
+        "nft_loss": lambda: AFD.nft_loss(*nft_inputs(x, x, t, seed, mask), *OPTIONS),
         "nft_loss and its backward": lambda: gradient(x, t, seed, mask),
         "qk_norm_rope": lambda: AFD.qk_norm_rope(q, k, w, w, rope, 1e-6),
         "qk_norm_rope_append_": append,
@@ -52,9 +53,13 @@ def calls() -> dict[str, Callable[[], Any]]:
     }
 
 
+def nft_inputs(v_theta: Tensor, x: Tensor, t: Tensor, seed: Tensor, mask: Tensor) -> NftInputs:
+    return NftInputs(v_theta, x * 0.9, None, x, t, t, seed, None, mask, sample_weight=t)
+
+
 def gradient(x: Tensor, t: Tensor, seed: Tensor, mask: Tensor) -> Tensor:
     theta = x.clone().requires_grad_()
-    loss, *_ = AFD.nft_loss(theta, x * 0.9, None, x, t, t, seed, None, mask, *OPTIONS)
+    loss, *_ = AFD.nft_loss(*nft_inputs(theta, x, t, seed, mask), *OPTIONS)
     return torch.autograd.grad(loss * 3, theta)[0]
 
 
