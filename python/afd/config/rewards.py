@@ -51,6 +51,11 @@ def check_rewards(
         raise ValueError(
             "rewards: got none with a positive weight; needed: one, or a discriminator that counts"
         )
+    if afd.prior_share < 1 and len(frozen) + (discriminator is not None) < 2:
+        raise ValueError(
+            f"afd.prior_share: got {afd.prior_share:g} with a single reward; needed: 1, or two "
+            "rewards that can disagree"
+        )
     if afd.baseline == "teacher" and (optimised or not counts):
         raise ValueError(
             f"afd.baseline: got teacher with rewards ({', '.join(rewards)}); needed: group, batch "

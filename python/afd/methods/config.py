@@ -93,8 +93,15 @@ class AfdConfig(TimesConfig):
     baseline: Literal["batch", "group", "teacher", "ema"] = Field(
         default="group", description="what is subtracted from a score to get its advantage"
     )
-    normalize: Literal["batch", "group", "none"] = Field(
-        default="batch", description="whose standard deviation divides the advantage"
+    normalize: Literal["batch", "group", "global", "rank", "none"] = Field(
+        default="batch",
+        description="whose standard deviation divides the advantage: of all differences to the "
+        "baseline (batch), of the prompt's (group), of all scores (global); or ranks in the group",
+    )
+    combine: Literal["rewards", "advantages"] = Field(
+        default="rewards",
+        description="several rewards: the advantage of their weighted sum, or the weighted sum of "
+        "each one's own advantage, where none dominates by its units (GDPO)",
     )
     adv_clip: Positive = Field(default=2.0, description="advantages are clipped to ± this before r")
     adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = Field(
@@ -105,9 +112,19 @@ class AfdConfig(TimesConfig):
     nft_beta: Positive = Field(default=1.0, description="how far v± lie from v_old towards v_theta")
     prior_weight: float = Field(default=1e-4, ge=0, description="weight of |v_theta - v_ref|²")
     prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
-    weighting: Literal["x0_adaptive", "velocity"] = Field(
+    prior_space: Literal["velocity", "x0"] = Field(
+        default="velocity", description="the prior compares velocities, or the clean videos x0"
+    )
+    prior_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the videos that have a prior: those that the first reward ranks "
+        "highest above the others' ranks; 1: all",
+    )
+    weighting: Literal["x0_adaptive", "x0", "velocity"] = Field(
         default="x0_adaptive",
-        description="error in x0 space with adaptive weights, or plain velocity",
+        description="error in x0 space with adaptive weights or without, or plain velocity",
     )
     context: Literal["recompute", "own_context", "shared_context", "noisy"] = Field(
         default="shared_context",
@@ -151,10 +168,15 @@ class AfdConfig(TimesConfig):
 
     @model_validator(mode="after")
     def _groups(self) -> AfdConfig:
-        if self.samples_per_prompt == 1 and "group" in (self.baseline, self.normalize):
+        if self.samples_per_prompt == 1 and {"group", "rank"} & {self.baseline, self.normalize}:
             raise ValueError(
                 "afd.samples_per_prompt: got 1; needed: 2 or more, or afd.baseline and "
-                "afd.normalize other than group, which says nothing of a single video"
+                "afd.normalize other than group and rank, which say nothing of a single video"
+            )
+        if self.combine == "advantages" and self.baseline in ("teacher", "ema"):
+            raise ValueError(
+                f"afd.baseline: got {self.baseline}; needed: group or batch with "
+                "afd.combine=advantages, where every reward has a baseline of its own"
             )
         if self.context == "noisy" and self.chunks_per_update is not None:
             raise ValueError(
