@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -24,17 +24,18 @@ from rich.table import Table
 from torch import Tensor
 
 from afd import ops
-from benchmarks import clock, compare, floors, harness, official, report
-from benchmarks.nft_case import NFT_BETA, PRIOR_WEIGHT, Nft, differentiate, official_loss
-from benchmarks.suite import WIDE, Inputs, Step
+from benchmarks import clock, compare, floors, harness, report
+from benchmarks.nft_case import Nft, differentiate, official_loss
+from benchmarks.suite import OURS, WIDE, Inputs, Step
 
 LIMIT_S = {"cpu": 60.0, "cuda": 30.0}
 IN_BF16 = "x0 in bf16"
 BATCHES = {"cpu": (8, 4, 2, 1), "cuda": (32, 8, 4, 2, 1)}
 HOW = (
     "noise given; floor: the bytes of the passes that the formula needs, over the 5R1W stream's "
-    "rate in the same run; error: of the gradient, ||g - g64|| / ||g64||; x0 in bf16: the "
-    "unweighted x0 loss with every operation in bf16; *: p80 / p20 above 1.3, so measure again."
+    "rate in the same run; error: of the gradient, ||g - g64|| / ||g64||; x0: the unweighted x0 "
+    "loss, by the op in one pass or by eager operations in bf16; *: p80 / p20 above 1.3, so "
+    "measure again."
 )
 # What a dtype takes in calls of eager: checked and timed, the oracle, the loss in bf16.
 _CALLS_OF_EAGER = 14
@@ -63,23 +64,6 @@ class Row:
     error: float
 
 
-def x0_loss(i: Inputs) -> Tensor:
-    """The unweighted x0 loss in the latents' own dtype throughout."""
-    x0, v_old = i["x0"], i["v_old"].detach()
-    t = official.per_sample(i["t"].to(x0.dtype), x0)
-    r = i["r"].to(x0.dtype)
-    x_t = (1 - t) * x0 + t * i["noise"]
-    dims = tuple(range(1, x0.ndim))
-
-    def branch(velocity: Tensor) -> Tensor:
-        return ((x_t - t * velocity - x0) ** 2).mean(dims)
-
-    positive = branch(NFT_BETA * i["v_theta"] + (1 - NFT_BETA) * v_old)
-    negative = branch((1 + NFT_BETA) * v_old - NFT_BETA * i["v_theta"])
-    prior = ((i["v_theta"] - i["v_ref"]) ** 2).mean()
-    return (r * positive + (1 - r) * negative).mean() / NFT_BETA + PRIOR_WEIGHT * prior
-
-
 def exact_gradient(loss: Callable[[Inputs], Tensor], i: Inputs) -> Tensor:
     """Of a formula in float64, sample by sample to bound memory."""
     grads = []
@@ -90,8 +74,12 @@ def exact_gradient(loss: Callable[[Inputs], Tensor], i: Inputs) -> Tensor:
     return torch.cat(grads)
 
 
+def exact_x0(i: Inputs) -> Tensor:
+    return exact_gradient(official_loss("x0"), i)
+
+
 def providers(case: Nft, device: str, wanted: list[str]) -> dict[str, Step]:
-    """Those of the suite that run here, and the loss without float32 arithmetic."""
+    """Those of the suite that run here, and the unweighted x0 loss, by eager bf16 and by the op."""
     refusals = ops.explain("nft_loss", device, case.case().dtypes)
     names = [
         name
@@ -100,8 +88,14 @@ def providers(case: Nft, device: str, wanted: list[str]) -> dict[str, Step]:
     ]
     steps = {name: case.step(name, "given") for name in names}
     if case.dtype == "bf16" and "eager" in wanted:
-        steps[IN_BF16] = lambda i: differentiate(x0_loss(i), i)
+        x0 = replace(case, weighting="x0")
+        steps[IN_BF16] = x0.step("eager", "given")
+        steps |= {f"{name} x0": x0.step(name, "given") for name in names if name in OURS}
     return steps
+
+
+def one_pass_is_enough(provider: str) -> bool:
+    return provider == IN_BF16 or provider.endswith(" x0")
 
 
 def progress(what: str) -> None:
@@ -261,13 +255,14 @@ def prepare(args: Namespace, dtype: str, until_s: float, minute: Clock) -> Prepa
     progress(f"{dtype} B={batch}: the gradient in float64")
     exact = exact_gradient(official_loss("x0_adaptive"), sets[0])
     ready = Prepared(dtype, batch, sets, case.case().bytes("given"), steps, exact, {})
+    right_x0: Tensor | None = None
     for name in (name for name in steps if name != "compile"):
         right = exact
-        if name == IN_BF16:
+        if one_pass_is_enough(name):
             if until_s - clock.age_s() < ready.rest_s():
                 minute.late.append(name)
                 continue
-            right = exact_gradient(x0_loss, sets[0])
+            right = right_x0 = exact_x0(sets[0]) if right_x0 is None else right_x0
         progress(f"{dtype} B={batch}: {name}")
         ready.found[name] = check(steps[name], sets, right, args.device)
     return ready
@@ -294,7 +289,7 @@ def measure(args: Namespace, ready: Prepared, until_s: float, minute: Clock) -> 
     floor = min(timings[name].median_ms / stream.bytes for name, stream in streams.items())
     for name in (name for name in ready.steps if name in found):
         one, timing = found[name], timings[name]
-        moved = one_pass if name == IN_BF16 else two_passes
+        moved = one_pass if one_pass_is_enough(name) else two_passes
         yield Row(
             name,
             dtype,

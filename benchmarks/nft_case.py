@@ -21,9 +21,11 @@ DTYPES = {
     "mixed": (torch.bfloat16, torch.float32, torch.float32),
 }
 # Bounds of ||g - g64|| / ||g64|| and |loss - loss64| / |loss64|: fp32 arithmetic, or one rounding
-# of the gradient to bf16. Eager mixes the velocities in bf16 before it subtracts them.
+# of the gradient to bf16. Eager mixes the velocities in bf16 before it subtracts them; in the
+# unweighted x0 loss it does everything in the latents' dtype.
 BOUND = {"fp32": 1e-5, "bf16": 4e-3, "mixed": 4e-3}
 EAGER_BOUND = {"fp32": 1e-5, "bf16": 5e-2, "mixed": 5e-2}
+X0_EAGER_BOUND = {"fp32": 1e-5, "bf16": 0.3, "mixed": 5e-2}
 _EAGER_BYTES = 250  # per element: eager's peak memory, including the inputs
 
 
@@ -51,9 +53,14 @@ class Nft:
             step=self.step,
             exact=self.exact,
             errors=errors,
-            bound=lambda provider: (BOUND if provider in OURS else EAGER_BOUND)[self.dtype],
+            bound=lambda provider: self.bound(provider in OURS),
             bytes=lambda source: self.bytes(numel, source),
         )
+
+    def bound(self, ours: bool) -> float:
+        """The bound of both relative errors."""
+        eager = X0_EAGER_BOUND if self.weighting == "x0" else EAGER_BOUND
+        return (BOUND if ours else eager)[self.dtype]
 
     def bytes(self, numel: int, source: str) -> tuple[int, int]:
         """Bytes of one pass and of the algorithm: the adaptive weights need a separate pass."""
@@ -99,6 +106,7 @@ class Nft:
             "nft_beta": NFT_BETA,
             "prior_weight": PRIOR_WEIGHT,
             "weighting": self.weighting,
+            "prior_space": "x0" if self.weighting == "x0" else "velocity",
         }
         eps = "noise" if source == "given" else "seed"
 
@@ -135,6 +143,8 @@ def official_loss(weighting: str) -> Callable[[Inputs], Tensor]:
     def loss(i: Inputs) -> Tensor:
         shared: dict[str, Any] = {k: i[k] for k in ("v_theta", "v_old", "v_ref", "x0", "r")}
         shared |= {"nft_beta": NFT_BETA, "prior_weight": PRIOR_WEIGHT}
+        if weighting == "x0":
+            return official.x0_loss(noise=i["noise"], t=i["t"], **shared)
         if weighting == "velocity":
             return official.velocity_loss(noise=i["noise"], **shared)[0]
         x_t = official.noised(i["x0"], i["noise"], i["t"])

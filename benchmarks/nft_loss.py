@@ -43,7 +43,7 @@ def cases(args: Any) -> Iterator[suite.Case]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = suite.arguments(__doc__.splitlines()[0], DTYPES)
-    weightings = ["x0_adaptive", "velocity"]
+    weightings = ["x0_adaptive", "x0", "velocity"]
     parser.add_argument("--weighting", nargs="+", choices=weightings, default=weightings)
     parser.add_argument("--all", action="store_true", help="every case instead of one table")
     parser.add_argument("--compare", type=Path, help="a JSON of an earlier table, shown beside")

@@ -97,6 +97,32 @@ def velocity_loss(
     }
 
 
+def x0_loss(
+    *,
+    v_theta: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    r: Tensor,
+    nft_beta: float,
+    prior_weight: float,
+) -> Tensor:
+    """The unweighted x0 loss, with its prior in x0 space, in the latents' own dtype throughout."""
+    dims = tuple(range(1, x0.ndim))
+    time, r = per_sample(t.to(x0.dtype), x0), r.to(x0.dtype)
+    x_t, v_old = (1 - time) * x0 + time * noise, v_old.detach()
+
+    def branch(velocity: Tensor) -> Tensor:
+        return ((x_t - time * velocity - x0) ** 2).mean(dims)
+
+    positive = branch(nft_beta * v_theta + (1 - nft_beta) * v_old)
+    negative = branch((1 + nft_beta) * v_old - nft_beta * v_theta)
+    prior = (((x_t - time * v_theta) - (x_t - time * v_ref.detach())) ** 2).mean()
+    return (r * positive + (1 - r) * negative).mean() + prior_weight * prior
+
+
 @torch.no_grad()
 def _metrics(v_theta: Tensor, v_old: Tensor, v_ref: Tensor, x0: Tensor) -> dict[str, Tensor]:
     """The metrics that the trainer logs with the loss; each is a pass over the latents."""

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from afd_kernels.forward_noise.triton_impl import lanes_left, tile_of_row
 from afd_kernels.nft_loss.triton_frames import (
-    gradient_coefficients,
     frame_factors,
+    gradient_coefficients,
     optimality,
     sample_factor,
     share_of_sample,

@@ -16,7 +16,6 @@ from afd.lab.config import ToyDiscriminatorConfig
 from afd.lab.discriminator import MotionBackbone, ToyDiscriminator
 from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 from afd.lab.student import ToyStudent
-from afd.methods.advantage import optimality
 from afd.methods.afd import Afd
 from afd.methods.base import Batch, draw_times
 from afd.methods.config import AfdConfig, SftConfig
@@ -73,45 +72,6 @@ def saved(method: Any) -> dict[str, Any]:
     torch.save(method.state_dict(), file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-# --- r ---
-
-
-def test_a_group_baseline_keeps_the_mean_of_r_at_one_half() -> None:
-    score = torch.tensor([1.0, 2, 3, 4, 10, 20, 30, 40])
-    _, r = optimality(score, 4, AfdConfig(adv_clip=100.0))
-    assert r.view(2, 4).mean(1).tolist() == pytest.approx([0.5, 0.5])
-    assert torch.equal(r.argsort(), torch.tensor([4, 5, 0, 1, 2, 3, 6, 7]))
-
-
-def test_each_baseline_and_each_normalisation_is_its_formula() -> None:
-    score, teacher = torch.tensor([1.0, 3, 5, 11]), torch.tensor([4.0, 4, 6, 6])
-    for baseline, expected in {
-        "group": [-1, 1, -3, 3],
-        "batch": [-4, -2, 0, 6],
-        "teacher": [-3, -1, -1, 5],
-        "ema": [-1, 1, 3, 9],
-    }.items():
-        config = AfdConfig(baseline=baseline, normalize="none")
-        advantage, r = optimality(score, 2, config, teacher_B=teacher, ema=2.0)
-        assert advantage.tolist() == expected
-        assert r.tolist() == [min(1, max(0, a / 4 + 0.5)) for a in expected]
-    by_batch, _ = optimality(score, 2, AfdConfig(normalize="batch"))
-    torch.testing.assert_close(by_batch, torch.tensor([-1.0, 1, -3, 3]) / (5**0.5 + 1e-4))
-    by_group, _ = optimality(score, 2, AfdConfig(normalize="group"))
-    torch.testing.assert_close(by_group, torch.tensor([-1.0, 1, -1, 1]), rtol=1e-3, atol=0)
-
-
-def test_equal_scores_give_one_half() -> None:
-    for normalize in ("batch", "group", "none"):
-        _, r = optimality(torch.full((8,), 3.0), 4, AfdConfig(normalize=normalize))
-        assert r.tolist() == [0.5] * 8
-
-
-def test_the_teacher_baseline_needs_the_teacher() -> None:
-    with pytest.raises(ValueError, match="teacher_B: None came"):
-        optimality(torch.zeros(4), 2, AfdConfig(baseline="teacher"))
 
 
 # --- parts of a step ---

@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 from afd.config.run import EvaluationConfig
 from afd.distributed import ALONE
 from afd.lab.metrics import PhysicsMetrics
-from afd.methods.advantage import optimality
 from afd.methods.afd import Afd
 from afd.methods.base import draw_times
 from afd.methods.config import AfdConfig
@@ -49,10 +48,6 @@ def two(**settings: Any) -> tuple[Afd, dict[str, float]]:
 
 
 def test_scores_weights_and_losses_are_one_number_a_video() -> None:
-    _, r_B = optimality(torch.randn(8), 4, AfdConfig())
-    assert r_B.shape == (8,)
-    with pytest.raises(ValueError, match=r"score_B: got float32 \[8, 1\] on cpu; needed: \[B\]"):
-        optimality(torch.randn(8, 1), 4, AfdConfig())
     method = make_afd(toy_student(), draws=2, micro_batch=3)
     seen: list[Any] = []
     loss = method._loss
@@ -70,22 +65,6 @@ def test_scores_weights_and_losses_are_one_number_a_video() -> None:
         assert result.loss_pos.shape == result.loss_neg.shape == (len(copies),)
         assert result.prior.shape == result.w_pos.shape == (len(copies),)
         assert result.loss.shape == ()
-
-
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [
-        ("all", [0.0, 0.25, 0.5, 1.0]),
-        ("positive_only", [0.5, 0.5, 0.5, 1.0]),
-        ("negative_only", [0.0, 0.25, 0.5, 0.5]),
-        ("one_only", [0.5, 0.5, 0.5, 0.75]),
-        ("binary", [0.25, 0.25, 0.5, 0.75]),
-    ],
-)
-def test_the_advantage_mode_decides_which_side_counts(mode: str, expected: list[float]) -> None:
-    config = AfdConfig(baseline="ema", normalize="none", adv_clip=2.0, adv_mode=mode)
-    _, r = optimality(torch.tensor([-9.0, -1.0, 0.0, 9.0]), 4, config, ema=0.0)
-    assert r.tolist() == pytest.approx(expected)
 
 
 def test_the_mode_reaches_the_update() -> None:

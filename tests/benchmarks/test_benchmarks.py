@@ -35,7 +35,7 @@ def test_nft_loss_writes_a_row_per_provider_and_noise_source(tmp_path: Path) -> 
     rows = document["rows"]
     keys = {(r["backend"], r["case"], r["dtype"], r["noise"]) for r in rows}
     assert len(keys) == len(rows)
-    for weighting in ("x0_adaptive", "velocity"):
+    for weighting in ("x0_adaptive", "x0", "velocity"):
         for dtype in ("fp32", "bf16", "mixed"):
             for backend in ("eager", "reference"):
                 for noise in ("given", "seed"):
@@ -71,14 +71,16 @@ def test_a_provider_that_disagrees_with_float64_is_not_timed(
     assert "is above 1e-12" in next(iter(document["failed"].values()))
 
 
-@pytest.mark.parametrize("weighting", ["x0_adaptive", "velocity"])
+@pytest.mark.parametrize("weighting", ["x0_adaptive", "x0", "velocity"])
 def test_the_official_formula_in_float64_is_the_oracle_of_the_tests(weighting: str) -> None:
     case = nft_loss.Nft(weighting, "fp32", 2, (3, 4, 5, 6))
     inputs = case.inputs("cpu", 0)
     loss, grad = case.oracle(inputs)
     options = {"prior_weight": nft_loss.PRIOR_WEIGHT, "nft_beta": nft_loss.NFT_BETA}
-    same = replace(BASE, shape=(2, 3, 4, 5, 6), weighting=weighting, **options)
-    expected = oracle(same, inputs | {"frame_mask": None} | options, inputs["noise"])
+    space = "x0" if weighting == "x0" else "velocity"
+    same = replace(BASE, shape=(2, 3, 4, 5, 6), weighting=weighting, prior_space=space, **options)
+    absent = {"frame_mask": None, "sigma": None, "sample_weight": None}
+    expected = oracle(same, inputs | absent | options, inputs["noise"])
     torch.testing.assert_close(loss, expected["loss"], rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, expected["grad"], rtol=1e-10, atol=1e-15)
 
