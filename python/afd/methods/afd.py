@@ -2,9 +2,9 @@
 
 The slowly moving `old` policy generates rollouts; a discriminator, frozen rewards or both score
 the finished videos; the score, minus a baseline, becomes a weight r that sets how strongly each
-video is reinforced or avoided (DiffusionNFT, arXiv 2509.16117). Shape letters: P prompts, G rollouts per prompt, B = P G
-videos, N noised copies of them, F frames, C channels, H x W pixels or latents, K chunks, L text
-tokens, E text channels.
+video is reinforced or avoided (DiffusionNFT, arXiv 2509.16117). Shape letters: P prompts, G
+rollouts per prompt, B = P G videos, N noised copies of them, F frames, C channels, H x W pixels or
+latents, K chunks, L text tokens, E text channels.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class Afd(StudentMethod):
         config, score_B = self.config, scores.total_B
         group = config.samples_per_prompt
         scores.refuse_non_finite(batch.step)
-        used, baseline = scores, self.score_average
+        used = scores
+        baseline: float | Tensor | None = self.score_average
         if config.advantage == "random":
             random_1B = torch.randn(score_B.shape, generator=self.generator)[None]
             used = Scores((Term("random"),), random_1B)

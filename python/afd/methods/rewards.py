@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,18 +92,16 @@ def combine(
 
     `baseline`: value of the baselines "teacher" [B] and "ema"; None: the batch's mean.
     """
-    level = baseline
+    level: Literal["group", "batch"] | float | Tensor = "batch" if baseline is None else baseline
     if config.baseline in ("group", "batch"):
         level = config.baseline
-    named = {
-        term.name: score_B for term, score_B in zip(scores.terms, scores.each_RB, strict=True)
-    }
+    named = {term.name: score_B for term, score_B in zip(scores.terms, scores.each_RB, strict=True)}
     return ops.optimality(
         named,
         samples_per_prompt=config.samples_per_prompt,
         reward_weights={term.name: term.weight for term in scores.terms},
         combine=config.combine,
-        baseline="batch" if level is None else level,
+        baseline=level,
         normalize=config.normalize,
         adv_clip=config.adv_clip,
         adv_mode=config.adv_mode,

@@ -91,7 +91,9 @@ class InputPipeline:
         rewards: Sequence[Reward] = (),
     ) -> None:
         self.codec, self.video = codec, video
-        scorers = [*([] if discriminator is None else [discriminator]), *rewards]
+        scorers: list[Discriminator | Reward] = [*rewards]
+        if discriminator is not None:
+            scorers.insert(0, discriminator)
         # Scorers with one preparation share one input.
         self._scorers: dict[Hashable, Discriminator | Reward] = {}
         for scorer in scorers:

@@ -6,7 +6,7 @@ Shape letters: B videos, F frames, C channels, H x W pixels or latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -40,8 +40,8 @@ class Reward(ABC):
         return video_BFCHW
 
     @property
-    def prepared_by(self) -> Hashable:
-        """Scorers of one input space with equal values share one prepared input."""
+    def prepared_by(self) -> object:
+        """Scorers of one input space with equal, hashable values share one prepared input."""
         return None if type(self).prepare is Reward.prepare else self
 
     @abstractmethod

@@ -6,7 +6,7 @@ Shape letters: B videos, N sampled frames, C = 3, H x W pixels.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
 from afd.discriminators.videoalign.model import VideoAlign
-from afd.errors import ConfigError
 from afd.hub import weights_digest
 from afd.models.config import DTYPES
 from afd.models.student import Student
@@ -98,7 +97,7 @@ class VideoAlignReward(Reward):
         return self.passes.network.prepare(video_BFCHW)
 
     @property
-    def prepared_by(self) -> Hashable:
+    def prepared_by(self) -> object:
         return self.passes.network
 
     @torch.no_grad()
@@ -123,7 +122,7 @@ def build(
 ) -> VideoAlignReward:
     """Build the reward from its configuration (`RewardConfig.build`)."""
     if config.checkpoint is None:
-        raise ConfigError(
+        raise ValueError(
             "checkpoint: not given; needed: the folder of the released VideoReward "
             "(KwaiVGI/VideoReward on the hub)"
         )
