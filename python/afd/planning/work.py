@@ -19,7 +19,7 @@ from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
-from afd.planning.rewards import frozen, networks
+from afd.planning.rewards import frozen, networks, shared_passes
 from afd.rewards.base import online
 
 READER = cost.Reader()

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from afd.trainer.fooled import Fooled
+
 AGREEMENT, MOTION, FROZEN, MARGIN = "agreement/phys", "motion", "MQ", "discriminator/margin"
 OLD_DEVIATION = "student/old_deviation"
 # Motion below this fraction of the base student's; a drop of the frozen rating, in its standard
@@ -31,6 +33,7 @@ class Signs:
         self._best_agreement = 0.0
         self._margin: float | None = None
         self._deviation = _Deviation()
+        self._fooled = Fooled()
         self._motion: float | None = None
         self._best_rating: tuple[float, float | None] | None = None
 
@@ -41,6 +44,7 @@ class Signs:
             self._margin = 0.9 * before + 0.1 * metrics[MARGIN]
         present = dict(signs({**metrics, **self._smooth_accuracy(metrics)}))
         present |= self._falling(metrics) | self._deviation.look(metrics)
+        present |= self._fooled.look(metrics)
         self._tell("update", step, present, quiet)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
