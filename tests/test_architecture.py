@@ -46,6 +46,7 @@ FLOORS = (
     "afd.models",
     "afd.rollout",
     "afd.discriminators",
+    "afd.rewards",
     "afd.teachers",
     "afd.methods",
     "afd.config",

@@ -1,7 +1,7 @@
-"""Registry of students, teachers, discriminators and metrics by their name in a configuration.
+"""Registry of students, teachers, discriminators, rewards and metrics by their configured name.
 
 Built-in ones are listed in the table below; an installed package adds its own through entry points
-in the groups `afd.students`, `afd.teachers`, `afd.discriminators` and `afd.metrics`
+in the groups `afd.students`, `afd.teachers`, `afd.discriminators`, `afd.rewards` and `afd.metrics`
 (docs/EXTENDING.md). Everything is imported when its name is first looked up, so that a run loads
 only what it uses, and lower layers never import afd.lab or a paid service.
 """
@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 from afd.errors import ConfigError
 
-Group = Literal["students", "teachers", "discriminators", "metrics"]
+Group = Literal["students", "teachers", "discriminators", "rewards", "metrics"]
 
 # Base class of the objects of each group, and the methods they must override.
 BASES: dict[Group, tuple[str, tuple[str, ...]]] = {
     "students": ("afd.models.config:StudentConfig", ("build", "load_network")),
     "teachers": ("afd.teachers.config:TeacherConfig", ("open",)),
     "discriminators": ("afd.discriminators.base:DiscriminatorConfig", ("build",)),
+    "rewards": ("afd.rewards.base:RewardConfig", ("build",)),
     "metrics": ("afd.trainer.evaluate:Metrics", ("__call__",)),
 }
 BUILT_IN: dict[Group, dict[str, str]] = {
@@ -40,6 +41,11 @@ BUILT_IN: dict[Group, dict[str, str]] = {
         "toy": "afd.lab.config:ToyDiscriminatorConfig",
         "videoalign": "afd.discriminators.config:VideoAlignConfig",
         "latent": "afd.discriminators.config:LatentConfig",
+    },
+    "rewards": {
+        "discriminator": "afd.rewards.base:OnlineConfig",
+        "videoalign": "afd.rewards.config:VideoAlignRewardConfig",
+        "physics": "afd.lab.config:PhysicsRewardConfig",
     },
     "metrics": {
         "physics": "afd.lab.metrics:PhysicsMetrics",

@@ -25,10 +25,19 @@ from afd.methods.sft import VERSIONS, Sft
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.sharding import shard_over
+from afd.rewards.base import Term
 from afd.trainer import shards
 from afd.trainer.build import build_method
 from afd.trainer.loop import train
-from tests.afd.tiny_methods import CHANNELS, TEXT, WAN_STEPS, wan_batch, wan_student, words
+from tests.afd.tiny_methods import (
+    CHANNELS,
+    TEXT,
+    WAN_STEPS,
+    Brightness,
+    wan_batch,
+    wan_student,
+    words,
+)
 
 
 def sharing(batch: Batch, ranks: Ranks) -> Batch:
@@ -44,8 +53,8 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
 
 
 def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
-    """AFD with LoRA ("afd"), the others with all weights ("afd full", "sft", "gan", "dmd"); " bf16"
-    behind the name: computed in bf16, at a small rate."""
+    """AFD with LoRA ("afd"), the others with all weights ("afd full", "afd rewards", "sft", "gan",
+    "dmd"); " bf16" behind the name: computed in bf16, at a small rate."""
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.world > 1 else None
     lora = LoraConfig(rank=4, alpha=4.0) if name in ("afd", "afd bf16") else None
@@ -70,6 +79,9 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
         policies = make_policies(student, settings.versions, trained=settings.trained, shard=shard)
         return Gan(policies, discriminator, settings, **how)
     config = AfdConfig(samples_per_prompt=2, learning_rate=rate, context="recompute")
+    if name == "afd rewards":
+        config = config.model_copy(update={"combine": "advantages", "prior_share": 0.5})
+        how["rewards"] = [Term("bright", 0.5, Brightness("latents"))]
     policies = make_policies(student, config.versions, lora=lora, shard=shard)
     return Afd(policies, discriminator, config, **how)
 

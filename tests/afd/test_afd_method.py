@@ -190,6 +190,7 @@ def test_a_resumed_run_continues_with_the_same_bits(student: ToyStudent) -> None
         {"old": "current"},
         {"timesteps": "uniform", "timestep_per": "video", "weighting": "velocity"},
         {"baseline": "teacher", "normalize": "group", "prior_by_r": True},
+        {"context": "noisy", "timesteps": "list", "timestep_list": [1, 0.5], "keep_context": True},
         {"samples_per_prompt": 1, "baseline": "batch", "prior_weight": 0.0, "draws": 1},
     ],
 )

@@ -52,8 +52,8 @@ def test_scores_weights_and_losses_are_one_number_a_video() -> None:
     seen: list[Any] = []
     loss = method._loss
 
-    def recorded(rollouts: Any, r_B: Tensor, copies: Any) -> Any:
-        result = loss(rollouts, r_B, copies)
+    def recorded(rollouts: Any, r_B: Tensor, copies: Any, prior: float) -> Any:
+        result = loss(rollouts, r_B, copies, prior)
         seen.append((r_B, copies, result))
         return result
 

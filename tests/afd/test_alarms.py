@@ -111,3 +111,63 @@ def test_every_sign_says_what_to_do() -> None:
     advice = ("lower", "raise", "compare")
     assert len(found) == 5
     assert all(any(word in sentence for word in advice) for sentence in found.values())
+
+
+def together(agreement: float, mean: float, margin: float, std: float = 0.1) -> dict[str, float]:
+    """An update's metrics of a discriminator and of a frozen reward beside it."""
+    reward = {"agreement": agreement, "mean": mean, "std": std}
+    return {"discriminator/margin": margin, **{f"reward/mq/{k}": v for k, v in reward.items()}}
+
+
+def test_a_frozen_reward_that_stays_against_the_discriminator_is_an_alarm(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    watch = Signs()
+    for step in range(60):
+        # Groups of four are noisy: single updates cross zero either way.
+        watch.look(step, together(0.3 + (-1) ** step * 0.6, 1.0, 1.0))
+    assert said(log) == []
+    for step in range(60, 120):
+        watch.look(step, together(-0.3 + (-1) ** step * 0.3, 1.0, 1.0))
+    (line,) = said(log)
+    assert "frozen reward mq rank the videos of a prompt against each other" in line
+    assert "look at the videos" in line
+
+
+def test_the_first_updates_are_no_alarm_and_a_rewardless_run_has_none(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    watch = Signs()
+    for step in range(19):
+        watch.look(step, together(-1.0, -step, -step))
+    alone = Signs()
+    for step in range(100):
+        alone.look(step, {"discriminator/margin": -step / 10, "agreement/phys": 0.5})
+    assert said(log) == []
+    watch.look(19, together(-1.0, -19, -19))
+    assert len(said(log)) == 1
+
+
+def test_a_frozen_reward_that_falls_while_the_margin_shrinks_is_a_fooled_discriminator(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    for shrinks in (False, True):
+        watch = Signs()
+        for step in range(200):
+            late = max(0, step - 100) / 100
+            margin = 2 - step / 100 if shrinks else 2 + late
+            watch.look(step, together(0.1, min(step, 100) / 100 - 0.5 * late, margin))
+        assert len(said(log)) == int(shrinks)
+    (line,) = said(log)
+    assert "frozen reward mq fell from 0.9" in line
+    assert "give rewards.mq a weight" in line
+
+
+def test_the_alarms_state_is_rebuilt_from_the_lines_of_a_run(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    lines = [{"step": step, **together(-0.5, 1.0, 1.0)} for step in range(30)]
+    watch = Signs()
+    watch.replay(lines, [])
+    watch.look(30, together(-0.5, 1.0, 1.0))
+    assert said(log) == []  # it was told before

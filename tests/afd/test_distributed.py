@@ -26,6 +26,7 @@ METHODS = (
     ("afd", "ddp"),
     ("sft", "fsdp"),
     ("afd full", "fsdp"),
+    ("afd rewards", "ddp"),
     ("gan", "ddp"),
     ("dmd", "fsdp"),
 )

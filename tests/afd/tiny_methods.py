@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,12 +24,24 @@ from afd.models.policies import make_policies
 from afd.models.student import Student
 from afd.models.wan.student import WanStudent
 from afd.models.wan.types import WanConfig
+from afd.rewards.base import Reward
 from afd.rollout import STEPS
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
 
 PAIR = list(PROMPTS)[::13][:2]
 WAN_STEPS = (1000, 750, 500, 250)
 FRAMES, CHANNELS, TEXT, LENGTH = 12, 4, 8, 5
+
+
+class Brightness(Reward):
+    """The mean of a video, times a sign."""
+
+    def __init__(self, space: Any = "pixels", sign: float = 1.0) -> None:
+        self.input_space, self.sign = space, sign
+
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert len(prompts) == len(input_BFCHW)
+        return self.sign * input_BFCHW.float().flatten(1).mean(1)
 
 
 def toy_student(seed: int = 0) -> ToyStudent:
@@ -76,7 +89,8 @@ def make_afd(
     how: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Afd:
-    """`discriminator`: its settings; `how`: the constructor's arguments; the rest: AfdConfig's."""
+    """`discriminator`: its settings; `how`: the constructor's arguments, which may replace it; the
+    rest: AfdConfig's."""
     config = AfdConfig(**{"samples_per_prompt": 2, **settings})
     policies = make_policies(student, config.versions, lora=lora)
     pace: dict[str, Any] = {"steps_per_update": 1, **(discriminator or {})}
@@ -93,7 +107,7 @@ def make_afd(
             seed=seed,
         )
         given = {"discriminator": latent, "denoising_steps": WAN_STEPS}
-    return Afd(policies, config=config, seed=seed, **given, **(how or {}))
+    return Afd(policies, config=config, seed=seed, **{**given, **(how or {})})
 
 
 def make_sft(

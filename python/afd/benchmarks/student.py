@@ -16,6 +16,7 @@ from afd.benchmarks.config import BenchmarkConfig
 from afd.config.run import RunConfig
 from afd.discriminators.config import VideoAlignConfig
 from afd.errors import ConfigError
+from afd.rewards.config import VideoAlignRewardConfig
 from afd.sampling.config import SampleConfig, StreamConfig
 from afd.trainer import checkpoint
 from afd.trainer.loop import load_run
@@ -80,13 +81,20 @@ def find_subject(config: BenchmarkConfig) -> Subject:
 
 
 def with_rater(config: BenchmarkConfig) -> BenchmarkConfig:
-    """Fill in the VideoAlign of the run's discriminator if the configuration names none."""
+    """Fill in the VideoAlign of the run's discriminator or of a reward if the configuration names
+    none."""
     rater = config.videoalign_mq
     if config.run is None or rater.checkpoint is not None:
         return config
-    scorer = load_run(config.run).discriminator
-    if not isinstance(scorer, VideoAlignConfig) or scorer.checkpoint is None:
+    run = load_run(config.run)
+    found = [
+        section
+        for section in (run.discriminator, *run.rewards.values())
+        if isinstance(section, VideoAlignConfig | VideoAlignRewardConfig) and section.checkpoint
+    ]
+    if not found:
         return config
+    scorer = found[0]
     theirs = {
         "checkpoint": str(scorer.checkpoint),
         "base": rater.base or scorer.base,

@@ -64,11 +64,14 @@ class Section(BaseModel):
 class ByKind:
     """Metadata of a field that holds one of several sections, chosen by `kind` in the registry.
 
-    The default of such a field is the section of the default `kind` with its defaults.
+    Attributes:
+        default: the kind where none is given; None: a kind must be given.
+        optional: whether the field may be null.
     """
 
     group: registry.Group
-    default: str
+    default: str | None = None
+    optional: bool = False
 
     def sections(self) -> list[type[BaseModel]]:
         """The sections of all kinds that can be imported."""
@@ -80,16 +83,20 @@ class ByKind:
         return core_schema.no_info_plain_validator_function(
             self._validate,
             serialization=core_schema.plain_serializer_function_ser_schema(
-                lambda section, info: section.model_dump(mode=info.mode), info_arg=True
+                lambda section, info: section and section.model_dump(mode=info.mode), info_arg=True
             ),
         )
 
     def _validate(self, value: Any) -> Any:
-        if isinstance(value, Section):
+        if isinstance(value, Section) or (value is None and self.optional):
             return value
         if not isinstance(value, dict):
             raise PydanticCustomError("section", "needed: a section of keys and values with a kind")
         given = value if value.get("kind") is not None else {**value, "kind": self.default}
+        if given["kind"] is None:
+            known = ", ".join(registry.names(self.group))
+            reason = f"kind: not given; needed: one of the {self.group} {known}"
+            raise PydanticCustomError("kind", "{reason}", {"reason": reason})
         try:
             section = registry.find(self.group, str(given["kind"]))
         except ConfigError as error:

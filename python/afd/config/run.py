@@ -24,17 +24,23 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
+from afd.config.rewards import check_rewards
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.models.config import StudentConfig
 from afd.registry import find
+from afd.rewards.base import RewardConfig
 from afd.teachers.base import Teacher
 from afd.teachers.config import TeacherConfig
 from afd.video.config import VideoConfig
 
 Kind = TypeVar("Kind", bound=Section)
+# Names of rewards are parts of metric names and of dotted keys.
+RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+# Stands for them in lists of known keys.
+NAMED = "<name>"
 
 
 # Updates of a run of the laptop task, by method (docs/ABLATIONS.md).
@@ -145,8 +151,13 @@ class RunConfig(Section):
     video: VideoConfig = VideoConfig()
     teacher: Annotated[TeacherConfig, ByKind("teachers", "simulator")] = of_default_kind()
     student: Annotated[StudentConfig, ByKind("students", "toy")] = of_default_kind()
-    discriminator: Annotated[DiscriminatorConfig, ByKind("discriminators", "toy")] = (
-        of_default_kind()
+    discriminator: Annotated[
+        DiscriminatorConfig | None, ByKind("discriminators", "toy", optional=True)
+    ] = of_default_kind()
+    rewards: dict[RewardName, Annotated[RewardConfig, ByKind("rewards")]] = Field(
+        default={},
+        description="method=afd: frozen scores beside the discriminator, each a section by kind "
+        "under a name of its own; kind=discriminator gives the discriminator's own weight",
     )
     afd: AfdConfig = AfdConfig()
     sft: SftConfig = SftConfig()
@@ -164,9 +175,9 @@ class RunConfig(Section):
     @field_validator("discriminator")
     @classmethod
     def _discriminator_of_the_method(
-        cls, value: DiscriminatorConfig, info: ValidationInfo
-    ) -> DiscriminatorConfig:
-        return value.for_method(info.data.get("method", ""))
+        cls, value: DiscriminatorConfig | None, info: ValidationInfo
+    ) -> DiscriminatorConfig | None:
+        return value and value.for_method(info.data.get("method", ""))
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
@@ -177,11 +188,20 @@ class RunConfig(Section):
             except ConfigError as error:
                 raise ValueError(f"evaluation.kind: {error}, none") from None
             metrics.check(self.student)
-        if self.method in ("afd", "gan"):
+        if self.method in ("afd", "gan") and self.discriminator is not None:
             self.discriminator.check_student(self.student)
             self.discriminator.check_video(self.video)
+        check_rewards(self.method, self.discriminator, self.rewards, self.afd, self.student)
         self.student.check_video(self.video)
         return self
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _without_nulls(cls, rewards: Any) -> Any:
+        """Drop entries that are null: an override may take a reward out of a file."""
+        if not isinstance(rewards, dict):
+            return rewards
+        return {name: section for name, section in rewards.items() if section is not None}
 
     @property
     def run_dir(self) -> Path:
@@ -396,8 +416,8 @@ def _annotations(kind: type[BaseModel], parts: Sequence[str]) -> list[Any]:
         return []
     if len(parts) == 1:
         return [field.annotation]
-    below = sections_of(field)
-    return [found for section in below for found in _annotations(section, parts[1:])]
+    rest = parts[2:] if _is_mapping(field) else parts[1:]
+    return [found for s in sections_of(field) if rest for found in _annotations(s, rest)]
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
@@ -419,12 +439,16 @@ def _explain(
     key = ".".join(map(str, detail["loc"]))
     source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
     if detail["type"] == "extra_forbidden":
-        if key in known_keys(kind):
-            return f"{source}: key {key!r} belongs to another {detail['loc'][0]}.kind"
+        named = _with_named(key, kind)
+        if named in known_keys(kind):
+            section = named.rpartition(".")[0].replace(NAMED, str(detail["loc"][1]))
+            return f"{source}: key {key!r} belongs to another {section}.kind"
         for new in RENAMED.get(key, ()):
             if new in known_keys(kind):
                 return f"{source}: unknown key {key!r}; it is {new} now"
-        return f"{source}: unknown key {_shown(key)}; {_suggest(key[:200], kind)}"
+        name = str(detail["loc"][1]) if named != key else NAMED
+        suggestion = _suggest(named[:200], kind).replace(NAMED, name)
+        return f"{source}: unknown key {_shown(key)}; {suggestion}"
     if detail["type"] == "kind":
         return f"{source}: {key}.{detail['msg']}"
     if detail["type"] == "value_error":
@@ -465,7 +489,24 @@ def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
     return _sections(field.annotation)
 
 
+def _is_mapping(field: FieldInfo) -> bool:
+    """Whether a field holds sections under names that the user chooses."""
+    return get_origin(field.annotation) is dict and bool(sections_of(field))
+
+
+def _with_named(key: str, kind: type[BaseModel]) -> str:
+    """A dotted key with NAMED in the place of a name that the user has chosen."""
+    first, *rest = key.split(".")
+    field = kind.model_fields.get(first)
+    if field is None or len(rest) < 2 or not _is_mapping(field):
+        return key
+    return ".".join([first, NAMED, *rest[1:]])
+
+
 def _sections(annotation: Any) -> list[type[BaseModel]]:
+    for each in getattr(annotation, "__metadata__", ()):
+        if isinstance(each, ByKind):
+            return each.sections()
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [section for part in get_args(annotation) for section in _sections(part)]
@@ -474,5 +515,6 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        for below in sections_of(field):
-            yield from _keys(below, f"{prefix}{name}.")
+        below = f"{prefix}{name}.{NAMED}." if _is_mapping(field) else f"{prefix}{name}."
+        for one in sections_of(field):
+            yield from _keys(one, below)

@@ -106,6 +106,8 @@ def inputs_of(method: Method, prompts: Sequence[str]) -> dict[str, str]:
             "student.vae": getattr(method.codec, "identity", None),
             "student.text_encoder": getattr(policy, "text_identity", None),
         }
+    for term in getattr(method, "terms", ()):
+        found[f"rewards.{term.name}"] = getattr(term.reward, "identity", None)
     listed = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest() if prompts else None
     found["evaluation.prompts"] = listed
     return {key: value for key, value in found.items() if value is not None}

@@ -15,6 +15,7 @@ from afd.hub import fingerprint
 from afd.lab.shipped import SHIPPED, checkpoint_path
 from afd.models.config import StudentConfig
 from afd.registry import load
+from afd.rewards.base import RewardConfig
 from afd.schedules import check_steps
 from afd.teachers.config import TeacherConfig
 from afd.teachers.forecast import Forecast
@@ -139,6 +140,28 @@ class ToyDiscriminatorConfig(WindowedConfig):
             raise ValueError(
                 "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
                 f"latent for student.kind={student.kind}"
+            )
+
+
+class PhysicsRewardConfig(RewardConfig):
+    """Settings of an exact measurement of the toy task as a reward."""
+
+    builder: ClassVar[str] = "afd.lab.rewards:build"
+
+    kind: Literal["physics"] = Field(
+        default="physics", description="an exact measurement of the toy task"
+    )
+    measure: Literal["phys", "fit_res", "rend", "adh"] = Field(
+        default="phys",
+        description="the error to the teacher's gravity, to any gravity (smoothness), or to the "
+        "clean render, negated; or the share of the prompt's attributes that the video shows",
+    )
+
+    def check_student(self, student: StudentConfig) -> None:
+        if student.kind != "toy":
+            raise ValueError(
+                "kind: got physics, which measures the toy task only; needed: videoalign, "
+                f"discriminator or an installed package's for student.kind={student.kind}"
             )
 
 

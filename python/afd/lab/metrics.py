@@ -13,6 +13,7 @@ from afd.lab import physics
 from afd.lab.physics import measure_each
 from afd.lab.simulator import ATTRIBUTES, PROMPTS
 from afd.methods.afd import Watch
+from afd.methods.rewards import within_group_correlation
 from afd.models.config import StudentConfig
 from afd.models.student import Student
 from afd.rollout import rollout
@@ -72,14 +73,6 @@ class PhysicsMetrics(Metrics):
                 self.training_tracks.append(physics.track_ball(self.run.teacher_videos())[0])
             metrics = finite(physics.measure(videos_BFCHW, prompts, self.training_tracks[0]))
         return Evaluation(ranks.same(metrics), to_uint8(videos_BFCHW), prompts, seeds)
-
-
-def within_group_correlation(a_B: Tensor, b_B: Tensor, group_size: int) -> float:
-    """Pearson correlation after subtracting each group's mean; 0 when either is constant."""
-    a, b = (x.view(-1, group_size).double() for x in (a_B, b_B))
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    scale = float((a.square().sum() * b.square().sum()).sqrt())
-    return float((a * b).sum()) / scale if scale > 0 else 0.0
 
 
 @torch.no_grad()

@@ -1,15 +1,15 @@
 """Adversarial flow distillation of a causal student (arXiv 2605.26105), for any student.
 
-The slowly moving `old` policy generates rollouts; a discriminator scores the finished videos; the
-score, minus a baseline, becomes a weight r that sets how strongly each video is reinforced or
-avoided (DiffusionNFT, arXiv 2509.16117). Shape letters: P prompts, G rollouts per prompt, B = P G
-videos, N noised copies of them, F frames, C channels, H x W pixels or latents, K chunks, L text
-tokens, E text channels.
+The slowly moving `old` policy generates rollouts; a discriminator, frozen rewards or both score
+the finished videos; the score, minus a baseline, becomes a weight r that sets how strongly each
+video is reinforced or avoided (DiffusionNFT, arXiv 2509.16117). Shape letters: P prompts, G
+rollouts per prompt, B = P G videos, N noised copies of them, F frames, C channels, H x W pixels or
+latents, K chunks, L text tokens, E text channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,11 +23,14 @@ from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import ramped_decay
+from afd.methods.rewards import Scores, combine, metrics_of, prior_weights, score, terms_of
 from afd.methods.rollout_metrics import rollout_metrics
 from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.policies import Policies
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
+from afd.rewards.base import Term
+from afd_kernels.contracts import require
 
 # Maps step, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
 Watch = Callable[[int, Tensor, Tensor, list[str], int], dict[str, float]]
@@ -46,25 +49,32 @@ class Afd(StudentMethod):
 
     Args:
         policies: the versions of the student required by the configuration.
+        discriminator: learns from the teacher's videos; None: the frozen rewards alone score.
         watch: called with step, scores [B], videos, prompts and group size after every update's
             scoring; returns metrics.
+        rewards: the rewards of the run; without an entry for the discriminator its weight is 1.
         how: arguments common to all methods (see `StudentMethod`).
     """
 
-    name, needs_rollout, needs_discriminator = "afd", True, True
+    name, needs_rollout = "afd", True
 
     def __init__(
         self,
         policies: Policies,
-        discriminator: Discriminator,
+        discriminator: Discriminator | None,
         config: AfdConfig,
         watch: Watch | None = None,
+        rewards: Sequence[Term] = (),
         **how: Any,
     ) -> None:
-        super().__init__(policies, config, discriminator, **how)
+        frozen = [term.reward for term in rewards if term.reward is not None]
+        super().__init__(policies, config, discriminator, rewards=frozen, **how)
         self.watch = watch
         self.config: AfdConfig = config
         self.discriminator = discriminator
+        self.needs_discriminator = self.needs_teacher = discriminator is not None
+        self.terms = terms_of(discriminator, rewards)
+        require(bool(self.terms), "rewards", list(rewards), "one, or a discriminator")
         check_chunks(config, self.chunks)
         # With old="current" the student is its own anchor: v_old is v_theta without gradient.
         self.old = "old" if config.old == "ema" else "theta"
@@ -87,65 +97,74 @@ class Afd(StudentMethod):
             )
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
-        rollouts, input_BFCHW = self._seen()
-        teacher = self._matched(batch)
-        metrics: dict[str, float] = {}
-        for _ in range(self.discriminator.config.steps_in(batch.step)):
-            metrics = self.discriminator.step(teacher, input_BFCHW, rollouts.prompts)
-        return {f"discriminator/{key}": value for key, value in metrics.items()}
-
-    def _seen(self) -> tuple[Rollouts, Tensor]:
-        """This step's rollouts and the discriminator's input."""
-        rollouts = self._current()
+        rollouts, metrics = self._current(), dict[str, float]()
+        if self.discriminator is None:
+            return metrics
         assert rollouts.input_BFCHW is not None
-        return rollouts, rollouts.input_BFCHW
+        teacher = self._matched(batch)
+        for _ in range(self.discriminator.config.steps_in(batch.step)):
+            metrics = self.discriminator.step(teacher, rollouts.input_BFCHW, rollouts.prompts)
+        return {f"discriminator/{key}": value for key, value in metrics.items()}
 
     def _matched(self, batch: Batch) -> Tensor:
         """The teacher video for each rollout."""
         return batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
 
     def student_step(self, batch: Batch) -> dict[str, float]:
-        rollouts, input_BFCHW = self._seen()
+        rollouts = self._current()
         group = self.config.samples_per_prompt
-        score_B = self.discriminator.score(input_BFCHW, rollouts.prompts).float().cpu()
-        r_B, metrics = self._weights(batch, self.ranks.gather(score_B))
-        r_B = r_B[batch.own(group)]
-        self.shown = Shown(
-            rollouts.prompts[0], rollouts.x0_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
-        )
+        assert self.to_input is not None
+        scores = score(self.terms, self.discriminator, self.to_input, rollouts)
+        whole_BR = self.ranks.gather(scores.each_RB.T.contiguous())
+        r_B, prior, metrics = self._weights(batch, Scores(self.terms, whole_BR.T.contiguous()))
+        own = batch.own(group)
+        r_B, prior = r_B[own], prior[own] if isinstance(prior, Tensor) else prior
+        first = rollouts.x0_BFCHW[0].cpu()
+        self.shown = Shown(rollouts.prompts[0], first, scores.shown(0), float(r_B[0]))
         metrics |= rollout_metrics(rollouts.x0_BFCHW, group, self.ranks)
         if self.watch is not None:
-            metrics |= self.watch(batch.step, score_B, rollouts.x0_BFCHW, rollouts.prompts, group)
-        if not self.discriminator.config.learns_alone(batch.step):
-            metrics |= self._update(batch, rollouts, r_B)
+            given = scores.total_B, rollouts.x0_BFCHW, rollouts.prompts
+            metrics |= self.watch(batch.step, *given, group)
+        if batch.step >= self._waits():
+            metrics |= self._update(batch, rollouts, r_B, prior)
         self._rollouts = None
         return metrics
 
-    def _weights(self, batch: Batch, score_B: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Weights r [B] from the scores of all processes, and metrics of both."""
-        config, used_B = self.config, score_B
+    def _waits(self) -> int:
+        """Updates before the student's first: the discriminator's warm-up, if its score counts."""
+        counts = any(term.reward is None and term.weight > 0 for term in self.terms)
+        if self.discriminator is None or not counts:
+            return 0
+        return self.discriminator.config.warmup_updates
+
+    def _weights(
+        self, batch: Batch, scores: Scores
+    ) -> tuple[Tensor, float | Tensor, dict[str, float]]:
+        """Weights r [B] and of the prior from the scores of all processes, and metrics of all."""
+        config, score_B = self.config, scores.total_B
         group = config.samples_per_prompt
+        scores.refuse_non_finite(batch.step)
+        used = scores
+        baseline: float | Tensor | None = self.score_average
         if config.advantage == "random":
-            used_B = torch.randn(score_B.shape, generator=self.generator)
-        baseline: Any = config.baseline
-        if baseline == "teacher":
-            teacher_P = self.discriminator.score(batch.teacher_BFCHW, batch.prompts).float().cpu()
-            baseline = self.ranks.gather(teacher_P).repeat_interleave(group)
-        elif baseline == "ema":
-            baseline = "batch" if self.score_average is None else self.score_average
-        r_B = ops.optimality(
-            used_B,
-            samples_per_prompt=group,
-            baseline=baseline,
-            normalize=config.normalize,
-            adv_clip=config.adv_clip,
-            adv_mode=config.adv_mode,
-        ).r
+            random_1B = torch.randn(score_B.shape, generator=self.generator)[None]
+            used = Scores((Term("random"),), random_1B)
+        if config.baseline == "teacher":
+            baseline = self._teacher_scores(batch)
+        result = combine(used, config, baseline)
+        used_B = used.total_B
         mean = float(used_B.mean())
         before = mean if self.score_average is None else self.score_average
         self.score_average = 0.9 * before + 0.1 * mean
         group_std = used_B.view(-1, group).std(1, correction=0)
-        return r_B, {
+        prior = prior_weights(result.disagreement, config)
+        metrics = metrics_of(scores, group)
+        if len(scores.terms) > 1:
+            metrics["student/disagreement"] = float(result.disagreement.abs().mean())
+        if isinstance(prior, Tensor):
+            metrics["student/prior_share"] = float((prior > 0).float().mean())
+        r_B = result.r
+        metrics |= {
             "student/r_mean": float(r_B.mean()),
             "student/r_std": float(r_B.std(correction=0)),
             "student/r_at_0": float((r_B == 0).float().mean()),
@@ -154,8 +173,20 @@ class Afd(StudentMethod):
             "student/score_std": float(group_std.mean()),
             "student/zero_std_groups": float((group_std < 1e-6).float().mean()),
         }
+        return r_B, prior, metrics
 
-    def _update(self, batch: Batch, rollouts: Rollouts, r_B: Tensor) -> dict[str, float]:
+    def _teacher_scores(self, batch: Batch) -> Tensor:
+        """Weighted scores [B] of the teacher's video of each rollout, of all processes."""
+        assert self.discriminator is not None
+        teacher_P = self.discriminator.score(batch.teacher_BFCHW, batch.prompts).float().cpu()
+        weight = next(term.weight for term in self.terms if term.reward is None)
+        return self.ranks.gather(teacher_P * weight).repeat_interleave(
+            self.config.samples_per_prompt
+        )
+
+    def _update(
+        self, batch: Batch, rollouts: Rollouts, r_B: Tensor, prior: float | Tensor
+    ) -> dict[str, float]:
         """One optimizer step on noised copies of the rollouts, then the EMA updates."""
         config = self.config
         copies = draw_copies(
@@ -169,7 +200,7 @@ class Afd(StudentMethod):
         )
         sums = torch.zeros(len(MEASURED) + 1, dtype=torch.float64)
         for piece in copies.pieces(config.micro_batch):
-            result, square_N = self._loss(rollouts, r_B, piece)
+            result, square_N = self._loss(rollouts, r_B, piece, prior)
             self.optimizer.add(result.loss * piece.share)
             parts = [*(getattr(result, key) for key in MEASURED.values()), square_N]
             sums += torch.stack([part.sum() for part in parts]).cpu()
@@ -185,11 +216,18 @@ class Afd(StudentMethod):
             self.policies.average("ema", "theta", decay)
         return metrics
 
-    def _loss(self, rollouts: Rollouts, r_B: Tensor, copies: Copies) -> tuple[ops.NftLoss, Tensor]:
-        """NFT loss, averaged over some of the copies, and the mean of v_theta² of each [N]."""
+    def _loss(
+        self, rollouts: Rollouts, r_B: Tensor, copies: Copies, prior: float | Tensor
+    ) -> tuple[ops.NftLoss, Tensor]:
+        """NFT loss, averaged over some of the copies, and the mean of v_theta² of each [N].
+
+        `prior`: its weight, or one per video [B].
+        """
         config = self.config
         x0 = rollouts.x0_BFCHW[copies.video_N]
         x_t = copies.noise(x0)
+        if isinstance(prior, Tensor):
+            prior = prior[copies.video_N].to(x0.device)
         shared = self._shared_context(rollouts, copies)
         with torch.no_grad():
             v_old = self._velocity(self.old, x0, x_t, rollouts, copies, shared)
@@ -208,7 +246,8 @@ class Afd(StudentMethod):
             r=r_B[copies.video_N].to(x0.device),
             seed=copies.seed_N.to(x0.device),
             nft_beta=config.nft_beta,
-            prior_weight=config.prior_weight,
+            prior_weight=prior,
+            prior_space=config.prior_space,
             adv_clip=config.adv_clip,
             weighting=config.weighting,
             layout="BFCHW",
@@ -282,14 +321,18 @@ class Afd(StudentMethod):
         return {
             "policies": self.policies.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
+            "discriminator": None
+            if self.discriminator is None
+            else self.discriminator.state_dict(),
             "generator": self.generator.get_state(),
             "score_average": self.score_average,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("policies", "optimizer", "discriminator"):
-            getattr(self, name).load_state_dict(state[name])
+        self.policies.load_state_dict(state["policies"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
         self.generator.set_state(state["generator"])
         self.score_average = state["score_average"]
         self._rollouts = None

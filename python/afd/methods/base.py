@@ -26,7 +26,7 @@ class Batch:
         step: optimizer step, from 0.
         prompts: this process's prompts.
         teacher_BFCHW: one finished teacher video per prompt in the method's `input_space`: pixels
-            processed by its `prepare`, or latents.
+            processed by its `prepare`, or latents; empty where only prompts are used.
         first: index of prompts[0] among the prompts of all processes.
         total: number of prompts of all processes; None: as many as `prompts`.
     """

@@ -15,6 +15,7 @@ from afd.methods.optimizer import StudentOptimizer
 from afd.methods.rollouts import InputPipeline, Rollouts, Streaming
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
+from afd.rewards.base import Reward
 from afd.video.config import VideoConfig
 
 
@@ -25,6 +26,7 @@ class StudentMethod:
         policies: the versions of the student's weights, including "theta".
         discriminator: scores the videos; None: the method has none, and the teacher's videos are
             given as latents.
+        rewards: frozen scorers of the videos.
         denoising_steps, first_chunk_steps, context_noise: the student's denoising settings
             (`afd.rollout.stream`).
         codec: between the student's space and pixels.
@@ -40,6 +42,7 @@ class StudentMethod:
         config: StudentOptimizerConfig,
         discriminator: Discriminator | None = None,
         *,
+        rewards: Sequence[Reward] = (),
         denoising_steps: Sequence[float],
         codec: Codec | None = None,
         video: VideoConfig | None = None,
@@ -54,9 +57,10 @@ class StudentMethod:
         self.input_space: Literal["pixels", "latents"] = (
             "latents" if discriminator is None else discriminator.input_space
         )
-        self.to_input = (
-            None if discriminator is None else InputPipeline(discriminator, self.codec, video)
-        )
+        self._discriminator = discriminator
+        self.to_input = None
+        if discriminator is not None or rewards:
+            self.to_input = InputPipeline(discriminator, self.codec, video, rewards)
         self.streaming = Streaming(denoising_steps, first_chunk_steps, context_noise, rollout_batch)
         student = policies.student
         self.chunks = student.frames // student.chunk
@@ -70,9 +74,7 @@ class StudentMethod:
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """Reduce a teacher's video [-1, 1] to what is stored when `input_space` is "pixels"."""
         return (
-            video_BFCHW
-            if self.to_input is None
-            else self.to_input.discriminator.prepare(video_BFCHW)
+            video_BFCHW if self._discriminator is None else self._discriminator.prepare(video_BFCHW)
         )
 
     def _current(self) -> Rollouts:

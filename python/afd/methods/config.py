@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from afd.config.base import Count, Natural, Positive, Section, Share
 
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
+# The level of a noisy copy may also come from a list in the configuration.
+Listed = Literal["student", "uniform", "shifted", "logit_normal", "list"]
+# A noise level from which a copy can be made: at 0 there is nothing to denoise.
+Level = Annotated[float, Field(gt=0, le=1)]
 
 
 # DMD's velocity fields, fitted to the teacher's videos and to the student's videos.
@@ -49,10 +53,15 @@ class TimesConfig(StudentOptimizerConfig):
     """Settings for drawing noise levels."""
 
     draws: Count = Field(default=1, description="(t, noise) draws per video and update")
-    timesteps: Timesteps = Field(
+    timesteps: Listed = Field(
         default="student",
         description="t from the student's own steps, uniform, shifted towards noise (5u / (1 + "
-        "4u)), or logit-normal (sigmoid of a normal number)",
+        "4u)), logit-normal (sigmoid of a normal number), or from timestep_list",
+    )
+    timestep_list: list[Level] | None = Field(
+        default=None,
+        min_length=1,
+        description="timesteps=list: noise levels in (0, 1], each drawn as often as the others",
     )
     logit_mean: float = Field(default=0.0, description="logit_normal: mean of the normal number")
     logit_std: Positive = Field(default=1.0, description="logit_normal: its standard deviation")
@@ -62,6 +71,15 @@ class TimesConfig(StudentOptimizerConfig):
     chunks_per_update: Count | None = Field(
         default=None, description="chunks of each video in an update, drawn at random; null: all"
     )
+
+    @model_validator(mode="after")
+    def _list(self) -> TimesConfig:
+        if (self.timesteps == "list") != (self.timestep_list is not None):
+            raise ValueError(
+                f"timesteps: got {self.timesteps} with timestep_list={self.timestep_list}; needed: "
+                "timesteps=list with a timestep_list, or neither"
+            )
+        return self
 
 
 class AfdConfig(TimesConfig):
@@ -83,10 +101,15 @@ class AfdConfig(TimesConfig):
     baseline: Literal["batch", "group", "teacher", "ema"] = Field(
         default="group", description="what is subtracted from a score to get its advantage"
     )
-    normalize: Literal["batch", "group", "global", "none"] = Field(
+    normalize: Literal["batch", "group", "global", "rank", "none"] = Field(
         default="batch",
-        description="what divides the advantage: the standard deviation of the batch's advantages, "
-        "of the prompt's scores, or of the batch's scores",
+        description="whose standard deviation divides the advantage: of all differences to the "
+        "baseline (batch), of the prompt's (group), of all scores (global); or ranks in the group",
+    )
+    combine: Literal["rewards", "advantages"] = Field(
+        default="rewards",
+        description="several rewards: the advantage of their weighted sum, or the weighted sum of "
+        "each one's own advantage, where none dominates by its units (GDPO)",
     )
     adv_clip: Positive = Field(default=2.0, description="advantages are clipped to ± this before r")
     adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = Field(
@@ -97,13 +120,24 @@ class AfdConfig(TimesConfig):
     nft_beta: Positive = Field(default=1.0, description="how far v± lie from v_old towards v_theta")
     prior_weight: float = Field(default=2.0, ge=0, description="weight of |v_theta - v_ref|²")
     prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
+    prior_space: Literal["velocity", "x0"] = Field(
+        default="velocity", description="the prior compares velocities, or the clean videos x0"
+    )
+    prior_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the videos that have a prior: those that the first reward ranks "
+        "highest above the others' ranks; 1: all",
+    )
     weighting: Literal["x0_adaptive", "x0", "velocity"] = Field(
         default="x0_adaptive",
-        description="error in x0 space with adaptive weights, without them, or in velocity space",
+        description="error in x0 space with adaptive weights or without, or plain velocity",
     )
-    context: Literal["recompute", "own_context", "shared_context"] = Field(
+    context: Literal["recompute", "own_context", "shared_context", "noisy"] = Field(
         default="shared_context",
-        description="who computes the clean context of v, and with which gradient",
+        description="who computes the clean context of v, and with which gradient; noisy: chunks "
+        "attend to the earlier noisy chunks of their own pass, and there is no clean context",
     )
     keep_context: bool = Field(
         default=True,
@@ -142,10 +176,20 @@ class AfdConfig(TimesConfig):
 
     @model_validator(mode="after")
     def _groups(self) -> AfdConfig:
-        if self.samples_per_prompt == 1 and "group" in (self.baseline, self.normalize):
+        if self.samples_per_prompt == 1 and {"group", "rank"} & {self.baseline, self.normalize}:
             raise ValueError(
                 "afd.samples_per_prompt: got 1; needed: 2 or more, or afd.baseline and "
-                "afd.normalize other than group, which says nothing of a single video"
+                "afd.normalize other than group and rank, which say nothing of a single video"
+            )
+        if self.combine == "advantages" and self.baseline in ("teacher", "ema"):
+            raise ValueError(
+                f"afd.baseline: got {self.baseline}; needed: group or batch with "
+                "afd.combine=advantages, where every reward has a baseline of its own"
+            )
+        if self.context == "noisy" and self.chunks_per_update is not None:
+            raise ValueError(
+                f"afd.chunks_per_update: got {self.chunks_per_update}; needed: null with "
+                "afd.context=noisy, where every chunk attends to all earlier ones of its pass"
             )
         return self
 
@@ -154,10 +198,10 @@ class SftConfig(TimesConfig):
     """Supervised flow matching on the teacher's videos: a baseline."""
 
     draws: Count = Field(default=4, description="(t, noise) draws per teacher video and update")
-    timesteps: Timesteps = Field(
+    timesteps: Listed = Field(
         default="shifted",
         description="t from the student's own steps, uniform, shifted towards noise (5u / (1 + "
-        "4u)), or logit-normal (sigmoid of a normal number)",
+        "4u)), logit-normal (sigmoid of a normal number), or from timestep_list",
     )
     loss: Literal["x0", "velocity"] = Field(
         default="x0",

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from afd import ops
 from afd.methods.base import draw_times
-from afd.methods.config import TimesConfig
+from afd.methods.config import TimesConfig, Timesteps
 from afd_kernels.contracts import require
 
 
@@ -137,11 +137,12 @@ def draw_copies(
         context_noise: largest noise level of the clean context; None: it stays clean.
     """
     rows, each = config.draws * videos, config.timestep_per == "chunk"
+    law: Timesteps = "student" if config.timesteps == "list" else config.timesteps
     t_NK = draw_times(
-        config.timesteps,
+        law,
         rows,
         chunks if each else 1,
-        times,
+        config.timestep_list or times,
         generator,
         logit_mean=config.logit_mean,
         logit_std=config.logit_std,

@@ -6,7 +6,7 @@ tokens, E text channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from afd.methods.base import Batch
 from afd.models.codec import Codec
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
+from afd.rewards.base import Reward
 from afd.rollout import stream, stream_layout
 from afd.video.config import VideoConfig
 
@@ -41,7 +42,7 @@ class Rollouts:
 
     Attributes:
         x0_BFCHW: in the student's space, float32 on its device.
-        input_BFCHW: the discriminator's input, on the CPU; None without a discriminator.
+        inputs: inputs of the scorers, on the CPU (`InputPipeline.place`); empty without one.
         contexts: the clean context of each video separately, as it was during generation.
         last_inputs_BFCHW: input of the last denoising step of each chunk; None unless kept.
     """
@@ -49,9 +50,14 @@ class Rollouts:
     x0_BFCHW: Tensor
     prompts: list[str]
     text_BLE: Tensor
-    input_BFCHW: Tensor | None
+    inputs: list[Tensor]
     contexts: list[list[LayerKV]]
     last_inputs_BFCHW: Tensor | None = None
+
+    @property
+    def input_BFCHW(self) -> Tensor | None:
+        """The first scorer's input: the discriminator's, if there is one; None without scorers."""
+        return self.inputs[0] if self.inputs else None
 
     def context(self, video_N: Tensor) -> list[LayerKV]:
         """Batch of the kept contexts of some of the videos."""
@@ -66,35 +72,63 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-class InputPipeline:
-    """Turns the student's videos into discriminator inputs that match the teacher's.
+# The student's videos by input space, "latents" and "pixels", as far as a scorer takes them.
+Spaces = dict[str, Tensor]
 
-    With `codec_match` they are passed through the video codec of the teacher's files; it is
-    straight-through for gradients.
+
+class InputPipeline:
+    """Turns the student's videos into inputs of the discriminator and of frozen rewards.
+
+    They match the teacher's: with `codec_match` pixels are passed through the video codec of its
+    files, which is straight-through for gradients.
     """
 
     def __init__(
-        self, discriminator: Discriminator, codec: Codec, video: VideoConfig | None
+        self,
+        discriminator: Discriminator | None,
+        codec: Codec,
+        video: VideoConfig | None,
+        rewards: Sequence[Reward] = (),
     ) -> None:
-        self.discriminator, self.codec, self.video = discriminator, codec, video
+        self.codec, self.video = codec, video
+        scorers: list[Discriminator | Reward] = [*rewards]
+        if discriminator is not None:
+            scorers.insert(0, discriminator)
+        # Scorers with one preparation share one input.
+        self._scorers: dict[Hashable, Discriminator | Reward] = {}
+        for scorer in scorers:
+            self._scorers.setdefault(_preparation(scorer), scorer)
+        self.spaces = {scorer.input_space for scorer in scorers}
+
+    def place(self, scorer: Discriminator | Reward) -> int:
+        """Index of a scorer's input in the result of `finish`."""
+        return list(self._scorers).index(_preparation(scorer))
 
     def __call__(self, x0_BFCHW: Tensor) -> Tensor:
-        return self.finish(self.decode(x0_BFCHW))
+        """The first scorer's input, with gradients."""
+        return self.finish(self.decode(x0_BFCHW))[0]
 
-    def decode(self, x0_BFCHW: Tensor) -> Tensor:
-        """The part on the accelerator: decode to pixels if the discriminator takes pixels."""
-        return (
-            x0_BFCHW if self.discriminator.input_space == "latents" else self.codec.decode(x0_BFCHW)
-        )
+    def decode(self, x0_BFCHW: Tensor) -> Spaces:
+        """The part on the accelerator: decode to pixels if a scorer takes pixels."""
+        return {
+            space: x0_BFCHW if space == "latents" else self.codec.decode(x0_BFCHW)
+            for space in self.spaces
+        }
 
-    def finish(self, decoded_BFCHW: Tensor) -> Tensor:
+    def finish(self, decoded: Spaces) -> list[Tensor]:
         """The remaining steps; for pixels on the CPU they do not use the accelerator."""
         video = self.video
-        if self.discriminator.input_space == "pixels" and video is not None and video.codec_match:
+        if "pixels" in decoded and video is not None and video.codec_match:
             from afd.video import through_codec  # needs PyAV, which other rollouts do not
 
-            decoded_BFCHW = through_codec(decoded_BFCHW, fps=video.fps, crf=video.crf)
-        return self.discriminator.prepare(decoded_BFCHW)
+            matched = through_codec(decoded["pixels"], fps=video.fps, crf=video.crf)
+            decoded = {**decoded, "pixels": matched}
+        return [scorer.prepare(decoded[scorer.input_space]) for scorer in self._scorers.values()]
+
+
+def _preparation(scorer: Discriminator | Reward) -> Hashable:
+    """What makes a scorer's input: equal for scorers that share it."""
+    return (scorer.input_space, getattr(scorer, "prepared_by", scorer))
 
 
 @torch.no_grad()
@@ -122,7 +156,7 @@ def roll_out(
     width = streaming.batch or len(prompts)
     videos, texts, contexts = [], [], []
     given: list[Tensor] = []
-    seen: list[Future[Tensor]] = []
+    seen: list[Future[list[Tensor]]] = []
     with ThreadPoolExecutor(ENCODERS) as pool:
         for part in (slice(at, at + width) for at in range(0, len(prompts), width)):
             text_BLE = student.encode(prompts[part])
@@ -147,7 +181,8 @@ def roll_out(
                 if len(seen) >= ENCODERS:
                     # Queued videos take memory: no more may wait than are being encoded.
                     seen[-ENCODERS].result()
-                seen.append(pool.submit(to_input.finish, to_input.decode(x0_BFCHW).cpu()))
+                decoded = {k: x.cpu() for k, x in to_input.decode(x0_BFCHW).items()}
+                seen.append(pool.submit(to_input.finish, decoded))
             if keep_context:
                 # The last chunk's slots hold a denoising step, not its context; nothing reads them.
                 contexts += [
@@ -158,7 +193,7 @@ def roll_out(
         torch.cat(videos),
         prompts,
         torch.cat(texts),
-        torch.cat([part.result() for part in seen]) if seen else None,
+        [torch.cat(parts) for parts in zip(*(part.result() for part in seen), strict=True)],
         contexts,
         torch.cat(given) if given else None,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Context = Literal["recompute", "own_context", "shared_context"]
+Context = Literal["recompute", "own_context", "shared_context", "noisy"]
 
 # Ratio of an attention's backward to its forward: five products to two, or three to two if keys
 # and values need no gradient.
@@ -154,7 +154,8 @@ def nft_flop(
     """The AFD update of one video: old policy, reference and student on `draws` noised copies.
 
     Args:
-        context: which network computes the clean context.
+        context: which network computes the clean context; noisy: there is none, and keys of
+            earlier noisy chunks need gradients.
         draws: (t, noise) draws; they share one context pass.
         part: fraction of the chunks that is sampled.
         kept: the rollout's caches serve as the old policy's context.
@@ -169,7 +170,9 @@ def nft_flop(
         total += draws * (clean + noisy_flop(net) * (1 + checkpointed))
         both = noisy_backward(net, part, through_context=True)
         return total + draws * (both + noisy_backward(net, through_context=True))
-    total += draws * noisy_backward(net, part)
+    total += draws * noisy_backward(net, part, through_context=context == "noisy")
+    if context == "noisy":
+        return total
     if context == "shared_context":
         return total + (0.0 if kept else context_flop(net))
     return total + sum(context_flop(net, adapted) for adapted in others) + context_flop(net)

@@ -98,8 +98,10 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
 def _missing(config: RunConfig) -> Iterator[str]:
     """Files that are missing or would have to be downloaded, one sentence each."""
     yield from config.student.missing()
-    if config.method in ("afd", "gan"):
+    if config.method in ("afd", "gan") and config.discriminator is not None:
         yield from config.discriminator.missing()
+    for name, reward in config.rewards.items():
+        yield from reward.missing(f"rewards.{name}")
     yield from config.teacher.missing(config.teacher_dir)
     if config.evaluation.prompts is not None:
         yield from missing_path("evaluation.prompts", config.evaluation.prompts, "held-out prompts")

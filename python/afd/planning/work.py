@@ -25,6 +25,8 @@ from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
+from afd.planning.rewards import frozen, networks, shared_passes
+from afd.rewards.base import online
 
 READER = cost.Reader()
 GIB = 2**30
@@ -84,6 +86,12 @@ class Work:
         self.micro = min(self.method.micro_batch or self.videos * draws, self.videos * draws)
         self.pixels = config.video.height * config.video.width
         self.sees_video = isinstance(self.discriminator, VideoAlignConfig)
+        self.rewards = frozen(config.rewards) if config.method == "afd" else {}
+        self.decodes = self.sees_video or bool(self.rewards)
+        # Rewards alone need no teacher's videos.
+        self.encodes = not self.sees_video and not (
+            config.method == "afd" and self.discriminator is None
+        )
 
     # --- memory ---
 
@@ -91,6 +99,7 @@ class Work:
         yield from self._weights()
         yield from self._codec()
         yield from self._discriminator()
+        yield from self._rewards()
         yield from self._rollout()
         yield from self._update()
 
@@ -139,7 +148,7 @@ class Work:
         yield Part("text encoder", text, "start", "embeds what the cache lacks, then it goes")
         weights = cost.VAE_PARAMETERS * self.vae_item
         yield Part("autoencoder", weights, "always", "frozen weights")
-        if self.sees_video:
+        if self.decodes:
             decode = cost.decode_bytes(1, self.pixels, self.vae_item)
             yield Part("decode", decode, "rollout", "one video, streamed")
             if self.config.method == "gan":
@@ -147,7 +156,7 @@ class Work:
                 kept = cost.decode_gradient_bytes(*sizes)
                 note = f"{self.micro} video(s) a pass, a latent frame computed again at a time"
                 yield Part("decode with gradients", kept, "student", note)
-        else:
+        if self.encodes:
             encode = cost.encode_bytes(self.pixels, self.vae_item)
             yield Part("encode", encode, "start", "one teacher video")
 
@@ -177,6 +186,12 @@ class Work:
             kept = 2 * cost.activation_bytes(*sizes, checkpointed=checkpointed)
             note = f"real or fake, {self.micro} video(s) a pass, and through their context"
             yield Part("fields' activations", kept, "discriminator", note)
+
+    def _rewards(self) -> Iterator[Part]:
+        for dtype, names in networks(self.rewards, self.discriminator):
+            size = READER.parameters * DTYPES[dtype].itemsize
+            note = f"frozen weights of rewards {', '.join(names)}"
+            yield Part("VideoAlign of rewards", size, "always", note)
 
     def _scorer(self, discriminator: LatentConfig) -> LatentScorer:
         with torch.device("meta"):
@@ -212,7 +227,7 @@ class Work:
         held, other = both if checkpointed else reversed(both)
         told = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
         yield Part("activations", held, "student", told + str(not checkpointed).lower())
-        if halves == 1 and not self._keeps_context():
+        if context not in ("recompute", "noisy") and not self._keeps_context():
             one = cost.kv_bytes(net, self.micro, self.item)
             yield Part("context", one, "student", "keys and values of a pass's clean videos")
 
@@ -236,7 +251,7 @@ class Work:
         steps, first = config.student.denoising_steps, config.student.first_chunk_steps
         rollout = cost.rollout_flop(net, len(steps), None if first is None else len(first))
         decode = cost.decode_flop(net.frames, self.pixels)
-        if not self.sees_video:
+        if self.encodes:
             encode = cost.encode_flop(net.frames, self.pixels)
             yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
         if self.rolls:
@@ -244,11 +259,17 @@ class Work:
             yield Phase(
                 "rollout", videos * rollout, 0.0, config.updates, f"{videos} videos, {passes}"
             )
-        if self.sees_video:
+        if self.decodes:
             yield Phase("decode", 0.0, videos * decode, config.updates, f"{videos} videos")
         if self.discriminator is not None or config.method == "dmd":
             flop, note = self._critic_work(videos)
             yield Phase("discriminator", flop, 0.0, config.updates, note)
+        if self.rewards:
+            each = shared_passes(self.rewards)
+            flop = len(each) * videos * self._rate_flop()
+            note = "; ".join(", ".join(names) for names in each)
+            note = f"{len(each)} pass(es) on {videos} videos: {note}" if each else "not counted"
+            yield Phase("rewards", flop, 0.0, config.updates, note)
         flop, convolutions, note = self._student_work(videos, decode)
         updates = max(0, config.updates - self._waits())
         yield Phase("student", flop, convolutions, updates, note)
@@ -342,7 +363,10 @@ class Work:
         if self.config.method == "dmd":
             dmd = self.config.dmd
             return max(0, -(-dmd.score_warmup_updates // dmd.score_updates) - 1)
-        return self.discriminator.warmup_updates if self.discriminator is not None else 0
+        weights = [self.config.rewards[name].weight for name in online(self.config.rewards)]
+        if self.discriminator is None or 0 in weights:
+            return 0
+        return self.discriminator.warmup_updates
 
     def _evaluated(self) -> int:
         """Number of held-out videos over all evaluations of the run."""

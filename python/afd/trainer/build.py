@@ -24,6 +24,7 @@ from afd.models.sharding import shard_over
 from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.registry import find
+from afd.rewards.base import OnlineConfig, Term
 
 _log = logging.getLogger("afd")
 
@@ -37,7 +38,7 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     """
     student, codec = build_student(config, ranks, prompts)
     discriminator = None
-    if config.method in ("afd", "gan"):
+    if config.method in ("afd", "gan") and config.discriminator is not None:
         discriminator = build_discriminator(config, student, ranks, prompts)
         if config.video.codec_match and discriminator.input_space == "latents":
             _log.info("video.codec_match does nothing here: the discriminator sees latents")
@@ -65,10 +66,11 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
         return Sft(policies, config.sft, **shared)
     if config.method == "dmd":
         return Dmd(policies, config.dmd, **shared)
-    assert discriminator is not None
     if config.method == "gan":
+        assert discriminator is not None
         return Gan(policies, discriminator, config.gan, **shared)
-    return Afd(policies, discriminator, config.afd, watch=_watch(config, ranks), **shared)
+    watch, rewards = _watch(config, ranks), build_rewards(config, student, discriminator, prompts)
+    return Afd(policies, discriminator, config.afd, watch=watch, rewards=rewards, **shared)
 
 
 def _watch(config: RunConfig, ranks: Ranks) -> Watch | None:
@@ -120,10 +122,30 @@ def build_discriminator(
     config: RunConfig, student: Student, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
 ) -> DifferentiableDiscriminator:
     """Build the configured discriminator, able to encode `prompts`."""
+    assert config.discriminator is not None
     with _config_errors("discriminator"):
         return config.discriminator.build(
             student, config.video, prompts, seed=config.seed, ranks=ranks
         )
+
+
+def build_rewards(
+    config: RunConfig,
+    student: Student,
+    discriminator: object | None = None,
+    prompts: Sequence[str] = (),
+) -> list[Term]:
+    """Build the configured rewards, each able to score `prompts`."""
+    terms: list[Term] = []
+    beside = [] if discriminator is None else [discriminator]
+    for name, section in config.rewards.items():
+        reward = None
+        if not isinstance(section, OnlineConfig):
+            with _config_errors(f"rewards.{name}"):
+                reward = section.build(student, config.video, prompts, beside=beside)
+            beside.append(reward)
+        terms.append(Term(name, section.weight, reward))
+    return terms
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from afd.trainer.fooled import Fooled
+
 AGREEMENT, MOTION, FROZEN, MARGIN = "agreement/phys", "motion", "MQ", "discriminator/margin"
 OLD_DEVIATION, DIVERSITY = "student/old_deviation", "student/diversity"
 # Motion below this fraction of the base student's; a drop of the frozen rating, in its standard
@@ -36,6 +38,7 @@ class Signs:
         self._deviation = _Deviation()
         self._diversity: float | None = None
         self._best_diversity = 0.0
+        self._fooled = Fooled()
         self._motion: float | None = None
         self._best_rating: tuple[float, float | None] | None = None
 
@@ -47,6 +50,7 @@ class Signs:
         present = dict(signs({**metrics, **self._smooth_accuracy(metrics)}))
         present |= self._falling(metrics) | self._deviation.look(metrics)
         present |= self._narrowing(metrics)
+        present |= self._fooled.look(metrics)
         self._tell("update", step, present, quiet)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:

@@ -343,7 +343,9 @@ class Trainer:
         self.asked = requests[0]
         own = self.ranks.share(count)
         prompts = [request.prompt for request in requests[own]]
-        videos = self.videos.fetch(requests[own])
+        videos = torch.empty(len(prompts), 0)
+        if getattr(self.method, "needs_teacher", True):
+            videos = self.videos.fetch(requests[own])
         self.input_1FCHW = videos[:1]
         return Batch(self.step, prompts, videos, first=own.start, total=count)
 

@@ -1,0 +1,63 @@
+"""Checks of a run's `rewards` against its other sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from afd.discriminators.base import DiscriminatorConfig
+from afd.methods.config import AfdConfig
+from afd.models.config import StudentConfig
+from afd.rewards.base import ONLINE, OnlineConfig, RewardConfig, online
+
+
+def check_rewards(
+    method: str,
+    discriminator: DiscriminatorConfig | None,
+    rewards: Mapping[str, RewardConfig],
+    afd: AfdConfig,
+    student: StudentConfig,
+) -> None:
+    """Raise ValueError, naming the key, for rewards that the run cannot use."""
+    if method != "afd":
+        if method == "gan" and discriminator is None:
+            raise ValueError("discriminator: got null; needed: a section, for method=gan")
+        if rewards:
+            raise ValueError(f"rewards: got {', '.join(rewards)} with method={method}; needed: afd")
+        return
+    of_discriminator = online(rewards)
+    if len(of_discriminator) > 1:
+        raise ValueError(
+            f"rewards: got kind=discriminator in {' and '.join(of_discriminator)}; needed: once"
+        )
+    if discriminator is None and of_discriminator:
+        raise ValueError(
+            f"rewards.{of_discriminator[0]}: got kind=discriminator with discriminator=null; "
+            "needed: a discriminator, or another kind"
+        )
+    if discriminator is not None and not of_discriminator and ONLINE in rewards:
+        raise ValueError(
+            f"rewards.{ONLINE}: got kind={rewards[ONLINE].kind} beside the run's discriminator; "
+            "needed: another name, or kind=discriminator"
+        )
+    frozen = {name: s for name, s in rewards.items() if not isinstance(s, OnlineConfig)}
+    for name, section in frozen.items():
+        try:
+            section.check_student(student)
+        except ValueError as error:
+            raise ValueError(f"rewards.{name}.{error}") from None
+    optimised = [name for name, section in frozen.items() if section.weight > 0]
+    counts = discriminator is not None and all(rewards[n].weight > 0 for n in of_discriminator)
+    if not counts and not optimised and afd.advantage != "random":
+        raise ValueError(
+            "rewards: got none with a positive weight; needed: one, or a discriminator that counts"
+        )
+    if afd.prior_share < 1 and len(frozen) + (discriminator is not None) < 2:
+        raise ValueError(
+            f"afd.prior_share: got {afd.prior_share:g} with a single reward; needed: 1, or two "
+            "rewards that can disagree"
+        )
+    if afd.baseline == "teacher" and (optimised or not counts):
+        raise ValueError(
+            f"afd.baseline: got teacher with rewards ({', '.join(rewards)}); needed: group, batch "
+            "or ema, as only the discriminator scores the teacher's videos"
+        )

@@ -1,0 +1,146 @@
+"""Rewards of a step's videos: scored on each process, combined over all of them.
+
+Shape letters: R rewards, B videos (group by group; of all processes unless noted), P prompts, G
+videos per prompt (B = P G).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from afd import ops
+from afd.discriminators.base import Discriminator
+from afd.errors import TrainingError
+from afd.methods.config import AfdConfig
+from afd.methods.rollouts import InputPipeline, Rollouts
+from afd.rewards.base import ONLINE, Term
+
+
+def terms_of(discriminator: Discriminator | None, rewards: Sequence[Term]) -> tuple[Term, ...]:
+    """All rewards of a run: those that count first, else in the given order, where a discriminator
+    that is not among them comes first with weight 1."""
+    listed = list(rewards)
+    if discriminator is not None and all(term.reward is not None for term in listed):
+        listed.insert(0, Term(ONLINE))
+    return tuple(sorted(listed, key=lambda term: term.weight == 0))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of videos by every reward.
+
+    Attributes:
+        terms: the rewards, those that count first.
+        each_RB: float32 on the CPU.
+    """
+
+    terms: tuple[Term, ...]
+    each_RB: Tensor
+
+    @property
+    def total_B(self) -> Tensor:
+        """The weighted sum."""
+        first, *others = self.terms
+        total_B = self.each_RB[0] * first.weight
+        for term, score_B in zip(others, self.each_RB[1:], strict=True):
+            total_B = total_B + score_B * term.weight
+        return total_B
+
+    def shown(self, video: int) -> float:
+        """The discriminator's score of a video; without a discriminator the weighted sum."""
+        for term, score_B in zip(self.terms, self.each_RB, strict=True):
+            if term.reward is None:
+                return float(score_B[video])
+        return float(self.total_B[video])
+
+    def refuse_non_finite(self, step: int) -> None:
+        """Raise TrainingError if a score is not finite; `step`: the update, from 0."""
+        for term, score_B in zip(self.terms, self.each_RB, strict=True):
+            bad = score_B[~score_B.isfinite()]
+            if len(bad):
+                raise TrainingError(
+                    f"update {step + 1}: reward {term.name} is {float(bad[0])} for {len(bad)} of "
+                    f"{len(score_B)} videos; needed: finite scores"
+                )
+
+
+def score(
+    terms: tuple[Term, ...],
+    discriminator: Discriminator | None,
+    to_input: InputPipeline,
+    rollouts: Rollouts,
+) -> Scores:
+    """Score this process's videos by every reward."""
+    found = []
+    for term in terms:
+        scorer = discriminator if term.reward is None else term.reward
+        assert scorer is not None
+        seen = rollouts.inputs[to_input.place(scorer)]
+        found.append(scorer.score(seen, rollouts.prompts).float().cpu())
+    return Scores(terms, torch.stack(found))
+
+
+def combine(
+    scores: Scores, config: AfdConfig, baseline: float | Tensor | None = None
+) -> ops.Optimality:
+    """Weights r and disagreement of all videos from their scores (`afd.ops.optimality`).
+
+    `baseline`: value of the baselines "teacher" [B] and "ema"; None: the batch's mean.
+    """
+    level: Literal["group", "batch"] | float | Tensor = "batch" if baseline is None else baseline
+    if config.baseline in ("group", "batch"):
+        level = config.baseline
+    named = {term.name: score_B for term, score_B in zip(scores.terms, scores.each_RB, strict=True)}
+    return ops.optimality(
+        named,
+        samples_per_prompt=config.samples_per_prompt,
+        reward_weights={term.name: term.weight for term in scores.terms},
+        combine=config.combine,
+        baseline=level,
+        normalize=config.normalize,
+        adv_clip=config.adv_clip,
+        adv_mode=config.adv_mode,
+    )
+
+
+def prior_weights(disagreement_B: Tensor, config: AfdConfig) -> float | Tensor:
+    """The prior's weight: `prior_weight`, or float32 [B] with prior_share < 1, where only the
+    videos on which the rewards disagree most have one, such that the prior is the mean over them.
+    """
+    if config.prior_share == 1:
+        return config.prior_weight
+    count = max(1, round(config.prior_share * len(disagreement_B)))
+    least = disagreement_B.topk(count).values[-1]
+    chosen_B = (disagreement_B > 0) & (disagreement_B >= least)
+    weight = config.prior_weight * len(chosen_B) / max(1, int(chosen_B.sum()))
+    return weight * chosen_B.float()
+
+
+def metrics_of(scores: Scores, group_size: int) -> dict[str, float]:
+    """Per reward the mean and the standard deviation within groups; of frozen ones the correlation
+    with the discriminator within groups. Empty for the discriminator alone."""
+    if all(term.reward is None for term in scores.terms):
+        return {}
+    pairs = list(zip(scores.terms, scores.each_RB, strict=True))
+    online_B = next((score_B for term, score_B in pairs if term.reward is None), None)
+    found = {}
+    for term, score_B in pairs:
+        key = f"reward/{term.name}"
+        found[f"{key}/mean"] = float(score_B.mean())
+        found[f"{key}/std"] = float(score_B.view(-1, group_size).std(1, correction=0).mean())
+        if term.reward is not None and online_B is not None and group_size > 1:
+            found[f"{key}/agreement"] = within_group_correlation(score_B, online_B, group_size)
+    return found
+
+
+def within_group_correlation(a_B: Tensor, b_B: Tensor, group_size: int) -> float:
+    """Pearson correlation after subtracting each group's mean; 0 when either is constant."""
+    a, b = (x.view(-1, group_size).double() for x in (a_B, b_B))
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    scale = float((a.square().sum() * b.square().sum()).sqrt())
+    return float((a * b).sum()) / scale if scale > 0 else 0.0
