@@ -1,13 +1,17 @@
 """What a call of an op costs the host: tiny tensors, forward and forward with backward.
 
-    python -m benchmarks.host_overhead
-    python -m benchmarks.host_overhead --out folder
-    python -m benchmarks.host_overhead --against folder/host_overhead.json
+    python benchmarks/host_overhead.py
+    python benchmarks/host_overhead.py --out folder
+    python benchmarks/host_overhead.py --against checkout    # of an earlier commit, its core built
 
 native: the compiled core on CPU tensors (attention: the CPU's library). triton: the host code of
 the Triton backend on CPU tensors, with a driver that loads and launches nothing: Triton
 specialises, binds and looks its kernels up as on a GPU, after compiling each once for sm_90.
-torch.add is there to read the machine by. Medians over interleaved rounds, in microseconds.
+torch.add is there to read the machine by.
+
+A process of its own measures each checkout, in one CPU thread and in that thread's own time, which
+neighbours on the machine do not lengthen. Rounds of the calls are interleaved, and so are those of
+the two processes. Both run this file: only `afd` and `afd_kernels` are the checkout's.
 """
 
 from __future__ import annotations
@@ -18,21 +22,23 @@ import gc
 import importlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
-from time import perf_counter
+from time import thread_time
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-# So that it runs from a checkout where nothing is installed.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+ROOT = Path(__file__).resolve().parents[1]
+# So that it runs from a checkout where nothing is installed; PYTHONPATH goes first.
+sys.path.append(str(ROOT))
+sys.path.append(str(ROOT / "python"))
 
 # Kernels have to be Triton's own, not interpreted ones.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -40,12 +46,19 @@ os.environ.pop("TRITON_INTERPRET", None)
 from afd import ops
 from afd.ops import intervals
 from afd_kernels import dispatch
+
+# What measures is this checkout's, whatever is measured.
+sys.path.insert(0, str(ROOT))
+
 from benchmarks import report
 from benchmarks.nft_case import Nft
 from benchmarks.row_ops import Case as RowCase
 
 ROUNDS, CALLS = 30, 20  # rounds of interleaved runs, calls of each in a round
-HOW = "median of rounds of calls on tiny tensors, interleaved; microseconds of the host"
+HOW = (
+    "median of rounds of calls on tiny tensors, interleaved; microseconds of one thread's own "
+    "time; before: the other checkout, its rounds in turn with these"
+)
 PATHS = {
     "forward_noise": ("native", "triton"),
     "nft_loss": ("native", "triton"),
@@ -56,6 +69,7 @@ PATHS = {
 }
 TRITON = ("forward_noise", "nft_loss", "qk_norm_rope", "adaln", "block_attention")
 Call = Callable[[], object]
+Key = tuple[str, str, bool]
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class Row:
     p20: float
     p80: float
     reps: int
+    before_us: float | None
 
 
 def calls(op: str) -> tuple[Call, Call | None]:
@@ -113,7 +128,7 @@ def no_launch() -> Iterator[None]:
     """The Triton backend takes CPU tensors, and its launches end at the driver."""
     import triton
 
-    from tests.fake_cuda.compiling import Driver
+    from tests.triton_driver import Driver
 
     before = triton.runtime.driver._active
     with contextlib.ExitStack() as stack:
@@ -127,35 +142,83 @@ def no_launch() -> Iterator[None]:
         yield
 
 
-def measure(rounds: int = ROUNDS) -> list[Row]:
-    """Every call on every path, interleaved."""
+def runs() -> dict[Key, Call]:
+    """Every call on every path."""
     x = torch.ones(8)
-    runs: dict[tuple[str, str, bool], Call] = {("torch.add", "cpu", False): lambda: torch.add(x, x)}
+    found: dict[Key, Call] = {("torch.add", "cpu", False): lambda: torch.add(x, x)}
     for op, paths in PATHS.items():
         for path in paths:
             for backward, call in enumerate(calls(op)):
                 if call is not None:
-                    runs[op, path, bool(backward)] = _on(path, call)
-    spent: dict[tuple[str, str, bool], list[float]] = {key: [] for key in runs}
+                    found[op, path, bool(backward)] = _on(path, call)
+    return found
+
+
+def serve() -> None:
+    """Answers every line of the input with a round: a JSON line of microseconds by call."""
+    torch.set_num_threads(1)
     with no_launch():
-        for call in runs.values():
-            call()
+        todo = list(runs().values())
+        for run in todo:
+            run()
         gc.disable()
-        try:
-            keys = list(runs)
-            for i in range(rounds):
-                shift = i % len(keys)
-                for key in keys[shift:] + keys[:shift]:
-                    start = perf_counter()
-                    for _ in range(CALLS):
-                        runs[key]()
-                    spent[key].append((perf_counter() - start) / CALLS * 1e6)
-        finally:
-            gc.enable()
+        for i, _ in enumerate(sys.stdin):
+            spent = [0.0] * len(todo)
+            for at in range(len(todo)):
+                place = (at + i) % len(todo)
+                run = todo[place]
+                start = thread_time()
+                for _ in range(CALLS):
+                    run()
+                spent[place] = (thread_time() - start) / CALLS * 1e6
+            gc.collect()
+            print(json.dumps(spent), flush=True)
+
+
+class Side:
+    """A process that measures the packages of one checkout, a round when asked."""
+
+    def __init__(self, checkout: Path) -> None:
+        paths = [str(checkout.resolve() / part) for part in ("", "python")]
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def round(self) -> list[float]:
+        """Microseconds of each call, in the order of `runs`."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that measures ended with {self._process.wait()}")
+        found: list[float] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def measure(rounds: int, against: Path | None) -> list[Row]:
+    """Every call on every path, of this checkout and of `against`, in turn."""
+    with contextlib.ExitStack() as stack:
+        sides = [Side(where) for where in (ROOT, against) if where is not None]
+        for side in sides:
+            stack.callback(side.close)
+        spent = [[side.round() for side in sides] for _ in range(rounds)]
     rows: list[Row] = []
-    for key, found in spent.items():
-        tenths = quantiles(found, n=10, method="inclusive")
-        rows.append(Row(*key, tenths[4], tenths[1], tenths[7], len(found)))
+    for i, key in enumerate(runs()):
+        tenths, *before = (
+            quantiles([found[side][i] for found in spent], n=10, method="inclusive")
+            for side in range(len(sides))
+        )
+        earlier = before[0][4] if before else None
+        rows.append(Row(*key, tenths[4], tenths[1], tenths[7], rounds, earlier))
     return rows
 
 
@@ -167,40 +230,34 @@ def _on(path: str, call: Call) -> Call:
     return run
 
 
-def show(rows: list[Row], old: dict[tuple[str, str, bool], float]) -> None:
+def show(rows: list[Row]) -> None:
     report.table(
         "host time per call",
         ("op", "path", "what"),
-        ("median us", "p20", "p80", *(["before us", "now / before"] if old else [])),
+        ("median us", "p20", "p80", "before us", "now / before"),
         [
             (
                 *(row.op, row.path, "forward + backward" if row.backward else "forward"),
-                *(row.median_us, row.p20, row.p80),
-                *_beside(row, old.get((row.op, row.path, row.backward)), bool(old)),
+                *(row.median_us, row.p20, row.p80, row.before_us),
+                None if row.before_us is None else row.median_us / row.before_us,
             )
             for row in rows
         ],
     )
 
 
-def _beside(row: Row, before: float | None, asked: bool) -> tuple[float | None, ...]:
-    if not asked:
-        return ()
-    return before, None if before is None else row.median_us / before
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, help="folder for the JSON; default: none")
-    parser.add_argument("--against", type=Path, help="a JSON of an earlier run, shown beside")
+    parser.add_argument("--against", type=Path, help="another checkout, measured in turn with this")
+    parser.add_argument("--serve", action="store_true", help="measure when a line comes (internal)")
     args = parser.parse_args(argv)
-    old = {}
-    if args.against is not None:
-        saved = json.loads(args.against.read_text())["rows"]
-        old = {(row["op"], row["path"], row["backward"]): row["median_us"] for row in saved}
-    rows = measure(args.rounds)
-    show(rows, old)
+    if args.serve:
+        serve()
+        return
+    rows = measure(args.rounds, args.against)
+    show(rows)
     print(HOW)
     if args.out is not None:
         print(f"wrote {report.save(args.out, 'host_overhead', 'cpu', HOW, rows)}")
