@@ -35,10 +35,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
 # So that it runs from a checkout where nothing is installed; PYTHONPATH goes first.
-sys.path.append(str(ROOT))
-sys.path.append(str(ROOT / "python"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 # Kernels have to be Triton's own, not interpreted ones.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -48,12 +47,13 @@ from afd.ops import intervals
 from afd_kernels import dispatch
 
 # What measures is this checkout's, whatever is measured.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
 from benchmarks.nft_case import Nft
 from benchmarks.row_ops import Case as RowCase
 
+ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, CALLS = 30, 20  # rounds of interleaved runs, calls of each in a round
 HOW = (
     "median of rounds of calls on tiny tensors, interleaved; microseconds of one thread's own "
