@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,16 +14,27 @@ import torch
 from torch import Tensor
 
 from afd_kernels.contracts import Plan
-from afd_kernels.plans import Kept
+from afd_kernels.kept import Kept
 
 # The codes of afd::DType and afd::ScheduleKind in csrc/include/afd.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCHEDULES = {"rectified_flow": 0, "vp_cosine": 1, "vp_linear": 2}
+_READS = (
+    *("data_ptr", "dim", "sizes", "strides"),
+    *("dtype", "device_type", "device_index", "layout"),
+)
+# A tensor of which one is true is not only its memory: lazily negated, or of a vmapped backward
+# (torch.autograd.grad with is_grads_batched) or a transform, neither of which a mode announces.
+UNUSUAL: tuple[Callable[[Tensor], bool], ...] = (
+    Tensor.is_neg,
+    torch._C._functorch.is_legacy_batchedtensor,
+    torch._C._functorch.is_functorch_wrapped_tensor,
+)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("afd_kernels._native"), None
+        core = importlib.import_module("afd_kernels._native")
     except ModuleNotFoundError:
         # setup.py leaves the compiler's words there when the build failed.
         note = Path(__file__).with_name("_native_missing.txt")
@@ -33,6 +45,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"the compiled core cannot be loaded ({error})"
+    # It reads tensors through PyTorch's stable C interface (torch/csrc/inductor/aoti_torch/c).
+    library = ctypes.CDLL(torch._C.__file__)
+    functions = {
+        name: ctypes.cast(library[f"aoti_torch_get_{name}"], ctypes.c_void_p).value
+        for name in _READS
+    }
+    strided = library.aoti_torch_layout_strided()
+    core.connect(functions, strided, Tensor, torch.nn.Parameter, list(UNUSUAL))
+    return core, None
 
 
 _core, _why_missing = _load()
@@ -119,11 +140,6 @@ def put_back(kept: Kept | None, problem: Any) -> None:
     """Keeps a problem that was taken, for the next call."""
     if kept is not None:
         kept.problems.append(problem)
-
-
-def pointer(x: Tensor | None) -> int:
-    """The address of a contiguous tensor's first element, 0 for None."""
-    return 0 if x is None else x.data_ptr()
 
 
 def rows(x: Tensor) -> tuple[int, int, int]:

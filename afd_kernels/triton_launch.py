@@ -6,28 +6,22 @@ where 16 divides all of those, and are repeated only where it does again.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from afd_kernels.plans import Kept
+from afd_kernels import metadata
+from afd_kernels.kept import Kept
 
 
-def _aligned(tensors: Sequence[Tensor | None]) -> bool:
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    return reduce(operator.or_, addresses) % 16 == 0
-
-
-def repeat(kept: Kept | None, tensors: Sequence[Tensor | None]) -> bool:
+def repeat(kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> bool:
     """Launches again what `Launches` kept; False where the caller has to do it in full.
 
     `tensors`: every tensor that the kernels are given, in the order in which they were recorded.
     """
-    if kept is None or kept.launches is None or not _aligned(tensors):
+    if kept is None or kept.launches is None or not metadata.aligned(tensors):
         return False
     for run, arguments, places in kept.launches:
         given = list(arguments)
@@ -44,10 +38,10 @@ class Launches:
     the interpreter or on ROCm, where Triton also specialises to the size of storages.
     """
 
-    def __init__(self, kept: Kept | None, tensors: Sequence[Tensor | None]) -> None:
+    def __init__(self, kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> None:
         self._kept, self._tensors = kept, tensors
         self._made: list[Any] = []
-        self._can = kept is not None and not torch.version.hip and _aligned(tensors)
+        self._can = kept is not None and not torch.version.hip and metadata.aligned(tensors)
 
     def __call__(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*args: Any, **options: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels import native
-from afd_kernels.plans import Kept
+from afd_kernels.kept import Kept
 
 KEEPS = True
 
@@ -39,17 +39,13 @@ def _problem(
     scale: Tensor,
     scale_offset: float,
     eps: float,
-    kept: Kept | None,
 ) -> Any:
-    def make() -> Any:
-        problem = native.core().AdalnProblem()
-        problem.batch, problem.tokens, problem.channels = x.shape
-        problem.type = native.type_code(x.dtype)
-        problem.scale_offset = scale_offset
-        problem.eps = eps
-        return problem
-
-    problem = native.take(kept, make)
+    """What both passes have in common, to be placed."""
+    problem = native.core().AdalnProblem()
+    problem.batch, problem.tokens, problem.channels = x.shape
+    problem.type = native.type_code(x.dtype)
+    problem.scale_offset = scale_offset
+    problem.eps = eps
     problem.x = native.rows(x)
     if branch is not None:
         problem.branch = native.rows(branch)
@@ -72,22 +68,14 @@ def adaln(
     """x_out ([0] without a branch) and h, contiguous; every input may be strided but for D."""
 
     def make() -> Any:
-        problem = _problem(x, branch, gate, scale, scale_offset, eps, None)
+        problem = _problem(x, branch, gate, scale, scale_offset, eps)
         problem.shift = _modulation(shift)
         return problem
 
     problem = native.take(kept, make)
     h = native.empty_like(x)
     x_out = torch.empty(0, dtype=x.dtype) if branch is None else native.empty_like(x)
-    problem.place(
-        x.data_ptr(),
-        native.pointer(branch),
-        native.pointer(gate),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        0 if branch is None else x_out.data_ptr(),
-        h.data_ptr(),
-    )
+    problem.place(x, branch, gate, scale, shift, None if branch is None else x_out, h)
     native.core().adaln_cpu(problem, native.threads(x))
     native.put_back(kept, problem)
     return x_out, h
@@ -105,19 +93,23 @@ def adaln_bwd(
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch, dgate (both [0] without a gate), dscale and dshift; sums over tokens in fp32."""
-    problem = _problem(x_out, branch, gate, scale, scale_offset, eps, kept)
-    problem.grad_h = native.rows(grad_h)
-    if grad_x_out is not None:
-        problem.grad_x_out = native.rows(grad_x_out)
+
+    def make() -> Any:
+        problem = _problem(x_out, branch, gate, scale, scale_offset, eps)
+        problem.grad_h = native.rows(grad_h)
+        if grad_x_out is not None:
+            problem.grad_x_out = native.rows(grad_x_out)
+        return problem
+
+    problem = native.take(kept, make)
     dx = native.empty_like(x_out)
     dscale, dshift = (torch.empty(scale.shape, dtype=torch.float32) for _ in range(2))
     dbranch = torch.empty(0, dtype=x_out.dtype)
     dgate = torch.empty(0 if gate is None else gate.shape, dtype=torch.float32)
     if gate is not None:
         dbranch = native.empty_like(x_out)
-        problem.dbranch, problem.dgate = dbranch.data_ptr(), dgate.data_ptr()
-    problem.dx, problem.dscale = dx.data_ptr(), dscale.data_ptr()
-    problem.dshift = dshift.data_ptr()
+    gated = (None, None) if gate is None else (dbranch, dgate)
+    problem.place_bwd(*(grad_x_out, grad_h, x_out, branch, gate, scale, dx, *gated, dscale, dshift))
     native.core().adaln_bwd_cpu(problem, native.threads(x_out))
     native.put_back(kept, problem)
     like = x_out if gate is None else gate

@@ -413,7 +413,7 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, h, d] in q's dtype and lse fp32 [B, h, L]."""
     library: Any = _CPU
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         library = pick(library_cuda.major(q.device), q.shape[-1], backward=False)
         if isinstance(library, ModuleType):
             return library.block_attention(q, k, v, k_context, v_context, intervals, scale)

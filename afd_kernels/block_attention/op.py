@@ -51,7 +51,7 @@ def _block_attention(
         "block_attention",
         _plan,
         tensors,
-        (tuple(map(int, flat)), streams, scale),
+        (tuple(flat), streams, scale),
         range(5),
         _rowwise,
         _addresses(tensors),

@@ -20,8 +20,8 @@ from afd_kernels.block_attention.triton_bwd import (
 )
 from afd_kernels.block_attention.triton_fwd import _block_attention_fwd_kernel
 from afd_kernels.forward_noise import triton_impl as noising
+from afd_kernels.kept import Kept
 from afd_kernels.launch_config import device_arch, launch_config
-from afd_kernels.plans import Kept
 from afd_kernels.triton_launch import Launches, repeat
 
 # A head of more channels does not fit the registers beside its scores.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from afd_kernels import native
 from afd_kernels.contracts import METRICS, NftPlan
+from afd_kernels.kept import Kept
 from afd_kernels.nft_loss.storage import grad_power
-from afd_kernels.plans import Kept
 
 KEEPS = True
 
@@ -63,19 +63,11 @@ def nft_loss(
         return problem
 
     problem = native.take(kept, make)
-    problem.v_theta = native.pointer(v_theta)
-    problem.v_old = native.pointer(v_old)
-    problem.v_ref = native.pointer(v_ref)
-    problem.x0 = native.pointer(x0)
-    problem.t = native.pointer(t)
-    problem.r = native.pointer(r)
-    problem.seed = native.pointer(seed)
-    problem.noise = native.pointer(noise)
-    problem.frame_mask = native.pointer(frame_mask)
-    problem.loss = native.pointer(loss)
-    problem.metrics = native.pointer(metrics)
-    problem.grad = native.pointer(grad) if plan.needs_grad else 0
-    if x0.device.type == "cpu":
+    wanted = grad if plan.needs_grad else None
+    problem.place(
+        *(v_theta, v_old, v_ref, x0, t, r, seed, noise, frame_mask, loss, metrics, wanted)
+    )
+    if x0.is_cpu:
         core.nft_loss_cpu(problem, native.threads(x0))
     else:
         size = core.nft_loss_workspace(problem)

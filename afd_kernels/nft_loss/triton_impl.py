@@ -10,6 +10,7 @@ from torch import Tensor
 
 from afd_kernels.contracts import METRICS, NftPlan
 from afd_kernels.forward_noise import triton_impl as noising
+from afd_kernels.kept import Kept
 from afd_kernels.launch_config import device_arch, launch_config
 from afd_kernels.nft_loss.storage import grad_power
 from afd_kernels.nft_loss.triton_kernels import (
@@ -21,7 +22,6 @@ from afd_kernels.nft_loss.triton_kernels import (
     _nft_loss_scale_kernel,
     _nft_loss_total_kernel,
 )
-from afd_kernels.plans import Kept
 from afd_kernels.triton_launch import Launches, repeat
 
 # Rows of partial sums that the finalisation adds side by side; part of the summation order.
