@@ -11,11 +11,12 @@ class Kept:
     Attributes:
         problems: structs of the compiled core, filled but for their addresses. A call takes one out
             and puts it back, so that calls at the same time have one each.
-        launches: Triton launches in order, to be repeated (triton_launch.py); None: not yet made.
+        launches: Triton launches in order, to be repeated (triton_launch.py), by which tensors'
+            addresses 16 divides.
     """
 
     __slots__ = ("launches", "problems")
 
     def __init__(self) -> None:
         self.problems: list[Any] = []
-        self.launches: tuple[Any, ...] | None = None
+        self.launches: dict[int, tuple[Any, ...]] = {}

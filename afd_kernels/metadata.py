@@ -31,14 +31,15 @@ def all_usual(arguments: tuple[Any, ...], count: int) -> bool:
     return not any(is_unusual(x) for is_unusual in native.UNUSUAL for x in given)
 
 
-def aligned(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether 16 divides the address of every tensor."""
+def alignment(tensors: tuple[Tensor | None, ...]) -> int:
+    """Bit i: whether 16 divides the address of tensor i (at most 64 tensors, or None)."""
     if _core is not None:
-        return _core.aligned(tensors)
-    return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
+        return _core.alignment(tensors)
+    addresses = (0 if x is None else x.data_ptr() for x in tensors)
+    return sum((at % 16 == 0) << i for i, at in enumerate(addresses))
 
 
-def apart(tensors: tuple[Tensor, ...], extents: list[int], written: tuple[int, ...]) -> bool:
+def apart(tensors: tuple[Tensor, ...], extents: tuple[int, ...], written: tuple[int, ...]) -> bool:
     """Whether none of the tensors at `written` shares memory with another; quick, for every call.
 
     `extents`: the bytes of each, as by aliasing.extent. False where aliasing has to look.

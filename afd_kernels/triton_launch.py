@@ -1,7 +1,7 @@
 """Triton launches of a plan, made once in full and then repeated without Triton's binder.
 
-Of what a kernel is specialised to, a plan fixes everything but the addresses. Launches are kept
-where 16 divides all of those, and are repeated only where it does again.
+Of what a kernel is specialised to, a plan fixes everything but which addresses 16 divides: launches
+are kept for each such pattern that occurs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def repeat(kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> bool:
 
     `tensors`: every tensor that the kernels are given, in the order in which they were recorded.
     """
-    if kept is None or kept.launches is None or not metadata.aligned(tensors):
+    if kept is None or (made := kept.launches.get(metadata.alignment(tensors))) is None:
         return False
-    for run, arguments, places in kept.launches:
+    for run, arguments, places in made:
         given = list(arguments)
         for place, index in places:
             given[place] = tensors[index]
@@ -41,7 +41,7 @@ class Launches:
     def __init__(self, kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> None:
         self._kept, self._tensors = kept, tensors
         self._made: list[Any] = []
-        self._can = kept is not None and not torch.version.hip and metadata.aligned(tensors)
+        self._can = kept is not None and not torch.version.hip
 
     def __call__(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*args: Any, **options: Any) -> None:
@@ -80,4 +80,4 @@ class Launches:
     def keep(self) -> None:
         """Keeps the launches so far for `repeat`."""
         if self._can and self._kept is not None:
-            self._kept.launches = tuple(self._made)
+            self._kept.launches[metadata.alignment(self._tensors)] = tuple(self._made)

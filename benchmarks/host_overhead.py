@@ -87,7 +87,7 @@ class Row:
 
 
 def calls(op: str) -> tuple[Call, Call | None]:
-    """The op forward without gradients, and forward and backward where it has one."""
+    """The op forward, to be called without gradients, and with backward where it has one."""
     if op == "nft_loss":
         i = Nft("x0_adaptive", "fp32", 1, (4, 2, 4, 4)).inputs("cpu", 0)
         i.pop("seed")
@@ -96,7 +96,8 @@ def calls(op: str) -> tuple[Call, Call | None]:
     if op == "forward_noise":
         x0, noise = torch.randn(2, 1, 4, 2, 4, 4)
         x0.requires_grad_()
-        return _pair(lambda: ops.forward_noise(x0, torch.full((1,), 0.5), noise=noise), [x0])
+        t = torch.full((1,), 0.5)
+        return _pair(lambda: ops.forward_noise(x0, t, noise=noise), [x0])
     if op == "block_attention":
         rows = intervals.cache(2, 1, 4)
         q, k, v = (torch.randn(1, n, 2, 64).requires_grad_() for n in (4, 8, 8))
@@ -111,16 +112,12 @@ def calls(op: str) -> tuple[Call, Call | None]:
 
 
 def _pair(forward: Callable[[], Any], leaves: list[Tensor]) -> tuple[Call, Call]:
-    def alone() -> object:
-        with torch.no_grad():
-            return forward()
-
     def both() -> object:
         out = forward()
         outs = [out] if isinstance(out, Tensor) else list(out)
         return torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs])
 
-    return alone, both
+    return forward, both
 
 
 @contextlib.contextmanager
@@ -150,27 +147,39 @@ def runs() -> dict[Key, Call]:
         for path in paths:
             for backward, call in enumerate(calls(op)):
                 if call is not None:
-                    found[op, path, bool(backward)] = _on(path, call)
+                    found[op, path, bool(backward)] = call
     return found
+
+
+@contextlib.contextmanager
+def _as_asked(key: Key) -> Iterator[None]:
+    _, path, backward = key
+    with contextlib.ExitStack() as stack:
+        if path in dispatch.BACKENDS:
+            stack.enter_context(ops.use_backend(path))
+        stack.enter_context(torch.set_grad_enabled(backward))
+        yield
 
 
 def serve() -> None:
     """Answers every line of the input with a round: a JSON line of microseconds by call."""
     torch.set_num_threads(1)
     with no_launch():
-        todo = list(runs().values())
-        for run in todo:
-            run()
+        todo = list(runs().items())
+        for key, run in todo:
+            with _as_asked(key):
+                run()
         gc.disable()
         for i, _ in enumerate(sys.stdin):
             spent = [0.0] * len(todo)
             for at in range(len(todo)):
                 place = (at + i) % len(todo)
-                run = todo[place]
-                start = thread_time()
-                for _ in range(CALLS):
-                    run()
-                spent[place] = (thread_time() - start) / CALLS * 1e6
+                key, run = todo[place]
+                with _as_asked(key):
+                    start = thread_time()
+                    for _ in range(CALLS):
+                        run()
+                    spent[place] = (thread_time() - start) / CALLS * 1e6
             gc.collect()
             print(json.dumps(spent), flush=True)
 
@@ -220,14 +229,6 @@ def measure(rounds: int, against: Path | None) -> list[Row]:
         earlier = before[0][4] if before else None
         rows.append(Row(*key, tenths[4], tenths[1], tenths[7], rounds, earlier))
     return rows
-
-
-def _on(path: str, call: Call) -> Call:
-    def run() -> object:
-        with ops.use_backend(path):
-            return call()
-
-    return run
 
 
 def show(rows: list[Row]) -> None:

@@ -74,11 +74,7 @@ class Intervals:
 
     def flat(self) -> list[int]:
         """Every number in order, as the op takes them; a row with q0 = 0 opens a stream."""
-        return list(self._numbers)
-
-    @functools.cached_property
-    def _numbers(self) -> tuple[int, ...]:
-        return tuple(number for stream in self.rows for row in stream for number in row)
+        return [number for stream in self.rows for row in stream for number in row]
 
     @staticmethod
     def from_flat(flat: Sequence[int], streams: int) -> Intervals:

@@ -78,13 +78,13 @@ def nft_loss(
     return loss, metrics, grad
 
 
-def nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
+def nft_loss_bwd(grad: Tensor, grad_loss: Tensor, kept: Kept | None = None) -> Tensor:
     """grad * grad_loss, a new tensor."""
     out = native.empty_like(grad)
     native.scale(grad, grad_loss, out)
     return out
 
 
-def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
+def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor, kept: Kept | None = None) -> None:
     """grad *= grad_loss; a scale of exactly 1 writes nothing."""
     native.scale(grad, grad_loss, grad)

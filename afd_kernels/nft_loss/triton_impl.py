@@ -181,12 +181,14 @@ def nft_loss(
     return loss, metrics, grad
 
 
-def _scale(grad: Tensor, grad_loss: Tensor, out: Tensor) -> None:
+def _scale(grad: Tensor, grad_loss: Tensor, out: Tensor, kept: Kept | None) -> None:
+    tensors = (grad, grad_loss, out)
+    if repeat(kept, tensors):
+        return
+    launches = Launches(kept, tensors)
     config = launch_config("nft_loss", device_arch(grad.device))["scale"]
-    _nft_loss_scale_kernel[(triton.cdiv(grad.numel(), config["block"]),)](
-        grad,
-        grad_loss,
-        out,
+    launches(_nft_loss_scale_kernel, (triton.cdiv(grad.numel(), config["block"]),))(
+        *tensors,
         grad.numel(),
         IN_PLACE=out is grad,
         BLOCK=config["block"],
@@ -194,15 +196,16 @@ def _scale(grad: Tensor, grad_loss: Tensor, out: Tensor) -> None:
         num_stages=config["num_stages"],
         enable_fp_fusion=False,
     )
+    launches.keep()
 
 
-def nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
+def nft_loss_bwd(grad: Tensor, grad_loss: Tensor, kept: Kept | None = None) -> Tensor:
     """grad * grad_loss in grad's dtype; grad_loss is a scalar on the device."""
     out = torch.empty_like(grad)
-    _scale(grad, grad_loss, out)
+    _scale(grad, grad_loss, out, kept)
     return out
 
 
-def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
+def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor, kept: Kept | None = None) -> None:
     """The same, into grad."""
-    _scale(grad, grad_loss, grad)
+    _scale(grad, grad_loss, grad, kept)

@@ -35,9 +35,9 @@ def _dense_append(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*_dense(others), k_cache, v_cache, position.contiguous()]
 
 
-def _plan_append(*arguments: Any) -> list[int]:
+def _plan_append(*arguments: Any) -> tuple[int, ...]:
     check_append(*arguments)
-    return [aliasing.extent(x) for x in arguments if isinstance(x, Tensor)]
+    return tuple(aliasing.extent(x) for x in arguments if isinstance(x, Tensor))
 
 
 def _qk_norm_rope(

@@ -134,13 +134,13 @@ inline bool all_usual(py::tuple arguments, size_t count) {
   return true;
 }
 
-// Whether 16 divides the address of every tensor.
-inline bool aligned(py::tuple tensors) {
-  uintptr_t bits = 0;
-  for (const py::handle x : tensors) {
-    bits |= reinterpret_cast<uintptr_t>(address(x));
+// Bit i of the result: whether 16 divides the address of tensor i.
+inline uint64_t alignment(py::tuple tensors) {
+  uint64_t bits = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    bits |= static_cast<uint64_t>(reinterpret_cast<uintptr_t>(address(tensors[i])) % 16 == 0) << i;
   }
-  return bits % 16 == 0;
+  return bits;
 }
 
 // Whether none of the numbers of a float32 tensor is 0, infinite or NaN; false where they do not
@@ -238,7 +238,7 @@ inline void define(py::module_& m) {
   m.def("connect", connect, "PyTorch's C interface, its types, and what makes a tensor unusual.");
   m.def("key", key, "Shapes, strides, dtypes and devices as bytes, or None.");
   m.def("all_usual", all_usual, "Whether nothing but its memory belongs to any tensor.");
-  m.def("aligned", aligned, "Whether 16 divides the address of every tensor.");
+  m.def("alignment", alignment, "Bit i: whether 16 divides the address of tensor i.");
   m.def("all_finite_nonzero", all_finite_nonzero,
         "Whether none of the numbers of a float32 tensor is 0, infinite or NaN.");
   m.def("apart", apart, "Whether no written tensor shares an address with another.");
