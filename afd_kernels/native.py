@@ -45,7 +45,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"the compiled core cannot be loaded ({error})"
-    # It reads tensors through PyTorch's stable C interface (torch/csrc/inductor/aoti_torch/c).
+    connect(core)
+    return core, None
+
+
+def connect(core: ModuleType) -> None:
+    """Lets an extension module read tensors, through PyTorch's stable C interface.
+
+    Its functions are those of torch/csrc/inductor/aoti_torch/c/shim.h, looked up in PyTorch.
+    """
     library = ctypes.CDLL(torch._C.__file__)
     functions = {
         name: ctypes.cast(library[f"aoti_torch_get_{name}"], ctypes.c_void_p).value
@@ -53,7 +61,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
     }
     strided = library.aoti_torch_layout_strided()
     core.connect(functions, strided, Tensor, torch.nn.Parameter, list(UNUSUAL))
-    return core, None
 
 
 _core, _why_missing = _load()

@@ -49,6 +49,9 @@ inline void check(int32_t error) {
 
 template <class T>
 T read(Interface::Get<T> get, void* implementation) {
+  if (get == nullptr) {
+    throw std::runtime_error("connect() was not called");
+  }
   T result{};
   check(get(&implementation, &result));
   return result;
