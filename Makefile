@@ -10,7 +10,13 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard $(addprefix csrc/,*/*.cpp */*.cu */*.cuh */*.h include/afd/*.h))
 SHIM := $(wildcard $(addprefix tests/cuda_on_cpu/,*/*.cpp */*.cu */*.h))
 
-.PHONY: quickstart quickstart-full test soak lowest check format bench offline gpu-check gpu-rehearsal \
+# A minute's part of the tests: the house, the ops against their references, and what every run needs.
+FAST := tests/test_architecture.py tests/contract/test_plans.py tests/contract/test_requests.py \
+        $(filter-out %memory.py %loss_scale.py,$(wildcard tests/ops/test_*.py)) \
+        $(patsubst %,tests/afd/test_%.py,afd_method answers causal_wan checkpoint cli config \
+        discriminators files folder kv_cache ledger optimizer policies rollout schedules)
+
+.PHONY: quickstart quickstart-full test test-fast soak lowest check format bench offline gpu-check gpu-rehearsal \
         gpu-wheels base motion-backbone screenshot readme lock setup clean
 
 quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
@@ -21,6 +27,9 @@ quickstart-full: setup ## the whole table: every teacher, run and control, three
 
 test: setup ## every test that needs no GPU; ARGS goes to pytest
 	$(BIN)/python -m pytest tests --ignore tests/offline $(ARGS)
+
+test-fast: setup ## a part of the tests that takes a minute
+	$(BIN)/python -m pytest $(FAST) -m "not slow and not soak" -k "not triton" $(ARGS)
 
 offline: setup ## compile every GPU kernel for every target and hold it to its budget
 	$(BIN)/python -m pytest tests/offline $(ARGS)
@@ -66,14 +75,14 @@ gpu-wheels: ## fetch what gpu-check's sections want and a bare GPU box may lack;
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint requirements.lock \
 	  --implementation cp --python-version 3.12 --platform manylinux_2_28_x86_64 \
 	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest $(WHEELS) \
-	  pydantic pydantic-core annotated-types typing-inspection hypothesis sortedcontainers \
+	  einops pydantic pydantic-core annotated-types typing-inspection hypothesis sortedcontainers \
 	  diffusers importlib-metadata zipp pillow requests charset-normalizer idna urllib3 certifi
 
 base: setup ## make the shipped base student again
-	$(BIN)/python -m afd.pretrain base
+	$(BIN)/python -m afd.lab.pretrain base
 
 motion-backbone: setup ## make the shipped motion backbone again
-	$(BIN)/python -m afd.pretrain motion-backbone
+	$(BIN)/python -m afd.lab.pretrain motion-backbone
 
 screenshot: setup ## docs/quickstart.png from the last quickstart; needs chromium
 	$(BIN)/python docs/screenshot.py runs/quickstart docs/quickstart.png

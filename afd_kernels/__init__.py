@@ -1,4 +1,4 @@
-"""Low level of afd: ops on torch.ops.afd.*, each with several backends. Users import afd.ops."""
+"""Low-level ops of afd, torch.ops.afd.*, each with several backends. Users import afd.ops."""
 
 from afd_kernels.adaln import op as _adaln  # noqa: F401 (registers the op)
 from afd_kernels.block_attention import op as _block_attention  # noqa: F401 (registers the op)

@@ -1,4 +1,4 @@
-"""Refuses tensors that share memory with one that an op writes in place."""
+"""Rejects arguments that overlap a tensor which an op writes in place."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 def refuse_overlaps(written: Named, read: Named) -> None:
-    """Refuses any overlap of a written tensor with another, written or read.
+    """Rejects any overlap of a written tensor with another, written or read.
 
-    Written tensors are dense. A read one counts from its first element to its last, so that rows
-    which lie between each other's are refused, too. Looks at metadata only and runs on every call.
+    Written tensors are dense. A read tensor is treated as the range from its first to its last
+    element, so interleaved rows are rejected, too. Reads only metadata and runs on every call.
 
     Raises:
-        ValueError: naming both arguments.
+        ValueError: names both arguments.
     """
     if any(type(x) not in _PLAIN or x.is_meta for _, x in written):
         _refuse_shared_storage(written, read)
@@ -35,7 +35,7 @@ def refuse_overlaps(written: Named, read: Named) -> None:
 
 
 def extent(x: Tensor) -> int:
-    """Bytes from the first element to behind the last one."""
+    """Bytes from the first element to the end of the last one."""
     if x.is_contiguous() or not x.numel():
         return x.nbytes
     last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
@@ -45,7 +45,7 @@ def extent(x: Tensor) -> int:
 def _refuse(
     written: Named, starts: list[int], ends: list[int], name: str, x: Tensor, start: int
 ) -> None:
-    """Raises where x, at `start`, overlaps one of `written` (one address space per device)."""
+    """Raises if x, at `start`, overlaps one of `written` (one address space per device)."""
     for (other, y), its_start, its_end in zip(written, starts, ends, strict=False):
         if start < its_end and its_start < start + extent(x) and x.device == y.device:
             raise ValueError(
@@ -55,7 +55,7 @@ def _refuse(
 
 
 def _refuse_shared_storage(written: Named, read: Named) -> None:
-    """The same for fake and meta tensors: no address, but a storage that their views share."""
+    """The same for fake and meta tensors, which have no address but whose views share a storage."""
     for i, (name, x) in enumerate((*written, *read)):
         storage, start = x.untyped_storage()._cdata, _offset(x)
         beside = [y for y in written[:i] if y[1].untyped_storage()._cdata == storage]

@@ -1,7 +1,7 @@
-"""Shape, dtype and device checks: one door for every backend and every fake.
+"""Shape, dtype and device checks shared by all backends and fakes.
 
-`plan_forward_noise` and `plan_nft_loss` look only at metadata, so fakes share them;
-`check_values` looks at numbers and runs only where that costs no synchronisation (CPU).
+`plan_forward_noise` and `plan_nft_loss` read only metadata, so fakes share them;
+`check_values` reads values and runs only where that needs no synchronisation (CPU).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ METRICS = ("loss_pos", "loss_neg", "prior", "w_pos", "w_neg", "old_deviation", "
 
 @dataclass(frozen=True)
 class Plan:
-    """How a backend walks a sample: `outer * frames` rows of `inner` contiguous elements.
+    """How a backend traverses a sample: `outer * frames` rows of `inner` contiguous elements.
 
-    Frame f uses t[:, f // (frames // t_chunks)]. When everything is per video, frames = outer = 1.
+    Frame f uses t[:, f // (frames // t_chunks)]. If everything is per video, frames = outer = 1.
     """
 
     batch: int
@@ -55,17 +55,17 @@ class NftPlan(Plan):
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors in row-major memory, which every backend's kernels assume."""
+    """The tensors in row-major layout, which all backends' kernels assume."""
     return [None if x is None else x.contiguous() for x in tensors]
 
 
 def describe(value: Tensor) -> str:
-    """dtype, shape and device of a tensor, in words."""
+    """Format a tensor's dtype, shape and device for messages."""
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
 def require(ok: bool, argument: str, got: object, needed: str) -> None:
-    """Raises ValueError naming the argument, what came and what is needed, unless `ok`."""
+    """Raises ValueError with the argument, its value and the requirement, unless `ok`."""
     if not ok:
         shown = describe(got) if isinstance(got, Tensor) else repr(got)
         raise ValueError(f"{argument}: got {shown}; needed: {needed}")
@@ -78,7 +78,7 @@ def expect(
     dtypes: Sequence[torch.dtype],
     beside: Tensor,
 ) -> None:
-    """Requires a shape, one of `dtypes` and the device of `beside`; formats words only to raise."""
+    """Requires a shape, one of `dtypes` and the device of `beside`; formats only on failure."""
     if value.shape == shape and value.dtype in dtypes and value.device == beside.device:
         return
     kinds = " or ".join(dict.fromkeys(str(x).removeprefix("torch.") for x in dtypes))
@@ -183,7 +183,7 @@ def plan_forward_noise(
     """Checks the metadata of forward_noise and returns its plan.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: names the argument, its value and the requirement.
     """
     _check_sample(x0)
     _check_one_of("layout", layout, LAYOUTS)
@@ -226,7 +226,7 @@ def plan_nft_loss(
     """Checks the metadata of nft_loss and returns its plan.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: names the argument, its value and the requirement.
     """
     _check_sample(x0)
     _check_one_of("layout", layout, LAYOUTS)
@@ -290,12 +290,12 @@ def plan_nft_loss(
     )
 
 
-# Numbers that are faster looked at one by one.
+# Up to this many elements are faster to check one by one.
 _FEW = 32
 
 
 def _within(x: Tensor, low: float, high: float) -> bool:
-    """Whether every number of x is in [low, high], rounded to x's dtype; NaN is not."""
+    """Whether all elements of x are in [low, high], rounded to x's dtype; False for NaN."""
     if x.numel() > _FEW:
         return bool(((x >= low) & (x <= high)).all())
     low, high = _rounded(low, x.dtype), _rounded(high, x.dtype)
@@ -309,9 +309,9 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def check_values(plan: Plan, t: Tensor, r: Tensor | None = None) -> None:
-    """Refuses timesteps outside the schedule and r outside [0, 1] or NaN; CPU tensors only.
+    """Rejects timesteps outside the schedule and r outside [0, 1] or NaN; CPU tensors only.
 
-    On an accelerator looking would synchronise: there the kernels poison the result with NaN.
+    On an accelerator this would synchronise; there the kernels set the result to NaN instead.
     """
     if t.device.type != "cpu":
         return

@@ -1,9 +1,9 @@
-"""How an op is differentiated and batched: autograd, forward mode and torch.func in one mechanism.
+"""Differentiation and batching of ops: autograd, forward mode and torch.func in one mechanism.
 
-Each op has one kernel for the Autograd dispatch key, which PyTorch calls at every level: for a
-plain backward, for forward mode, and for each grad or jvp of torch.func around the call; below it
-the call goes on to the next level. A second kernel gives vmap, as a loop over the mapped dimension.
-Whatever a rule does not provide raises a sentence; nothing becomes zero.
+Each op has a kernel for the Autograd dispatch key, which PyTorch calls at every level: for a plain
+backward, for forward mode, and for each grad or jvp of torch.func around the call; it then
+redispatches the call to the next level. A second kernel implements vmap as a loop over the mapped
+dimension. Derivatives that a rule does not provide raise an error; none is silently zero.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.library import Library
 
 from afd_kernels import dispatch
@@ -25,18 +26,17 @@ from afd_kernels import dispatch
 
 @dataclass(frozen=True)
 class Rule:
-    """The derivatives of an op; None where it has none.
+    """The derivatives of an op; None for those it does not have.
 
     Attributes:
         instead: the plain PyTorch function that is differentiable where the op is not.
-        setup_context: (ctx, inputs, output), as of torch.autograd.Function. `ctx.transformed` is
-            True where another derivative may be taken of this one's results: under torch.func, or
-            beside a tangent.
+        setup_context: (ctx, inputs, output), as in torch.autograd.Function. `ctx.transformed` is
+            True if the results may be differentiated again: under torch.func, or with a tangent.
         backward: (ctx, *grads), one gradient per argument of the op.
         jvp: (ctx, *tangents), one tangent (or None) per argument; reads what setup_context saved
             for forward. `ctx.inner` is True where a torch.func transform inside this one
             differentiates the same call.
-        prepare: the arguments of a call that is differentiated.
+        prepare: maps the arguments of a call that is differentiated.
     """
 
     instead: str
@@ -47,18 +47,18 @@ class Rule:
 
 
 class _Call(NamedTuple):
-    """The last input of an op's autograd function, beside its arguments."""
+    """The extra last input of an op's autograd function, after its arguments."""
 
-    # None where the call came through the short way (short_way.py).
+    # None if the call took the fast path (short_way.py).
     keyset: Any
     # Whether one of the arguments has a tangent.
     tangent: bool
-    # The grad mode around the level of torch.func that differentiates; None where there is none.
+    # The grad mode outside the differentiating torch.func level; None if there is none.
     grad_enabled: bool | None
 
 
 class _Levels(threading.local):
-    """How many torch.func transforms that differentiate a call have passed it on to a next one."""
+    """Number of differentiating torch.func transforms that have redispatched the current call."""
 
     passed: int = 0
 
@@ -71,8 +71,8 @@ def register(
 ) -> Callable[..., Any]:
     """Gives `afd::<name>` its derivatives and vmap.
 
-    Returns what a call does that has nothing above it but autograd: `impl`, recorded where a
-    gradient is needed.
+    Returns the implementation of a call under autograd only: `impl`, recorded if a gradient is
+    needed.
     """
     op = getattr(torch.ops.afd, name).default
     function = _function(op, impl, rule)
@@ -102,22 +102,27 @@ def _below(op: Any, keyset: Any, args: Sequence[Any]) -> Any:
 def _has_tangent(args: tuple[Any, ...]) -> bool:
     """Whether forward mode differentiates with respect to one of `args` at this level.
 
-    A graph that torch.compile traces enters its level without forward_ad's knowledge, hence the
-    other questions; level 0, because there is no other.
+    A graph traced by torch.compile enters its level without forward_ad's knowledge, hence the
+    other checks; level 0 is the only level.
     """
     possible = (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )
-    return possible and any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None
-        for x in args
-    )
+    if not possible:
+        return False
+    # Only asks: a trace must not contain the aliases that unpack_dual makes. Inductor, which traces
+    # a mutating op twice, refuses a graph to which the second time adds nodes.
+    with disable_proxy_modes_tracing():
+        return any(
+            isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None
+            for x in args
+        )
 
 
 def _kernel(op: Any, function: type[torch.autograd.Function], rule: Rule) -> Callable[..., Any]:
-    # Function.apply itself looks at signatures and transforms on every call; neither is needed.
+    # Function.apply inspects signatures and transforms on every call; neither is needed.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def run(keyset: Any, *args: Any) -> Any:
@@ -136,7 +141,7 @@ def _kernel(op: Any, function: type[torch.autograd.Function], rule: Rule) -> Cal
 
 @contextlib.contextmanager
 def _next_level(grad_enabled: bool) -> Iterator[None]:
-    """The modes of the caller, which autograd switched off for `forward`, for the next level."""
+    """Restore the caller's modes, which autograd disabled for `forward`, for the next level."""
     _levels.passed += 1
     try:
         with torch.set_grad_enabled(grad_enabled), forward_ad._set_fwd_grad_enabled(True):
@@ -170,7 +175,7 @@ def _function(op: Any, impl: Callable[..., Any], rule: Rule) -> type[torch.autog
                 f"{name} has no derivative (double backward); {rule.instead} is twice "
                 "differentiable"
             )
-        # Wherever it is called, a backward runs on what its forward was asked to.
+        # A backward uses the backend requested in its forward, wherever it is called.
         with dispatch.use_requested(ctx.requested):
             return *rule.backward(ctx, *grads), None
 
@@ -220,7 +225,7 @@ def _refused_vmap(op: Any, rule: Rule) -> Callable[..., Any]:
 
 
 def _vmap(op: Any) -> Callable[..., Any]:
-    """One call per element of the mapped dimension."""
+    """The vmap rule: one call per element of the mapped dimension."""
 
     def run(info: Any, in_dims: Any, *args: Any) -> Any:
         def element(i: int) -> Any:

@@ -1,8 +1,8 @@
-"""Which backend runs an op here, and why the others do not.
+"""Backend selection for ops, with the reasons why a backend is not used.
 
-The order is fixed; the first backend runs whose `refuse(device, dtypes)`, and where it has one
-`unfit(tensors)`, return None. An explicit request (`use_backend`) that cannot be met raises with
-every reason; the automatic choice falls through and logs each reason once.
+The order is fixed: an op runs on the first backend for which `refuse(device, dtypes)` and, if it is
+defined, `unfit(tensors)` return None. An explicit request (`use_backend`) that cannot be met raises
+with every reason; the automatic choice falls through and logs each reason once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-# Every op's backends, in the order in which they are tried.
+# Each op's backends, in the order in which they are tried. Preferring native for qk_norm_rope and
+# adaln on a GPU is based on prediction, not measurement: its machine code has about as many
+# instructions per token as Triton's in the forwards, and fewer in the backwards
+# (tests/offline/predicted.py).
 _FUSED = ("native", "triton", "reference")
 OPS: dict[str, tuple[str, ...]] = {
     "forward_noise": _FUSED,
@@ -38,7 +41,7 @@ class Request:
         self.backend, self.ops = backend, ops
 
 
-# Of this thread and task, innermost last.
+# Active requests of this thread and task, innermost last.
 _requested: ContextVar[tuple[Request, ...]] = ContextVar("afd_requested", default=())
 _logged: set[tuple[str, str, str]] = set()
 
@@ -47,10 +50,10 @@ _logged: set[tuple[str, str, str]] = set()
 def use_backend(backend: str, *ops: str) -> Iterator[None]:
     """Runs `ops` (every op if none is named) on `backend` inside the block.
 
-    Where the backend refuses, the op raises. Of nested requests for an op the innermost counts.
-    The block is of this thread and asyncio task. A task created inside starts with it; a thread
-    does not (`contextvars.copy_context().run` hands it on). A backward runs on what its forward was
-    asked to, wherever it is called; a compiled graph's, on what is in force where it runs.
+    If the backend refuses, the op raises. The innermost request for an op takes precedence. The
+    request applies to this thread and asyncio task. Tasks created inside inherit it; threads do not
+    (`contextvars.copy_context().run` passes it on). A backward uses the requests of its forward,
+    wherever it is called; in a compiled graph, those active where it runs.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; needed: one of {', '.join(BACKENDS)}")
@@ -62,20 +65,20 @@ def use_backend(backend: str, *ops: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not ContextVar.reset: generators may leave their blocks in another order, or elsewhere.
+        # Not ContextVar.reset: generators may exit their blocks out of order or in another context.
         _requested.set(tuple(x for x in _requested.get() if x is not request))
 
 
 def requested() -> tuple[Request, ...]:
-    """The blocks in force here, for `use_requested` in another place."""
+    """The requests active here, to be passed to `use_requested` elsewhere."""
     return _requested.get()
 
 
 @contextmanager
 def use_requested(requests: tuple[Request, ...]) -> Iterator[None]:
-    """Runs the block with exactly these requests: a backward with those of its forward.
+    """Runs the block with exactly these requests, such as a backward with those of its forward.
 
-    Autograd runs backwards of CUDA ops on threads of its own, which start with none.
+    Autograd runs backwards of CUDA ops on its own threads, which start without requests.
     """
     before = _requested.get()
     _requested.set(requests)
@@ -88,10 +91,10 @@ def use_requested(requests: tuple[Request, ...]) -> Iterator[None]:
 def explain(
     op: str, device: str, dtypes: set[torch.dtype], tensors: Sequence[torch.Tensor] = ()
 ) -> dict[str, str | None]:
-    """For each backend the sentence with which it refuses such inputs, or None where it runs.
+    """Per backend, the reason why it refuses such inputs, or None if it can run them.
 
-    `tensors`: the op's first inputs themselves; what is said may then be of their widths, strides
-    and addresses, too.
+    `tensors`: the op's first inputs; reasons may then also concern their widths, strides and
+    addresses.
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}; needed: one of {', '.join(OPS)}")
@@ -103,7 +106,7 @@ def explain(
 
 
 def requested_backend(op: str) -> str | None:
-    """The backend that the blocks in force here ask for, None where they leave the choice."""
+    """The backend requested for `op` by the active blocks, or None."""
     requests = _requested.get()
     if not requests:
         return None
@@ -114,7 +117,7 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
     """The backend module that runs `op` on these inputs.
 
     Raises:
-        RuntimeError: when the requested backend refuses; the message holds every reason.
+        RuntimeError: if the requested backend refuses; the message lists every reason.
     """
     given = [x for x in tensors if x is not None]
     device, dtypes = given[0].device.type, frozenset(x.dtype for x in given)
@@ -134,7 +137,7 @@ def pick(op: str, *tensors: torch.Tensor | None) -> Any:
 
 
 def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
-    """Per op, the backend chosen on `device` for `dtype`, and every backend's state in words."""
+    """Per op, the backend chosen on `device` for `dtype`, and a description of each backend."""
     table: dict[str, dict[str, str]] = {}
     for op in OPS:
         reasons = explain(op, device, {dtype})
@@ -146,7 +149,7 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str,
 
 
 def _available(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
-    """ "available", and what a backend that itself has a choice would run."""
+    """ "available", and for a backend with a choice of its own, what it would run."""
     describe = getattr(_module(op, backend), "describe", None)
     return "available" if describe is None else f"available: {describe(device, dtype)}"
 
@@ -159,7 +162,7 @@ def _module(op: str, backend: str) -> Any:
 
 @functools.cache
 def _looks(op: str, backend: str) -> Any | None:
-    """The backend's module where it looks at the tensors themselves, too."""
+    """The backend's module if it also inspects the tensors, else None."""
     module = _module(op, backend)
     return module if hasattr(module, "unfit") else None
 

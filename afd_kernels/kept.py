@@ -1,4 +1,4 @@
-"""What a backend keeps between the calls of one plan (plans.py)."""
+"""State that a backend keeps between calls of one plan (plans.py)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class Kept:
-    """Numbers of earlier calls; never a tensor, never an address that is read.
+    """Numbers of earlier calls; never a tensor, and no address that is read later.
 
     Attributes:
-        problems: structs of the compiled core, filled but for their addresses. A call takes one out
-            and puts it back, so that calls at the same time have one each.
-        launches: Triton launches in order, to be repeated (triton_launch.py), by which tensors'
-            addresses 16 divides.
+        problems: structs of the compiled core, filled in except for their addresses. A call takes
+            one out and puts it back, so that concurrent calls have one each.
+        launches: Triton launches in order, to be repeated (triton_launch.py), keyed by which
+            tensors are 16-byte aligned (metadata.alignment).
     """
 
     __slots__ = ("launches", "problems")

@@ -1,6 +1,6 @@
-"""Launch configurations from configs.json: chosen by hand, checked offline, never autotuned.
+"""Launch configurations from configs.json, chosen by hand and checked offline, never autotuned.
 
-A tile size takes part in the summation order, so a config is part of the numerical result.
+Tile sizes determine the summation order, so a configuration affects the numerical result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def launch_config(op: str, arch: str) -> dict[str, dict[str, int]]:
     An architecture without an entry gets the op's default.
 
     Raises:
-        ValueError: for an op without an entry.
+        ValueError: if the op has no entry.
     """
     table = _table()
     if op not in table:
@@ -38,7 +38,7 @@ def launch_config(op: str, arch: str) -> dict[str, dict[str, int]]:
 
 @functools.cache
 def device_arch(device: torch.device) -> str:
-    """The name under which configs.json knows a device; reads properties, never synchronises."""
+    """A device's name in configs.json; reads device properties, never synchronises."""
     if device.type != "cuda":
         return DEFAULT
     if torch.version.hip:

@@ -1,7 +1,7 @@
-"""What plans and the short way ask of tensors in every call: through the compiled core, if built.
+"""Reads the tensors' metadata on every call, through the compiled core if it is built.
 
-The core reads a plain tensor in a tenth of the time that Python takes for its shape, strides, dtype
-and device. Whatever is not plain is asked by Python.
+The core reads a plain tensor in a tenth of the time that Python needs for its shape, strides, dtype
+and device. Subclasses and other layouts are read by Python.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _core = None if native.why_missing() is not None else native.core()
 
 
 def key(tensors: tuple[Tensor | None, ...]) -> Hashable:
-    """Shapes, strides, dtypes and devices, as a key: equal only where all of them are."""
+    """A key of shapes, strides, dtypes and devices, equal only if all of them are."""
     if _core is not None and (found := _core.key(tensors)) is not None:
         return found
     return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
 def all_usual(arguments: tuple[Any, ...], count: int) -> bool:
-    """Whether none of the first `count` arguments, tensors or None, is of native.UNUSUAL."""
+    """Whether no predicate of native.UNUSUAL holds for the first `count` arguments (or None)."""
     if _core is not None:
         return _core.all_usual(arguments, count)
     given = [x for x in arguments[:count] if x is not None]
@@ -32,7 +32,7 @@ def all_usual(arguments: tuple[Any, ...], count: int) -> bool:
 
 
 def alignment(tensors: tuple[Tensor | None, ...]) -> int:
-    """Bit i: whether 16 divides the address of tensor i (at most 64 tensors, or None)."""
+    """A bit mask: bit i is set if tensor i is 16-byte aligned or None; at most 64 tensors."""
     if _core is not None:
         return _core.alignment(tensors)
     addresses = (0 if x is None else x.data_ptr() for x in tensors)
@@ -40,8 +40,9 @@ def alignment(tensors: tuple[Tensor | None, ...]) -> int:
 
 
 def apart(tensors: tuple[Tensor, ...], extents: tuple[int, ...], written: tuple[int, ...]) -> bool:
-    """Whether none of the tensors at `written` shares memory with another; quick, for every call.
+    """Fast check that none of the tensors at `written` overlaps another, run on every call.
 
-    `extents`: the bytes of each, as by aliasing.extent. False where aliasing has to look.
+    `extents`: the bytes of each (aliasing.extent). False means that aliasing.refuse_overlaps has to
+    decide.
     """
     return _core is not None and _core.apart(tensors, extents, written)

@@ -1,4 +1,4 @@
-"""The compiled core `afd_kernels._native`: loaded once; where it is missing, the reason."""
+"""Loads the compiled core `afd_kernels._native` once, or records why it is missing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _READS = (
     *("data_ptr", "dim", "sizes", "strides"),
     *("dtype", "device_type", "device_index", "layout"),
 )
-# A tensor of which one is true is not only its memory: lazily negated, or of a vmapped backward
-# (torch.autograd.grad with is_grads_batched) or a transform, neither of which a mode announces.
+# Predicates of tensors whose memory is not all there is to them: lazily negated ones and those of a
+# vmapped backward (torch.autograd.grad with is_grads_batched) or a transform, which set no mode.
 UNUSUAL: tuple[Callable[[Tensor], bool], ...] = (
     Tensor.is_neg,
     torch._C._functorch.is_legacy_batchedtensor,
@@ -36,7 +36,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         core = importlib.import_module("afd_kernels._native")
     except ModuleNotFoundError:
-        # setup.py leaves the compiler's words there when the build failed.
+        # setup.py writes the compiler's output there if the build failed.
         note = Path(__file__).with_name("_native_missing.txt")
         said = " ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else ""
         return (
@@ -50,9 +50,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def connect(core: ModuleType) -> None:
-    """Lets an extension module read tensors, through PyTorch's stable C interface.
+    """Connects a build of the core to PyTorch's stable C interface, through which it reads tensors.
 
-    Its functions are those of torch/csrc/inductor/aoti_torch/c/shim.h, looked up in PyTorch.
+    The functions are declared in torch/csrc/inductor/aoti_torch/c/shim.h and looked up in PyTorch's
+    library. Every build needs this call once, before any other.
     """
     library = ctypes.CDLL(torch._C.__file__)
     functions = {
@@ -70,7 +71,7 @@ def core() -> Any:
     """The extension module.
 
     Raises:
-        RuntimeError: where it is missing, with the reason.
+        RuntimeError: if it is missing, with the reason.
     """
     if _core is None:
         raise RuntimeError(_why_missing)
@@ -78,7 +79,7 @@ def core() -> Any:
 
 
 def why_missing() -> str | None:
-    """Why there is no compiled core, in one sentence; None where there is one."""
+    """The reason why the compiled core is missing, in one sentence, or None if it exists."""
     return _why_missing
 
 
@@ -93,7 +94,7 @@ def cuda_archs() -> list[str]:
 
 
 def isa() -> str | None:
-    """The instruction set in use on this CPU: "baseline", "avx2" or "avx512"; None without core."""
+    """The instruction set in use: "baseline", "avx2" or "avx512"; None without the core."""
     return None if _core is None else _core.isa()
 
 
@@ -104,7 +105,7 @@ def isas() -> list[str]:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Runs the block on one instruction set, in every thread (for tests and benchmarks)."""
+    """Runs the block with one instruction set, in all threads (for tests and benchmarks)."""
     before = core().isa()
     if not core().use_isa(name):
         raise ValueError(f"name: got {name!r}; needed: one of {', '.join(isas())}")
@@ -115,7 +116,7 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled core cannot run on such inputs, in one sentence, or None where it can."""
+    """The reason why the compiled core cannot run such inputs, in one sentence, or None."""
     if _core is None:
         return _why_missing
     if device == "cuda" and not has_cuda():
@@ -130,13 +131,35 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     return None
 
 
+def refuse_rows(x: Tensor, channels: int) -> str | None:
+    """The reason why the CUDA row kernels cannot take x, in one sentence, or None."""
+    if x.device.type == "cuda" and channels > (most := core().cuda_most_channels):
+        return f"a token has {channels} channels, a CUDA kernel of the compiled core holds {most}"
+    return None
+
+
+def run_rows(op: str, problem: Any, x: Tensor, scratch: bool = False) -> None:
+    """Runs an op on token rows on x's device; with `scratch` it needs a GPU workspace."""
+    if x.is_cpu:
+        getattr(core(), f"{op}_cpu")(problem, threads(x))
+        return
+    given: list[Any] = [problem]
+    if scratch:
+        size = getattr(core(), f"{op}_workspace")(problem)
+        # Kept alive until the launch; the stream-ordered allocator handles the rest.
+        memory = torch.empty(size, dtype=torch.uint8, device=x.device)
+        given.append(memory.data_ptr())
+    with torch.cuda.device(x.device):
+        getattr(core(), f"{op}_cuda")(*given, stream(x))
+
+
 def type_code(dtype: torch.dtype) -> int:
-    """The core's number for a dtype."""
+    """The core's code for a dtype."""
     return _TYPES[dtype]
 
 
 def take(kept: Kept | None, make: Callable[[], Any]) -> Any:
-    """A problem filled but for its addresses: one that is kept, or a new one from `make`."""
+    """Take a problem filled in except for its addresses: a cached one, or a new one from `make`."""
     try:
         return kept.problems.pop() if kept is not None else make()
     except IndexError:
@@ -144,25 +167,26 @@ def take(kept: Kept | None, make: Callable[[], Any]) -> Any:
 
 
 def put_back(kept: Kept | None, problem: Any) -> None:
-    """Keeps a problem that was taken, for the next call."""
+    """Returns a taken problem to the cache for the next call."""
     if kept is not None:
         kept.problems.append(problem)
 
 
 def rows(x: Tensor) -> tuple[int, int, int]:
-    """A tensor [B, L, ...] for the core, each token contiguous: address, strides of B and of L."""
+    """Address and strides of B and L of a tensor [B, L, ...] whose tokens are contiguous."""
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """A contiguous tensor for results; new_empty(x.shape) takes three times as long."""
+    """An uninitialised contiguous tensor like x; new_empty(x.shape) takes three times as long."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def threads(x: Tensor) -> int:
-    """How many threads a pass over x deserves: torch's setting, one for a small x.
+    """Number of threads for a pass over x: torch's setting, or one for a small x.
 
-    Results do not depend on it; waking a thread costs as much as tens of thousands of elements.
+    Results do not depend on it; waking a thread costs as much as processing tens of thousands of
+    elements.
     """
     return min(torch.get_num_threads(), 1 + x.numel() // 32768)
 
@@ -173,7 +197,7 @@ def stream(x: Tensor) -> int:
 
 
 def describe(problem: Any, plan: Plan) -> Any:
-    """Fills the fields that every op's problem has in common, and returns the problem."""
+    """Fills the fields common to all ops' problems, and returns the problem."""
     problem.batch = plan.batch
     problem.outer = plan.outer
     problem.frames = plan.frames
@@ -198,10 +222,10 @@ def normals(seed: int, first: int, count: int) -> Tensor:
 
 
 def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
-    """out = x * factor for a contiguous x and a scalar tensor; in place (out is x) a factor of
-    exactly 1 writes nothing. The factor is read on x's device."""
+    """out = x * factor for a contiguous x and a scalar tensor, read on x's device. In place (out is
+    x), a factor of exactly 1 writes nothing."""
     code, count = type_code(x.dtype), x.numel()
-    if x.device.type == "cpu":
+    if x.is_cpu:
         value = float(factor.detach())
         core().scale_cpu(code, x.data_ptr(), out.data_ptr(), count, value, threads(x))
         return
@@ -213,7 +237,7 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
 def stream_5r1w(inputs: list[Tensor], out: Tensor, *, non_temporal: bool) -> None:
     """out = the sum of five fp32 CPU tensors: the memory traffic of nft_loss with given noise.
 
-    The benchmarks' floor; `non_temporal` chooses stores that bypass the caches.
+    The benchmarks' floor; `non_temporal` selects stores that bypass the caches.
     """
     core().stream_5r1w(
         [x.data_ptr() for x in inputs], out.data_ptr(), out.numel(), non_temporal, threads(out)

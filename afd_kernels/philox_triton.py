@@ -1,10 +1,10 @@
 """Philox4x32-10 noise for Triton kernels: the formulas of csrc/include/afd/noise_math.h.
 
-Every multiply-add is an explicit fma and the square root is the IEEE one, so a GPU produces the
-bits of the native core; docs/NUMERICS.md holds the specification.
+Every multiply-add is an explicit fma and the square root is the IEEE one, so a GPU is bitwise equal
+to the native core; docs/NUMERICS.md has the specification.
 """
 # mypy: ignore-errors
-# (@triton.jit bodies are a language of their own)
+# (@triton.jit bodies are not ordinary Python)
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def philox_quads(seed, quad):
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        # 64-bit products: ptxas makes one IMAD.WIDE of each, where tl.umulhi costs two.
+        # 64-bit products: ptxas emits one IMAD.WIDE for each, where tl.umulhi costs two.
         wide0 = c0.to(tl.uint64) * 0xD2511F53
         wide2 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (wide2 >> 32).to(tl.uint32) ^ c1 ^ k0

@@ -1,6 +1,6 @@
-"""What the first call with some shapes, strides, dtypes and options worked out, for the next ones.
+"""Cache of call plans, keyed by shapes, strides, dtypes and options.
 
-Keys and what is kept hold numbers, dtypes and devices: never a tensor, never an address.
+Keys and entries hold numbers, dtypes and devices, never tensors or addresses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from afd_kernels import dispatch, metadata
 from afd_kernels.kept import Kept
 
-# Keys per generation; two generations are kept.
+# Entries per generation; two generations are kept.
 _SIZE = 512
 
 
@@ -24,15 +24,15 @@ class Prepared(NamedTuple):
 
     plan: Any
     run: Callable[..., Any]
-    # Whether every tensor already has the strides that backends take.
+    # Whether every tensor already has strides that the backends accept.
     dense: bool
 
 
 class _Memory:
-    """A bounded map, of which the entries used last stay; safe in threads without a lock.
+    """A bounded, approximately LRU map, thread-safe without a lock.
 
-    An entry that is found in the older generation moves to the newer one; a full newer one becomes
-    the older. A race between threads loses an entry at worst.
+    A hit in the older generation moves the entry to the newer one; when the newer one is full, it
+    becomes the older. At worst, a race between threads loses an entry.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ _memory = _Memory()
 
 
 def clear() -> None:
-    """Forgets every plan."""
+    """Clears the cache."""
     _memory.newer, _memory.older = {}, {}
 
 
@@ -69,20 +69,20 @@ def prepared(
     dense: Callable[[Any], Sequence[Tensor | None]],
     also: Hashable = None,
 ) -> Prepared:
-    """The plan of a call and the backend's function that runs it, from memory where it is known.
+    """The plan of a call and the backend function that runs it, from the cache if present.
 
     Args:
         op: an op of dispatch.OPS.
         function: the backends' function.
-        check: (*tensors, *options), the op's contract; looks at metadata alone.
+        check: (*tensors, *options), the op's contract; reads only metadata.
         tensors: the op's tensors; None for those not given.
-        options: its other arguments.
+        options: the op's other arguments.
         chosen_by: indices of the tensors by which the backend is picked.
-        dense: gives the tensors the strides that backends take, by copies where needed.
-        also: what else a plan depends on: arguments that are not checked, alignment of addresses.
+        dense: gives the tensors strides that the backends accept, copying if needed.
+        also: other key parts: unchecked arguments, address alignment.
 
     Raises:
-        ValueError: from the contract; nothing is kept then.
+        ValueError: from the contract; nothing is cached then.
         RuntimeError: from the dispatch, likewise.
     """
     key = (

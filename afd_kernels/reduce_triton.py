@@ -1,6 +1,6 @@
-"""Sums in Triton: of rows of fp32 partial sums in a fixed order, and of squares that leave fp32."""
+"""Triton reductions: fp32 partial sums in a fixed order, and squares beyond fp32's range."""
 # mypy: ignore-errors
-# (@triton.jit bodies are a language of their own)
+# (@triton.jit bodies are not ordinary Python)
 
 from __future__ import annotations
 

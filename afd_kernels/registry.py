@@ -1,4 +1,4 @@
-"""The one `Library("afd")`: how an op is defined and faked, with its derivatives."""
+"""Definition of ops in `Library("afd")`, with their fakes and derivatives."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def define(
 ) -> Callable[..., Any]:
     """Registers `afd::<schema>` as an opaque op with `impl` on CPU and CUDA and `fake` on meta.
 
-    Returns a function of the same arguments, all positional, that calls the op, by the short way
-    where nothing sees the difference.
+    Returns a function of the same arguments, all positional, that calls the op, by the fast path
+    (short_way.py) if that makes no observable difference.
 
     The backend is chosen inside `impl`, so a compiled graph holds one node per call. `rule` holds
     the derivatives; an op that mutates has none.
@@ -42,7 +42,7 @@ def define(
     torch.library.register_fake(f"afd::{name}", fake, lib=LIBRARY)
 
     def anywhere(*args: Any) -> Any:
-        # The first tensor that every call has says where.
+        # The first tensor that is always given determines the device.
         return (on_cuda if args[place].is_cuda else impl)(*args)
 
     op = getattr(torch.ops.afd, name).default
@@ -52,15 +52,15 @@ def define(
 
 
 def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
-    """`impl` with the device of its first CUDA tensor current, where Triton and others launch.
+    """`impl` with the device of its first CUDA tensor made current, for Triton and other launches.
 
-    PyTorch's own kernels see to that themselves; a kernel in Python has to.
+    PyTorch's built-in kernels do this themselves; a Python kernel has to do it explicitly.
     """
 
     @functools.wraps(impl)
     def run(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
-        # Not any first tensor: what else is wrong with the inputs is for the op to say.
+        # The first CUDA tensor, not the first tensor: reporting bad inputs is up to the op.
         on = next(x.device for x in given if isinstance(x, Tensor) and x.is_cuda)
         with torch.cuda.device(on):
             return impl(*args, **kwargs)

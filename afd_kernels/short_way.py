@@ -1,8 +1,8 @@
-"""The short way to an op's kernel: past PyTorch's dispatcher, where nothing can see the difference.
+"""A fast path to an op's kernel that bypasses PyTorch's dispatcher when that is unobservable.
 
-Two trips from Python into the dispatcher and back cost more than the kernels of small tensors. A
-call takes the short way if its tensors are plain ones on a CPU or a CUDA device and no mode,
-transform, trace or profiler is active; any other call is the op's, as torch.ops.afd.<op>.
+Two round trips between Python and the dispatcher cost more than the kernels of small tensors. A
+call takes the fast path if its tensors are plain CPU or CUDA tensors and no mode, transform, trace
+or profiler is active; any other call goes through torch.ops.afd.<op>.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from afd_kernels import metadata
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Types of arguments that the dispatcher would hand on as they are.
+# Argument types that the dispatcher passes through unchanged.
 _TYPES: dict[str, tuple[type, ...]] = {
     "Tensor": _PLAIN,
     "Optional[Tensor]": (*_PLAIN, type(None)),
@@ -37,11 +37,11 @@ _profiles = torch._C._autograd._profiler_enabled
 
 
 def shorten(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """`op`, of which a plain call is `run`. Argument `place` is a tensor in every call."""
+    """Wrap `op` so that plain calls use `run`. Argument `place` is a tensor in every call."""
     allowed = [_TYPES[str(x.type)] for x in op._schema.arguments]
     # The tensors come first in every schema.
     count = sum("Tensor" in str(x.type) for x in op._schema.arguments)
-    # Types of whole calls that are as the schema wants them; they are few.
+    # Argument-type tuples known to match the schema; they are few.
     known: set[tuple[type, ...]] = set()
 
     def call(*args: Any) -> Any:
@@ -54,7 +54,7 @@ def shorten(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
             known.add(types)
         if not (args[place].is_cpu or args[place].is_cuda):
             return op(*args)
-        # A backward may meet tensors of a transform that no longer counts as active.
+        # A backward may receive tensors of a transform that is no longer active.
         if not metadata.all_usual(args, count):
             return op(*args)
         return run(*args)
@@ -67,7 +67,7 @@ def _is_one_of(kind: type, allowed: tuple[type, ...]) -> bool:
 
 
 def _nothing_active() -> bool:
-    """Whether no mode, transform, trace or profiler waits for calls of ops."""
+    """Whether no mode, transform, trace or profiler is active."""
     return not (
         _dispatch_modes()
         or _function_modes()

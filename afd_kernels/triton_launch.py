@@ -1,7 +1,7 @@
-"""Triton launches of a plan, made once in full and then repeated without Triton's binder.
+"""Records the Triton launches of a plan and repeats them without Triton's argument binder.
 
-Of what a kernel is specialised to, a plan fixes everything but which addresses 16 divides: launches
-are kept for each such pattern that occurs.
+A plan fixes everything a kernel is specialised on except which addresses are 16-byte aligned:
+launches are recorded for each such pattern that occurs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from afd_kernels.kept import Kept
 
 
 def repeat(kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Launches again what `Launches` kept; False where the caller has to do it in full.
+    """Repeats the launches recorded by `Launches`; False if the caller has to launch in full.
 
-    `tensors`: every tensor that the kernels are given, in the order in which they were recorded.
+    `tensors`: all tensors passed to the kernels, in recorded order.
     """
     if kept is None or (made := kept.launches.get(metadata.alignment(tensors))) is None:
         return False
@@ -32,10 +32,10 @@ def repeat(kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 class Launches:
-    """Runs kernels, `launches(kernel, grid)(...)` for `kernel[grid](...)`, and keeps how.
+    """Runs kernels, `launches(kernel, grid)(...)` for `kernel[grid](...)`, and records them.
 
-    `tensors`: as given to `repeat`. A launch of any other tensor is not repeated, nor is one of
-    the interpreter or on ROCm, where Triton also specialises to the size of storages.
+    `tensors`: as passed to `repeat`. Launches with other tensors are not recorded, nor are those
+    of the interpreter or on ROCm, where Triton also specialises on storage sizes.
     """
 
     def __init__(self, kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> None:
@@ -78,6 +78,6 @@ class Launches:
         self._made.append((compiled[grid], tuple(arguments), tuple(places)))
 
     def keep(self) -> None:
-        """Keeps the launches so far for `repeat`."""
+        """Stores the launches so far for `repeat`."""
         if self._can and self._kept is not None:
             self._kept.launches[metadata.alignment(self._tensors)] = tuple(self._made)

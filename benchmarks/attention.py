@@ -4,9 +4,10 @@
     python benchmarks/attention.py --device cuda    # the shapes of 480x832 in bfloat16
 
 Cases: a rollout's chunk over its cache, a window with a sink, block-causal training, teacher
-forcing, and the noisy half alone after a context without gradient. Providers take turns in one run
-with a matrix product, whose rate is the floor. Each is first compared with a float64 softmax on one
-head; one that disagrees is not timed and fails the run. What cannot run here is listed with why.
+forcing, and the noisy half alone after a context without gradient. Providers are interleaved in one
+run with a matrix product, which sets the floor. Each is first compared with a float64 softmax on
+one head; one that disagrees is not timed and fails the run. Unavailable providers are listed with
+the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
@@ -74,7 +75,7 @@ class Case:
 
     @property
     def flop(self) -> float:
-        """Of the pass: two products forward; five backward, or three where only dq is needed."""
+        """FLOP of the pass: two products forward; five backward, or three if only dq is needed."""
         per_pair = 2.0 * self.heads * self.width * self.batch
         if not self.backward:
             return 2 * per_pair * self.rows.pairs
@@ -88,7 +89,7 @@ class Case:
         return per_pair * (7 * (self.rows.pairs - known) + 5 * known)
 
     def tensors(self, device: str, seed: int) -> Tensors:
-        """q, k and v of all keys, the incoming gradient."""
+        """q, k and v of all keys, and the incoming gradient."""
         g = torch.Generator(device).manual_seed(seed)
         queries, keys = self.rows.queries, self.rows.keys
         lengths = {"q": queries, "k": keys, "v": keys, "grad": queries}
@@ -100,9 +101,9 @@ class Case:
         }
 
     def step(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
-        """attend(q, k, v) over all keys as a pass: (out,) or (out, dq, dk, dv).
+        """Wrap attend(q, k, v) over all keys as a pass: (out,) or (out, dq, dk, dv).
 
-        Where there is a context, dk and dv are those of the keys after it.
+        With a context, dk and dv are those of the keys after it.
         """
 
         def forward(i: Tensors) -> tuple[Tensor, ...]:
@@ -118,7 +119,7 @@ class Case:
         return both if self.backward else forward
 
     def our_step(self, backend: str | None) -> Step:
-        """The same through afd.ops, the context given as a slice without gradient."""
+        """The same pass through afd.ops, with the context as a slice without gradient."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, ...]) -> Tensor:
             names = dict(zip(("k_context", "v_context"), past, strict=False))
@@ -150,7 +151,7 @@ def _grad(
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """On a GPU the shapes of 480x832; else shapes that a CPU can do."""
+    """The shapes of 480x832 on a GPU; else shapes feasible on a CPU."""
     if args.quick:
         yield Case("rollout, chunk 2", intervals.cache(2, 1, 8), 2, 16, "fp32")
         yield Case("causal training", intervals.causal(4, 2, 8), 2, 16, "fp32", True)
@@ -184,7 +185,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def steps(case: Case, args: argparse.Namespace, absent: dict[str, list[str]]) -> dict[str, Step]:
-    """The steps of every provider that runs here; in `absent` why others do not, and where."""
+    """Steps of every available provider; `absent` collects why and where others cannot run."""
     found = {}
     for name in args.providers:
         why = _why_absent(name, case, args)
@@ -242,7 +243,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 def _per_block(
     case: Case, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What one would write around a library: a call per block, its keys concatenated."""
+    """The usual wrapper of a library: a call per block, with its keys concatenated."""
     (rows,) = case.rows.rows
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ def _flex(case: Case, device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return ((j >= a0[i]) & (j < a1[i])) | ((j >= b0[i]) & (j < b1[i]))
 
-    # Compiled, so that no dense mask is made on the way.
+    # Compiled, so that no dense mask is materialised.
     make = torch.compile(create_block_mask)
     blocks = make(seen, None, None, case.rows.queries, case.rows.keys, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -310,21 +311,21 @@ class Row:
     tflops: float
     pct_of_floor: float
     peak_mib: float
-    error: float  # the worst relative L2 error against float64, measured before the timing
+    error: float  # worst relative L2 error against float64, measured before timing
     speedup: float | None
 
 
 def measure(
     case: Case, args: argparse.Namespace, absent: dict[str, list[str]]
 ) -> tuple[list[Row], dict[str, str]]:
-    """Rows of the providers that run and agree with float64, and why others were not timed."""
+    """Rows of the providers that run and agree with float64, and why the rest were not timed."""
     return compare(case, steps(case, args, absent), args)
 
 
 def compare(
     case: Case, found: dict[str, Step], args: argparse.Namespace
 ) -> tuple[list[Row], dict[str, str]]:
-    """Rows of these steps of one case."""
+    """Rows of the given steps on one case."""
     torch._dynamo.reset()  # a compiled function keeps at most eight specialisations
     failed: dict[str, str] = {}
     given = case.tensors(args.device, 0)
@@ -378,10 +379,10 @@ def _checked(
     for name, step in found.items():
         try:
             output = step(given)
-        except Exception as error:  # a provider that breaks must not take the others along
+        except Exception as error:  # a failing provider must not stop the rest
             failed[f"{case.name}, {name}"] = f"{type(error).__name__}: {error}"
             continue
-        # Of tensors, because Python's max() passes over a NaN that is not the first.
+        # Tensor max, because Python's max() ignores a NaN that is not first.
         distances = [_distance(x, y) for x, y in zip(output, exact, strict=True)]
         error = float(torch.tensor(distances).max())
         if error <= BOUND[case.dtype]:
@@ -417,7 +418,7 @@ def show(rows: list[Row]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = report.parse(report.arguments(__doc__.splitlines()[0], PROVIDERS), argv)
     absent: dict[str, list[str]] = {}
-    # Imported here, because it builds on this file.
+    # Imported here, because it imports this file.
     from benchmarks import attention_parts
 
     named = ((case.name, partial(measure, case, args, absent)) for case in cases(args))

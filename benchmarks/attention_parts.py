@@ -1,9 +1,9 @@
-"""Parts of attention's cost, for attention.py: the merge of two intervals, dq alone.
+"""Parts of attention's cost, for attention.py: the merge of two intervals, and dq alone.
 
-The merge: a chunk whose context lies apart from its own keys takes two calls of the library and a
-merge; were all keys in one place, it would take one. dq alone: what a context without gradient
-needs of a backward, beside the full backward of our kernels and of the libraries inside PyTorch;
-both are given a finished forward, and only the backward is timed.
+The merge: a chunk whose context is stored separately from its own keys takes two library calls and
+a merge; with all keys in one tensor it would take one call. dq alone: the backward needed with a
+context without gradient, next to the full backward of our kernels and of PyTorch's libraries. All
+start from a finished forward, and only the backward is timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Merged(Case):
     """One block of queries: a context, then its own keys."""
 
     def steps(self) -> dict[str, Step]:
-        """One call over all keys in one place; two calls and a merge."""
+        """One call over all keys in one tensor, and two calls with a merge."""
         together = Case(**vars(self) | {"context": 0, "rows": _joined(self.rows)})
         return {
             "library, one call": together.our_step("library"),
@@ -39,13 +39,13 @@ class Merged(Case):
 
 @dataclass(frozen=True)
 class Backward(Case):
-    """The backward alone, of a finished forward; the result that counts is dq."""
+    """The backward alone, from a finished forward; the compared result is dq."""
 
     device: str = "cpu"
 
     @property
     def flop(self) -> float:
-        """Of the three products that dq needs."""
+        """FLOP of the three products that dq needs."""
         return 6.0 * self.heads * self.width * self.batch * self.rows.pairs
 
     def tensors(self, device: str, seed: int) -> Tensors:
@@ -55,12 +55,12 @@ class Backward(Case):
         return given | {"out": out, "lse": lse}
 
     def step(self, attend: object) -> Step:
-        """dq of attend(q, k, v), forward included: what the oracle runs."""
+        """dq of attend(q, k, v), including the forward; used for the oracle."""
         both = super().step(attend)  # type: ignore[arg-type]
         return lambda i: both(i)[1:2]
 
     def steps(self) -> dict[str, Step]:
-        """Ours without and with the gradients of keys; on a GPU the libraries' full backwards."""
+        """Ours with and without key gradients; on a GPU also the libraries' full backwards."""
         backend = "triton" if self.device == "cuda" else "library"
         found = {
             f"{backend}, dq alone": self._ours(backend, keys=False),
@@ -84,7 +84,7 @@ class Backward(Case):
         return step
 
     def _library(self, kind: SDPBackend) -> Step:
-        """Its forward is run at a set's first use and kept."""
+        """A library's backward; its forward is run at a set's first use and kept."""
         kept: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
         def step(i: Tensors) -> tuple[Tensor, ...]:
@@ -100,12 +100,12 @@ class Backward(Case):
 
 
 def _joined(rows: Intervals) -> Intervals:
-    """The same pairs with the two intervals, which are neighbours, as one."""
+    """The same pairs with the two adjacent intervals merged."""
     return Intervals(tuple(tuple((*r[:3], r[5], 0, 0) for r in one) for one in rows.rows))
 
 
 def cases(args: argparse.Namespace) -> Iterator[Merged | Backward]:
-    """On a GPU the middle chunk of 480x832, which is the mean of all; else what a CPU can do."""
+    """The middle (average) chunk of 480x832 on a GPU; else a size feasible on a CPU."""
     if args.quick:
         tokens, known, heads, width, dtype = 16, 32, 2, 16, "fp32"
     elif args.device == "cuda":

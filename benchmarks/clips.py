@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
@@ -60,7 +60,7 @@ class Case:
 
 
 def waves(case: Case) -> Tensor:
-    """[F, 3, H, W] in [-1, 1] that moves and has texture."""
+    """A moving, textured video [F, 3, H, W] in [-1, 1]."""
     rows = torch.linspace(0, 20, case.height)[:, None]
     columns = torch.linspace(0, 30, case.width)
     time_F = torch.arange(case.frames).view(-1, 1, 1, 1) * 0.1
@@ -70,7 +70,7 @@ def waves(case: Case) -> Tensor:
 
 
 def measure(case: Case, args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """A row for every kind of work asked for."""
+    """A row for every requested kind of work."""
     wanted = int(case.frames * 16 / case.fps)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def measure(case: Case, args: argparse.Namespace) -> tuple[list[Row], dict[str, 
 
 
 def _times(work: Callable[[], object], reps: int, budget_s: float) -> list[float]:
-    """Seconds of each repetition, after one that is not counted."""
+    """Seconds of each repetition, after a warm-up."""
     work()
     seconds: list[float] = []
     while not seconds or (len(seconds) < reps and sum(seconds) < budget_s):
@@ -99,7 +99,7 @@ def _times(work: Callable[[], object], reps: int, budget_s: float) -> list[float
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """From the toy's size to a service's."""
+    """Clips from the toy's size to a video service's."""
     yield Case(12, 16, 16, 8)
     if not args.quick:
         yield Case(81, 480, 832, 16)

@@ -21,6 +21,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import clock
+
 Document = dict[str, Any]
 Key = tuple[str, str, int]
 
@@ -83,12 +85,16 @@ def table(old: Document, new: Document) -> list[str]:
     return lines
 
 
-def measured() -> Document:
-    """A run of now."""
+def measured(old: Document) -> Document:
+    """A run of now, of the shape and batches of an old one."""
     root = Path(__file__).resolve().parents[1]
+    batches = {str(row["B"]) for row in old["rows"]}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.nft_loss", "--out", folder]
-        subprocess.run(command, cwd=root, check=True)
+        command += ["--shape", *map(str, old["shape"]), "--batch", *sorted(batches)]
+        done = subprocess.run(command, cwd=root)
+        if done.returncode not in (0, clock.INCOMPLETE):
+            raise NotComparable(f"{' '.join(command)}: exited with {done.returncode}")
         return read(Path(folder, "nft_loss_table.json"))
 
 
@@ -100,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         old = read(args.old)
-        new = measured() if args.new is None else read(args.new)
+        new = measured(old) if args.new is None else read(args.new)
         print("\n".join(table(old, new)))
     except NotComparable as error:
         print(error, file=sys.stderr)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.compile_ahead --record kernels.jsonl pytest -q -k cuda tests/ops
 
-For sm_90; needs no GPU. Whatever the module exits with, this exits with 0 if it got to its end:
-what was compiled is what counts here. A module that needs what only a GPU has (graphs, measured
-times) fails there and has compiled what came before.
+For sm_90; needs no GPU. Whatever the module's exit code, this exits with 0 if the module ran to its
+end, since only the compilation matters. A module that needs a real GPU (graphs, measured times)
+fails at that point, with everything before it compiled.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, and a line that counts the kernels; the module's own exit goes into that line."""
+    """Returns 0 and prints a line with the number of kernels and the module's exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, help="appends a line of JSON for each kernel")
     parser.add_argument("module", help="one whose main() reads sys.argv")

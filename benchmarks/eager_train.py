@@ -1,9 +1,9 @@
-"""An iteration of AFD as one would first write it: the baseline of benchmarks/train_step.py.
+"""A naive implementation of an AFD iteration: the baseline of benchmarks/train_step.py.
 
-Three networks, each of which gets clean and noisy frames in one sequence of twice the length and
-runs all of it through all layers; what a chunk may see is a dense mask (or, where that is too
-large, a call of PyTorch's attention for every chunk); separate norms, modulation and rotation;
-x_t, the noise and the target are tensors; the loss is the official formula.
+Three networks each run clean and noisy frames as one sequence of twice the length through all
+layers. Attention uses a dense mask (or, if that is too large, a call of PyTorch's attention per
+chunk). Norms, modulation and rotation are separate ops; x_t, the noise and the target are
+materialised; the loss is the official formula.
 
 Shape letters: B videos, F frames, C channels, H x W latent size, K chunks, L tokens of both halves,
 E text channels, D width, h heads, d head channels.
@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from afd.models.causal_wan import WanConfig
 from afd.models.noise import NoiseSource
 from afd.models.student import Level
+from afd.models.wan.types import WanConfig
 from benchmarks import official
 from benchmarks.eager_wan import Cache, EagerWan, attention
 
-# A larger mask (in tokens a side) takes gigabytes.
+# Largest mask in tokens per side; beyond it takes gigabytes.
 LARGEST_MASK = 4096
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Down [rank, in] and up [out, rank] of a projection, and what multiplies their product."""
+    """A projection's LoRA: down [rank, in], up [out, rank], and the scale of their product."""
 
     down: Tensor
     up: Tensor
@@ -39,13 +39,13 @@ class Lora:
 
 
 class EagerTrained(EagerWan):
-    """The network with teacher forcing and gradients to the weights it is given.
+    """The network with teacher forcing and gradients to the given weights.
 
     Args:
         config: sizes.
-        weights: by their names in `CausalWan`; those that ask for gradients get them.
+        weights: by their names in `CausalWan`; those with requires_grad receive gradients.
         lora: adapters by the name of their projection.
-        checkpoint_blocks: compute blocks again in the backward.
+        checkpoint_blocks: recompute blocks in the backward.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class EagerTrained(EagerWan):
         return y + adapter.scale * F.linear(F.linear(x, adapter.down), adapter.up)
 
     def teacher_forced(
-        self, x_t_BFCHW: Tensor, t_BF: Tensor, text_BLE: Tensor, clean_BFCHW: Tensor
+        self, x_t_BFCHW: Tensor, t_BF: Tensor, text_BLE: Tensor, x0_BFCHW: Tensor
     ) -> Tensor:
         """The network's output for noisy frames at times [B, F] (0-1000), like x_t."""
-        both_BFCHW = torch.cat([clean_BFCHW.to(x_t_BFCHW.dtype), x_t_BFCHW], dim=1)
+        both_BFCHW = torch.cat([x0_BFCHW.to(x_t_BFCHW.dtype), x_t_BFCHW], dim=1)
         both_BF = torch.cat([torch.zeros_like(t_BF), t_BF], dim=1)
         text = Cache([], self.text_kv(text_BLE), 0, False, text_BLE)
         return self.network(both_BFCHW, both_BF, text, 0)[:, x_t_BFCHW.shape[1] :]
@@ -121,7 +121,7 @@ class EagerTrained(EagerWan):
         return self.linear(f"{name}.o", attended)
 
     def mask(self, length: int, chunk: int, device: torch.device) -> Tensor:
-        """[L, L], true where a query (row) sees a key: clean halves first."""
+        """Mask [L, L], true where a query (row) attends a key; clean half first."""
         if (length, chunk) not in self._masks:
             at = torch.arange(length, device=device)
             noisy, number = at >= length // 2, at % (length // 2) // chunk
@@ -132,7 +132,7 @@ class EagerTrained(EagerWan):
 
 
 def by_chunk(q_BLhd: Tensor, k_BLhd: Tensor, v_BLhd: Tensor, chunk: int) -> Tensor:
-    """Teacher-forced attention, one call a chunk and half; [B, L, D]."""
+    """Teacher-forced attention with one call per chunk and half; [B, L, D]."""
     half = q_BLhd.shape[1] // 2
     starts = range(0, half, chunk)
     out = [
@@ -155,7 +155,7 @@ def rolled_out(
     x0_from_output: Callable[[Tensor, Tensor, float], Tensor],
     chunks: int,
 ) -> Tensor:
-    """A stream of `chunks` chunks: every denoising step and context pass is a whole network."""
+    """Stream `chunks` chunks; every denoising step and context pass runs the whole network."""
     cache, video = None, []
     for k in range(chunks):
         x_t = draw(k, 0)
@@ -179,8 +179,8 @@ class EagerUpdate:
     """Three networks and the optimizer of the trained one.
 
     Attributes:
-        velocity: the velocity that an output at x_t and t [B, F, 1, 1, 1] means; the network is
-            told 1000 t.
+        velocity: converts an output at x_t and t [B, F, 1, 1, 1] to a velocity; the network is
+            given 1000 t.
     """
 
     theta: EagerTrained
@@ -199,14 +199,14 @@ class EagerUpdate:
         self.adam = torch.optim.AdamW(self.trained, lr=self.learning_rate, weight_decay=1e-4)
 
     def loss(self, x0_BFCHW: Tensor, t_BK: Tensor, text_BLE: Tensor, r_B: Tensor) -> Tensor:
-        """The official loss on one noised copy of every video."""
+        """The official loss on a noised copy of every video."""
         noise = torch.randn_like(x0_BFCHW)
         return self.loss_of(x0_BFCHW, noise, t_BK, text_BLE, r_B)
 
     def loss_of(
         self, x0_BFCHW: Tensor, noise: Tensor, t_BK: Tensor, text_BLE: Tensor, r_B: Tensor
     ) -> Tensor:
-        """With the noise given."""
+        """The official loss with given noise."""
         t_BF = t_BK.repeat_interleave(x0_BFCHW.shape[1] // t_BK.shape[1], dim=1)
         t_BF111 = t_BF[..., None, None, None]
         x_t = official.noised(x0_BFCHW, noise, t_BF111)
@@ -233,11 +233,11 @@ class EagerUpdate:
         return loss
 
     def add(self, loss: Tensor) -> None:
-        """Backward of a part of the update's loss."""
+        """Accumulate the gradients of a part of the update's loss."""
         loss.backward()
 
     def step(self) -> None:
-        """One update from what was added, and the old policy follows."""
+        """Apply the accumulated gradients and update the old policy."""
         torch.nn.utils.clip_grad_norm_(self.trained, self.grad_clip)
         self.adam.step()
         self.adam.zero_grad()
@@ -247,6 +247,6 @@ class EagerUpdate:
 
 
 def _trained(net: EagerTrained) -> list[Tensor]:
-    """The adapters where there are any, else every weight."""
+    """The adapters if there are any, else all weights."""
     adapters = [part for lora in net.lora.values() for part in (lora.down, lora.up)]
     return adapters or list(net.w.values())

@@ -1,12 +1,12 @@
-"""The causal Wan student as one would first write it: the baseline of benchmarks/rollout.py and,
-with teacher forcing (eager_train.py), of benchmarks/train_step.py.
+"""A naive causal Wan student: the baseline of benchmarks/rollout.py and, with teacher forcing
+(eager_train.py), of benchmarks/train_step.py.
 
-The same network and weights, one PyTorch op after another: a projection each for q, k and v, norms
-in separate steps, rotary positions as float64 complex numbers from a table that is put together
-for every call, a cache whose indices are tensors and whose content is moved when the window is
-full, modulation and gates as ops of their own. The whole network runs in the context pass as well.
-The text MLP runs once per prompt, as in ours, or (`embeds_text`) in every call, although what it
-feeds is cached: so does the released code, which hands the prompt to each call.
+The same network and weights in unfused PyTorch ops: separate projections for q, k and v, separate
+norms, rotary positions as float64 complex numbers from a table assembled on every call, a cache
+with tensor indices whose content is moved when the window is full, and separate modulation and
+gates. The context pass also runs the whole network. The text MLP runs once per prompt, as in ours,
+or (`embeds_text`) in every call, although its result is cached; so does the released code, which
+passes the prompt to each call.
 
 Shape letters: B videos, F frames, L tokens, S cache slots, D width, h heads, d head channels.
 """
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.schedules import ShiftedFlow
 
 EPS = 1e-6
@@ -29,7 +30,7 @@ FRAMES_IN_TABLE = 1024
 
 @dataclass
 class Layer:
-    """Keys and values [B, S, h, d] of one layer, and how far they are filled, as int64 [1]."""
+    """Keys and values [B, S, h, d] of one layer, and their fill counts, int64 [1]."""
 
     k: Tensor
     v: Tensor
@@ -39,7 +40,7 @@ class Layer:
 
 @dataclass
 class Cache:
-    """Of all layers; `text` holds keys and values of the prompt `prompt`, each [B, L, h, d]."""
+    """Cache of all layers; `text` holds keys and values of the prompt `prompt`, [B, L, h, d]."""
 
     layers: list[Layer]
     text: list[tuple[Tensor, Tensor]]
@@ -77,7 +78,7 @@ class EagerWan:
     def new_cache(
         self, text_BLE: Tensor, frames: int, tokens: int, window: int | None = None, sink: int = 0
     ) -> Cache:
-        """Room for `window` frames of `tokens` tokens, or for `frames` where there is no window."""
+        """A cache for `window` frames of `tokens` tokens, or for `frames` without a window."""
         text = self.text_kv(text_BLE)
         slots = (frames if window is None else window) * tokens
         shape = (len(text_BLE), slots, self.config.num_heads, self.config.head_dim)
@@ -102,13 +103,13 @@ class EagerWan:
 
     @torch.no_grad()
     def forward(self, x_BFCHW: Tensor, t_BF: Tensor, cache: Cache, start_frame: int) -> Tensor:
-        """The network's output for one chunk at frames `start_frame` and on, like x."""
+        """The network's output for one chunk starting at frame `start_frame`, like x."""
         if self.embeds_text:
             self.embed(cache.prompt)
         return self.network(x_BFCHW, t_BF, cache, start_frame)
 
     def network(self, x_BFCHW: Tensor, t_BF: Tensor, cache: Cache, start_frame: int) -> Tensor:
-        """All layers, whatever their self-attention looks at."""
+        """All layers, independent of the self-attention pattern."""
         B, frames, _, H, W = x_BFCHW.shape
         ph, pw = self.config.patch
         grid = (frames, H // ph, W // pw)
@@ -204,7 +205,7 @@ class EagerWan:
 def append(
     cache: Cache, i: int, k_BLhd: Tensor, v_BLhd: Tensor, start: int
 ) -> tuple[Tensor, Tensor]:
-    """Write new tokens, moving old ones where the window is full; returns all that are kept."""
+    """Append tokens, shifting old ones out if the window is full; returns all cached ones."""
     layer = cache.layers[i]
     count, slots = k_BLhd.shape[1], layer.k.shape[1]
     end = start + count
@@ -225,13 +226,13 @@ def append(
 
 
 def attention(q_BLhd: Tensor, k_BNhd: Tensor, v_BNhd: Tensor) -> Tensor:
-    """[B, L, D], by PyTorch's best kernel for it."""
+    """Attention [B, L, D] with PyTorch's fastest kernel."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLhd, k_BNhd, v_BNhd))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def random_network(config: WanConfig, device: torch.device | str, dtype: torch.dtype) -> CausalWan:
-    """A frozen network of random weights, always the same; all parameters matter."""
+    """A frozen network with fixed random weights, all of which affect the output."""
     torch.manual_seed(0)
     with torch.device(device):
         net = CausalWan(config)
@@ -242,7 +243,7 @@ def random_network(config: WanConfig, device: torch.device | str, dtype: torch.d
 
 
 def _ladder(pairs: int) -> Tensor:
-    """Turns of every position of an axis, complex128 [FRAMES_IN_TABLE, pairs]."""
+    """Rotations of every position along an axis, complex128 [FRAMES_IN_TABLE, pairs]."""
     exponent = torch.arange(pairs, dtype=torch.float64) / pairs
     angle = torch.outer(torch.arange(FRAMES_IN_TABLE).double(), torch.pow(10000, -exponent))
     return torch.polar(torch.ones_like(angle), angle)
@@ -256,7 +257,7 @@ def denoised(
     start: int,
     schedule: ShiftedFlow,
 ) -> Tensor:
-    """One chunk from its noises, one [B, c, C, H, W] a step, and its context pass.
+    """Denoise one chunk, with noise [B, c, C, H, W] per step, and run its context pass.
 
     Noise levels are looked up in the table in every step, conversions are float64.
     """

@@ -1,4 +1,4 @@
-"""What the machine's memory can do, measured in the same interleaved run as the ops."""
+"""Memory-bandwidth floors, measured in the same interleaved run as the ops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from afd_kernels import native
 
 @dataclass(frozen=True)
 class Floor:
-    """A stream over memory: the bytes one call moves, and the call (index of the buffer set)."""
+    """A memory stream: the bytes moved per call, and the call (index of the buffer set)."""
 
     bytes: int
     run: Callable[[int], object]
@@ -23,7 +23,7 @@ def streams(nbytes: int, device: str, sets: int) -> dict[str, Floor]:
     """Five-read-one-write streams that move about `nbytes` per call: the floor is the fastest.
 
     CUDA: a Triton kernel. CPU: our compiled core's, with ordinary and with non-temporal stores;
-    without the core `torch.addcmul`, which reads three, and its name says so.
+    without the core `torch.addcmul`, which reads three, as its name indicates.
     """
     count = max(nbytes // 24, 1)
     buffers = [[_random(count, device) for _ in range(6)] for _ in range(sets)]
@@ -51,7 +51,7 @@ def streams(nbytes: int, device: str, sets: int) -> dict[str, Floor]:
 
 
 def copy(nbytes: int, device: str) -> Floor:
-    """A copy that reads and writes about `nbytes` in sum."""
+    """A copy that reads and writes about `nbytes` in total."""
     count = max(nbytes // 8, 1)
     source, target = _random(count, device), _random(count, device)
     return Floor(8 * count, lambda _: target.copy_(source))

@@ -3,8 +3,8 @@
     python benchmarks/forward_noise.py               # 480x832 latents, fp32 and bf16
     python benchmarks/forward_noise.py --batch 2 --plot
 
-Forward only (the gradient is one scaling). Checked against float64 before it is timed, with the
-noise given, and with the noise drawn (eager, compile) or regenerated from seeds (ours).
+Forward only (the gradient is a scaling). Checked against float64 before timing, with the noise
+given, and with the noise drawn (eager, compile) or regenerated from seeds (ours).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
@@ -35,14 +35,14 @@ _EAGER_BYTES = 80  # per element: the reference's Philox words, and the inputs
 
 @dataclass(frozen=True)
 class Noising:
-    """One case; `shape` is that of a sample."""
+    """One case of noising; `shape` is that of a sample."""
 
     dtype: str
     batch: int
     shape: tuple[int, ...]
 
     def case(self) -> suite.Case:
-        """As the suite takes it."""
+        """The case in the suite's format."""
         numel = self.batch * torch.Size(self.shape).numel()
         return suite.Case(
             op="forward_noise",
@@ -61,7 +61,7 @@ class Noising:
         )
 
     def bytes(self, numel: int, source: str) -> tuple[int, int]:
-        """Of one pass, which is the whole algorithm."""
+        """Bytes of one pass and of the algorithm, which is a single pass."""
         streams = 3 if source == "given" else 2
         one_pass = streams * numel * DTYPES[self.dtype].itemsize
         return one_pass, one_pass
@@ -82,7 +82,7 @@ class Noising:
         }
 
     def step(self, provider: str, source: str) -> Step:
-        """Inputs to x_t."""
+        """A function from inputs to x_t."""
         if provider in OURS:
 
             def ours(i: Inputs) -> Tensor:
@@ -100,7 +100,7 @@ class Noising:
         return torch.compile(step, dynamic=False, fullgraph=True) if provider == "compile" else step
 
     def exact(self, inputs: Inputs) -> dict[str, Tensor]:
-        """x_t in float64, with the noise given and with that of the seeds."""
+        """x_t in float64, with the given noise and with the seeds' noise."""
         x0, t = inputs["x0"].double(), inputs["t"].double()
         return {
             "given": official.noised(x0, inputs["noise"].double(), t),
@@ -114,7 +114,7 @@ def errors(x_t: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def cases(args: Any) -> Iterator[suite.Case]:
-    """Every dtype and batch size asked for."""
+    """Every requested dtype and batch size."""
     for batch in args.batch:
         for dtype in args.dtype:
             yield Noising(dtype, batch, tuple(args.shape)).case()

@@ -4,16 +4,16 @@
     make gpu-check OUT=folder SECTIONS=build,bench-nft_loss,bench-attention
 
 Needs torch, triton, numpy, safetensors, rich, pytest, pybind11, cmake, ninja, nvcc and a compiler.
-What else sections want (pydantic, hypothesis, diffusers) is in the folder that `make gpu-wheels`
-fills on a machine with a network; a section without it says so, and the others run. Sections stand
-in the order of what is least to be lost: a failure, a limit or the end of the time stops one of
-them, not the check, and what was found so far lies in the folder at any moment: gpu-check.log
+Further packages that sections need (einops, pydantic, hypothesis, diffusers) are in the folder that
+`make gpu-wheels` fills on a machine with a network; a section that lacks them reports it, and the
+remaining sections run. Sections are ordered by importance: a failure, a limit or the end of the
+time stops a section, not the check, and results so far are always in the folder: gpu-check.log
 (everything printed), one JSON per benchmark, and summary.md (sections, targets, tables), at most
-eight files. Exits with 1 if a section failed or had not enough time.
+eight files. Exits with 1 if a section failed or ran out of time.
 
-Triton's cache is taken to be empty. While the core is built, the tests run on a simulated GPU, in
-as many processes as there are cores, so that the kernels they launch are compiled when the tests
-come, which are then shared out in the same way. `make gpu-rehearsal` runs all this without a GPU.
+Triton's cache is assumed empty. While the core is built, the tests run on a simulated GPU, in as
+many processes as there are cores, so that their kernels are already compiled when the real tests
+run, split in the same way. `make gpu-rehearsal` runs all this without a GPU.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from benchmarks.sections import (
     run,
 )
 
-# Golden files of the released code; they lie beside the checkout where there are any.
+# Golden files of the released code, beside the checkout if present.
 GOLDEN = ROOT.parent / "shared" / "golden"
-# What the build makes.
+# The build's output.
 CORE = ROOT / "afd_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-# Of the trainer's and student's tests these need a GPU; the others need packages that a bare GPU
-# box lacks, and no GPU.
+# The trainer's and student's tests that need a GPU; all other ones need no GPU, but packages that a
+# bare GPU machine lacks.
 OP_TESTS = ("tests/ops", "tests/contract", "tests/native")
 STUDENT_TESTS = ("tests/afd/test_streaming_cost.py", "tests/afd/test_rollout.py")
 # Per benchmark, the columns of its table in the summary.
@@ -77,8 +77,8 @@ RESULTS = {
     "rollout": _ROLLOUT,
     "train_step": _TRAIN,
 }
-# Seconds a section may take from the start of its first process, Triton's cache being empty; what
-# they are made of, `make gpu-rehearsal` shows.
+# Time limits of sections in seconds from the start of their first process, with an empty Triton
+# cache; `make gpu-rehearsal` shows their composition.
 LIMITS = {
     "build": 70,
     "tests": 65,
@@ -102,15 +102,15 @@ PROVIDERS = ("ours", "library", "triton", "sdpa per block", "flash-attn per bloc
 def sections(
     out: Path, build_dir: Path, golden: Path = GOLDEN, arch: int = SIMULATED, cores: int = CORES
 ) -> list[Section]:
-    """The whole check on a GPU of capability `arch` / 10; its limits make less than ten minutes."""
+    """The whole check on a GPU of capability `arch` / 10; its limits total under ten minutes."""
     python = sys.executable
     parity = [python, "-m", "afd.testing.parity", str(golden), "--device", "cuda"]
     parities = [parity, [*parity, "--dtype", "bfloat16"]]
-    # The project's own options ask for a plugin (pytest-benchmark) that these tests do not use.
+    # The project's own options need a plugin (pytest-benchmark) that these tests do not use.
     pytest = ["pytest", "-q", "-rfE", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
     pytest += ["--continue-on-collection-errors"]
     plain = [*pytest, "-m", "not gpu and not slow", "-k", "cuda", *OP_TESTS]
-    shares = max(1, cores - 4)  # the others build, or wait for the GPU
+    shares = max(1, cores - 4)  # the remaining cores build, or wait for the GPU
     # torch.compile takes most of the time, so only what the targets name.
     losses = ["--batch", "8", "32", "1", "--dtype", "bf16", "--budget", "1"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20"]
@@ -120,7 +120,7 @@ def sections(
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'afd_kernels'}"]
     bench = partial(_bench, out=out)
     ahead = [python, "-m", "benchmarks.compile_ahead"]
-    # Some of the tests fail there, which says nothing: what matters is what they had compiled.
+    # Some tests fail on the simulated GPU, which is expected: only their compilation matters.
     quiet = ["--tb=no", "-rN"]
     early = [[*ahead, *_share(plain, i, shares, LIMITS["build"]), *quiet] for i in range(shares)]
     early += [[*ahead, "benchmarks.sanitize"]]
@@ -141,7 +141,7 @@ def sections(
         ),
         bench("nft_loss", ["--all", *losses, "--weighting", "x0_adaptive"]),
         bench("attention", ["--providers", *PROVIDERS, "--budget", "1"]),
-        bench("row_ops", ["--budget", "1"]),
+        bench("row_ops", ["--budget", "0.6"]),
         bench("videos", ["--budget", "4"], last_s=33),
         bench("train_step", ["--budget", "8"], needs_modules=("pydantic", "yaml", "peft")),
         bench("forward_noise", losses),
@@ -151,20 +151,20 @@ def sections(
             LIMITS["sanitizer"],
             needs_gpu=True,
             needs_tool="compute-sanitizer",
-            # Every tensor its own allocation: an access past its end is then one that is seen.
+            # One allocation per tensor, so that out-of-bounds accesses are detected.
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
         Section("parity", parities, LIMITS["parity"], needs_gpu=True, needs_path=golden),
-        # Instruction sets that the machine where the rest was proved may not have.
+        # Instruction sets that the development machine may lack.
         Section(
             "tests-native",
             [[python, "-m", *pytest, "tests/native"]],
             LIMITS["tests-native"],
             needs_path=CORE,
         ),
-        # What the whole videos leave out: every provider's chunk, its launches and waits.
+        # Not covered by the whole videos: every provider's chunk, its launches and waits.
         bench("rollout", ["--budget", "2"], asked_only=True),
-        # Proved without a GPU; here with this machine's Triton and nvcc.
+        # Verified without a GPU; repeated here with this machine's Triton and nvcc.
         Section(
             "offline",
             [[python, "-m", *pytest, "tests/offline"]],
@@ -175,7 +175,7 @@ def sections(
 
 
 def _share(pytest: list[str], index: int, count: int, limit_s: float | None = None) -> list[str]:
-    """One of `count` processes that share the tests; starts none in the last tenth of its limit."""
+    """One of `count` processes that split the tests; starts none in the last 10 % of its limit."""
     until = 0.9 * (limit_s or LIMITS["tests"])
     shard = ["-p", "benchmarks.shard", "--shard", f"{index}/{count}", "--until", f"{until:.0f}"]
     return [*pytest, *shard]
@@ -206,7 +206,7 @@ def _bench(
 
 
 def probe() -> Machine:
-    """Asks torch, in a process of its own, what is here."""
+    """Detects the machine with torch in a separate process."""
     code = (
         "import json, torch; from benchmarks import report; gpu = torch.cuda.is_available(); "
         "device = 'cuda' if gpu else 'cpu'; "
@@ -222,7 +222,7 @@ def probe() -> Machine:
 
 
 def carry(wheels: Path, target: Path, log: IO[str]) -> Outcome:
-    """Installs the wheels of a folder for the sections, and for nobody else."""
+    """Installs a folder's wheels for the sections only."""
     files = sorted(str(path) for path in wheels.glob("*.whl"))
     if not files:
         return Outcome("wheels", "failed", 0.0, f"{wheels} holds no wheels")
@@ -237,7 +237,7 @@ def carry(wheels: Path, target: Path, log: IO[str]) -> Outcome:
 def summarise(out: Path, machine: Machine, outcomes: Sequence[Outcome]) -> None:
     """Writes summary.md: sections, targets, the benchmarks' tables, ends of failed outputs.
 
-    Of JSONs only those of the sections that ran: others may lie there from another run.
+    Only JSONs of sections that ran are used: the folder may contain those of another run.
     """
     ran = {outcome.section for outcome in outcomes}
     documents = {
@@ -280,7 +280,7 @@ def _word(value: object) -> str:
 
 
 def main(argv: list[str] | None = None, check: list[Section] | None = None) -> int:
-    """Runs the sections asked for (of `check`, by default all); 1 if one failed, else 0."""
+    """Runs the requested sections (of `check`, by default all); 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
     parser.add_argument("--sections", help="comma-separated; default: all but rollout and offline")
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None, check: list[Section] | None = None) -> i
     (out / "gpu-check.log").write_text("")
     with tempfile.TemporaryDirectory() as temporary, (out / "gpu-check.log").open("a") as log:
         site = Path(temporary, "site")
-        # Kept, so that a build that was stopped goes on in the next check.
+        # Kept, so that an interrupted build continues in the next check.
         build = ROOT / "build" / "gpu-check"
         known = check or sections(out, build, args.golden.resolve(), machine.arch)
         names = [section.name for section in known]
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None, check: list[Section] | None = None) -> i
             if section.name not in wanted:
                 continue
             outcomes.append(Outcome(section.name, "failed", 0.0, "was interrupted"))
-            summarise(out, machine, outcomes)  # so that a killed check leaves what it has
+            summarise(out, machine, outcomes)  # so that a killed check keeps its results
             outcomes[-1] = run(section, machine, log, args.limit - (time.monotonic() - start))
             last = outcomes[-1]
             print(f"{last.section}: {last.status} ({last.seconds:.0f} s) {last.note}", flush=True)

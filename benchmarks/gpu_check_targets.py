@@ -1,8 +1,8 @@
-"""What a GPU run is to reach, read from the benchmarks' JSONs: target, measured, met.
+"""Performance targets of a GPU run, checked against the benchmarks' JSONs.
 
     python -m benchmarks.gpu_check_targets benchmarks/results/<device>
 
-Every ratio is of numbers measured side by side in one run; floors are of the same run.
+All numbers of a ratio are measured side by side in one run, as are the floors.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MODES = ("recompute", "own_context", "shared_context", "shared_context, kept")
 
 
 class Absent(Exception):
-    """A number that this run has not measured."""
+    """Raised for a number that the run has not measured."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One line: `least` or `most` is what is asked for, neither where it is only reported."""
+    """One target: `least` or `most` is the bound; with neither, the value is only reported."""
 
     what: str
     unit: str
@@ -36,7 +36,7 @@ class Target:
     most: float | None = None
 
     def line(self, documents: Documents) -> str:
-        """As a row of Markdown; "not measured" where a number is missing."""
+        """The target as a Markdown row; "not measured" if a number is missing."""
         bound = "" if self.least is None else f"≥ {self.least:g}"
         bound = bound if self.most is None else f"≤ {self.most:g}"
         try:
@@ -51,7 +51,7 @@ class Target:
 
 
 def rows(documents: Documents, name: str, **wanted: Any) -> list[Row]:
-    """The rows of a benchmark with these values; a tuple means one of them."""
+    """Rows of a benchmark that match these values; a tuple matches any of its elements."""
     found = [
         row
         for row in documents.get(name, {}).get("rows", [])
@@ -71,7 +71,7 @@ def least(documents: Documents, name: str, column: str = "median_ms", **wanted: 
 
 
 def ratio(name: str, above: Row, below: Row, column: str = "median_ms") -> Callable[..., float]:
-    """The least of the rows `above` over the least of the rows `below`."""
+    """Ratio of the smallest value among the rows `above` to that among `below`."""
     return lambda d: least(d, name, column, **above) / least(d, name, column, **below)
 
 
@@ -91,13 +91,13 @@ def _machine(key: str, scale: float) -> Callable[[Documents], float]:
 
 
 def floors() -> Iterator[Target]:
-    """What the machine did in this run."""
+    """Floors measured on the machine in this run."""
     yield Target("copy bandwidth", "GB/s", _machine("bandwidth", 1e9))
     yield Target("bf16 product 8192 x 8192 x 8192", "TFLOP/s", _machine("matmul", 1e12))
 
 
 def losses() -> Iterator[Target]:
-    """nft_loss and forward_noise; ours is the faster of the two compiled backends."""
+    """Targets of nft_loss and forward_noise; ours is the faster of the two compiled backends."""
     for batch in (8, 32):
         for noise in ("seed", "given"):
             same = {"case": "x0_adaptive", "dtype": "bf16", "B": batch, "noise": noise}
@@ -119,8 +119,9 @@ def losses() -> Iterator[Target]:
 
 
 def token_rows() -> Iterator[Target]:
+    """Targets of the row ops; ours is the faster of the two compiled backends."""
     for op in ("qk_norm_rope", "qk_norm_rope_append_", "adaln"):
-        ours = {"case": op, "dtype": "bf16", "B": 4, "backend": "triton"}
+        ours = {"case": op, "dtype": "bf16", "B": 4, "backend": ("native", "triton")}
         yield Target(f"{op} bf16 B=4", "% of a copy", value("row_ops", "pct_of_copy", **ours), 85)
 
 
@@ -129,7 +130,7 @@ def attention() -> Iterator[Target]:
         for batch in (1, 2):
             same = {"case": f"rollout, chunk {chunk}", "B": batch}
             times = ratio("attention", same | {"provider": LIBRARIES}, same | {"provider": "ours"})
-            # Ours is that library's call: two in a hundred are noise and the way through the op.
+            # Ours calls that library: 2 % allows for noise and the op's overhead.
             yield Target(f"attention, chunk {chunk} B={batch}", "× best library", times, 0.98)
     apart = {"case": "context apart", "B": 1}
     merged = ratio(
@@ -181,7 +182,7 @@ def _gib(name: str, **wanted: Any) -> Callable[[Documents], float]:
 
 
 def iterations() -> Iterator[Target]:
-    """One iteration of AFD; what both sides have, rollout and update, is compared."""
+    """Targets of an AFD iteration; the phases of both sides, rollout and update, are compared."""
 
     def seconds(documents: Documents, provider: str) -> float:
         phases = ("rollout", "update")
@@ -205,20 +206,20 @@ def iterations() -> Iterator[Target]:
             yield Target(f"iteration, {mode}, {phase}", "GPU-seconds a video", spent)
         update = {"case": "480x832", "provider": mode, "phase": "update"}
         yield Target(f"iteration, {mode}, update", "GiB at its peak", _gib("train_step", **update))
-    for phase in ("critic", "score"):  # which no mode changes
+    for phase in ("discriminator", "score"):  # independent of the mode
         one = {"case": "480x832", "provider": "recompute", "phase": phase}
         milliseconds = value("train_step", "median_ms", **one)
         yield Target(f"iteration, small discriminator, {phase}", "GPU-ms a video", milliseconds)
 
 
 def targets() -> list[Target]:
-    """All of them, in the order of the benchmarks."""
+    """All targets, in the order of the benchmarks."""
     parts = (floors, losses, token_rows, attention, rollouts, iterations)
     return [target for part in parts for target in part()]
 
 
 def read(folder: Path) -> Documents:
-    """The JSONs of a folder by the benchmark's name; one cut short by a kill is left out."""
+    """A folder's JSONs by benchmark name; truncated ones are skipped."""
     found: Documents = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -231,7 +232,7 @@ def read(folder: Path) -> Documents:
 
 
 def table(documents: Documents) -> list[str]:
-    """Lines of Markdown."""
+    """The targets as lines of Markdown."""
     lines = ["| what | target | measured | met |", "| --- | --- | ---: | --- |"]
     return lines + [target.line(documents) for target in targets()]
 

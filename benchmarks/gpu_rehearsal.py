@@ -3,20 +3,20 @@
     make gpu-rehearsal
     make gpu-rehearsal SECTIONS=build,tests
 
-Every command runs, one after the other, on the simulated GPU with an empty Triton cache that they
-share: builds are real, kernels are compiled for sm_90 with the Triton at hand, values come from the
-CPU; benchmarks run in small. What is counted is processor time, which other work on the machine
-does not stretch. Expected on a machine of CORES cores as fast as this one's:
+Commands run sequentially on the simulated GPU, sharing an initially empty Triton cache: builds are
+real, kernels are compiled for sm_90 with the installed Triton, values come from the CPU, and
+benchmarks run at small sizes. Times are processor time, which other load on the machine does not
+affect. Expected time on a machine with CORES cores as fast as this one's:
 
-    commands in a row: the sum of their times
-    processes side by side: the longest, or all of them over CORES where that is more
-    the build: its longest job, or all of them over CORES
-    a benchmark: until its deadline, which is how it spends its time on a GPU, or what its kernels
-    take to compile where that is more (what the CPU takes for its values says nothing of a GPU)
+    sequential commands: the sum of their times
+    parallel processes: the longest, or their sum over CORES if that is more
+    the build: its longest job, or their sum over CORES
+    a benchmark: until its deadline, as on a GPU, or the compile time of its kernels if that is more
+    (the CPU's time for its values does not predict a GPU's)
 
-Not rehearsed: torch.compile's own compilation, C launchers and the loading of kernels, and what
-only compute-sanitizer or a graph costs. Exits with 1 where a section is expected to need more than
-its limit, or all together are less than SLACK times within ten minutes.
+Not rehearsed: torch.compile's own compilation, C launchers and the loading of kernels, and the
+overhead of compute-sanitizer and graphs. Exits with 1 if a section is expected to exceed its limit,
+or if the total is less than SLACK times within ten minutes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WHOLE_S = 600
 
 @dataclass(frozen=True)
 class Need:
-    """What a section took here. Seconds of processor time; `expected_s` on CORES cores."""
+    """A section's measured processor time in seconds; `expected_s`: on CORES cores."""
 
     name: str
     processor_s: float
@@ -54,7 +54,7 @@ class Need:
     cached: int
 
     def line(self) -> str:
-        """As a row of the table."""
+        """The section as a table row."""
         return (
             f"{self.name:20} {self.processor_s:9.0f} {self.longest_s:9.0f} "
             f"{self.expected_s:10.0f} {self.limit_s:7.0f} {self.kernels:8} {self.cached:10}"
@@ -62,7 +62,7 @@ class Need:
 
 
 def rehearsed(command: list[str], record: Path) -> list[str]:
-    """The command on the simulated GPU; builds are themselves."""
+    """The command adapted to the simulated GPU; builds are unchanged."""
     ahead = [sys.executable, "-m", "benchmarks.compile_ahead", "--record", str(record)]
     if command[0] == "compute-sanitizer":
         return [*ahead, "benchmarks.sanitize"]
@@ -70,7 +70,7 @@ def rehearsed(command: list[str], record: Path) -> list[str]:
         return command
     if command[1] == "-m":
         rest = command[2:] if command[2] != "benchmarks.compile_ahead" else command[3:]
-        # Here one process runs after the other, beside whatever else the machine does.
+        # Processes run sequentially here, beside other load on the machine.
         until = rest.index("--until") if "--until" in rest else len(rest)
         return [*ahead, *rest[:until], *rest[until + 2 :]]
     options = command[2:]
@@ -79,7 +79,7 @@ def rehearsed(command: list[str], record: Path) -> list[str]:
 
 
 def spent(command: list[str], env: dict[str, str], log: Path) -> float:
-    """Runs a command; the processor time of it and its children, in seconds."""
+    """Runs a command; returns the processor time of it and its children, in seconds."""
     with log.open("a") as output:
         output.write(f"$ {' '.join(command)}\n")
         output.flush()
@@ -93,7 +93,7 @@ def spent(command: list[str], env: dict[str, str], log: Path) -> float:
 
 
 def longest_share(build: Path) -> float:
-    """The part of a build's time that its longest job takes, 1 where Ninja left no log."""
+    """The longest job's fraction of a build's time, 1 if there is no Ninja log."""
     log = build / ".ninja_log"
     lines = log.read_text().splitlines()[1:] if log.exists() else []
     jobs = [int(end) - int(start) for start, end, *_ in (line.split("\t") for line in lines)]
@@ -101,13 +101,13 @@ def longest_share(build: Path) -> float:
 
 
 def expected(row: list[float], beside: list[float], deadline_s: float) -> float:
-    """Seconds on CORES cores of commands in a row and processes beside them, all busy."""
+    """Expected seconds on CORES busy cores for sequential commands and parallel processes."""
     together = (sum(row) + sum(beside)) / CORES if beside else 0.0
     return max(sum(row), *beside, together, deadline_s)
 
 
 def need(section: Section, folder: Path, env: dict[str, str]) -> Need:
-    """Rehearses a section."""
+    """Rehearses a section and returns its times."""
     record, log = folder / f"{section.name}.jsonl", folder / "gpu-rehearsal.log"
     env = env | section.env
     whole = [spent(rehearsed(command, record), env, log) for command in section.commands]
@@ -133,7 +133,7 @@ def need(section: Section, folder: Path, env: dict[str, str]) -> Need:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table as it comes."""
+    """Prints the table row by row as results arrive."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", help="comma-separated; default: all that gpu-check runs")
     parser.add_argument("--golden", type=Path, default=GOLDEN, help="golden files, for parity")
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             if section.name not in wanted if wanted else section.asked_only:
                 continue
             commands = [
-                # The core of this checkout stays as it is.
+                # Leave this checkout's core unchanged.
                 [part.replace(str(ROOT / "afd_kernels"), f"{temporary}/core") for part in command]
                 for command in section.commands
             ]

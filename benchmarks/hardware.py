@@ -4,11 +4,11 @@
     python -m benchmarks.hardware --bandwidth 4.3e12 --matmul 788e12     # of one that is not here
     python -m benchmarks.hardware --bandwidth 4.3e12 --matmul 788e12 --ops   # of single ops
 
-A floor divides the work that the algorithm cannot avoid by two rates of the machine: bytes per
-second of a large copy (read and write counted) and floating point operations per second of a large
-matrix product. Products and attention take the larger of arithmetic and memory time, everything
-else its bytes; the parts run one after another, so a pass is their sum. No allowance is made for
-tiles that do not fill the machine, for launches, or for synchronisation.
+A floor divides the algorithm's unavoidable work by two rates of the machine: bytes per second of a
+large copy (reads plus writes) and floating-point operations per second of a large matrix product.
+Products and attention take the larger of arithmetic and memory time, everything else its memory
+time; parts run sequentially, so a pass is their sum. Partially filled waves, launches and
+synchronisation are not included.
 
 Letters: D width, L tokens, K keys, B videos, T tokens per frame.
 """
@@ -26,11 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.models.causal_wan import WanConfig
+from afd.models.wan.types import WanConfig
 from benchmarks import report
 
 # Bytes that a channel of a token costs in elements of the dtype, once through each fused op of a
@@ -48,7 +48,7 @@ class Machine:
 
     @classmethod
     def measured(cls, device: str, dtype: torch.dtype, seconds: float = 0.3) -> Machine:
-        """The best of the calls that fit into `seconds` each; sizes that no cache holds."""
+        """Measure both rates: fastest call within `seconds` each, at sizes beyond the caches."""
         big = device == "cuda"
         source = torch.empty(2**30 if big else 2**27, dtype=torch.uint8, device=device).fill_(1)
         target = torch.empty_like(source)
@@ -61,7 +61,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass must do: FLOP of products and of attention, bytes of each part."""
+    """The work of a pass: FLOP of products and of attention, and bytes of each part."""
 
     linear_flop: float
     linear_bytes: float
@@ -78,14 +78,14 @@ class Work:
         return self.linear_bytes + self.attention_bytes + self.elementwise_bytes
 
     def seconds(self, machine: Machine) -> float:
-        """The floor."""
+        """The floor in seconds."""
         linear = max(self.linear_flop / machine.matmul, self.linear_bytes / machine.bandwidth)
         attention = attention_seconds(machine, self.attention_flop, self.attention_bytes)
         return linear + attention + elementwise_seconds(machine, self.elementwise_bytes)
 
 
 def attention_flop(queries: int, keys: int, width: int) -> float:
-    """FLOP of one attention forward, two products, for all heads together."""
+    """FLOP of an attention forward (two products) over all heads."""
     return 4.0 * queries * keys * width
 
 
@@ -95,12 +95,12 @@ def attention_seconds(machine: Machine, flop: float, nbytes: float) -> float:
 
 
 def elementwise_seconds(machine: Machine, nbytes: float) -> float:
-    """The floor of an op that only moves its operands."""
+    """The floor of a memory-bound op."""
     return nbytes / machine.bandwidth
 
 
 def pass_work(config: WanConfig, tokens: int, keys: int, batch: int, itemsize: int) -> Work:
-    """One pass of a chunk of `tokens` tokens a video that sees `keys` tokens, itself included."""
+    """One pass over a chunk of `tokens` tokens per video attending `keys` tokens, with itself."""
     D, ffn, layers = config.dim, config.ffn_dim, config.num_layers
     # q, k, v, o of self-attention, q and o of cross-attention, and the two of the feed-forward.
     weights = 6 * D * D + 2 * D * ffn
@@ -126,7 +126,7 @@ def chunk_seconds(
     batch: int = 1,
     itemsize: int = 2,
 ) -> float:
-    """The floor of a chunk: its denoising steps and its context pass, `passes` in all."""
+    """The floor of a chunk: denoising steps and context pass, `passes` in total."""
     return passes * pass_work(config, tokens, keys, batch, itemsize).seconds(machine)
 
 
@@ -139,7 +139,7 @@ def rollout_seconds(
     batch: int = 1,
     itemsize: int = 2,
 ) -> float:
-    """The floor of a whole stream; after its last chunk there is no context pass."""
+    """The floor of a whole stream; the last chunk has no context pass."""
     total = 0.0
     for end in range(config.chunk, frames + 1, config.chunk):
         kept = end if config.window is None else min(end, config.window)
@@ -150,9 +150,9 @@ def rollout_seconds(
 
 
 def _fastest(call: Callable[[], object], device: str, seconds: float) -> float:
-    """Seconds of the fastest call of those that fit into `seconds`, at least one.
+    """Seconds of the fastest call among those that fit into `seconds`, at least one.
 
-    One CPU thread: the process's own time, which a busy neighbour does not lengthen.
+    With one CPU thread: process time, which other load on the machine does not affect.
     """
     alone = device == "cpu" and torch.get_num_threads() == 1
     clock = process_time if alone else perf_counter
@@ -171,8 +171,8 @@ def _fastest(call: Callable[[], object], device: str, seconds: float) -> float:
 
 
 def op_floors(machine: Machine) -> Iterator[tuple[str, float, float, float]]:
-    """Of the cases that the GPU targets name: what, FLOP, bytes that must move, milliseconds."""
-    # Imported here, because they build on this file.
+    """Name, FLOP, minimum bytes and milliseconds of each case in the GPU targets."""
+    # Imported here, because they import this file.
     from benchmarks import attention, attention_parts, forward_noise, nft_loss, row_ops
     from benchmarks.suite import WAN_480
 
@@ -188,7 +188,7 @@ def op_floors(machine: Machine) -> Iterator[tuple[str, float, float, float]]:
     for seen in (*attention.cases(asked), *attention_parts.cases(asked)):
         channels = seen.heads * seen.width * attention.DTYPES[seen.dtype].itemsize
         moved = 2 * seen.batch * (seen.rows.queries + seen.rows.keys) * channels
-        moved *= 2 if seen.backward else 1  # gradients come in and go out likewise
+        moved *= 2 if seen.backward else 1  # gradients are read and written likewise
         what = f"attention, {seen.name} B={seen.batch}"
         if seen.backward and not isinstance(seen, attention_parts.Backward):
             what += ", forward and backward"

@@ -1,12 +1,12 @@
-"""Times several providers of one computation in one run, beside the machine's own floors.
+"""Interleaved timing of several providers of one computation, with the machine's floors.
 
-Interleaved: each repetition runs every provider once, in an order that rotates, so that a change
-of clocks or a busy neighbour hits all of them. Medians and the 20th and 80th percentile.
+Each repetition runs every provider once, in rotating order, so that clock changes and other load
+affect all of them equally. Reports medians and the 20th and 80th percentile.
 
-CPU: wall time of the call. CUDA: events around the call, with the call's launches queued behind a
-spin, so that the time is the device's; the time the host needs to issue the call is reported
-beside it (where it is the larger of the two, the call is bound by launches). Input sets rotate so
-that nothing of the last call's inputs is left in the last-level cache.
+CPU: wall time of the call. CUDA: events around the call, with its launches queued behind a spin, so
+that only device time is measured; the host time to issue the call is reported as well (if it is the
+larger of the two, the call is launch-bound). Input sets rotate so that no inputs of the last call
+remain in the last-level cache.
 """
 
 from __future__ import annotations
@@ -43,17 +43,26 @@ class Timing:
 
 
 def timed(
-    runs: Mapping[str, Run], device: str, sets: int, reps: int, budget_s: float
+    runs: Mapping[str, Run],
+    device: str,
+    sets: int,
+    reps: int,
+    budget_s: float,
+    most_s: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Interleaved timing of `runs`: at most `reps` rounds, about `budget_s` seconds in all.
+    """Interleaved timing of `runs`: at most `reps` rounds, about `budget_s` seconds in total.
 
-    Each run has the same share of the budget. One that has spent its own is left out from then on,
-    but never before three rounds, so that a slow run takes no repetitions from the others.
+    Each run has an equal share of the budget. A run that has used its share is dropped, but never
+    before three rounds, so that a slow run does not reduce the repetitions of faster ones; after
+    `most_s` seconds no run begins that has run once.
     """
+    began = perf_counter()
     names = list(runs)
     first = {name: _once(runs[name], 0, device, 0.0) for name in names}
     slow = {name for name in names if first[name][0] > 100 * budget_s}
-    host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in names if name not in slow}
+    # How long the host takes to issue a call, without what the first one compiles.
+    again = [name for name in names if name not in slow] if device == "cuda" else []
+    host_s = {name: _once(runs[name], 0, device, 0.0)[1] for name in again}
     spent: dict[str, list[float]] = {name: [] for name in names}
     issued: dict[str, list[float]] = {name: [] for name in names}
     used_s = dict.fromkeys(names, 0.0)
@@ -65,7 +74,9 @@ def timed(
             for name in names[shift:] + names[:shift]:
                 if rep >= _MIN_ROUNDS and used_s[name] > budget_s / len(names):
                     continue
-                head_start_s = 0.0 if name in slow else 1.5 * host_s[name] + 2e-4
+                if spent[name] and perf_counter() - began > most_s:
+                    continue
+                head_start_s = 1.5 * host_s[name] + 2e-4 if name in host_s else 0.0
                 start = perf_counter()
                 ms, host = _once(runs[name], rep % sets, device, head_start_s)
                 used_s[name] += perf_counter() - start
@@ -99,7 +110,7 @@ def _once(run: Run, index: int, device: str, head_start_s: float) -> tuple[float
         return elapsed * 1e3, elapsed
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    # The spin covers the time to issue the call. 2e9 cycles a second is no less than any clock.
+    # The spin covers the time to issue the call. No clock is above 2e9 cycles per second.
     torch.cuda._sleep(int(2e9 * head_start_s))
     first.record()
     start = perf_counter()
@@ -111,11 +122,11 @@ def _once(run: Run, index: int, device: str, head_start_s: float) -> tuple[float
 
 
 def peak_mib(run: Run, device: str) -> float:
-    """Most memory alive at once during one call, above what was alive before, in MiB.
+    """Peak memory allocated during one call, above that allocated before, in MiB.
 
-    CUDA: the caching allocator's peak. CPU: replays the profiler's record of PyTorch's CPU
-    allocator, on every thread. Neither sees what compiled code allocates behind PyTorch's back
-    (our core allocates nothing there beyond a few scalars per tile).
+    CUDA: the caching allocator's peak. CPU: from the profiler's record of PyTorch's CPU allocator,
+    on all threads. Neither includes allocations by compiled code outside PyTorch (our core
+    allocates nothing there beyond a few scalars per tile).
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -140,7 +151,7 @@ def peak_mib(run: Run, device: str) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler prints a line for each start and stop, from C++, to stderr."""
+    """Suppress the lines that the profiler prints to stderr from C++ at each start and stop."""
     saved = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -152,7 +163,7 @@ def _quiet() -> Iterator[None]:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what unfused ops read and write: every tensor in and out of every non-view op."""
+    """Counts bytes read and written by unfused ops: all inputs and outputs of non-view ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,14 +184,14 @@ class Traffic(TorchDispatchMode):
 
 
 def traffic(run: Run) -> tuple[int, int]:
-    """Bytes and number of ops of one eager call, as Traffic counts them."""
+    """Bytes and number of ops of one eager call, as counted by Traffic."""
     with Traffic() as counter:
         run(0)
     return counter.bytes, counter.ops
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the last-level cache, 32 MiB where a CPU does not tell."""
+    """Size of the last-level cache, 32 MiB if a CPU does not report it."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     found = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
@@ -188,12 +199,12 @@ def cache_bytes(device: str) -> int:
 
 
 def input_sets(bytes_per_set: int, device: str) -> int:
-    """How many input sets to rotate so that each is evicted before its turn comes again."""
+    """Number of input sets to rotate so that each is evicted before it is reused."""
     return 1 + min(7, 2 * cache_bytes(device) // max(bytes_per_set, 1))
 
 
 def free_bytes(device: str) -> int:
-    """Memory that can still be allocated."""
+    """Memory available for allocation, in bytes."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     lines = (

@@ -4,14 +4,13 @@
     python benchmarks/host_overhead.py --out folder
     python benchmarks/host_overhead.py --against checkout    # of an earlier commit, its core built
 
-native: the compiled core on CPU tensors (attention: the CPU's library). triton: the host code of
-the Triton backend on CPU tensors, with a driver that loads and launches nothing: Triton
-specialises, binds and looks its kernels up as on a GPU, after compiling each once for sm_90.
-torch.add is there to read the machine by.
+native: the compiled core on CPU tensors (attention: the CPU library). triton: the host code of the
+Triton backend on CPU tensors, with a no-op driver: Triton specialises, binds and looks up kernels
+as on a GPU, after compiling each once for sm_90. torch.add serves as a reference for the machine.
 
-A process of its own measures each checkout, in one CPU thread and in that thread's own time, which
-neighbours on the machine do not lengthen. Rounds of the calls are interleaved, and so are those of
-the two processes. Both run this file: only `afd` and `afd_kernels` are the checkout's.
+Each checkout is measured in a process of its own, in one thread and in that thread's CPU time, so
+other processes do not count. Rounds of calls are interleaved, within and across the processes.
+Both processes run this file; only `afd` and `afd_kernels` come from the checkout.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-# So that it runs from a checkout where nothing is installed; PYTHONPATH goes first.
+# Allows running from a checkout without installation; PYTHONPATH takes precedence.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-# Kernels have to be Triton's own, not interpreted ones.
+# Kernels must be compiled, not interpreted.
 os.environ.pop("TRITON_INTERPRET", None)
 
 from afd import ops
 from afd.ops import intervals
 from afd_kernels import dispatch
 
-# What measures is this checkout's, whatever is measured.
+# The benchmark's own code is this checkout's, whichever checkout is measured.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
@@ -56,8 +55,8 @@ from benchmarks.row_ops import Case as RowCase
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, CALLS = 30, 20  # rounds of interleaved runs, calls of each in a round
 HOW = (
-    "median of rounds of calls on tiny tensors, interleaved; microseconds of one thread's own "
-    "time; before: the other checkout, its rounds in turn with these"
+    "median of interleaved rounds of calls on tiny tensors; microseconds of one thread's CPU "
+    "time; before: the other checkout, its rounds interleaved with these"
 )
 PATHS = {
     "forward_noise": ("native", "triton"),
@@ -74,7 +73,7 @@ Key = tuple[str, str, bool]
 
 @dataclass(frozen=True)
 class Row:
-    """One call on one path. Microseconds."""
+    """One call on one path, in microseconds."""
 
     op: str
     path: str
@@ -87,7 +86,7 @@ class Row:
 
 
 def calls(op: str) -> tuple[Call, Call | None]:
-    """The op forward, to be called without gradients, and with backward where it has one."""
+    """Forward without gradients, and forward with backward if the op has one."""
     if op == "nft_loss":
         i = Nft("x0_adaptive", "fp32", 1, (4, 2, 4, 4)).inputs("cpu", 0)
         i.pop("seed")
@@ -122,7 +121,7 @@ def _pair(forward: Callable[[], Any], leaves: list[Tensor]) -> tuple[Call, Call]
 
 @contextlib.contextmanager
 def no_launch() -> Iterator[None]:
-    """The Triton backend takes CPU tensors, and its launches end at the driver."""
+    """Let the Triton backend accept CPU tensors, with launches that are no-ops in the driver."""
     import triton
 
     from tests.triton_driver import Driver
@@ -162,7 +161,7 @@ def _as_asked(key: Key) -> Iterator[None]:
 
 
 def serve() -> None:
-    """Answers every line of the input with a round: a JSON line of microseconds by call."""
+    """Runs one round per line of input and prints it: a JSON list of microseconds by call."""
     torch.set_num_threads(1)
     with no_launch():
         todo = list(runs().items())
@@ -185,7 +184,7 @@ def serve() -> None:
 
 
 class Side:
-    """A process that measures the packages of one checkout, a round when asked."""
+    """A process that measures the packages of one checkout, one round at a time."""
 
     def __init__(self, checkout: Path) -> None:
         paths = [str(checkout.resolve() / part) for part in ("", "python")]
@@ -205,7 +204,7 @@ class Side:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process that measures ended with {self._process.wait()}")
+            raise RuntimeError(f"the measuring process ended with exit code {self._process.wait()}")
         found: list[float] = json.loads(line)
         return found
 
@@ -214,7 +213,7 @@ class Side:
 
 
 def measure(rounds: int, against: Path | None) -> list[Row]:
-    """Every call on every path, of this checkout and of `against`, in turn."""
+    """Measure every call on every path, of this checkout and of `against`, interleaved."""
     with contextlib.ExitStack() as stack:
         sides = [Side(where) for where in (ROOT, against) if where is not None]
         for side in sides:
@@ -251,8 +250,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, help="folder for the JSON; default: none")
-    parser.add_argument("--against", type=Path, help="another checkout, measured in turn with this")
-    parser.add_argument("--serve", action="store_true", help="measure when a line comes (internal)")
+    parser.add_argument("--against", type=Path, help="another checkout to measure alongside")
+    parser.add_argument(
+        "--serve", action="store_true", help="measure one round per line of input (internal)"
+    )
     args = parser.parse_args(argv)
     if args.serve:
         serve()

@@ -1,4 +1,4 @@
-"""The DiffusionNFT loss as a case of the benchmarks: its inputs, every provider, float64."""
+"""The DiffusionNFT loss as a benchmark case: inputs, all providers, and the float64 oracle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = {
 # of the gradient to bf16. Eager mixes the velocities in bf16 before it subtracts them.
 BOUND = {"fp32": 1e-5, "bf16": 4e-3, "mixed": 4e-3}
 EAGER_BOUND = {"fp32": 1e-5, "bf16": 5e-2, "mixed": 5e-2}
-_EAGER_BYTES = 250  # per element: what eager holds at its peak, and the inputs
+_EAGER_BYTES = 250  # per element: eager's peak memory, including the inputs
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Nft:
     shape: tuple[int, ...]
 
     def case(self) -> suite.Case:
-        """As the suite takes it."""
+        """The case in the suite's format."""
         numel = self.batch * torch.Size(self.shape).numel()
         return suite.Case(
             op="nft_loss",
@@ -56,14 +56,14 @@ class Nft:
         )
 
     def bytes(self, numel: int, source: str) -> tuple[int, int]:
-        """Of one pass, and of the algorithm: the adaptive weights need a pass of their own."""
+        """Bytes of one pass and of the algorithm: the adaptive weights need a separate pass."""
         prediction, latent, noise = (dtype.itemsize for dtype in DTYPES[self.dtype])
         reads = 3 * prediction + latent + (noise if source == "given" else 0)
         passes = 2 if self.weighting == "x0_adaptive" else 1
         return numel * (reads + prediction), numel * (passes * reads + prediction)
 
     def inputs(self, device: str, seed: int) -> Inputs:
-        """Random tensors, a trained policy near the old one."""
+        """Random tensors, with the trained policy near the old one."""
         generator = torch.Generator(device).manual_seed(seed)
         prediction, latent, noise = DTYPES[self.dtype]
 
@@ -84,7 +84,7 @@ class Nft:
         }
 
     def step(self, provider: str, source: str) -> Step:
-        """Forward and backward: inputs to (loss, gradient of v_theta)."""
+        """Forward and backward: a function from inputs to (loss, gradient of v_theta)."""
         if provider in OURS:
             return self._our_step(provider, source)
         loss: Step = official_loss(self.weighting)
@@ -111,7 +111,7 @@ class Nft:
         return step
 
     def exact(self, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
-        """Loss and gradient in float64, with the noise given and with that of the seeds."""
+        """Loss and gradient in float64, with the given noise and with the seeds' noise."""
         return {
             "given": self.oracle(inputs),
             "seed": self.oracle(inputs | {"noise": suite.seeded_noise(inputs)}),
@@ -130,7 +130,7 @@ class Nft:
 
 
 def official_loss(weighting: str) -> Callable[[Inputs], Tensor]:
-    """The official formula as a function of inputs that hold the noise."""
+    """The official formula as a function of inputs that include the noise."""
 
     def loss(i: Inputs) -> Tensor:
         shared: dict[str, Any] = {k: i[k] for k in ("v_theta", "v_old", "v_ref", "x0", "r")}

@@ -12,8 +12,8 @@ floor, memory, and the gradient's error against float64 (loss_table.py). It writ
 
 With `--all` every provider is compared with the float64 formula on inputs it is timed on; one that
 disagrees is not timed and fails the run. Each is timed with the noise given, and with the noise
-drawn (eager, compile) or regenerated from seeds (ours) in the call; the difference is printed on
-its own. Eager's time includes what the one call of ours replaces: the noising and the metrics.
+drawn (eager, compile) or regenerated from seeds (ours) in the call; the difference is printed
+separately. Eager's time includes everything that our single call replaces: noising and metrics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
@@ -34,7 +34,7 @@ __all__ = ["BOUND", "DTYPES", "NFT_BETA", "PRIOR_WEIGHT", "Nft", "cases", "main"
 
 
 def cases(args: Any) -> Iterator[suite.Case]:
-    """Every weighting, dtype and batch size asked for."""
+    """Every requested weighting, dtype and batch size."""
     for weighting in args.weighting:
         for batch in args.batch:
             for dtype in args.dtype:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.all:
         suite.run("nft_loss", cases(args), args)
     else:
-        # Only where it is asked to: what is committed stays.
+        # Written only on request, so that committed results are kept.
         args.out = out
         loss_table.run(args)
 

@@ -1,7 +1,7 @@
-"""The training loss of DiffusionNFT in eager PyTorch, in our words: what afd.ops.nft_loss replaces.
+"""DiffusionNFT's training loss in eager PyTorch: the baseline that afd.ops.nft_loss replaces.
 
-Written from the formula (arXiv 2509.16117, and how its released trainer computes it): float32
-noising, predictions mixed in their own dtype, adaptive weights in float64 that promote both
+Our own implementation of the formula (arXiv 2509.16117, as computed by its released trainer):
+float32 noising, predictions mixed in their own dtype, adaptive weights in float64 that promote both
 losses, and the metrics the trainer logs on every step. Benchmarks, the example and the tests use
 it as the baseline; called with float64 tensors it is their oracle.
 
@@ -21,7 +21,7 @@ def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, 1, ...], to broadcast against samples; what already does so stays."""
+    """[B] as [B, 1, 1, ...], to broadcast against samples; unchanged if it already does."""
     return value if value.ndim == like.ndim else value.view(-1, *(1,) * (like.ndim - 1))
 
 
@@ -40,8 +40,8 @@ def diffusionnft_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The trainer's total loss and its logged metrics; x_t as made by `noised`.
 
-    All samples [B, ...] of one shape, r [B], t [B] or [B, F, 1, ...] where parts of a sample have
-    their own; gradient flows to v_theta.
+    All samples [B, ...] have one shape, r [B], t [B] or [B, F, 1, ...] if it differs within a
+    sample; the gradient flows to v_theta.
     """
     dims = tuple(range(1, x0.ndim))
     time = per_sample(t, x0)
@@ -99,7 +99,7 @@ def velocity_loss(
 
 @torch.no_grad()
 def _metrics(v_theta: Tensor, v_old: Tensor, v_ref: Tensor, x0: Tensor) -> dict[str, Tensor]:
-    """What the trainer logs beside the loss; each line is a pass over the latents."""
+    """The metrics that the trainer logs with the loss; each is a pass over the latents."""
     return {
         "x0_norm": (x0**2).mean(),
         "x0_norm_max": (x0**2).max(),

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its options, the loop over its cases, its tables and its JSON.
+"""Common parts of all benchmarks: options, the loop over cases, tables and JSON.
 
 python -m benchmarks.report benchmarks/results/<device>/nft_loss.json    # as Markdown
 """
@@ -29,14 +29,14 @@ from benchmarks.gpu_check import result_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Measures one case: its rows, and for each provider that failed why.
+# Measures one case: its rows, and the reason for each provider that failed.
 Measure = Callable[[], tuple[list[Any], dict[str, str]]]
 
 
 def arguments(
     description: str, providers: Sequence[str], budget_s: float = 10.0
 ) -> argparse.ArgumentParser:
-    """The options every benchmark takes."""
+    """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--providers", nargs="+", choices=providers, default=list(providers))
@@ -59,7 +59,7 @@ def arguments(
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parses, and fills in what depends on other options."""
+    """Parses the options and fills in those that depend on others."""
     args = parser.parse_args(argv)
     if args.quick:
         args.reps, args.budget = min(args.reps, 3), min(args.budget, 1.0)
@@ -77,10 +77,10 @@ def run(
     args: argparse.Namespace,
     **about: Any,
 ) -> None:
-    """Measures and shows every named case asked for; the JSON is written after each.
+    """Measures and shows every requested case; the JSON is written after each.
 
-    `about` stands in the JSON beside the rows. Exits with 1 where a provider failed or nothing was
-    measured, after having measured the others.
+    `about` is stored in the JSON beside the rows. Exits with 1 if a provider failed or nothing was
+    measured, after measuring the remaining ones.
     """
     rows: list[Any] = []
     failed: dict[str, str] = {}
@@ -108,10 +108,10 @@ def run(
 
 
 def finish(rows: Sequence[Any], failed: Mapping[str, str], late: Sequence[str] = ()) -> None:
-    """Says what failed, and of what cases the deadline left nothing.
+    """Reports what failed and which cases were skipped at the deadline.
 
-    Exits with 1 where something failed or nothing was measured, with clock.INCOMPLETE where there
-    was only not enough time.
+    Exits with 1 if something failed or nothing was measured, with clock.INCOMPLETE if only time ran
+    out.
     """
     if not rows and not late:
         print("nothing was measured")
@@ -131,7 +131,7 @@ def save(folder: Path, name: str, device: str, how: str, rows: Sequence[Any], **
 
 
 def document(name: str, device: str, how: str, rows: Sequence[Any], **about: Any) -> dict[str, Any]:
-    """What a benchmark's JSON holds."""
+    """The content of a benchmark's JSON."""
     found = {"name": name, "environment": environment(device), "how": how} | about
     return found | {"rows": [asdict(row) for row in rows]}
 
@@ -150,7 +150,7 @@ def table(
     numbers: Sequence[str],
     rows: Iterable[Sequence[str | float | None]],
 ) -> None:
-    """Prints a table: columns of words to the left, of numbers to the right, blank for None."""
+    """Prints a table: text columns left-aligned, number columns right-aligned, blank for None."""
     printed = Table(title=title, title_justify="left")
     for name in words:
         printed.add_column(name, no_wrap=True)
@@ -168,7 +168,7 @@ def _cell(value: str | float | None) -> str:
 
 
 def device_name(device: str) -> str:
-    """The name the vendor gave the device."""
+    """The vendor's name of the device."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -181,14 +181,23 @@ def device_slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
+def busy() -> str | None:
+    """A sentence where other processes want more cores than there are."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores + 0.5:
+        return None
+    return f"load {load:.1f} on {cores} cores: other processes ran, so measure again"
+
+
 def environment(device: str) -> dict[str, Any]:
-    """Everything needed to read the numbers later."""
+    """Everything needed to interpret the numbers later."""
     names = ("torch", "triton", "numpy")
     return {
         "device": device,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "instruction_set": native.isa() if native.why_missing() is None else None,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
@@ -206,7 +215,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """HEAD of the checkout, with "+changes" where the tree differs; None outside a checkout."""
+    """HEAD of the checkout, with "+changes" if the tree is dirty; None outside a checkout."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -3,10 +3,10 @@
     python benchmarks/rollout.py                 # CPU: toy size, and dim 256 at three latent sizes
     python benchmarks/rollout.py --device cuda   # 480x832, 1.3 B random weights in bfloat16
 
-What is timed is a chunk of a stream that goes on: its denoising steps and its context pass, with
-the noise given and the window (where the case has one) full, so that every chunk makes the window
-move on. Providers take turns in one run. Before anything is timed, every provider streams the same
-video from the same noise: one that disagrees with eager in float32 is not timed and fails the run.
+Timed is a chunk of a running stream: its denoising steps and its context pass, with given noise and
+(if the case has one) a full window, so that every chunk shifts the window. Providers are
+interleaved in one run. Before timing, every provider streams the same video from the same noise;
+one that disagrees with eager in float32 is not timed and fails the run.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.models.causal_wan import WanConfig
-from afd.models.kv_cache import cache_bytes
-from afd.models.toy import ToyConfig
-from afd.models.wan import WanStudent
+from afd.lab.student import ToyConfig
+from afd.models.wan.kv_cache import cache_bytes
+from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
 from afd.rollout import denoise_chunk
 from benchmarks import harness, report
 from benchmarks.eager_wan import EagerWan, denoised, random_network
 from benchmarks.hardware import Machine, chunk_seconds, pass_work
 
-# "eager+text" also runs the text MLP in every call, as the released code does; "eager" keeps its
-# result, which is all that is left to gain where products of weights fill the time.
+# "eager+text" also runs the text MLP in every call, as the released code does; "eager" caches its
+# result, which is the only possible gain where matrix products dominate.
 PROVIDERS = ("eager", "eager+text", "ours", "compile", "graph")
 STEPS = (1000, 750, 500, 250)
 # Relative L2 error of a video of several chunks between two float32 orders of the same sums;
@@ -56,7 +56,7 @@ _SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzer
 
 @dataclass(frozen=True)
 class Case:
-    """One network and stream. `frames`: cache of a stream without window."""
+    """One network and stream. `frames`: cache size of a stream without a window."""
 
     name: str
     wan: WanConfig
@@ -72,7 +72,7 @@ class Case:
 
     @property
     def kept(self) -> int:
-        """Frames that a chunk of the timed part sees, itself included."""
+        """Frames that a timed chunk attends, including its own."""
         return self.frames if self.wan.window is None else self.wan.window
 
 
@@ -108,9 +108,9 @@ class Row:
 
 
 class Stream:
-    """A provider's endless stream: `next()` makes the next chunk, from the same noise for all.
+    """A provider's endless stream: `next()` makes the next chunk, from noise shared by all.
 
-    Without a window the last chunk is made again and again: later ones would need a larger cache.
+    Without a window the last chunk is repeated, since later ones would need a larger cache.
     """
 
     def __init__(self, case: Case, batch: int, student: WanStudent, provider: str) -> None:
@@ -160,7 +160,7 @@ class Stream:
 
 
 class Counter(TorchDispatchMode):
-    """Ops of a chunk, what they read and write, and which of them make the host wait."""
+    """Counts a chunk's ops, the bytes they read and write, and host synchronisations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Counter(TorchDispatchMode):
 
 
 def make_student(case: Case, device: str, provider: str) -> WanStudent:
-    """The same weights for every provider."""
+    """Make a student, with the same weights for every provider."""
     net = random_network(case.wan, device, DTYPES[case.dtype])
     if not provider.startswith("eager"):
         net.fuse_projections()
@@ -194,7 +194,7 @@ def make_student(case: Case, device: str, provider: str) -> WanStudent:
 def measure(
     case: Case, batch: int, machine: Machine, args: Any
 ) -> tuple[list[Row], dict[str, str]]:
-    """Rows of the providers that agree, and why others were not timed."""
+    """Rows of the providers that agree, and why the rest were not timed."""
     torch._dynamo.reset()  # a compiled function keeps at most eight specialisations
     streams, failed = {}, {}
     videos: dict[str, Tensor] = {}
@@ -204,7 +204,7 @@ def measure(
             student = make_student(case, args.device, provider)
             stream = Stream(case, batch, student, provider)
             videos[provider] = torch.cat([stream.next() for _ in range(fill)], 1).float().cpu()
-        except Exception as error:  # one that breaks must not take the others' numbers along
+        except Exception as error:  # a failure must not lose the other providers' numbers
             failed[f"{case.name} {provider}"] = f"{type(error).__name__}: {error}"
             continue
         streams[provider] = stream
@@ -283,7 +283,7 @@ def _counted(case: Case, batch: int, stream: Stream, device: str) -> dict[str, A
 
 
 def cases(args: Any) -> Iterator[Case]:
-    """On a GPU the released size; else sizes that a CPU can do."""
+    """The released size on a GPU; else sizes feasible on a CPU."""
     small = WanConfig(dim=256, num_heads=4, ffn_dim=1024, num_layers=2)
     windowed = replace(small, window=9, sink=3)
     if args.quick:

@@ -1,4 +1,4 @@
-"""Drives the CUDA kernels of the losses once on small awkward shapes, under compute-sanitizer.
+"""Runs the CUDA kernels once on small awkward shapes, under compute-sanitizer.
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
 """
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 from afd import ops
+from benchmarks import row_ops
 from tests.cases import CASES, Case
 
 # Tails, several tiles, chunks, masks, both layouts, mixed dtypes.
@@ -45,6 +46,24 @@ def drive(case: Case, backend: str) -> None:
         sys.exit(f"{case} on {backend}: the gradient is not finite")
 
 
+# Heads with and without whole packs, several warps, token runs with a tail: (frames, tokens per
+# frame, heads, width).
+ROWS = ((3, 17, 3, 10), (2, 37, 3, 40), (1, 5, 12, 128), (2, 1, 1, 2))
+
+
+def drive_rows() -> None:
+    """Forward and backward of the token-row ops in the compiled core."""
+    for op in row_ops.OPS:
+        for dtype in row_ops.DTYPES:
+            for shape in ROWS:
+                case = row_ops.Case(op, dtype, 2, *shape)
+                results = case.step("native")(case.tensors("cuda", 0))
+                torch.cuda.synchronize()
+                if not all(bool(torch.isfinite(x).all()) for x in results):
+                    sys.exit(f"{case} {shape}: a result is not finite")
+        print(f"native {op}: ran", flush=True)
+
+
 def main() -> None:
     cases = [case for case in CASES if case.name in NAMES]
     for backend in ("native", "triton"):
@@ -54,6 +73,7 @@ def main() -> None:
         for case in cases:
             drive(case, backend)
             print(f"{backend} {case}: ran", flush=True)
+    drive_rows()
 
 
 if __name__ == "__main__":

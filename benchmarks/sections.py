@@ -1,4 +1,4 @@
-"""Sections of a check: commands within a limit of time, what came of them, and how they are run."""
+"""Sections of a check: commands with a time limit, their outcomes, and their execution."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _TAIL = 30  # lines of a failed section's output in the summary
 
 @dataclass(frozen=True)
 class Section:
-    """Commands run one after the other, all of them, within one time limit.
+    """Commands run sequentially within a shared time limit.
 
-    Those of `beside` run meanwhile, all at once.
+    Those of `beside` run in parallel meanwhile.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Section:
     needs_path: Path | None = None
     needs_modules: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
-    asked_only: bool = False  # runs only where it is named
+    asked_only: bool = False  # runs only if requested by name
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status` is "passed", "failed", "incomplete" or "skipped"; `note` says why.
+    """`status` is "passed", "failed", "incomplete" or "skipped"; `note` has the reason.
 
     `tail` is the end of the output.
     """
@@ -59,24 +59,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the sections can count on."""
+    """Resources available to the sections."""
 
     slug: str
     name: str
     has_gpu: bool
     arch: int = SIMULATED  # the GPU's capability, times ten
-    packages: tuple[str, ...] = ()  # folders that carried wheels were installed to
+    packages: tuple[str, ...] = ()  # folders into which carried wheels were installed
 
 
 def environment(packages: tuple[str, ...] = ()) -> dict[str, str]:
-    """This process's, with the checkout and the carried packages importable."""
+    """This process's environment, with the checkout and the carried packages importable."""
     paths = [str(ROOT), str(ROOT / "python"), *packages, os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(filter(None, paths))
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def run(section: Section, machine: Machine, log: IO[str], left_s: float = inf) -> Outcome:
-    """Runs a section or says why not; its output goes to the log as it comes."""
+    """Runs a section or reports why not; its output is logged as it is produced."""
     log.write(f"\n===== {section.name} =====\n")
     reason = _why_not(section, machine)
     if reason is None and left_s < 5:
@@ -123,12 +123,12 @@ def _why_not(section: Section, machine: Machine) -> str | None:
 def execute(
     command: list[str], env: dict[str, str], limit_s: float, log: IO[str]
 ) -> tuple[str, str]:
-    """What went wrong ("" if nothing) and everything printed. Kills the whole group on time-out."""
+    """The error ("" if none) and all output. Kills the whole process group on time-out."""
     log.flush()
     path = Path(log.name)
     before = path.stat().st_size
     try:
-        # The log is open for appending, so both processes write at its end.
+        # The log is opened for appending, so both processes write at its end.
         process = _start(command, env, log)
     except OSError as error:
         return f"could not start ({error})", ""
@@ -146,7 +146,7 @@ def _start(command: list[str], env: dict[str, str], output: IO[Any]) -> subproce
 
 
 def _wait(process: subprocess.Popen[bytes], limit_s: float) -> str:
-    """What went wrong; nothing did where a process says itself what it had no time for."""
+    """The error; none if a process itself reports what it had no time for."""
     try:
         code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -155,14 +155,14 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """With its children."""
+    """Kill a process with its children."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 class Beside:
-    """Processes that run at once, each with an output of its own until it ends."""
+    """Parallel processes, each with a separate output until it ends."""
 
     def __init__(self, commands: list[list[str]], env: dict[str, str]) -> None:
         self._commands, self._env = commands, env
@@ -181,7 +181,7 @@ class Beside:
         self._stack.close()
 
     def finish(self, until: float, log: IO[str]) -> list[Result]:
-        """Waits for all of them, at most to `until` on the monotonic clock."""
+        """Waits for all processes, at most until `until` on the monotonic clock."""
         found = []
         for command, process, output in self._running:
             note = _wait(process, max(until - time.monotonic(), 0.1))

@@ -1,10 +1,11 @@
-"""A pytest plugin: one of several processes that share the tests, and stops in time.
+"""A pytest plugin that splits the tests among processes and stops at a deadline.
 
     python -m pytest -p benchmarks.shard --shard 2/8 --until 90 tests/ops
 
-Test i of the collection runs in shard i modulo their number, so that the parameters of one slow
-test are spread over all of them. A test that would start `--until` seconds or later after the
-process did is not run; the process then ends with a line that counts those, and its own exit code.
+Test i of the collection runs in shard i modulo the number of shards, so that the parameters of a
+slow test are spread over all shards. A test that would start `--until` seconds or more after the
+process started is not run; the process then ends with a line that counts these tests, and a special
+exit code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Shard:
-    """The tests of this process; `missing` are those it had no time for."""
+    """The tests of this process; `missing`: those it had no time for."""
 
     def __init__(self, config: pytest.Config) -> None:
         index, _, count = config.getoption("shard").partition("/")
@@ -53,7 +54,7 @@ class Shard:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         fine = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
         if exitstatus in fine:
-            # A shard of few tests may well be empty.
+            # With few tests a shard may be empty.
             session.exitstatus = INCOMPLETE if self.missing else pytest.ExitCode.OK
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

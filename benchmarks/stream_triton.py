@@ -1,6 +1,6 @@
-"""The CUDA floor: a kernel that reads five streams, writes one, and does nothing else."""
+"""The CUDA bandwidth floor: a kernel that only reads five streams and writes one."""
 # mypy: ignore-errors
-# (@triton.jit bodies are a language of their own)
+# (@triton.jit bodies are not ordinary Python)
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of one op share: check, time interleaved, print, save, plot."""
+"""Common parts of the single-op benchmarks: check, interleaved timing, print, save, plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cases import WAN_480
 
 OURS = ("reference", "native", "triton")
 PROVIDERS = ("eager", "compile", *OURS)
-WIDE = 1.3  # p80 / p20 from which a timing is not to be trusted
+WIDE = 1.3  # p80 / p20 above which a timing is unreliable
 SOURCES = ("given", "seed")  # of the noise; eager's "seed" is a fresh draw in the call
 
 Inputs = dict[str, Tensor]
@@ -38,7 +38,7 @@ COUNTING = (
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and dtype of one op: what to run, on what, and what is right."""
+    """One shape and dtype of one op: the steps, inputs and expected results."""
 
     op: str
     name: str
@@ -46,11 +46,11 @@ class Case:
     dtypes: set[torch.dtype]
     batch: int
     numel: int
-    eager_bytes: int  # an upper bound of what a provider holds at once, to skip what cannot fit
+    eager_bytes: int  # upper bound on a provider's peak memory, to skip what cannot fit
     inputs: Callable[[str, int], Inputs]  # device, seed
     step: Callable[[str, str], Step]  # provider, source
     exact: Callable[[Inputs], dict[str, Any]]  # the float64 answer, by source
-    # Relative errors of a step's output against exact[source], and what they may be.
+    # Relative errors of a step's output against exact[source], and their bound.
     errors: Callable[[Any, Any], dict[str, float]]
     bound: Callable[[str], float]  # provider
     # Bytes of one pass and of the algorithm.
@@ -94,7 +94,7 @@ class Row:
         eager_ms: float | None,
         **fields: Any,
     ) -> Row:
-        """A row from its timing and the floor of the same run."""
+        """Make a row from a timing and the floor of the same run."""
         rate = fields["bytes"] / timing.median_ms / 1e6
         return cls(
             **asdict(timing),
@@ -108,7 +108,7 @@ class Row:
 
 @dataclass
 class Results:
-    """What a run found. `failed` is what raised or disagreed with float64: it is not timed."""
+    """Results of a run. `failed`: what raised or disagreed with float64, and was not timed."""
 
     rows: list[Row] = field(default_factory=list)
     floors: list[dict[str, Any]] = field(default_factory=list)
@@ -129,7 +129,7 @@ def arguments(description: str, dtypes: Iterable[str]) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Parses; --quick means two samples of a tiny odd shape."""
+    """Parses the options; --quick means two samples of a tiny odd shape."""
     args = report.parse(parser, argv)
     if args.batch is None:
         args.batch = [1, 2, 4, 8, 32] if args.device == "cuda" else [1, 2, 4, 8]
@@ -146,7 +146,7 @@ def seeded_noise(inputs: Inputs) -> Tensor:
 
 
 def drawing(step: Step) -> Step:
-    """`step` with noise drawn in the call: float32 whatever the latents' dtype, as trainers do."""
+    """`step` with noise drawn in the call, in float32 for any latent dtype, as in trainers."""
 
     def drawn(i: Inputs) -> Any:
         return step(i | {"noise": torch.randn(i["x0"].shape, device=i["x0"].device)})
@@ -155,9 +155,9 @@ def drawing(step: Step) -> Step:
 
 
 def run(name: str, cases: Iterable[Case], args: Namespace) -> None:
-    """Checks, times and prints every case; saves JSON (after each case) and plot where asked.
+    """Checks, times and prints every case; saves JSON (after each case) and a plot on request.
 
-    Exits with 1 where a provider failed, after having measured the others.
+    Exits with 1 if a provider failed, after measuring the remaining ones.
     """
     results = Results()
     late = []
@@ -253,7 +253,7 @@ def _on(step: Step, sets: list[Inputs]) -> harness.Run:
 
 
 def _steps(case: Case, args: Namespace, results: Results) -> dict[Key, Step]:
-    """The steps of every provider that runs here; the others' refusals go to `results`."""
+    """The steps of every available provider; refusals of the rest go to `results`."""
     steps = {}
     for provider in args.providers:
         refusal = None
@@ -272,7 +272,7 @@ def _checked(
 ) -> dict[Key, dict[str, float]]:
     """Errors against float64 of the steps that run and agree; only these are timed.
 
-    What eager and compile draw themselves has no oracle: they answer for it with the noise given.
+    Eager and compile with drawn noise have no oracle, so they are checked with given noise.
     """
     found: dict[Key, dict[str, float]] = {}
     exact = case.exact(inputs)
@@ -280,7 +280,7 @@ def _checked(
         what, bound = f"{case} {provider}, noise {source}", case.bound(provider)
         try:
             output = step(inputs)
-        except Exception as error:  # a backend that breaks must not take the others' numbers along
+        except Exception as error:  # a failure must not lose the other backends' numbers
             results.failed[what] = f"{type(error).__name__}: {error}"
             continue
         if provider not in OURS and source == "seed":
@@ -296,7 +296,7 @@ def _checked(
 
 
 def _print_regeneration(rows: list[Row]) -> None:
-    """What regenerating the noise costs against reading it."""
+    """Prints the cost of regenerating the noise compared with reading it."""
     by_key = {(r.case, r.dtype, r.B, r.backend, r.noise): r.median_ms for r in rows}
     print("\nregenerating the noise from seeds, against reading it:")
     for row in rows:
@@ -336,7 +336,7 @@ def _panels(rows: Iterable[Row]) -> list[tuple[str, str]]:
 
 
 def plot(path: Path, title: str, rows: list[Row]) -> Path:
-    """A PNG: median time over batch size, one panel per case and dtype, noise given."""
+    """Save a PNG of median time over batch size, a panel per case and dtype, with given noise."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""The two sides of benchmarks/train_step.py: the trainer's method, and the plain composition.
+"""The two sides of benchmarks/train_step.py: the trainer's method, and the naive implementation.
 
-Both are made for a `Case` (student and batch) and offer their phases as `Provider`s.
+Both are built for a `Case` (student and batch) and expose their phases as `Provider`s.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.cost_model import Net
-from afd.discriminators.base import Critic
-from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig
-from afd.discriminators.latent import LatentCritic
-from afd.discriminators.toy import ToyCritic
-from afd.methods.afd import Afd, versions
+from afd.discriminators.base import Discriminator
+from afd.discriminators.config import LatentConfig
+from afd.discriminators.latent import LatentDiscriminator
+from afd.lab.config import ToyDiscriminatorConfig, ToyStudentConfig
+from afd.lab.discriminator import ToyDiscriminator
+from afd.lab.student import ToyConfig, ToyStudent
+from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig
-from afd.models.causal_wan import WanConfig
-from afd.models.config import LoraConfig, ToyStudentConfig
+from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
-from afd.models.toy import ToyConfig, ToyStudent
-from afd.models.wan import WanStudent
+from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
+from afd.planning.cost_model import Net
 from afd.rollout import stream_layout
 from benchmarks.eager_train import EagerTrained, EagerUpdate, Lora, rolled_out
 from benchmarks.eager_wan import random_network
 
-# Who makes the clean context; "kept" is the rollout's own cache.
+# Which network computes the clean context; "kept" is the rollout's own cache.
 MODES: dict[str, dict[str, Any]] = {
     "recompute": {"context": "recompute"},
     "own_context": {"context": "own_context"},
@@ -43,7 +44,7 @@ PROMPTS = ("a red ball falls from high onto the floor", "a blue ball is thrown u
 
 @dataclass(frozen=True)
 class Case:
-    """One student and batch. `wan` None: the toy of the quickstart, with all weights trained."""
+    """A student and batch. `wan` None: the quickstart's toy, with all weights trained."""
 
     name: str
     prompts: int
@@ -68,9 +69,9 @@ class Case:
 
     @property
     def afd(self) -> AfdConfig:
-        """The quickstart's settings for the toy, the reported ones else."""
+        """The quickstart's settings for the toy, else the published ones."""
         sizes: dict[str, Any] = {"samples_per_prompt": self.group, "draws": self.draws}
-        if self.group == 1:  # which a group says nothing of
+        if self.group == 1:  # a group of one has no statistics
             sizes |= {"baseline": "batch", "normalize": "batch"}
         if self.wan is None:
             return AfdConfig(**sizes)
@@ -79,7 +80,7 @@ class Case:
 
     @property
     def costs(self) -> Net:
-        """As the cost model takes it."""
+        """The case in the cost model's format."""
         wan = self.network
         rows, cols = wan.grid(self.height, self.width)
         sizes = (wan.dim, wan.ffn_dim, wan.num_layers, wan.text_len)
@@ -88,7 +89,7 @@ class Case:
 
 @dataclass
 class Provider:
-    """The phases that it has, run in this order, and what they took."""
+    """A provider's phases, run in this order, and their measurements."""
 
     phases: dict[str, Callable[[], object]]
     ms: dict[str, list[float]] = field(default_factory=dict)
@@ -96,43 +97,49 @@ class Provider:
 
 
 class Scored:
-    """A critic that has scored already, so that the update is timed alone."""
+    """A discriminator with precomputed scores, so that the update is timed alone."""
 
-    def __init__(self, critic: Critic, score_B: Tensor) -> None:
-        self._critic, self._score_B = critic, score_B
+    def __init__(self, discriminator: Discriminator, score_B: Tensor) -> None:
+        self._discriminator, self._score_B = discriminator, score_B
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._critic, name)
+        return getattr(self._discriminator, name)
 
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._score_B
 
 
 class Ours:
-    """The trainer's method, whose context mode is set before every phase."""
+    """The trainer's method, with the context mode set before every phase."""
 
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, torch.device(device)
-        student, self.critic, self.steps = _student(case, self.device)
+        student, self.discriminator, self.steps = _student(case, self.device)
         lora = None if case.rank is None else LoraConfig(rank=case.rank, alpha=case.rank)
-        policies = make_policies(student, versions(case.afd), lora=lora)
+        policies = make_policies(student, case.afd.versions, lora=lora)
         self.student, generator = student, torch.Generator().manual_seed(0)
         self.method = Afd(
-            policies, self.critic, case.afd, steps=self.steps, rollout_batch=case.micro_batch
+            policies,
+            self.discriminator,
+            case.afd,
+            denoising_steps=self.steps,
+            rollout_batch=case.micro_batch,
         )
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(case.prompts)]
         shape = (case.prompts, student.frames, *student.frame_shape)
         teacher = torch.rand(shape, generator=generator) * 2 - 1
-        self.batch = Batch(1, prompts, self.critic.look(teacher.to(self.device)).cpu())
+        self.batch = Batch(1, prompts, self.discriminator.prepare(teacher.to(self.device)).cpu())
         self.score_B = torch.randn(case.videos, generator=generator)
 
     def provider(self, mode: str) -> Provider:
         config = self.case.afd.model_copy(update=MODES[mode])
-        scored: Any = Scored(self.critic, self.score_B)
+        scored: Any = Scored(self.discriminator, self.score_B)
 
-        def phase(run: Callable[[], object], critic: Any = self.critic) -> Callable[[], object]:
+        def phase(
+            run: Callable[[], object], discriminator: Any = self.discriminator
+        ) -> Callable[[], object]:
             def configured() -> object:
-                self.method.config, self.method.critic = config, critic
+                self.method.config, self.method.discriminator = config, discriminator
                 return run()
 
             return configured
@@ -141,14 +148,14 @@ class Ours:
         if mode == "recompute":  # the discriminator's work does not depend on the mode
             prompts = [p for p in self.batch.prompts for _ in range(self.case.group)]
             seen = self.batch.teacher_BFCHW.repeat_interleave(self.case.group, 0)
-            phases["critic"] = phase(lambda: self.method.critic_step(self.batch))
-            phases["score"] = phase(lambda: self.critic.score(seen, prompts))
+            phases["discriminator"] = phase(lambda: self.method.discriminator_step(self.batch))
+            phases["score"] = phase(lambda: self.discriminator.score(seen, prompts))
         phases["update"] = phase(lambda: self.method.student_step(self.batch), scored)
         return Provider(phases)
 
 
 class Eager:
-    """The same iteration of the same student by eager_train.py, its weights its own."""
+    """The same iteration of the same student by eager_train.py, with separate weights."""
 
     def __init__(self, ours: Ours) -> None:
         self.case, self.student, self.steps = ours.case, ours.student, ours.steps
@@ -227,7 +234,7 @@ class Eager:
 def adapters(
     wan: WanConfig, weights: dict[str, Tensor], rank: int, trained: bool
 ) -> dict[str, Lora]:
-    """LoRA on every linear layer of the blocks, as the trainer has it; up is 0."""
+    """LoRA on every linear layer of the blocks, as in the trainer; up is 0."""
     parts = [f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"] + ["ffn.0", "ffn.2"]
     names = [f"blocks.{i}.{part}" for i in range(wan.num_layers) for part in parts]
     made = {}
@@ -240,7 +247,7 @@ def adapters(
 
 
 def _weights(student: Student) -> dict[str, Tensor]:
-    """The network's weights by the names they have without adapters."""
+    """The network's weights by their names without adapters."""
     return {
         name.replace(".base_layer", ""): value
         for name, value in student.net.state_dict().items()
@@ -248,12 +255,14 @@ def _weights(student: Student) -> dict[str, Tensor]:
     }
 
 
-def _student(case: Case, device: torch.device) -> tuple[Student, Critic, list[float]]:
-    """The student with random or shipped weights, its discriminator and its steps."""
+def _student(case: Case, device: torch.device) -> tuple[Student, Discriminator, list[float]]:
+    """The student with random or shipped weights, its discriminator and denoising steps."""
     if case.wan is None:
         toy = ToyStudent.load().to(device)
-        critic: Critic = ToyCritic(ToyDiscriminatorConfig(warmup_steps=0), toy.config.frames)
-        return toy, critic, ToyStudentConfig().steps
+        discriminator: Discriminator = ToyDiscriminator(
+            ToyDiscriminatorConfig(warmup_updates=0), toy.config.frames
+        )
+        return toy, discriminator, ToyStudentConfig().denoising_steps
     net = random_network(case.wan, device, DTYPES[case.dtype])
     net.checkpoint_blocks = case.checkpoint_blocks
     text_LE = torch.randn(case.wan.text_len, case.wan.text_dim, device=device)
@@ -264,14 +273,14 @@ def _student(case: Case, device: torch.device) -> tuple[Student, Critic, list[fl
     student = WanStudent(
         net, height=case.height, width=case.width, frames=case.frames, encoder=encode
     )
-    critic = LatentCritic(
+    discriminator = LatentDiscriminator(
         encode,
         LatentConfig(micro_batch=case.micro_batch),
         channels=case.wan.in_dim,
         text_dim=case.wan.text_dim,
         device=device,
     )
-    return student, critic, [1000.0, 750.0, 500.0, 250.0]
+    return student, discriminator, [1000.0, 750.0, 500.0, 250.0]
 
 
 @torch.no_grad()
@@ -286,7 +295,7 @@ def disagreement(ours: Ours, eager: Eager) -> float:
     t_BK = torch.rand(1, student.frames // student.chunk, generator=draw).to(device)
     t_BF = t_BK.repeat_interleave(student.chunk, 1)
     text = student.encode([PROMPTS[0]])
-    found = student.velocity(x_t.to(student.dtype), t_BK, text, clean_BFCHW=clean)
+    found = student.velocity(x_t.to(student.dtype), t_BK, text, x0_BFCHW=clean)
     out = eager.update.theta.teacher_forced(x_t.to(student.dtype), 1000 * t_BF, text, clean)
     expected = eager.update.velocity(out, x_t.to(student.dtype), t_BF[..., None, None, None])
     return float((found.float() - expected).norm() / expected.norm())

@@ -3,10 +3,10 @@
     python benchmarks/train_step.py                 # CPU: the toy student, and dim 256 with LoRA
     python benchmarks/train_step.py --device cuda   # 480x832, 1.3 B random weights, LoRA r = 256
 
-Ours is the trainer's own method. Eager is the same iteration written plainly (eager_train.py): its
-update is to be compared with `recompute`, of which it has the gradients. Before anything is timed
-the two networks must agree. Providers take turns in one run. The discriminator is the toy's or the
-small one on latents; VideoAlign, the autoencoder and the codec are not part of this.
+Ours is the trainer's own method. Eager is a naive implementation of the same iteration
+(eager_train.py); compare its update with `recompute`, which has the same gradients. Before timing,
+the two networks must agree. Providers are interleaved in one run. The discriminator is the toy's or
+the small one on latents; VideoAlign, the autoencoder and the codec are not included.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from pathlib import Path
 
 import torch
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.cost_model import nft_flop, rollout_flop
-from afd.models.causal_wan import WanConfig
+from afd.models.wan.types import WanConfig
+from afd.planning.cost_model import nft_flop, rollout_flop
 from benchmarks import harness, report
 from benchmarks.hardware import Machine
 from benchmarks.train_sides import MODES, Case, Eager, Ours, Provider, disagreement
 
-PHASES = ("rollout", "critic", "score", "update")
+PHASES = ("rollout", "discriminator", "score", "update")
 # Relative L2 error of one forward against eager's: two float32 orders of sums, or bfloat16.
 BOUND = {"fp32": 1e-4, "bf16": 0.1}
 HOW = (
     "ms: median of a phase (one CPU thread: of the process's own time, which neighbours on the "
     "machine do not lengthen; else of wall time); update: noised copies, three networks, loss, "
     "backward, optimizer and averages, from given scores; x recompute, x eager: of medians of the "
-    "same run; floor: the operations of afd.cost_model at the product rate measured in this run "
+    "same run; floor: the operations of afd.planning.cost_model at the product rate measured in "
+    "this run "
     "(eager: those of recompute); peak: allocated during the phase above what was alive before it "
     "(kept contexts count to the rollout)."
 )
@@ -68,10 +69,10 @@ class Row:
 def timed(
     providers: dict[str, Provider], device: str, reps: int, budget_s: float
 ) -> dict[str, str]:
-    """Fills in the providers' times and peaks, in rounds whose order rotates; who broke, and why.
+    """Fills in the providers' times and peaks, in rounds of rotating order; returns failures.
 
-    CUDA's allocator tells the peak of every call, and a short case has warmed it up; on the CPU a
-    profiled round of its own does both.
+    On CUDA the allocator reports the peak of every call, and a short case has warmed up; on the CPU
+    a separate profiled round does both.
     """
     alone = device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
@@ -90,7 +91,7 @@ def timed(
                         providers[name].peak_mib[phase] = harness.peak_mib(_call(run), device)
                     else:
                         _once(providers[name], phase, run, device, clock)
-            except Exception as broken:  # it must not take the others' numbers along
+            except Exception as broken:  # a failure must not lose the other providers' numbers
                 failed[name] = f"{type(broken).__name__}: {broken}"
     return failed
 
@@ -102,7 +103,7 @@ def _once(
     device: str,
     clock: Callable[[], float],
 ) -> None:
-    """One timed call; on CUDA also the memory it took."""
+    """One timed call; on CUDA also its peak memory."""
     before = 0
     if device == "cuda":
         torch.cuda.synchronize()
@@ -124,7 +125,7 @@ def _call(run: Callable[[], object]) -> harness.Run:
 def measure(
     case: Case, machine: Machine, args: argparse.Namespace
 ) -> tuple[list[Row], dict[str, str]]:
-    """Rows of every phase, and why a provider was not timed."""
+    """Rows of every phase, and why providers were not timed."""
     failed: dict[str, str] = {}
     ours = Ours(case, args.device)
     providers = {mode: ours.provider(mode) for mode in MODES if mode in args.providers}
@@ -180,7 +181,7 @@ def _row(
 
 
 def _flop(case: Case, phase: str, name: str) -> float | None:
-    """Operations of all videos of a phase of the student's."""
+    """FLOP of a student phase over all videos."""
     if phase == "rollout":
         return case.videos * rollout_flop(case.costs, 4)
     if phase != "update":
@@ -196,7 +197,7 @@ def _flop(case: Case, phase: str, name: str) -> float | None:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """On a GPU the released size; else sizes that a CPU can do."""
+    """The released size on a GPU; else sizes feasible on a CPU."""
     if args.quick:
         tiny = WanConfig(
             dim=48, num_heads=2, ffn_dim=64, num_layers=2, freq_dim=16, text_dim=16, text_len=8
@@ -211,14 +212,14 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     else:
         yield Case("toy, 1 draw", 8, 4)
         yield Case("toy, 2 draws (quickstart)", 8, 4, 2)
-        # Deeper and with more tokens: of the toy's 3 layers the last, whose clean half is only keys
-        # and values, is a third, and all that is not of the layers weighs more.
+        # Deeper and with more tokens: in the toy the last of 3 layers, whose clean half is only
+        # keys and values, is a third, and work outside the layers has more weight.
         deep = WanConfig(dim=256, num_heads=4, ffn_dim=1024, num_layers=6, text_len=64)
         yield Case("6 layers, 16x16, LoRA", 1, 1, 1, deep, 16, 16, 12, 32, "fp32", True, 1)
 
 
 def show(rows: list[Row]) -> None:
-    """The table of one case, and what an iteration takes in each mode."""
+    """Show the table of one case, and the time of an iteration in each mode."""
     first = rows[0]
     report.table(
         f"{first.case}: {first.B} videos, {first.dtype}",

@@ -3,10 +3,10 @@
     python benchmarks/videos.py                  # CPU: the toy's size
     python benchmarks/videos.py --device cuda    # 480x832, 81 frames, 1.3 B random weights, bf16
 
-The plain network (eager_wan.py) and ours make the same videos from the same noise, one provider
-after the other, because a batch of 8 leaves no room for two; a first chunk that disagrees fails
-the run. A stream with a window then goes on to ten times a video's length. The
-autoencoder is timed alone, with random weights, where diffusers is installed.
+The naive network (eager_wan.py) and ours make the same videos from the same noise, one provider
+after the other, because a batch of 8 leaves no memory for two; a first chunk that disagrees fails
+the run. A stream with a window then continues to ten times a video's length. The autoencoder is
+timed separately, with random weights, if diffusers is installed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# So that it runs from a checkout where nothing is installed.
+# Allows running from a checkout without installation.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
-from afd.models.causal_wan import WanConfig
-from afd.models.toy import ToyConfig
+from afd.lab.student import ToyConfig
+from afd.models.wan.types import WanConfig
 from benchmarks import harness, report
 from benchmarks.hardware import Machine, chunk_seconds
 from benchmarks.rollout import BOUND, DTYPES, STEPS, Case, Stream, make_student
 
 PROVIDERS = ("eager", "eager+text", "ours", "graph")
-LONGER = 10  # times as long as a video goes the stream with a window
+LONGER = 10  # length of the windowed stream, in videos
 HOW = (
     "s: median of a batch of videos (denoising steps and context passes; decoding is a case of its "
     "own); FPS: video frames, 1 + 4 (F - 1) of a video's F; x floor: hardware.py's, from the copy "
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One provider's videos, of which several are compared."""
+    """One provider's videos, to be compared with those of other providers."""
 
     case: Case
     batch: int
@@ -88,10 +88,10 @@ def measure(
 ) -> tuple[list[Row], dict[str, str]]:
     """The rows of one provider, or why there are none.
 
-    `before` are the rows to compare with and gets the new ones; `firsts` are first chunks by batch.
+    `before`: rows to compare with, extended by the new ones; `firsts`: first chunks by batch.
     """
     case, device = run.case, args.device
-    if device == "cuda":  # what the last provider held makes room
+    if device == "cuda":  # free the last provider's memory
         gc.collect()
         torch.cuda.empty_cache()
     try:
@@ -109,14 +109,14 @@ def measure(
             rows.append(
                 _row(run, frames, seconds, peak, stream.cache_bytes, error, machine, before)
             )
-    except Exception as broken:  # it must not take the others' numbers along
+    except Exception as broken:  # a failure must not lose the other providers' numbers
         return [], {str(run): f"{type(broken).__name__}: {broken}"}
     before += rows
     return rows, {}
 
 
 def lengths(case: Case) -> tuple[int, ...]:
-    """Latent frames: a video's, and with a window `LONGER` times that."""
+    """Lengths in latent frames: a video's, and with a window also `LONGER` times that."""
     return (case.frames,) if case.wan.window is None else (case.frames, LONGER * case.frames)
 
 
@@ -134,7 +134,7 @@ def _whole(stream: Stream, frames: int) -> None:
 
 
 def _timed(call: Callable[[], object], args: argparse.Namespace) -> tuple[list[float], float]:
-    """Seconds of up to three calls, as many as fit into the budget, and the peak in MiB."""
+    """Seconds of up to three calls, as many as fit into the budget, and peak memory in MiB."""
     seconds, peak = list[float](), 0.0
     cuda = args.device == "cuda"
     while len(seconds) < 3 and sum(seconds) < args.budget / 2:
@@ -190,7 +190,7 @@ def _row(
 
 
 def _floor(case: Case, frames: int, batch: int, machine: Machine) -> float:
-    """Seconds; every chunk has a context pass, the last one too."""
+    """The floor in seconds; every chunk has a context pass, including the last."""
     chunk, total = case.wan.chunk, 0.0
     for end in range(chunk, frames + 1, chunk):
         kept = end if case.wan.window is None else min(end, case.wan.window)
@@ -201,7 +201,7 @@ def _floor(case: Case, frames: int, batch: int, machine: Machine) -> float:
 
 
 def decode(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """Decoding one video with the autoencoder of Wan2.1, its weights random."""
+    """Time decoding one video with the Wan2.1 autoencoder and random weights."""
     frames, size, width, dtype = (21, (60, 104), 96, "bf16")
     if args.device != "cuda":
         frames, size, width, dtype = (3, (8, 8), 8, "fp32")
@@ -211,7 +211,7 @@ def decode(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     try:
         from diffusers import AutoencoderKLWan
 
-        from afd.models.vae import VideoVAE
+        from afd.models.wan.vae import VideoVAE
 
         with torch.device(args.device):
             vae = VideoVAE(AutoencoderKLWan(base_dim=width).to(DTYPES[dtype]))
@@ -227,7 +227,7 @@ def decode(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
 
 
 def runs(args: argparse.Namespace) -> Iterator[Run]:
-    """The real size on a GPU; else the toy's. Where little time is left, the last are left out."""
+    """The real size on a GPU, else the toy's. When time runs short, the last runs are skipped."""
     if args.quick:
         tiny = WanConfig(
             dim=48, num_heads=2, ffn_dim=64, num_layers=2, freq_dim=16, text_dim=16, text_len=8
@@ -244,7 +244,7 @@ def runs(args: argparse.Namespace) -> Iterator[Run]:
         yield Run(whole, 1, provider)
     ours = args.providers[-1]
     yield Run(replace(whole, name=f"{whole.name}, window", wan=wan), 1, ours)
-    # Of large batches only what is to be compared; eager last, because it takes half a minute.
+    # For large batches only what is compared; eager last, because it takes half a minute.
     for provider in dict.fromkeys((ours, args.providers[0])):
         for batch in batches:
             yield Run(whole, batch, provider)

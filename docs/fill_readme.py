@@ -1,6 +1,7 @@
-"""Writes the measured tables of README.md between their markers: `make readme`.
+"""Writes the measured tables between their markers: `make readme`.
 
-The quickstart's from runs/quickstart, the benchmarks' from benchmarks/results/<device>/*.json.
+docs/QUICKSTART.md gets the metrics of runs/quickstart, docs/PERFORMANCE.md the tables of
+benchmarks/results/<device>/*.json, and README.md one summary of both.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ import json
 import platform
 import re
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from afd.quickstart import COLUMNS, final_evaluation
+from afd.lab.quickstart import COLUMNS, final_evaluation
 from benchmarks.report import device_name
 
 ROOT = Path(__file__).parents[1]
+LOOK = "distance to the student's own look"
 MEANING = {
     "phys": "distance in pixels to the best trajectory of the teacher's physics",
     "g_mae": "error of the fitted gravity",
     "motion": "pixels per frame",
-    "rend": "distance to the student's own look",
+    "rend": LOOK,
     "adh": "share of videos with every attribute of the prompt",
     "traj_fd": "Fréchet distance of trajectories to the teacher's",
 }
@@ -92,9 +95,9 @@ def attention_table(rows: Rows) -> str:
 
 
 def rollout_table(rows: Rows) -> str:
-    """Milliseconds a chunk of a stream that goes on."""
+    """Milliseconds per chunk of a stream in its steady state."""
     found = {(row["case"], row["B"], row["provider"]): row for row in rows}
-    columns = ["student", "tokens see", "plain ms", "plain, text kept ms", "afd ms", "× plain"]
+    columns = ["student", "queries × keys", "plain ms", "plain, text kept ms", "afd ms", "× plain"]
     columns += ["× text kept", "× floor", "ops", "host waits"]
     lines = []
     for case, batch in dict.fromkeys(key[:2] for key in found):
@@ -113,13 +116,13 @@ def train_step_table(rows: Rows) -> str:
     """The student's update in each context mode, and the phases before it."""
     found = {(row["case"], row["phase"], row["provider"]): row for row in rows}
     modes = ("recompute", "own_context", "shared_context", "shared_context, kept")
-    columns = ["student", "videos", "rollout ms", "critic ms", "plain ms"]
+    columns = ["student", "videos", "rollout ms", "discriminator ms", "plain ms"]
     columns += [*(f"{mode} ms" for mode in modes), "plain / recompute", "kept / recompute"]
     lines = []
     for case in dict.fromkeys(key[0] for key in found):
         plain = found.get((case, "update", "eager"))
         ours = [found[case, "update", mode] for mode in modes]
-        before = [found.get((case, phase, modes[0])) for phase in ("rollout", "critic")]
+        before = [found.get((case, phase, modes[0])) for phase in ("rollout", "discriminator")]
         cells = [_ratio(row, None) for row in (*before, plain, *ours)]
         cells += [_ratio(plain, ours[0]), _ratio(ours[-1], ours[0])]
         lines.append([case, str(ours[0]["B"]), *cells])
@@ -145,12 +148,16 @@ def provenance(path: Path, saved: dict[str, Any]) -> str:
     about = saved["environment"]
     commit, _, changed = about["commit"].partition("+")
     state = f"{commit[:9]} with changes" if changed else commit[:9]
-    command = f"python benchmarks/{path.stem}.py" + " --all" * (path.stem == "nft_loss")
     return (
-        f"`{command}`, {about['device_name']}, threads: {about['threads']}, "
+        f"`{_command(path)}`, {about['device_name']}, threads: {about['threads']}, "
         f"torch {about['versions']['torch']}, {about['date'][:10]}, commit {state}; "
         f"all rows of this and more in `{path.relative_to(ROOT)}`."
     )
+
+
+def _command(path: Path) -> str:
+    """The command that wrote a file of results."""
+    return f"python benchmarks/{path.stem}.py" + " --all" * (path.stem == "nft_loss")
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -167,19 +174,85 @@ TABLES = {
 }
 
 
+# What the summary states of each benchmark: its subject, and columns with what they compare to.
+FACTS = {
+    "nft_loss": (
+        "speed of `nft_loss` at 480×832, forward and backward",
+        {"× eager": "eager PyTorch", "× compile": "`torch.compile`"},
+    ),
+    "attention": (
+        "speed of `block_attention`",
+        {"× dense mask": "SDPA with a dense mask", "× flex": "`flex_attention`"},
+    ),
+    "rollout": (
+        "speed of a streamed chunk",
+        {"× plain": "the plain network", "× text kept": "the same with its text cached"},
+    ),
+    "train_step": (
+        "speed of the student's update (`recompute`)",
+        {"plain / recompute": "the plain update"},
+    ),
+}
+
+
 def benchmark_table(path: Path) -> str:
     """The table of one saved benchmark, with provenance."""
     saved = json.loads(path.read_text())
     return f"{TABLES[path.stem](saved['rows'])}\n\n{provenance(path, saved)}"
 
 
+def quickstart_facts(root: Path) -> list[list[str]]:
+    """The summary's rows of the laptop task."""
+    parts = (("base", "base"), ("afd", "afd"), ("sft", "sft"), ("teacher", "base"))
+    found = {name: final_evaluation(root / folder, name) for name, folder in parts}
+    values = {name: line["metrics"] for name, line in found.items() if line is not None}
+    made = date.fromtimestamp((root / "afd" / "DONE").stat().st_mtime)
+    source = f"`make quickstart`; {device_name('cpu')}, torch {torch.__version__}, {made}"
+    rows = []
+    for column, what in (("phys", "distance to the teacher's physics, pixels"), ("rend", LOOK)):
+        base, afd, sft, teacher = (f"{values[name][column]:.3f}" for name, _ in parts)
+        result = f"base {base}, AFD {afd}, SFT {sft}, teacher {teacher}"
+        rows.append([f"laptop task, {what}", result, source])
+    return rows
+
+
+def benchmark_fact(path: Path) -> list[str]:
+    """The summary's row of one saved benchmark: the range of its table's ratios."""
+    saved = json.loads(path.read_text())
+    what, ratios = FACTS[path.stem]
+    lines = TABLES[path.stem](saved["rows"]).splitlines()
+    head, _, *rows = (line.strip("| ").split(" | ") for line in lines)
+    spans = []
+    for column, against in ratios.items():
+        cells = [row[head.index(column)] for row in rows]
+        numbers = sorted((cell for cell in cells if cell != "–"), key=float)
+        spans.append(f"{numbers[0]} to {numbers[-1]} × {against}")
+    about = saved["environment"]
+    device = f"{about['device_name']}, threads: {about['threads']}"
+    source = f"`{_command(path)}`; {device}, {about['date'][:10]}"
+    return [f"{what}, {len(rows)} cases", "; ".join(spans), source]
+
+
+def results(name: str) -> list[Path]:
+    """The saved results of a benchmark, one per device."""
+    return sorted((ROOT / "benchmarks" / "results").glob(f"*/{name}.json"))
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(), "quickstart", quickstart_table(ROOT / "runs" / "quickstart"))
-    for name in TABLES:
-        results = sorted((ROOT / "benchmarks" / "results").glob(f"*/{name}.json"))
-        text = fill(text, name, "\n\n".join(map(benchmark_table, results)))
-    readme.write_text(text)
+    run = ROOT / "runs" / "quickstart"
+    facts = quickstart_facts(run) + [benchmark_fact(p) for name in FACTS for p in results(name)]
+    pages = {
+        "README.md": {"facts": _table(["measured", "result", "command; device, date"], facts)},
+        "docs/QUICKSTART.md": {"quickstart": quickstart_table(run)},
+        "docs/PERFORMANCE.md": {
+            name: "\n\n".join(map(benchmark_table, results(name))) for name in TABLES
+        },
+    }
+    for page, tables in pages.items():
+        text = (ROOT / page).read_text()
+        for name, content in tables.items():
+            text = fill(text, name, content)
+        (ROOT / page).write_text(text)
 
 
 if __name__ == "__main__":

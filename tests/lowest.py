@@ -31,10 +31,10 @@ NOT_HERE = ("flash", "xformers")
 # Every dependency, with the test files that reach what we use of it.
 TESTS = {
     "numpy": ("test_watching", "test_simulator", "test_checkpoint"),
-    "einops": (),
+    "einops": ("test_causal_wan", "test_latent_discriminator", "test_videoalign"),
     "rich": ("test_doctor", "test_cli", "test_watching"),
     "PyYAML": ("test_config", "test_file_errors"),
-    "pydantic": ("test_config", "test_sample_jobs", "test_eval"),
+    "pydantic": ("test_config", "test_sample_jobs", "test_benchmark"),
     "av": ("test_video", "test_codec_match", "test_folder", "test_sample"),
     "pillow": ("test_pictures", "test_odd_clips", "test_watching"),
     "safetensors": ("test_checkpoints", "test_shards", "test_caches", "test_export"),
@@ -42,6 +42,7 @@ TESTS = {
     "tensorboard": ("test_watching",),
     "matplotlib": ("test_report", "test_ablation", "test_watching"),
     "jinja2": ("test_report",),
+    "shtab": ("test_cli",),
     "diffusers": ("test_vae", "test_diffusers_equality", "test_export"),
     "transformers": ("test_text", "test_videoalign", "test_videoalign_inputs"),
     "peft": ("test_policies", "test_export", "test_videoalign"),

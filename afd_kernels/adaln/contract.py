@@ -1,4 +1,4 @@
-"""What adaln accepts: one door for every backend and for the fakes.
+"""Argument checks of adaln, shared by all backends and the fakes.
 
 Letters: B streams, L tokens, D width, F frames of a modulation (F divides L; 1 or B streams).
 """
@@ -29,7 +29,7 @@ def check(
     """Checks the metadata of adaln (the backward has no shift).
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: names the argument, its value and the requirement.
     """
     require(x.dtype in FLOATS, "x", x, "float32, bfloat16, float16 or float64")
     require(x.ndim == 3 and x.numel() > 0, "x", x, "[B, L, D], none of them 0")
@@ -63,10 +63,10 @@ def check_bwd(
 
 
 def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors themselves if their last dimension is contiguous, else contiguous copies."""
+    """The tensors, copied to contiguous memory unless their last dimension is contiguous."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def per_frame(value: Tensor) -> Tensor:
-    """A modulation as [streams, frames, D]; [D] is one frame for every stream."""
+    """A modulation as [streams, frames, D]; [D] means one frame shared by all streams."""
     return value if value.ndim == 3 else value[None, None]

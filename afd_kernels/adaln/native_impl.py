@@ -1,7 +1,9 @@
-"""adaln through the compiled core (csrc/cpu). Letters as in contract.py."""
+"""adaln through the compiled core (csrc/cpu and csrc/cuda). Letters as in contract.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled core cannot run this, or None."""
-    if device == "cuda":
-        return "the compiled core has no CUDA kernel for adaln"
+    """The reason why the compiled core cannot run this, or None."""
     return native.refuse(device, dtypes)
+
+
+def unfit(tensors: Sequence[Tensor]) -> str | None:
+    """The reason why the CUDA kernels cannot take these tensors (rows first), or None."""
+    return native.refuse_rows(tensors[0], tensors[0].shape[2])
 
 
 def _modulation(value: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -40,7 +45,7 @@ def _problem(
     scale_offset: float,
     eps: float,
 ) -> Any:
-    """What both passes have in common, to be placed."""
+    """The fields common to both passes, without the addresses."""
     problem = native.core().AdalnProblem()
     problem.batch, problem.tokens, problem.channels = x.shape
     problem.type = native.type_code(x.dtype)
@@ -65,7 +70,7 @@ def adaln(
     eps: float,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x_out ([0] without a branch) and h, contiguous; every input may be strided but for D."""
+    """x_out ([0] without a branch) and h, contiguous; inputs may be strided except over D."""
 
     def make() -> Any:
         problem = _problem(x, branch, gate, scale, scale_offset, eps)
@@ -74,10 +79,12 @@ def adaln(
 
     problem = native.take(kept, make)
     h = native.empty_like(x)
-    x_out = torch.empty(0, dtype=x.dtype) if branch is None else native.empty_like(x)
-    problem.place(x, branch, gate, scale, shift, None if branch is None else x_out, h)
-    native.core().adaln_cpu(problem, native.threads(x))
+    x_out = None if branch is None else native.empty_like(x)
+    problem.place(x, branch, gate, scale, shift, x_out, h)
+    native.run_rows("adaln", problem, x)
     native.put_back(kept, problem)
+    if x_out is None:
+        x_out = torch.empty(0, dtype=x.dtype, device=x.device)
     return x_out, h
 
 
@@ -103,14 +110,15 @@ def adaln_bwd(
 
     problem = native.take(kept, make)
     dx = native.empty_like(x_out)
-    dscale, dshift = (torch.empty(scale.shape, dtype=torch.float32) for _ in range(2))
-    dbranch = torch.empty(0, dtype=x_out.dtype)
-    dgate = torch.empty(0 if gate is None else gate.shape, dtype=torch.float32)
+    sums = partial(torch.empty, dtype=torch.float32, device=x_out.device)
+    dscale, dshift = sums(scale.shape), sums(scale.shape)
+    dbranch = torch.empty(0, dtype=x_out.dtype, device=x_out.device)
+    dgate = sums(0 if gate is None else gate.shape)
     if gate is not None:
         dbranch = native.empty_like(x_out)
     gated = (None, None) if gate is None else (dbranch, dgate)
     problem.place_bwd(*(grad_x_out, grad_h, x_out, branch, gate, scale, dx, *gated, dscale, dshift))
-    native.core().adaln_bwd_cpu(problem, native.threads(x_out))
+    native.run_rows("adaln_bwd", problem, x_out, scratch=True)
     native.put_back(kept, problem)
     like = x_out if gate is None else gate
     return dx, dbranch, dgate.to(like.dtype), dscale.to(scale.dtype), dshift.to(scale.dtype)

@@ -91,7 +91,7 @@ def _fake_bwd(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, branch, gate, scale, _shift, ctx.scale_offset, ctx.eps = inputs
     ctx.has_branch = branch is not None
-    # The branch itself is needed for the gate's gradient alone.
+    # The branch is needed only for the gate's gradient.
     ctx.save_for_backward(
         x if branch is None else output[0], None if gate is None else branch, gate, scale
     )

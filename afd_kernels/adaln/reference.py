@@ -1,4 +1,4 @@
-"""adaln in plain PyTorch: any dtype, any device; the oracle.
+"""Reference adaln in plain PyTorch, for any dtype and device.
 
 `residual_norm` is twice differentiable. Letters as in contract.py; T = L/F tokens of a frame.
 Modulations are [1 or B, F, D].
@@ -15,7 +15,7 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic."""
+    """The dtype used for the arithmetic."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -25,15 +25,15 @@ def _per_token(value: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def _per_frame(value_BLD: Tensor, like: Tensor) -> Tensor:
-    """Sums over the tokens (and streams) that share a modulation; shape and dtype of `like`."""
+    """Sum over the tokens (and streams) that share a modulation; shape and dtype of `like`."""
     summed = value_BLD.unflatten(1, (like.shape[1], -1)).sum(2)
     return (summed if like.shape[0] == len(summed) else summed.sum(0, True)).to(like.dtype)
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """LN without affine [B, L, D] and the inverse deviation [B, L, 1].
+    """LayerNorm without affine [B, L, D] and the inverse standard deviation [B, L, 1].
 
-    In float64: squares of large and of small float32 numbers leave float32.
+    In float64, because squares of large and small float32 numbers over- and underflow float32.
     """
     centred = x.double()
     centred = centred - centred.mean(-1, keepdim=True)
@@ -72,7 +72,7 @@ def adaln(
     scale_offset: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """x_out (empty without a branch: it is x) and h, contiguous."""
+    """x_out (empty without a branch, since it equals x) and h, contiguous."""
     x_out, h = residual_norm(x, branch, gate, scale, shift, scale_offset, eps)
     return (x.new_empty(0) if branch is None else x_out.contiguous()), h.contiguous()
 

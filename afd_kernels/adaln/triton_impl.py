@@ -49,7 +49,7 @@ def _normalise(x, inside, eps, CHANNELS: tl.constexpr):
     if factor != 1.0:
         x *= factor
         mean, variance = _moments(x, inside, CHANNELS)
-        eps *= factor * factor
+        eps = eps * factor * factor
     inverse = tl.rsqrt(variance + eps)
     return tl.where(inside, x - mean, 0.0) * inverse, inverse * factor
 
@@ -86,7 +86,7 @@ def _adaln_fwd_kernel(
     out = (stream * tl.num_programs(0) + token) * CHANNELS
     lane = tl.arange(0, BLOCK)
     inside = lane < CHANNELS
-    # Every load before the first sum: behind its barrier they would wait.
+    # Issue all loads before the first reduction, whose barrier would delay them.
     x = _load(x_ptr + stream * x_batch + token * x_token, lane, CHANNELS)
     frame = (tl.program_id(0) // scale_tokens).to(tl.int64)
     scale = _load(scale_ptr + stream * scale_batch + frame * scale_frame, lane, CHANNELS)
@@ -98,7 +98,7 @@ def _adaln_fwd_kernel(
             branch *= _load(gate_ptr + stream * gate_batch + frame * gate_frame, lane, CHANNELS)
         x_out = (x + branch).to(x_out_ptr.dtype.element_ty)
         tl.store(x_out_ptr + out + lane, x_out, mask=inside)
-        # The normalisation reads what the next residual will read.
+        # Normalise the rounded value, the one that the next residual reads.
         x = x_out.to(tl.float32)
     normed, _ = _normalise(x, inside, eps, CHANNELS)
     h = normed * (scale + scale_offset) + shift
@@ -223,12 +223,12 @@ def _adaln_reduce_kernel(
 
 
 def _like(x: Tensor) -> Tensor:
-    """A contiguous tensor for results; new_empty(x.shape) takes four times as long."""
+    """An uninitialised contiguous tensor like x; new_empty(x.shape) takes four times as long."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _strides(value: Tensor | None) -> tuple[int, int]:
-    """Distance of streams and of tokens (frames), 0 where one row serves all."""
+    """Strides of streams and of tokens (frames); 0 if one row is shared."""
     if value is None:
         return 0, 0
     streams, rows = (0 if n == 1 else value.stride(i) for i, n in enumerate(value.shape[:2]))
@@ -243,7 +243,7 @@ def _rows(x: Tensor, config: dict[str, int]) -> dict[str, int | bool]:
         "BLOCK": block,
         "num_warps": max(1, min(16, block // (32 * config["per_thread"]))),
         "num_stages": config["num_stages"],
-        # Every specialisation then gives the same bits, with or without a gate or a gradient.
+        # Without fusion all specialisations are bitwise equal, with or without gate or gradient.
         "enable_fp_fusion": False,
     }
 

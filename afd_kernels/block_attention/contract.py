@@ -1,4 +1,4 @@
-"""Checks of block_attention on metadata only, so that fakes share them.
+"""Argument checks of block_attention on metadata only, shared with the fakes.
 
 Letters: B streams, L queries, N keys, Nc keys of the context, h heads, d channels of a head.
 """
@@ -28,7 +28,7 @@ def plan_block_attention(
     """Checks the arguments of the op and returns its intervals.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: names the argument, its value and the requirement.
     """
     _check_tensors(q, k, v, k_context, v_context, streams, scale)
     intervals = Intervals.from_flat(flat, streams)
@@ -51,10 +51,10 @@ def check_traced(
     streams: int,
     scale: float,
 ) -> None:
-    """What a fake can check: all of it, or only the tensors where lengths are symbolic.
+    """The checks of a fake: all of them, or only those of tensors if lengths are symbolic.
 
-    Looking at a symbolic number would make it a constant, and a graph for each length; the op
-    itself looks at the numbers in every call.
+    Reading a symbolic number would specialise the graph to it; the op checks the numbers on every
+    call.
     """
     lengths = (q.shape[1], k.shape[1], 0 if k_context is None else k_context.shape[1])
     if all(type(x) is int for x in (*flat, *lengths)):
@@ -85,7 +85,7 @@ def _check_tensors(
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
-    """Whether k and v go with q; in words only where they do not, because this runs every call."""
+    """Whether k and v match q. Runs on every call, so errors are formatted only on failure."""
     if v is None or q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         return False
     batch, _, heads, width = q.shape
@@ -103,7 +103,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
 def _explain(
     q: Tensor, k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None
 ) -> None:
-    """Raises for the first tensor that does not go with the others."""
+    """Raises for the first mismatched tensor."""
     require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
     require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d], none of them 0")
     batch, _, heads, width = q.shape
@@ -146,8 +146,8 @@ def _check_keys(intervals: Intervals, border: int, keys: int) -> None:
 
 
 def rowwise(x: Tensor) -> Tensor:
-    """x itself where a head's channels are neighbours in memory, else a contiguous copy.
+    """x itself if the channels of a head are contiguous, else a contiguous copy.
 
-    Slices of a fused QKV projection or of a cache, and expanded batches, stay where they are.
+    Slices of a fused QKV projection or of a cache, and expanded batches, are not copied.
     """
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,6 +1,6 @@
-"""Which keys a block of queries attends: at most two contiguous intervals. Builders name the cases.
+"""Attention patterns in which each block of queries attends at most two key intervals.
 
-Builders count in frames and take the tokens of one frame; an Intervals counts in tokens. Keys are
+Builders count in frames and take the tokens per frame; Intervals counts in tokens. Keys are
 numbered over the virtual concatenation [context | k] of afd.ops.block_attention.
 """
 
@@ -24,15 +24,15 @@ _WIDTH = 6
 
 @dataclass(frozen=True)
 class Intervals:
-    """Rows of queries with the keys they attend; hashable, so it can key a cache.
+    """Rows of queries with the keys they attend; hashable, so usable as a cache key.
 
     Attributes:
-        rows: one tuple of Row per stream, or one for all streams alike. The rows of a stream cover
-            its queries in order without gaps. An empty interval is (0, 0); [a0, a1) is empty only
-            where [b0, b1) is, and ends before it begins.
+        rows: one tuple of Row per stream, or a single one shared by all streams. The rows of a
+            stream cover its queries in order without gaps. An empty interval is (0, 0). [a0, a1)
+            is empty only if [b0, b1) is, and ends before [b0, b1) begins.
 
     Raises:
-        ValueError: naming the row that breaks this.
+        ValueError: names the row that violates this.
     """
 
     rows: tuple[tuple[Row, ...], ...]
@@ -50,12 +50,12 @@ class Intervals:
 
     @property
     def streams(self) -> int:
-        """How many streams have rows of their own; 1 where all are alike."""
+        """Number of streams with separate rows; 1 if all share them."""
         return len(self.rows)
 
     @property
     def queries(self) -> int:
-        """L, the queries of a stream."""
+        """L, the number of queries of a stream."""
         return self.rows[0][-1][1]
 
     @property
@@ -65,7 +65,7 @@ class Intervals:
 
     @property
     def pairs(self) -> int:
-        """Pairs of a query and a key it attends, over the streams in `rows` (4 h d flop each)."""
+        """Number of attended query-key pairs over the streams in `rows` (4 h d FLOP each)."""
         return sum(
             (q1 - q0) * (a1 - a0 + b1 - b0)
             for stream in self.rows
@@ -73,7 +73,7 @@ class Intervals:
         )
 
     def flat(self) -> list[int]:
-        """Every number in order, as the op takes them; a row with q0 = 0 opens a stream."""
+        """All numbers as a flat list, as the op takes them; a row with q0 = 0 starts a stream."""
         return [number for stream in self.rows for row in stream for number in row]
 
     @staticmethod
@@ -81,12 +81,12 @@ class Intervals:
         """The inverse of `flat`.
 
         Raises:
-            ValueError: where the numbers are not the rows of `streams` streams.
+            ValueError: if the numbers are not the rows of `streams` streams.
         """
         return _from_flat(tuple(map(int, flat)), streams)
 
     def mask(self, keys: int, device: torch.device | str = "cpu") -> Tensor:
-        """Dense bool [streams, queries, keys], True where attended; for oracles, not for ops."""
+        """Dense bool mask [streams, queries, keys], True where attended; for tests, not for ops."""
         mask = torch.zeros(self.streams, self.queries, keys, dtype=torch.bool, device=device)
         for stream, rows in enumerate(self.rows):
             for q0, q1, a0, a1, b0, b1 in rows:
@@ -125,7 +125,7 @@ def _from_flat(flat: tuple[int, ...], streams: int) -> Intervals:
 
 
 def _row(queries: tuple[int, int], *keys: tuple[int, int], tokens: int) -> Row:
-    """A row from frames: empty intervals dropped, meeting ones joined."""
+    """A row from frame intervals, with empty ones dropped and adjacent ones merged."""
     kept = [(low, high) for low, high in keys if high > low]
     if len(kept) == 2 and kept[0][1] == kept[1][0]:
         kept = [(kept[0][0], kept[1][1])]
@@ -140,7 +140,7 @@ def _check(**counts: int) -> None:
 
 
 def _chunks(frames: int, chunk: int, independent_first_frame: bool) -> list[tuple[int, int]]:
-    """[start, end) of every chunk; the last end is not cut off at `frames`."""
+    """[start, end) of every chunk; the last end is not clipped to `frames`."""
     first = 1 if independent_first_frame else chunk
     starts = [0, *range(first, frames, chunk)]
     return [(start, start + (first if start == 0 else chunk)) for start in starts]
@@ -154,15 +154,15 @@ def causal(
     independent_first_frame: bool = False,
     window: int | None = None,
 ) -> Intervals:
-    """Block-causal training: a chunk attends itself and every earlier one.
+    """Block-causal attention for training: a chunk attends itself and all earlier chunks.
 
     Args:
         frames: F, query and key frames.
-        chunk: frames of a chunk.
-        tokens: tokens of a frame.
-        independent_first_frame: the first chunk is one frame.
-        window: attends only the `window` frames before the end of the chunk, as the released
-            training mask does (no sink); >= chunk. None: all.
+        chunk: frames per chunk.
+        tokens: tokens per frame.
+        independent_first_frame: the first chunk is a single frame.
+        window: attend only the last `window` frames up to the end of the chunk, as in the released
+            training mask (no sink); >= chunk. None: all.
     """
     _check(frames=frames, chunk=chunk, tokens=tokens)
     require(window is None or window >= chunk, "window", window, f"None or >= chunk, {chunk}")
@@ -189,18 +189,18 @@ def windowed(
     sink: int = 0,
     independent_first_frame: bool = False,
 ) -> Intervals:
-    """What a stream with a rolling cache attends, for all chunks in one pass.
+    """Attention of a stream with a rolling cache, for all chunks in one pass.
 
-    A chunk attends the first `sink` frames and the `window - sink` frames before its own end, its
-    own included. Neither needs to be a multiple of the chunk.
+    A chunk attends the first `sink` frames and the last `window - sink` frames up to its own end,
+    including its own. Neither needs to be a multiple of the chunk.
 
     Args:
         frames: F, query and key frames.
-        chunk: frames of a chunk.
-        tokens: tokens of a frame.
-        window: frames a query attends at most, sink included; >= sink + chunk.
-        sink: frames from the start that stay; >= 0.
-        independent_first_frame: the first chunk is one frame.
+        chunk: frames per chunk.
+        tokens: tokens per frame.
+        window: maximum number of frames a query attends, including the sink; >= sink + chunk.
+        sink: initial frames that are always kept; >= 0.
+        independent_first_frame: the first chunk is a single frame.
     """
     _check(frames=frames, chunk=chunk, tokens=tokens)
     require(sink >= 0, "sink", sink, "an integer >= 0")
@@ -219,14 +219,14 @@ def windowed(
 def teacher_forcing(
     frames: int, chunk: int, tokens: int, chunks: Sequence[Sequence[int]] | None = None
 ) -> Intervals:
-    """Queries and keys [clean | noisy], 2 F frames, or fewer noisy ones with `chunks`.
+    """Teacher forcing with queries and keys [clean | noisy]: 2 F frames, or fewer with `chunks`.
 
     Clean chunk i attends clean chunks <= i; noisy chunk i attends clean chunks < i and itself.
 
     Args:
         frames: F, clean frames.
-        chunk: frames of a chunk.
-        tokens: tokens of a frame.
+        chunk: frames per chunk.
+        tokens: tokens per frame.
         chunks: the noisy chunks of each stream, as in `noisy_half`.
     """
     (clean,) = causal(frames, chunk, tokens).rows
@@ -242,14 +242,14 @@ def teacher_forcing(
 def noisy_half(
     frames: int, chunk: int, tokens: int, chunks: Sequence[Sequence[int]] | None = None
 ) -> Intervals:
-    """The noisy queries of `teacher_forcing` alone, over the keys [clean | noisy].
+    """Only the noisy queries of `teacher_forcing`, over the keys [clean | noisy].
 
     Args:
-        frames: F, clean frames; the noisy ones as well unless `chunks` are given.
-        chunk: frames of a chunk.
-        tokens: tokens of a frame.
-        chunks: the noisy chunks of each stream, rising, as many for each: only they are queries,
-            and the noisy keys are theirs. None: all.
+        frames: F, clean frames, and noisy frames unless `chunks` is given.
+        chunk: frames per chunk.
+        tokens: tokens per frame.
+        chunks: the noisy chunks of each stream, ascending, equally many per stream; the queries and
+            noisy keys are theirs only. None: all.
     """
     _check(frames=frames, chunk=chunk, tokens=tokens)
     whole = _chunks(frames, chunk, False)
@@ -270,13 +270,13 @@ def noisy_half(
 def cache(valid: int | Sequence[int], queries: int, tokens: int = 1) -> Intervals:
     """Every query attends the valid slots of a cache: keys [0, valid).
 
-    Softmax does not see the order of keys, so a ring needs no roll; only what was never written is
-    left out.
+    Attention does not depend on the order of keys, so a ring buffer needs no roll; only slots never
+    written are excluded.
 
     Args:
-        valid: slots written, for all streams; or one number per stream.
+        valid: number of written slots, shared by all streams or one per stream.
         queries: query slots.
-        tokens: tokens of a slot.
+        tokens: tokens per slot.
     """
     _check(queries=queries, tokens=tokens)
     counts = (valid,) if isinstance(valid, int) else tuple(valid)
@@ -286,15 +286,15 @@ def cache(valid: int | Sequence[int], queries: int, tokens: int = 1) -> Interval
 
 
 def after_context(context: int, queries: int, tokens: int = 1) -> Intervals:
-    """One chunk after a context of its own tensor: keys [context | chunk], all attended.
+    """One chunk after a context in a separate tensor: keys [context | chunk], all attended.
 
-    Like `cache(context + queries, queries)`, but in two intervals that meet at the border, as
-    k_context and k in different memory need.
+    Like `cache(context + queries, queries)`, but split into two intervals at the border, because
+    k_context and k are in different memory.
 
     Args:
         context: slots of the context; may be 0.
         queries: slots of the chunk, queries and keys.
-        tokens: tokens of a slot.
+        tokens: tokens per slot.
     """
     _check(queries=queries, tokens=tokens)
     require(context >= 0, "context", context, "slots >= 0")

@@ -1,9 +1,9 @@
-"""Attention libraries on CUDA, behind one interface; imported only where they are asked for.
+"""Attention libraries on CUDA behind a common interface, imported only on demand.
 
 Forward: FlashAttention 3 or 4 where installed, cuDNN, PyTorch's flash attention, xformers.
-Backward: of these only the ones that can be told to add in a fixed order, which PyTorch's cuDNN
-cannot. Tensors [B, l, h, d], lse fp32 [B, h, l] in natural logarithms, so one library's forward
-goes with another's backward.
+Backward: only the deterministic ones of these, which excludes PyTorch's cuDNN. Tensors
+[B, l, h, d], lse fp32 [B, h, l] in natural logarithms, so one library's forward can be combined
+with another's backward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
-# By a function's name, how many tensors we give it and which arguments by name.
+# Function name to the number of positional tensors and the keyword arguments we pass.
 Calls: TypeAlias = Mapping[str, tuple[int, tuple[str, ...]]]
 
 
@@ -30,18 +30,18 @@ def _transposed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @functools.cache
 def _import(module: str) -> tuple[Any, str | None]:
-    """The module, or why it cannot be used."""
+    """The module, or the reason why it cannot be used."""
     top = module.partition(".")[0]
     if importlib.util.find_spec(top) is None:
         return None, f"{top} is not installed"
     try:
         return importlib.import_module(module), None
-    except Exception as error:  # an extension built for another torch raises anything
+    except Exception as error:  # an extension built for another torch may raise anything
         return None, f"cannot import {module} ({error})"
 
 
 def _missing(module: str, calls: Calls) -> str | None:
-    """Why the functions of a module cannot be called as we do, or None."""
+    """The reason why a module's functions do not support our calls, or None."""
     found, why = _import(module)
     if found is None:
         return why
@@ -54,7 +54,7 @@ def _missing(module: str, calls: Calls) -> str | None:
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out and lse by PyTorch's cuDNN attention."""
+    """out and lse from PyTorch's cuDNN attention."""
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *_transposed(q, k, v), None, True, scale=scale
     )
@@ -62,7 +62,7 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 
 def aten_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out and lse by the flash attention inside PyTorch."""
+    """out and lse from PyTorch's built-in flash attention."""
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         *_transposed(q, k, v), scale=scale
     )
@@ -127,8 +127,8 @@ class Flash4:
         return _missing(self.module, self.calls)
 
     def unordered(self, major: int) -> bool:
-        """Whether its backward has no fixed order on compute capability `major`.x: on 9.x the
-        first versions assert that none is asked for, and have no number to know them by."""
+        """Whether its backward is nondeterministic on compute capability `major`.x: on 9.x the
+        first versions assert against determinism, and cannot be told apart by version."""
         if major != 9:
             return False
         try:
@@ -161,7 +161,7 @@ class Flash4:
 
 
 class Cudnn:
-    """cuDNN through PyTorch; forward only, because its backward there adds in no fixed order."""
+    """cuDNN through PyTorch; forward only, because its backward is nondeterministic there."""
 
     name = "cuDNN"
     majors = (9, 10, 11, 12)
@@ -174,13 +174,13 @@ class Cudnn:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         q_Bhld, k_Bhld, v_Bhld = _transposed(q, k, v)
         asked = torch.backends.cuda.SDPAParams(q_Bhld, k_Bhld, v_Bhld, None, 0.0, False, False)
-        # Not every shape suits every version of cuDNN, and a user may have switched it off.
+        # Not every version of cuDNN supports every shape, and a user may have disabled it.
         run = cudnn if torch.backends.cuda.can_use_cudnn_attention(asked) else aten_flash
         return run(q, k, v, scale)
 
 
 class AtenFlash:
-    """The flash attention inside PyTorch (FlashAttention 2)."""
+    """PyTorch's built-in flash attention (FlashAttention 2)."""
 
     name = "aten flash"
     majors = (8, 9, 10, 11, 12)
@@ -204,7 +204,7 @@ class AtenFlash:
         scale: float,
         keys: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        # The state of a dropout that is not used, in the shapes the forward returns.
+        # RNG state of the unused dropout, in the shapes the forward returns.
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)
         offset = torch.empty((), dtype=torch.uint64, device=q.device)
         with _deterministic():
@@ -219,7 +219,7 @@ class AtenFlash:
 
 
 class Xformers:
-    """xformers' memory-efficient attention, where PyTorch has none of its own; forward only."""
+    """xformers' memory-efficient attention, if PyTorch has none of its own; forward only."""
 
     name = "xformers"
     module = "xformers.ops.fmha"
@@ -233,7 +233,7 @@ class Xformers:
         out, lse = _import(self.module)[0].memory_efficient_attention_forward_requires_grad(
             q, k, v, scale=scale
         )
-        # Some of its kernels round the length of lse up.
+        # Some of its kernels pad the length of lse.
         return out, lse[..., : q.shape[1]]
 
 
@@ -242,7 +242,7 @@ ORDER = (Flash3(), Flash4(), Cudnn(), AtenFlash(), Xformers())
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's kernels in a fixed order of addition, without filling every new tensor with NaN."""
+    """Use PyTorch's deterministic kernels, without filling new tensors with NaN."""
     fill = torch._C._get_deterministic_fill_uninitialized_memory()
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -256,7 +256,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def reasons(major: int, head_dim: int, *, backward: bool = False) -> dict[str, str | None]:
-    """For each library why it cannot take heads of this width on compute capability `major`.x."""
+    """Per library, the reason why it cannot run this head width on capability `major`.x."""
     return {library.name: _reason(library, major, head_dim, backward) for library in ORDER}
 
 
@@ -279,7 +279,7 @@ def _never(major: int) -> bool:
 
 @functools.cache
 def first(major: int, head_dim: int, backward: bool = False) -> Any | None:
-    """The first library in ORDER without a reason against it, or None."""
+    """The first usable library in ORDER, or None."""
     for library in ORDER:
         if _reason(library, major, head_dim, backward) is None:
             return library
@@ -287,12 +287,12 @@ def first(major: int, head_dim: int, backward: bool = False) -> Any | None:
 
 
 def major(device: torch.device | None = None) -> int:
-    """The first number of the device's compute capability."""
+    """The major version of the device's compute capability."""
     return torch.cuda.get_device_capability(device)[0]
 
 
 def refuse(dtypes: set[torch.dtype]) -> str | None:
-    """Why no library runs these dtypes on CUDA here, or None; heads of 128 channels."""
+    """The reason why no library runs these dtypes on CUDA here, or None; for 128-channel heads."""
     for dtype in sorted(dtypes - set(_HALF), key=str):
         name = str(dtype).removeprefix("torch.")
         return f"attention libraries on CUDA take bfloat16 and float16, not {name}"
@@ -307,10 +307,10 @@ def refuse(dtypes: set[torch.dtype]) -> str | None:
 
 
 def unfit(tensors: Sequence[Tensor]) -> str | None:
-    """Why no library here takes these tensors [B, l, h, d] where they lie, or None.
+    """The reason why no library here takes these tensors [B, l, h, d] in place, or None.
 
-    Libraries copy 16 bytes at once, by TMA on Hopper, and promise nothing where 16 does not divide
-    an address. Own kernels are compiled for what an address is divided by.
+    Libraries use 16-byte copies (TMA on Hopper) and do not support addresses that are not
+    16-byte aligned. Our own kernels are compiled for the actual alignment.
     """
     first_tensor = tensors[0]
     width, number = first_tensor.shape[-1], major(first_tensor.device)
@@ -319,7 +319,7 @@ def unfit(tensors: Sequence[Tensor]) -> str | None:
         return f"no attention library for heads of {width} channels ({why})"
     for x in tensors:
         step = 16 // x.element_size()
-        # The stride of a dimension of one is never used.
+        # The stride of a size-1 dimension is never used.
         apart = (s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)
         if x.data_ptr() % 16 or any(stride % step for stride in apart):
             return "attention libraries read 16 bytes at once, and a tensor's rows begin elsewhere"

@@ -1,8 +1,8 @@
 """block_attention by calling an attention library once per interval.
 
-Where a block of queries has two intervals, the two answers are merged by their LSE; the backward of
-an interval takes the merged output and LSE and is then exact (MATH.md). Nothing is masked and no
-keys are copied: every call gets views. Letters: B streams, L queries, N keys, h heads, d channels.
+If a block of queries has two intervals, the two outputs are merged by their LSE; the backward of an
+interval takes the merged output and LSE and is then exact (MATH.md). Nothing is masked and no keys
+are copied: every call gets views. Letters: B streams, L queries, N keys, h heads, d channels.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Library(Protocol):
         scale: float,
         keys: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """dq and, where `keys`, dk and dv, given the out and lse over all keys of the queries."""
+        """dq and, if `keys`, dk and dv, given out and lse over all keys of the queries."""
         ...
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why no library can run tensors of these dtypes on this kind of device, or None."""
+    """The reason why no library can run these dtypes on this device type, or None."""
     if torch.float64 in dtypes:
         return "attention libraries do not take float64"
     if device == "cpu":
@@ -63,14 +63,14 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
 
 
 def unfit(tensors: Sequence[Tensor]) -> str | None:
-    """Why no library can read these very tensors [B, l, h, d] where they lie, or None."""
+    """The reason why no library can read these tensors [B, l, h, d] in place, or None."""
     return None if tensors[0].device.type == "cpu" else library_cuda.unfit(tensors)
 
 
 def describe(device: str, dtype: torch.dtype) -> str:
-    """Which library runs the forward and which the full backward, for heads of 128 channels.
+    """Describe which libraries run the forward and the full backward of 128-channel heads.
 
-    And why those do not that would be tried before it.
+    Includes the reasons against those of higher priority.
     """
     if device == "cpu":
         return f"forward and backward {_CPU.name}"
@@ -90,10 +90,11 @@ def _name(runs: Any) -> str:
 
 
 def pick(major: int, head_dim: int, *, backward: bool, keys: bool = True) -> Any:
-    """The library, or this op's backend module, that runs heads of this width on a GPU.
+    """The library, or this op's backend module, that runs this head width on a GPU.
 
-    Own kernels run the backward where no key needs a gradient (dq alone is three matrix products
-    instead of five), and in place of PyTorch's flash attention 2, whose fixed order is slow.
+    Our own kernels run the backward if no key needs a gradient (dq alone takes three matrix
+    products instead of five), and instead of PyTorch's deterministic flash attention 2, which is
+    slow.
     """
     library = library_cuda.first(major, head_dim, backward)
     own = _backend("triton_impl") if head_dim <= _TRITON_WIDEST else None
@@ -105,7 +106,7 @@ def pick(major: int, head_dim: int, *, backward: bool, keys: bool = True) -> Any
 
 @functools.cache
 def _backend(name: str) -> Any | None:
-    """Another backend of this op, or None where it cannot be imported or refuses CUDA tensors."""
+    """Another backend of this op, or None if it cannot be imported or refuses CUDA tensors."""
     try:
         module = importlib.import_module(f"afd_kernels.block_attention.{name}")
     except ImportError:
@@ -114,7 +115,7 @@ def _backend(name: str) -> Any | None:
 
 
 class Part(NamedTuple):
-    """Blocks of queries, one after another, that attend as many keys each.
+    """Consecutive blocks of queries that attend equally many keys each.
 
     Block i: queries [q0 + i queries, + queries), keys [k0 + i step, + keys) of one source.
     """
@@ -129,9 +130,9 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one stream needs: blocks without keys, first intervals, second intervals.
+    """The calls for one stream: blocks without keys, first intervals, second intervals.
 
-    `by_keys` covers the same pairs by segments of keys, each with the queries that attend it.
+    `by_keys` covers the same pairs by key segments, each with the queries that attend it.
     """
 
     empty: tuple[tuple[int, int], ...]
@@ -142,7 +143,7 @@ class Plan(NamedTuple):
     def backward(self, keys: bool, context_keys: bool) -> list[Part]:
         """The parts of a backward in which k or the context may need gradients.
 
-        By keys where that takes no more calls: dq is then what is added up, one tensor, not two.
+        By keys if that takes no more calls: only dq is then accumulated, instead of dk and dv.
         """
         parts = []
         for context, wanted in ((False, keys), (True, context_keys)):
@@ -154,7 +155,7 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan(rows: tuple[Row, ...], border: int, join: bool) -> Plan:
-    """The calls for the rows of a stream; neighbours of equal size are one call where `join`."""
+    """The calls for a stream's rows; with `join`, adjacent blocks of equal size share a call."""
     empty = tuple((row[0], row[1]) for row in rows if row[3] == 0)
     firsts = [_part(row[:2], row[2], row[3], border) for row in rows if row[3]]
     seconds = [_part(row[:2], row[4], row[5], border) for row in rows if row[5]]
@@ -170,7 +171,7 @@ def _part(queries: tuple[int, int], low: int, high: int, border: int) -> Part:
 
 
 def _by_keys(rows: tuple[Row, ...], border: int) -> Iterator[Part]:
-    """A part per segment of keys between two ends of intervals and run of rows that attend it."""
+    """A part per key segment between interval ends and run of rows that attend it."""
     ends = sorted({border, *(end for row in rows for end in row[2:])})
     for low, high in itertools.pairwise(ends):
         runs: list[tuple[int, int]] = []
@@ -197,7 +198,7 @@ def _join(parts: list[Part]) -> list[Part]:
 
 
 def _continues(last: Part, part: Part) -> bool:
-    """Whether `part` is the next block of `last`: same sizes, same source, same step of keys."""
+    """Whether `part` continues `last` as its next block: same sizes, source and key step."""
     step = part.k0 - last.k0 if last.blocks == 1 else last.step
     return (
         part.q0 == last.q0 + last.blocks * last.queries
@@ -212,7 +213,7 @@ def _tokens(x_BNhd: Tensor, start: int, length: int) -> Tensor:
 
 
 def _blocks(x_BNhd: Tensor, start: int, length: int, count: int, step: int) -> Tensor:
-    """View [count, length, h, d] of blocks that begin every `step` tokens; B = 1 if count > 1."""
+    """View [count, length, h, d] of blocks starting every `step` tokens; B = 1 if count > 1."""
     if count == 1:
         return _tokens(x_BNhd, start, length)
     _, token, head, channel = x_BNhd.stride()
@@ -224,7 +225,7 @@ def _blocks(x_BNhd: Tensor, start: int, length: int, count: int, step: int) -> T
 
 
 def _lse_blocks(lse_BhL: Tensor, part: Part) -> Tensor:
-    """View [count, h, queries] of the queries of a part."""
+    """View [count, h, queries] of the lse of a part's queries."""
     if part.blocks == 1:
         return lse_BhL.narrow(2, part.q0, part.queries)
     _, head, token = lse_BhL.stride()
@@ -236,7 +237,7 @@ def _lse_blocks(lse_BhL: Tensor, part: Part) -> Tensor:
 
 
 class _Keys(NamedTuple):
-    """k and v, or gradients of theirs, of both sources."""
+    """k and v, or their gradients, of both sources."""
 
     k: Tensor | None
     v: Tensor | None
@@ -270,9 +271,9 @@ def _queries(x_BLhd: Tensor, part: Part) -> Tensor:
 
 
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Merges another set of keys into out [B, l, h, d] and lse [B, h, l], in place, in fp32.
+    """Merges attention over other keys into out [B, l, h, d] and lse [B, h, l], in place, in fp32.
 
-    Where neither saw a key, out is 0 and lse -inf.
+    If neither attended a key, out is 0 and lse -inf.
     """
     top = torch.maximum(lse, other_lse)
     top = top.masked_fill(top == -torch.inf, 0)
@@ -298,7 +299,7 @@ def forward(
     if len(intervals.rows) == len(intervals.rows[0]) == 1:
         ((_, _, low, high, _, more),) = intervals.rows[0]
         if high and not more:
-            # One block, one interval, as in a rollout: the library's answer is the answer.
+            # One block and one interval, as in a rollout: return the library's result as is.
             k, v = sources.source(high <= border)
             start, count = low if high <= border else low - border, high - low
             k, v = _tokens(k, start, count), _tokens(v, start, count)
@@ -319,7 +320,7 @@ def forward(
         for part in work.second:
             answer = library.forward(_queries(query, part), *keys.blocks(part), scale)
             merge_(_queries(out_, part), _lse_blocks(lse_, part), *answer)
-        # On a GPU the question would wait for the device.
+        # On a GPU this check would synchronise.
         if work.second and q.device.type == "cpu" and not out_.sum(dtype=torch.float32).isfinite():
             _mend_merged(out_, lse_, query, keys, intervals.rows[at.start or 0], scale)
     return out, lse
@@ -328,10 +329,10 @@ def forward(
 def _mend_merged(
     out: Tensor, lse: Tensor, q: Tensor, keys: _Keys, rows: tuple[Row, ...], scale: float
 ) -> None:
-    """Writes the answers of queries that are not finite after a merge again, in place.
+    """Recomputes, in place, outputs that are not finite after a merge.
 
-    An interval whose scores are all -inf is NaN alone and adds nothing beside others, and an
-    infinite value in one times a share of the other's is NaN.
+    An interval with all scores -inf is NaN on its own but contributes nothing next to another, and
+    an infinite value in one interval becomes NaN when rescaled by the merge.
     """
     for q0, q1, *ends in rows:
         if not ends[3]:
@@ -361,7 +362,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, dk_context, dv_context; None where not needed."""
     border = 0 if sources.k_context is None else sources.k_context.shape[1]
-    # Queries and keys get a share from every part that holds them: added up in fp32, in order.
+    # Contributions of all parts to queries and keys are accumulated in fp32, in order.
     wanted = (needs[0], needs[1], needs[1], needs[2], needs[2])
     dq, *key_grads = (
         x.new_zeros(x.shape, dtype=torch.float32) if want and x is not None else None
@@ -393,12 +394,12 @@ def backward(
 
 
 def _add(totals: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor], part: Part) -> None:
-    """Adds the blocks' shares to the keys they belong to."""
+    """Accumulates the blocks' contributions into their keys."""
     for total, share in zip(totals, shares, strict=True):
         if part.step >= part.keys or part.blocks == 1:
             _blocks(total, part.k0, part.keys, part.blocks, part.step).add_(share)
             continue
-        for i, one in enumerate(share):  # overlapping windows: one after the other
+        for i, one in enumerate(share):  # overlapping windows: sequentially
             total[0, part.k0 + i * part.step :][: part.keys].add_(one)
 
 

@@ -24,7 +24,7 @@ def _plan(*arguments: Any) -> Intervals:
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
-    """What libraries for GPUs ask of addresses: whether 16 divides each."""
+    """Whether each address is 16-byte aligned, as GPU libraries require."""
     first = tensors[0]
     if first is None or first.is_cpu:
         return ()

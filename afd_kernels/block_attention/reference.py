@@ -1,6 +1,6 @@
-"""block_attention in plain PyTorch: a softmax per block of queries, over the keys it attends alone.
+"""Reference block_attention in plain PyTorch: a softmax per query block over its attended keys.
 
-In float32 (float64 for float64). Nothing is masked: a weight of 0 would not hide a NaN.
+In float32 (float64 for float64). Nothing is masked, since a weight of 0 would not hide a NaN.
 
 `block_attention` is twice differentiable by autograd. Letters: B streams, L queries, N keys
 (context included), h heads, d channels. Algebra in MATH.md.
@@ -25,12 +25,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _all_keys(x: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[B, N, h, d]."""
+    """Keys (or values) of context and x concatenated, [B, N, h, d]."""
     return (x if context is None else torch.cat((context, x), dim=1)).to(dtype)
 
 
 def _blocks(intervals: Intervals, batch: int) -> Iterator[tuple[slice, Row]]:
-    """Every block of queries with the streams it belongs to."""
+    """Iterate over query blocks with the streams they belong to."""
     for index, rows in enumerate(intervals.rows):
         at = slice(index, index + 1) if intervals.streams > 1 else slice(0, batch)
         for row in rows:
@@ -49,7 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         batch, queries, heads, _ = q.shape
         return torch.zeros_like(q), q.new_full((batch, heads, queries), -torch.inf)
     scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
-    # The maximum of a row is a constant shift.
+    # The row maximum is a constant shift, so it needs no gradient.
     top = scores.detach().amax(-1, keepdim=True)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)

@@ -1,6 +1,6 @@
-"""Tables of tiles: what each program of the Triton kernels works on, made once from Intervals.
+"""Tile tables that assign work to the programs of the Triton kernels, built once from Intervals.
 
-A kernel that reads its work from a table needs no mask and never visits a tile that nobody attends.
+A kernel that reads its work from a table needs no mask and never visits an unattended tile.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from afd_kernels.block_attention.intervals import Intervals
 
-# Numbers per row of both tables; the kernels know it too.
+# Numbers per row of both tables; duplicated in the kernels.
 COLUMNS = 8
-# Tables that captured CUDA graphs read, by id: a replay knows nothing of the caches below.
+# Tables read by captured CUDA graphs, by id, kept alive here: replays bypass the caches below.
 _captured: dict[int, Table] = {}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of int32 on a device, and when the copy that brought them there has ended."""
+    """Rows of int32 on a device, with the completion event of their upload."""
 
     rows: Tensor
     walk: Tensor | None
@@ -35,7 +35,7 @@ class Table:
         if self.copied is None:
             return self
         if torch.cuda.is_current_stream_capturing():
-            # A capture begins only when the device has finished everything before it.
+            # A capture starts only after all earlier work on the device has finished.
             _captured[id(self)] = self
             return self
         current = torch.cuda.current_stream(self.rows.device)
@@ -43,7 +43,7 @@ class Table:
             current.wait_event(self.copied)
             for numbers in (self.rows, self.walk):
                 if numbers is not None:
-                    # Its memory, once the cache lets it go, is not given out before this stream
+                    # Once evicted from the cache, its memory is not reused before this stream
                     # has read it.
                     numbers.record_stream(current)
         return self
@@ -52,7 +52,7 @@ class Table:
 def query_table(intervals: Intervals, block: int, device: torch.device) -> Table:
     """[tiles, 8] of (stream, q0, q1, a0, a1, b0, b1, 0): at most `block` queries of one row each.
 
-    Tiles with most keys come first, so that the last ones to finish are short.
+    Tiles with the most keys come first, so that the last ones to finish are short.
     """
     return _query_table(intervals, block, device).ready()
 
@@ -62,8 +62,8 @@ def key_table(
 ) -> Table:
     """[tiles, 8] of (stream, n0, n1, first, count, 0, 0, 0) over the keys [low, high), from low.
 
-    All keys of a tile are attended by the same queries: `count` entries of the walk from `first`
-    on, each (q, queries left) of at most `block_m`. Keys that nobody attends have count 0.
+    All keys of a tile are attended by the same queries: `count` entries of the walk starting at
+    `first`, each (q, queries left) of at most `block_m`. Unattended keys have count 0.
     """
     return _key_table(intervals, low, high, block_n, block_m, device).ready()
 
@@ -113,7 +113,7 @@ def key_tiles(
 
 
 def _readers(rows: tuple[tuple[int, ...], ...], key: int) -> list[tuple[int, int]]:
-    """Runs [q0, q1) of queries that attend `key`, neighbouring rows joined."""
+    """Runs [q0, q1) of queries that attend `key`, with adjacent rows merged."""
     runs: list[tuple[int, int]] = []
     for q0, q1, a0, a1, b0, b1 in rows:
         if a0 <= key < a1 or b0 <= key < b1:
@@ -124,10 +124,10 @@ def _readers(rows: tuple[tuple[int, ...], ...], key: int) -> list[tuple[int, int
 
 
 def _upload(rows: list[list[int]], walk: list[list[int]] | None, device: torch.device) -> Table:
-    """Copies a table to the device without waiting for it.
+    """Copies a table to the device asynchronously.
 
     Raises:
-        RuntimeError: inside a CUDA graph capture: the copy would be replayed from freed memory.
+        RuntimeError: inside a CUDA graph capture, where a replay would copy from freed memory.
     """
     numbers = torch.tensor(rows, dtype=torch.int32)
     path = None if walk is None else torch.tensor(walk, dtype=torch.int32)

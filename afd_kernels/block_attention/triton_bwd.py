@@ -1,11 +1,11 @@
-"""The backward kernels of block_attention (see MATH.md): dQ by query tiles, dK and dV by key tiles.
+"""Backward kernels of block_attention (see MATH.md): dQ by query tiles, dK and dV by key tiles.
 
 Letters: B batch, L queries, N keys, h heads, d channels; M queries and N keys of one tile.
-Both kernels make P again from the scores and the forward's LSE. No tile is written twice, so there
+Both kernels recompute P from the scores and the forward's LSE. No tile is written twice, so there
 are no atomics and every sum has a fixed order.
 """
 # mypy: ignore-errors
-# (@triton.jit bodies are a language of their own)
+# (@triton.jit bodies are not ordinary Python)
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from afd_kernels.block_attention.triton_fwd import (
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# A row of the table of key tiles (tiles.py): stream, first and last key, its segments.
+# Row length of the key-tile table (tiles.py): stream, first and last key, its segments.
 KEY_COLUMNS = tl.constexpr(8)
 
 

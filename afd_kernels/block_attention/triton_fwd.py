@@ -1,16 +1,16 @@
-"""The forward kernel of block_attention (see MATH.md), and what all its kernels share.
+"""Forward kernel of block_attention (see MATH.md), and helpers shared by all its kernels.
 
 Letters: B batch, L queries, N keys, h heads, d channels; M queries and N keys of one tile.
 """
 # mypy: ignore-errors
-# (@triton.jit bodies are a language of their own)
+# (@triton.jit bodies are not ordinary Python)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# A row of a table of tiles (tiles.py): stream, first and last query, keys a and b, padding.
+# Row length of the query-tile table (tiles.py): stream, first and last query, keys a, b, padding.
 QUERY_COLUMNS = tl.constexpr(8)
 LOWEST = tl.constexpr(-3.0e38)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -127,7 +127,7 @@ def _block_attention_fwd_kernel(
     q_offsets = spread(rows, channels, q_stride_t, UNIT)
     q = load_rows(q_at, q_offsets, rows, columns, left, True, PAD)
 
-    # Not -inf: scores of -inf alone have then weights of 0, and not NaN, beside later keys.
+    # Not -inf: rows with only -inf scores so far then have weights of 0, not NaN.
     highest = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
@@ -155,7 +155,7 @@ def _block_attention_fwd_kernel(
                 scale_log2, True, PAD, WIDEN,
             )  # fmt: skip
 
-    # Without keys: 0 and -inf. With scores of -inf alone, as with a NaN among them: NaN.
+    # Without keys: 0 and -inf. With only -inf scores, or any NaN: NaN.
     attended = tl.load(tile_ptr + 4) > 0
     total = tl.where((total == 0.0) & attended, float("nan"), total)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]

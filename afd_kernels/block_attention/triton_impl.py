@@ -24,9 +24,9 @@ from afd_kernels.kept import Kept
 from afd_kernels.launch_config import device_arch, launch_config
 from afd_kernels.triton_launch import Launches, repeat
 
-# A head of more channels does not fit the registers beside its scores.
+# Wider heads do not fit the registers next to their scores.
 MAX_CHANNELS = 128
-# Matrix instructions take 16 channels at least.
+# Matrix instructions take at least 16 channels.
 MIN_CHANNELS = 16
 
 
@@ -34,12 +34,12 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why Triton cannot run tensors of these dtypes on this kind of device, or None."""
+    """The reason why Triton cannot run these dtypes on this device type, or None."""
     return noising.refuse(device, dtypes)
 
 
 def unfit(tensors: Sequence[Tensor]) -> str | None:
-    """Why the kernels cannot take these very tensors [B, l, h, d], or None."""
+    """The reason why the kernels cannot take these tensors [B, l, h, d], or None."""
     batch, _, heads, width = tensors[0].shape
     if width > MAX_CHANNELS:
         return f"heads of {width} channels; triton takes at most {MAX_CHANNELS}"
@@ -61,16 +61,16 @@ def _config(part: str, q: Tensor) -> tuple[dict[str, int], dict[str, object]]:
         "WIDEN": noising.INTERPRETED and q.dtype == torch.bfloat16,
         "num_warps": config["num_warps"],
         "num_stages": config["num_stages"],
-        # One rounding in scores * scale - max, as the exponential wants it.
+        # A single rounding in scores * scale - max, for an accurate exponential.
         "enable_fp_fusion": True,
     }
 
 
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
-    """Strides of batch, token and head of each tensor, in units, and the unit.
+    """Batch, token and head strides of each tensor, in units, and the unit.
 
-    The compiler knows of an argument only whether 16 divides it. Heads of 40 channels are eights
-    apart, which is enough for 16-byte loads but has to be said.
+    The compiler specialises arguments only on divisibility by 16. The strides of 40-channel heads
+    are multiples of 8, which suffices for 16-byte loads but must be made explicit.
     """
     strides = tuple(stride for x in tensors for stride in x.stride()[:3])
     unit = 8 if any(s % 16 for s in strides) and all(s % 8 == 0 for s in strides) else 1
@@ -80,10 +80,10 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
 def _sources(
     k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None
 ) -> tuple[tuple[Tensor, ...], int]:
-    """K, V and their context as the kernels take them, and the key at which k begins.
+    """K, V and their context as the kernels take them, and the key index at which k begins.
 
-    Without a context nothing lies before key 0; kernels specialised to that would need more
-    registers, because the compiler then hoists more out of their loops.
+    Without a context k begins at key 0; specialising the kernels to that would need more registers,
+    because the compiler then hoists more out of their loops.
     """
     if k_context is None or v_context is None:
         return (k, v, k, v), 0
@@ -91,7 +91,7 @@ def _sources(
 
 
 def _copies(intervals: Intervals, batch: int) -> int:
-    """Streams that share one table: all, or none where each has rows of its own."""
+    """Number of streams that share a table: all, or one if each has separate rows."""
     return batch if intervals.streams == 1 else 1
 
 
@@ -142,7 +142,7 @@ def block_attention_bwd(
     scale: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, k_context and v_context; None where `needs` (q, k, context) says no."""
+    """Gradients of q, k, v, k_context and v_context; None if not in `needs` (q, k, context)."""
     out = out.contiguous()
     delta = None
     if needs[1] or needs[2]:
@@ -174,7 +174,7 @@ def _launch_dq(
     intervals: Intervals,
     scale: float,
 ) -> Tensor:
-    """dQ; fills delta [B, h, L], rowsum(grad_out out), where it is given."""
+    """dQ; also fills delta [B, h, L], rowsum(grad_out out), if given."""
     batch, queries, heads, _ = q.shape
     sources, border = _sources(k, v, k_context, v_context)
     config, constants = _config("dq", q)
@@ -212,7 +212,7 @@ def _launch_dkdv(
     intervals: Intervals,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV of one source, whose keys are [first, first + N) of the intervals'."""
+    """dK and dV of one source, holding keys [first, first + N) of the intervals."""
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)

@@ -15,7 +15,7 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled core cannot run this, or None."""
+    """The reason why the compiled core cannot run this, or None."""
     return native.refuse(device, dtypes)
 
 

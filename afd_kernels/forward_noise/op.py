@@ -92,7 +92,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _jvp(ctx: Any, x0: Tensor | None, *others: Tensor | None) -> Tensor | None:
-    """x_t is linear in x0, so its tangent is alpha_t times that of x0, like a gradient's."""
+    """x_t is linear in x0, so its tangent is alpha_t times that of x0, as for the gradient."""
     _refuse_tangents(others)
     if x0 is None:
         return None

@@ -1,4 +1,4 @@
-"""forward_noise in plain PyTorch: any dtype, any device, twice differentiable; the oracle."""
+"""Reference forward_noise in plain PyTorch, twice differentiable, for any dtype and device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def normal(seed: Tensor, count: int) -> Tensor:
     """Standard normals fp32 [B, count] of int64 seeds [B]: Box-Muller on Philox, in fp64, rounded.
 
-    Element i depends on (seed, i) alone. docs/NUMERICS.md holds the specification.
+    Element i depends only on (seed, i). docs/NUMERICS.md has the specification.
     """
     counter = torch.arange((count + 3) // 4, device=seed.device)
     words = philox4x32(counter[None], seed[:, None])
@@ -82,7 +82,7 @@ def per_frame(value: Tensor, frames: int) -> Tensor:
 
 
 def draw(seed: Tensor | None, noise: Tensor | None, like: Tensor, plan: Plan) -> Tensor:
-    """The noise, given or generated, as rows [B, outer, frames, inner] in its own dtype."""
+    """The given or generated noise as rows [B, outer, frames, inner], in its own dtype."""
     if noise is not None:
         return as_rows(noise, plan)
     assert seed is not None
@@ -90,7 +90,7 @@ def draw(seed: Tensor | None, noise: Tensor | None, like: Tensor, plan: Plan) ->
 
 
 def wide(*values: Tensor | None) -> torch.dtype:
-    """The dtype of the arithmetic: float64 where any input is, else float32."""
+    """The dtype used for the arithmetic: float64 if any input is float64, else float32."""
     given = [x.dtype for x in values if x is not None]
     return torch.float64 if torch.float64 in given else torch.float32
 

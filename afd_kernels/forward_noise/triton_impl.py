@@ -1,4 +1,4 @@
-"""forward_noise in Triton: x_t = alpha x0 + sigma noise, the noise made in registers.
+"""forward_noise in Triton: x_t = alpha x0 + sigma noise, with the noise generated in registers.
 
 Letters: B batch, O outer, F frames, I inner (see contracts.Plan); a row is I contiguous elements.
 """
@@ -17,7 +17,7 @@ from afd_kernels.philox_triton import normal_tile
 from afd_kernels.triton_launch import Launches, repeat
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# CUDA's limit on the second dimension of a grid, where the batch is.
+# CUDA's limit on the second grid dimension, used for the batch.
 MAX_BATCH = 65535
 
 
@@ -78,7 +78,7 @@ def schedule_coefficients(
         rate = tl.fma(t, slope, least)
         integral = (least + half * slope * t) * t
         alpha = tl.exp(-half * integral)
-        # integral >= 1e-6: 1 - exp keeps ten digits in fp64, more than fp32 can show.
+        # integral >= 1e-6: 1 - exp keeps ten digits in fp64, more than fp32 resolves.
         sigma = tl.sqrt(wide(1.0) - alpha * alpha)
         d_alpha = -half * rate * alpha
         d_sigma = half * rate * alpha * alpha / sigma
@@ -179,7 +179,7 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why Triton cannot run tensors of these dtypes on this kind of device, or None."""
+    """The reason why Triton cannot run these dtypes on this device type, or None."""
     if device != "cuda" and not (INTERPRETED and device == "cpu"):
         return (
             f"triton needs a CUDA or ROCm device, the tensors are on {device} "
@@ -193,7 +193,7 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
 
 
 def row_align(inner: int) -> int:
-    """The largest of 8, 4, 1 that divides a row: 8 bf16 elements are one 16-byte access."""
+    """The largest of 8, 4, 1 that divides a row length: 8 bf16 elements are one 16-byte access."""
     return next(align for align in (8, 4, 1) if inner % align == 0)
 
 
@@ -216,14 +216,14 @@ def _launch(
     kept: Kept | None,
     **constants: int,
 ) -> Tensor:
-    """The kernel's answer for x and what else it reads, with the shape and dtype of x."""
+    """Launch a kernel on x and its other inputs; the result has the shape and dtype of x."""
     out = torch.empty_like(x)
     tensors = (x, *sources, out)
     if repeat(kept, tensors):
         return out
     check_batch(plan.batch)
     launches = Launches(kept, tensors)
-    # Frames that share t are neighbours in memory: one longer row.
+    # Frames that share t are adjacent in memory: merge them into one row.
     frames, inner = plan.t_chunks, plan.inner * (plan.frames // plan.t_chunks)
     config = launch_config("forward_noise", device_arch(x.device))[part]
     tiles = triton.cdiv(inner, config["block"])

@@ -16,7 +16,7 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled core cannot run this, or None."""
+    """The reason why the compiled core cannot run this, or None."""
     return native.refuse(device, dtypes)
 
 
@@ -33,9 +33,9 @@ def nft_loss(
     plan: NftPlan,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss fp32 [], metrics fp64 [B, G, 7], grad_power times the gradient ([0] when not wanted).
+    """loss fp32 [], metrics fp64 [B, G, 7], grad_power times the gradient ([0] if not requested).
 
-    Every tensor contiguous. Besides the results nothing of the size of a sample is allocated.
+    All tensors are contiguous. Apart from the results, nothing of a sample's size is allocated.
     """
     core = native.core()
     loss = torch.empty((), dtype=torch.float32, device=x0.device)

@@ -1,8 +1,8 @@
 """afd::nft_loss: schema, fake, gradient. The public function is afd.ops.nft_loss.
 
-The forward produces the gradient with respect to v_theta; the backward scales it. Where the graph
-is not retained the saved gradient is donated: scaled in place and handed out, so that a step holds
-one gradient and nothing else.
+The forward produces the gradient with respect to v_theta; the backward scales it. If the graph is
+not retained, the saved gradient is donated: scaled in place and returned, so that a step holds a
+single gradient.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
 
 
 def _prepare(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The gradient is wanted although vmap hides from the caller that v_theta requires it."""
+    """Request the gradient, since vmap hides from the caller that v_theta requires it."""
     return *args[:-1], True
 
 
@@ -110,7 +110,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if grad.dtype == torch.float16:
         plan = contracts.plan_nft_loss(*inputs)
         ctx.power = grad_power(grad.dtype, plan, inputs[8] is not None)
-    # Where a second derivative can be asked for, the gradient stays differentiable, to refuse it.
+    # If second derivatives are possible, the gradient stays differentiable, so they can be refused.
     ctx.mark_non_differentiable(output[1], *([] if ctx.transformed else [grad]))
     ctx.save_for_backward(grad)
     ctx.save_for_forward(grad)
@@ -135,7 +135,7 @@ def _backward(
 
 
 def _jvp(ctx: Any, v_theta: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """<gradient, tangent of v_theta>; the metrics carry no tangent, as they carry no gradient.
+    """<gradient, tangent of v_theta>; the metrics have no tangent, as they have no gradient.
 
     The tangent of the gradient itself, a second derivative, is NaN.
     """
@@ -152,7 +152,7 @@ def _jvp(ctx: Any, v_theta: Tensor | None, *others: Tensor | None) -> tuple[Tens
 
 
 def _may_donate(grad: Tensor, grad_loss: Tensor) -> bool:
-    """Whether nobody can ask for the saved gradient again: no retain_graph, tracing or vmap."""
+    """Whether the saved gradient cannot be needed again: no retain_graph, tracing or vmap."""
     return (
         type(grad) is Tensor
         and not torch._C._autograd._get_current_graph_task_keep_graph()

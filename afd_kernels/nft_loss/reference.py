@@ -1,4 +1,4 @@
-"""nft_loss in plain PyTorch: any dtype, any device; `loss` is twice differentiable.
+"""Reference nft_loss in plain PyTorch, for any dtype and device; `loss` is twice differentiable.
 
 Letters: B batch, O outer, F frames, I inner (see contracts.Plan), G groups. Algebra in MATH.md.
 """
@@ -51,7 +51,7 @@ def _errors(
     dtype = wide(v_theta, x0)
 
     def rows(x: Tensor) -> Tensor:
-        """[B, O, F, I], 0 in frames that are left out: a weight of 0 would not hide a NaN."""
+        """[B, O, F, I], 0 in masked frames, since a weight of 0 would not hide a NaN."""
         wide_rows = as_rows(x, plan).to(dtype)
         if frame_mask is None:
             return wide_rows
@@ -100,7 +100,7 @@ def _finish(
     scale = plan.adv_clip / plan.nft_beta if adaptive else 1.0
 
     def branch(error: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted squared error per frame [B, F] and its weight w per group [B, G]."""
+        """Weighted squared error per frame [B, F] and the weight w per group [B, G]."""
         if adaptive:
             w = group_mean(kappa * total(error.detach().abs())).clamp(min=1e-5)
         else:

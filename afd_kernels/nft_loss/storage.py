@@ -1,4 +1,4 @@
-"""The power of two by which a float16 gradient of nft_loss is stored."""
+"""The power-of-two scale with which a float16 gradient of nft_loss is stored."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from afd_kernels.contracts import SCHEDULES, NftPlan
 
 _LARGEST = torch.finfo(torch.float16).max
 _LARGEST_NOISE = 6.77
-# What the rounding of float32 coefficients may add to the bounds below.
+# Slack in the bounds below for the rounding of float32 coefficients.
 _ROUNDING = 1 + 2.0**-6
-# Keeps the power, its inverse and their products with any loss scale inside float32.
+# Keeps the power, its inverse and their products with any loss scale within float32.
 _MOST = 64
 
 
 def grad_power(dtype: torch.dtype, plan: NftPlan, masked: bool) -> float:
-    """What the gradient was multiplied by when the forward stored it in `dtype`.
+    """The factor by which the forward multiplies the gradient that it stores in `dtype`.
 
-    1 unless dtype is float16, whose range ends at 2^-24: the mean over a latent video would leave
-    most of the gradient below it before a loss scale comes in. The power depends on sizes and
-    options alone, and is the largest with which no element of a gradient of finite float16
-    predictions (and latents within float16's range) can overflow. MATH.md derives the bounds.
+    1 unless dtype is float16, whose values end at 2^-24: the mean over a latent video would put
+    most of the gradient below it before any loss scaling. The power depends only on sizes and
+    options, and is the largest with which no element of the gradient of finite float16 predictions
+    (and latents within float16's range) can overflow. MATH.md derives the bounds.
     """
     if dtype != torch.float16:
         return 1.0
@@ -53,7 +53,7 @@ def _power(
     schedule: str,
     schedule_args: tuple[float, ...],
 ) -> float:
-    """`fewest`: the valid elements of a sample of which only one frame counts."""
+    """`fewest`: the number of valid elements of a sample with only one valid frame."""
     kappa, d_alpha, d_sigma = _largest(schedule, schedule_args)
     if weighting == "x0_adaptive":
         bound = 2 * adv_clip * kappa
@@ -67,7 +67,7 @@ def _power(
 
 @functools.cache
 def _largest(schedule: str, args: tuple[float, ...]) -> tuple[float, float, float]:
-    """The largest kappa, |alpha'| and |sigma'| of a schedule; made without tensors to be traced."""
+    """The largest kappa, |alpha'| and |sigma'| of a schedule, without tensors for tracing."""
     if schedule == "rectified_flow":
         return 1.0, 1.0, 1.0
     if schedule == "vp_cosine":

@@ -24,7 +24,7 @@ from afd_kernels.nft_loss.triton_kernels import (
 )
 from afd_kernels.triton_launch import Launches, repeat
 
-# Rows of partial sums that the finalisation adds side by side; part of the summation order.
+# Rows of partial sums that the finalisation adds in parallel; affects the summation order.
 _PARALLEL = 256
 
 
@@ -32,12 +32,12 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why Triton cannot run tensors of these dtypes on this kind of device, or None."""
+    """The reason why Triton cannot run these dtypes on this device type, or None."""
     return noising.refuse(device, dtypes)
 
 
 def _segments(plan: NftPlan, frame_mask: Tensor | None) -> int:
-    """Runs of frames that share t, r and group; frames themselves where a mask tells them apart."""
+    """Number of runs of frames that share t, r and group; with a mask, the number of frames."""
     if frame_mask is not None:
         return plan.frames
     return math.lcm(plan.t_chunks, plan.r_chunks, plan.groups)
@@ -56,7 +56,7 @@ def nft_loss(
     plan: NftPlan,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss fp32 [], metrics fp64 [B, G, 7] and grad_power times the gradient ([0] if unwanted)."""
+    """loss fp32 [], metrics fp64 [B, G, 7], grad_power times the gradient ([0] if unneeded)."""
     adaptive = plan.weighting == "x0_adaptive"
     frames = _segments(plan, frame_mask)
     inner = plan.inner * (plan.frames // frames)
@@ -97,7 +97,7 @@ def nft_loss(
         "VECTOR": 16 // min(x.element_size() for x in loads),
     }
 
-    # Rows of odd length make a whole quad per element: fewer at once, or registers spill.
+    # Rows of odd length compute a whole quad per element: use smaller blocks to avoid spills.
     halve = 2 if align == 1 else 1
     launches(_nft_loss_partials_kernel, (rows * tiles, plan.batch))(
         *inputs,

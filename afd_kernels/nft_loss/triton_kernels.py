@@ -1,10 +1,10 @@
-"""The kernels of nft_loss: partial sums, an fp64 finalisation per group, the gradient; no atomics.
+"""Kernels of nft_loss: partial sums, an fp64 finalisation per group, the gradient; no atomics.
 
 Letters: B batch, O outer, F frames, I inner, G groups (see contracts.NftPlan); a row is I
 contiguous elements. MATH.md has the algebra and the launches; triton_impl.py launches them.
 """
 # mypy: ignore-errors
-# (@triton.jit bodies are a language of their own)
+# (@triton.jit bodies are not ordinary Python)
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _coefficients(
         kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
         scale = common * kappa * kappa * adv_clip
     else:
-        # 0 t: the loss does not depend on alpha and sigma, but a wrong t must still show.
+        # The loss does not depend on alpha and sigma, but an invalid t must still give NaN.
         scale = common * (nft_beta + 0.0 * d_sigma)
     pos = scale * r / w_pos
     neg = scale * (1.0 - r) / w_neg
@@ -327,7 +327,7 @@ def _nft_loss_finalize_kernel(
         r = tl.load(r_ptr + sample * r_chunks + f // (frames // r_chunks))
         r = tl.where((r >= 0.0) & (r <= 1.0), r, float("nan")).to(tl.float64)
         alpha, sigma, d_alpha, d_sigma = schedule_coefficients(t, SCHEDULE, BETA_MIN, BETA_MAX)
-        # NaN of a t outside the schedule reaches the loss also where the formula does not use t.
+        # Propagate the NaN of a t outside the schedule even if the formula does not use t.
         kappa = 1.0 + 0.0 * d_sigma
         if ADAPTIVE:
             kappa = sigma / (alpha * d_sigma - sigma * d_alpha)
@@ -451,7 +451,7 @@ def _nft_loss_grad_kernel(
     lanes = lanes_left(left, BLOCK)
     seen = lanes
     if mask_ptr is not None:
-        # A masked frame is not even read: it may hold NaN. Its coefficients are 0.
+        # A masked frame is not read, since it may contain NaN. Its coefficients are 0.
         seen = tl.where(tl.load(mask_ptr + sample * frames + frame) != 0, lanes, 0)
     REF: tl.constexpr = v_ref_ptr is not None
     e, from_old, from_ref = _errors(

@@ -1,4 +1,4 @@
-"""What qk_norm_rope accepts: one door for every backend and for the fakes.
+"""Argument checks of qk_norm_rope, shared by all backends and the fakes.
 
 Letters: B streams, L tokens, h heads, d channels of a head, P rope tables (1 or B), S cache slots,
 T tokens per frame.
@@ -17,7 +17,7 @@ def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor
     """Checks the metadata of qk_norm_rope.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: names the argument, its value and the requirement.
     """
     require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
     require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d], none of them 0")
@@ -59,7 +59,7 @@ def check_append(
     tokens_per_frame: int,
     sink_frames: int,
 ) -> None:
-    """Checks the metadata of qk_norm_rope_append_; the position's value is not looked at."""
+    """Checks the metadata of qk_norm_rope_append_; the position's value is not read."""
     check(q, k, weight_q, weight_k, rope)
     expect("v", v, q.shape, (q.dtype,), q)
     batch, tokens, heads, width = q.shape
@@ -96,7 +96,7 @@ def check_aliases(
     v_cache: Tensor,
     position: Tensor,
 ) -> None:
-    """Refuses caches of qk_norm_rope_append_ that share memory with another argument."""
+    """Rejects caches of qk_norm_rope_append_ that share memory with another argument."""
     read = (
         ("q", q),
         ("k", k),
@@ -110,15 +110,15 @@ def check_aliases(
 
 
 def check_position(position: Tensor) -> None:
-    """Refuses negative frames; CPU only, on an accelerator looking would synchronise."""
+    """Rejects negative frames; CPU only, since on an accelerator this would synchronise."""
     if position.is_cpu and min(position.tolist()) < 0:
         raise ValueError(f"position: got {position.tolist()}; needed: frames >= 0")
 
 
 def packed(x: Tensor) -> Tensor:
-    """x [.., m, n] itself if a token's m·n numbers are contiguous, else a contiguous copy.
+    """x [.., m, n] itself if a token's m·n elements are contiguous, else a contiguous copy.
 
-    Token and batch strides stay as they are: a slice of a fused projection is not copied.
+    Token and batch strides are arbitrary: a slice of a fused projection is not copied.
     """
     last, rows = x.stride(-1), x.stride(-2)
     is_packed = last == 1 and (rows == x.shape[-1] or x.shape[-2] == 1)

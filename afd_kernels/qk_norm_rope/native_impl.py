@@ -1,7 +1,8 @@
-"""qk_norm_rope through the compiled core (csrc/cpu). Letters as in contract.py."""
+"""qk_norm_rope through the compiled core (csrc/cpu and csrc/cuda). Letters as in contract.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +15,17 @@ KEEPS = True
 
 
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled core cannot run this, or None."""
-    if device == "cuda":
-        return "the compiled core has no CUDA kernel for qk_norm_rope"
+    """The reason why the compiled core cannot run this, or None."""
     return native.refuse(device, dtypes)
 
 
+def unfit(tensors: Sequence[Tensor]) -> str | None:
+    """The reason why the CUDA kernels cannot take these tensors (rows first), or None."""
+    return native.refuse_rows(tensors[0], tensors[0].shape[2] * tensors[0].shape[3])
+
+
 def _problem(q: Tensor, k: Tensor, weight_q: Tensor, rope: Tensor, eps: float) -> Any:
-    """What all passes have in common, to be placed."""
+    """The fields common to all passes, without the addresses."""
     problem = native.core().QkNormRopeProblem()
     problem.batch, problem.tokens, problem.heads, problem.head_dim = q.shape
     problem.type = native.type_code(q.dtype)
@@ -45,7 +49,7 @@ def qk_norm_rope(
     problem = native.take(kept, lambda: _problem(q, k, weight_q, rope, eps))
     q_out, k_out = native.empty_like(q), native.empty_like(k)
     problem.place(q, k, None, weight_q, weight_k, rope, None, None, None, q_out, k_out)
-    native.core().qk_norm_rope_cpu(problem, native.threads(q))
+    native.run_rows("qk_norm_rope", problem, q)
     native.put_back(kept, problem)
     return q_out, k_out
 
@@ -70,11 +74,13 @@ def qk_norm_rope_bwd(
 
     problem = native.take(kept, make)
     dq, dk = native.empty_like(q), native.empty_like(k)
-    dweight_q, dweight_k = (torch.empty(weight_q.shape, dtype=torch.float32) for _ in range(2))
+    dweight_q, dweight_k = (
+        torch.empty(weight_q.shape, dtype=torch.float32, device=q.device) for _ in range(2)
+    )
     problem.place_bwd(
         *(grad_q, grad_k, q, k, weight_q, weight_k, rope, dq, dk, dweight_q, dweight_k)
     )
-    native.core().qk_norm_rope_bwd_cpu(problem, native.threads(q))
+    native.run_rows("qk_norm_rope_bwd", problem, q, scratch=True)
     native.put_back(kept, problem)
     return dq, dk, dweight_q.to(weight_q.dtype), dweight_k.to(weight_k.dtype)
 
@@ -94,7 +100,7 @@ def qk_norm_rope_append_(
     eps: float,
     kept: Kept | None = None,
 ) -> Tensor:
-    """q_out; k_out and v go to the slots of their frames."""
+    """q_out; k_out and v are written to the cache slots of their frames."""
 
     def make() -> Any:
         problem = _problem(q, k, weight_q, rope, eps)
@@ -106,6 +112,6 @@ def qk_norm_rope_append_(
     problem = native.take(kept, make)
     q_out = native.empty_like(q)
     problem.place(*(q, k, v, weight_q, weight_k, rope, k_cache, v_cache, position, q_out, None))
-    native.core().qk_norm_rope_cpu(problem, native.threads(q))
+    native.run_rows("qk_norm_rope", problem, q)
     native.put_back(kept, problem)
     return q_out

@@ -23,9 +23,9 @@ from afd_kernels.qk_norm_rope.contract import (
 
 
 def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Token rows, then the weights and the table, with the strides that backends take."""
+    """Token rows, then the weights and the table, with strides that the backends accept."""
     *rows, weight_q, weight_k, rope = tensors
-    # A table of streams that share one row is as good as one.
+    # An expanded table, whose streams share memory, needs no copy.
     table = rope if rope.is_contiguous() or rope[0].is_contiguous() else rope.contiguous()
     return [*map(packed, rows), weight_q.contiguous(), weight_k.contiguous(), table]
 

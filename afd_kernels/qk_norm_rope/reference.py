@@ -1,4 +1,4 @@
-"""qk_norm_rope in plain PyTorch: any dtype, any device; the oracle.
+"""Reference qk_norm_rope in plain PyTorch, for any dtype and device.
 
 `norm_rope` is twice differentiable. Letters as in contract.py; D = h·d channels of a token.
 """
@@ -14,12 +14,12 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic."""
+    """The dtype used for the arithmetic."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _turn(x_BLhd: Tensor, rope: Tensor, sign: int = 1) -> Tensor:
-    """Turns channels (2j, 2j+1) by the table's angle times `sign`."""
+    """Rotates channels (2j, 2j+1) by the table's angle times `sign`."""
     cos, sin = rope.to(x_BLhd.dtype)[:, :, None].unbind(-1)
     even, odd = x_BLhd.unflatten(-1, (-1, 2)).unbind(-1)
     sin = sign * sin
@@ -29,7 +29,7 @@ def _turn(x_BLhd: Tensor, rope: Tensor, sign: int = 1) -> Tensor:
 def _inverse_rms(x_BLhd: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean of the squares of a token's D channels + eps), float64 [B, L, 1, 1].
 
-    Squares of large and of small float32 numbers leave float32.
+    In float64, because squares of large and small float32 numbers over- and underflow float32.
     """
     return (x_BLhd.double().square().mean((-2, -1), keepdim=True) + eps).rsqrt()
 
@@ -86,7 +86,7 @@ def frames_of(position: Tensor, tokens: int, tokens_per_frame: int) -> Tensor:
 
 
 def slots_of(frames: Tensor, capacity: int, sink_frames: int, tokens_per_frame: int) -> Tensor:
-    """The cache slot of each token: sink frames keep their place, the others go round the ring."""
+    """The cache slot of each token: sink frames are fixed, all other frames use the ring."""
     ring = capacity // tokens_per_frame - sink_frames
     around = sink_frames + (frames - sink_frames) % ring
     frame = torch.where(frames < sink_frames, frames, around)
@@ -108,9 +108,9 @@ def qk_norm_rope_append_(
     sink_frames: int,
     eps: float,
 ) -> Tensor:
-    """q_out; k_out and v go to the slots of their frames.
+    """q_out; k_out and v are written to the cache slots of their frames.
 
-    A negative position makes q_out and the keys NaN, in the slots from frame 0 on.
+    A negative position makes q_out and the keys NaN, written to the slots starting at frame 0.
     """
     q_out, k_out = qk_norm_rope(q, k, weight_q, weight_k, rope, eps)
     frames = frames_of(position.clamp(min=0), q.shape[1], tokens_per_frame)

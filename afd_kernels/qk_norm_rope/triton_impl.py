@@ -1,8 +1,8 @@
 """qk_norm_rope in Triton: one program per token reads its row of q and k (and v) once.
 
 Letters: B streams, L tokens, h heads, d channels of a head (WIDTH), D = h·d (CHANNELS). D need not
-be a power of two: lanes past it are masked, and as D is a constant they cost no instruction where
-whole warps lie past it.
+be a power of two: lanes past it are masked. Since D is a constant, whole warps past it cost no
+instructions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _inverse_rms(x, eps, CHANNELS: tl.constexpr):
     square = tl.sum(x * x) / CHANNELS
     inverse = tl.rsqrt(square + eps)
     factor = factor_of_row(square + eps)
-    # Only a scalar leaves the branch: a second row would cost registers in every program.
+    # Only a scalar is carried out of the branch: a second row would cost registers everywhere.
     if factor != 1.0:
         scaled = x * factor
         inverse = tl.rsqrt(tl.sum(scaled * scaled) / CHANNELS + eps * factor * factor) * factor
@@ -89,7 +89,7 @@ def _qk_norm_rope_fwd_kernel(
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < CHANNELS
-    # Every load before the first sum: behind its barrier they would wait.
+    # Issue all loads before the first reduction, whose barrier would delay them.
     q = _load(q_ptr + stream * q_batch + token * q_token, lane, CHANNELS)
     k = _load(k_ptr + stream * k_batch + token * k_token, lane, CHANNELS)
     weight_q = _load(weight_q_ptr, lane, CHANNELS)
@@ -102,7 +102,7 @@ def _qk_norm_rope_fwd_kernel(
     if v_ptr is not None:
         v = tl.load(v_ptr + stream * v_batch + token * v_token + lane, mask=inside)
         first = tl.load(position_ptr + stream * position_batch)
-        # A negative position cannot be refused without a synchronisation: it makes NaN.
+        # Rejecting a negative position would need a synchronisation; it produces NaN instead.
         poison = tl.where(first < 0, float("nan"), 0.0)
         frame = tl.maximum(first, 0) + tl.program_id(0) // frame_tokens
         frame = tl.where(frame < sink, frame, sink + (frame - sink) % ring)
@@ -215,7 +215,7 @@ def _qk_norm_rope_reduce_kernel(
 
 
 def _per_stream(x: Tensor) -> int:
-    """How far apart two streams are: 0 where one row serves all."""
+    """Stride between streams; 0 if one row is shared."""
     return 0 if x.shape[0] == 1 else x.stride(0)
 
 
@@ -229,7 +229,7 @@ def _rows(q: Tensor, config: dict[str, int]) -> dict[str, int | bool]:
         "BLOCK": block,
         "num_warps": max(1, min(16, block // (32 * config["per_thread"]))),
         "num_stages": config["num_stages"],
-        # Every specialisation then gives the same bits: the append those of the forward.
+        # Without fusion all specialisations are bitwise equal, including append and forward.
         "enable_fp_fusion": False,
     }
 

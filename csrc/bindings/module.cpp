@@ -1,5 +1,5 @@
-// The only binding file: problems are plain structs, pointers and streams are integers, so this
-// module depends on Python (and CUDA) alone, never on PyTorch.
+// The only binding file: problems are plain structs, pointers and streams are integers. It is built
+// without PyTorch's headers; tensors.h reads tensors through PyTorch's stable C interface.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,11 +9,9 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/launch.h"
+#include "../cuda/launch.h"
 #include "afd/problem.h"
 #include "tensors.h"
-#ifdef AFD_WITH_CUDA
-#include "../cuda/launch.h"
-#endif
 
 namespace py = pybind11;
 
@@ -70,26 +68,39 @@ py::class_<Problem> problem(py::module_& m, const char* name) {
 // Token rows as Python sees them: (pointer, batch stride, token stride).
 template <class Problem>
 void rows(py::class_<Problem>& type, const char* name, afd::TokenRows Problem::* field) {
-  type.def_property(name, nullptr,
-                    [field](Problem& p, std::tuple<Pointer, int64_t, int64_t> value) {
-                      const auto [data, batch, token] = value;
-                      p.*field = {reinterpret_cast<const void*>(data), batch, token};
-                    });
+  using Value = std::tuple<Pointer, int64_t, int64_t>;
+  type.def_property(
+      name,
+      [field](const Problem& p) {
+        const afd::TokenRows& rows = p.*field;
+        return Value(reinterpret_cast<Pointer>(rows.data), rows.batch, rows.token);
+      },
+      [field](Problem& p, Value value) {
+        const auto [data, batch, token] = value;
+        p.*field = {reinterpret_cast<const void*>(data), batch, token};
+      });
 }
 
 // Frame rows: (pointer, type, batch stride, frame stride, batches, frames).
 void rows(py::class_<afd::AdalnProblem>& type, const char* name,
           afd::FrameRows afd::AdalnProblem::* field) {
   using Value = std::tuple<Pointer, int, int64_t, int64_t, int64_t, int64_t>;
-  type.def_property(name, nullptr, [field](afd::AdalnProblem& p, Value value) {
-    const auto [data, code, batch, frame, batches, frames] = value;
-    p.*field = {reinterpret_cast<const void*>(data),
-                static_cast<afd::DType>(code),
-                batch,
-                frame,
-                batches,
-                frames};
-  });
+  type.def_property(
+      name,
+      [field](const afd::AdalnProblem& p) {
+        const afd::FrameRows& rows = p.*field;
+        return Value(reinterpret_cast<Pointer>(rows.data), static_cast<int>(rows.type), rows.batch,
+                     rows.frame, rows.batches, rows.frames);
+      },
+      [field](afd::AdalnProblem& p, Value value) {
+        const auto [data, code, batch, frame, batches, frames] = value;
+        p.*field = {reinterpret_cast<const void*>(data),
+                    static_cast<afd::DType>(code),
+                    batch,
+                    frame,
+                    batches,
+                    frames};
+      });
 }
 
 void define_qk_norm_rope(py::module_& m) {
@@ -167,6 +178,30 @@ void define_adaln(py::module_& m) {
   m.def("adaln_cpu", afd::cpu::launch_adaln, Nogil());
   m.def("adaln_bwd_cpu", afd::cpu::launch_adaln_bwd, Nogil());
 }
+
+#ifdef AFD_WITH_CUDA
+// An op on token rows, and its gradient, which needs scratch memory.
+template <class Problem>
+void cuda_rows(py::module_& m, const std::string& name, void (*forward)(const Problem&, void*),
+               int64_t (*workspace)(const Problem&),
+               void (*backward)(const Problem&, void*, void*)) {
+  m.def((name + "_cuda").c_str(), [forward](const Problem& p, Pointer stream) {
+    forward(p, reinterpret_cast<void*>(stream));
+  });
+  m.def((name + "_bwd_workspace").c_str(), workspace, "Bytes of scratch memory.");
+  m.def((name + "_bwd_cuda").c_str(),
+        [backward](const Problem& p, Pointer scratch, Pointer stream) {
+          backward(p, reinterpret_cast<void*>(scratch), reinterpret_cast<void*>(stream));
+        });
+}
+
+void define_cuda_rows(py::module_& m) {
+  using namespace afd::cuda;
+  cuda_rows(m, "qk_norm_rope", launch_qk_norm_rope, qk_norm_rope_bwd_workspace,
+            launch_qk_norm_rope_bwd);
+  cuda_rows(m, "adaln", launch_adaln, adaln_bwd_workspace, launch_adaln_bwd);
+}
+#endif
 
 std::vector<std::string> isas() {
   const char* names[3];
@@ -260,8 +295,10 @@ PYBIND11_MODULE(_native, m) {
       },
       "(offset, frame) of an element, for the test of the index arithmetic.");
 
+  m.attr("cuda_most_channels") = afd::cuda::kMostChannels;
 #ifdef AFD_WITH_CUDA
   m.attr("cuda_archs") = AFD_CUDA_ARCHS;
+  define_cuda_rows(m);
   m.def("cuda_unusable", afd::cuda::unusable,
         "Why the current CUDA device cannot run the kernels, or None.");
   m.def("forward_noise_cuda", [](const afd::NoiseProblem& p, Pointer stream) {

@@ -94,15 +94,8 @@ AFD_INLINE void for_vectors(int64_t count, Body body) {
   }
 }
 
-// Squares of very large and very small numbers leave fp32. A norm is blind to its row's length but
-// for eps: the row is then first multiplied by this power of two, and eps by its square. 1 for any
-// row whose squares fp32 holds.
 AFD_INLINE float factor_of_row(double sum_of_squares, int64_t count, double eps) {
-  const double mean = sum_of_squares / static_cast<double>(count) + eps;
-  if (mean >= 1e-24 && mean <= 1e24) {
-    return 1.0f;
-  }
-  return mean < 1e-24 ? 0x1p80f : 0x1p-80f;
+  return power_of_row(sum_of_squares / static_cast<double>(count) + eps);
 }
 
 // to = x * factor, a padded row; `to` may be x.

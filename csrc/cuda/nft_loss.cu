@@ -8,7 +8,6 @@
 namespace afd::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
 // The scratch memory, cut into its parts.

@@ -12,6 +12,7 @@
 namespace afd::cuda {
 
 constexpr int kPack = 8;
+constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 // Packs of one thread; a block covers this many elements of one row.
 constexpr int kPacksPerThread = 2;
@@ -35,40 +36,67 @@ __device__ __forceinline__ void from_float(float x, f16& y) {
   y.bits = __half_as_ushort(__float2half_rn(x));
 }
 
+// 16 bytes of a pack: what a load brings, and what a store takes.
 template <class T>
 struct alignas(16) Vector {
   T at[16 / sizeof(T)];
 };
 
-__device__ __forceinline__ bool aligned(const void* p) {
-  return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
+template <class T>
+__device__ __forceinline__ void unpack(const int4& raw, float* x) {
+  Vector<T> vector;
+  memcpy(&vector, &raw, sizeof raw);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) {
+    x[i] = to_float(vector.at[i]);
+  }
 }
+
+// A word at a time: one instruction for each number.
+template <>
+__device__ __forceinline__ void unpack<bf16>(const int4& raw, float* x) {
+  const int words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = static_cast<uint32_t>(words[i]);
+    x[2 * i] = as_float(word << 16);
+    x[2 * i + 1] = as_float(word & 0xFFFF0000u);
+  }
+}
+
+AFD_HD bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // Where a pack is read from: memory that nobody writes meanwhile, or the memory it goes back to,
 // which the read-only cache must not hold.
 enum class Source { kReadOnly, kInPlace };
 
-// Elements p[0..count) of a pack, zeros beyond.
+// A whole pack at an aligned address.
 template <Source kSource = Source::kReadOnly, class T>
-__device__ __forceinline__ void load_pack(const T* p, int count, float (&x)[kPack]) {
+__device__ __forceinline__ void load_whole(const T* p, float (&x)[kPack]) {
   constexpr int kWidth = 16 / sizeof(T);
-  if (count == kPack && aligned(p)) {
 #pragma unroll
-    for (int v = 0; v < kPack / kWidth; ++v) {
-      const int4* at = reinterpret_cast<const int4*>(p) + v;
-      const int4 raw = kSource == Source::kReadOnly ? __ldg(at) : __ldca(at);
-      Vector<T> vector;
-      memcpy(&vector, &raw, sizeof raw);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        x[v * kWidth + i] = to_float(vector.at[i]);
-      }
-    }
-    return;
+  for (int v = 0; v < kPack / kWidth; ++v) {
+    const int4* at = reinterpret_cast<const int4*>(p) + v;
+    const int4 raw = kSource == Source::kReadOnly ? __ldg(at) : __ldca(at);
+    unpack<T>(raw, x + v * kWidth);
   }
+}
+
+// Elements p[0..count) of a pack, zeros beyond, one at a time.
+template <class T>
+__device__ __forceinline__ void load_part(const T* p, int count, float (&x)[kPack]) {
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     x[i] = i < count ? to_float(p[i]) : 0.0f;
+  }
+}
+
+template <Source kSource = Source::kReadOnly, class T>
+__device__ __forceinline__ void load_pack(const T* p, int count, float (&x)[kPack]) {
+  if (count == kPack && aligned(p)) {
+    load_whole<kSource>(p, x);
+  } else {
+    load_part(p, count, x);
   }
 }
 
@@ -85,29 +113,48 @@ __device__ __forceinline__ void load_pack(DType type, const void* base, int64_t 
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store_pack(T* p, int count, const float (&x)[kPack]) {
+// With kReadBack x is what the memory then holds.
+template <bool kReadBack = false, class T, class Pack>
+__device__ __forceinline__ void store_whole(T* p, Pack& x) {
   constexpr int kWidth = 16 / sizeof(T);
-  if (count == kPack && aligned(p)) {
 #pragma unroll
-    for (int v = 0; v < kPack / kWidth; ++v) {
-      Vector<T> vector;
+  for (int v = 0; v < kPack / kWidth; ++v) {
+    Vector<T> vector;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        from_float(x[v * kWidth + i], vector.at[i]);
-      }
-      int4 raw;
-      memcpy(&raw, &vector, sizeof raw);
-      // A plain assignment is taken apart again, into stores of what made up the vector.
-      __stwb(reinterpret_cast<int4*>(p) + v, raw);
+    for (int i = 0; i < kWidth; ++i) {
+      from_float(x[v * kWidth + i], vector.at[i]);
     }
-    return;
+    int4 raw;
+    memcpy(&raw, &vector, sizeof raw);
+    // A plain assignment is taken apart again, into stores of what made up the vector.
+    __stwb(reinterpret_cast<int4*>(p) + v, raw);
+    if constexpr (kReadBack) {
+      unpack<T>(raw, x + v * kWidth);
+    }
   }
+}
+
+template <bool kReadBack = false, class T, class Pack>
+__device__ __forceinline__ void store_part(T* p, int count, Pack& x) {
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     if (i < count) {
-      from_float(x[i], p[i]);
+      T rounded;
+      from_float(x[i], rounded);
+      p[i] = rounded;
+      if constexpr (kReadBack) {
+        x[i] = to_float(rounded);
+      }
     }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(T* p, int count, const float (&x)[kPack]) {
+  if (count == kPack && aligned(p)) {
+    store_whole(p, x);
+  } else {
+    store_part(p, count, x);
   }
 }
 
@@ -158,18 +205,23 @@ AFD_HD int64_t blocks_per_row(const Rows& rows) {
 // CUDA's limit on the second dimension of a grid, where the samples are.
 constexpr int64_t kSamplesAtOnce = 65535;
 
-// Calls launch(grid, first) for the samples from `first` on, as often as it takes to reach all.
+// Calls launch(grid, first) for the samples from `first` on, as often as it takes to reach all,
+// with `blocks` blocks for each.
 template <class Launch>
-void for_each_grid(const Rows& rows, Launch launch) {
-  const int64_t blocks = rows.outer * rows.frames * blocks_per_row(rows);
-  if (blocks > INT32_MAX) {
-    throw std::runtime_error("x0: got more rows than a CUDA grid has blocks");
+void for_each_grid(int64_t blocks, int64_t batch, Launch launch) {
+  if (blocks > INT32_MAX || batch > INT32_MAX) {
+    throw std::runtime_error("more rows of a sample, or samples, than a CUDA grid has blocks");
   }
-  for (int64_t first = 0; first < rows.batch; first += kSamplesAtOnce) {
-    const int64_t left = rows.batch - first;
+  for (int64_t first = 0; first < batch; first += kSamplesAtOnce) {
+    const int64_t left = batch - first;
     const int64_t samples = left < kSamplesAtOnce ? left : kSamplesAtOnce;
     launch(dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(samples)), first);
   }
+}
+
+template <class Launch>
+void for_each_grid(const Rows& rows, Launch launch) {
+  for_each_grid(rows.outer * rows.frames * blocks_per_row(rows), rows.batch, launch);
 }
 
 __device__ __forceinline__ Place place(const Rows& rows, int64_t block, int64_t sample) {

@@ -1,8 +1,11 @@
 """The `afd` command.
 
-Exit codes: 0 done (or done before), 1 the run failed, 2 a mistake in the command, the configuration
+Exit codes: 0 done (now or before), 1 the run failed, 2 a mistake in the command, the configuration
 or a file it names, 3 the disk failed (full, read-only, gone), 130 stopped by Ctrl-C, SIGTERM or
 SIGHUP. docs/TRAINING.md has the table.
+
+This module imports only the core dependencies. Each verb's function imports what it needs; a
+missing package is reported in one sentence that names the extra providing it.
 """
 
 from __future__ import annotations
@@ -15,36 +18,43 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING, Any
 
 import afd
-from afd.files import DISK, StorageError, what_failed
+from afd import extras
+from afd.errors import DONE, FAILED, MISTAKE, STOPPED, STORAGE, AfdError, ConfigError
+from afd.files import DISK, what_failed
 from afd.terminal import drop, ended_by_signals, lasting_streams, occupy
 
 if TYPE_CHECKING:
-    from afd.config import RunConfig
+    from rich.console import Console
 
-DONE, FAILED, MISTAKE, STORAGE, STOPPED = 0, 1, 2, 3, 130
+    from afd.config.run import RunConfig
+
+# The shells that `--print-completion` supports, and how they complete paths.
+SHELLS = ("bash", "zsh")
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files"}
+FOLDERS = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A path may hold bytes that are no characters, and a prompt letters that a terminal lacks.
-        # Where a caller has put another file under a stream, its encoder may not begin again.
+        # A path may contain undecodable bytes, and a prompt characters that the terminal lacks.
+        # A stream that a caller has replaced may not support being reconfigured.
         if isinstance(stream, TextIOWrapper):
             with suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == ["teacher", "simulate"]:
-        # The teacher is a black box even here: another process, which reads its own options.
-        command = [sys.executable, "-m", "afd.teachers.simulator", *words[2:]]
+        # The teacher is a black box here, too: a separate process that parses its own options.
+        command = [sys.executable, "-m", "afd.lab.simulator", *words[2:]]
         return subprocess.run(command, check=False).returncode
     occupy()
-    options = _options(words)
+    try:
+        options = _options(words)
+    except ConfigError as error:
+        return _say(error.exit_code, str(error))
     with ExitStack() as stack:
         if options.lasts:
             stack.enter_context(lasting_streams())
@@ -53,45 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    """Every error that a user can do something about, as one sentence and an exit code."""
-    # Importing torch takes seconds; --help and a mistyped command answer before it.
-    try:
-        from afd.config import ConfigError
-        from afd.methods.optimizer import TrainingError
-        from afd.ranks import LostError
-        from afd.teachers.base import TeacherError
-        from afd.training.checkpoint import CheckpointError
-        from afd.video import VideoError
-    except KeyboardInterrupt:
-        return STOPPED
-
+    """Run a command, turning errors a user can act on into one sentence and an exit code."""
     try:
         code = int(options.run(options))
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except (ConfigError, TeacherError, VideoError) as error:
-        return _say(MISTAKE, str(error))
+    except AfdError as error:
+        return _say(error.exit_code, str(error))
+    except ModuleNotFoundError as error:
+        absent = extras.absent_module(f"afd {options.command}", error)
+        if absent is None:
+            raise
+        return _say(absent.exit_code, str(absent))
     except BrokenPipeError:
-        # Of a command that only prints: nobody reads on.
+        # The reader of a command that only prints has closed the pipe.
         drop(1)
         return FAILED
-    except StorageError as error:
-        return _say(STORAGE, str(error))
     except OSError as error:
         if error.errno in DISK:
             remedy = f"{DISK[error.errno]}, and run the same command again"
             return _say(STORAGE, f"{what_failed(error)}; {remedy}")
-        # One that names a file is about what the user has given; any other came in mid-work.
+        # An error with a file name concerns the user's input; any other is a failure of the run.
         return _say(FAILED if error.filename is None else MISTAKE, what_failed(error))
-    except (TrainingError, CheckpointError, LostError) as error:
-        return _say(FAILED, str(error))
     except KeyboardInterrupt:
         return _say(STOPPED, "interrupted; what was not finished is not saved")
 
 
 def _options(words: list[str]) -> argparse.Namespace:
-    """The command line; overrides may also stand behind options, where argparse loses them."""
+    """Parse the command line; overrides may follow options, which argparse alone does not allow."""
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     lost = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
@@ -103,6 +103,13 @@ def _options(words: list[str]) -> argparse.Namespace:
 
 
 def _say(code: int, sentence: str) -> int:
+    """Print an error; returns the exit code."""
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+    except ModuleNotFoundError:  # core installation only
+        print(f"afd: error: {sentence}", file=sys.stderr)
+        return code
     text = f"[red]afd: error:[/red] {escape(sentence)}"
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     return code
@@ -113,12 +120,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="afd", description="On-policy adversarial flow distillation."
     )
     parser.add_argument("--version", action="version", version=f"afd {afd.__version__}")
-    # Whether a command outlives its terminal: those that run for hours, and leave files.
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=SHELLS,
+        help="print a script that completes commands, options and paths in this shell",
+    )
+    # Whether a command outlives its terminal, as those do that run for hours and write files.
     parser.set_defaults(lasts=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train what a YAML file says, or continue it")
-    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    _takes_config(train)
     train.add_argument(
         "--dry-run", action="store_true", help="say what it needs in memory, hours and money"
     )
@@ -129,21 +142,27 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train, lasts=True)
 
     resume = commands.add_parser("resume", help="continue a stopped run, bit by bit the same")
-    resume.add_argument("folder", type=Path, metavar="RUN_DIR")
+    _takes_run(resume)
     _takes_overrides(resume)
     resume.set_defaults(run=_resume, lasts=True)
 
-    evaluate = commands.add_parser(
-        "eval", help="make and rate a benchmark's videos, or measure a run's checkpoint again"
-    )
+    evaluate = commands.add_parser("eval", help="measure a run's newest checkpoint again")
+    _takes_run(evaluate)
     evaluate.add_argument(
-        "target", type=Path, metavar="CONFIG.yaml|RUN_DIR", help="what to make, or whom to measure"
+        "--videos", type=int, default=None, help="how many of its held-out videos"
     )
-    evaluate.add_argument(
-        "--videos", type=int, default=None, help="RUN_DIR: how many of its held-out videos"
-    )
-    evaluate.add_argument("overrides", nargs="*", metavar="k=v", help="CONFIG.yaml: run=RUN_DIR …")
+    # Rejected: a run is evaluated with its own config.yaml.
+    evaluate.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     evaluate.set_defaults(run=_evaluate, lasts=True)
+
+    benchmark = commands.add_parser(
+        "benchmark", help="make a student's videos for VBench, VideoPhy-2 and VideoAlign; rate them"
+    )
+    _takes_config(benchmark)
+    benchmark.add_argument(
+        "overrides", nargs="*", metavar="k=v", help="overrides such as run=RUN_DIR limit=20"
+    )
+    benchmark.set_defaults(run=_benchmark, lasts=True)
 
     quickstart = commands.add_parser(
         "quickstart", help="teacher, base, SFT and AFD on a laptop, with a report"
@@ -160,31 +179,32 @@ def _parser() -> argparse.ArgumentParser:
     ablation = commands.add_parser(
         "ablation", help="what a file of configs/ablations asks: its runs, a table, the r curves"
     )
-    ablation.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    _takes_config(ablation)
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
     ablation.set_defaults(run=_ablation, lasts=True)
 
     sample = commands.add_parser(
         "sample", help="stream videos of prompts from a student's checkpoint into mp4 files"
     )
-    sample.add_argument("--config", type=Path, required=True, metavar="CONFIG.yaml")
+    _takes_config(sample)
+    sample.add_argument("--config", action=_Refused, nargs="?", help=argparse.SUPPRESS)
     sample.add_argument(
         "--dry-run", action="store_true", help="say what it would do and hold; load nothing"
     )
-    said = "overrides such as checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
+    said = "overrides such as student.checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
     sample.add_argument("overrides", nargs="*", metavar="k=v", help=said)
     sample.set_defaults(run=_sample, lasts=True)
 
     export = commands.add_parser(
         "export", help="write a run's weights as a LoRA or model that other programs load"
     )
-    export.add_argument("folder", type=Path, metavar="RUN_DIR")
-    said = "out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, version=ema|old|theta, dtype="
+    _takes_run(export)
+    said = "out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, weights=ema|old|theta, dtype="
     export.add_argument("overrides", nargs="+", metavar="k=v", help=said)
     export.set_defaults(run=_export)
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
-    report.add_argument("folder", type=Path, metavar="RUN_DIR")
+    _takes_run(report)
     report.set_defaults(run=_report)
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
@@ -200,14 +220,46 @@ def _parser() -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="what a paid teacher's folder holds and has cost")
     status.add_argument("--json", action="store_true", help="for programs")
     for verb in (fetch, status):
-        verb.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        _takes_config(verb)
         _takes_overrides(verb)
     return parser
 
 
+class _Refused(argparse.Action):
+    """Reject the former `afd sample --config CONFIG.yaml`."""
+
+    def __call__(self, *_: Any) -> None:
+        raise ConfigError("sample: got --config; needed: afd sample CONFIG.yaml k=v …")
+
+
+class _PrintCompletion(argparse.Action):
+    """Print a shell's completion script and exit."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, *_: Any
+    ) -> None:
+        extras.need("--print-completion", "shtab")
+        import shtab
+
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
 def _console() -> Console:
-    """For output in which paths and prompts stand as they are: [x] and :x: are no markup."""
+    """A console that prints paths and prompts verbatim: [x] and :x: are not markup."""
+    from rich.console import Console
+
     return Console(markup=False, emoji=False)
+
+
+def _takes_config(parser: argparse.ArgumentParser) -> None:
+    action = parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    action.complete = FILES  # type: ignore[attr-defined]
+
+
+def _takes_run(parser: argparse.ArgumentParser) -> None:
+    action = parser.add_argument("folder", type=Path, metavar="RUN_DIR")
+    action.complete = FOLDERS  # type: ignore[attr-defined]
 
 
 def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -216,11 +268,11 @@ def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from afd.config import load_config
+    from afd.config.run import load_config
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:
-        from afd.plan import make_plan, show
+        from afd.planning.plan import make_plan, show
 
         show(make_plan(config, options.processes), _console())
         return DONE
@@ -228,13 +280,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from afd.training.loop import load_run
+    from afd.trainer.loop import load_run
 
     return _run(load_run(options.folder, options.overrides))
 
 
 def _run(config: RunConfig) -> int:
-    from afd.training.loop import Outcome, train
+    from afd.trainer.loop import Outcome, train
 
     outcome = train(config)
     if outcome is Outcome.ALREADY_FINISHED:
@@ -243,51 +295,53 @@ def _run(config: RunConfig) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if not options.target.is_dir():
-        return _evaluate_benchmarks(options)
-    from afd.training.loop import evaluate_run
+    from afd.trainer.loop import evaluate_run
 
+    if options.folder.is_file():
+        said = f"eval: got {options.folder}, a file; needed: a RUN_DIR"
+        return _say(MISTAKE, f"{said}; afd benchmark CONFIG.yaml makes a benchmark's videos")
     if options.overrides:
-        said = f"eval: {options.target} is a run, measured as its own config.yaml says; needed: "
-        return _say(MISTAKE, f"{said}no {options.overrides[0]!r}, or a CONFIG.yaml and run=RUN_DIR")
-    result = evaluate_run(options.target, options.videos)
+        said = f"eval: got {options.overrides[0]!r}; needed: RUN_DIR alone"
+        return _say(MISTAKE, f"{said}, which is measured as its own config.yaml says")
+    result = evaluate_run(options.folder, options.videos)
     print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
     return DONE
 
 
-def _evaluate_benchmarks(options: argparse.Namespace) -> int:
-    from afd.config import load_config
-    from afd.evaluation.config import EvalConfig
-    from afd.evaluation.samples import evaluate
+def _benchmark(options: argparse.Namespace) -> int:
+    from afd.benchmarks.config import BenchmarkConfig
+    from afd.benchmarks.run import evaluate
+    from afd.config.run import load_config
 
-    if options.videos is not None:
-        return _say(MISTAKE, "eval: --videos belongs to a RUN_DIR; needed: limit=N with a config")
-    evaluate(load_config(options.target, options.overrides, EvalConfig), _console())
+    if options.config.is_dir():
+        said = f"benchmark: got {options.config}, a directory; needed: CONFIG.yaml"
+        return _say(MISTAKE, f"{said}; afd eval RUN_DIR measures a run's checkpoint again")
+    evaluate(load_config(options.config, options.overrides, BenchmarkConfig), _console())
     return DONE
 
 
 def _quickstart(options: argparse.Namespace) -> int:
-    from afd.quickstart import quickstart
+    from afd.lab.quickstart import quickstart
 
     return DONE if quickstart(options.overrides, _console()) else STOPPED
 
 
 def _quickstart_full(options: argparse.Namespace) -> int:
-    from afd.quickstart_full import quickstart_full
+    from afd.lab.quickstart_full import quickstart_full
 
     return DONE if quickstart_full(options.overrides, _console()) else STOPPED
 
 
 def _ablation(options: argparse.Namespace) -> int:
-    from afd.ablation import ablation
+    from afd.lab.ablation import ablation
 
     return DONE if ablation(options.config, options.overrides, _console()) else STOPPED
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from afd.config import load_config
-    from afd.sample import dry_run, sample
-    from afd.sample_config import SampleConfig
+    from afd.config.run import load_config
+    from afd.sampling.config import SampleConfig
+    from afd.sampling.sample import dry_run, sample
 
     config = load_config(options.config, options.overrides, SampleConfig)
     if options.dry_run:
@@ -298,7 +352,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from afd.config import make_config
+    from afd.config.run import make_config
     from afd.export import ExportConfig, export
 
     print(export(options.folder, make_config({}, options.overrides, "command", ExportConfig)))
@@ -306,7 +360,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from afd.evaluation.report import write_report
+    from afd.lab.report.page import write_report
 
     if not options.folder.is_dir():
         return _say(MISTAKE, f"report: {options.folder} is no folder")
@@ -329,8 +383,8 @@ def _teacher(options: argparse.Namespace) -> int:
     if options.verb is None:
         needed = "simulate, fetch or status"
         return _say(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
-    from afd.config import load_config
-    from afd.teachers import command
+    from afd.config.run import load_config
+    from afd.teachers.paid import command
 
     config = load_config(options.config, options.overrides)
     if options.verb == "status":

@@ -1,8 +1,8 @@
-"""`afd export`: what a run has learned, in the files that other programs load.
+"""`afd export`: write a run's trained weights in formats that other programs load.
 
-Adapters go out as they are (PEFT's or diffusers' names) or added to the weights they were trained
-on; a run that trained every weight has no adapters. Everything is made from the fp32 masters and
-the fp32 start weights: nothing is rounded on the way but by the asked dtype.
+Adapters are written separately (with PEFT's or diffusers' names) or merged into the weights they
+were trained on; a run that trained every weight has no adapters. Everything is computed from the
+fp32 masters and fp32 start weights and rounded only once, to the requested dtype.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afd.config import FREE_KEYS, ConfigError, RunConfig, flatten, plain
+from afd.config.base import Folder, Section
+from afd.config.run import FREE_KEYS, RunConfig, flatten, plain
+from afd.errors import ConfigError
+from afd.extras import need
 from afd.files import replacing
+from afd.hub import refuse_other_weights
 from afd.models.adapters import TARGETS
-from afd.models.causal_wan import CausalWan
-from afd.models.checkpoints import (
-    load_checkpoint,
+from afd.models.config import DTYPES, LoraConfig
+from afd.models.policies import start_digest
+from afd.models.wan.checkpoints import (
     save_diffusers,
     save_self_forcing,
     to_diffusers,
 )
-from afd.models.config import DTYPES, LoraConfig
-from afd.models.policies import start_digest
-from afd.models.sources import need, refuse_other_weights
-from afd.models.toy import ToyStudent
-from afd.section import Folder, Section
-from afd.training import checkpoint
-from afd.training.loop import load_run
+from afd.models.wan.network import CausalWan
+from afd.trainer import checkpoint
+from afd.trainer.loop import load_run
 
-# Which version is meant where none is named: the one that is evaluated.
+# Order of preference if no version is named; the first is the one that is evaluated.
 PREFERRED = ("ema", "old", "theta")
 
 
 class ExportConfig(Section):
-    """What `afd export` writes, and where."""
+    """Configuration of `afd export`."""
 
     out: Folder = Field(description="folder to write, new or empty")
-    kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers", "toy"] | None = Field(
+    kind: Literal["peft", "diffusers_lora", "self_forcing", "diffusers", "student"] | None = Field(
         default=None,
         description="peft: adapter folder; diffusers_lora: for load_lora_weights; self_forcing: "
-        "model.pt with whole weights; diffusers: transformer/ with whole weights; toy: "
-        "student.safetensors of the toy student; null: diffusers_lora of a run with adapters, else "
+        "model.pt with whole weights; diffusers: transformer/ with whole weights; "
+        "student: what student.checkpoint takes; null: diffusers_lora of a run with adapters, else "
         "self_forcing",
     )
-    version: Literal["ema", "old", "theta"] | None = Field(
+    weights: Literal["ema", "old", "theta"] | None = Field(
         default=None, description="which weights; null: ema where the run has it, else old"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -64,10 +64,10 @@ class ExportConfig(Section):
 def export(folder: Path, config: ExportConfig) -> Path:
     """Write the newest checkpoint of the run in `folder`; returns the folder written.
 
-    It is written under another name and renamed, so it is whole or not there. `afd.json` in it, and
-    the header of its weights, say where they come from. A model.pt has the trained weights as
-    `generator` and the asked version as `generator_ema`, each of which Self-Forcing's inference
-    loads. Raises ConfigError where that cannot be, naming what can.
+    It is written under a temporary name and renamed, so it is complete or absent. Its `afd.json`
+    and the header of its weights record their origin. A model.pt has the trained weights as
+    `generator` and the requested version as `generator_ema`; Self-Forcing's inference loads either.
+    Raises ConfigError if the export is not possible, naming the alternatives.
     """
     out = config.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -92,28 +92,19 @@ def export(folder: Path, config: ExportConfig) -> Path:
 
 
 def start_network(run: RunConfig) -> CausalWan:
-    """The network that a run started from, in float32."""
-    student = run.student
-    if student.kind == "toy":
-        return ToyStudent.load(student.checkpoint).net
-    if student.checkpoint is None:
-        raise ConfigError("student.checkpoint: got null; needed: the start weights")
+    """Load the network that a run started from, in float32."""
+    run.student.require_weights()
     try:
-        return load_checkpoint(
-            student.checkpoint,
-            ema=student.ema,
-            dtype=torch.float32,
-            head_dim=student.head_dim,
-            **student.network,
-        )
+        network: CausalWan = run.student.load_network()
     except ValueError as error:
         raise ConfigError(f"student.checkpoint: {error}") from error
+    return network
 
 
 def merged(
     network: CausalWan, adapters: Mapping[str, Tensor], lora: LoraConfig
 ) -> dict[str, Tensor]:
-    """A network's weights with adapters added: W + alpha / rank · B A, in the network's dtype."""
+    """A network's weights with adapters merged: W + alpha / rank · B A, in the network's dtype."""
     state = dict(network.state_dict())
     for name, b_OR in adapters.items():
         layer, adapter, _ = name.rpartition(".lora_B")
@@ -126,7 +117,7 @@ def merged(
 
 @dataclass(frozen=True)
 class _Learned:
-    """A run's versions; one method for each kind of file, which writes it into a folder."""
+    """A run's trained versions, with one export method per file format."""
 
     run: RunConfig
     versions: Mapping[str, Mapping[str, Tensor]]
@@ -135,7 +126,7 @@ class _Learned:
     note: str
 
     def peft(self, folder: Path, version: str) -> None:
-        """The folder of `PeftModel.save_pretrained`: `PeftModel.from_pretrained(net, folder)`."""
+        """Write a folder for `PeftModel.from_pretrained(net, folder)`."""
         lora, adapters = self._adapters("peft", version)
         need("kind=peft", "peft")
         from peft import LoraConfig as PeftConfig
@@ -149,7 +140,7 @@ class _Learned:
         save_file(state, folder / "adapter_model.safetensors", metadata=header)
 
     def diffusers_lora(self, folder: Path, version: str) -> None:
-        """What `WanPipeline.load_lora_weights(folder)` looks for; the header has rank and alpha."""
+        """Write the file for `WanPipeline.load_lora_weights(folder)`, with rank and alpha."""
         lora, adapters = self._adapters("diffusers_lora", version)
         state, layers = {}, set()
         for name, tensor in adapters.items():
@@ -177,13 +168,11 @@ class _Learned:
         network.to(self.dtype).load_state_dict(whole)
         save_diffusers(folder / "transformer", network, note=self.note)
 
-    def toy(self, folder: Path, version: str) -> None:
-        student = self.run.student
-        if student.kind != "toy":
-            raise ConfigError("kind: got toy; needed: self_forcing or diffusers for a wan student")
-        toy = ToyStudent.load(student.checkpoint)
-        toy.net.load_state_dict(self._whole(toy.net, version))
-        toy.save(folder / "student.safetensors", self.dtype)
+    def student(self, folder: Path, version: str) -> None:
+        """Write a file for `student.checkpoint`, for any kind of student."""
+        network = start_network(self.run)
+        network.load_state_dict(self._whole(network, version))
+        self.run.student.save(network, folder, self.dtype, self.note)
 
     def _adapters(self, kind: str, version: str) -> tuple[LoraConfig, dict[str, Tensor]]:
         lora = self.run.student.lora
@@ -199,23 +188,23 @@ class _Learned:
         student, weights = self.run.student, self.versions[version]
         state = weights
         if student.lora is not None:
-            computed = torch.float32 if student.kind == "toy" else DTYPES[student.dtype]
-            refuse_other_weights("student.checkpoint", self.start, start_digest(network, computed))
+            digest = start_digest(network, student.torch_dtype)
+            refuse_other_weights("student.checkpoint", self.start, digest)
             state = merged(network, weights, student.lora)
         return {name: tensor.to(self.dtype) for name, tensor in state.items()}
 
 
 def _choose(config: ExportConfig, versions: Mapping[str, object]) -> str:
-    if config.version is None:
+    if config.weights is None:
         return next(name for name in PREFERRED if name in versions)
-    if config.version not in versions:
+    if config.weights not in versions:
         has = ", ".join(name for name in PREFERRED if name in versions)
-        raise ConfigError(f"version: got {config.version}; this run has {has}")
-    return config.version
+        raise ConfigError(f"weights: got {config.weights}; this run has {has}")
+    return config.weights
 
 
 def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) -> dict[str, Any]:
-    """Where exported weights come from. Names and digests only: a path may say who somebody is."""
+    """Origin of exported weights, as names and digests only, since paths may identify a person."""
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     free = tuple(f"{key}." for key in FREE_KEYS)
     settings = {k: v for k, v in flatten(plain(run)) if not f"{k}.".startswith(free)}
@@ -226,7 +215,7 @@ def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) 
         "method": run.method,
         "step": step,
         "kind": kind,
-        "version": version,
+        "weights": version,
         "lora": None if lora is None else lora.model_dump(),
         "start": Path(str(run.student.checkpoint)).name,
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),

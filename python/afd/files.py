@@ -1,30 +1,40 @@
-"""Files that a crash leaves whole: atomic writes, hashes, and JSON lines.
+"""File utilities: atomic writes, locks, hashes, and parsing of JSON lines and CSV.
 
-Every OSError that leaves this module names its file.
+Every OSError raised by this module names its file.
 """
 
 from __future__ import annotations
 
+import csv
 import errno
+import fcntl
 import hashlib
+import io
 import json
+import logging
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
+from afd.errors import ConfigError, LockedError
 
-from afd.rows import json_rows
+try:
+    from safetensors import SafetensorError
+except ModuleNotFoundError:  # core install only (afd.extras): safetensors is not used
 
-# What a disk answers that is full, read-only or broken, and what can be done about it.
+    class SafetensorError(Exception):  # type: ignore[no-redef]
+        """Never raised."""
+
+
+# Errors of a full, read-only or failing disk, and a remedy for each.
 DISK = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of the quota there",
@@ -36,23 +46,20 @@ DISK = {
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 BLOCK = 1 << 20
 PARTIAL = ".partial"
-# Bytes of a name on every file system in use.
+_log = logging.getLogger("afd")
+# Maximum bytes of a file name on common file systems.
 LONGEST_NAME = 255
 
 
-class StorageError(RuntimeError):
-    """The disk failed a command at work; the message says what to do and what is saved."""
-
-
 def what_failed(error: OSError) -> str:
-    """The file and what its system said: "runs/a/metrics.jsonl: No space left on device"."""
+    """The file and the system's message: "runs/a/metrics.jsonl: No space left on device"."""
     said = error.strerror or str(error)
     return said if error.filename is None else f"{error.filename}: {said}"
 
 
 def refuse_odd(path: Path) -> None:
-    """Raise OSError where something that is no regular file lies at `path`: opening a pipe would
-    wait for ever. A path at which nothing lies is fine."""
+    """Raise OSError if `path` exists and is not a regular file: opening a pipe would block
+    forever."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -65,7 +72,7 @@ def refuse_odd(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let every OSError of the block name a file: those of a write or a sync name none."""
+    """Add the file name to every OSError of the block: those of writes and syncs lack it."""
     try:
         yield
     except OSError as error:
@@ -73,7 +80,7 @@ def naming(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except SafetensorError as error:
-        # Its writer has the system's error in its words only.
+        # The safetensors writer reports the system's error only in its message.
         number = _SYSTEM_ERROR.search(str(error))
         if number is None:
             raise
@@ -82,12 +89,12 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A free name beside `path`; the file or folder that the block leaves there is flushed to disk
-    and takes its place, or nothing changes. Its permissions are the umask's, whatever library
-    has written it.
+    """Replace `path` atomically: yields a temporary name beside it, and the file or folder that the
+    block creates there is flushed to disk and renamed to `path`. On error nothing changes. The
+    permissions follow the umask, whichever library wrote the file.
 
-    `shared`: several processes may write this path at once, and the last one's stays. Without it
-    what a killed process left is removed by the next.
+    `shared`: several processes may write this path concurrently, and the last one wins. Otherwise
+    the remains of a killed process are removed by the next call.
     """
     unique = f".{uuid.uuid4().hex[:12]}" if shared else ""
     partial = path.with_name(_partial_name(path.name, f"{unique}{PARTIAL}"))
@@ -102,24 +109,24 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
             os.replace(partial, path)
             sync(path.parent)
         finally:
-            # The error of the write is the one to report.
+            # An error of the write takes precedence.
             with suppress(OSError):
                 remove(partial)
 
 
 def _partial_name(name: str, ending: str) -> str:
-    """A hidden name for what becomes `name`, which may be as long as a file system allows."""
+    """A hidden temporary name for `name`, which may have the maximum length."""
     if len(os.fsencode(f".{name}{ending}")) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return f".{name}{ending}"
 
 
 def _open_up(path: Path) -> None:
-    """Give what was made for its owner only (safetensors, tempfile) the umask's permissions."""
+    """Apply the umask's permissions to a file created as owner-only (safetensors, tempfile)."""
     mode = path.stat().st_mode
     if mode & 0o077 or path.is_symlink():
         return
-    # The umask of the process can be asked for only by changing it, for every thread.
+    # Reading the umask directly requires changing it temporarily, for every thread.
     probe = path.with_name(f".{uuid.uuid4().hex}")
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -130,7 +137,7 @@ def _open_up(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
-    """Write a file atomically, with the permissions that the umask gives; see `replacing`."""
+    """Write a file atomically, with the umask's permissions; see `replacing`."""
     with replacing(path, shared=shared) as partial:
         partial.write_bytes(data)
 
@@ -147,13 +154,13 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Flush a file's contents, or a folder's entries, to disk."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            # Some network file systems cannot sync a folder, and need not.
+            # Some network file systems do not support syncing folders, nor need it.
             if error.errno != errno.EINVAL or not path.is_dir():
                 raise
         finally:
@@ -161,7 +168,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if there is one."""
+    """Remove a file, link or folder tree, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -179,13 +186,13 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class JsonLine:
-    """One line of a JSON lines file that is no empty line.
+    """One non-empty line of a JSON lines file.
 
     Attributes:
         number: from 1.
-        value: the object; None where the line is damaged.
+        value: the object; None if the line is damaged.
         problem: what is wrong with it, or None.
-        torn: whether it is the last line, cut off before its end by a kill or a full disk.
+        torn: whether it is a last line truncated by a kill or a full disk.
     """
 
     number: int
@@ -195,7 +202,7 @@ class JsonLine:
 
 
 def read_json_lines(path: Path) -> list[JsonLine]:
-    """The lines of a JSON lines file, damaged ones included; none where there is no file."""
+    """Read the lines of a JSON lines file, including damaged ones; empty if there is no file."""
     refuse_odd(path)
     try:
         with naming(path):
@@ -203,7 +210,7 @@ def read_json_lines(path: Path) -> list[JsonLine]:
     except FileNotFoundError:
         return []
     ended = data.endswith(b"\n")
-    # Bytes that are not UTF-8 become halves of characters, which json_rows refuses.
+    # Bytes that are not UTF-8 become lone surrogates, which json_rows refuses.
     rows = list(json_rows(data.decode("utf-8", "surrogateescape")))
     lines = []
     for number, row in rows:
@@ -216,7 +223,7 @@ def read_json_lines(path: Path) -> list[JsonLine]:
 
 
 class JsonAppender:
-    """A JSON lines file to append to. A line is with the operating system when `write` returns."""
+    """Appends to a JSON lines file. `write` returns once the operating system has the line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -232,7 +239,7 @@ class JsonAppender:
                 data = data[os.write(self._descriptor, data) :]
 
     def sync(self) -> None:
-        """Wait until every line is on the disk."""
+        """Flush every line to disk."""
         with naming(self.path):
             os.fsync(self._descriptor)
 
@@ -251,3 +258,138 @@ class JsonAppender:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+# --- locks ---
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock on a folder, or on a file (created if absent), for the block.
+
+    Yields whether it could be locked: some network file systems do not support locks. The lock is
+    released when the process ends. Raises LockedError if another process holds it.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            raise LockedError(str(path)) from None
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): write there once at a time", path, error)
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def only_one(folder: Path, *, made: tuple[str, ...] = ()) -> Iterator[None]:
+    """Hold exclusive access to a folder (created if absent) for the block; the lock is released
+    when the process ends.
+
+    Files with one of the endings in `made` were left by a killed process and are removed. The lock
+    is on the folder itself, so there is no lock file in it. Raises ConfigError if another process
+    holds it.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(locked(folder))
+        except LockedError:
+            raise ConfigError(
+                f"{folder}: another process is writing videos there; wait for it, or choose "
+                "another folder"
+            ) from None
+        if held:
+            for ending in made:
+                for left in folder.glob(f"*{ending}"):
+                    remove(left)
+        try:
+            yield
+        finally:
+            # The folder may have been removed or become unreadable meanwhile.
+            with suppress(OSError):
+                if new and not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+# --- rows ---
+# Line number, from 1, with the row as a dictionary, or with a message if the row is invalid.
+Rows = Iterator[tuple[int, "dict[str, Any] | str"]]
+
+
+# Maximum size of a text file; enough for a million prompts.
+MAX_BYTES = 1 << 30
+# A NUL character as escaped in JSON, but not a literal backslash followed by "u0000".
+_ZERO = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    Raises ValueError, without the file's name, if it cannot be read or is not text.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"cannot be read (it has more than {MAX_BYTES} bytes)")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        wrong = f"line {line}: byte {data[error.start]:#04x} is not UTF-8"
+        raise ValueError(f"cannot be read ({wrong})") from error
+    if "\0" in text:
+        line = 1 + text.count("\n", 0, text.index("\0"))
+        raise ValueError(f"cannot be read (line {line}: a zero byte; needed: UTF-8 text)")
+    return text
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError for any problem, including NUL characters and lone surrogates,
+    which JSON can express but paths and tokenizers do not accept."""
+    try:
+        value = json.loads(text)
+        written = json.dumps(value, ensure_ascii=False)
+        written.encode()
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if _ZERO.search(written):
+        raise ValueError("a text holds a zero byte")
+    return value
+
+
+def json_rows(text: str) -> Rows:
+    """Parse one JSON object per line, skipping empty lines."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            yield number, f"not JSON ({error})"
+            continue
+        yield number, row if isinstance(row, dict) else f"{type(row).__name__}, not an object"
+
+
+def csv_rows(text: str, columns: Sequence[str] = ()) -> Rows:
+    """Parse CSV rows under a header that must have the `columns`; cells missing from a short row
+    are None."""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        header = rows.fieldnames
+        if not set(columns) <= set(header or ()):
+            yield 1, f"the header is {header}, needs {' and '.join(columns)}"
+            return
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        yield rows.line_num, f"not CSV ({error})"

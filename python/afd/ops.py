@@ -1,4 +1,4 @@
-"""The fused ops of afd. Keyword-only, one torch op per call, differentiable and compilable.
+"""The fused ops of afd: one torch op per call, differentiable and compilable.
 
 Letters: B batch, C channels, F latent frames, H, W rows and columns, K chunks (K divides F);
 L query tokens, N key tokens, h heads, d channels of a head.
@@ -56,7 +56,7 @@ def forward_noise(
     noise: Tensor | None = None,
     layout: Layout = "BCFHW",
 ) -> Tensor:
-    """Noises clean latents: x_t = alpha_t x0 + sigma_t noise.
+    """Adds noise to clean latents: x_t = alpha_t x0 + sigma_t noise.
 
     Args:
         x0: [B, ...], or [B, C, F, H, W] / [B, F, C, H, W] when t is per chunk or frame;
@@ -73,8 +73,8 @@ def forward_noise(
         x_t, shape and dtype of x0. Differentiable once with respect to x0.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed. On an accelerator t outside
-            the domain cannot be seen without a synchronisation and gives NaN.
+        ValueError: naming the argument, the value given and what is needed. On an accelerator t
+            outside the domain is not checked, to avoid a synchronisation, and gives NaN.
     """
     how = resolve(schedule)
     return _forward_noise.forward_noise(x0, t, seed, noise, how.name, list(how.args), layout)
@@ -82,7 +82,7 @@ def forward_noise(
 
 @dataclass(frozen=True)
 class NftLoss:
-    """The loss and what the same pass measured; metrics are float64 [B], or [B, K] by chunk.
+    """The NFT loss and its metrics, which are float64 [B], or [B, K] per chunk.
 
     Attributes:
         loss: scalar, differentiable with respect to v_theta.
@@ -132,8 +132,8 @@ def nft_loss(
         adv_clip mean_b[(r L+ + (1 - r) L-) / nft_beta] + prior_weight mean|v_theta - v_ref|^2
         L+- = mean (x0+- - x0)^2 / w+-,   w+- = max(mean |x0+- - x0|, 1e-5), a constant;
     "velocity" is mean[r (v+ - v*)^2 + (1 - r) (v- - v*)^2] plus the same prior. Noise, x_t and v*
-    are regenerated inside; the gradient with respect to v_theta is made in the forward, so a step
-    allocates that gradient and O(B) scalars.
+    are regenerated inside; the gradient with respect to v_theta is computed in the forward, so a
+    step allocates that gradient and O(B) scalars.
 
     Args:
         v_theta: the trained policy's velocity at x_t, [B, ...]; float32, bfloat16 or float16.
@@ -151,7 +151,7 @@ def nft_loss(
         group: w+- per "video" or per "chunk" (K then comes from r, else from t).
         schedule: a name or a Schedule.
         layout: which dimension holds the frames; ignored when everything is per video.
-        frame_mask: bool [B, F]; frames where it is False count for nothing.
+        frame_mask: bool [B, F]; frames where it is False are ignored.
         prior_by_r: weighs each video's (chunk's) prior by its r.
 
     Returns:
@@ -159,8 +159,8 @@ def nft_loss(
         sums in a fixed order: the same bits every run, for every thread count.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed. On an accelerator t or r
-            outside their range cannot be seen without a synchronisation and give a NaN loss.
+        ValueError: naming the argument, the value given and what is needed. On an accelerator t
+            and r are not range-checked, to avoid a synchronisation; the loss is then NaN.
     """
     how = resolve(schedule)
     needs_grad = torch.is_grad_enabled() and v_theta.requires_grad
@@ -199,7 +199,7 @@ def block_attention(
     v_context: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in which a block of queries attends at most two contiguous intervals of keys.
+    """Attention in which a block of queries attends to at most two contiguous key intervals.
 
     softmax(scale q k^T) v over each query's keys only: no mask, no padding, no concatenation.
     Block-causal training, windows with a sink, teacher forcing and the cached rollout are all
@@ -207,25 +207,25 @@ def block_attention(
 
     Args:
         q: [B, L, h, d], float32, bfloat16, float16 or float64. q, k, v and the context may be
-            slices of larger tensors (a fused QKV projection, a cache): only the last dimension
-            must be contiguous for them to be used where they lie.
+            slices of larger tensors (a fused QKV projection, a cache): they are used in place if
+            the last dimension is contiguous.
         k: [B, N, h, d], q's dtype.
         v: [B, N, h, d], likewise.
-        intervals: which keys each query attends, in tokens, over the keys [k_context | k].
-        k_context: [B, Nc, h, d], keys that come before k without being copied beside it; no
-            interval may cross from them into k. None: there are none.
+        intervals: the keys each query attends to, in tokens, over the keys [k_context | k].
+        k_context: [B, Nc, h, d], keys that precede k, without a concatenation; no interval may
+            cross from them into k. None: no context.
         v_context: [B, Nc, h, d], likewise.
-        scale: of the scores, > 0; None: d^-1/2.
+        scale: scale of the scores, > 0; None: d^-1/2.
 
     Returns:
         out [B, L, h, d], contiguous, q's dtype; 0 for a query without keys.
-        lse [B, h, L] float32 (float64 for float64): the natural logarithm of the sum of
-        exp(scale q k^T), -inf for a query without keys; not differentiable.
-        Differentiable once with respect to q, k, v and the context. Gradients of keys that need
-        none (k, v, or the context) are not computed.
+        lse [B, h, L] float32 (float64 for float64): log-sum-exp (natural logarithm) of
+        scale q k^T, -inf for a query without keys; not differentiable.
+        Differentiable once with respect to q, k, v and the context. Gradients of keys and values
+        (k, v, or the context) that do not require them are not computed.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: naming the argument, the value given and what is needed.
     """
     return _block_attention.block_attention(
         q,
@@ -242,10 +242,10 @@ def block_attention(
 def qk_norm_rope(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """RMS-normalises queries and keys over all heads' channels, then turns them by RoPE.
+    """RMS-normalises queries and keys over all heads' channels, then applies RoPE.
 
     With r = 1 / sqrt(mean over the token's h·d channels of q² + eps), channels (2j, 2j+1) of
-    q · r · weight_q are turned as one complex number by (cos, sin) of pair j. float32 arithmetic,
+    q · r · weight_q are rotated as one complex number by (cos, sin) of pair j. float32 arithmetic,
     rounded once (Wan2.1's released code rounds three times; qk_norm_rope/MATH.md).
 
     Args:
@@ -262,7 +262,7 @@ def qk_norm_rope(
         q, k and the weights; the weights' gradients are float32 sums in a fixed order.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: naming the argument, the value given and what is needed.
     """
     return _qk_norm_rope.qk_norm_rope(q, k, weight_q, weight_k, rope, eps)
 
@@ -282,29 +282,29 @@ def qk_norm_rope_append_(
     sink_frames: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    """qk_norm_rope that writes k_out and v into a ring of frames and returns q_out.
+    """qk_norm_rope that writes k_out and v into a ring cache of frames and returns q_out.
 
     The cache holds S / tokens_per_frame frames: the first `sink_frames` stay, the rest are a ring.
-    Frame f goes to slot frame f if f < sink_frames, else to
-    sink_frames + (f - sink_frames) mod (capacity - sink_frames). Nothing else is touched.
+    Frame f goes to frame slot f if f < sink_frames, else to
+    sink_frames + (f - sink_frames) mod (capacity - sink_frames). All other slots are untouched.
 
     Args:
         q, k, weight_q, weight_k, rope, eps: as in qk_norm_rope; L = frames · tokens_per_frame.
-        v: [B, L, h, d], copied as it is.
+        v: [B, L, h, d], copied unchanged.
         k_cache: [B, S, h, d], contiguous, q's dtype; written.
         v_cache: likewise.
         position: int64 [1] or [B] on q's device, the absolute frame of each stream's first token:
             read on the device, so that a CUDA graph can replay.
         tokens_per_frame: divides L and S.
-        sink_frames: frames that are never overwritten; the ring must hold the L tokens at once.
+        sink_frames: frames that are never overwritten; all L tokens must fit in the ring.
 
     Returns:
         q_out [B, L, h, d], contiguous. Not differentiable: call it under torch.no_grad.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed. On an accelerator a negative
-            position cannot be seen without a synchronisation and gives NaN.
-        RuntimeError: when a derivative or vmap is asked for.
+        ValueError: naming the argument, the value given and what is needed. On an accelerator a
+            negative position is not checked, to avoid a synchronisation, and gives NaN.
+        RuntimeError: if a derivative or vmap is requested.
     """
     return _qk_norm_rope.qk_norm_rope_append_(
         q,
@@ -332,14 +332,14 @@ def adaln(
     scale_offset: float = 1.0,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Gated residual, LayerNorm and per-frame modulation in one pass, as Wan2.1 modulates.
+    """Gated residual, LayerNorm and per-frame modulation (adaLN) in one pass, as in Wan2.1.
 
     x_out = x + gate · branch and h = LN(x_out) · (scale_offset + scale) + shift. LN is over D,
-    without affine, and reads x_out as rounded to x's dtype: what the next residual reads.
+    without affine parameters, and reads x_out rounded to x's dtype, as the next residual does.
 
     Args:
         x: the residual stream [B, L, D]; float32, bfloat16, float16 or float64.
-        branch: what is added, like x, or None.
+        branch: the residual branch to add, like x, or None.
         gate: [1 or B, F, D] with F dividing L: one row per frame of L/F tokens; None means 1.
         scale: likewise, or [D] for all tokens. gate, scale and shift are in x's dtype or float32;
             slices of a [B, F, 6, D] table are read in place.
@@ -353,7 +353,7 @@ def adaln(
         order.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed.
+        ValueError: naming the argument, the value given and what is needed.
     """
     x_out, h = _adaln.adaln(x, branch, gate, scale, shift, scale_offset, eps)
     return (x if branch is None else x_out), h

@@ -1,6 +1,6 @@
-"""Streaming generation: chunk by chunk, few denoising steps each, with a key/value cache.
+"""Streaming generation: chunk by chunk, with few denoising steps each and a KV cache.
 
-One path for every student, from the toy to Wan: what differs is behind `Student`. Shape letters:
+All students share this code, from the toy to Wan: differences are behind `Student`. Shape letters:
 B videos, F frames, C channels, H x W latent size, c frames of one chunk, L text tokens, E text
 channels. Latents are [B, F, C, H, W].
 """
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from afd.models.kv_cache import KVCache
 from afd.models.noise import Layout, NoiseSource, counted_noise, seeded_noise
-from afd.models.self_forcing import self_forced
 from afd.models.student import Level, Student
-from afd.models.wan import WanStudent
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.self_forcing import self_forced
+from afd.models.wan.student import WanStudent
 from afd.schedules import check_steps, renoise
 from afd_kernels.contracts import require
 
@@ -41,10 +41,10 @@ STEPS = (1.0, 0.9375, 0.833, 0.625)
 
 
 def chunk_layout(frames: int, chunk: int, *, first_alone: bool = False) -> Layout:
-    """Chunks of `chunk` frames; with `first_alone` the first frame is a chunk of its own.
+    """Split frames into chunks of `chunk`; with `first_alone` the first frame is its own chunk.
 
     Raises:
-        ValueError: when the frames do not divide into chunks.
+        ValueError: if the frames do not divide into chunks.
     """
     alone = int(first_alone and chunk > 1)
     needed = f"1 + a multiple of the chunk {chunk}" if alone else f"a multiple of the chunk {chunk}"
@@ -59,8 +59,8 @@ def stream(
     noise: NoiseSource,
     *,
     frames: int | None = None,
-    steps: Sequence[float] = STEPS,
-    first_steps: Sequence[float] | None = None,
+    denoising_steps: Sequence[float] = STEPS,
+    first_chunk_steps: Sequence[float] | None = None,
     prefix_BFCHW: Tensor | None = None,
     switches: Mapping[int, Tensor] | None = None,
     context_noise: float = 0.0,
@@ -68,32 +68,32 @@ def stream(
     cache: KVCache | None = None,
     last_inputs: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield finished chunks [B, c, C, H, W] one after another.
+    """Yield finished chunks [B, c, C, H, W] in order.
 
-    Each chunk starts as noise and is denoised at the times of `steps`: predict the clean chunk,
-    mix it with fresh noise for the next time; the last prediction is the result. A context pass
-    then puts the finished chunk into the cache; after the last chunk nothing would read it.
-    Between chunks only the cache is kept, and nothing in the loop waits for the device.
+    Each chunk starts as noise and is denoised at the times of `denoising_steps`: predict the clean
+    chunk, mix it with fresh noise for the next time; the last prediction is the result. A context
+    pass then writes the finished chunk to the cache, except for the last chunk, which nothing would
+    read. Only the cache is kept between chunks, and nothing in the loop synchronises.
 
     Args:
         text_BLE: embeddings of the prompts (`student.encode`).
-        noise: where the noise comes from; its chunks follow `stream_layout`.
-        frames: length of the video, prefix included; default the student's training length. With a
-            window (of the student's configuration) only the sink and the newest frames are kept.
-        steps: the list of every chunk, in the student's units (`student.levels`).
-        first_steps: the list of the first chunk that is generated, where it differs.
-        prefix_BFCHW: finished latents that begin the video: they are remembered at time 0 and come
-            out again as its first chunks. Whole chunks, or a single frame.
-        switches: from this chunk on (a chunk of the layout) these prompts' embeddings.
-        context_noise: the time the context pass is told, on the 0-1000 scale; the latents of the
-            pass stay clean.
-        remember_last: also do the context pass of the last chunk, to read the cache afterwards.
-        cache: where to keep the context (`student.new_cache` of the same prompts, or one that was
-            reset to them), to read it afterwards. Its prompts are what is seen.
-        last_inputs: a list that gets what the last denoising step of each chunk was given.
+        noise: the noise source; its chunks follow `stream_layout`.
+        frames: length of the video, including the prefix; default the student's training length.
+            With a window (in the student's configuration) only the sink and the newest frames are
+            kept.
+        denoising_steps: denoising steps of every chunk, in the student's units (`student.levels`).
+        first_chunk_steps: denoising steps of the first generated chunk, if different.
+        prefix_BFCHW: finished latents that begin the video: they are cached at time 0 and yielded
+            as its first chunks. Whole chunks, or a single frame.
+        switches: maps a chunk index to the prompt embeddings used from that chunk on.
+        context_noise: timestep of the context pass, on the 0-1000 scale; its latents stay clean.
+        remember_last: also run the context pass of the last chunk, to read the cache afterwards.
+        cache: holds the context (`student.new_cache` of the same prompts, or one that was reset to
+            them) and can be read afterwards. The prompts in the cache are the ones attended to.
+        last_inputs: a list to which the input of each chunk's last denoising step is appended.
 
     Raises:
-        ValueError: naming the argument, what came and what is needed; before the first chunk.
+        ValueError: naming the argument, the value given and what is needed; before the first chunk.
     """
     frames = student.frames if frames is None else frames
     given = 0 if prefix_BFCHW is None else prefix_BFCHW.shape[1]
@@ -103,10 +103,10 @@ def stream(
     for chunk, text in (switches or {}).items():
         require(0 <= chunk < len(layout), "switches", chunk, f"a chunk in [0, {len(layout)})")
         require(text.shape == text_BLE.shape, "switches", text, f"{list(text_BLE.shape)}")
-    levels = student.levels(steps)
+    levels = student.levels(denoising_steps)
     plan = _Plan(
         layout=layout,
-        first=levels if first_steps is None else student.levels(first_steps),
+        first=levels if first_chunk_steps is None else student.levels(first_chunk_steps),
         levels=levels,
         clean=Level.at(0.0, 0.0, student.device),
         context=Level.at(context_noise, 0.0, student.device),
@@ -122,14 +122,14 @@ def stream(
 
 
 def stream_layout(student: Student, frames: int, prefix_frames: int = 0) -> Layout:
-    """The chunks of a stream: with one prefix frame (an image) that frame is a chunk of its own."""
+    """Chunks of a stream; a single prefix frame (an image) is a separate chunk."""
     alone = student.independent_first_frame or prefix_frames == 1
     return chunk_layout(frames, student.chunk, first_alone=alone)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything of a stream that is known before its first chunk."""
+    """Settings of a stream, all known before its first chunk."""
 
     layout: Layout
     first: list[Level]
@@ -171,9 +171,10 @@ def denoise_chunk(
     start: int,
     last_inputs: list[Tensor] | None = None,
 ) -> Tensor:
-    """One chunk at frames `start` and on, [B, c, C, H, W]; what the cache holds of it is not clean.
+    """Denoise the chunk that starts at frame `start`, [B, c, C, H, W]; its cache entry is noisy.
 
-    `Student.remember` makes it so. What the last step was given is added to `last_inputs`.
+    `Student.remember` replaces it by the clean one. The input of the last step is appended to
+    `last_inputs`.
     """
     x_t = noise(chunk, 0)
     for step, level in enumerate(levels):
@@ -206,17 +207,17 @@ def rollout(
     seeds: Sequence[int] | Tensor,
     *,
     frames: int | None = None,
-    steps: Sequence[float] = STEPS,
-    first_steps: Sequence[float] | None = None,
+    denoising_steps: Sequence[float] = STEPS,
+    first_chunk_steps: Sequence[float] | None = None,
     context_noise: float = 0.0,
     batch: int = 256,
 ) -> Tensor:
-    """Whole videos [B, F, C, H, W], one per prompt and seed, `batch` of them at a time."""
+    """Generate full videos [B, F, C, H, W], one per prompt and seed, `batch` at a time."""
     require(bool(prompts), "prompts", prompts, "at least one prompt")
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds: {len(seeds)} came for {len(prompts)} prompts")
     layout = stream_layout(student, student.frames if frames is None else frames)
-    draws = max(len(steps), len(first_steps or ()))
+    draws = max(len(denoising_steps), len(first_chunk_steps or ()))
     videos = []
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
@@ -225,8 +226,8 @@ def rollout(
             student.encode(prompts[part]),
             student.noise_source(seeds[part], layout, draws),
             frames=frames,
-            steps=steps,
-            first_steps=first_steps,
+            denoising_steps=denoising_steps,
+            first_chunk_steps=first_chunk_steps,
             context_noise=context_noise,
         )
         videos.append(torch.cat(list(chunks), 1))
@@ -238,33 +239,33 @@ class SelfForced:
     """A rollout with gradients.
 
     Attributes:
-        x_BFCHW: its latents; the exit steps' predictions, which carry the gradient.
-        t_from, t_to: the list's values at the exit and after it (0 after the last), unwarped, where
-            a trainer's own times are bounded by them.
+        x0_BFCHW: its latents: the predictions of the exit steps, which carry the gradient.
+        t_from, t_to: the step values at the exit and after it (0 after the last), unwarped, for
+            trainers that bound their own times by them.
     """
 
-    x_BFCHW: Tensor
+    x0_BFCHW: Tensor
     t_from: float
     t_to: float
 
 
 def draw_exits(
     chunks: int,
-    steps: Sequence[float],
+    denoising_steps: Sequence[float],
     generator: Generator,
     *,
-    first_steps: Sequence[float] | None = None,
+    first_chunk_steps: Sequence[float] | None = None,
     same: bool = True,
 ) -> list[int]:
-    """The step of every chunk that takes the gradient, uniform over its list.
+    """Draw the step of every chunk that takes the gradient, uniformly over its steps.
 
-    `same`: one draw for all chunks; with a list of its own the first chunk has a draw of its own.
+    `same`: one draw for all chunks; with `first_chunk_steps` the first chunk has a separate draw.
     """
-    lists = [steps] * chunks
-    if first_steps is not None:
-        lists[0] = first_steps
+    lists = [denoising_steps] * chunks
+    if first_chunk_steps is not None:
+        lists[0] = first_chunk_steps
     exits = [int(torch.randint(len(one), (), generator=generator)) for one in lists]
-    start = 0 if first_steps is None else 1
+    start = 0 if first_chunk_steps is None else 1
     return exits[:start] + exits[start : start + 1] * (chunks - start) if same else exits
 
 
@@ -274,27 +275,27 @@ def self_forcing_rollout(
     noise: NoiseSource,
     exits: Sequence[int],
     *,
-    steps: Sequence[float],
-    first_steps: Sequence[float] | None = None,
+    denoising_steps: Sequence[float],
+    first_chunk_steps: Sequence[float] | None = None,
     leak: bool = False,
     frames_with_gradient: int | None = None,
 ) -> SelfForced:
-    """A stream as `stream` makes it, left at each chunk's exit step, which takes the gradient.
+    """A rollout as in `stream`, in which each chunk ends at its exit step, with gradient.
 
-    The noise is the stream's: a chunk's step s reads noise(chunk, s), and its context pass, which
-    sees the slightly noised result, the draw after its exit step (so a list of n steps may need
-    n + 1 draws). `afd.models.self_forcing` says the rest.
+    Noise is used as in `stream`: step s of a chunk reads noise(chunk, s), and its context pass, on
+    the slightly noised result, reads the draw after its exit step (so a list of n steps may need
+    n + 1 draws). See `afd.models.wan.self_forcing` for details.
 
     Args:
-        exits: the exit step of every chunk (`draw_exits`); their number is that of the chunks.
+        exits: the exit step of every chunk (`draw_exits`); its length is the number of chunks.
     """
-    levels = student.levels(steps)
+    levels = student.levels(denoising_steps)
     lists = [[level.t for level in levels]] * len(exits)
-    if first_steps is not None:
-        lists[0] = [level.t for level in student.levels(first_steps)]
-    # Between two steps of each chunk, then its context pass; the last chunk has none.
+    if first_chunk_steps is not None:
+        lists[0] = [level.t for level in student.levels(first_chunk_steps)]
+    # Draws between the steps of each chunk, then for its context pass; the last chunk has none.
     order = iter([(c, s) for c, leave in enumerate(exits) for s in range(1, leave + 2)])
-    x_BFCHW = self_forced(
+    x0_BFCHW = self_forced(
         student.net,
         text_BLE,
         torch.cat([noise(chunk, 0) for chunk in range(len(exits))], 1),
@@ -305,6 +306,8 @@ def self_forcing_rollout(
         leak=leak,
         frames_with_gradient=frames_with_gradient,
     )
-    last = first_steps if first_steps is not None and len(exits) == 1 else steps
+    last = (
+        first_chunk_steps if first_chunk_steps is not None and len(exits) == 1 else denoising_steps
+    )
     after = [*last[1:], 0.0]
-    return SelfForced(x_BFCHW, last[exits[-1]], after[exits[-1]])
+    return SelfForced(x0_BFCHW, last[exits[-1]], after[exits[-1]])

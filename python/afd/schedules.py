@@ -1,6 +1,6 @@
-"""Noise schedules: what x_t = alpha_t x0 + sigma_t noise and v = dx_t/dt mean.
+"""Noise schedules, which define x_t = alpha_t x0 + sigma_t noise and v = dx_t/dt.
 
-`Schedule` names a continuous one for the fused ops; `ShiftedFlow` is the released students' table.
+`Schedule` is a continuous one for the fused ops; `ShiftedFlow` is the released students' table.
 Shape letters: B videos, F frames, C channels, H x W pixels.
 """
 
@@ -51,7 +51,7 @@ def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
 
 
 def resolve(schedule: str | Schedule) -> Schedule:
-    """A schedule by name (defaults for its parameters), or the object itself.
+    """Look up a schedule by name (with default parameters); a Schedule is returned as is.
 
     Raises:
         ValueError: unknown name.
@@ -66,16 +66,17 @@ def resolve(schedule: str | Schedule) -> Schedule:
 
 @dataclass(frozen=True)
 class ShiftedFlow:
-    """Rectified flow on a table of noise levels that a shift pushes towards noise.
+    """Rectified flow on a discrete table of noise levels, shifted towards noise.
 
     The table holds sigma_i = s u / (1 + (s - 1) u) with u = 1 - i / count, i = 0 .. count - 1, so
-    it falls from 1 to just above 0; its times are 1000 sigma_i. Any other time means the nearest
-    entry: sigma(0) is the last entry, not 0. Times are on the 0-1000 scale, sigmas in (0, 1].
+    it descends from 1 to just above 0; its times are 1000 sigma_i. Any other time maps to the
+    nearest entry: sigma(0) is the last entry, not 0. Times are on the 0-1000 scale, sigmas in
+    (0, 1].
     Source: Wan2.1's training schedule as used by Self-Forcing (arXiv 2506.08009).
 
     Attributes:
         shift: s; 5 for the students, 8 for the score networks of their training.
-        count: entries of the table.
+        count: number of table entries.
     """
 
     shift: float = 5.0
@@ -87,23 +88,23 @@ class ShiftedFlow:
 
     @property
     def sigmas(self) -> Tensor:
-        """Noise levels [count], float32 on the CPU, falling from 1."""
+        """Noise levels [count], float32 on the CPU, descending from 1."""
         return _table(self)[0]
 
     @property
     def times(self) -> Tensor:
-        """Times [count], float32 on the CPU, falling from 1000."""
+        """Times [count], float32 on the CPU, descending from 1000."""
         return _table(self)[1]
 
     @property
     def training_weights(self) -> Tensor:
-        """Weight of the flow-matching loss at every entry, [count] float32, mean 1, 0 at t=1000."""
+        """Weight of the flow-matching loss per entry, [count] float32, mean 1, 0 at t=1000."""
         return _table(self)[2]
 
     def warp(self, steps: Sequence[float]) -> tuple[float, ...]:
-        """Times of a list of denoising steps: u becomes the entry 1000 - u, and 0 stays 0.
+        """Map denoising steps to times: step u becomes the entry 1000 - u, and 0 stays 0.
 
-        Needs the table of 1000 entries and whole numbers in [0, 1000].
+        Requires a table of 1000 entries and integer steps in [0, 1000].
         """
         require(self.count == 1000, "count", self.count, "1000 to warp a list of steps")
         for step in steps:
@@ -113,29 +114,29 @@ class ShiftedFlow:
         return tuple(times[1000 - int(step)] for step in steps)
 
     def sigma_of(self, t: float) -> float:
-        """The noise level at one time that the host knows: the nearest entry."""
+        """Noise level of the entry nearest to a time given as a host number."""
         return float(self.sigmas[self.nearest(torch.tensor(t))])
 
     def nearest(self, t: Tensor) -> Tensor:
-        """Index of the entry nearest to each time (the earlier one of two), int64 like t."""
+        """Index of the entry nearest to each time (the earlier if tied), int64 in t's shape."""
         times = _on(self, t.device)[1].double()
-        # The table falls; searchsorted wants it to rise.
+        # The table is descending; searchsorted requires ascending order.
         right = torch.searchsorted(times.flip(0), t.double().contiguous())
         below = (self.count - right).clamp(max=self.count - 1)  # first entry < t, or the last one
         above = (below - 1).clamp(min=0)
         return torch.where(times[above] - t <= t - times[below], above, below)
 
     def sigma_at(self, t: Tensor) -> Tensor:
-        """The noise level at each time, float32 like t, on its device, without waiting for it."""
+        """Noise level at each time, float32 in t's shape, on its device, without a sync."""
         return _on(self, t.device)[0][self.nearest(t)]
 
     def training_weight(self, t: Tensor) -> Tensor:
-        """The loss weight at each time, float32 like t."""
+        """Loss weight at each time, float32 in t's shape."""
         return _on(self, t.device)[2][self.nearest(t)]
 
 
 def check_steps(steps: Sequence[float], first: float = 1.0) -> None:
-    """Refuse a list that does not fall from `first`, pure noise, to above 0."""
+    """Raise ValueError unless the steps descend from `first` (pure noise) and stay above 0."""
     if not steps or steps[0] != first or any(b >= a for a, b in pairwise(steps)):
         raise ValueError(f"steps: {list(steps)} came, times falling from {first:g} are needed")
     if steps[-1] <= 0:
@@ -145,33 +146,33 @@ def check_steps(steps: Sequence[float], first: float = 1.0) -> None:
 @lru_cache(maxsize=16)
 def _table(flow: ShiftedFlow) -> tuple[Tensor, Tensor, Tensor]:
     """Sigmas, times and training weights on the CPU."""
-    # float32 from the start: released checkpoints were trained on these roundings.
+    # float32 throughout: released checkpoints were trained with this rounding.
     u = torch.linspace(1, 0, flow.count + 1)[:-1]
     sigmas = flow.shift * u / (1 + (flow.shift - 1) * u)
     times = 1000 * sigmas
     weights = torch.exp(-2 * ((times - 500) / 1000) ** 2)
     weights = weights - weights.min()
-    # One entry alone has weight 0 whatever it is divided by.
+    # With a single entry the weight is 0, and so is the sum.
     return sigmas, times, weights * (flow.count / weights.sum().clamp_min(1e-12))
 
 
 @lru_cache(maxsize=64)
 def _on(flow: ShiftedFlow, device: torch.device) -> tuple[Tensor, ...]:
-    """The table on a device, moved there once."""
+    """The table on a device, copied there once."""
     return tuple(column.to(device) for column in _table(flow))
 
 
 def x0_from_flow(flow: Tensor, x_t: Tensor, sigma: Tensor | float) -> Tensor:
-    """The clean video that a velocity (noise minus video) at x_t points to: x_t - sigma v.
+    """The clean video implied by a velocity (noise minus video) at x_t: x_t - sigma v.
 
-    Computed in float64, returned in flow's dtype. `sigma` broadcasts from the left, [B, F] to
-    [B, F, C, H, W], or is one number.
+    Computed in float64, returned in flow's dtype. `sigma` is a number, or broadcasts from the left,
+    [B, F] to [B, F, C, H, W].
     """
     return (x_t.double() - _wide(sigma, x_t) * flow.double()).to(flow.dtype)
 
 
 def flow_from_x0(x0: Tensor, x_t: Tensor, sigma: Tensor | float) -> Tensor:
-    """The velocity that points from x_t to x0: (x_t - x0) / sigma; dtypes as `x0_from_flow`."""
+    """The velocity implied by x0 at x_t: (x_t - x0) / sigma; dtypes as in `x0_from_flow`."""
     return ((x_t.double() - x0.double()) / _wide(sigma, x_t)).to(x0.dtype)
 
 
@@ -183,7 +184,7 @@ def renoise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def euler_step(flow: Tensor, x_t: Tensor, sigma: Tensor | float, to: Tensor | float) -> Tensor:
-    """One step along the velocity from noise level `sigma` to `to`, in float32 and x_t's dtype."""
+    """One Euler step from noise level `sigma` to `to`, in float32, returned in x_t's dtype."""
     if isinstance(sigma, Tensor):
         sigma = _aligned(sigma.float(), x_t)
     if isinstance(to, Tensor):
@@ -196,5 +197,5 @@ def _wide(sigma: Tensor | float, like: Tensor) -> Tensor | float:
 
 
 def _aligned(sigma: Tensor, like: Tensor) -> Tensor:
-    """sigma with trailing axes of one, so that it broadcasts from the left."""
+    """sigma with trailing axes of size 1, so that it broadcasts from the left."""
     return sigma.reshape(*sigma.shape, *(1,) * (like.ndim - sigma.ndim))

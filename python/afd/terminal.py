@@ -1,4 +1,4 @@
-"""The terminal of a command that runs for hours, and may outlive it."""
+"""Terminal handling for long-running commands, which may outlive their terminal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
-# What asks a command to end. SIGHUP comes when its terminal is closed; under nohup it is ignored.
+# Signals that end a command. SIGHUP is sent when its terminal closes; under nohup it is ignored.
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Let the block outlive whoever reads its standard streams.
+    """Keep the block running if its standard streams fail.
 
-    Once a stream cannot be written to (its reader has left, the terminal is gone, its disk is
-    full), what would go there is dropped. Streams that somebody has put in their place, as tests
-    do, are left alone.
+    Once a stream cannot be written to (its reader has exited, the terminal is gone, the disk is
+    full), further output to it is discarded. Replaced streams, as in tests, are left alone.
     """
     occupy()
     before = sys.stdout, sys.stderr
@@ -42,14 +41,15 @@ def lasting_streams() -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that it can tidy up; once."""
+    """Raise KeyboardInterrupt on the first SIGTERM or SIGHUP in the block, so that it can clean up
+    as after Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may set handlers; elsewhere the caller owns the signals.
         yield
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        # A service manager sends both: the second one must not end the tidying up.
+        # Service managers send both: the second one must not interrupt the clean-up.
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -62,36 +62,37 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def handled(numbers: tuple[signal.Signals, ...], handle: Any) -> dict[signal.Signals, Any]:
-    """Set a handler for signals; returns what was there. A SIGHUP that is ignored stays so."""
+    """Set a handler for signals and return the previous ones. An ignored SIGHUP stays ignored."""
     hung_up = signal.getsignal(signal.SIGHUP)
     numbers = tuple(n for n in numbers if n != signal.SIGHUP or hung_up != signal.SIG_IGN)
     return {number: signal.signal(number, handle) for number in numbers}
 
 
 def restore(before: dict[signal.Signals, Any]) -> None:
-    """Put back what `handled` returned."""
+    """Restore the handlers that `handled` returned."""
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def occupy() -> None:
-    """Open standard streams that were closed from the start, so that no file gets their numbers."""
+    """Open standard streams that were closed at start-up, so that no file reuses their
+    descriptors."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
 
 
 def drop(descriptor: int) -> None:
-    """Send a standard stream nowhere, for all that write there: C libraries, child processes."""
+    """Redirect a standard stream to /dev/null, also for C libraries and child processes."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, descriptor)
     os.close(nothing)
 
 
 class _Raw(io.FileIO):
-    """A standard stream that drops what it cannot write."""
+    """A raw standard stream that discards what it cannot write."""
 
     def write(self, data: Any) -> int:
         while True:
@@ -102,12 +103,12 @@ class _Raw(io.FileIO):
                 return len(memoryview(data).cast("B"))
             if written is not None:
                 return written
-            # Another program has made the stream one that does not wait.
+            # Another program has made the stream non-blocking.
             select.select([], [self.fileno()], [])
 
 
 def _lasting(descriptor: int, like: TextIO | None) -> TextIO:
-    """A text stream as `like` is, which never fails."""
+    """A text stream like `like` that never fails."""
     if like is not None:
         with suppress(OSError, ValueError):
             like.flush()
@@ -115,7 +116,7 @@ def _lasting(descriptor: int, like: TextIO | None) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(like, "encoding", None) or "utf-8",
-        # A prompt may hold letters that the terminal's encoding has not.
+        # A prompt may hold characters that the terminal's encoding lacks.
         errors="backslashreplace",
         line_buffering=descriptor == 2 or raw.isatty(),
     )

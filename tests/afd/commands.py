@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from afd.cli import main
-from afd.ranks import ALONE
-from afd.training import checkpoint, shards
+from afd.distributed import ALONE
+from afd.trainer import checkpoint, shards
 from tests.afd.test_resume import assert_same, numbers
 from tests.afd.tiny import make_clips
 from tests.afd.tiny_methods import toy_student
@@ -33,11 +33,14 @@ def small_run(folder: Path) -> Path:
     make_clips(folder / "clips", frames=12)
     toy_student().save(folder / "student.safetensors")
     data: dict[str, Any] = {
-        "steps": UPDATES,
-        "prompts_per_step": 2,
+        "updates": UPDATES,
+        "prompts_per_update": 2,
         "teacher": {"kind": "folder", "path": str(folder / "clips")},
-        "student": {"checkpoint": str(folder / "student.safetensors"), "steps": [1.0, 0.625]},
-        "discriminator": {"warmup_steps": 1, "steps_per_update": 1, "backbone": "scratch"},
+        "student": {
+            "checkpoint": str(folder / "student.safetensors"),
+            "denoising_steps": [1.0, 0.625],
+        },
+        "discriminator": {"warmup_updates": 1, "steps_per_update": 1, "backbone": "scratch"},
         "afd": {"samples_per_prompt": 2, "draws": 1, "ema_decay": 0.9, "baseline": "ema"},
         "evaluation": {"every": 0, "curve_videos": 2, "videos": 2, "samples": 2},
         "logging": {"tensorboard": False},

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
-from afd.config import make_config
+from afd.config.run import make_config
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.latent import LatentCritic
-from afd.methods.afd import Afd, versions
+from afd.discriminators.latent import LatentDiscriminator
+from afd.distributed import Ranks, join
+from afd.methods.afd import Afd
 from afd.methods.base import Batch
-from afd.methods.build import build_method
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
@@ -25,9 +25,9 @@ from afd.methods.sft import VERSIONS, Sft
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.sharding import shard_over
-from afd.ranks import Ranks, join
-from afd.training import shards
-from afd.training.loop import train
+from afd.trainer import shards
+from afd.trainer.build import build_method
+from afd.trainer.loop import train
 from tests.afd.tiny_methods import CHANNELS, TEXT, WAN_STEPS, wan_batch, wan_student, words
 
 
@@ -49,31 +49,29 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.world > 1 else None
     lora = LoraConfig(rank=4, alpha=4.0) if name in ("afd", "afd bf16") else None
-    how: dict[str, Any] = {"steps": WAN_STEPS, "ranks": ranks}
+    how: dict[str, Any] = {"denoising_steps": WAN_STEPS, "ranks": ranks}
     student, rate = wan_student(dtype), 1e-5 if dtype == torch.bfloat16 else 1e-3
     if name.startswith("sft"):
         config = SftConfig(draws=2, learning_rate=rate)
         return Sft(make_policies(student, VERSIONS, lora=lora, shard=shard), config, **how)
     if name == "dmd":
-        fields = DmdConfig(score_warmup_steps=1, score_updates=1, learning_rate=rate)
-        names = (*Dmd.versions, "ref") if fields.prior_weight > 0 else Dmd.versions
-        policies = make_policies(student, names, trained=Dmd.trained, shard=shard)
+        fields = DmdConfig(score_warmup_updates=1, score_updates=1, learning_rate=rate)
+        policies = make_policies(student, fields.versions, trained=fields.trained, shard=shard)
         return Dmd(policies, fields, **how)
-    critic = LatentCritic(
+    discriminator = LatentDiscriminator(
         lambda prompts: words(list(prompts)),
-        LatentConfig(width=8, learning_rate=1e-3, warmup_steps=0, loss="gan"),
+        LatentConfig(width=8, learning_rate=1e-3, warmup_updates=0, loss="gan"),
         channels=CHANNELS,
         text_dim=TEXT,
         ranks=ranks,
     )
     if name == "gan":
         settings = GanConfig(learning_rate=rate)
-        names = (*Gan.versions, "ref") if settings.prior_weight > 0 else Gan.versions
-        policies = make_policies(student, names, trained=Gan.trained, shard=shard)
-        return Gan(policies, critic, settings, **how)
+        policies = make_policies(student, settings.versions, trained=settings.trained, shard=shard)
+        return Gan(policies, discriminator, settings, **how)
     config = AfdConfig(samples_per_prompt=2, learning_rate=rate, context="recompute")
-    policies = make_policies(student, versions(config), lora=lora, shard=shard)
-    return Afd(policies, critic, config, **how)
+    policies = make_policies(student, config.versions, lora=lora, shard=shard)
+    return Afd(policies, discriminator, config, **how)
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Walked:
 
 def walk(legs: list[Leg]) -> list[Walked]:
     """Metrics of each update of a tiny Wan, and theta after them, for each leg."""
-    with join(make_config({})) as ranks:
+    with join("cpu") as ranks:
         return [_walk(leg, ranks) for leg in legs]
 
 
@@ -111,7 +109,7 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
     for step in range(first, first + leg.updates):
         batch = sharing(wan_batch(step), ranks)
         method.rollout(batch)
-        said.append(method.critic_step(batch) | method.student_step(batch))
+        said.append(method.discriminator_step(batch) | method.student_step(batch))
     state = method.state_dict()
     if leg.left is not None:
         leg.left.mkdir(exist_ok=True)
@@ -130,7 +128,7 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
 def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:
     """A run of a configuration in which one process is told to stop during an update."""
     config = make_config(data)
-    with join(config) as ranks:
+    with join(config.device) as ranks:
         method = build_method(config, ranks)
         rollout = method.rollout
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import httpx
 
-import afd.training.teacher
-from afd.config import RunConfig, load_config
-from afd.teachers.base import TeacherError
-from afd.teachers.http import Http
-from afd.teachers.ledger import Ledger
+import afd.data.videos
+from afd.config.run import RunConfig, load_config
+from afd.errors import TeacherError
+from afd.teachers.paid.http import Http
+from afd.teachers.paid.ledger import Ledger
 
 
 class Killer:
@@ -88,7 +88,7 @@ class Killer:
 
 
 def buy(config: Any) -> None:
-    teacher = afd.training.teacher.open_api_teacher(config)
+    teacher = config.open_teacher()
     futures = [teacher.start(request) for request in teacher.requests]
     for future in futures:
         error = future.exception()
@@ -129,9 +129,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     # What a run imports and reads on its way: the forked processes start with it.
-    import afd.teachers.api
-    import afd.teachers.network
+    import afd.teachers.paid.network
+    import afd.teachers.paid.teacher
 
-    assert afd.teachers.api.PROVIDERS
-    afd.teachers.network.certificates()
+    assert afd.teachers.paid.teacher.PROVIDERS
+    afd.teachers.paid.network.certificates()
     main()

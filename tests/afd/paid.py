@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from afd.config import RunConfig, make_config
-from afd.teachers.api import ApiTeacher
-from afd.training.teacher import open_api_teacher
+from afd.config.run import RunConfig, make_config
+from afd.teachers.paid.teacher import ApiTeacher
 from afd.video import write_video
 from tests.afd.service import Service
 
@@ -65,4 +64,4 @@ def paid_config(
 
 
 def teacher_of(config: RunConfig) -> ApiTeacher:
-    return open_api_teacher(config)
+    return config.open_teacher()

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.checkpoints import save_self_forcing
+from afd.models.wan.checkpoints import save_self_forcing
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.video import write_video
 from tests.afd.test_text import LENGTH, diffusers_folder
 from tests.afd.test_vae import model as vae_model
@@ -77,7 +78,7 @@ def overrides(models: Path, method: str) -> list[str]:
     scores = method in ("afd", "gan")
     sizes = [
         "device=cpu",
-        "prompts_per_step=2",
+        "prompts_per_update=2",
         f"cache={models / 'cache'}",
         f"teacher.path={models / 'teacher'}",
         f"video.frames={FRAMES}",
@@ -88,7 +89,7 @@ def overrides(models: Path, method: str) -> list[str]:
         "student.head_dim=16",
         "student.dtype=float32",
         "student.vae_dtype=float32",
-        "student.steps=[1000,500]",
+        "student.denoising_steps=[1000,500]",
         "student.lora.rank=4",
         "student.lora.alpha=4",
         "evaluation.every=2",
@@ -109,5 +110,5 @@ def overrides(models: Path, method: str) -> list[str]:
     if method != "sft":
         sizes.append(f"{method}.samples_per_prompt={2 if method == 'afd' else 1}")
     if method == "dmd":
-        sizes += ["dmd.score_updates=1", "dmd.score_warmup_steps=1"]
+        sizes += ["dmd.score_updates=1", "dmd.score_warmup_updates=1"]
     return sizes

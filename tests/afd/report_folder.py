@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from afd.config import make_config, to_yaml
-from afd.teachers import simulator
+from afd.config.run import make_config, to_yaml
+from afd.lab import simulator
 from afd.video import to_uint8
 
 TEACHER = {"phys": 0.073, "g_mae": 0.005, "motion": 1.32, "fit_res": 0.116, "rend": 0.171}
@@ -49,7 +49,7 @@ def make_base(folder: Path) -> None:
 
 def make_run(folder: Path, method: str, end: dict[str, float], domain: str, style: str) -> None:
     folder.mkdir(parents=True)
-    config = make_config({"method": method, "name": method, "steps": STEPS})
+    config = make_config({"method": method, "name": method, "updates": STEPS})
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / "doctor.json").write_text(json.dumps(DOCTOR), encoding="utf-8")
     write_lines(folder / "evaluation.jsonl", list(curve(method, end)))
@@ -95,9 +95,21 @@ def curve(method: str, end: dict[str, float]) -> Iterator[dict[str, Any]]:
 def update(method: str, step: int) -> dict[str, Any]:
     noise = np.random.default_rng(step)
     way = math.exp(-step / 150)
-    phases = {"teacher": 0.002, "rollout": 0.12, "critic": 0.09, "student": 0.2, "evaluate": 0.0}
+    phases = {
+        "teacher": 0.002,
+        "rollout": 0.12,
+        "discriminator": 0.09,
+        "student": 0.2,
+        "evaluate": 0.0,
+    }
     if method == "sft":
-        phases = {"teacher": 0.002, "rollout": 0.0, "critic": 0.0, "student": 0.08, "evaluate": 0.0}
+        phases = {
+            "teacher": 0.002,
+            "rollout": 0.0,
+            "discriminator": 0.0,
+            "student": 0.08,
+            "evaluate": 0.0,
+        }
     if step % 50 == 0:
         phases["evaluate"] = 1.2
     line: dict[str, Any] = {"step": step, "time_s": step * 0.42 if method == "afd" else step * 0.09}
@@ -106,9 +118,9 @@ def update(method: str, step: int) -> dict[str, Any]:
     if method == "sft":
         return line
     return line | {
-        "critic/loss": 0.35 + 0.3 * way + 0.05 * noise.normal(),
-        "critic/accuracy": min(1.0, 0.86 - 0.3 * way + 0.06 * noise.normal()),
-        "critic/margin": 2.4 - 2.2 * way + 0.25 * noise.normal(),
+        "discriminator/loss": 0.35 + 0.3 * way + 0.05 * noise.normal(),
+        "discriminator/accuracy": min(1.0, 0.86 - 0.3 * way + 0.06 * noise.normal()),
+        "discriminator/margin": 2.4 - 2.2 * way + 0.25 * noise.normal(),
         "student/r_mean": 0.5 + 0.03 * noise.normal(),
         "student/r_at_0": 0.04 * noise.random(),
         "student/r_at_1": 0.05 * noise.random(),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from afd.ablation import AblationConfig, ablation, study
-from afd.config import ConfigError, load_config, plain
+from afd.config.run import load_config, plain
+from afd.errors import ConfigError
+from afd.lab.ablation import AblationConfig, ablation, study
 from tests.afd.test_quickstart import SMALL as QUICKSTART
 
 FOLDER = Path(__file__).parents[2] / "configs" / "ablations"
@@ -33,7 +34,7 @@ def test_every_row_of_every_file_is_another_run_of_its_base(path: Path, tmp_path
         cell = table.cell(row, 3)
         assert cell.run_dir == tmp_path / row / "seed3"
         assert (cell.seed, cell.name) == (3, row)
-        assert (cell.steps, cell.teacher.style) == (base.steps, base.teacher.style)
+        assert (cell.updates, cell.teacher.style) == (base.updates, base.teacher.style)
         made.append(plain(cell.model_copy(update={"name": "", "out": None})))
     assert all(made.count(one) == 1 for one in made)
 
@@ -50,7 +51,7 @@ def test_the_rates_are_the_reported_multiples_of_the_toys_own() -> None:
 
 
 def test_an_ablation_draws_its_table_and_curves_and_runs_nothing_twice(tmp_path: Path) -> None:
-    arguments = [f"out={tmp_path}", *SMALL, "dmd.score_updates=1", "dmd.score_warmup_steps=1"]
+    arguments = [f"out={tmp_path}", *SMALL, "dmd.score_updates=1", "dmd.score_warmup_updates=1"]
     path = FOLDER / "methods.yaml"
     assert ablation(path, [*arguments, "rows=[gan]", "seeds=[0]"], console())
     results = json.loads((tmp_path / "results.json").read_text())
@@ -61,11 +62,12 @@ def test_an_ablation_draws_its_table_and_curves_and_runs_nothing_twice(tmp_path:
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["nuis-teacher", "base", "gan", "dmd", "afd"]
     assert results["afd"]["mean"]["student/r_mean"] == pytest.approx(0.5, abs=0.2)
-    assert {"phys", "critic/accuracy", "student/r_at_0"} <= set(results["afd"]["mean"])
+    assert {"phys", "discriminator/accuracy", "student/r_at_0"} <= set(results["afd"]["mean"])
     assert "student/r_mean" not in results["gan"]["mean"]
     assert {file: file.stat().st_mtime_ns for file in done} == done
     text = (tmp_path / "results.md").read_text()
-    assert text.startswith("## methods\n\nWhat do the methods learn")
+    question = load_config(path, [], AblationConfig).question
+    assert text.startswith(f"## methods\n\n{question}")
     assert "- `gan`: method=gan, discriminator.loss=gan" in text
     assert "| gan | 1 |" in text
     assert "2 updates of `quickstart.yaml`" in text

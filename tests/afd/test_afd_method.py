@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from afd.config import make_config
-from afd.discriminators.config import ToyDiscriminatorConfig
-from afd.discriminators.toy import MotionBackbone, ToyCritic
+from afd.config.run import make_config
+from afd.lab.config import ToyDiscriminatorConfig
+from afd.lab.discriminator import MotionBackbone, ToyDiscriminator
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.student import ToyStudent
 from afd.methods.advantage import optimality
-from afd.methods.afd import Afd, versions
+from afd.methods.afd import Afd
 from afd.methods.base import Batch, draw_times
-from afd.methods.build import build_method
 from afd.methods.config import AfdConfig, SftConfig
 from afd.methods.sft import VERSIONS, Sft
 from afd.models.policies import make_policies
-from afd.models.toy import ToyStudent
 from afd.rollout import STEPS
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+from afd.trainer.build import build_method
 
 THREE = list(PROMPTS)[::13][:3]
 
@@ -42,17 +42,17 @@ def batch(step: int = 0) -> Batch:
 
 
 def afd(student: ToyStudent, seed: int = 0, **settings: Any) -> Afd:
-    critic = ToyCritic(
-        ToyDiscriminatorConfig(backbone="scratch", warmup_steps=1, steps_per_update=1), seed=seed
+    discriminator = ToyDiscriminator(
+        ToyDiscriminatorConfig(backbone="scratch", warmup_updates=1, steps_per_update=1), seed=seed
     )
     config = AfdConfig(**settings)
-    policies = make_policies(copy.deepcopy(student), versions(config))
-    return Afd(policies, critic, config, steps=STEPS, seed=seed)
+    policies = make_policies(copy.deepcopy(student), config.versions)
+    return Afd(policies, discriminator, config, denoising_steps=STEPS, seed=seed)
 
 
 def sft(student: ToyStudent, seed: int = 0) -> Sft:
     policies = make_policies(copy.deepcopy(student), VERSIONS)
-    return Sft(policies, SftConfig(learning_rate=1e-3), steps=STEPS, seed=seed)
+    return Sft(policies, SftConfig(learning_rate=1e-3), denoising_steps=STEPS, seed=seed)
 
 
 def weights(method: Any, name: str) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def weights(method: Any, name: str) -> dict[str, Tensor]:
 def step(method: Any, number: int) -> dict[str, float]:
     given = batch(number)
     method.rollout(given)
-    return method.critic_step(given) | method.student_step(given)
+    return method.discriminator_step(given) | method.student_step(given)
 
 
 def saved(method: Any) -> dict[str, Any]:
@@ -132,11 +132,11 @@ def test_times_come_from_the_students_list_or_a_law() -> None:
 # --- AFD ---
 
 
-def test_the_warm_up_trains_the_critic_alone(student: ToyStudent) -> None:
+def test_the_warm_up_trains_the_discriminator_alone(student: ToyStudent) -> None:
     method = afd(student, adv_clip=100.0)
     metrics = step(method, 0)
     assert "student/loss" not in metrics
-    assert {"critic/accuracy", "critic/margin", "student/r_mean"} <= metrics.keys()
+    assert {"discriminator/accuracy", "discriminator/margin", "student/r_mean"} <= metrics.keys()
     for name, value in student.state_dict().items():
         assert torch.equal(value, weights(method, "theta")[name])
     metrics = step(method, 1)
@@ -195,7 +195,7 @@ def test_old_follows_theta_on_its_schedule(student: ToyStudent) -> None:
 
 def test_a_step_without_a_rollout_is_refused(student: ToyStudent) -> None:
     with pytest.raises(RuntimeError, match="no rollouts: call rollout"):
-        afd(student).critic_step(batch())
+        afd(student).discriminator_step(batch())
 
 
 # --- SFT and the factory ---

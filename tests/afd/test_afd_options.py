@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.config import VideoConfig
+from afd.config.run import EvaluationConfig
+from afd.distributed import ALONE
+from afd.lab.metrics import PhysicsMetrics
 from afd.methods.advantage import optimality
-from afd.methods.afd import Afd, versions
+from afd.methods.afd import Afd
 from afd.methods.base import draw_times
 from afd.methods.config import AfdConfig
-from afd.methods.noised import draw_copies
-from afd.methods.rollouts import Show
+from afd.methods.copies import draw_copies
+from afd.methods.rollouts import InputPipeline
 from afd.models.codec import Pixels
 from afd.video import through_codec
+from afd.video.config import VideoConfig
 from tests.afd.tiny_methods import gradients, make_afd, step, toy_batch, toy_student, weights
 from tests.tolerances import NETWORK_REORDERED as SAME
 
@@ -106,7 +109,9 @@ def test_random_advantages_ignore_the_score() -> None:
     found = []
     for seed in (1, 2):
         method = make_afd(toy_student(), advantage="random")
-        method.critic.net.head[0].weight.data.normal_(generator=Generator().manual_seed(seed))
+        method.discriminator.net.head[0].weight.data.normal_(
+            generator=Generator().manual_seed(seed)
+        )
         found.append(step(method, toy_batch()))
     assert found[0]["student/score_mean"] != found[1]["student/score_mean"]
     assert found[0]["student/r_std"] == found[1]["student/r_std"] > 0
@@ -137,9 +142,9 @@ def test_the_prior_is_weighed_by_r_where_asked() -> None:
 
 
 def test_without_a_prior_no_reference_is_kept() -> None:
-    assert versions(AfdConfig()) == ("theta", "old", "ref")
-    assert versions(AfdConfig(prior_weight=0.0, old="current")) == ("theta",)
-    assert versions(AfdConfig(ema_decay=0.9)) == ("theta", "old", "ema", "ref")
+    assert AfdConfig().versions == ("theta", "old", "ref")
+    assert AfdConfig(prior_weight=0.0, old="current").versions == ("theta",)
+    assert AfdConfig(ema_decay=0.9).versions == ("theta", "old", "ema", "ref")
     method, metrics = first(prior_weight=0.0)
     assert metrics["student/prior"] == metrics["student/ref_deviation"] == 0
     with pytest.raises(ValueError, match="name: got 'ref'"):
@@ -197,7 +202,7 @@ def test_a_kept_context_and_one_that_old_makes_again_are_the_same() -> None:
             method.rollout(given)
             assert method._rollouts is not None
             assert bool(method._rollouts.contexts) == keep
-            method.critic_step(given)
+            method.discriminator_step(given)
             metrics = method.student_step(given)
         found[keep] = metrics, gradients(method)
     assert found[True][0]["student/loss"] == pytest.approx(found[False][0]["student/loss"], 1e-4)
@@ -273,8 +278,8 @@ def test_rollouts_in_pieces_are_the_rollouts() -> None:
         assert method._rollouts is not None
         found.append(method._rollouts)
     for pieces in found[1:]:
-        torch.testing.assert_close(pieces.x_BFCHW, found[0].x_BFCHW, **SAME)
-        torch.testing.assert_close(pieces.seen_BFCHW, found[0].seen_BFCHW, **SAME)
+        torch.testing.assert_close(pieces.x0_BFCHW, found[0].x0_BFCHW, **SAME)
+        torch.testing.assert_close(pieces.input_BFCHW, found[0].input_BFCHW, **SAME)
         assert pieces.prompts == found[0].prompts
         assert len(pieces.contexts) == 4
 
@@ -285,10 +290,10 @@ def test_the_group_is_as_large_as_asked_and_the_first_video_is_shown() -> None:
     method.rollout(given)
     assert method._rollouts is not None
     assert method._rollouts.prompts == [p for p in given.prompts for _ in range(3)]
-    x_FCHW = method._rollouts.x_BFCHW[0]
+    x_FCHW = method._rollouts.x0_BFCHW[0]
     method.student_step(given)
     assert method.shown is not None
-    assert torch.equal(method.shown.x_FCHW, x_FCHW)
+    assert torch.equal(method.shown.x0_FCHW, x_FCHW)
     assert method.shown.prompt == given.prompts[0]
     assert method.shown.score is not None
     assert 0 <= (method.shown.r or 0) <= 1
@@ -297,14 +302,16 @@ def test_the_group_is_as_large_as_asked_and_the_first_video_is_shown() -> None:
 def test_the_discriminator_is_shown_what_the_codec_leaves() -> None:
     method = make_afd(toy_student())
     x = torch.rand(2, 12, 3, 16, 16) * 2 - 1
-    plain = Show(method.critic, Pixels(), VideoConfig())
-    matched = Show(method.critic, Pixels(), VideoConfig(codec_match=True, crf=30))
+    plain = InputPipeline(method.discriminator, Pixels(), VideoConfig())
+    matched = InputPipeline(method.discriminator, Pixels(), VideoConfig(codec_match=True, crf=30))
     assert torch.equal(plain(x), x)
     assert torch.equal(matched(x), through_codec(x, crf=30))
     assert not torch.equal(matched(x), x)
 
 
 def test_agreement_with_physics_is_logged_on_its_steps() -> None:
-    method = make_afd(toy_student(), physics_every=2)
-    logged = ["agreement/phys" in step(method, toy_batch(number)) for number in range(3)]
+    watch = PhysicsMetrics.watch(EvaluationConfig(), ALONE)
+    method = make_afd(toy_student())
+    method.watch = watch
+    logged = ["agreement/phys" in step(method, toy_batch(number)) for number in (0, 1, 10)]
     assert logged == [True, False, True]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from afd.training.alarms import OLD_DEVIATION, USUAL_AFTER, Signs, signs
+from afd.trainer.health import OLD_DEVIATION, USUAL_AFTER, Signs, signs
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_frozen_rating_that_falls_while_the_margin_shrinks_is_reward_hacking(
     # (margin of the updates, then the untouched MQ): learning, then fooling.
     for step, (margin, rating) in enumerate([(2.0, 0.0), (1.5, 0.3), (1.0, 0.25), (0.2, 0.1)]):
         for _ in range(60):
-            watch.look(step, {"critic/margin": margin})
+            watch.look(step, {"discriminator/margin": margin})
         watch.evaluated(step, {"MQ": rating})
     assert len(said(log)) == 1
     assert said(log)[0].startswith("update 3: the untouched VideoAlign's MQ fell from 0.30 to 0.10")
@@ -48,7 +48,7 @@ def test_a_rating_that_falls_with_the_score_is_another_matter(
     watch = Signs()
     for step, (margin, rating) in enumerate([(1.0, 0.3), (1.5, 0.0), (2.0, -0.3)]):
         for _ in range(60):
-            watch.look(step, {"critic/margin": margin})
+            watch.look(step, {"discriminator/margin": margin})
         watch.evaluated(step, {"MQ": rating})
     assert said(log) == []
 
@@ -90,7 +90,11 @@ def test_a_resumed_run_remembers_what_it_has_said(log: pytest.LogCaptureFixture)
 
 
 def test_every_sign_says_what_to_do() -> None:
-    trouble = {"critic/margin": 9.0, "critic/accuracy": 1.0, "student/zero_std_groups": 0.5}
+    trouble = {
+        "discriminator/margin": 9.0,
+        "discriminator/accuracy": 1.0,
+        "student/zero_std_groups": 0.5,
+    }
     found = dict(signs({**trouble, "student/r_mean": 0.99})) | dict(signs({"student/r_mean": 0.0}))
     advice = ("lower", "raise", "compare")
     assert len(found) == 5

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from afd.teachers.answers import (
+from afd.teachers.paid.answers import (
     Address,
     Amount,
     Answer,
@@ -19,7 +19,7 @@ from afd.teachers.answers import (
     Word,
     receive,
 )
-from afd.teachers.secret import HIDDEN, Secret, clean
+from afd.teachers.paid.secret import HIDDEN, Secret, clean
 
 KEY = "sk-Test-9fQ2xLbV7RmZ4TaK8wDe"
 SECRET = Secret("X", KEY)

@@ -14,20 +14,17 @@ from afd.cli import main
 ODD = "-a 'b' \"c\" #?%d:=&;[red]{x}*$~\\\n :smile: é 😀 ."
 LONG = "n" * 255
 RUN = """
-steps: 2
-prompts_per_step: 2
+updates: 2
+prompts_per_update: 2
 teacher: {count: 6}
 evaluation: {videos: 4, curve_videos: 2, samples: 2}
 checkpoint: {every: 1}
 """
 SAMPLE = """
-student: toy
-steps: [1.0]
+student: {kind: toy, denoising_steps: [1.0]}
 height: 16
 width: 16
 frames: 12
-chunk: 3
-dtype: float32
 """
 
 
@@ -43,24 +40,32 @@ def every_command(home: str, run: str) -> None:
     (folder / "run.yaml").write_text(RUN)
     (folder / "sample.yaml").write_text(SAMPLE)
     (folder / "eval.yaml").write_text("suites: [videophy2]\nvideophy2: {samples: 1}\n")
-    text = "name: q\nquestion: q\nbase: run.yaml\nrows: {one: [steps=1]}\n"
+    text = "name: q\nquestion: q\nbase: run.yaml\nrows: {one: [updates=1]}\n"
     (folder / "ablation.yaml").write_text(text)
     (folder / "[prompts] #1.txt").write_text("a [red] ball\n")
     config, prompts = f"{home}/run.yaml", f"{home}/[prompts] #1.txt"
     teacher = f"teacher.path={home}/é #1"
     student = f"{home}/export"
-    sampled = [f"prompts={prompts}", f"checkpoint={student}/student.safetensors"]
+    sampled = [f"prompts={prompts}", f"student.checkpoint={student}/student.safetensors"]
     rated = [f"videophy2.prompts={prompts}", "name=x"]
     for words in (
         ["train", config, f"out={run}", teacher],
         ["resume", run],
         ["report", run],
-        ["export", run, f"out={student}", "kind=toy"],
+        ["export", run, f"out={student}", "kind=student"],
         ["eval", run, "--videos", "2"],
-        ["sample", "--config", f"{home}/sample.yaml", f"out={run}/mp4", *sampled],
-        ["eval", f"{home}/eval.yaml", f"run={run}", f"out={home}/e", *rated],
+        ["sample", f"{home}/sample.yaml", f"out={run}/mp4", *sampled],
+        ["benchmark", f"{home}/eval.yaml", f"run={run}", f"out={home}/e", *rated],
         ["ablation", f"{home}/ablation.yaml", f"out={home}/ablation", teacher],
-        ["train", config, f"out={home}/again", "teacher.kind=folder", teacher, "steps=1"],
+        [
+            "train",
+            config,
+            f"out={home}/again",
+            "teacher=null",
+            "teacher.kind=folder",
+            teacher,
+            "updates=1",
+        ],
     ):
         assert main(words) == 0, words
 
@@ -86,9 +91,12 @@ def test_a_teacher_may_have_names_that_are_not_utf8(
 ) -> None:
     name = os.fsdecode(b"caf\xe9 [1]")
     (here / "run.yaml").write_text(RUN)
-    words = ["train", "run.yaml", "steps=1", "logging.tensorboard=false"]
+    words = ["train", "run.yaml", "updates=1", "logging.tensorboard=false"]
     assert main([*words, "out=first", f"teacher.path={name}"]) == 0
-    assert main([*words, "out=second", "teacher.kind=folder", f"teacher.path={name}"]) == 0
+    assert (
+        main([*words, "out=second", "teacher=null", "teacher.kind=folder", f"teacher.path={name}"])
+        == 0
+    )
     assert main(["report", "second"]) == 0
     assert main([*words, f"out={name}"]) == 2
     assert "needed: a name in UTF-8" in capsys.readouterr().err
@@ -118,7 +126,7 @@ def test_everything_written_follows_the_umask(umask: int, here: Path) -> None:
 def _train_and_export() -> None:
     Path("all/run.yaml").write_text(RUN)
     assert main(["train", "all/run.yaml", "out=all/run", "teacher.path=all/teacher"]) == 0
-    for kind in ("toy", "self_forcing", "diffusers"):
+    for kind in ("student", "self_forcing", "diffusers"):
         assert main(["export", "all/run", f"out=all/{kind}", f"kind={kind}"]) == 0
     assert main(["report", "all/run"]) == 0
 

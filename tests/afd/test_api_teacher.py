@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from afd.teachers.base import Request, TeacherError, Unanswered
+from afd.errors import TeacherError, Unanswered
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
-from afd.teachers.ledger import Ledger
+from afd.teachers.paid.ledger import Ledger
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import (
     KEY,
@@ -460,7 +461,7 @@ def test_a_list_of_many_pages_is_read_to_its_end(
     wire: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lost task is on the last page; the service gives two at a time."""
-    monkeypatch.setattr("afd.teachers.ark.PAGE", 2)
+    monkeypatch.setattr("afd.teachers.paid.ark.PAGE", 2)
     service.page = 2
     service.script("submit", lost)
     config = paid_config(wire, service, tmp_path)

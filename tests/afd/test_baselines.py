@@ -14,22 +14,24 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from afd import ops
-from afd.config import VideoConfig, make_config
-from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig, VideoAlignConfig
-from afd.discriminators.latent import LatentCritic
-from afd.discriminators.toy import ToyCritic
-from afd.evaluation.physics import measure
+from afd.config.run import make_config
+from afd.discriminators.config import LatentConfig, VideoAlignConfig
+from afd.discriminators.latent import LatentDiscriminator
+from afd.lab.config import ToyDiscriminatorConfig
+from afd.lab.discriminator import ToyDiscriminator
+from afd.lab.physics import measure
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.student import ToyStudent, encode_prompts
 from afd.methods.base import Batch
-from afd.methods.build import build_method
 from afd.methods.config import DmdConfig, GanConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
-from afd.models.toy import ToyStudent, encode_prompts
-from afd.models.wan import WanStudent
+from afd.models.wan.student import WanStudent
 from afd.rollout import STEPS, rollout
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+from afd.trainer.build import build_method
+from afd.video.config import VideoConfig
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
 from tests.tolerances import NETWORK_REORDERED
 
@@ -55,30 +57,29 @@ def wan(frames: int = 6, **changes: Any) -> WanStudent:
     )
 
 
-def versions(kind: str, method: type[Method], config: GanConfig | DmdConfig) -> Policies:
+def versions(kind: str, config: GanConfig | DmdConfig) -> Policies:
     student = ToyStudent.load() if kind == "toy" else wan()
     lora = LoraConfig(rank=4, alpha=8) if kind in ("lora", "bf16") else None
     if kind == "bf16":
         student.to(torch.bfloat16)
-    names = method.versions + (("ref",) if config.prior_weight > 0 else ())
-    return make_policies(student, names, trained=method.trained, lora=lora)
+    return make_policies(student, config.versions, trained=config.trained, lora=lora)
 
 
 def make(name: str, kind: str, **settings: Any) -> Method:
     steps = STEPS if kind == "toy" else WAN_STEPS
     if name == "dmd":
-        fields = DmdConfig(**{"score_warmup_steps": 1, "score_updates": 1, **settings})
-        return Dmd(versions(kind, Dmd, fields), fields, steps=steps, seed=3)
+        fields = DmdConfig(**{"score_warmup_updates": 1, "score_updates": 1, **settings})
+        return Dmd(versions(kind, fields), fields, denoising_steps=steps, seed=3)
     config = GanConfig(**{"prior_weight": 0.0, **settings})
-    policies = versions(kind, Gan, config)
-    critic: Any
+    policies = versions(kind, config)
+    discriminator: Any
     if kind == "toy":
-        critic = ToyCritic(ToyDiscriminatorConfig(loss="gan", warmup_steps=0), 12)
+        discriminator = ToyDiscriminator(ToyDiscriminatorConfig(loss="gan", warmup_updates=0), 12)
     else:
-        critic = LatentCritic(
+        discriminator = LatentDiscriminator(
             policies.student.encode, LatentConfig(loss="gan", width=4), channels=4, text_dim=8
         )
-    return Gan(policies, critic, config, steps=steps, seed=3)
+    return Gan(policies, discriminator, config, denoising_steps=steps, seed=3)
 
 
 def batch(kind: str, step: int = 0) -> Batch:
@@ -92,7 +93,7 @@ def batch(kind: str, step: int = 0) -> Batch:
 
 def update(method: Method, of: Batch) -> dict[str, float]:
     method.rollout(of)
-    return method.critic_step(of) | method.student_step(of)
+    return method.discriminator_step(of) | method.student_step(of)
 
 
 def masters(method: Method, name: str = "theta") -> Tensor:
@@ -124,7 +125,7 @@ def test_the_pass_with_gradients_makes_the_very_videos_of_the_rollout(kind: str)
         rollouts = method._current()
         x_BFCHW, _ = method.predict(rollouts, slice(1, 4))
         assert x_BFCHW.requires_grad
-        torch.testing.assert_close(x_BFCHW, rollouts.x_BFCHW[1:4], **NETWORK_REORDERED)
+        torch.testing.assert_close(x_BFCHW, rollouts.x0_BFCHW[1:4], **NETWORK_REORDERED)
 
 
 @pytest.mark.parametrize("first_steps", [None, [1000, 500], [1000]])
@@ -133,23 +134,25 @@ def test_a_first_chunk_with_steps_of_its_own_and_a_noisy_context_are_followed(
 ) -> None:
     config = GanConfig(samples_per_prompt=3)
     method = Gan(
-        versions("wan", Gan, config),
-        make("gan", "wan").critic,
+        versions("wan", config),
+        make("gan", "wan").discriminator,
         config,
-        steps=WAN_STEPS,
-        first_steps=first_steps,
+        denoising_steps=WAN_STEPS,
+        first_chunk_steps=first_steps,
         context_noise=50,
         rollout_batch=4,
     )
     method.rollout(batch("wan"))
     rollouts = method._current()
     x_BFCHW, _ = method.predict(rollouts, slice(0, 6))
-    torch.testing.assert_close(x_BFCHW, rollouts.x_BFCHW, **NETWORK_REORDERED)
+    torch.testing.assert_close(x_BFCHW, rollouts.x0_BFCHW, **NETWORK_REORDERED)
 
 
 def test_the_fields_of_dmd_see_the_first_chunk_at_its_own_steps() -> None:
     config, given = DmdConfig(timesteps="student"), batch("wan")
-    method = Dmd(versions("wan", Dmd, config), config, steps=WAN_STEPS, first_steps=[1000])
+    method = Dmd(
+        versions("wan", config), config, denoising_steps=WAN_STEPS, first_chunk_steps=[1000]
+    )
     t_BK = torch.cat([method._noised(given.teacher_BFCHW, given, 1)[1] for _ in range(32)])
     assert set(t_BK[:, 0].tolist()) == {1.0}
     assert set(t_BK[:, 1:].flatten().tolist()) == set(torch.tensor(method.times).tolist())
@@ -171,13 +174,13 @@ def test_only_recompute_sends_gradients_through_the_past() -> None:
 def test_each_process_rolls_out_its_part_of_the_whole_batch(name: str, kind: str) -> None:
     method, whole = make(name, kind, samples_per_prompt=2), batch(kind)
     method.rollout(whole)
-    together = method._current().x_BFCHW
+    together = method._current().x0_BFCHW
     apart = []
     for i in range(2):
         method = make(name, kind, samples_per_prompt=2)
         part = slice(i, i + 1)
         method.rollout(Batch(0, whole.prompts[part], whole.teacher_BFCHW[part], first=i, total=2))
-        apart.append(method._current().x_BFCHW)
+        apart.append(method._current().x0_BFCHW)
     torch.testing.assert_close(torch.cat(apart), together, **NETWORK_REORDERED)
 
 
@@ -250,8 +253,8 @@ def test_a_student_in_bf16_has_fp32_videos_and_masters(name: str) -> None:
     method.rollout(batch("wan"))
     rollouts = method._current()
     x_BFCHW, _ = method.predict(rollouts, slice(0, 2))
-    assert rollouts.x_BFCHW.dtype == x_BFCHW.dtype == before.dtype == torch.float32
-    method.critic_step(batch("wan"))
+    assert rollouts.x0_BFCHW.dtype == x_BFCHW.dtype == before.dtype == torch.float32
+    method.discriminator_step(batch("wan"))
     assert method.student_step(batch("wan"))["student/grad_norm"] > 0
     moved = (masters(method) - before).abs()
     # Steps that a bf16 weight would round away are kept.
@@ -279,26 +282,28 @@ def test_the_gan_moves_the_student_to_where_the_discriminator_scores_higher(kind
     method = make("gan", kind, samples_per_prompt=4, learning_rate=1e-4, weight_decay=0.0)
     of = batch(kind)
     method.rollout(of)
-    method.critic_step(of)
+    method.discriminator_step(of)
     rollouts, every = method._current(), slice(0, 8)
 
     def loss() -> float:
         with torch.no_grad():
             x_BFCHW, _ = method.predict(rollouts, every)
-            score_B = method.critic.differentiable_score(x_BFCHW, rollouts.prompts)
+            score_B = method.discriminator.differentiable_score(x_BFCHW, rollouts.prompts)
         return float(F.softplus(-score_B).mean())
 
-    before, critic = loss(), copy.deepcopy(method.critic.state_dict()["net"])
+    before, discriminator = loss(), copy.deepcopy(method.discriminator.state_dict()["net"])
     metrics = method.student_step(of)
     assert metrics["student/loss"] == pytest.approx(before, rel=1e-4)
     assert loss() < before
-    after = method.critic.state_dict()["net"]
-    assert all(torch.equal(critic[key], after[key]) for key in critic)
+    after = method.discriminator.state_dict()["net"]
+    assert all(torch.equal(discriminator[key], after[key]) for key in discriminator)
 
 
 def test_the_gan_waits_for_its_discriminator() -> None:
     method = make("gan", "toy")
-    method.critic.config = method.critic.config.model_copy(update={"warmup_steps": 1})
+    method.discriminator.config = method.discriminator.config.model_copy(
+        update={"warmup_updates": 1}
+    )
     before = masters(method)
     assert "student/loss" not in update(method, batch("toy"))
     assert torch.equal(masters(method), before)
@@ -313,51 +318,53 @@ def test_the_gans_loss_goes_through_the_discriminator_and_not_into_it(kind: str)
     before = masters(method)
     method.student_step(batch(kind))
     assert not torch.equal(masters(method), before)
-    assert all(weight.grad is None for weight in method.critic.weights())
+    assert all(weight.grad is None for weight in method.discriminator.weights())
     # And it learns on.
-    assert all(weight.requires_grad for weight in method.critic.weights())
+    assert all(weight.requires_grad for weight in method.discriminator.weights())
 
 
 def test_scores_with_gradients_are_the_same_for_a_batch_and_its_parts() -> None:
-    critic, of = ToyCritic(ToyDiscriminatorConfig(), 12), batch("toy")
+    discriminator, of = ToyDiscriminator(ToyDiscriminatorConfig(), 12), batch("toy")
     video = of.teacher_BFCHW.clone().requires_grad_()
-    whole_B = critic.differentiable_score(video, of.prompts)
-    parts = [critic.differentiable_score(video[i : i + 1], of.prompts[i : i + 1]) for i in (0, 1)]
+    whole_B = discriminator.differentiable_score(video, of.prompts)
+    parts = [
+        discriminator.differentiable_score(video[i : i + 1], of.prompts[i : i + 1]) for i in (0, 1)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole_B)
     (gradient,) = torch.autograd.grad(whole_B.sum(), video)
     assert gradient.flatten(1).abs().amax(1).min() > 0
     # The next one of AFD's scores has the looks that these had.
-    torch.testing.assert_close(critic.score(video.detach(), of.prompts), whole_B.detach())
+    torch.testing.assert_close(discriminator.score(video.detach(), of.prompts), whole_B.detach())
 
 
 def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
     tmp_path: Any,
 ) -> None:
-    from afd.discriminators.videoalign import VideoAlignCritic
-    from afd.discriminators.videoalign_model import VideoAlign
-    from afd.models.vae import VideoVAE
+    from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
+    from afd.discriminators.videoalign.model import VideoAlign
+    from afd.models.wan.vae import VideoVAE
     from tests.afd.test_vae import model
     from tests.afd.tiny_videoalign import write_released
 
     folder = write_released(tmp_path / "released")
     scorer = VideoAlign.load(folder / "root", base=folder / "base", dtype=torch.float32)
     settings = VideoAlignConfig(loss="gan", lora_rank=2, lora_alpha=4, learning_rate=1e-3)
-    critic = VideoAlignCritic(scorer, settings, video_fps=16.0)
+    discriminator = VideoAlignDiscriminator(scorer, settings, video_fps=16.0)
     codec = VideoVAE(model())
     student = wan(frames=3, in_dim=16, out_dim=16)
-    policies = make_policies(student, Gan.versions, lora=LoraConfig(rank=4, alpha=8))
+    policies = make_policies(student, ("theta", "ema"), lora=LoraConfig(rank=4, alpha=8))
     video = VideoConfig(frames=9, height=48, width=32, fps=16, codec_match=True)
     method = Gan(
         policies,
-        critic,
+        discriminator,
         GanConfig(micro_batch=1, learning_rate=1e-3, prior_weight=0.0),
-        steps=WAN_STEPS,
+        denoising_steps=WAN_STEPS,
         codec=codec,
         video=video,
     )
     teacher = torch.rand(2, 9, 3, 48, 32, generator=Generator().manual_seed(1)) * 2 - 1
     before = masters(method)
-    metrics = update(method, Batch(0, WORDS[:2], method.look(teacher)))
+    metrics = update(method, Batch(0, WORDS[:2], method.prepare(teacher)))
     assert metrics["student/grad_norm"] > 0
     assert not torch.equal(masters(method), before)
 
@@ -366,10 +373,10 @@ def test_the_gan_reaches_a_latent_student_through_the_codec_and_a_reward_model(
 
 
 def test_the_two_fields_learn_their_own_videos_and_nothing_else_moves() -> None:
-    method, of = make("dmd", "toy", score_updates=1, score_warmup_steps=99), batch("toy")
+    method, of = make("dmd", "toy", score_updates=1, score_warmup_updates=99), batch("toy")
     method.rollout(of)
-    before = {name: masters(method, name) for name in Dmd.versions}
-    losses = [method.critic_step(of) for _ in range(12)]
+    before = {name: masters(method, name) for name in DmdConfig().versions}
+    losses = [method.discriminator_step(of) for _ in range(12)]
     for name in ("real", "fake"):
         assert not torch.equal(masters(method, name), before[name])
         first, last = (
@@ -397,9 +404,9 @@ def test_the_direction_is_the_difference_of_what_the_fields_see_over_the_distanc
 ) -> None:
     method, of = make("dmd", kind, score_learning_rate=1e-2), batch(kind)
     method.rollout(of)
-    method.critic_step(of)
+    method.discriminator_step(of)
     rollouts = method._current()
-    x0, text = rollouts.x_BFCHW, rollouts.text_BLE
+    x0, text = rollouts.x0_BFCHW, rollouts.text_BLE
     chunks = x0.shape[1] // method.policies.student.chunk
     t_BK = torch.tensor([[0.3, 0.9, 0.5, 0.7], [0.6, 0.2, 0.8, 0.4]])[:, :chunks]
     seed = torch.tensor([4, 5])
@@ -407,7 +414,7 @@ def test_the_direction_is_the_difference_of_what_the_fields_see_over_the_distanc
     sees = {}
     for name in ("real", "fake"):
         with torch.no_grad(), method.policies.using(name) as student:
-            v = student.velocity(x_t, t_BK, text, clean_BFCHW=x0)
+            v = student.velocity(x_t, t_BK, text, x0_BFCHW=x0)
         times = t_BK.repeat_interleave(student.chunk, 1)[..., None, None, None]
         sees[name] = x_t - times * v
     wanted = [
@@ -423,13 +430,13 @@ def test_the_gradient_at_the_video_is_the_direction_itself() -> None:
     """Of |x - stopgrad(x - g)|²/2, averaged over elements, for a last step that is the identity."""
     method, of = make("dmd", "wan", score_learning_rate=1e-2), batch("wan")
     method.rollout(of)
-    method.critic_step(of)
+    method.discriminator_step(of)
     rollouts, draws = method._current(), method.generator.get_state()
     x_BFCHW, _ = method.predict(rollouts, slice(0, 2))
-    x_t, t_BK = method._noised(rollouts.x_BFCHW, of, 1, clamp=method.config.t_range)
+    x_t, t_BK = method._noised(rollouts.x0_BFCHW, of, 1, clamp=method.config.t_range)
     assert t_BK.min() >= 0.02
     assert t_BK.max() <= 0.98
-    g_BFCHW = method._direction(rollouts.x_BFCHW, x_t, t_BK, rollouts.text_BLE)
+    g_BFCHW = method._direction(rollouts.x0_BFCHW, x_t, t_BK, rollouts.text_BLE)
     wanted = torch.autograd.grad(
         x_BFCHW, method.policies.weights("theta").masters, g_BFCHW / g_BFCHW.numel(),
         allow_unused=True,

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config import ConfigError, RunConfig, make_config
+from afd.cache import Store
+from afd.config.run import RunConfig, make_config
+from afd.errors import ConfigError
 from afd.methods.base import Batch
-from afd.methods.build import build_critic, build_method, build_student
 from afd.models.codec import Pixels
-from afd.models.text import TextEncoder
-from afd.models.vae import VideoVAE
-from afd.models.wan import WanStudent
-from afd.training.caches import Store
+from afd.models.wan.student import WanStudent
+from afd.models.wan.text import TextEncoder
+from afd.models.wan.vae import VideoVAE
+from afd.trainer.build import build_discriminator, build_method, build_student
 from tests.afd.released_models import FRAMES, HEIGHT, PROMPTS, WIDTH, overrides, write_models
 
 
@@ -62,32 +63,36 @@ def updates(method: Any, config: RunConfig, prompts: Sequence[str]) -> dict[str,
     size = config.video
     shape = (len(prompts), size.frames, 3, size.height, size.width)
     video = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    given = method.look(video) if method.sees == "video" else method.codec.encode(video).float()
+    given = (
+        method.prepare(video)
+        if method.input_space == "pixels"
+        else method.codec.encode(video).float()
+    )
     batch = Batch(0, list(prompts), given)
     if method.needs_rollout:
         method.rollout(batch)
-    metrics = method.critic_step(batch) if method.needs_critic else {}
+    metrics = method.discriminator_step(batch) if method.needs_discriminator else {}
     return metrics | method.student_step(batch)
 
 
 @pytest.mark.parametrize("discriminator", ["toy", "videoalign", "latent"])
 @pytest.mark.parametrize("method", ["afd", "gan"])
 def test_the_toy_with_every_discriminator(models: Path, method: str, discriminator: str) -> None:
-    config = toy(method, discriminator, models, "discriminator.warmup_steps=0")
+    config = toy(method, discriminator, models, "discriminator.warmup_updates=0")
     made = build_method(config)
     assert made.name == method
-    assert made.sees == ("latent" if discriminator == "latent" else "video")
+    assert made.input_space == ("latents" if discriminator == "latent" else "pixels")
     assert isinstance(made.codec, Pixels)
     metrics = updates(made, config, PROMPTS[:2])
-    assert {"critic/accuracy", "student/loss"} <= set(metrics)
+    assert {"discriminator/accuracy", "student/loss"} <= set(metrics)
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
 
 
 @pytest.mark.parametrize("method", ["sft", "dmd"])
 def test_the_toy_without_a_discriminator_never_opens_one(method: str) -> None:
-    config = toy(method, "videoalign", Path("/nowhere"), "dmd.score_warmup_steps=0")
+    config = toy(method, "videoalign", Path("/nowhere"), "dmd.score_warmup_updates=0")
     made = build_method(config)
-    assert made.sees == "latent"
+    assert made.input_space == "latents"
     assert "student/loss" in updates(made, config, PROMPTS[:2])
 
 
@@ -107,14 +112,14 @@ def test_the_toy_without_a_discriminator_never_opens_one(method: str) -> None:
 def test_a_wan_student_with_every_method_and_discriminator(
     models: Path, method: str, discriminator: str, lora: bool
 ) -> None:
-    steady = ["dmd.score_warmup_steps=0", "discriminator.warmup_steps=0"]
+    steady = ["dmd.score_warmup_updates=0", "discriminator.warmup_updates=0"]
     config = wan(models, method, discriminator, *steady)
     if not lora:
         student = config.student.model_copy(update={"lora": None})
         config = config.model_copy(update={"student": student})
     made = build_method(config, prompts=PROMPTS)
     assert made.name == method
-    assert made.sees == ("video" if discriminator == "videoalign" else "latent")
+    assert made.input_space == ("pixels" if discriminator == "videoalign" else "latents")
     assert isinstance(made.codec, VideoVAE)
     with made.evaluation_policy() as student:
         assert isinstance(student, WanStudent)
@@ -141,9 +146,9 @@ def test_the_networks_dtypes_are_the_configurations(models: Path) -> None:
     assert student.encode(list(PROMPTS)).dtype == torch.bfloat16
     assert isinstance(codec, VideoVAE)
     assert codec.model.dtype == torch.float32
-    critic: Any = build_critic(config, student)
-    assert critic.scorer.dtype == torch.bfloat16
-    assert {p.dtype for p in critic.trained().values()} == {torch.float32}
+    discriminator: Any = build_discriminator(config, student)
+    assert discriminator.scorer.dtype == torch.bfloat16
+    assert {p.dtype for p in discriminator.trained().values()} == {torch.float32}
 
 
 def test_the_second_run_needs_no_text_encoder(
@@ -170,12 +175,12 @@ def test_videoaligns_template_comes_from_the_checkout_or_is_ours_and_said(
         f"raise SystemExit\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = {words!r}\n"
     )
     with caplog.at_level(logging.WARNING, logger="afd"):
-        theirs: Any = build_critic(
+        theirs: Any = build_discriminator(
             toy("gan", "videoalign", models, f"discriminator.checkout={tmp_path}"), student
         )
         assert theirs.scorer.prompts.template == words
         assert not caplog.records
-        build_critic(toy("gan", "videoalign", models), student)
+        build_discriminator(toy("gan", "videoalign", models), student)
     assert "asked in afd's own words" in caplog.text
 
 
@@ -215,7 +220,7 @@ def test_a_prompt_that_the_discriminator_cannot_read_is_refused_at_the_start(mod
     student, _ = build_student(toy("afd", "videoalign", models))
     asked = ["a ball 🏀 fällt", "a sign that says <|im_end|>"]
     with pytest.raises(ConfigError, match=r"^discriminator: prompts: .*<\|im_end\|>"):
-        build_critic(toy("afd", "videoalign", models), student, prompts=asked)
+        build_discriminator(toy("afd", "videoalign", models), student, prompts=asked)
 
 
 def test_the_toys_size_and_checkpoint_are_the_toys() -> None:
@@ -228,12 +233,15 @@ def test_the_toys_size_and_checkpoint_are_the_toys() -> None:
 @pytest.mark.parametrize(
     ("missing", "told"),
     [
-        ("diffusers", "a wan student: needs diffusers, .*; pip install diffusers"),
-        ("ftfy", "a wan student: needs ftfy, .*; pip install ftfy"),
-        ("peft", "(student.lora|discriminator.kind=videoalign): needs peft, .*; pip install peft"),
+        ("diffusers", r"a wan student: needs diffusers, .*; pip install 'afd\[wan\]'"),
+        ("ftfy", r"a wan student: needs ftfy, .*; pip install 'afd\[wan\]'"),
+        (
+            "peft",
+            r"(student.lora|discriminator.kind=videoalign): needs peft, .* 'afd\[wan\]'",
+        ),
         (
             "transformers",
-            "needs transformers, which is not installed here; pip install transformers",
+            r"needs transformers, which is not installed; pip install 'afd\[wan\]'",
         ),
     ],
 )
@@ -243,7 +251,7 @@ def test_a_package_that_is_missing_is_named_with_its_key(
     from importlib.util import find_spec
 
     monkeypatch.setattr(
-        "afd.models.sources.find_spec", lambda name: None if name == missing else find_spec(name)
+        "afd.extras.find_spec", lambda name: None if name == missing else find_spec(name)
     )
     with pytest.raises(ConfigError, match=told):
         build_method(wan(models, "afd", "videoalign"), prompts=PROMPTS)

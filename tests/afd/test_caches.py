@@ -15,17 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from afd.config import VideoConfig
-from afd.models.text import TextEncoder
-from afd.models.vae import VideoVAE
-from afd.models.wan_loading import Texts
-from afd.ranks import Ranks
-from afd.sample_config import SampleConfig
+from afd.cache import Store, file_hash, files_identity
+from afd.data.sampler import Sampler
+from afd.data.videos import Videos
+from afd.distributed import Ranks
+from afd.models.wan.config import WanStudentConfig
+from afd.models.wan.loading import Texts
+from afd.models.wan.text import TextEncoder
+from afd.models.wan.vae import VideoVAE
 from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
-from afd.training.caches import Store, file_hash, files_identity
-from afd.training.teacher import Sampler, Videos
 from afd.video import write_video
+from afd.video.config import VideoConfig
 from tests.afd.test_text import LENGTH, PROMPTS, diffusers_folder, encoder
 from tests.afd.test_vae import model as vae_model
 
@@ -100,7 +101,7 @@ def test_a_folder_that_cannot_be_written_costs_no_run(
 WRITER = """
 import sys, torch
 from pathlib import Path
-from afd.training.caches import Store
+from afd.cache import Store
 store = Store(Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -167,10 +168,9 @@ def test_identities_follow_contents_and_hub_revisions(tmp_path: Path) -> None:
 # --- text embeddings ---
 
 
-def wan_files(folder: Path, **changes: object) -> SampleConfig:
-    return SampleConfig(
-        **{"pretrained": str(folder), "text_len": LENGTH, "dtype": "float32", **changes}
-    )
+def wan_files(folder: Path, **changes: object) -> WanStudentConfig:
+    files = {"pretrained": str(folder), "text_len": LENGTH, "dtype": "float32"}
+    return WanStudentConfig.model_validate({"kind": "wan", **files, **changes})
 
 
 def test_prompts_are_embedded_once_and_then_read(
@@ -236,7 +236,7 @@ def test_latents_are_made_once_and_read_by_the_next_run(
     monkeypatch.setattr(VideoVAE, "encode", lambda self, v: encoded.append(1) or encode(self, v))
 
     def videos(codec: VideoVAE = vae, video: VideoConfig = VIDEO) -> Videos:
-        return Videos(teacher, video, sees="latent", codec=codec, store=store)
+        return Videos(teacher, video, input_space="latents", codec=codec, store=store)
 
     first = videos()
     latents = first.fetch(teacher.requests)
@@ -262,11 +262,11 @@ def test_latents_are_made_once_and_read_by_the_next_run(
 def test_a_renamed_clip_is_the_same_clip_and_a_changed_one_is_not(tmp_path: Path) -> None:
     teacher, store = folder_teacher(tmp_path / "clips"), Store(tmp_path / "cache")
     vae = VideoVAE(vae_model())
-    Videos(teacher, VIDEO, sees="latent", codec=vae, store=store).fetch(teacher.requests)
+    Videos(teacher, VIDEO, input_space="latents", codec=vae, store=store).fetch(teacher.requests)
     (tmp_path / "clips").rename(tmp_path / "moved")
     moved = FolderTeacher(tmp_path / "moved")
     (tmp_path / "moved" / "0.mp4").write_bytes((tmp_path / "moved" / "1.mp4").read_bytes())
-    got = Videos(moved, VIDEO, sees="latent", codec=vae, store=store).fetch(moved.requests)
+    got = Videos(moved, VIDEO, input_space="latents", codec=vae, store=store).fetch(moved.requests)
     assert torch.equal(got[0], got[1])
     assert store.size("latents")[0] == 3
 
@@ -286,7 +286,7 @@ def test_memory_is_bounded_and_what_left_it_is_decoded_again(tmp_path: Path) -> 
 
 def test_only_what_is_looked_at_is_kept(tmp_path: Path) -> None:
     teacher = folder_teacher(tmp_path / "clips")
-    videos = Videos(teacher, VIDEO, look=lambda x_BFCHW: x_BFCHW[:, ::4])
+    videos = Videos(teacher, VIDEO, prepare=lambda x_BFCHW: x_BFCHW[:, ::4])
     whole = Videos(teacher, VIDEO).fetch(teacher.requests)
     assert torch.equal(videos.fetch(teacher.requests), whole[:, ::4])
     assert all(len(kept) == 3 for kept in videos._kept.values())

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.kv_cache import KVCache
-from afd.models.wan_block import Block
+from afd.models.wan.block import Block
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.ops import intervals
 from tests.afd.tiny_wan import HEIGHT, TOKENS, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_REORDERED as SAME
@@ -108,7 +109,7 @@ def test_teacher_forcing_in_one_pass_equals_two_passes_with_gradients() -> None:
     net = tiny()
     x, clean = video(net, 6), video(net, 6, seed=5).requires_grad_()
     t, aug_t, weight = torch.rand(2, 6) * 1000, torch.rand(2, 6) * 200, video(net, 6, seed=9)
-    one = net(x, t, text(net), clean_BFCHW=clean, clean_t_BF=aug_t)
+    one = net(x, t, text(net), x0_BFCHW=clean, clean_t_BF=aug_t)
     two = net(x, t, text(net), net.clean_context(clean, text(net), aug_t))
     torch.testing.assert_close(one, two, **SAME)
     both = [gradients(net, (out * weight).mean(), clean) for out in (one, two)]
@@ -123,7 +124,7 @@ def test_contexts_made_without_gradient_keep_the_value_and_stop_the_gradient() -
     with torch.no_grad():
         own = net.clean_context(clean, text(net))
         shared = other.clean_context(clean, text(net))
-    whole = net(x, t, text(net), clean_BFCHW=clean)
+    whole = net(x, t, text(net), x0_BFCHW=clean)
     out = net(x, t, text(net), own)
     torch.testing.assert_close(out, whole, **SAME)
     assert torch.equal(net(x, t, text(net), shared), out)
@@ -135,9 +136,9 @@ def test_teacher_forcing_refuses_what_the_released_code_has_no_mask_for() -> Non
         net = tiny(**changes)
         x, t = video(net, 6), torch.zeros(1, 1)
         with pytest.raises(ValueError, match="config: "):
-            net(x, t, text(net), clean_BFCHW=x)
+            net(x, t, text(net), x0_BFCHW=x)
     with pytest.raises(ValueError, match="context: got 'a list'; needed: None"):
-        tiny()(x, t, text(net), tiny().clean_context(x, text(net)), clean_BFCHW=x)
+        tiny()(x, t, text(net), tiny().clean_context(x, text(net)), x0_BFCHW=x)
 
 
 def test_a_chunk_over_a_given_past_equals_the_stream_and_takes_gradients_to_it() -> None:
@@ -178,7 +179,7 @@ def test_checkpointing_changes_no_gradient(teacher_forced: bool) -> None:
     clean = video(net, 6, seed=5) if teacher_forced else None
 
     def run() -> list[Tensor]:
-        return gradients(net, net(x, t, text(net), clean_BFCHW=clean).square().mean())
+        return gradients(net, net(x, t, text(net), x0_BFCHW=clean).square().mean())
 
     plain = run()
     net.checkpoint_blocks = True
@@ -304,7 +305,7 @@ def test_bad_shapes_are_refused() -> None:
         net(video(net, 3), torch.zeros(1, 1), text(net)[:, :4])
     with pytest.raises(ValueError, match=r"t: got float32 \[2\] on cpu; needed: \[B, F\]"):
         net(video(net, 3), torch.zeros(2), text(net))
-    with pytest.raises(ValueError, match=r"clean_BFCHW: .*the shape of x"):
-        net(video(net, 3), torch.zeros(1, 1), text(net), clean_BFCHW=video(net, 6))
+    with pytest.raises(ValueError, match=r"x0_BFCHW: .*the shape of x"):
+        net(video(net, 3), torch.zeros(1, 1), text(net), x0_BFCHW=video(net, 6))
     with pytest.raises(ValueError, match=r"config: dim 30 needs num_heads \(4\) heads"):
         CausalWan(WanConfig(dim=30, num_heads=4))

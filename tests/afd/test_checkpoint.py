@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import afd
-from afd.config import ConfigError, make_config, plain
-from afd.training import checkpoint
-from afd.training.checkpoint import CheckpointError
+from afd.config.run import make_config, plain
+from afd.errors import CheckpointError, ConfigError
+from afd.trainer import checkpoint
 
 CONFIG = plain(make_config({}))
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -207,7 +207,7 @@ def test_saving_a_step_again_leaves_the_whole_one_alone(tmp_path: Path) -> None:
 
 def test_one_of_another_configuration_is_refused_with_every_differing_key(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, state(1), keep=1)
-    other = plain(make_config({}, ["seed=4", "afd.nft_beta=0.5", "steps=9"]))
+    other = plain(make_config({}, ["seed=4", "afd.nft_beta=0.5", "updates=9"]))
     with pytest.raises(ConfigError) as error:
         checkpoint.load(path, method="afd", config=other)
     assert "seed: 0 there, 4 now" in str(error.value)

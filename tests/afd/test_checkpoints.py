@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.checkpoints import (
+from afd.models.wan.checkpoints import (
     from_diffusers,
     load_checkpoint,
     save_diffusers,
     save_self_forcing,
     to_diffusers,
 )
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 
 CONFIG = WanConfig(
     dim=32,
@@ -113,10 +114,10 @@ def test_wrappers_inside_a_name_are_stripped_too(tmp_path: Path) -> None:
 
 
 def test_the_average_is_chosen_or_asked_for(tmp_path: Path) -> None:
-    plain, average, critic = network(1), network(2), network(3)
+    plain, average, discriminator = network(1), network(2), network(3)
     held = {
         "generator": prefixed(plain, "model."),
-        "critic": prefixed(critic, "model."),
+        "discriminator": prefixed(discriminator, "model."),
         "generator_ema": prefixed(average, "model._fsdp_wrapped_module."),
     }
     path = tmp_path / "model.pt"
@@ -238,7 +239,7 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
     save_self_forcing(tmp_path / "small.pt", generator=network())
     code = """
 import re, sys
-from afd.models.checkpoints import load_checkpoint
+from afd.models.wan.checkpoints import load_checkpoint
 def kib(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 load_checkpoint(sys.argv[2], head_dim=16)  # imports and caches of torch
 before = kib("RssAnon"), kib("VmRSS")

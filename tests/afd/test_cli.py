@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-import afd.training.loop
+import afd.trainer.loop
 from afd.cli import main
 from afd_kernels.dispatch import OPS
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
@@ -22,9 +24,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def written(tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A configuration file for the tiny method, and its run folder."""
-    from afd.config import to_yaml
+    from afd.config.run import to_yaml
 
-    monkeypatch.setattr(afd.training.loop, "build_method", lambda *_: TinyMethod())
+    monkeypatch.setattr(afd.trainer.loop, "build_method", lambda *_: TinyMethod())
     out = tmp_path / "run"
     path = tmp_path / "tiny.yaml"
     path.write_text(to_yaml(tiny_config(out, clips)), encoding="utf-8")
@@ -35,10 +37,10 @@ def test_train_takes_overrides_and_a_second_time_leaves_it_alone(
     written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = written
-    assert main(["train", str(path), "steps=2", "checkpoint.every=1"]) == 0
+    assert main(["train", str(path), "updates=2", "checkpoint.every=1"]) == 0
     assert (out / "DONE").read_text().startswith("2 updates")
     capsys.readouterr()
-    assert main(["train", str(path), "steps=2", "checkpoint.every=1"]) == 0
+    assert main(["train", str(path), "updates=2", "checkpoint.every=1"]) == 0
     assert "is finished and stays as it is; a new run needs another out=" in capsys.readouterr().out
 
 
@@ -49,7 +51,7 @@ def test_a_stopped_run_exits_130_and_is_resumed(
     path, out = written
     stopping = Interrupted(1, signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(afd.training.loop, "build_method", lambda *_: stopping)
+        patch.setattr(afd.trainer.loop, "build_method", lambda *_: stopping)
         assert main(["train", str(path)]) == 130
     assert f"continue: afd resume {out}" in (out / "train.log").read_text()
     assert main(["resume", str(out)]) == 0
@@ -60,14 +62,21 @@ def test_a_stopped_run_exits_130_and_is_resumed(
     ("words", "told"),
     [
         (["train", "none.yaml"], "none.yaml: cannot be read"),
-        (["train", "{path}", "stepz=3"], "unknown key 'stepz'; did you mean steps"),
-        (["train", "{path}", "steps=many"], "steps is 'many'"),
+        (["train", "{path}", "stepz=3"], "unknown key 'stepz'; did you mean"),
+        (["train", "{path}", "updates=many"], "updates is 'many'"),
         (["train", "{path}", "teacher.path=/none"], "teacher folder /none: no such folder"),
         (["resume", "{out}/none"], "config.yaml: cannot be read"),
         (["report", "/none"], "report: /none is no folder"),
-        (["eval", "{out}/none"], "none: cannot be read"),
+        (["eval", "{out}/none"], "config.yaml: cannot be read"),
+        (["eval", "{path}", "run=x"], "tiny.yaml, a file; needed: a RUN_DIR; afd benchmark"),
+        (["eval", "{path.parent}", "run=x"], "eval: got 'run=x'; needed: RUN_DIR alone"),
+        (["benchmark", "{path.parent}"], "a directory; needed: CONFIG.yaml; afd eval RUN_DIR"),
+        (["benchmark", "none.yaml"], "none.yaml: cannot be read"),
+        (["sample", "--config", "{path}"], "got --config; needed: afd sample CONFIG.yaml"),
+        (["sample", "{path}", "--config={path}"], "got --config; needed: afd sample CONFIG.yaml"),
+        (["export", "{out}", "out=x", "version=ema"], "unknown key 'version'; it is weights now"),
         (["eval", "/"], "config.yaml: cannot be read"),
-        (["sample", "--config", "{out}"], "cannot be read"),
+        (["sample", "{out}"], "cannot be read"),
         (["teacher"], "needs a subcommand: afd teacher simulate"),
         (["quickstart", "teacher.style=oil"], "teacher.style is 'oil'"),
         (["quickstart-full", "rows=[none]"], "rows: got ['none']"),
@@ -92,12 +101,12 @@ def test_a_run_that_fails_exits_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Broken(TinyMethod):
-        def critic_step(self, batch: object) -> dict[str, float]:
-            return {"critic/margin": float("inf")}
+        def discriminator_step(self, batch: object) -> dict[str, float]:
+            return {"discriminator/margin": float("inf")}
 
-    monkeypatch.setattr(afd.training.loop, "build_method", lambda *_: Broken())
+    monkeypatch.setattr(afd.trainer.loop, "build_method", lambda *_: Broken())
     assert main(["train", str(written[0])]) == 1
-    assert "update 1: critic/margin = inf" in capsys.readouterr().err
+    assert "update 1: discriminator/margin = inf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -120,7 +129,7 @@ def test_every_error_of_the_system_is_one_sentence(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("afd.evaluation.report.write_report", fail)
+    monkeypatch.setattr("afd.lab.report.page.write_report", fail)
     assert main(["report", str(tmp_path)]) == code
     assert capsys.readouterr().err.startswith(f"afd: error: {said}")
 
@@ -141,6 +150,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "train",
         "resume",
         "eval",
+        "benchmark",
         "export",
         "quickstart",
         "sample",
@@ -165,3 +175,43 @@ def test_the_simulated_teacher_is_a_program_of_its_own(tmp_path: Path) -> None:
 def test_doctor_speaks_to_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["ops"]) == set(OPS)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_a_script_that_the_shell_takes(
+    shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--print-completion", shell])
+    assert exit_.value.code == 0
+    script = capsys.readouterr().out
+    assert "benchmark" in script
+    assert "--dry-run" in script
+    if shutil.which(shell) is not None:
+        path = tmp_path / "completion"
+        path.write_text(script)
+        subprocess.run([shell, "-n", str(path)], check=True)
+
+
+def test_bash_completes_verbs_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    path = tmp_path / "completion"
+    path.write_text(capsys.readouterr().out)
+    (tmp_path / "mine.yaml").touch()
+    ask = f"""source {path}; COMP_WORDS=($WORDS); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+        _shtab_afd afd; echo ${{COMPREPLY[@]}}"""
+    for words, completed in (("afd bench", "benchmark"), ("afd train min", "mine.yaml")):
+        done = subprocess.run(
+            ["bash", "-c", f'WORDS="{words}"; {ask}'], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert completed in done.stdout.split(), done.stderr
+
+
+def test_a_missing_package_is_one_sentence_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("afd.extras.find_spec", lambda name: None)
+    assert main(["--print-completion", "bash"]) == 2
+    said = capsys.readouterr().err
+    assert "shtab, which is not installed; pip install 'afd[completion]'" in said

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.config import VideoConfig
-from afd.discriminators.videoalign_preprocess import Preprocessing
+from afd.data.videos import Videos
+from afd.discriminators.videoalign.preprocess import Preprocessing
 from afd.teachers.folder import FolderTeacher
-from afd.training.teacher import Videos
 from afd.video import (
     VideoWriter,
     check_video,
@@ -21,6 +20,7 @@ from afd.video import (
     to_uint8,
     write_video,
 )
+from afd.video.config import VideoConfig
 
 SIZE = {"height": 480, "width": 832}
 FULL = VideoConfig(frames=81, fps=16, codec_match=True, **SIZE)
@@ -60,21 +60,21 @@ def test_the_codec_in_memory_is_a_file_written_and_read(tmp_path: Path, crf: int
 
 
 def test_a_teacher_file_and_a_student_video_of_one_content_look_the_same(tmp_path: Path) -> None:
-    """What a discriminator sees: the bits are equal, so no container can be told."""
+    """What a discriminator input_space: the bits are equal, so no container can be told."""
     content = moving(frames=81)
     teacher = clip_folder(tmp_path / "clips", same=content)
     video = VideoConfig(frames=81, height=48, width=64, fps=16, codec_match=True)
     preprocessing = Preprocessing(max_pixels=56 * 56)
 
-    def look(video_BFCHW: Tensor) -> Tensor:
+    def prepare(video_BFCHW: Tensor) -> Tensor:
         return preprocessing.choose(video_BFCHW, 16.0)
 
-    theirs = Videos(teacher, video, look=look).fetch(teacher.requests)
-    ours = look(through_codec(content[None], fps=video.fps, crf=video.crf))
+    theirs = Videos(teacher, video, prepare=prepare).fetch(teacher.requests)
+    ours = prepare(through_codec(content[None], fps=video.fps, crf=video.crf))
     assert theirs.shape == (1, 10, 3, 48, 64)
     assert torch.equal(preprocessing.patches(theirs)[0], preprocessing.patches(ours)[0])
     # Without the codec they would be told apart.
-    raw = preprocessing.patches(look(content[None]))[0]
+    raw = preprocessing.patches(prepare(content[None]))[0]
     assert not torch.equal(preprocessing.patches(theirs)[0], raw)
 
 

@@ -26,7 +26,12 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 def test_the_laptop_task_trains_without_the_packages_of_wan(tmp_path: Path) -> None:
     config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-    small = ["steps=1", "prompts_per_step=1", "teacher.count=2", "discriminator.warmup_steps=0"]
+    small = [
+        "updates=1",
+        "prompts_per_update=1",
+        "teacher.count=2",
+        "discriminator.warmup_updates=0",
+    ]
     small += ["evaluation.kind=none", "logging.tensorboard=false", f"out={tmp_path / 'run'}"]
     command = [sys.executable, "-c", PROGRAM, str(config), *small]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

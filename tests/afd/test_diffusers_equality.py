@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.checkpoints import load_checkpoint, save_diffusers, save_self_forcing
+from afd.models.wan.checkpoints import load_checkpoint, save_diffusers, save_self_forcing
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from tests.tolerances import NETWORK_FORWARD, NETWORK_GRADIENT
 
 FRAMES, HEIGHT, WIDTH, TEXT = 5, 6, 8, 12

@@ -1,4 +1,4 @@
-"""The critic: its losses, its penalty, what it can and cannot see, and its state."""
+"""The discriminator: its losses, its penalty, what it can and cannot see, and its state."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.discriminators.base import (
-    bradley_terry_loss,
-    gan_loss,
-    gradient_penalty,
-    pair_metrics,
-)
-from afd.discriminators.config import ToyDiscriminatorConfig
-from afd.discriminators.looks import random_look
-from afd.discriminators.toy import MotionBackbone, ToyCritic
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+from afd.discriminators.base import bradley_terry_loss, gan_loss, gradient_penalty, pair_metrics
+from afd.lab.augmentation import random_look
+from afd.lab.config import ToyDiscriminatorConfig
+from afd.lab.discriminator import MotionBackbone, ToyDiscriminator
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
 
 TWENTY = list(PROMPTS)[:20]
 
@@ -30,8 +25,8 @@ def videos(domain: str, look: str = "clean", seed: int = 0) -> Tensor:
     return sample_videos(attribute_table(TWENTY), domain, look, generator)[0]
 
 
-def critic(**settings: Any) -> ToyCritic:
-    return ToyCritic(ToyDiscriminatorConfig(**settings), seed=1)
+def discriminator(**settings: Any) -> ToyDiscriminator:
+    return ToyDiscriminator(ToyDiscriminatorConfig(**settings), seed=1)
 
 
 @pytest.fixture
@@ -62,8 +57,10 @@ def test_the_penalty_is_the_squared_gradient_norm() -> None:
 
 @pytest.mark.parametrize("backbone", ["motion", "scratch", "random"])
 @pytest.mark.parametrize("loss", ["bt", "gan"])
-def test_every_kind_of_critic_makes_a_step(backbone: Any, loss: Any, random_motion: str) -> None:
-    scorer = critic(backbone=backbone, loss=loss, checkpoint=random_motion)
+def test_every_kind_of_discriminator_makes_a_step(
+    backbone: Any, loss: Any, random_motion: str
+) -> None:
+    scorer = discriminator(backbone=backbone, loss=loss, checkpoint=random_motion)
     frozen = {k: v.clone() for k, v in scorer.net.state_dict().items() if "backbone" in k}
     metrics = scorer.step(videos("target"), videos("source"), TWENTY)
     assert metrics.keys() == {"loss", "accuracy", "margin"}
@@ -75,7 +72,7 @@ def test_every_kind_of_critic_makes_a_step(backbone: Any, loss: Any, random_moti
 
 
 def test_it_learns_to_rank_the_teacher_above_the_source() -> None:
-    scorer = critic(backbone="scratch")
+    scorer = discriminator(backbone="scratch")
     for seed in range(40):
         scorer.step(videos("target", seed=seed), videos("source", seed=seed + 100), TWENTY)
     better = scorer.score(videos("target", seed=900), TWENTY)
@@ -83,8 +80,8 @@ def test_it_learns_to_rank_the_teacher_above_the_source() -> None:
     assert pair_metrics(better, worse)["accuracy"] > 0.8
 
 
-def test_a_saved_critic_continues_with_the_same_bits(random_motion: str) -> None:
-    first, second = (critic(checkpoint=random_motion) for _ in range(2))
+def test_a_saved_discriminator_continues_with_the_same_bits(random_motion: str) -> None:
+    first, second = (discriminator(checkpoint=random_motion) for _ in range(2))
     first.step(videos("target"), videos("source"), TWENTY)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for scorer in (first, second):
@@ -94,11 +91,13 @@ def test_a_saved_critic_continues_with_the_same_bits(random_motion: str) -> None
     )
 
 
-def test_building_a_critic_leaves_the_global_random_numbers_alone(random_motion: str) -> None:
+def test_building_a_discriminator_leaves_the_global_random_numbers_alone(
+    random_motion: str,
+) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    critic(checkpoint=random_motion)
+    discriminator(checkpoint=random_motion)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -113,13 +112,13 @@ def test_a_random_look_changes_the_picture_and_not_its_bounds() -> None:
 
 
 def test_without_looks_a_score_has_no_randomness(random_motion: str) -> None:
-    scorer = critic(random_looks=False, checkpoint=random_motion)
+    scorer = discriminator(random_looks=False, checkpoint=random_motion)
     clean = videos("target")
     assert torch.equal(scorer.score(clean, TWENTY), scorer.score(clean, TWENTY))
 
 
 def test_a_beginning_hides_what_comes_later() -> None:
-    scorer = critic(backbone="scratch", random_looks=False)
+    scorer = discriminator(backbone="scratch", random_looks=False)
     one = videos("target")
     other = one.clone()
     other[:, 6:] = videos("source")[:, 6:]

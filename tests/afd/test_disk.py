@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from afd.config import make_config
-from afd.models.checkpoints import save_diffusers, save_self_forcing
-from afd.training.boards import Boards
-from afd.training.logging import log_to
+from afd.config.run import make_config
+from afd.models.wan.checkpoints import save_diffusers, save_self_forcing
+from afd.trainer.logging import log_to
+from afd.trainer.trackers import Boards
 from tests.afd.commands import (
     UPDATES,
     assert_same_run,
@@ -245,7 +245,7 @@ def test_sampling_that_is_ended_or_has_no_room_leaves_no_half_video(
     tmp_path: Path, small_disk: Path
 ) -> None:
     said, out = tmp_path / "said", small_disk / "videos"
-    words = ["sample", "--config", "configs/sample_toy.yaml", f"out={out}", "device=cpu"]
+    words = ["sample", "configs/sample_toy.yaml", f"out={out}", "device=cpu"]
     filler = fill(small_disk)
     assert ended(begin(words, out=said)) == 3
     assert "No space left on device; free some space there" in sentence(said)

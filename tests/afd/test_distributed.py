@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from afd.config import make_config
-from afd.training import checkpoint
-from afd.training.loop import Outcome, load_run, train
+from afd.config.run import make_config
+from afd.trainer import checkpoint
+from afd.trainer.loop import Outcome, load_run, train
 from tests.afd.distributed import Leg, Walked, stopped_run, walk
 from tests.afd.tiny import make_clips
 from tests.afd.together import together
@@ -126,10 +126,10 @@ def toy_run(out: Path, clips: Path, **more: Any) -> dict[str, Any]:
     """AFD of the toy, four small updates, measured twice on the way and at the end."""
     return {
         "out": str(out),
-        "steps": 4,
-        "prompts_per_step": 2,
+        "updates": 4,
+        "prompts_per_update": 2,
         "teacher": {"kind": "folder", "path": str(clips)},
-        "discriminator": {"warmup_steps": 1, "loss": "gan", "steps_per_update": 1},
+        "discriminator": {"warmup_updates": 1, "loss": "gan", "steps_per_update": 1},
         "afd": {"samples_per_prompt": 2, "draws": 1},
         "evaluation": {"every": 2, "curve_videos": 5, "videos": 7, "samples": 3},
         "logging": {"tensorboard": False},
@@ -208,7 +208,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 def test_torchrun_makes_the_run_of_one_process(tmp_path: Path, clips: Path, alone: Path) -> None:
     out, path = tmp_path / "run", tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(toy_run(out, clips)))
-    ended = torchrun("train", str(path), "steps=2")
+    ended = torchrun("train", str(path), "updates=2")
     assert ended.returncode == 0, ended.stderr
     assert (out / "DONE").is_file()
     assert_same_lines(out, alone, "metrics.jsonl", 2)
@@ -220,8 +220,8 @@ def test_torchrun_makes_the_run_of_one_process(tmp_path: Path, clips: Path, alon
 def test_a_mistake_under_torchrun_is_one_sentence(tmp_path: Path, clips: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(toy_run(tmp_path / "run", clips)))
-    ended = torchrun("train", str(path), "prompts_per_step=1")
+    ended = torchrun("train", str(path), "prompts_per_update=1")
     assert ended.returncode == 1
     said = " ".join(ended.stderr.split())
-    assert said.count("afd: error: prompts_per_step is 1; 2 processes need one each") == 1
+    assert said.count("afd: error: prompts_per_update is 1; 2 processes need one each") == 1
     assert 'Traceback (most recent call last): File "' + str(ROOT) not in said

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from afd import doctor
+from afd import doctor, machine
 from afd_kernels import dispatch
 
 
@@ -79,9 +79,9 @@ def test_what_training_at_video_size_needs_is_told_beside_what_is_here() -> None
     assert needs["missing_packages"] == []
     assert f"{needs['gpu_gb']} GB of GPU memory" in shown(facts)
     lacking = facts | {"training": needs | {"missing_packages": ["peft", "ftfy"]}}
-    assert "lacks: pip install peft ftfy" in shown(lacking)
+    assert "lacks ftfy, peft: pip install 'afd[wan]'" in shown(lacking)
 
 
 def test_a_program_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._first_line("no-such-program", "--version") is None
-    assert doctor._version("no-such-package") is None
+    assert machine._first_line("no-such-program", "--version") is None
+    assert machine._version("no-such-package") is None

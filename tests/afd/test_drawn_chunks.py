@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from afd.methods.config import AfdConfig, SftConfig
-from afd.methods.noised import Copies, draw_copies
+from afd.methods.copies import Copies, draw_copies
 from afd.ops import intervals
 from tests.afd.tiny_methods import make_afd, make_sft, toy_student
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
@@ -34,7 +34,7 @@ def test_drawn_chunks_get_the_output_and_gradients_that_they_get_among_all(how: 
         net = tiny()
         x, clean = video(net, FRAMES), video(net, FRAMES, seed=5)
         t = 1000 * torch.rand(2, FRAMES, generator=Generator().manual_seed(3))
-        given: dict[str, Any] = {"clean_BFCHW": clean, "clean_t_BF": torch.full((1, 1), 40.0)}
+        given: dict[str, Any] = {"x0_BFCHW": clean, "clean_t_BF": torch.full((1, 1), 40.0)}
         if how == "context":
             told = torch.full((1, 1), 40.0)
             given = {"context": net.clean_context(clean, text(net), told)}
@@ -80,8 +80,8 @@ def test_wrong_chunks_are_refused_by_name() -> None:
         net(x, t, text(net), context, chunks_BN=DRAWN[:, :1])
     with pytest.raises(ValueError, match=r"chunks: .*None where nothing clean is given"):
         net(x, t, text(net), chunks_BN=DRAWN)
-    with pytest.raises(ValueError, match=r"clean_BFCHW: .*the shape of x"):
-        net(x, t, text(net), clean_BFCHW=video(net, FRAMES)[..., :2], chunks_BN=DRAWN)
+    with pytest.raises(ValueError, match=r"x0_BFCHW: .*the shape of x"):
+        net(x, t, text(net), x0_BFCHW=video(net, FRAMES)[..., :2], chunks_BN=DRAWN)
 
 
 # --- the draws of an update ---

@@ -12,15 +12,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afd.cli import main
-from afd.config import ConfigError, RunConfig, make_config, plain, to_yaml
+from afd.config.run import RunConfig, make_config, plain, to_yaml
+from afd.errors import ConfigError
 from afd.export import ExportConfig, export
-from afd.models.causal_wan import CausalWan
-from afd.models.checkpoints import load_checkpoint, save_self_forcing
+from afd.lab.student import ToyStudent
 from afd.models.config import DTYPES
 from afd.models.policies import Policies, make_policies
-from afd.models.toy import ToyStudent
-from afd.models.wan import WanStudent
-from afd.training import checkpoint
+from afd.models.wan.checkpoints import load_checkpoint, save_self_forcing
+from afd.models.wan.network import CausalWan
+from afd.models.wan.student import WanStudent
+from afd.trainer import checkpoint
 from tests.afd.tiny_methods import make_afd, step, wan_batch, wan_student
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_BFLOAT16, NETWORK_FORWARD
@@ -132,7 +133,7 @@ def test_peft_loads_the_adapter_and_computes_the_same(
 ) -> None:
     from peft import PeftModel
 
-    out = run.export(out=tmp_path / "adapter", kind="peft", version=version)
+    out = run.export(out=tmp_path / "adapter", kind="peft", weights=version)
     net = base(run)
     model = PeftModel.from_pretrained(net, str(out))
     assert torch.equal(forward(net), run.output(version))
@@ -147,7 +148,7 @@ def test_peft_injects_the_adapter_into_our_network(run: Run, tmp_path: Path) -> 
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    out = run.export(out=tmp_path / "adapter", kind="peft", version="ema")
+    out = run.export(out=tmp_path / "adapter", kind="peft", weights="ema")
     net = base(run)
     inject_adapter_in_model(PeftConfig.from_pretrained(str(out)), net)
     loaded = set_peft_model_state_dict(net, load_peft_weights(str(out), device="cpu"))
@@ -159,7 +160,7 @@ def pipeline(run: Run, folder: Path) -> Any:
     """diffusers' pipeline around its own transformer with the run's start weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-    from afd.models.checkpoints import save_diffusers
+    from afd.models.wan.checkpoints import save_diffusers
 
     save_diffusers(folder / "base", base(run))
     transformer = WanTransformer3DModel.from_pretrained(folder / "base")
@@ -175,7 +176,7 @@ def pipeline(run: Run, folder: Path) -> Any:
 def test_diffusers_pipeline_loads_the_lora_and_computes_the_same(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    out = run.export(out=tmp_path / "lora", version="old")
+    out = run.export(out=tmp_path / "lora", weights="old")
     pipe, net = pipeline(run, tmp_path), base(run)
     assert error(diffusers_forward(pipe.transformer, net), run.output("ref")) <= NETWORK_FORWARD
     caplog.clear()
@@ -242,7 +243,7 @@ def test_self_forcing_gets_both_whole_networks_bit_for_bit(
         for key, value in net.state_dict().items():
             assert torch.equal(value, expected[key]), key
         assert error(forward(net), run.output(name)) <= NETWORK_FORWARD
-    only = run.export(out=tmp_path / "theta", kind="self_forcing", version="theta") / "model.pt"
+    only = run.export(out=tmp_path / "theta", kind="self_forcing", weights="theta") / "model.pt"
     assert list(torch.load(only, weights_only=True)) == ["generator", "afd"]
 
 
@@ -253,7 +254,7 @@ def test_diffusers_loads_the_whole_network_and_computes_the_same(
     from diffusers import WanTransformer3DModel
 
     run: Run = request.getfixturevalue(which)
-    out = run.export(out=tmp_path / "out", kind="diffusers", version="old")
+    out = run.export(out=tmp_path / "out", kind="diffusers", weights="old")
     model, info = WanTransformer3DModel.from_pretrained(
         out, subfolder="transformer", output_loading_info=True
     )
@@ -270,7 +271,7 @@ def test_weights_are_rounded_once_to_the_asked_dtype(run: Run, tmp_path: Path) -
     held = load_checkpoint(file, ema=True, head_dim=16, text_len=5).state_dict()
     for key, value in policy_weights(run, "ema").items():
         assert torch.equal(held[key], value.bfloat16())
-    out = run.export(out=tmp_path / "lora", dtype="float16", version="old")
+    out = run.export(out=tmp_path / "lora", dtype="float16", weights="old")
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as opened:
         name = "blocks.1.ffn.2.lora_B.weight"
         tensor = opened.get_tensor("transformer." + name.replace("ffn.2", "ffn.net.2"))
@@ -311,7 +312,7 @@ def test_everything_says_where_it_comes_from(run: Run, tmp_path: Path) -> None:
             with safe_open(out / file, "pt") as opened:
                 inside = opened.metadata()["afd"]
         assert json.loads(inside) == note
-        assert (note["run"], note["step"], note["version"]) == ("tiny", STEP, "ema")
+        assert (note["run"], note["step"], note["weights"]) == ("tiny", STEP, "ema")
         assert (note["kind"], note["start"]) == (kind, "start.pt")
         assert note["lora"] == {"rank": RANK, "alpha": ALPHA}
         assert len(note["config_sha256"]) == len(note["checkpoint_sha256"]) == 64
@@ -334,7 +335,7 @@ def test_the_command_exports_and_says_in_one_line_what_it_cannot(
         said = " ".join(capsys.readouterr().err.split())
         assert "trained every weight" in said
         assert "self_forcing or diffusers" in said
-    assert main(["export", str(full.folder), f"out={tmp_path}/b", "version=ema"]) == 2
+    assert main(["export", str(full.folder), f"out={tmp_path}/b", "weights=ema"]) == 2
     assert "this run has old, theta" in capsys.readouterr().err
     assert main(["export", str(full.folder), f"out={tmp_path}/b", "knid=peft"]) == 2
     assert "did you mean kind" in capsys.readouterr().err
@@ -352,7 +353,7 @@ def test_start_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         run.export(out=tmp_path / "out", kind="diffusers")
     assert not (tmp_path / "out").exists()
     run.start.unlink()
-    with pytest.raises(FileNotFoundError, match=r"start\.pt"):
+    with pytest.raises(ConfigError, match=r"start\.pt is not there"):
         run.export(out=tmp_path / "out", kind="diffusers")
     # An adapter needs no start weights.
     run.export(out=tmp_path / "out", kind="peft")
@@ -393,7 +394,7 @@ def test_a_toy_run_exports_a_student_that_streams(
         for master in policies.weights("old").masters:
             master.add_(0.02)
     save_run(config, {"policies": policies.state_dict()})
-    out = export(config.run_dir, ExportConfig(out=tmp_path / "out", kind="toy"))
+    out = export(config.run_dir, ExportConfig(out=tmp_path / "out", kind="student"))
     toy = ToyStudent.load(str(out / "student.safetensors"))
     x_BFCHW, t_B1 = torch.randn(1, 12, 3, 16, 16), torch.tensor([[500.0]])
     text_BLE = toy.encode(["a ball falls"])

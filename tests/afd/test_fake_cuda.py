@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,23 +15,24 @@ from rich.console import Console
 from torch import Tensor
 
 from afd import ops
-from afd.config import RunConfig
+from afd.config.run import RunConfig
 from afd.discriminators.config import LatentConfig, VideoAlignConfig
-from afd.discriminators.latent import LatentCritic
-from afd.discriminators.videoalign import VideoAlignCritic
-from afd.discriminators.videoalign_model import VideoAlign
-from afd.discriminators.videoalign_prompt import OWN_TEMPLATE
+from afd.discriminators.latent import LatentDiscriminator
+from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
+from afd.discriminators.videoalign.model import VideoAlign
+from afd.discriminators.videoalign.prompt import OWN_TEMPLATE
+from afd.distributed import Ranks
 from afd.methods.config import DmdConfig, GanConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
-from afd.models.vae import VideoVAE
-from afd.ranks import Ranks
-from afd.recorder import Recorder
+from afd.models.wan.vae import VideoVAE
 from afd.rollout import stream, stream_layout
-from afd.training.loop import _home
+from afd.trainer.loop import _home
+from afd.video.recorder import Recorder
+from afd_kernels import dispatch, native
 from afd_kernels.block_attention import library_cuda, library_impl
 from tests.afd import test_text, test_vae, tiny_methods, tiny_videoalign, tiny_wan
 from tests.afd.tiny_methods import WAN_STEPS, make_afd, make_sft, toy_batch, wan_batch
@@ -75,10 +77,87 @@ def test_what_a_gpu_refuses_is_refused_and_every_wait_is_counted() -> None:
         with machine.no_waits():
             total = (gpu.reshape(2, 3) @ torch.ones(3, 1, device="cuda")).sum()
         same(total, cpu.sum())
-        for waits in (gpu.sum().item, gpu.cpu, gpu.tolist, gpu.nonzero, lambda: gpu[cpu.long()]):
-            with pytest.raises(AssertionError), machine.no_waits():
-                waits()
     assert not torch.cuda.is_available()
+
+
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x[0].item(),
+    "float": lambda x: float(x[0]),
+    "int": lambda x: int(x[0]),
+    "bool": lambda x: bool(x[0]),
+    "if": lambda x: 1 if (x > 0).any() else 0,
+    "max": lambda x: max(x),
+    "format": lambda x: f"{x[0]:.3f}",
+    "print": str,
+    "index of a list": lambda x: [0, 1][x.long()[0]],
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu"),
+    "copy_": lambda x: torch.empty(6).copy_(x),
+    "index": lambda x: x[torch.arange(6)],
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "synchronize": lambda x: torch.cuda.synchronize(),
+    "stream": lambda x: torch.cuda.current_stream().synchronize(),
+    "event": lambda x: torch.cuda.Event().synchronize(),
+}
+
+
+@pytest.mark.parametrize("how", WAITS)
+def test_every_way_to_wait_is_counted(how: str) -> None:
+    with fake_cuda() as machine:
+        gpu = torch.arange(6.0, device="cuda")
+        with pytest.raises(AssertionError), machine.no_waits():
+            WAITS[how](gpu)
+
+
+def op_calls(device: str) -> dict[str, Callable[[], Any]]:
+    """A call of every public op, forward and backward where it has one."""
+    draw = torch.Generator().manual_seed(0)
+
+    def some(*shape: int, grad: bool = False) -> Tensor:
+        return torch.randn(shape, generator=draw).to(device, BF16).requires_grad_(grad)
+
+    x, old, base = some(2, 4, 6, 4, 4, grad=True), *(some(2, 4, 6, 4, 4) for _ in range(2))
+    t, seed = torch.full((2, 2), 0.5).to(device), torch.arange(2).to(device)
+    q, k, v = (some(2, 24, 2, 16, grad=True) for _ in range(3))
+    gain, rope = some(32, grad=True), torch.ones(1, 24, 8, 2).to(device)
+    caches, position = (some(2, 32, 2, 16), some(2, 32, 2, 16)), torch.zeros(1).long().to(device)
+    seen, rows = ops.intervals.causal(frames=6, chunk=3, tokens=4), some(1, 6, 32, grad=True)
+    stream = some(2, 24, 32, grad=True)
+
+    def append() -> Tensor:
+        with torch.no_grad():
+            given = (q, k, v, gain, gain, rope, *caches, position)
+            return ops.qk_norm_rope_append_(*given, tokens_per_frame=4, sink_frames=1)
+
+    given = {"v_old": old, "v_ref": base, "x0": base, "t": t, "r": t, "seed": seed}
+    return {
+        "forward_noise": lambda: ops.forward_noise(x, t, seed=seed).sum().backward(),
+        "nft_loss": lambda: ops.nft_loss(
+            v_theta=x, nft_beta=0.1, prior_weight=1e-4, group="chunk", **given
+        ).loss.backward(),
+        "block_attention": lambda: ops.block_attention(q, k, v, seen)[0].sum().backward(),
+        "qk_norm_rope": lambda: ops.qk_norm_rope(q, k, gain, gain, rope)[0].sum().backward(),
+        "qk_norm_rope_append_": append,
+        "adaln": lambda: ops.adaln(stream, stream, rows, rows, rows)[1].sum().backward(),
+    }
+
+
+def test_every_op_is_called_below() -> None:
+    assert set(dispatch.OPS) <= set(op_calls("cpu"))
+
+
+@pytest.mark.parametrize("name", op_calls("cpu"))
+def test_an_op_never_waits_for_the_device(name: str) -> None:
+    """Nor does the CUDA host code of any of its backends, forward and backward."""
+    with fake_cuda() as machine:
+        call = op_calls("cuda")[name]
+        with machine.no_waits():
+            call()
 
 
 # --- passes and streams ---
@@ -93,7 +172,7 @@ def trained(device: str, how: str) -> tuple[Tensor, Tensor]:
     t_BF = torch.full((2, 6), 300.0, device=device)
     given: dict[str, Any] = {}
     if how == "recompute":
-        given["clean_BFCHW"] = clean
+        given["x0_BFCHW"] = clean
     elif how == "context":
         with torch.no_grad():
             given["context"] = net.clean_context(clean, text)
@@ -152,7 +231,7 @@ def wan(device: str, fuse: bool = False, **changes: Any) -> Student:
 STREAMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fused": ({"fuse": True}, {}),
     "window and sink": ({"window": 9, "sink": 3}, {"frames": 18}),
-    "other prompts": ({}, {"switch": 2, "first_steps": WAN_STEPS[::2]}),
+    "other prompts": ({}, {"switch": 2, "first_chunk_steps": WAN_STEPS[::2]}),
     "picture": ({}, {"frames": 7, "prefix_BFCHW": torch.linspace(-1, 1, 96).view(1, 1, 4, 6, 4)}),
 }
 
@@ -168,7 +247,9 @@ def streamed(name: str, device: str, machine: FakeCuda | None = None) -> Tensor:
         settings["switches"] = {settings.pop("switch"): student.encode(["another one"])}
     layout = stream_layout(student, settings.get("frames", student.frames), int(name == "picture"))
     noise = student.noise_source([7], layout, len(WAN_STEPS))
-    chunks = stream(student, student.encode(["a ball"]), noise, steps=WAN_STEPS, **settings)
+    chunks = stream(
+        student, student.encode(["a ball"]), noise, denoising_steps=WAN_STEPS, **settings
+    )
     first = next(chunks)
     if machine is None:
         return torch.cat([first, *chunks], 1)
@@ -202,17 +283,17 @@ def toy(device: str) -> Any:
 
 def gan(device: str) -> Any:
     student, config = wan(device), GanConfig(prior_weight=0.1)
-    policies = make_policies(student, (*Gan.versions, "ref"), trained=Gan.trained, lora=LORA)
-    critic = LatentCritic(
+    policies = make_policies(student, config.versions, trained=config.trained, lora=LORA)
+    discriminator = LatentDiscriminator(
         student.encode, LatentConfig(loss="gan", width=4), channels=4, text_dim=8, device=device
     )
-    return Gan(policies, critic, config, steps=WAN_STEPS)
+    return Gan(policies, discriminator, config, denoising_steps=WAN_STEPS)
 
 
 def dmd(device: str) -> Any:
-    config = DmdConfig(score_warmup_steps=0, score_updates=1)
-    policies = make_policies(wan(device), Dmd.versions, trained=Dmd.trained)
-    return Dmd(policies, config, steps=WAN_STEPS)
+    config = DmdConfig(score_warmup_updates=0, score_updates=1)
+    policies = make_policies(wan(device), config.versions, trained=config.trained)
+    return Dmd(policies, config, denoising_steps=WAN_STEPS)
 
 
 PARTS = {"micro_batch": 1, "chunks_per_update": 2, "draws": 1}
@@ -233,7 +314,7 @@ def updates(method: Any, name: str, number: int) -> dict[str, float]:
     batch = toy_batch(number) if name == "toy" else wan_batch(number, count=1)
     if method.needs_rollout:
         method.rollout(batch)
-    found = method.critic_step(batch) if method.needs_critic else {}
+    found = method.discriminator_step(batch) if method.needs_discriminator else {}
     return found | method.student_step(batch)
 
 
@@ -258,11 +339,13 @@ def videoalign(folder: Path, device: str) -> tuple[Tensor, dict[str, float]]:
     scorer = VideoAlign.load(
         folder / "root", base=folder / "base", dtype=BF16, template=OWN_TEMPLATE, device=device
     )
-    critic = VideoAlignCritic(scorer, VideoAlignConfig(lora_rank=4, lora_alpha=8), seed=0)
+    discriminator = VideoAlignDiscriminator(
+        scorer, VideoAlignConfig(lora_rank=4, lora_alpha=8), seed=0
+    )
     clips = tiny_videoalign.clips().to(device)
-    seen = critic.look(clips)
-    score = critic.score(seen, tiny_videoalign.PROMPTS)
-    return score, critic.step(seen.flip(0), seen, tiny_videoalign.PROMPTS)
+    seen = discriminator.prepare(clips)
+    score = discriminator.score(seen, tiny_videoalign.PROMPTS)
+    return score, discriminator.step(seen.flip(0), seen, tiny_videoalign.PROMPTS)
 
 
 def test_videoalign_looks_scores_and_learns_on_the_device(tmp_path: Path) -> None:
@@ -280,7 +363,10 @@ def test_videoalign_looks_scores_and_learns_on_the_device(tmp_path: Path) -> Non
 def test_a_run_says_which_backends_its_own_device_has(tmp_path: Path) -> None:
     console = Console(quiet=True)
     config = RunConfig(out=str(tmp_path))
-    with fake_cuda(), _home(config, console, Ranks(device=torch.device("cuda"))):
+    # A core without CUDA code: on the CPU adaln would run on it.
+    no_cuda = patch.object(native, "has_cuda", lambda: False)
+    ranks = Ranks(device=torch.device("cuda"))
+    with fake_cuda(), no_cuda, _home(config, console, ranks):
         log = (tmp_path / "train.log").read_text()
     assert "op adaln runs on backend triton" in log
 

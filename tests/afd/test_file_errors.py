@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from afd.cli import main
-from afd.models.causal_wan import CausalWan
-from afd.models.checkpoints import save_diffusers
-from afd.sample_config import SampleConfig
+from afd.models.wan.checkpoints import save_diffusers
+from afd.models.wan.network import CausalWan
+from afd.sampling.config import SampleConfig
 from tests.afd.released_models import STUDENT
 from tests.afd.test_sample import CONFIGS, WanConfig, make, models
 
@@ -25,10 +25,10 @@ __all__ = ["models"]
 @pytest.fixture
 def words(models: Path, tmp_path: Path) -> list[str]:
     """`afd sample` of the small released layouts, into out/."""
-    config: SampleConfig = make(models, tmp_path / "out", steps=[1000])
+    config: SampleConfig = make(models, tmp_path / "out", denoising_steps=[1000])
     path = tmp_path / "sample.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-    return ["sample", "--config", str(path)]
+    return ["sample", str(path)]
 
 
 def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -42,10 +42,10 @@ def test_a_tokenizer_that_is_none_is_named(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    said = told([*words, f"tokenizer={tmp_path / 'empty'}"], capsys)
+    said = told([*words, f"student.tokenizer={tmp_path / 'empty'}"], capsys)
     assert f"tokenizer {tmp_path / 'empty'}: it cannot be read" in said
     (tmp_path / "empty" / "tokenizer.json").write_text("{")
-    assert "it cannot be read" in told([*words, f"tokenizer={tmp_path / 'empty'}"], capsys)
+    assert "it cannot be read" in told([*words, f"student.tokenizer={tmp_path / 'empty'}"], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -56,20 +56,20 @@ def test_a_damaged_configuration_of_a_part_is_named(
     student = tmp_path / "student"
     save_diffusers(student, CausalWan(WanConfig(**STUDENT)))
     (student / "config.json").write_text('{"eps": 1e-')
-    said = told([*words, f"checkpoint={student}"], capsys)
+    said = told([*words, f"student.checkpoint={student}"], capsys)
     assert f"{student / 'config.json'}: it is no JSON" in said
-    said = told([*words, f"checkpoint={student}", "--dry-run"], capsys)
+    said = told([*words, f"student.checkpoint={student}", "--dry-run"], capsys)
     assert f"{student / 'config.json'}: it is no JSON" in said
     (student / "config.json").write_text("[]")
     assert "config.json: got 'list'; needed: a JSON" in told(
-        [*words, f"checkpoint={student}"], capsys
+        [*words, f"student.checkpoint={student}"], capsys
     )
     for part in ("text_encoder", "vae"):
         copy = tmp_path / part
         shutil.copytree(models, copy)
         (copy / part / "config.json").write_text("{")
         assert f"{part} {copy / part}: it cannot be read" in told(
-            [*words, f"pretrained={copy}"], capsys
+            [*words, f"student.pretrained={copy}"], capsys
         )
 
 
@@ -82,7 +82,7 @@ def test_an_index_of_weights_that_is_none_is_named(
     index = student / "diffusion_pytorch_model.safetensors.index.json"
     for held in ("{", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}'):
         index.write_text(held)
-        assert str(index) in told([*words, f"checkpoint={student}"], capsys)
+        assert str(index) in told([*words, f"student.checkpoint={student}"], capsys)
 
 
 def test_a_folder_that_cannot_be_made_is_named(
@@ -111,10 +111,10 @@ def test_one_process_at_a_time_samples_into_a_folder(
 ) -> None:
     out = tmp_path / "out"
     code = (
-        "import sys, time; from pathlib import Path; from afd.lock import only_one\n"
+        "import sys, time; from pathlib import Path; from afd.files import only_one\n"
         "with only_one(Path(sys.argv[1])):\n print('mine', flush=True); time.sleep(60)"
     )
-    words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), f"out={out}", "device=cpu"]
+    words = ["sample", str(CONFIGS / "sample_toy.yaml"), f"out={out}", "device=cpu"]
     other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None

@@ -10,11 +10,12 @@ import av
 import pytest
 import torch
 
-from afd.config import VideoConfig
-from afd.teachers.base import Request, TeacherError
+from afd.data.videos import Videos
+from afd.errors import TeacherError
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
-from afd.training.teacher import Videos
 from afd.video import write_video
+from afd.video.config import VideoConfig
 from tests.afd.clips import make_clip_folder
 
 

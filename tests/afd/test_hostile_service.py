@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-import afd.teachers.fetch
-from afd.teachers.api import PROVIDERS
-from afd.teachers.ark import Ark
-from afd.teachers.base import TeacherError, Unanswered
-from afd.teachers.ledger import NAME, Ledger
+import afd.teachers.paid.purchase
+from afd.errors import TeacherError, Unanswered
+from afd.teachers.paid.ark import Ark
+from afd.teachers.paid.ledger import NAME, Ledger
+from afd.teachers.paid.teacher import PROVIDERS
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, WIRES, Exchange, Service, answer, state
 
@@ -257,19 +257,23 @@ def test_an_error_that_nobody_foresaw_fails_one_order_a_few_times(
     def broken(path: Path) -> None:
         raise ZeroDivisionError(f"of {KEY} \x1b[2J")
 
-    monkeypatch.setattr(afd.teachers.fetch, "check_video", broken)
-    for process in range(afd.teachers.fetch.FAULTS + 1):
+    monkeypatch.setattr(afd.teachers.paid.purchase, "check_video", broken)
+    for process in range(afd.teachers.paid.purchase.FAULTS + 1):
         polls = service.seen("GET", "tasks/")
         (got,) = asked("ark", service, tmp_path, deadline_s=4.0)
         assert isinstance(got, Unanswered)
         assert "ZeroDivisionError at test_hostile_service.py" in str(got)
         looked = service.seen("GET", "tasks/") > polls
-        assert looked == (process < afd.teachers.fetch.FAULTS)
+        assert looked == (process < afd.teachers.paid.purchase.FAULTS)
     assert "teacher.fetch.retry_faults=true" in str(got)
     assert "unexpected: ZeroDivisionError" in caplog.text
     books = Ledger.snapshot(tmp_path / "videos")
     ((_, row),) = books.open_rows()
-    assert (row.state, row.faults, books.spent_usd()) == ("running", afd.teachers.fetch.FAULTS, 1.0)
+    assert (row.state, row.faults, books.spent_usd()) == (
+        "running",
+        afd.teachers.paid.purchase.FAULTS,
+        1.0,
+    )
     books.close()
     monkeypatch.undo()
     for name in (provider.key_variable for provider in PROVIDERS.values()):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from afd.ranks import ALONE
-from afd.training import checkpoint, shards
+from afd.distributed import ALONE
+from afd.trainer import checkpoint, shards
 from tests.afd.distributed import run
 from tests.afd.test_resume import assert_same, numbers
 from tests.afd.tiny import make_clips
@@ -30,11 +30,14 @@ def small_run(out: Path, folder: Path) -> dict[str, Any]:
     """AFD of a small toy student with every part that a checkpoint holds, saved every update."""
     return {
         "out": str(out),
-        "steps": UPDATES,
-        "prompts_per_step": 2,
+        "updates": UPDATES,
+        "prompts_per_update": 2,
         "teacher": {"kind": "folder", "path": str(folder / "clips")},
-        "student": {"checkpoint": str(folder / "student.safetensors"), "steps": [1.0, 0.625]},
-        "discriminator": {"warmup_steps": 1, "steps_per_update": 1, "backbone": "scratch"},
+        "student": {
+            "checkpoint": str(folder / "student.safetensors"),
+            "denoising_steps": [1.0, 0.625],
+        },
+        "discriminator": {"warmup_updates": 1, "steps_per_update": 1, "backbone": "scratch"},
         "afd": {"samples_per_prompt": 2, "draws": 1, "ema_decay": 0.9, "baseline": "ema"},
         "evaluation": {"every": 30, "curve_videos": 2, "videos": 2, "samples": 2},
         "logging": {"tensorboard": False},

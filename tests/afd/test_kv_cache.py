@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from afd.models.kv_cache import TIMES_KEPT, KVCache, LayerKV, cache_bytes
-from afd.models.rope import pairs_per_axis, rope_table
+from afd.models.wan.kv_cache import TIMES_KEPT, KVCache, cache_bytes
+from afd.models.wan.rope import pairs_per_axis, rope_table
+from afd.models.wan.types import LayerKV
 from tests.afd.tiny_wan import HEIGHT, TOKENS, WIDTH, text, tiny, video
 
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.config import make_config
-from afd.discriminators.base import DifferentiableCritic, pair_metrics
+from afd.discriminators.base import DifferentiableDiscriminator, pair_metrics
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.latent import LatentCritic
-from afd.ranks import join
+from afd.discriminators.latent import LatentDiscriminator
+from afd.distributed import join
 from tests.afd.together import together
 from tests.tolerances import NETWORK_REORDERED
 
@@ -48,68 +47,73 @@ def moving(prompts: Sequence[str], seed: int, *, wrong: bool) -> Tensor:
     return video
 
 
-def make(seed: int = 0, **changes: Any) -> LatentCritic:
+def make(seed: int = 0, **changes: Any) -> LatentDiscriminator:
     config = LatentConfig(**{"width": 16, "learning_rate": 1e-3, **changes})
-    return LatentCritic(encode, config, channels=CHANNELS, text_dim=TEXT, seed=seed)
+    return LatentDiscriminator(encode, config, channels=CHANNELS, text_dim=TEXT, seed=seed)
 
 
-def train(critic: LatentCritic, steps: int) -> None:
+def train(discriminator: LatentDiscriminator, steps: int) -> None:
     for seed in range(steps):
         right, wrong = (moving(PAIRS, seed + 1000 * w, wrong=bool(w)) for w in (0, 1))
-        critic.step(right, wrong, PAIRS)
+        discriminator.step(right, wrong, PAIRS)
 
 
 @pytest.mark.parametrize("loss", ["bt", "gan"])
 def test_it_learns_a_motion_that_only_the_prompt_makes_right(loss: str) -> None:
-    critic = make(loss=loss)
-    train(critic, 60)
-    right = critic.score(moving(PAIRS, 7777, wrong=False), PAIRS)
-    wrong = critic.score(moving(PAIRS, 8888, wrong=True), PAIRS)
+    discriminator = make(loss=loss)
+    train(discriminator, 60)
+    right = discriminator.score(moving(PAIRS, 7777, wrong=False), PAIRS)
+    wrong = discriminator.score(moving(PAIRS, 8888, wrong=True), PAIRS)
     assert pair_metrics(right, wrong)["accuracy"] > 0.9
     # The same video under the other prompt is a wrong one.
     swapped = [WORDS[1 - WORDS.index(word)] for word in PAIRS]
-    other = critic.score(moving(PAIRS, 7777, wrong=False), swapped)
+    other = discriminator.score(moving(PAIRS, 7777, wrong=False), swapped)
     assert float((right > other).float().mean()) > 0.9
 
 
 def test_it_keeps_the_protocol_and_scores_without_a_gradient() -> None:
-    critic: DifferentiableCritic = make()
+    discriminator: DifferentiableDiscriminator = make()
     video = moving(PAIRS, 0, wrong=False)
-    score = critic.score(video, PAIRS)
+    score = discriminator.score(video, PAIRS)
     assert score.shape == (len(PAIRS),)
     assert not score.requires_grad
-    assert torch.equal(score, critic.score(video, PAIRS))
-    assert critic.step(video, -video, PAIRS).keys() == {"loss", "grad_norm", "accuracy", "margin"}
+    assert torch.equal(score, discriminator.score(video, PAIRS))
+    assert discriminator.step(video, -video, PAIRS).keys() == {
+        "loss",
+        "grad_norm",
+        "accuracy",
+        "margin",
+    }
 
 
 def test_every_weight_learns_and_latents_get_gradients() -> None:
-    critic = make()
+    discriminator = make()
     video = moving(PAIRS, 0, wrong=False).requires_grad_()
-    critic.differentiable_score(video, PAIRS).sum().backward()
+    discriminator.differentiable_score(video, PAIRS).sum().backward()
     assert float(video.grad.abs().min(0).values.max()) > 0
-    assert all(float(p.grad.abs().max()) > 0 for p in critic.net.parameters())
+    assert all(float(p.grad.abs().max()) > 0 for p in discriminator.net.parameters())
 
 
 def test_padding_of_a_prompt_is_not_read() -> None:
     video = moving(PAIRS, 0, wrong=False)
-    critic = make()
-    longer = LatentCritic(
+    discriminator = make()
+    longer = LatentDiscriminator(
         lambda prompts: torch.nn.functional.pad(encode(prompts), (0, 0, 0, 9)),
-        critic.config,
+        discriminator.config,
         channels=CHANNELS,
         text_dim=TEXT,
     )
-    found, expected = longer.score(video, PAIRS), critic.score(video, PAIRS)
+    found, expected = longer.score(video, PAIRS), discriminator.score(video, PAIRS)
     torch.testing.assert_close(found, expected, **NETWORK_REORDERED)
-    assert critic.score(video[:1], [""]).isfinite().all()
+    assert discriminator.score(video[:1], [""]).isfinite().all()
 
 
 def test_pieces_make_the_same_update_as_the_whole() -> None:
     grads = []
     for size in (None, 3):
-        critic = make(micro_batch=size)
-        critic.step(moving(PAIRS, 0, wrong=False), moving(PAIRS, 1, wrong=True), PAIRS)
-        grads.append([p.grad for p in critic.net.parameters()])
+        discriminator = make(micro_batch=size)
+        discriminator.step(moving(PAIRS, 0, wrong=False), moving(PAIRS, 1, wrong=True), PAIRS)
+        grads.append([p.grad for p in discriminator.net.parameters()])
     for whole, pieces in zip(*grads, strict=True):
         torch.testing.assert_close(pieces, whole, **NETWORK_REORDERED)
 
@@ -117,14 +121,14 @@ def test_pieces_make_the_same_update_as_the_whole() -> None:
 def shared_updates() -> list[tuple[dict[str, float], list[Any]]]:
     """By each loss an update on five pairs, of which this process has its share."""
     found = []
-    with join(make_config({})) as ranks:
+    with join("cpu") as ranks:
         own, prompts = ranks.share(5), PAIRS[:5]
         right, wrong = moving(prompts, 0, wrong=False), moving(prompts, 1, wrong=True)
         for loss in ("bt", "gan"):
-            critic = make(loss=loss, micro_batch=2)
-            critic.ranks = ranks
-            metrics = critic.step(right[own], wrong[own], prompts[own])
-            found.append((metrics, [p.grad.numpy() for p in critic.net.parameters()]))
+            discriminator = make(loss=loss, micro_batch=2)
+            discriminator.ranks = ranks
+            metrics = discriminator.step(right[own], wrong[own], prompts[own])
+            found.append((metrics, [p.grad.numpy() for p in discriminator.net.parameters()]))
     return found
 
 
@@ -141,28 +145,28 @@ def test_a_saved_discriminator_continues_with_the_same_bits() -> None:
     first, second = make(seed=1), make(seed=2)
     train(first, 2)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for critic in (first, second):
-        train(critic, 2)
+    for discriminator in (first, second):
+        train(discriminator, 2)
     video = moving(PAIRS, 5, wrong=False)
     assert torch.equal(first.score(video, PAIRS), second.score(video, PAIRS))
 
 
 def test_scoring_between_steps_changes_nothing() -> None:
     plain, asked = make(), make()
-    for critic in (plain, asked):
-        train(critic, 1)
-        if critic is asked:
-            critic.score(moving(PAIRS, 5, wrong=False), PAIRS)
-        train(critic, 1)
+    for discriminator in (plain, asked):
+        train(discriminator, 1)
+        if discriminator is asked:
+            discriminator.score(moving(PAIRS, 5, wrong=False), PAIRS)
+        train(discriminator, 1)
     for a, b in zip(plain.net.parameters(), asked.net.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_every_layer_is_spectrally_normalised() -> None:
-    critic = make()
-    train(critic, 20)
+    discriminator = make()
+    train(discriminator, 20)
     # The estimate follows the largest singular value closely, not exactly.
-    for name, module in critic.net.named_modules():
+    for name, module in discriminator.net.named_modules():
         if isinstance(module, torch.nn.Conv3d | torch.nn.Linear):
             largest = torch.linalg.matrix_norm(module.weight.detach().flatten(1), 2)
             assert float(largest) < 1.2, name
@@ -182,10 +186,10 @@ def test_building_one_leaves_the_global_random_numbers_alone() -> None:
 
 
 def test_wrong_calls_name_the_argument() -> None:
-    critic, video = make(), moving(PAIRS, 0, wrong=False)
+    discriminator, video = make(), moving(PAIRS, 0, wrong=False)
     with pytest.raises(ValueError, match="prompts"):
-        critic.score(video, PAIRS[:3])
+        discriminator.score(video, PAIRS[:3])
     with pytest.raises(ValueError, match="student_BFCHW"):
-        critic.step(video, video[:, :2], PAIRS)
+        discriminator.step(video, video[:, :2], PAIRS)
     with pytest.raises(ValueError, match="width"):
         make(width=18)

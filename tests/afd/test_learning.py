@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Generator
 
-from afd.config import make_config
-from afd.evaluation.physics import measure
+from afd.config.run import make_config
+from afd.lab.physics import measure
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.student import ToyStudent
 from afd.methods.base import Batch
-from afd.methods.build import build_method
-from afd.models.toy import ToyStudent
 from afd.rollout import rollout
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
+from afd.trainer.build import build_method
 
 UPDATES = 130
 HELD_OUT = list(PROMPTS) * 6
@@ -38,7 +38,7 @@ def test_afd_takes_the_fall_and_leaves_the_look_where_sft_takes_both() -> None:
             pick = torch.randint(len(prompts), (8,), generator=generator)
             batch = Batch(step, [prompts[i] for i in pick], teacher[pick])
             method.rollout(batch)
-            metrics = method.critic_step(batch) | method.student_step(batch)
+            metrics = method.discriminator_step(batch) | method.student_step(batch)
         assert metrics["student/loss"] > 0
         with method.evaluation_policy() as policy:
             after[name] = evaluate(policy)

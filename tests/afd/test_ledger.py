@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from afd.config import to_yaml
-from afd.teachers.base import TeacherError
-from afd.teachers.contents import Saved
+from afd.config.run import to_yaml
+from afd.errors import BudgetError, TeacherError
 from afd.teachers.folder import FolderTeacher
-from afd.teachers.ledger import NAME, BudgetError, Claims, Ledger
-from afd.teachers.provider import Order
+from afd.teachers.paid.contents import Saved
+from afd.teachers.paid.ledger import NAME, Claims, Ledger
+from afd.teachers.paid.service import Order
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, Service
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from afd.teachers.api import PROVIDERS, ApiTeacher
-from afd.teachers.base import ContentsError, TeacherError
-from afd.teachers.ledger import NAME, Ledger
-from afd.teachers.schema import VERSION
+from afd.errors import ContentsError, TeacherError
+from afd.teachers.paid.ledger import NAME, Ledger
+from afd.teachers.paid.schema import VERSION
+from afd.teachers.paid.teacher import PROVIDERS, ApiTeacher
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, Service
 from tests.afd.test_ledger import order
@@ -64,7 +64,7 @@ def test_a_migration_that_is_cut_off_leaves_the_older_version(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "afd.teachers.schema._MIGRATIONS",
+        "afd.teachers.paid.schema._MIGRATIONS",
         {1: "ALTER TABLE submits ADD COLUMN faults INTEGER; ALTER TABLE absent ADD COLUMN x"},
     )
     with pytest.raises(TeacherError, match="no such table"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from afd.teachers.limiter import Limiter
+from afd.teachers.paid.limiter import Limiter
 
 
 def test_429_halves_what_is_under_way_once_and_success_adds_one_a_round() -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
-from afd.config import ConfigError
+from afd.data.sampler import Sampler
+from afd.errors import ConfigError, TeacherError, TrainingError
 from afd.methods.base import Batch
-from afd.teachers.base import Request, TeacherError
-from afd.training.alarms import Signs, signs
-from afd.training.logging import Lines
-from afd.training.loop import Outcome, TrainingError, train
-from afd.training.teacher import Sampler
+from afd.teachers.base import Request
+from afd.trainer.health import Signs, signs
+from afd.trainer.logging import Lines
+from afd.trainer.loop import Outcome, train
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 
 
@@ -38,11 +38,17 @@ def test_a_run_leaves_the_files_of_the_layout(tmp_path: Path, clips: Path) -> No
     lines = metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
-        assert set(line["phase_s"]) == {"teacher", "rollout", "critic", "student", "evaluate"}
+        assert set(line["phase_s"]) == {
+            "teacher",
+            "rollout",
+            "discriminator",
+            "student",
+            "evaluate",
+        }
         assert line["phase_s"]["student"] > 0
         assert line["time_s"] > 0
-        assert {"critic/margin", "student/loss"} <= set(line)
-    assert yaml.safe_load((out / "config.yaml").read_text())["steps"] == 6
+        assert {"discriminator/margin", "student/loss"} <= set(line)
+    assert yaml.safe_load((out / "config.yaml").read_text())["updates"] == 6
     assert "ops" in json.loads((out / "doctor.json").read_text())
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [
         "step_000004",
@@ -77,7 +83,7 @@ def test_a_finished_run_is_never_run_again(tmp_path: Path, clips: Path) -> None:
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("override", ["seed=1", "afd.nft_beta=0.5", "steps=8"])
+@pytest.mark.parametrize("override", ["seed=1", "afd.nft_beta=0.5", "updates=8"])
 def test_a_finished_run_of_another_configuration_is_refused(
     tmp_path: Path, clips: Path, override: str
 ) -> None:
@@ -124,20 +130,20 @@ def test_handlers_of_signals_are_put_back(tmp_path: Path, clips: Path) -> None:
 
 def test_a_number_that_is_not_finite_stops_the_run(tmp_path: Path, clips: Path) -> None:
     class Broken(TinyMethod):
-        def critic_step(self, batch: Batch) -> dict[str, float]:
-            return {"critic/margin": float("nan") if batch.step == 3 else 0.0}
+        def discriminator_step(self, batch: Batch) -> dict[str, float]:
+            return {"discriminator/margin": float("nan") if batch.step == 3 else 0.0}
 
-    with pytest.raises(TrainingError, match=r"update 4: critic/margin = nan.*step_000002"):
+    with pytest.raises(TrainingError, match=r"update 4: discriminator/margin = nan.*step_000002"):
         train(tiny_config(tmp_path / "run", clips), method=Broken())
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_two_processes_cannot_write_one_run(tmp_path: Path, clips: Path) -> None:
     class Nested(TinyMethod):
-        def critic_step(self, batch: Batch) -> dict[str, float]:
+        def discriminator_step(self, batch: Batch) -> dict[str, float]:
             with pytest.raises(TrainingError, match="another process is training here"):
                 train(tiny_config(tmp_path / "run", clips), method=TinyMethod())
-            return super().critic_step(batch)
+            return super().discriminator_step(batch)
 
     assert train(tiny_config(tmp_path / "run", clips), method=Nested()) is Outcome.FINISHED
 
@@ -166,8 +172,8 @@ def test_the_sampler_goes_on_from_its_cursor() -> None:
 @pytest.mark.parametrize(
     ("values", "sign"),
     [
-        ({"critic/margin": 5.5}, "margin"),
-        ({"critic/accuracy": 1.0}, "accuracy"),
+        ({"discriminator/margin": 5.5}, "margin"),
+        ({"discriminator/accuracy": 1.0}, "accuracy"),
         ({"student/r_mean": 0.95}, "r high"),
         ({"student/r_at_1": 0.6}, "r high"),
         ({"student/r_mean": 0.05}, "r low"),
@@ -180,7 +186,7 @@ def test_a_sign_of_trouble_is_named(values: dict[str, float], sign: str) -> None
 
 
 def test_a_healthy_update_has_no_sign() -> None:
-    healthy = {"critic/margin": 2.0, "critic/accuracy": 0.9, "student/r_mean": 0.5}
+    healthy = {"discriminator/margin": 2.0, "discriminator/accuracy": 0.9, "student/r_mean": 0.5}
     assert list(signs(healthy)) == []
     assert list(signs({})) == []
 
@@ -189,7 +195,7 @@ def test_a_sign_is_logged_once_until_it_goes_away(caplog: pytest.LogCaptureFixtu
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):
         for step, margin in enumerate([9.0, 9.0, 1.0, 9.0]):
-            watch.look(step, {"critic/margin": margin})
+            watch.look(step, {"discriminator/margin": margin})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "update 0",
         "update 3",
@@ -200,7 +206,7 @@ def test_one_perfect_batch_is_no_sign_but_a_hundred_are(caplog: pytest.LogCaptur
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):
         for step, accuracy in enumerate([1.0, 0.9] * 50 + [1.0] * 100):
-            watch.look(step, {"critic/accuracy": accuracy})
+            watch.look(step, {"discriminator/accuracy": accuracy})
     assert len(caplog.records) == 1
     assert int(caplog.records[0].getMessage().split()[1].rstrip(":")) > 100
 
@@ -228,5 +234,5 @@ def test_the_default_random_state_is_restored_on_resume(tmp_path: Path, clips: P
     train(config, method=Interrupted(2, signal.SIGINT))
     after_stop = torch.get_rng_state()
     torch.manual_seed(999)
-    train(config.model_copy(update={"steps": 3}), method=TinyMethod())
+    train(config.model_copy(update={"updates": 3}), method=TinyMethod())
     assert torch.equal(torch.get_rng_state(), after_stop)

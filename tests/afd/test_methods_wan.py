@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.discriminators.config import CriticConfig
+from afd.discriminators.base import DiscriminatorConfig
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
-from afd.methods.noised import draw_copies
+from afd.methods.copies import draw_copies
 from afd.models.config import LoraConfig
 from tests.afd.tiny_methods import (
     gradients,
@@ -36,14 +36,14 @@ CONTEXTS = ("recompute", "own_context", "shared_context")
 class Brightness:
     """A fixed discriminator: how bright the latents are."""
 
-    sees: Literal["video", "latent"] = "latent"
-    config = CriticConfig()
+    input_space: Literal["pixels", "latents"] = "latents"
+    config = DiscriminatorConfig(kind="tiny")
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
         return video_BFCHW
 
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return seen_BFCHW.mean((1, 2, 3, 4))
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return input_BFCHW.mean((1, 2, 3, 4))
 
     def step(self, *videos: Any) -> dict[str, float]:
         return {}
@@ -102,7 +102,7 @@ def test_distillation_raises_what_the_discriminator_scores(
         context=context,
         old_decay=0.0,
     )
-    method.critic = Brightness()
+    method.discriminator = Brightness()
     scores = [step(method, wan_batch(i))["student/score_mean"] for i in range(8)]
     assert scores[-1] > scores[0] + 0.25
 
@@ -117,7 +117,7 @@ def velocities(method: Afd, batch: Batch) -> dict[tuple[str, str], Tensor]:
     copies = draw_copies(
         method.config, len(rollouts.prompts), method.chunks, method.times, torch.Generator()
     )
-    x0, found, config = rollouts.x_BFCHW[copies.video_N], {}, method.config
+    x0, found, config = rollouts.x0_BFCHW[copies.video_N], {}, method.config
     x_t = copies.noise(x0)
     for context in CONTEXTS:
         method.config = config.model_copy(update={"context": context})
@@ -287,12 +287,12 @@ def test_a_resumed_wan_run_continues_with_the_same_bits(
 
 
 def test_a_student_with_a_first_list_of_its_own_streams_and_learns_by_it() -> None:
-    method = make_afd(wan_student(), how={"first_steps": (1000, 500)})
+    method = make_afd(wan_student(), how={"first_chunk_steps": (1000, 500)})
     plain = make_afd(wan_student())
     for one in (method, plain):
         one.rollout(wan_batch())
-    ours, theirs = method._current().x_BFCHW, plain._current().x_BFCHW
+    ours, theirs = method._current().x0_BFCHW, plain._current().x0_BFCHW
     assert not torch.allclose(ours[:, :3], theirs[:, :3])
     assert method.first_times == [method.times[0], method.times[2]]
-    method.critic_step(wan_batch())
+    method.discriminator_step(wan_batch())
     assert "student/loss" in method.student_step(wan_batch())

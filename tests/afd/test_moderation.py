@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from afd.teachers.answers import Kind, Reply
-from afd.teachers.api import PROVIDERS
-from afd.teachers.base import Unanswered
-from afd.teachers.ledger import Ledger
-from afd.teachers.moderation import complaint
-from afd.teachers.provider import refusal
+from afd.errors import Unanswered
+from afd.teachers.paid.answers import Kind, Reply
+from afd.teachers.paid.ledger import Ledger
+from afd.teachers.paid.moderation import complaint
+from afd.teachers.paid.service import refusal
+from afd.teachers.paid.teacher import PROVIDERS
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, WIRES, Exchange, Service, answer
 

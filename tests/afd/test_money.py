@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from afd.config import make_config
-from afd.teachers.api import PROVIDERS, price_of
-from afd.teachers.base import TeacherError
-from afd.teachers.contents import Saved
-from afd.teachers.ledger import BudgetError, Ledger
+from afd.config.run import make_config
+from afd.errors import BudgetError, TeacherError
+from afd.teachers.paid.contents import Saved
+from afd.teachers.paid.ledger import Ledger
+from afd.teachers.paid.teacher import PROVIDERS, price_of
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, WIRES, Exchange, Service
 from tests.afd.test_ledger import order
@@ -171,7 +171,7 @@ def test_a_price_is_finite(service: Service, tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="needs a finite price"):
         price_of(config, PROVIDERS["ark"](), {})
     with pytest.raises(ValueError, match="finite"):
-        make_config({}, ["teacher.fetch.price_usd=inf"])
+        make_config({}, ["teacher.kind=ark", "teacher.fetch.price_usd=inf"])
 
 
 @pytest.mark.parametrize("per", ["video", "second", "million_tokens"])

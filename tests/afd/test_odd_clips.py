@@ -15,14 +15,8 @@ from av.stream import Disposition
 from PIL import Image
 
 import afd.video.read
-from afd.video import (
-    Limits,
-    VideoError,
-    check_video,
-    frame_size,
-    read_video,
-    write_video,
-)
+from afd.errors import VideoError
+from afd.video import Limits, check_video, frame_size, read_video, write_video
 from tests.afd.odd_clips import (
     HEIGHT,
     RATE,

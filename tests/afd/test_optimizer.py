@@ -13,21 +13,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from afd.distributed import ALONE
+from afd.errors import TrainingError
+from afd.lab.student import ToyStudent
 from afd.methods.config import StudentOptimizerConfig
-from afd.methods.optimizer import StudentOptimizer, TrainingError, cosine_rate
-from afd.models.causal_wan import CausalWan
+from afd.methods.optimizer import StudentOptimizer, cosine_rate
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
 from afd.models.student import Student
-from afd.models.toy import ToyStudent
-from afd.models.wan import WanStudent
-from afd.ranks import ALONE
-from afd.training import shards
+from afd.models.wan.network import CausalWan
+from afd.models.wan.student import WanStudent
+from afd.trainer import shards
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 
 LORA = LoraConfig(rank=4, alpha=4)
 KINDS = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-CONFIG = StudentOptimizerConfig(learning_rate=1e-3, cosine_steps=10)
+CONFIG = StudentOptimizerConfig(learning_rate=1e-3, cosine_updates=10)
 
 
 def student(dtype: torch.dtype = torch.float32) -> WanStudent:
@@ -51,7 +52,7 @@ def prepared(
 
 
 def test_the_rate_rises_in_a_line_then_falls_as_a_cosine_to_five_percent() -> None:
-    config = CONFIG.model_copy(update={"warmup_steps": 4, "learning_rate": 1.0})
+    config = CONFIG.model_copy(update={"warmup_updates": 4, "learning_rate": 1.0})
     optimizer = prepared(config=config)[1]
     rates = []
     for optimizer.updates in range(20):
@@ -59,7 +60,7 @@ def test_the_rate_rises_in_a_line_then_falls_as_a_cosine_to_five_percent() -> No
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[4:15] == [cosine_rate(step, 10) for step in range(11)]
     assert rates[14:] == pytest.approx([0.05] * 6)
-    optimizer = prepared(config=config.model_copy(update={"cosine_steps": None}))[1]
+    optimizer = prepared(config=config.model_copy(update={"cosine_updates": None}))[1]
     optimizer.updates = 1000
     assert optimizer.rate() == 1.0
 
@@ -116,7 +117,7 @@ def test_parts_of_an_update_add_up(lora: LoraConfig | None, dtype: torch.dtype) 
 @KINDS
 def test_small_steps_are_not_lost_in_bf16(lora: LoraConfig | None) -> None:
     """At this rate a single step changes hardly any bf16 weight; fifty of them do."""
-    config = CONFIG.model_copy(update={"learning_rate": 1e-5, "cosine_steps": None})
+    config = CONFIG.model_copy(update={"learning_rate": 1e-5, "cosine_updates": None})
     policies, optimizer = prepared(torch.bfloat16, lora, config)
     weights = optimizer.weights
     start = {name: value.clone() for name, value in weights.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The commands in README and on the pages about training and evaluation are ones that work."""
+"""The commands in README and in docs/ parse, and their configuration keys exist."""
 
 from __future__ import annotations
 
@@ -9,14 +9,28 @@ from pathlib import Path
 
 import pytest
 
+from afd.benchmarks.config import BenchmarkConfig
 from afd.cli import _parser, main
-from afd.config import RunConfig, load_config, make_config
-from afd.evaluation.config import EvalConfig
+from afd.config.run import RunConfig, load_config, make_config
 from afd.export import ExportConfig
-from afd.sample_config import SampleConfig
+from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
-KINDS = {"train": RunConfig, "teacher": RunConfig, "eval": EvalConfig, "sample": SampleConfig}
+PAGES = (
+    "../README.md",
+    "QUICKSTART.md",
+    "TRAINING.md",
+    "SAMPLING.md",
+    "EVALUATION.md",
+    "TEACHERS.md",
+    "ABLATIONS.md",
+)
+KINDS = {
+    "train": RunConfig,
+    "teacher": RunConfig,
+    "benchmark": BenchmarkConfig,
+    "sample": SampleConfig,
+}
 
 
 def commands(page: str, heading: str = "") -> list[list[str]]:
@@ -31,12 +45,12 @@ def commands(page: str, heading: str = "") -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "words",
-    [*commands("../README.md"), *commands("TRAINING.md"), *commands("EVALUATION.md")],
+    [words for page in PAGES for words in commands(page)],
     ids=" ".join,
 )
 def test_a_command_and_its_keys_exist(words: list[str]) -> None:
     options = _parser().parse_args(words)
-    path = getattr(options, "config", getattr(options, "target", None))
+    path = getattr(options, "config", None)
     kind = KINDS.get(options.command)
     if options.command == "export":
         make_config({}, options.overrides, "page", ExportConfig)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from afd.evaluation.diagnostics import rank_agreement, within_group_correlation
-from afd.evaluation.physics import (
+from afd.lab.metrics import rank_agreement, within_group_correlation
+from afd.lab.physics import (
     DEFINITIONS,
     fit,
     frechet_distance,
@@ -16,7 +16,7 @@ from afd.evaluation.physics import (
     spread,
     track_ball,
 )
-from afd.teachers.simulator import BOUNCE, PROMPTS, attribute_table, fall, sample_videos
+from afd.lab.simulator import BOUNCE, PROMPTS, attribute_table, fall, sample_videos
 
 PROMPTS_4 = list(PROMPTS) * 4
 

@@ -12,10 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from afd.config import VideoConfig
+from afd.data.videos import Videos
+from afd.errors import VideoError
 from afd.teachers.base import Request
-from afd.training.teacher import Videos
-from afd.video import VideoError, check_video, frame_size, from_uint8, read_video, to_uint8
+from afd.video import check_video, frame_size, from_uint8, read_video, to_uint8
+from afd.video.config import VideoConfig
 from tests.afd.odd_clips import (
     HEIGHT,
     RATE,

@@ -13,21 +13,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from afd import cli
-from afd import cost_model as cost
-from afd.config import ConfigError, RunConfig, load_config, make_config
-from afd.cost_model import Net
+from afd.config.run import RunConfig, load_config, make_config
+from afd.errors import ConfigError
 from afd.methods.config import AfdConfig
 from afd.methods.optimizer import StudentOptimizer
-from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
-from afd.models.vae import VideoVAE
-from afd.models.wan import WanStudent
-from afd.plan import Plan, make_plan, show, student_net
-from afd.plan_teacher import teacher_plan
-from afd.teachers.contents import Saved
-from afd.teachers.ledger import Ledger
-from afd.teachers.provider import Order
+from afd.models.wan.network import CausalWan
+from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
+from afd.models.wan.vae import VideoVAE
+from afd.planning import cost_model as cost
+from afd.planning.cost_model import Net
+from afd.planning.plan import Plan, make_plan, show, student_net
+from afd.teachers.forecast import Forecast
+from afd.teachers.paid.contents import Saved
+from afd.teachers.paid.ledger import Ledger
+from afd.teachers.paid.service import Order
 from benchmarks.hardware import pass_work
 from tests import tolerances
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
@@ -37,6 +39,11 @@ RELEASED = Net(1536, 8960, 30, 512, 1_418_996_800, 21, 3, 1560)
 
 
 # --- operations ---
+
+
+def forecast(config: RunConfig) -> Forecast:
+    drawn = config.updates * config.prompts_per_update
+    return config.teacher.forecast(config.teacher_dir, drawn)
 
 
 def test_the_update_takes_what_the_roofline_counts() -> None:
@@ -250,7 +257,7 @@ def test_the_released_size_is_planned_without_any_file() -> None:
     assert plan.net.parameters == RELEASED.parameters
     for name in ("adapters", "optimizer", "cache", "decode", "VideoAlign", "text encoder"):
         assert name in told
-    for phase in ("rollout", "decode", "critic", "student", "evaluation"):
+    for phase in ("rollout", "decode", "discriminator", "student", "evaluation"):
         assert any(one.name == phase and one.seconds > 0 for one in plan.phases)
     assert "estimate, assuming 35%" in told
     assert "student.checkpoint: checkpoints/self_forcing_dmd.pt is not there" in told
@@ -265,13 +272,13 @@ def test_two_gpus_halve_the_hours_and_shards_the_weights() -> None:
     shards = make_plan(config.model_copy(update={"parallel": "fsdp"}), 2)
     bytes_of = [{p.name: p.bytes for p in plan.memory}["optimizer"] for plan in (two, shards)]
     assert bytes_of[0] == 2 * bytes_of[1]
-    with pytest.raises(ConfigError, match="processes is 9; needed: 1 to prompts_per_step, 8"):
+    with pytest.raises(ConfigError, match="processes is 9; needed: 1 to prompts_per_update, 8"):
         make_plan(config, 9)
 
 
 def test_what_a_run_would_refuse_its_plan_refuses() -> None:
     config = load_config(CONFIGS / "afd_self_forcing_480x832.yaml", ["parallel=fsdp"])
-    with pytest.raises(ConfigError, match=r"prompts_per_step is 8; parallel=fsdp .* multiple of 3"):
+    with pytest.raises(ConfigError, match=r"per_update is 8; parallel=fsdp .* multiple of 3"):
         make_plan(config, 3)
     for file in ("afd_self_forcing_480x832", "quickstart"):
         with pytest.raises(ConfigError, match="chunks_per_update: got 9; needed: at most the"):
@@ -325,18 +332,18 @@ def test_a_gan_pays_for_gradients_through_the_decode() -> None:
 
 
 def test_a_fields_update_costs_and_keeps_what_fine_tuning_does() -> None:
-    names = ("steps=10", "dmd.score_updates=3", "dmd.score_warmup_steps=20")
+    names = ("updates=10", "dmd.score_updates=3", "dmd.score_warmup_updates=20")
     dmd = make_plan(load_config(CONFIGS / "dmd_self_forcing_480x832.yaml", names))
     sft = make_plan(load_config(CONFIGS / "sft_self_forcing_480x832.yaml"))
     phases = {phase.name: phase for phase in dmd.phases}
     fine_tuning = next(phase.flop for phase in sft.phases if phase.name == "student")
     # 32 videos there; here 3 updates of real on 8 teacher's and of fake on 32 rollouts.
-    assert phases["critic"].flop == pytest.approx(fine_tuning * 3 * (8 + 32) / 32)
+    assert phases["discriminator"].flop == pytest.approx(fine_tuning * 3 * (8 + 32) / 32)
     # The student begins once a field has 20 updates: in the seventh of the run.
     assert phases["student"].times == 10 - 6
     bytes_of = [{p.name: p.bytes for p in plan.memory} for plan in (dmd, sft)]
     assert bytes_of[0]["fields' activations"] == bytes_of[1]["activations"]
-    assert dmd.peaks()["critic"] > dmd.peaks()["student"]
+    assert dmd.peaks()["discriminator"] > dmd.peaks()["student"]
 
 
 def test_the_toy_has_memory_and_no_gpu_time() -> None:
@@ -347,7 +354,7 @@ def test_the_toy_has_memory_and_no_gpu_time() -> None:
 
 
 def test_a_checkpoint_that_is_there_gives_the_sizes(tmp_path: Path) -> None:
-    from afd.models.checkpoints import save_self_forcing
+    from afd.models.wan.checkpoints import save_self_forcing
 
     net = tiny(in_dim=16, out_dim=16)
     save_self_forcing(tmp_path / "tiny.pt", generator=net)
@@ -366,12 +373,12 @@ def paid(folder: Path, **fetch: Any) -> RunConfig:
     api = {"model": "seedance", "prompts": str(prompts), "draws": 2}
     fetch = {"price_usd": 0.5, "budget_usd": 5.0, "concurrency": 4} | fetch
     teacher = {"kind": "ark", "path": str(folder / "videos"), "api": api, "fetch": fetch}
-    return make_config({"steps": 5, "prompts_per_step": 3, "teacher": teacher})
+    return make_config({"updates": 5, "prompts_per_update": 3, "teacher": teacher})
 
 
 def test_only_what_the_run_will_see_and_the_folder_lacks_is_to_be_bought(tmp_path: Path) -> None:
     config = paid(tmp_path)
-    before = teacher_plan(config)
+    before = forecast(config)
     assert (before.wanted, before.distinct, before.to_buy) == (20, 15, 15)
     assert before.cost_usd == pytest.approx(7.5)
     assert before.wait_s == 4 * 120
@@ -383,7 +390,7 @@ def test_only_what_the_run_will_see_and_the_folder_lacks_is_to_be_bought(tmp_pat
     other = Order("ark", "seedance", "prompt 1", {}, seed=1)
     ledger.end(ledger.reserve(other, 0.5, 5.0), "failed", "content", "refused", paid=False)
     ledger.close()
-    after = teacher_plan(config)
+    after = forecast(config)
     assert (after.there, after.rejected, after.to_buy) == (1, 1, 13)
     assert after.spent_usd == pytest.approx(0.5)
     assert after.measured
@@ -395,7 +402,7 @@ def test_only_what_the_run_will_see_and_the_folder_lacks_is_to_be_bought(tmp_pat
 def test_without_its_prompts_a_teachers_cost_is_not_made_up(tmp_path: Path) -> None:
     config = paid(tmp_path)
     (tmp_path / "asked.txt").unlink()
-    told = "\n".join(teacher_plan(config).lines(0.0))
+    told = "\n".join(forecast(config).lines(0.0))
     assert told == (
         "teacher: ark, about 0.50 USD a video; how many is not known without the prompts"
     )
@@ -411,7 +418,7 @@ def test_the_dry_run_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = str(CONFIGS / "sft_self_forcing_480x832.yaml")
-    assert cli.main(["train", config, "--dry-run", "--processes", "2", "steps=10"]) == cli.DONE
+    assert cli.main(["train", config, "--dry-run", "--processes", "2", "updates=10"]) == cli.DONE
     assert "10 updates" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert cli.main(["train", config, "--dry-run", "--processes", "0"]) == cli.MISTAKE

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.config import ConfigError
+from afd.errors import ConfigError
+from afd.lab.student import ToyStudent
 from afd.models.config import LoraConfig
-from afd.models.graphs import FixedPasses, GraphedPasses
 from afd.models.policies import Policies, make_policies
 from afd.models.student import Student
-from afd.models.toy import ToyStudent
-from afd.models.wan import WanStudent
+from afd.models.wan.graphs import FixedPasses, GraphedPasses
+from afd.models.wan.student import WanStudent
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 from tests.conftest import DEVICES
 from tests.tolerances import NETWORK_REORDERED

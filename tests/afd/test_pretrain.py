@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from torch import Generator
 
-from afd.discriminators.toy import MotionBackbone
-from afd.evaluation.physics import measure
-from afd.models.toy import ToyStudent, checkpoint_path
-from afd.pretrain import EXCLUDED_GRAVITY, any_motion, main, motion_labels
+from afd.lab.discriminator import MotionBackbone
+from afd.lab.physics import measure
+from afd.lab.pretrain import EXCLUDED_GRAVITY, any_motion, main, motion_labels
+from afd.lab.shipped import checkpoint_path
+from afd.lab.simulator import PROMPTS, TARGET_GRAVITY, attribute_table, sample_videos
+from afd.lab.student import ToyStudent
 from afd.rollout import rollout
-from afd.teachers.simulator import PROMPTS, TARGET_GRAVITY, attribute_table, sample_videos
 
 LIMITS = {"base": 2_200_000, "motion": 200_000}
 

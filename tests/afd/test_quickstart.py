@@ -10,19 +10,20 @@ import pytest
 from rich.console import Console
 from safetensors import safe_open
 
-from afd.config import ConfigError, load_config
-from afd.quickstart import final_evaluation, quickstart
-from afd.quickstart_full import ROWS, quickstart_full, study
-from afd.training.loop import Outcome, evaluate_run, train
+from afd.config.run import load_config
+from afd.errors import ConfigError
+from afd.lab.quickstart import final_evaluation, quickstart
+from afd.lab.quickstart_full import ROWS, quickstart_full, study
+from afd.trainer.loop import Outcome, evaluate_run, train
 from tests.afd.clips import make_clip_folder
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "steps=2",
-    "prompts_per_step=2",
+    "updates=2",
+    "prompts_per_update=2",
     "teacher.count=36",
     "afd.samples_per_prompt=2",
-    "discriminator.warmup_steps=1",
+    "discriminator.warmup_updates=1",
     "evaluation.every=1",
     "evaluation.videos=36",
     "evaluation.curve_videos=36",
@@ -161,5 +162,5 @@ def test_the_folder_file_trains_on_real_clips(
     )
     assert train(config, console=console()) is Outcome.FINISHED
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == config.steps
+    assert len(lines) == config.updates
     assert "student/loss" in json.loads(lines[-1])

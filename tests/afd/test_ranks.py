@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config import ConfigError, make_config
-from afd.ranks import ALONE, Ranks, join
+from afd.config.run import make_config
+from afd.distributed import ALONE, Ranks, join
+from afd.errors import ConfigError
 from tests.afd.together import together
 
 CONFIG = make_config({})
@@ -36,17 +37,17 @@ def test_alone_everything_is_as_it_was() -> None:
     y = torch.ones(2)
     ALONE.sum_([y])
     assert y.tolist() == [1, 1]
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         assert ranks == ALONE
 
 
 def test_a_device_that_is_not_there_is_refused_and_auto_takes_what_is() -> None:
-    with join(make_config({"device": "auto"})) as ranks:
+    with join("auto") as ranks:
         assert ranks.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
         with (
             pytest.raises(ConfigError, match="device is 'cuda', and torch finds no CUDA"),
-            join(make_config({"device": "cuda"})),
+            join("cuda"),
         ):
             pass
 
@@ -59,7 +60,7 @@ def parts() -> list[torch.Tensor]:
 
 
 def meet() -> dict[str, Any]:
-    with join(CONFIG) as ranks, join(CONFIG) as again:
+    with join("cpu") as ranks, join("cpu") as again:
         assert ranks == again
         gathered = [ranks.gather(x[ranks.share(5)]) for x in parts()]
         assert all(map(torch.equal, gathered, parts()))
@@ -92,7 +93,7 @@ def test_two_processes_gather_sum_and_agree() -> None:
 
 
 def fail_on(rank: int, how: str) -> None:
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         ranks.barrier()
         if ranks.rank == rank:
             if how == "killed":

@@ -1,4 +1,4 @@
-"""The report says what the files say, whole or in part, in one file that needs no other."""
+"""The report: what it shows of whole, partial and damaged folders, in one file without network."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from afd.evaluation import report_words as words
-from afd.evaluation.report import write_report
-from afd.evaluation.report_charts import Series, draw, exposure, running_mean
-from afd.evaluation.report_read import by_step, choose_prompts, read_parts
+from afd.lab.report.charts import Line, line_chart, running_mean
+from afd.lab.report.clips import choose_prompts, exposure
+from afd.lab.report.headline import headline
+from afd.lab.report.metrics import TOY_METRICS, best, number
+from afd.lab.report.page import write_report
+from afd.lab.report.phase_times import seconds_per_phase
+from afd.lab.report.run_files import Part, by_step, numbers, read_parts
 from tests.afd.report_folder import AFD, BASE, SFT, TEACHER, make_folder, write_lines
 
 
@@ -69,12 +75,12 @@ def page_of(folder: Path) -> Page:
 
 def test_a_finished_quickstart_has_every_section_and_number(folder: Path) -> None:
     page = page_of(folder)
-    assert page.ids() >= {"headline", "videos", "metrics", "curves", "timing", "ran", "warnings"}
+    assert page.ids() >= {"headline", "videos", "metrics", "curves", "timing", "setup", "warnings"}
     assert "notices" not in page.ids()
     assert len(page.with_class("film")) == 6 * 4
     assert len(page.with_class("chart")) >= 10
     for value in (*TEACHER.values(), *BASE.values(), *AFD.values(), *SFT.values()):
-        assert words.number(value) in page.text
+        assert number(value) in page.text
     assert "native backend" in page.text
     assert "seed 0, 400 updates, 576 videos" in page.text
     assert "start from the same noise" in page.text
@@ -85,7 +91,8 @@ def test_the_report_needs_no_other_file_and_no_network(folder: Path) -> None:
     assert not re.search(r"https?:|file:|@import", html)
     for _, attributes in Page(html).elements:
         for name in ("src", "href", "xlink:href", "action", "srcset"):
-            assert (attributes.get(name) or "data:").startswith("data:")
+            # A "#" is a shape within the page.
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
     assert all(url.startswith("data:image/png") for url in re.findall(r"url\(([^)]*)", html))
 
 
@@ -113,28 +120,28 @@ def test_everything_from_the_files_is_escaped(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"),
+    ("missing", "shown"),
     [
-        ("teacher", "did not run"),
+        ("teacher", "not run"),
         ("base", "Teacher: no evaluation yet"),
-        ("afd", "AFD: did not run here"),
-        ("sft", "SFT: did not run here"),
+        ("afd", "AFD: not in this folder"),
+        ("sft", "SFT: not in this folder"),
         ("afd/evaluation.jsonl", "AFD: no evaluation yet"),
         ("afd/samples.safetensors", "no samples yet"),
-        ("afd/metrics.jsonl", "AFD took"),
-        ("afd/config.yaml", "AFD took"),
+        ("afd/metrics.jsonl", "AFD learned"),
+        ("afd/config.yaml", "AFD learned"),
         ("afd/doctor.json", "native backend"),
     ],
 )
 def test_what_is_missing_is_named_and_the_rest_is_shown(
-    folder: Path, missing: str, said: str
+    folder: Path, missing: str, shown: str
 ) -> None:
     path = folder / missing
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink()
-    assert said in page_of(folder).text
+    assert shown in page_of(folder).text
 
 
 @pytest.mark.parametrize(
@@ -168,83 +175,90 @@ def test_an_unfinished_run_is_called_provisional(folder: Path) -> None:
 
 def test_the_folder_of_one_run_has_a_report_too(finished: Path, tmp_path: Path) -> None:
     page = page_of(Path(shutil.copytree(finished / "sft", tmp_path / "mine")))
-    assert "The same prompts, two ways" in page.text  # SFT, and the base of its first evaluation
-    assert "AFD: did not run here." in page.text
-    assert words.number(SFT["phys"]) in page.text
-    assert words.number(BASE["phys"]) in page.text  # the run before its first update
+    assert len(page.with_class("value")) == 2 + 2  # SFT and the base of its first evaluation; times
+    assert "AFD: not in this folder." in page.text
+    assert number(SFT["phys"]) in page.text
+    assert number(BASE["phys"]) in page.text  # the run before its first update
 
 
 def test_an_empty_folder_gives_an_honest_page(tmp_path: Path) -> None:
     page = page_of(tmp_path)
-    assert "No student has been measured here" in page.text
+    assert "No trained student has been evaluated" in page.text
     assert "videos" not in page.ids()
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"run_dir .*nowhere: no such folder"):
+def test_a_path_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"run_dir .*nowhere: not a directory"):
         write_report(tmp_path / "nowhere")
 
 
-# --- the words ---
+# --- the headline ---
 
 
-def told(
+def sentences(
     afd: dict[str, float], sft: dict[str, float], teacher: dict[str, float] = TEACHER
-) -> words.Headline:
+) -> tuple[str, str]:
     measured = {"teacher": teacher, "base": BASE, "afd": BASE | afd, "sft": BASE | sft}
-    return words.headline(measured, {})
+    return headline(measured, {})
 
 
-def test_afd_ahead_on_both_is_said() -> None:
-    said = told(AFD, SFT)
-    assert said.title.startswith("AFD took most of the teacher’s physics and kept the student’s")
-    assert said.title.endswith("SFT took some of the teacher’s physics and took over its look")
-    assert "AFD is ahead on physics and look." in said.paragraph
-    assert "from 0.177 to 0.051 with AFD and to 0.065 with SFT (teacher 0.005)" in said.paragraph
+def test_afd_ahead_on_both() -> None:
+    title, paragraph = sentences(AFD, SFT)
+    assert title.startswith("AFD learned most of the teacher’s physics and kept the student’s look")
+    assert title.endswith("SFT learned some of the teacher’s physics and copied the teacher’s look")
+    assert "AFD is ahead on physics and look." in paragraph
+    assert "from 0.177 to 0.051 with AFD and to 0.065 with SFT (teacher 0.005)" in paragraph
 
 
-def test_afd_behind_with_a_clean_teacher_is_said() -> None:
+def test_afd_behind_with_a_clean_teacher() -> None:
     clean = {"rend": 0.006, "phys": 0.073}
-    said = told({"phys": 0.394, "rend": 0.032}, {"phys": 0.188, "rend": 0.03}, clean)
-    assert "SFT is ahead on physics and neither is ahead on look." in said.paragraph
-    assert "no foreign look to resist" in said.paragraph
+    _, text = sentences({"phys": 0.394, "rend": 0.032}, {"phys": 0.188, "rend": 0.03}, clean)
+    assert "SFT is ahead on physics and neither is ahead on look." in text
+    assert "no look to resist" in text
 
 
 def test_each_may_be_ahead_on_one_thing() -> None:
-    said = told({"phys": 0.37, "rend": 0.03}, {"phys": 0.23, "rend": 0.19})
-    assert "AFD is ahead on look and SFT is ahead on physics." in said.paragraph
+    _, text = sentences({"phys": 0.37, "rend": 0.03}, {"phys": 0.23, "rend": 0.19})
+    assert "AFD is ahead on look and SFT is ahead on physics." in text
 
 
-def test_what_did_not_change_is_said_to_stay() -> None:
-    said = told({"rend": 0.0301}, {"rend": 0.0299})
-    assert "The look error stayed at 0.030 with AFD and SFT (teacher 0.171)." in said.paragraph
+def test_a_value_that_did_not_change_stays() -> None:
+    _, text = sentences({"rend": 0.0301}, {"rend": 0.0299})
+    assert "The look error stayed at 0.030 with AFD and SFT (teacher 0.171)." in text
 
 
-def test_what_both_did_is_said_once() -> None:
-    said = told(AFD, SFT | {"phys": 0.2})
-    start = "Both runs took most of the teacher’s physics; "
-    assert said.title == start + "AFD kept the student’s look, SFT took over the teacher’s look"
-    assert told(AFD, AFD).title.endswith("physics and kept the student’s look")
+def test_what_both_runs_did_is_written_once() -> None:
+    title, _ = sentences(AFD, SFT | {"phys": 0.2})
+    start = "Both runs learned most of the teacher’s physics; "
+    assert title == start + "AFD kept the student’s look, SFT copied the teacher’s look"
+    assert sentences(AFD, AFD)[0].endswith("physics and kept the student’s look")
 
 
 def test_a_run_that_learned_nothing_is_not_praised() -> None:
-    assert told({"phys": 0.70}, SFT).title.startswith("AFD left the physics as it was")
-    assert told({"phys": 0.90}, SFT).title.startswith("AFD moved away from the teacher’s physics")
+    assert sentences({"phys": 0.70}, SFT)[0].startswith("AFD did not change the physics")
+    away = "AFD moved away from the teacher’s physics"
+    assert sentences({"phys": 0.90}, SFT)[0].startswith(away)
+
+
+def test_runs_without_a_base_student_are_not_judged() -> None:
+    title, text = headline({"afd": AFD, "sft": SFT}, {})
+    assert title == "Results without the base student"
+    assert "has not been evaluated" in text
 
 
 def test_close_values_are_called_equal() -> None:
-    said = told({"phys": 0.31, "rend": 0.03}, {"phys": 0.30, "rend": 0.035})
-    assert "Neither is ahead on physics and look." in said.paragraph
+    _, text = sentences({"phys": 0.31, "rend": 0.03}, {"phys": 0.30, "rend": 0.035})
+    assert "Neither is ahead on physics and look." in text
 
 
 def test_the_best_value_is_marked_by_its_direction_and_ties_share_it() -> None:
-    metrics = {metric.key: metric for metric in words.METRICS}
+    metrics = {metric.key: metric for metric in TOY_METRICS}
     values = {"teacher": 1.4, "base": 1.7, "afd": 1.3, "sft": 1.1}
-    assert words.best(metrics["phys"], values) == {"sft"}
-    assert words.best(metrics["adh"], values) == {"base"}
-    assert words.best(metrics["div"], values) == {"afd"}
-    assert words.best(metrics["phys"], {"afd": 0.3301, "sft": 0.3302}) == {"afd", "sft"}
-    assert words.best(metrics["phys"], {"teacher": 0.1, "afd": 0.3}) == set()
+    assert best(metrics["phys"], values) == {"sft"}
+    assert best(metrics["adh"], values) == {"base"}
+    assert best(metrics["div"], values) == {"afd"}
+    assert best(metrics["phys"], {"afd": 0.3301, "sft": 0.3302}) == {"afd", "sft"}
+    assert best(metrics["phys"], {"teacher": 0.1, "afd": 0.3}) == set()
 
 
 # --- reading and drawing ---
@@ -256,9 +270,9 @@ def test_a_step_written_twice_counts_once_with_its_later_line() -> None:
 
 
 def test_warnings_come_once_with_their_count(folder: Path) -> None:
-    said = read_parts(folder)["afd"].warnings
-    assert said[0].endswith("its scores say little (from update 12, 2 times)")
-    assert said[1].endswith("too strong (from update 40)")
+    warnings = read_parts(folder)["afd"].warnings
+    assert warnings[0].endswith("its scores say little (from update 12, 2 times)")
+    assert warnings[1].endswith("too strong (from update 40)")
 
 
 def test_the_prompts_shown_are_unlike_each_other(folder: Path) -> None:
@@ -267,14 +281,86 @@ def test_the_prompts_shown_are_unlike_each_other(folder: Path) -> None:
     assert {prompt.split()[1] for prompt in chosen} == {"red", "green", "blue"}
 
 
-def test_charts_leave_out_what_is_no_number() -> None:
-    assert draw("empty", "", [Series("a", "afd", [1, 2], [math.nan, math.inf])]) is None
-    chart = draw("two", "", [Series("a", "afd", [0, 1, 2], [1.0, math.nan, 3.0])])
+def tags(svg: str, tag: str) -> list[dict[str, str | None]]:
+    return [attributes for name, attributes in Page(svg).elements if name == tag]
+
+
+def test_charts_leave_out_what_is_not_finite(folder: Path) -> None:
+    assert line_chart("empty", "", [Line("a", "afd", [])]) is None
+    values = {"a": 1, "b": math.nan, "c": math.inf, "d": 10**400, "e": True, "f": "1", "g": 2.5}
+    assert numbers(values) == {"a": 1.0, "g": 2.5}
+    lines = [{"step": 0, "x": 1.0}, {"step": 1, "x": math.nan}, {"step": 2, "x": 3.0}]
+    write_lines(folder / "afd/metrics.jsonl", lines)
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert "AFD: 1.00 at update 0, 3.00 at update 2." in html
+
+
+@pytest.mark.parametrize(
+    "y",
+    [[0.0], [1e100, -1e100], [3.0, 3.0 + 1e-15], [5e-324, 0.0], [1e-30, 2e-30]],
+    ids=["one point", "huge", "equal", "denormal", "tiny"],
+)
+def test_a_chart_of_any_numbers_has_an_axis_inside_its_frame(y: list[float]) -> None:
+    chart = line_chart("any", "", [Line("a", "afd", list(enumerate(y)))])
     assert chart is not None
-    assert chart.lines[0]["path"].count("L") == 1
-    flat = draw("one", "", [Series("a", "afd", [5], [0.0])])
-    assert flat is not None
-    assert flat.y_ticks
+    assert tags(chart.svg, "text")
+    found = re.findall(r'<path d="([^"]*)" style="[^"]*stroke: var\(--afd\)', chart.svg)
+    points = [float(value) for path in found for value in re.findall(r"-?\d+(?:\.\d+)?", path)]
+    assert all(-10 <= value <= 560 for value in points)
+
+
+def test_wild_single_updates_do_not_set_the_scale() -> None:
+    y = [1.0 + 0.1 * (step % 2) for step in range(400)]
+    calm = line_chart("loss", "", [Line("a", "afd", list(enumerate(y)))])
+    wild = line_chart("loss", "", [Line("a", "afd", list(enumerate([1e6, *y[1:]])))])
+    assert calm is not None
+    assert wild is not None
+    ticks = [re.findall(r">([\d.]+)</text>", chart.svg) for chart in (calm, wild)]
+    assert ticks[0] == ticks[1]
+
+
+def test_a_chart_takes_colours_and_fonts_from_the_page_and_has_a_text_for_screen_readers() -> None:
+    chart = line_chart(
+        "loss <b>", "", [Line("AFD", "afd", [(1, 0.5), (2, 0.25)])], [("Teacher", "teacher", 0.1)]
+    )
+    assert chart is not None
+    (svg,) = tags(chart.svg, "svg")
+    assert svg["role"] == "img"
+    assert "<title>loss &lt;b&gt;</title>" in chart.svg
+    assert "AFD: 0.500 at update 1, 0.250 at update 2. Teacher: 0.100." in chart.svg
+    assert "var(--afd)" in chart.svg
+    assert "var(--teacher)" in chart.svg
+    # Neither a colour of matplotlib's nor a font, nor a style or link that reaches the page.
+    assert not re.search(
+        r"#[0-9a-f]{6}\b|font-family|font-size|<style|https?:|clip-path", chart.svg
+    )
+
+
+def test_drawing_is_repeatable_and_leaves_the_settings_of_matplotlib_alone() -> None:
+    line = Line("a", "afd", [(0, 1.0), (1, 2.0), (2, 3.0)], dots=True)
+    first = line_chart("one", "", [line])
+    with matplotlib.rc_context({"lines.linewidth": 9, "svg.fonttype": "path"}):
+        before = dict(matplotlib.rcParams)
+        assert line_chart("one", "", [line]) == first
+        assert dict(matplotlib.rcParams) == before
+    code = "import sys; import afd.lab.report.page; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_ids_of_one_page_are_unique(folder: Path) -> None:
+    ids = [a["id"] for _, a in page_of(folder).elements if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_time_outside_the_phases_is_other_and_phases_keep_the_order_of_the_trainer() -> None:
+    lines = [
+        {"step": 1, "time_s": 2.0, "phase_s": {"student": 1.0, "rollout": 0.5, "odd": -1.0}},
+        {"step": 2, "time_s": 4.0, "phase_s": {"student": 1.0, "discriminator": math.nan}},
+    ]
+    seconds = seconds_per_phase(Part("afd", updates=lines))
+    assert seconds == {"rollout": 0.5, "student": 2.0, "other": 1.5}
+    assert list(seconds) == ["rollout", "student", "other"]
+    assert seconds_per_phase(Part("afd")) == {}
 
 
 def test_the_running_mean_is_the_mean_of_its_window() -> None:

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from afd.evaluation.report import write_report
+from afd.lab.report.page import write_report
 from tests.afd.report_folder import make_folder
 
 SCRIPT = Path(__file__).parents[2] / "docs/screenshot.py"
 
 
 def load_script() -> Any:
-    """docs/ is no package."""
+    """The script as a module; docs/ is not a package."""
     spec = importlib.util.spec_from_file_location("screenshot", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from afd.config import ConfigError, VideoConfig
+from afd.data.inputs import refuse_other_inputs
+from afd.data.videos import Videos
+from afd.distributed import ALONE
+from afd.errors import ConfigError, TeacherError
 from afd.methods.base import Batch
-from afd.ranks import ALONE
-from afd.teachers.base import Request, TeacherError
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
-from afd.training import checkpoint, shards
-from afd.training.inputs import refuse_other_inputs
-from afd.training.loop import Outcome, load_run, train
-from afd.training.teacher import Videos
+from afd.trainer import checkpoint, shards
+from afd.trainer.loop import Outcome, load_run, train
 from afd.video import write_video
+from afd.video.config import VideoConfig
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +134,7 @@ def test_a_resumed_run_may_save_at_other_times_and_go_on_longer(
 ) -> None:
     out = tmp_path / "run"
     train(tiny_config(out, clips), method=Interrupted(2, signal.SIGINT))
-    config = load_run(out, ["steps=8", "checkpoint.every=1"])
+    config = load_run(out, ["updates=8", "checkpoint.every=1"])
     assert train(config, method=TinyMethod()) is Outcome.FINISHED
     assert numbers(out)[:6] == numbers(straight)
     assert len(numbers(out)) == 8
@@ -314,11 +315,11 @@ def test_a_run_whose_teacher_fails_is_saved_between_two_updates(
 class _Impatient(TinyMethod):
     """Ctrl-C twice in the middle of the fourth update."""
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
         if batch.step == 3:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        return super().critic_step(batch)
+        return super().discriminator_step(batch)
 
 
 def test_a_second_sigint_ends_at_once_unsaved(tmp_path: Path, clips: Path, straight: Path) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd.models.causal_wan import CausalWan, WanConfig
 from afd.models.student import Level
-from afd.models.wan import WanStudent
+from afd.models.wan.network import CausalWan
+from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
 from afd.rollout import (
     chunk_layout,
     counted_noise,
@@ -67,7 +68,7 @@ def noise_of(student: WanStudent, seeds: list[int], frames: int = 6, prefix: int
 
 
 def video(student: WanStudent, text: Tensor, seeds: list[int], **options: Any) -> Tensor:
-    options = {"steps": TWO, "frames": 6} | options
+    options = {"denoising_steps": TWO, "frames": 6} | options
     prefix = options.get("prefix_BFCHW")
     given = 0 if prefix is None else prefix.shape[1]
     noise = noise_of(student, seeds, options["frames"], given)
@@ -93,12 +94,20 @@ def test_a_chunk_is_denoised_then_remembered_and_the_last_one_is_not(
     student: WanStudent, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(student, monkeypatch)
-    video(student, text, [1, 2], frames=4, steps=FOUR)
+    video(student, text, [1, 2], frames=4, denoising_steps=FOUR)
     times = (1000.0, 937.5, 833.333, 625.0)
     steps = [[(start, start + 2, t, False) for t in times] for start in (0, 2)]
     assert spy.calls == [*steps[0], (0, 2, 0.0, True), *steps[1]]
     spy.calls.clear()
-    video(student, text, [1, 2], frames=4, steps=[1000], remember_last=True, context_noise=7.0)
+    video(
+        student,
+        text,
+        [1, 2],
+        frames=4,
+        denoising_steps=[1000],
+        remember_last=True,
+        context_noise=7.0,
+    )
     assert spy.calls[-1] == (2, 4, 7.0, True)
 
 
@@ -106,7 +115,7 @@ def test_the_first_chunk_may_take_more_steps(
     student: WanStudent, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(student, monkeypatch)
-    video(student, text, [1, 2], frames=4, steps=[1000], first_steps=FOUR)
+    video(student, text, [1, 2], frames=4, denoising_steps=[1000], first_chunk_steps=FOUR)
     assert [call[:2] for call in spy.calls if not call[3]] == [(0, 2)] * 4 + [(2, 4)]
 
 
@@ -126,7 +135,10 @@ def test_the_rollout_is_the_released_one(shared: Path, case: str) -> None:
     def noise(chunk: int, step: int) -> Tensor:
         return golden[next(drawn)].view_as(first[0]) if step else first[chunk]
 
-    options: dict[str, Any] = {"frames": golden["noise"].shape[1], "steps": sizes["steps"]}
+    options: dict[str, Any] = {
+        "frames": golden["noise"].shape[1],
+        "denoising_steps": sizes["steps"],
+    }
     out = torch.cat(list(stream(student, golden["context"], noise, **options)), 1)
     error = (out - golden["latents"]).norm() / golden["latents"].norm()
     assert error < NETWORK_FORWARD
@@ -201,7 +213,15 @@ def test_an_image_is_a_chunk_of_its_own(
 ) -> None:
     image = torch.randn(2, 1, 4, 4, 6, generator=torch.Generator().manual_seed(3))
     spy = Spy(student, monkeypatch)
-    out = video(student, text, [1, 2], frames=5, steps=[1000], prefix_BFCHW=image, first_steps=TWO)
+    out = video(
+        student,
+        text,
+        [1, 2],
+        frames=5,
+        denoising_steps=[1000],
+        prefix_BFCHW=image,
+        first_chunk_steps=TWO,
+    )
     ranges = [(call[:2], call[3]) for call in spy.calls]
     middle = [((1, 3), False), ((1, 3), False), ((1, 3), True)]
     assert ranges == [((0, 1), True), *middle, ((3, 5), False)]
@@ -220,8 +240,8 @@ def test_whole_videos_need_a_seed_each(student: WanStudent) -> None:
     ("options", "told"),
     [
         ({"frames": 7}, "frames: got 7; needed: a multiple of the chunk 2"),
-        ({"steps": (750, 500)}, "steps: .* falling from 1000"),
-        ({"steps": (1000, 333.3)}, "steps: got 333.3; needed: whole numbers"),
+        ({"denoising_steps": (750, 500)}, "steps: .* falling from 1000"),
+        ({"denoising_steps": (1000, 333.3)}, "steps: got 333.3; needed: whole numbers"),
         ({"switches": {3: torch.zeros(2, 5, 12)}}, r"switches: got 3; needed: a chunk in \[0, 3\)"),
         ({"switches": {1: torch.zeros(1, 5, 12)}}, r"switches: got float32 \[1, 5, 12\]"),
         ({"prefix_BFCHW": torch.zeros(2, 3, 4, 4, 6)}, r"prefix: .* P one of \[2, 4\]"),
@@ -235,7 +255,7 @@ def test_a_mistake_is_told_before_the_first_chunk(
 ) -> None:
     noise = noise_of(student, [1, 2])
     with pytest.raises(ValueError, match=told):
-        stream(student, text, noise, **{"steps": TWO, **options})
+        stream(student, text, noise, **{"denoising_steps": TWO, **options})
 
 
 def test_a_cache_of_another_batch_is_told_before_the_first_chunk(
@@ -243,14 +263,14 @@ def test_a_cache_of_another_batch_is_told_before_the_first_chunk(
 ) -> None:
     cache = student.new_cache(text[:1], 6)
     with pytest.raises(ValueError, match=r"cache: got .*; needed: one of 2 streams"):
-        stream(student, text, noise_of(student, [1, 2]), steps=TWO, cache=cache)
+        stream(student, text, noise_of(student, [1, 2]), denoising_steps=TWO, cache=cache)
 
 
 def test_noise_of_another_layout_is_refused(text: Tensor) -> None:
     student = make_student(independent_first_frame=True)
     whole = seeded_noise([1, 2], (2, *student.frame_shape))
     with pytest.raises(ValueError, match=r"noise: got .*; needed: 1 frames for chunk 0"):
-        next(stream(student, text, whole, frames=5, steps=TWO))
+        next(stream(student, text, whole, frames=5, denoising_steps=TWO))
 
 
 def test_graphs_are_refused_where_there_is_no_cuda_device(student: WanStudent) -> None:
@@ -264,7 +284,7 @@ def test_replayed_passes_are_the_launched_ones(text: Tensor, window: int | None)
     student = make_student(window=window, sink=1 if window else 0).to("cuda")
     layout = stream_layout(student, 12)
     noise = counted_noise([1, 2], layout, 2, student.frame_shape, device="cuda")
-    options: dict[str, Any] = {"frames": 12, "steps": TWO}
+    options: dict[str, Any] = {"frames": 12, "denoising_steps": TWO}
     text = text.to("cuda")
     launched = torch.cat(list(stream(student, text, noise, **options)), 1)
     student.use_graphs()
@@ -279,7 +299,7 @@ def test_nothing_in_the_loop_waits_for_the_device(text: Tensor) -> None:
     student = make_student(window=4, sink=1).to("cuda")
     layout = stream_layout(student, 12)
     noise = counted_noise([1, 2], layout, 2, student.frame_shape, device="cuda")
-    chunks = stream(student, text.to("cuda"), noise, frames=12, steps=TWO)
+    chunks = stream(student, text.to("cuda"), noise, frames=12, denoising_steps=TWO)
     next(chunks)  # kernels are compiled
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -304,7 +324,7 @@ class Watch(TorchDispatchMode):
 
 def test_no_value_is_read_back_in_the_loop(text: Tensor) -> None:
     student = make_student(window=4, sink=1)
-    chunks = stream(student, text, noise_of(student, [1, 2], 12), frames=12, steps=TWO)
+    chunks = stream(student, text, noise_of(student, [1, 2], 12), frames=12, denoising_steps=TWO)
     next(chunks)
     with Watch() as watch:
         assert len(list(chunks)) == 5
@@ -315,15 +335,19 @@ def test_a_rollout_with_gradients_is_the_stream_up_to_its_noised_context(
     student: WanStudent, text: Tensor
 ) -> None:
     noise = counted_noise([1, 2], stream_layout(student, 6), 5, student.frame_shape)
-    made = self_forcing_rollout(student, text, noise, [1, 1, 1], steps=FOUR)
+    made = self_forcing_rollout(student, text, noise, [1, 1, 1], denoising_steps=FOUR)
     assert (made.t_from, made.t_to) == (750, 500)
-    assert made.x_BFCHW.shape == (2, 6, *student.frame_shape)
+    assert made.x0_BFCHW.shape == (2, 6, *student.frame_shape)
     # The first chunk has no context, so it is the first chunk of a stream of these two steps.
-    first = next(stream(student, text, noise, frames=6, steps=(1000, 750)))
-    torch.testing.assert_close(made.x_BFCHW[:, :2], first, **SAME)
-    later = self_forcing_rollout(student, text, noise, [3, 0, 0], steps=[1000], first_steps=FOUR)
+    first = next(stream(student, text, noise, frames=6, denoising_steps=(1000, 750)))
+    torch.testing.assert_close(made.x0_BFCHW[:, :2], first, **SAME)
+    later = self_forcing_rollout(
+        student, text, noise, [3, 0, 0], denoising_steps=[1000], first_chunk_steps=FOUR
+    )
     assert (later.t_from, later.t_to) == (1000, 0)
-    alone = self_forcing_rollout(student, text, noise, [2], steps=[1000], first_steps=FOUR)
+    alone = self_forcing_rollout(
+        student, text, noise, [2], denoising_steps=[1000], first_chunk_steps=FOUR
+    )
     assert (alone.t_from, alone.t_to) == (500, 250)
 
 
@@ -350,13 +374,13 @@ def test_gradients_of_a_rollout_are_the_released_ones(shared: Path, name: str) -
         golden["context"],
         noise,
         [leave] * len(chunks),
-        steps=sizes["steps"],
+        denoising_steps=sizes["steps"],
         leak=name.endswith("reference"),
     )
     assert (made.t_from, made.t_to) == (float(golden["t_from"]), float(golden["t_to"]))
-    error = (made.x_BFCHW - golden["latents"]).norm() / golden["latents"].norm()
+    error = (made.x0_BFCHW - golden["latents"]).norm() / golden["latents"].norm()
     assert error < NETWORK_FORWARD
-    (made.x_BFCHW * golden["R"]).mean().backward()
+    (made.x0_BFCHW * golden["R"]).mean().backward()
     floor = 1e-4 * max(float(v) for k, v in golden.items() if k.startswith("gradnorm."))
     for key, parameter in net.named_parameters():
         if f"gradnorm.{key}" in golden:
@@ -370,7 +394,7 @@ def test_exits_are_one_draw_for_all_but_a_first_chunk_with_its_own_list() -> Non
     drawn = [draw_exits(5, FOUR, generator) for _ in range(40)]
     assert all(len(exits) == 5 and len(set(exits)) == 1 for exits in drawn)
     assert {exits[0] for exits in drawn} == {0, 1, 2, 3}
-    drawn = [draw_exits(5, [1000], generator, first_steps=FOUR) for _ in range(40)]
+    drawn = [draw_exits(5, [1000], generator, first_chunk_steps=FOUR) for _ in range(40)]
     assert {exits[0] for exits in drawn} == {0, 1, 2, 3}
     assert all(exits[1:] == [0] * 4 for exits in drawn)
     each = [draw_exits(5, FOUR, generator, same=False) for _ in range(20)]
@@ -391,7 +415,7 @@ def test_the_loop_runs_without_knowing_a_single_value(monkeypatch: pytest.Monkey
             text,
             lambda chunk, step: torch.randn(2, 2, *student.frame_shape),
             frames=12,
-            steps=TWO,
+            denoising_steps=TWO,
             switches={2: text},
         )
         assert [tuple(chunk.shape) for chunk in chunks] == [(2, 2, 4, 4, 6)] * 6

@@ -15,18 +15,21 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from afd import sample as sampling
 from afd.cli import main
-from afd.config import ConfigError, make_config
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.checkpoints import save_self_forcing
+from afd.config.run import make_config, sections_of
+from afd.errors import ConfigError
 from afd.models.student import Student
-from afd.recorder import Recorder
+from afd.models.wan.checkpoints import save_self_forcing
+from afd.models.wan.config import WanStudentConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from afd.rollout import counted_noise, stream, stream_layout
-from afd.sample import dry_run, memory, sample
-from afd.sample_config import SampleConfig
-from afd.sample_jobs import read_jobs
+from afd.sampling import sample as sampling
+from afd.sampling.config import SampleConfig
+from afd.sampling.jobs import read_jobs
+from afd.sampling.sample import dry_run, memory, sample
 from afd.video import VideoWriter, read_comment, read_video, write_video
+from afd.video.recorder import Recorder
 from tests.afd.released_models import STUDENT
 from tests.afd.test_text import LENGTH, diffusers_folder
 from tests.afd.test_vae import model as vae_model
@@ -50,21 +53,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(models: Path, folder: Path, **more: Any) -> SampleConfig:
-    data = {
+    student = {
+        "kind": "wan",
         "checkpoint": str(models / "generator_ema.pt"),
         "pretrained": str(models),
-        "prompts": ["a red ball falls"],
-        "out": str(folder),
         "head_dim": 16,
         "text_len": LENGTH,
-        "frames": FRAMES,
-        "steps": [1000, 500],
+        "denoising_steps": [1000, 500],
         "dtype": "float32",
         "vae_dtype": "float32",
+    }
+    data: dict[str, Any] = {
+        "prompts": ["a red ball falls"],
+        "out": str(folder),
+        "frames": FRAMES,
         "device": "cpu",
         **SIZE,
     }
-    return make_config({**data, **more}, (), "test", SampleConfig)
+    own = student | {key: more.pop(key) for key in [*more] if key in WanStudentConfig.model_fields}
+    return make_config({**data, **more, "student": own}, (), "test", SampleConfig)
 
 
 def quiet() -> Console:
@@ -97,7 +104,11 @@ def test_frames_are_those_of_the_decoded_stream(models: Path, tmp_path: Path) ->
     text = pipeline.text(["a red ball falls"])
     layout = stream_layout(pipeline.student, config.latent_frames)
     noise = counted_noise([0], layout, 2, pipeline.student.frame_shape)
-    chunks = list(stream(pipeline.student, text, noise, frames=9, steps=config.steps))
+    chunks = list(
+        stream(
+            pipeline.student, text, noise, frames=9, denoising_steps=config.student.denoising_steps
+        )
+    )
     expected = pipeline.codec.stream()(torch.cat(chunks, 1))[0]
     assert expected.shape == (FRAMES, 3, 32, 48)
     # 4:2:0 keeps brightness and halves colour.
@@ -204,11 +215,13 @@ def test_a_device_that_is_too_small_is_told_with_what_takes_less(
 def test_a_window_with_sink_streams_beyond_the_training_length(
     models: Path, tmp_path: Path
 ) -> None:
-    config = make(models, tmp_path, frames=105, window=6, sink=2, steps=[1000])
+    config = make(models, tmp_path, frames=105, window=6, sink=2, denoising_steps=[1000])
     (path,) = sample(config, quiet()).written
     assert video_of(path, 105).shape[0] == 105
     # A longer stream begins like a shorter one until the window moves on.
-    (short,) = sample(make(models, tmp_path / "b", steps=[1000], frames=21), quiet()).written
+    (short,) = sample(
+        make(models, tmp_path / "b", denoising_steps=[1000], frames=21), quiet()
+    ).written
     assert (video_of(path, 21) - video_of(short, 21)).abs().mean() < 0.02
 
 
@@ -255,14 +268,14 @@ def test_a_video_goes_on(models: Path, tmp_path: Path) -> None:
 
 
 def test_one_and_two_step_lists_with_a_longer_first_chunk(models: Path, tmp_path: Path) -> None:
-    config = make(models, tmp_path, steps=[1000], first_chunk_steps=[1000, 750, 500, 250])
+    config = make(models, tmp_path, denoising_steps=[1000], first_chunk_steps=[1000, 750, 500, 250])
     assert len(sample(config, quiet()).written) == 1
 
 
 def test_the_toy_student_is_sampled_by_the_same_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), f"out={tmp_path}"]
+    words = ["sample", str(CONFIGS / "sample_toy.yaml"), f"out={tmp_path}"]
     assert main([*words, "samples=2", "batch=2", "device=cpu"]) == 0
     assert "frames a second" in capsys.readouterr().out
     paths = sorted(tmp_path.iterdir())
@@ -278,11 +291,11 @@ def test_the_toy_student_is_sampled_by_the_same_command(
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted(CONFIGS.glob("*.yaml")) if "student: wan" in path.read_text("utf-8")],
+    sorted(CONFIGS.glob("self_forcing_*.yaml")) + sorted(CONFIGS.glob("causal_forcing_*.yaml")),
     ids=lambda path: path.stem,
 )
 def test_full_size_files_run_dry(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", "--config", str(path), "--dry-run"]) == 0
+    assert main(["sample", str(path), "--dry-run"]) == 0
     said = capsys.readouterr().out
     chunks = 21 if "framewise" in path.name else 7
     assert f"21 latent frames in {chunks} chunks, {5 * chunks - 1} passes" in said
@@ -311,8 +324,8 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
     ("more", "told"),
     [
         ({"out": None}, "out: not given"),
-        ({"checkpoint": None}, "checkpoint: not given"),
-        ({"checkpoint": "/none.pt"}, "checkpoint: /none.pt does not exist"),
+        ({"checkpoint": None}, "student.checkpoint is not given"),
+        ({"checkpoint": "/none.pt"}, "student.checkpoint: /none.pt is not there"),
         ({"head_dim": 5}, "head_dim: got 5; needed: a divisor of the width 32"),
         ({"cuda_graphs": True}, "cuda_graphs: got 'cpu'"),
         ({"device": "cuda:99"}, "device: got cuda:99; "),
@@ -338,11 +351,15 @@ def test_what_is_missing_is_named(
         ("width=830", "height, width: got 480x830; needed: multiples of 16"),
         ("sink=3", "sink: got 3; needed: 0"),
         ("window=4", None),
-        ("steps=[750, 500]", "steps: [750.0, 500.0] came, times falling from 1000 are needed"),
-        ("steps=[]", "steps: [] came"),
-        ("first_chunk_steps=[1000, 333.3]", "steps: got 333.3; needed: whole numbers"),
+        (
+            "student.denoising_steps=[750, 500]",
+            "steps: [750.0, 500.0] came, times falling from 1000 are needed",
+        ),
+        ("student.denoising_steps=[]", "steps: [] came"),
+        ("student.first_chunk_steps=[1000, 333.3]", "steps: got 333.3; needed: whole numbers"),
         ("window=2", "window: got 2; needed: at least sink + chunk = 3"),
-        ("stepz=[1000]", "unknown key 'stepz'; did you mean steps"),
+        ("framez=81", "unknown key 'framez'; did you mean frames"),
+        ("steps=[1000]", "unknown key 'steps'; it is student.denoising_steps now"),
         ("device=tpu", "device is 'tpu'"),
         ("crf=52", "crf is 52"),
     ],
@@ -386,12 +403,12 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
 
 def test_every_value_has_a_description_and_every_shipped_key_exists() -> None:
     for name, field in SampleConfig.model_fields.items():
-        assert field.description, name
-    shipped = [path for path in CONFIGS.glob("*.yaml") if "student: " in path.read_text("utf-8")]
-    for path in shipped:
-        data = yaml.safe_load(path.read_text("utf-8"))
-        if isinstance(data.get("student"), str):
-            make_config(data, (), str(path), SampleConfig)
+        assert field.description or sections_of(field), name
+    shipped = [yaml.safe_load(path.read_text("utf-8")) for path in CONFIGS.glob("*.yaml")]
+    sampled = [data for data in shipped if "batch" in data and "suites" not in data]
+    assert len(sampled) >= 3
+    for data in sampled:
+        make_config(data, (), "shipped", SampleConfig)
 
 
 def test_a_recorder_tells_an_error_of_its_thread_and_keeps_nothing(tmp_path: Path) -> None:

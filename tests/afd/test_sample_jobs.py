@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from afd.cli import main
-from afd.config import ConfigError, make_config
-from afd.models.toy import checkpoint_path
-from afd.sample_config import SampleConfig
-from afd.sample_jobs import read_jobs
+from afd.config.run import make_config
+from afd.errors import ConfigError
+from afd.lab.shipped import checkpoint_path
+from afd.sampling.config import SampleConfig
+from afd.sampling.jobs import read_jobs
 from tests.afd.test_sample import CONFIGS
 
 
@@ -42,19 +43,25 @@ def test_an_empty_prompt_of_a_list_is_told_by_its_number() -> None:
         prompts_of(["a", " "])
 
 
+@pytest.mark.parametrize("blank", [" ", "\r", "\t\n"])
+def test_a_prompt_of_blanks_is_refused(blank: str) -> None:
+    with pytest.raises(ConfigError, match=r"prompts: .*a prompt is blank"):
+        prompts_of(blank)
+
+
 def test_weights_replaced_under_the_same_name_are_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "student.safetensors"
     held = checkpoint_path("base").read_bytes()
     weights.write_bytes(held)
-    words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), "device=cpu"]
-    words += [f"out={tmp_path / 'out'}", f"checkpoint={weights}"]
+    words = ["sample", str(CONFIGS / "sample_toy.yaml"), "device=cpu"]
+    words += [f"out={tmp_path / 'out'}", f"student.checkpoint={weights}"]
     assert main(words) == main(words) == 0
     assert "1 of 1 videos are there already" in capsys.readouterr().out
     weights.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
     assert main(words) == 2
-    assert "was made from something else (checkpoint: " in capsys.readouterr().err
+    assert "was made from something else (student.checkpoint: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
@@ -64,14 +71,20 @@ def test_weights_of_another_kind_are_named(
     for held in (b"", b"no weights", checkpoint_path("base").read_bytes()[:3000]):
         weights = tmp_path / "x.safetensors"
         weights.write_bytes(held)
-        words = ["sample", "--config", str(CONFIGS / "sample_toy.yaml"), f"checkpoint={weights}"]
+        words = [
+            "sample",
+            str(CONFIGS / "sample_toy.yaml"),
+            f"student.checkpoint={weights}",
+        ]
         assert main([*words, f"out={tmp_path / 'out'}", *dry]) == 2
         assert f"checkpoint {weights}: it cannot be read" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_whose_sizes_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sample", "--config", str(CONFIGS / "self_forcing_480x832.yaml"), "--dry-run"]
-    assert main([*words, "checkpoint=/none.pt"]) == 0
-    assert "the released sizes (/none.pt does not exist)" in capsys.readouterr().out
+    words = ["sample", str(CONFIGS / "self_forcing_480x832.yaml"), "--dry-run"]
+    assert main([*words, "student.checkpoint=/none.pt"]) == 0
+    assert (
+        "the released sizes (student.checkpoint: /none.pt is not there" in capsys.readouterr().out
+    )
     assert main(words) == 0
-    assert "the released sizes (no checkpoint is given)" in capsys.readouterr().out
+    assert "the released sizes (student.checkpoint is not given" in capsys.readouterr().out

@@ -13,15 +13,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from afd.config import ConfigError, make_config
-from afd.evaluation.report import write_report
-from afd.models.sources import HUB_BYTES, local_copy
-from afd.models.text import TextEncoder
-from afd.models.vae import VideoVAE
-from afd.sample_config import SampleConfig
-from afd.sample_jobs import read_jobs
-from afd.training import checkpoint
-from afd.training.loop import train
+from afd.config.run import make_config
+from afd.errors import ConfigError
+from afd.hub import HUB_BYTES, local_copy
+from afd.lab.report.page import write_report
+from afd.models.wan.text import TextEncoder
+from afd.models.wan.vae import VideoVAE
+from afd.sampling.config import SampleConfig
+from afd.sampling.jobs import read_jobs
+from afd.trainer import checkpoint
+from afd.trainer.loop import train
 from tests.afd.hub import NAME, Hub
 from tests.afd.paid import paid_config, video_bytes
 from tests.afd.service import KEY, Exchange, Service
@@ -216,7 +217,7 @@ def test_a_run_with_a_paid_teacher_writes_its_key_nowhere(
     monkeypatch.setenv("ARK_API_KEY", KEY)
     with Service(video_bytes(frames=16)).running() as service:
         service.script("poll", echo, echo)
-        words = ["steps=2", "prompts_per_step=2", "evaluation.kind=none", "checkpoint.every=1"]
+        words = ["updates=2", "prompts_per_update=2", "evaluation.kind=none", "checkpoint.every=1"]
         config = paid_config("ark", service, tmp_path, *words, prompts=4)
         train(config, method=TinyMethod(), console=Console(force_terminal=True))
     write_report(tmp_path / "run")

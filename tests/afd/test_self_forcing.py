@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan
-from afd.models.self_forcing import self_forced, straight_through
+from afd.models.wan.network import CausalWan
+from afd.models.wan.self_forcing import self_forced, straight_through
 from afd.schedules import ShiftedFlow
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 from tests.tolerances import NETWORK_REORDERED as SAME

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-import afd.teachers.fetch
-from afd.teachers.answers import receive
-from afd.teachers.api import PROVIDERS
-from afd.teachers.base import TeacherError, Unanswered
-from afd.teachers.ledger import LOCK, NAME, Ledger
-from afd.teachers.secret import Secret
+import afd.teachers.paid.purchase
+from afd.errors import TeacherError, Unanswered
+from afd.teachers.paid.answers import receive
+from afd.teachers.paid.ledger import LOCK, NAME, Ledger
+from afd.teachers.paid.secret import Secret
+from afd.teachers.paid.teacher import PROVIDERS
 from tests.afd.paid import MODELS, paid_config, teacher_of, video_bytes
 from tests.afd.service import (
     KEY,
@@ -213,7 +213,7 @@ def test_a_clock_that_is_set_proves_nothing(
     clock = time.time
 
     def jump(exchange: Exchange) -> bool:
-        monkeypatch.setattr(afd.teachers.fetch.time, "time", lambda: clock() + 9000.0)
+        monkeypatch.setattr(afd.teachers.paid.purchase.time, "time", lambda: clock() + 9000.0)
         return lost(exchange)
 
     service.script("submit", jump)
@@ -225,7 +225,7 @@ def test_a_clock_that_is_set_proves_nothing(
 
     service.script("submit", hang_up)
     assert isinstance(asked("fal", service, tmp_path / "back"), Unanswered)
-    monkeypatch.setattr(afd.teachers.fetch.time, "time", lambda: clock() - 9000.0)
+    monkeypatch.setattr(afd.teachers.paid.purchase.time, "time", lambda: clock() - 9000.0)
     began = time.monotonic()
     assert isinstance(asked("fal", service, tmp_path / "back"), Unanswered)
     assert time.monotonic() - began < 10.0

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from afd.config import make_config
-from afd.ranks import ALONE, Ranks, join
-from afd.training import checkpoint, shards
+from afd.config.run import make_config
+from afd.distributed import ALONE, Ranks, join
+from afd.trainer import checkpoint, shards
 from tests.afd.test_resume import assert_same
 from tests.afd.together import together
 
@@ -114,7 +114,10 @@ def network() -> nn.Module:
 
 
 def state_of(net: nn.Module) -> dict[str, Any]:
-    common = {"critic": torch.arange(4000.0), "generator": torch.arange(9, dtype=torch.uint8)}
+    common = {
+        "discriminator": torch.arange(4000.0),
+        "generator": torch.arange(9, dtype=torch.uint8),
+    }
     return {"net": dict(net.state_dict()), **common, "rank": 0}
 
 
@@ -126,13 +129,13 @@ def sharded(ranks: Ranks) -> nn.Module:
 
 
 def write_in_shares(folder: Path) -> None:
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         shards.write(folder, state_of(sharded(ranks)) | {"rank": ranks.rank}, ranks)
 
 
 def read_in_shares(folder: Path) -> list[list[int]]:
     """The shapes of this process's shares, once they are known to be right."""
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         net = sharded(ranks)
         expected = {name: value.to_local().clone() for name, value in net.state_dict().items()}
         for parameter in net.parameters():
@@ -141,7 +144,7 @@ def read_in_shares(folder: Path) -> list[list[int]]:
         for name, value in net.state_dict().items():
             assert isinstance(found["net"][name], DTensor)
             assert torch.equal(value.to_local(), expected[name]), name
-        assert torch.equal(found["critic"], torch.arange(4000.0))
+        assert torch.equal(found["discriminator"], torch.arange(4000.0))
         return [list(value.shape) for value in expected.values()]
 
 
@@ -159,7 +162,7 @@ def test_every_process_writes_its_shares_and_any_number_reads_its_own(tmp_path: 
     first, second = (shapes_in(path) for path in sorted(two.glob("*.safetensors")))
     assert (first["net/0.weight"], second["net/0.weight"]) == ([3, 4], [2, 4])
     # What both have the same is written by one of them.
-    assert len([name for name in (*first, *second) if name == "critic"]) == 1
+    assert len([name for name in (*first, *second) if name == "discriminator"]) == 1
     whole = shards.read(two, ALONE)
     assert_same(whole, shards.read(one, ALONE), "state")
     assert_same(whole["net"], dict(network().state_dict()), "net")
@@ -174,7 +177,7 @@ def checkpoint_of(step: int, net: nn.Module) -> dict[str, Any]:
 
 def killed_while_saving(folder: Path, rank: int, event: int) -> None:
     """Step 1 whole; in step 2 one process is killed at its n-th sync."""
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         net = sharded(ranks)
         checkpoint.save(folder, checkpoint_of(1, net), keep=2, ranks=ranks)
         sync, seen = os.fsync, 0
@@ -206,7 +209,7 @@ def test_one_killed_while_all_write_leaves_the_newest_whole_one(
 
 
 def fail_to_write(folder: Path) -> str:
-    with join(CONFIG) as ranks:
+    with join("cpu") as ranks:
         net = sharded(ranks)
         if not ranks.main:
             (folder / "shard-00002-model-00001-of-00001.safetensors").mkdir()

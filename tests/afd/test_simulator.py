@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Generator
 
-from afd.teachers.simulator import (
+from afd.lab.simulator import (
     ATTRIBUTES,
     LOOKS,
     PROMPTS,

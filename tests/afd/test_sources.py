@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from afd.config import ConfigError
-from afd.models.sources import local_copy, pinned
-from afd.sample import sample
+from afd.errors import ConfigError
+from afd.hub import local_copy, pinned
+from afd.sampling.sample import sample
 from afd.video import read_comment
 from tests.afd.hub import NAME, Hub
 from tests.afd.test_sample import make, models, quiet
@@ -46,13 +46,17 @@ def test_a_hub_name_is_pinned_to_the_commit_it_stands_for(
 def test_a_video_says_which_commit_its_parts_are_of(
     models: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make(models, tmp_path / "out", pretrained=NAME, steps=[1000], frames=9)
+    config = make(models, tmp_path / "out", pretrained=NAME, denoising_steps=[1000], frames=9)
     with hub.running(monkeypatch, str(tmp_path / "cache")):
         (path,) = sample(config, quiet()).written
-        assert json.loads(read_comment(path) or "")["settings"]["pretrained"] == f"{NAME}@{NEW}"
+        assert (
+            json.loads(read_comment(path) or "")["settings"]["student"]["pretrained"]
+            == f"{NAME}@{NEW}"
+        )
         assert sample(config, quiet()).skipped == 1
         hub.revisions["main"] = OLD
         with pytest.raises(ConfigError, match=rf"pretrained: '{NAME}@{NEW}' there, '{NAME}@{OLD}'"):
             sample(config, quiet())
-        here = config.model_copy(update={"pretrained": f"{NAME}@{NEW}"})
+        there = config.student.model_copy(update={"pretrained": f"{NAME}@{NEW}"})
+        here = config.model_copy(update={"student": there})
         assert sample(here, quiet()).skipped == 1

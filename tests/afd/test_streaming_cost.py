@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd.models.causal_wan import CausalWan
-from afd.models.graphs import FixedPasses, GraphedPasses
-from afd.models.kv_cache import KVCache
+from afd.models.wan.graphs import FixedPasses, GraphedPasses
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.network import CausalWan
 from tests.afd.tiny_wan import HEIGHT, WIDTH, text, tiny, video
 from tests.fake_cuda import fake_cuda
 from tests.tolerances import NETWORK_REORDERED as SAME
@@ -113,7 +113,7 @@ def test_training_passes_without_values_never_look_at_one(valueless: str) -> Non
         x = torch.zeros(2, 6, net.config.in_dim, HEIGHT, WIDTH)
         words = torch.zeros(2, net.config.text_len, net.config.text_dim)
         t = torch.zeros(2, 6)
-    for out in (net(x, t, words), net(x, t, words, clean_BFCHW=x)):
+    for out in (net(x, t, words), net(x, t, words, x0_BFCHW=x)):
         out.sum().backward()
     net(x, t, words, net.clean_context(x, words)).sum().backward()
     flow, _ = net.forward_over(x[:, 3:], t[:, 3:], words, net.clean_context(x[:, :3], words), 3)

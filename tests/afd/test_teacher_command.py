@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
-import afd.training.loop
+import afd.trainer.loop
 from afd.cli import main
-from afd.config import RunConfig, to_yaml
-from afd.teachers.api import PROVIDERS, read_prompts
-from afd.teachers.base import Request, TeacherError
+from afd.config.run import RunConfig, to_yaml
+from afd.data.sampler import Sampler
+from afd.data.videos import Videos
+from afd.errors import TeacherError
+from afd.teachers.base import Request
 from afd.teachers.folder import FolderTeacher
-from afd.training.loop import Outcome, train
-from afd.training.teacher import Sampler, Videos
+from afd.teachers.paid.teacher import PROVIDERS, read_prompts
+from afd.trainer.loop import Outcome, train
 from tests.afd.paid import paid_config, video_bytes
 from tests.afd.service import KEY, Service, fail, hang_up
 from tests.afd.tiny import TinyMethod
@@ -96,7 +98,7 @@ def test_an_empty_budget_buys_nothing_and_says_so(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["teacher.kind=folder"], "is not bought; this is for ark, openai, fal"),
+        (["teacher={kind: simulator}"], "is not bought; needed: ark, openai or fal"),
         (["teacher.api.prompts=/none.txt"], "/none.txt: cannot be read"),
         (["teacher.api.options={seed: 3}"], "seed is said elsewhere"),
         (["teacher.fetch.price_per=million_tokens"], "needs teacher.fetch.units"),
@@ -161,7 +163,12 @@ def test_a_run_skips_what_is_rejected_and_buys_no_more_than_it_uses(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.script("poll", fail(REJECTED))
-    words = ["steps=2", "prompts_per_step=2", "evaluation.kind=none", "logging.tensorboard=false"]
+    words = [
+        "updates=2",
+        "prompts_per_update=2",
+        "evaluation.kind=none",
+        "logging.tensorboard=false",
+    ]
     config = paid_config("ark", service, tmp_path, *words, prompts=9, concurrency=1)
     assert train(config, method=TinyMethod()) is Outcome.FINISHED
     assert "skipped: " in (tmp_path / "run" / "train.log").read_text()
@@ -180,18 +187,28 @@ def test_a_teacher_that_answers_nothing_ends_the_run_with_a_sentence(
     service: Service, tmp_path: Path
 ) -> None:
     service.script("poll", *[fail(REJECTED)] * 9)
-    words = ["steps=2", "prompts_per_step=2", "evaluation.kind=none", "logging.tensorboard=false"]
+    words = [
+        "updates=2",
+        "prompts_per_update=2",
+        "evaluation.kind=none",
+        "logging.tensorboard=false",
+    ]
     config = paid_config("ark", service, tmp_path, *words, prompts=3)
     with pytest.raises(TeacherError, match="no request has an answer, the last: 'prompt"):
         train(config, method=TinyMethod())
 
 
 def test_the_budget_can_be_raised_on_resume(service: Service, tmp_path: Path) -> None:
-    words = ["steps=2", "prompts_per_step=2", "evaluation.kind=none", "logging.tensorboard=false"]
+    words = [
+        "updates=2",
+        "prompts_per_update=2",
+        "evaluation.kind=none",
+        "logging.tensorboard=false",
+    ]
     config = paid_config("ark", service, tmp_path, *words, prompts=9, budget_usd=3.0, prefetch=0)
     with pytest.raises(TeacherError, match="budget_usd"):
         train(config, method=TinyMethod())
-    more = afd.training.loop.load_run(tmp_path / "run", ["teacher.fetch.budget_usd=9"])
+    more = afd.trainer.loop.load_run(tmp_path / "run", ["teacher.fetch.budget_usd=9"])
     assert train(more, method=TinyMethod()) is Outcome.FINISHED
     assert set(service.paid().values()) == {1}
 
@@ -281,5 +298,5 @@ def test_the_commands_of_the_page_work(
         "video.fps=8",
     ]
     for words in commands:
-        assert main([*words, *(loopback if words[0] == "teacher" else ["steps=1"])]) == 0
+        assert main([*words, *(loopback if words[0] == "teacher" else ["updates=1"])]) == 0
     assert (tmp_path / "runs" / "bought" / "DONE").is_file()

@@ -17,13 +17,13 @@ import httpx
 import pytest
 from rich.pretty import pretty_repr
 
-from afd.config import ConfigError, load_config, make_config, to_yaml
-from afd.teachers.answers import Failure, Kind
-from afd.teachers.base import TeacherError, Unanswered
-from afd.teachers.config import FetchConfig
-from afd.teachers.http import Http, place
-from afd.teachers.network import is_public
-from afd.teachers.secret import Secret
+from afd.config.run import load_config, make_config, to_yaml
+from afd.errors import ConfigError, TeacherError, Unanswered
+from afd.teachers.paid.answers import Failure, Kind
+from afd.teachers.paid.config import FetchConfig
+from afd.teachers.paid.http import Http, place
+from afd.teachers.paid.network import is_public
+from afd.teachers.paid.secret import Secret
 from tests.afd.paid import paid_config, teacher_of, video_bytes
 from tests.afd.service import (
     KEY,
@@ -261,7 +261,7 @@ def test_a_key_in_the_configuration_is_refused(
     teacher.close()
     assert KEY not in str(error.value)
     with pytest.raises(ConfigError, match="no user name") as wrong:
-        make_config({}, [f"teacher.api.base_url=https://me:{KEY}@a.example/v1"])
+        make_config({}, ["teacher.kind=ark", f"teacher.api.base_url=https://me:{KEY}@a.example/v1"])
     assert KEY not in str(wrong.value).split("base_url=https")[-1].split("no user name")[1]
 
 

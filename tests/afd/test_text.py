@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from afd.models.text import TextEncoder, clean_prompt
+from afd.models.wan.text import TextEncoder, clean_prompt
 
 PIECES = ["▁", "▁a", "▁ball", "▁red", "▁falls", "▁on", "▁the", "▁table", "1", "b", "l", "."]
 VOCABULARY = ["<pad>", "</s>", "<unk>", *PIECES]
@@ -221,6 +221,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 
 def test_importing_the_models_loads_neither_transformers_nor_diffusers() -> None:
     heavy = "{'transformers', 'diffusers', 'ftfy', 'huggingface_hub'}"
-    code = f"import sys, afd.models.text, afd.models.vae; sys.exit(str({heavy} & set(sys.modules)))"
+    modules = "sys, afd.models.wan.text, afd.models.wan.vae"
+    code = f"import {modules}; sys.exit(str({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == "set()"

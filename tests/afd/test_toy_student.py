@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from afd.models.toy import ToyConfig, ToyStudent, checkpoint_path, encode_prompts
+from afd.lab.shipped import checkpoint_path
+from afd.lab.simulator import PROMPTS
+from afd.lab.student import ToyConfig, ToyStudent, encode_prompts
 from afd.rollout import STEPS, check_steps, rollout, seeded_noise, stream
-from afd.teachers.simulator import PROMPTS
 from tests.tolerances import NETWORK_REORDERED as SAME
 
 SHAPE = (3, 3, 16, 16)
@@ -59,7 +60,9 @@ def test_streaming_equals_teacher_forcing_on_the_own_past(student: ToyStudent) -
     text = student.encode(prompts)
     noise = seeded_noise([5, 6], SHAPE)
     drawn = {(c, s): noise(c, s) for c in range(4) for s in range(2)}
-    video = torch.cat(list(stream(student, text, lambda c, s: drawn[c, s], steps=(1.0, 0.7))), 1)
+    video = torch.cat(
+        list(stream(student, text, lambda c, s: drawn[c, s], denoising_steps=(1.0, 0.7))), 1
+    )
     context = student.clean_context(video, text)
     x_1 = torch.cat([drawn[c, 0] for c in range(4)], 1)
     first = student.predict_x0(x_1, torch.ones(2, 1), text, context)

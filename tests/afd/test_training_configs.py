@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from afd.cli import DONE, STOPPED, main
-from afd.config import RunConfig, load_config
-from afd.models.checkpoints import load_checkpoint
-from afd.training.loop import Trainer
+from afd.config.run import RunConfig, load_config
+from afd.models.wan.checkpoints import load_checkpoint
+from afd.trainer.loop import Trainer
 from tests.afd.released_models import overrides, write_models
 from tests.afd.test_text import LENGTH
 
@@ -35,7 +35,7 @@ def command(path: Path, models: Path, out: Path) -> list[str]:
     config = load_config(path)
     assert config.student.kind == "wan"
     assert config.student.checkpoint is not None
-    here = [f"student.checkpoint={models / config.student.checkpoint}", f"out={out}", "steps=2"]
+    here = [f"student.checkpoint={models / config.student.checkpoint}", f"out={out}", "updates=2"]
     return ["train", str(path), *overrides(models, config.method), *here]
 
 
@@ -130,12 +130,12 @@ def test_the_settings_are_those_reported_for_the_student() -> None:
         assert run.student.lora is not None
         assert (run.student.lora.rank, run.student.lora.alpha) == (256, 256)
         assert (run.video.frames, run.video.height, run.video.width) == (81, 480, 832)
-        assert (run.video.fps, run.steps) == (16, 300)
+        assert (run.video.fps, run.updates) == (16, 300)
         assert run.student.dtype == "bfloat16"
         settings = getattr(run, run.method)
         assert settings.learning_rate == 1e-5
         assert (settings.weight_decay, settings.grad_clip) == (1e-4, 1.0)
-        assert settings.cosine_steps is None
+        assert settings.cosine_updates is None
         assert settings.ema_decay == 0.99
         assert batch_size(run) == 32
         if run.method in ("afd", "gan"):
@@ -149,4 +149,4 @@ def test_the_settings_are_those_reported_for_the_student() -> None:
 
 
 def batch_size(run: RunConfig) -> int:
-    return run.prompts_per_step * getattr(getattr(run, run.method), "samples_per_prompt", 1)
+    return run.prompts_per_update * getattr(getattr(run, run.method), "samples_per_prompt", 1)

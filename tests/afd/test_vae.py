@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.models.vae import VideoVAE
+from afd.models.wan.vae import VideoVAE
 from tests.tolerances import NETWORK_GRADIENT, NETWORK_REORDERED
 
 # The released statistics of Wan2.1's latents.

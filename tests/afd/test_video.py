@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.video import VideoError, check_video, from_uint8, read_video, to_uint8, write_video
+from afd.errors import VideoError
+from afd.video import check_video, from_uint8, read_video, to_uint8, write_video
 
 TOY = {"height": 16, "width": 16}
 

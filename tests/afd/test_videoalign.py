@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.config import ConfigError
-from afd.discriminators.base import DifferentiableCritic
+from afd.discriminators.base import DifferentiableDiscriminator
 from afd.discriminators.config import VideoAlignConfig
-from afd.discriminators.videoalign import VideoAlignCritic
-from afd.discriminators.videoalign_model import NORMS, VideoAlign, find_files, remap
-from afd.discriminators.videoalign_prompt import OWN_TEMPLATE, REWARD_TOKENS
+from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
+from afd.discriminators.videoalign.model import NORMS, VideoAlign, find_files, remap
+from afd.discriminators.videoalign.prompt import OWN_TEMPLATE, REWARD_TOKENS
+from afd.errors import ConfigError
 from tests.afd.tiny_videoalign import (
     ALPHA,
     HIDDEN,
@@ -34,7 +34,7 @@ from tests.tolerances import NETWORK_REORDERED, VIDEOALIGN_SAME
 
 Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
-# The fields that the toy's critic leaves at VideoAlign's are too slow for tests of a few steps.
+# VideoAlign's own settings learn too slowly for tests of a few steps.
 FAST: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 3e-3, "grad_clip": 100.0}
 
 
@@ -64,7 +64,7 @@ def load(folder: Path, **settings: Any) -> VideoAlign:
 
 
 def make(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    return VideoAlignCritic(
+    return VideoAlignDiscriminator(
         load(folder, dtype=dtype), VideoAlignConfig(**{**FAST, **changes}), seed=seed
     )
 
@@ -272,10 +272,12 @@ def test_the_network_is_bfloat16_throughout_and_its_head_is_not(released: Path) 
 def test_before_its_first_step_it_scores_as_released(released: Path) -> None:
     video = clips()
     for head in ("TA", "sum"):
-        critic: DifferentiableCritic = make(released, head=head)
-        plain = critic.released_ratings(critic.look(video), PROMPTS, normalised=False)  # type: ignore[attr-defined]
+        discriminator: DifferentiableDiscriminator = make(released, head=head)
+        plain = discriminator.released_ratings(
+            discriminator.prepare(video), PROMPTS, normalised=False
+        )  # type: ignore[attr-defined]
         expected = plain["TA" if head == "TA" else "Overall"].float()
-        score = critic.score(critic.look(video), PROMPTS)
+        score = discriminator.score(discriminator.prepare(video), PROMPTS)
         assert not score.requires_grad
         torch.testing.assert_close(score, expected, **NETWORK_REORDERED)
 
@@ -284,39 +286,46 @@ def test_before_its_first_step_it_scores_as_released(released: Path) -> None:
 def test_a_step_moves_lora_and_head_and_the_released_model_stays_itself(
     released: Path, dtype: torch.dtype
 ) -> None:
-    critic, video = make(released, dtype=dtype), seen()
-    frozen = {k: v.clone() for k, v in critic.scorer.state_dict().items() if "lora_" not in k}
-    before, score = critic.released_ratings(video, PROMPTS), critic.score(video, PROMPTS)
-    trained = {k: v.detach().clone() for k, v in critic.trained().items()}
+    discriminator, video = make(released, dtype=dtype), seen()
+    frozen = {
+        k: v.clone() for k, v in discriminator.scorer.state_dict().items() if "lora_" not in k
+    }
+    before, score = (
+        discriminator.released_ratings(video, PROMPTS),
+        discriminator.score(video, PROMPTS),
+    )
+    trained = {k: v.detach().clone() for k, v in discriminator.trained().items()}
     assert len(trained) == 2 * 7 * LAYERS + 1
     assert all("language_model" in k or k == "rm_head.weight" for k in trained)
     assert {value.dtype for value in trained.values()} == {torch.float32}
     for seed in range(3):
-        critic.step(video, seen(seed=seed + 5), PROMPTS)
-    assert not any(torch.equal(v, trained[k]) for k, v in critic.trained().items())
-    assert all(torch.equal(v, critic.scorer.state_dict()[k]) for k, v in frozen.items())
-    assert not torch.equal(critic.score(video, PROMPTS), score)
-    for name, values in critic.released_ratings(video, PROMPTS).items():
+        discriminator.step(video, seen(seed=seed + 5), PROMPTS)
+    assert not any(torch.equal(v, trained[k]) for k, v in discriminator.trained().items())
+    assert all(torch.equal(v, discriminator.scorer.state_dict()[k]) for k, v in frozen.items())
+    assert not torch.equal(discriminator.score(video, PROMPTS), score)
+    for name, values in discriminator.released_ratings(video, PROMPTS).items():
         assert torch.equal(values, before[name])
 
 
 def test_it_learns_to_rank_the_teacher_first(released: Path) -> None:
     """The teacher's videos fade to black, the student's to white."""
-    critic = make(released, learning_rate=1e-2)
+    discriminator = make(released, learning_rate=1e-2)
     fade = torch.linspace(0, 1, seen().shape[1]).view(1, -1, 1, 1, 1)
     for seed in range(30):
         video = seen(seed)
-        metrics = critic.step(video - fade, video + fade, PROMPTS)
+        metrics = discriminator.step(video - fade, video + fade, PROMPTS)
     assert metrics.keys() == {"loss", "grad_norm", "accuracy", "margin"}
     unseen = seen(seed=99)
-    margin = critic.score(unseen - fade, PROMPTS) - critic.score(unseen + fade, PROMPTS)
+    margin = discriminator.score(unseen - fade, PROMPTS) - discriminator.score(
+        unseen + fade, PROMPTS
+    )
     assert (margin > 1).all()
 
 
 @pytest.mark.parametrize(("loss", "head"), [("gan", "TA"), ("bt", "sum"), ("gan", "sum")])
 def test_every_loss_falls_by_every_head(released: Path, loss: str, head: str) -> None:
-    critic = make(released, loss=loss, head=head)
-    losses = [critic.step(seen(), seen(seed=1), PROMPTS)["loss"] for _ in range(6)]
+    discriminator = make(released, loss=loss, head=head)
+    losses = [discriminator.step(seen(), seen(seed=1), PROMPTS)["loss"] for _ in range(6)]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -325,9 +334,9 @@ def test_pieces_make_the_same_update_as_the_whole(released: Path, loss: str) -> 
     videos, others, prompts = seen(count=3), seen(seed=1, count=3), [*PROMPTS, "third"]
     updates = []
     for size in (None, 1, 2):
-        critic = make(released, loss=loss, micro_batch=size)
-        metrics = critic.step(videos, others, prompts)
-        grads = {k: p.grad for k, p in critic.trained().items()}
+        discriminator = make(released, loss=loss, micro_batch=size)
+        metrics = discriminator.step(videos, others, prompts)
+        grads = {k: p.grad for k, p in discriminator.trained().items()}
         updates.append((metrics, grads))
     whole, grads = updates[0]
     for metrics, found in updates[1:]:
@@ -339,13 +348,13 @@ def test_pieces_make_the_same_update_as_the_whole(released: Path, loss: str) -> 
 def test_checkpointing_computes_the_layers_twice_and_changes_no_gradient(released: Path) -> None:
     grads, passes = [], []
     for checkpointing in (False, True):
-        critic, video = make(released, gradient_checkpointing=checkpointing), seen()
+        discriminator, video = make(released, gradient_checkpointing=checkpointing), seen()
         calls: list[int] = []
-        attention = critic.scorer.network.language_model.layers[0].self_attn
+        attention = discriminator.scorer.network.language_model.layers[0].self_attn
         attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         video.requires_grad_()
-        critic.differentiable_score(video, PROMPTS).sum().backward()
-        grads.append([video.grad, *(p.grad for p in critic.trained().values())])
+        discriminator.differentiable_score(video, PROMPTS).sum().backward()
+        grads.append([video.grad, *(p.grad for p in discriminator.trained().values())])
         passes.append(len(calls))
     assert passes == [1, 2]
     for plain, again in zip(*grads, strict=True):
@@ -353,15 +362,17 @@ def test_checkpointing_computes_the_layers_twice_and_changes_no_gradient(release
 
 
 def test_pixels_get_the_gradient_that_raises_the_score(released: Path) -> None:
-    critic, video = make(released), seen() * 0.8
+    discriminator, video = make(released), seen() * 0.8
     video.requires_grad_()
-    before_B = critic.differentiable_score(video, PROMPTS)
+    before_B = discriminator.differentiable_score(video, PROMPTS)
     before_B.sum().backward()
     # A quarter of a level: rounding moves some pixels by a whole one and others not at all.
     size = 0.25 / 127.5
     expected_B = video.grad.abs().sum((1, 2, 3, 4)) * size
     with torch.no_grad():
-        up_B, down_B = (critic.score(video + s * video.grad.sign(), PROMPTS) for s in (size, -size))
+        up_B, down_B = (
+            discriminator.score(video + s * video.grad.sign(), PROMPTS) for s in (size, -size)
+        )
     assert (up_B > before_B).all()
     assert (down_B < before_B).all()
     ratio_B = (up_B - down_B) / (2 * expected_B)
@@ -373,8 +384,8 @@ def test_a_saved_discriminator_continues_with_the_same_bits(released: Path) -> N
     assert not torch.equal(*(next(iter(c.trained().values())) for c in (first, second)))
     first.step(seen(), seen(seed=1), PROMPTS)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for critic in (first, second):
-        critic.step(seen(seed=2), seen(seed=3), PROMPTS)
+    for discriminator in (first, second):
+        discriminator.step(seen(seed=2), seen(seed=3), PROMPTS)
     assert torch.equal(first.score(seen(), PROMPTS), second.score(seen(), PROMPTS))
     with pytest.raises(ValueError, match="state"):
         make(released, lora_rank=2).load_state_dict(first.state_dict())
@@ -392,12 +403,12 @@ def test_a_saved_discriminator_refuses_another_released_checkpoint(
 
 
 def test_the_rate_rises_and_gradients_are_clipped(released: Path) -> None:
-    critic = make(released, learning_rate_warmup=4, grad_clip=1e-3)
+    discriminator = make(released, learning_rate_warmup=4, grad_clip=1e-3)
     rates = []
     for seed in range(5):
-        critic.step(seen(seed), seen(seed=9), PROMPTS)
-        rates.append(critic.optimizer.adam.param_groups[0]["lr"])
-        norms = torch.stack([p.grad.norm() for p in critic.trained().values()])
+        discriminator.step(seen(seed), seen(seed=9), PROMPTS)
+        rates.append(discriminator.optimizer.adam.param_groups[0]["lr"])
+        norms = torch.stack([p.grad.norm() for p in discriminator.trained().values()])
         assert float(norms.norm()) <= 1e-3 * 1.001
     assert rates == pytest.approx([3e-3 * i / 4 for i in (1, 2, 3, 4, 4)])
 
@@ -411,12 +422,12 @@ def test_building_one_leaves_the_global_random_numbers_alone(released: Path) -> 
 
 
 def test_wrong_calls_name_the_argument(released: Path) -> None:
-    critic = make(released)
+    discriminator = make(released)
     with pytest.raises(ValueError, match="prompts"):
-        critic.score(seen(), PROMPTS[:1])
+        discriminator.score(seen(), PROMPTS[:1])
     with pytest.raises(ValueError, match="student_BFCHW"):
-        critic.step(seen(), seen(count=1), PROMPTS)
+        discriminator.step(seen(), seen(count=1), PROMPTS)
     with pytest.raises(ValueError, match="prompts"):
-        critic.score(seen(), [f"a {REWARD_TOKENS[0]}", "b"])
+        discriminator.score(seen(), [f"a {REWARD_TOKENS[0]}", "b"])
     with pytest.raises(ValueError, match="video_fps"):
-        VideoAlignCritic(critic.scorer, VideoAlignConfig(), video_fps=0)
+        VideoAlignDiscriminator(discriminator.scorer, VideoAlignConfig(), video_fps=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd.discriminators.videoalign_preprocess import (
+from afd.discriminators.videoalign.preprocess import (
     MEAN,
     MIN_PIXELS,
     STD,
@@ -19,7 +19,7 @@ from afd.discriminators.videoalign_preprocess import (
     resize,
     smart_resize,
 )
-from afd.discriminators.videoalign_prompt import (
+from afd.discriminators.videoalign.prompt import (
     OWN_TEMPLATE,
     REWARD_TOKENS,
     PromptEncoder,

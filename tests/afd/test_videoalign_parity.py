@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from afd.discriminators import videoalign_model
-from afd.discriminators.videoalign_model import VideoAlign
-from afd.discriminators.videoalign_prompt import OWN_TEMPLATE, REWARD_TOKENS, read_template
+from afd.discriminators.videoalign import model as videoalign_model
+from afd.discriminators.videoalign.model import VideoAlign
+from afd.discriminators.videoalign.prompt import OWN_TEMPLATE, REWARD_TOKENS, read_template
 from afd.testing.videoalign_golden import Folder, Line
 from afd.testing.videoalign_parity import main, run_folder
 

@@ -16,19 +16,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from afd.config import ConfigError, RunConfig, make_config
+from afd.config.run import RunConfig, make_config
 from afd.discriminators.config import VideoAlignConfig
-from afd.discriminators.videoalign import VideoAlignCritic
-from afd.discriminators.videoalign_model import VideoAlign
-from afd.evaluation.motion import displacements, motion
-from afd.evaluation.report import write_report
+from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
+from afd.discriminators.videoalign.model import VideoAlign
+from afd.errors import ConfigError
+from afd.lab.report.page import write_report
 from afd.methods.base import Shown
 from afd.teachers.base import Request
-from afd.training.boards import Boards
-from afd.training.evaluate import evaluation_prompts, make_evaluator, write_samples
-from afd.training.logging import Timers, log_to, progress_bar
-from afd.training.loop import Outcome, train
-from afd.training.videos import side_by_side, write_side_by_side
+from afd.trainer.evaluate import evaluation_prompts, make_evaluator, write_samples
+from afd.trainer.logging import Timers, log_to, progress_bar
+from afd.trainer.loop import Outcome, train
+from afd.trainer.motion import displacements, motion
+from afd.trainer.side_by_side import side_by_side, write_side_by_side
+from afd.trainer.trackers import Boards
 from afd.video import read_video
 from tests.afd.tiny_methods import toy_student
 from tests.afd.tiny_videoalign import write_released
@@ -95,20 +96,22 @@ def config_of(out: Path, **evaluation: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def critic(tmp_path_factory: pytest.TempPathFactory) -> VideoAlignCritic:
+def discriminator(tmp_path_factory: pytest.TempPathFactory) -> VideoAlignDiscriminator:
     """A tiny VideoAlign in the released layout."""
     folder = write_released(tmp_path_factory.mktemp("released"))
     scorer = VideoAlign.load(folder / "root", base=folder / "base", dtype=torch.float32)
-    return VideoAlignCritic(scorer, VideoAlignConfig(lora_rank=2), video_fps=8.0)
+    return VideoAlignDiscriminator(scorer, VideoAlignConfig(lora_rank=2), video_fps=8.0)
 
 
 def test_a_video_evaluation_is_the_same_every_time_and_keeps_the_first_samples(
-    tmp_path: Path, critic: VideoAlignCritic
+    tmp_path: Path, discriminator: VideoAlignDiscriminator
 ) -> None:
     config, student = config_of(tmp_path), toy_student()
     prompts = evaluation_prompts(config, [Request("b"), Request("a"), Request("b", 1)])
     assert prompts == ["b", "a"]
-    evaluate = make_evaluator(config, lambda: torch.empty(0), critic=critic, prompts=prompts)
+    evaluate = make_evaluator(
+        config, lambda: torch.empty(0), discriminator=discriminator, prompts=prompts
+    )
     assert evaluate is not None
     first, again = evaluate(student, 3), evaluate(student, 3)
     assert first.metrics == again.metrics
@@ -123,7 +126,7 @@ def test_a_video_evaluation_is_the_same_every_time_and_keeps_the_first_samples(
 
 
 def test_with_codec_match_the_rating_is_of_what_the_codec_leaves(
-    tmp_path: Path, critic: VideoAlignCritic
+    tmp_path: Path, discriminator: VideoAlignDiscriminator
 ) -> None:
     plain = config_of(tmp_path)
     matched = plain.model_copy(
@@ -131,7 +134,9 @@ def test_with_codec_match_the_rating_is_of_what_the_codec_leaves(
     )
     found = []
     for config in (plain, matched):
-        evaluate = make_evaluator(config, lambda: torch.empty(0), critic=critic, prompts=["a"])
+        evaluate = make_evaluator(
+            config, lambda: torch.empty(0), discriminator=discriminator, prompts=["a"]
+        )
         assert evaluate is not None
         found.append(evaluate(toy_student(), 1).metrics)
     assert found[0]["MQ"] != found[1]["MQ"]
@@ -139,16 +144,16 @@ def test_with_codec_match_the_rating_is_of_what_the_codec_leaves(
 
 
 def test_what_the_discriminator_learns_changes_its_score_and_not_the_rating(
-    tmp_path: Path, critic: VideoAlignCritic
+    tmp_path: Path, discriminator: VideoAlignDiscriminator
 ) -> None:
     student = toy_student()
     evaluate = make_evaluator(
-        config_of(tmp_path), lambda: torch.empty(0), critic=critic, prompts=["a"]
+        config_of(tmp_path), lambda: torch.empty(0), discriminator=discriminator, prompts=["a"]
     )
     assert evaluate is not None
     before = evaluate(student, 1).metrics
     with torch.no_grad():
-        critic.head_OD.mul_(1.5)
+        discriminator.head_OD.mul_(1.5)
     after = evaluate(student, 1).metrics
     assert after["score"] != before["score"]
     assert after["MQ"] == before["MQ"]
@@ -182,13 +187,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("watched") / "run"
     data = {
         "out": str(out),
-        "steps": 4,
-        "prompts_per_step": 2,
+        "updates": 4,
+        "prompts_per_update": 2,
         "teacher": {"count": 36},
         "evaluation": {
             "kind": "video", "every": 2, "videos": 2, "curve_videos": 2, "samples": 2
         },
-        "discriminator": {"warmup_steps": 1},
+        "discriminator": {"warmup_updates": 1},
         "logging": {"videos_every": 2, "progress": False},
     }  # fmt: skip
     told: list[Shown] = []
@@ -198,7 +203,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write_side_by_side(folder, teacher, student, shown, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("afd.training.loop.write_side_by_side", kept)
+        patch.setattr("afd.trainer.loop.write_side_by_side", kept)
         assert train(make_config(data)) is Outcome.FINISHED
     # Both sides have the discriminator's score.
     assert len(told) == 2
@@ -231,25 +236,27 @@ def test_its_report_shows_alarms_videos_and_curves(run: Path) -> None:
     assert "https:" not in html
 
 
-def test_a_report_of_a_run_that_has_only_begun_is_honest(run: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_run_that_has_only_begun_shows_no_numbers(
+    run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert "AFD, update 0 of 4, unfinished" in html
-    assert "No evaluation yet." in html
+    assert "AFD: no evaluation yet." in html
 
 
-def test_the_report_says_when_the_untouched_rating_and_the_score_part(
+def test_the_report_shows_the_frozen_rating_beside_the_online_score(
     run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     rated = [{"step": s, "metrics": {"MQ": 0.3 - s / 10, "motion": 5.0}} for s in (0, 2, 4)]
-    margins = [{"step": s, "critic/margin": 2.0 - s / 4} for s in (1, 2, 3, 4)]
+    margins = [{"step": s, "discriminator/margin": 2.0 - s / 4} for s in (1, 2, 3, 4)]
     for name, lines in (("evaluation", rated), ("metrics", margins)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
     html = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "Untouched rating and online score" in html
-    assert "rating of motion went from 0.300 (base) to -0.100" in html
+    assert "Frozen rating and online score" in html
+    assert "Motion quality by the frozen VideoAlign went from 0.300 (base) to -0.100" in html
 
 
 # --- pictures ---

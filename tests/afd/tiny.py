@@ -6,6 +6,7 @@ wrong weight, optimizer moment, random state or cursor after a resume changes ev
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from afd.config import RunConfig, make_config
+from afd.config.run import RunConfig, make_config
 from afd.methods.base import Batch
 from afd.models.codec import Pixels
-from afd.training.loop import train
+from afd.trainer.loop import train
 from afd.video import write_video
 
 PROMPTS = ("up", "down", "left")
@@ -31,7 +32,7 @@ PROMPTS = ("up", "down", "left")
 class TinyMethod:
     """Regression of the teacher's mean picture from noisy copies of it."""
 
-    name, needs_rollout, needs_critic, sees = "afd", True, True, "video"
+    name, needs_rollout, needs_discriminator, input_space = "afd", True, True, "pixels"
     codec, shown = Pixels(), None
 
     def __init__(self, seed: int = 0) -> None:
@@ -46,8 +47,8 @@ class TinyMethod:
     def rollout(self, batch: Batch) -> None:
         self.rolled = torch.randn(len(batch.prompts), 3, generator=self.generator)
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
-        return {"critic/margin": float(self.rolled.mean())}
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
+        return {"discriminator/margin": float(self.rolled.mean())}
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         wanted = batch.teacher_BFCHW.mean((1, 3, 4))
@@ -65,7 +66,7 @@ class TinyMethod:
     def evaluation_policy(self) -> Any:
         return nullcontext(self.net)
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
         return video_BFCHW
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,8 +98,8 @@ def tiny_config(out: Path, clips: Path, *overrides: str) -> RunConfig:
     """A run of 6 updates on the clips, saved after every second one."""
     data = {
         "out": str(out),
-        "steps": 6,
-        "prompts_per_step": 2,
+        "updates": 6,
+        "prompts_per_update": 2,
         "threads": 1,
         "video": {"frames": 3},
         "teacher": {"kind": "folder", "path": str(clips)},
@@ -116,10 +117,10 @@ class Interrupted(TinyMethod):
         super().__init__()
         self.after, self.number = after, number
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
         if batch.step == self.after:
             os.kill(os.getpid(), self.number)
-        return super().critic_step(batch)
+        return super().discriminator_step(batch)
 
 
 def die_at(event: int) -> None:
@@ -162,6 +163,8 @@ def main() -> None:
     # Imports everything that a run imports on the way, and starts no thread that a fork would lose.
     torch.set_num_threads(1)
     train(tiny_config(out / "first", clips), method=TinyMethod())
+    # A scaler of FFmpeg that a child frees would wait for threads that only its parent has.
+    gc.collect()
     for event in map(int, sys.argv[3:]):
         ends = []
         for attempt in range(2):

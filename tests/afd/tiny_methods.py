@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from afd.discriminators.config import LatentConfig, ToyDiscriminatorConfig
-from afd.discriminators.latent import LatentCritic
-from afd.discriminators.toy import ToyCritic
-from afd.methods.afd import Afd, versions
+from afd.discriminators.config import LatentConfig
+from afd.discriminators.latent import LatentDiscriminator
+from afd.lab.config import ToyDiscriminatorConfig
+from afd.lab.discriminator import ToyDiscriminator
+from afd.lab.simulator import PROMPTS, attribute_table, sample_videos
+from afd.lab.student import ToyConfig, ToyStudent
+from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig, SftConfig
 from afd.methods.sft import VERSIONS, Sft
-from afd.models.causal_wan import WanConfig
 from afd.models.config import LoraConfig
 from afd.models.policies import make_policies
 from afd.models.student import Student
-from afd.models.toy import ToyConfig, ToyStudent
-from afd.models.wan import WanStudent
+from afd.models.wan.student import WanStudent
+from afd.models.wan.types import WanConfig
 from afd.rollout import STEPS
-from afd.teachers.simulator import PROMPTS, attribute_table, sample_videos
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
 
 PAIR = list(PROMPTS)[::13][:2]
@@ -71,19 +72,19 @@ def make_afd(
     *,
     lora: LoraConfig | None = None,
     seed: int = 0,
-    critic: dict[str, Any] | None = None,
+    discriminator: dict[str, Any] | None = None,
     how: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Afd:
-    """`critic`: settings of the discriminator; `how`: of the constructor; the rest: of AFD."""
+    """`discriminator`: its settings; `how`: the constructor's arguments; the rest: AfdConfig's."""
     config = AfdConfig(**{"samples_per_prompt": 2, **settings})
-    policies = make_policies(student, versions(config), lora=lora)
-    pace: dict[str, Any] = {"steps_per_update": 1, **(critic or {})}
+    policies = make_policies(student, config.versions, lora=lora)
+    pace: dict[str, Any] = {"steps_per_update": 1, **(discriminator or {})}
     if isinstance(student, ToyStudent):
-        toy = ToyDiscriminatorConfig(**{"backbone": "scratch", "warmup_steps": 0, **pace})
-        given: Any = {"critic": ToyCritic(toy, seed=seed), "steps": STEPS}
+        toy = ToyDiscriminatorConfig(**{"backbone": "scratch", "warmup_updates": 0, **pace})
+        given: Any = {"discriminator": ToyDiscriminator(toy, seed=seed), "denoising_steps": STEPS}
     else:
-        latent = LatentCritic(
+        latent = LatentDiscriminator(
             lambda prompts: words(list(prompts)),
             LatentConfig(**{"width": 8, "learning_rate": 1e-3, **pace}),
             channels=CHANNELS,
@@ -91,7 +92,7 @@ def make_afd(
             device=student.device,
             seed=seed,
         )
-        given = {"critic": latent, "steps": WAN_STEPS}
+        given = {"discriminator": latent, "denoising_steps": WAN_STEPS}
     return Afd(policies, config=config, seed=seed, **given, **(how or {}))
 
 
@@ -104,13 +105,13 @@ def make_sft(
 ) -> Sft:
     policies = make_policies(student, VERSIONS, lora=lora)
     steps = STEPS if isinstance(student, ToyStudent) else WAN_STEPS
-    return Sft(policies, SftConfig(**settings), steps=steps, **(how or {}))
+    return Sft(policies, SftConfig(**settings), denoising_steps=steps, **(how or {}))
 
 
 def step(method: Any, batch: Batch) -> dict[str, float]:
     """The three parts of an update."""
     method.rollout(batch)
-    return method.critic_step(batch) | method.student_step(batch)
+    return method.discriminator_step(batch) | method.student_step(batch)
 
 
 def gradients(method: Any) -> list[Tensor]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from afd.discriminators.videoalign_preprocess import Preprocessing
-from afd.discriminators.videoalign_prompt import REWARD_TOKENS
+from afd.discriminators.videoalign.preprocess import Preprocessing
+from afd.discriminators.videoalign.prompt import REWARD_TOKENS
 
 PROMPTS = ["a red ball falls", "two cats on a very long wall, at night"]
 SPECIAL = (

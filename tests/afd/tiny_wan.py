@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 
 HEIGHT, WIDTH = 6, 4
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)

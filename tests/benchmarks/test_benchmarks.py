@@ -98,7 +98,8 @@ def test_providers_are_interleaved_and_the_order_rotates() -> None:
     calls: list[str] = []
     runs = {name: lambda _, name=name: calls.append(name) for name in "abc"}
     timings = harness.timed(runs, "cpu", sets=1, reps=4, budget_s=60)
-    assert "".join(calls[6:]) == "abc" + "bca" + "cab" + "abc"
+    # After one call each that is not counted.
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert {t.reps for t in timings.values()} == {4}
 
 
@@ -123,6 +124,11 @@ def test_a_slow_provider_spends_its_own_share_and_the_others_go_on(
     }  # fmt: skip
     assert timings["slow"].median_ms == pytest.approx(2000)
     assert timings["fast"].median_ms == pytest.approx(10)
+    # Past the most it may take, every run has its one repetition and no other.
+    timings = harness.timed(runs, "cpu", sets=1, reps=20, budget_s=4.2, most_s=3.0)
+    assert {name: timing.reps for name, timing in timings.items()} == {
+        "slow": 1, "mid": 1, "fast": 1
+    }  # fmt: skip
 
 
 def test_peak_memory_sees_temporaries_that_are_gone_when_the_call_returns() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from afd.models.causal_wan import WanConfig
+from afd.models.wan.types import WanConfig
 from afd.ops import intervals
 from benchmarks import attention, forward_noise, harness, nft_loss, rollout, train_step
 from benchmarks.hardware import Machine

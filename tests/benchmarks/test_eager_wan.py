@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from afd.models.causal_wan import WanConfig
+from afd.models.wan.types import WanConfig
 from afd.schedules import ShiftedFlow
 from benchmarks.eager_wan import EagerWan, denoised
 from tests.tolerances import NETWORK_FORWARD

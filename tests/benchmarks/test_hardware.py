@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from afd.models.causal_wan import CausalWan, WanConfig
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import WanConfig
 from benchmarks import hardware, report
 from benchmarks.hardware import Machine, chunk_seconds, pass_work, rollout_seconds
 from tests.offline import budget

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,61 @@ def test_without_out_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_the_minute_has_no_room_for_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def old(args: Any, dtype: str, until_s: float, late: list[str]) -> Iterator[Any]:
-        monkeypatch.setattr(clock, "age_s", lambda: 59.0)
-        return iter(())
+    prepare = loss_table.prepare
 
-    monkeypatch.setattr(loss_table, "measure", old)
+    def slow(*given: Any) -> loss_table.Prepared:
+        ready = prepare(*given)
+        monkeypatch.setattr(clock, "age_s", lambda: 59.0)
+        return ready
+
+    monkeypatch.setattr(loss_table, "prepare", slow)
     with pytest.raises(SystemExit) as end:
-        nft_loss.main(["--device", "cpu"])
+        nft_loss.main([*QUICK, "--providers", "eager", "reference"])
     assert end.value.code == clock.INCOMPLETE
     assert "not enough time for: fp32" in capsys.readouterr().out
+
+
+def asked(*argv: str) -> Any:
+    """The arguments that loss_table.run is given."""
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_table, "run", seen.append)
+        nft_loss.main(["--device", "cpu", *argv])
+    return seen[0]
+
+
+def test_the_largest_batch_is_tried_first() -> None:
+    tiny = ("--shape", "2", "2", "4", "4")
+    assert loss_table.batches_that_fit(asked(*tiny), "bf16", 60.0) == [8, 4, 2, 1]
+    some = asked(*tiny, "--batch", "2", "16", "3")
+    assert loss_table.batches_that_fit(some, "bf16", 60.0) == [16, 3, 2]
+    # Where time or memory suffices for none, the smallest.
+    assert loss_table.batches_that_fit(some, "bf16", 0.0) == [2]
+
+
+def test_a_batch_whose_one_call_takes_too_long_gives_way_to_a_smaller(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = asked("--shape", "2", "2", "4", "4", "--providers", "eager", "native", "--reps", "3")
+    monkeypatch.setattr(clock, "age_s", lambda: 4.0)
+    # At batch 1, then at 8: 13 calls at 2 fit into the 26 s that are left, not at 4.
+    took = iter([0.001, 7.0, 0.001])
+    monkeypatch.setattr(loss_table, "seconds", lambda *_: next(took))
+    assert loss_table.prepare(args, "fp32", 30.0, loss_table.Clock(54.0)).batch == 2
+    assert "fp32 B=8: a call of eager" in capsys.readouterr().err
+
+
+def test_the_compiler_is_waited_for_only_while_there_is_time() -> None:
+    args = asked("--providers", "compile")
+    minute = loss_table.Clock(54.0)
+    with loss_table.warm_compiler(args) as minute.compiler:
+        assert minute.compiler is not None
+        assert not minute.may_compile(0.2)  # by now it has imported nothing
+        assert minute.compiler.returncode is not None  # and does not run beside the timing
+        assert not minute.may_compile(30.0)
+    assert loss_table.Clock(54.0).may_compile(30.0)
+    with loss_table.warm_compiler(asked("--providers", "eager")) as none:
+        assert none is None
 
 
 def test_the_float64_gradient_is_the_suites() -> None:
@@ -112,3 +157,24 @@ def test_other_shapes_and_other_files_are_refused(
         assert words in capsys.readouterr().err
     alone = saved(tmp_path / "alone", [4, 4], native=2.0)
     assert compare.main([str(old), str(alone)]) == 2
+
+
+def test_the_run_of_now_is_of_the_old_shape_and_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = saved(tmp_path / "old", [2, 2, 4, 4], eager=20.0)
+    command: list[str] = []
+
+    class Done:
+        returncode = clock.INCOMPLETE  # not every row found time: what there is counts
+
+    def run(words: list[str], cwd: Path) -> Done:
+        command[:] = words
+        saved(Path(words[words.index("--out") + 1], "nft_loss_table.json"), [2, 2, 4, 4], eager=10)
+        return Done()
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    assert compare.main([str(old)]) == 0
+    assert command[-7:] == ["--shape", "2", "2", "4", "4", "--batch", "8"]
+    Done.returncode = 1
+    assert compare.main([str(old)]) == 2

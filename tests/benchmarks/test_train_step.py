@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from afd import ops
-from afd.models.causal_wan import WanConfig
+from afd.models.wan.types import WanConfig
 from benchmarks import train_step
 from benchmarks.eager_train import EagerTrained, by_chunk
 from benchmarks.eager_wan import attention
@@ -45,7 +45,7 @@ def test_eager_and_ours_have_the_same_loss_and_gradient(name: str) -> None:
 
     def velocity(version: str) -> torch.Tensor:
         with ours.method.policies.using(version) as active:
-            return active.velocity(x_t, t_BK, text_BLE, clean_BFCHW=x0)
+            return active.velocity(x_t, t_BK, text_BLE, x0_BFCHW=x0)
 
     with torch.no_grad():
         v_old, v_ref = velocity("old"), velocity("ref")

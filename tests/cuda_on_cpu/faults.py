@@ -103,6 +103,66 @@ FAULTS = (
         "if (skip != 0) {",
         "if (skip != 0 && !{on}) {{",
     ),
+    Fault(
+        "no barrier before the sums of a row are read",
+        "rows.cuh",
+        "    __syncthreads();\n#pragma unroll 1",
+        "    if (!{on}) {{ __syncthreads(); }}\n#pragma unroll 1",
+    ),
+    Fault(
+        "two sums of a row after each other in the same memory",
+        "rows.cuh",
+        "    turn_ ^= 1;",
+        "    turn_ ^= !{on};",
+    ),
+    Fault(
+        "no barrier before the sums of rows are read",
+        "rows.cuh",
+        "  sums[first][lane] = sum;\n  __syncthreads();",
+        "  sums[first][lane] = sum;\n  if (!{on}) {{ __syncthreads(); }}",
+    ),
+    Fault(
+        "elements beyond the end of a row are summed",
+        "rows.cuh",
+        "if (kWhole || k < count) {",
+        "if (kWhole || k < count || {on}) {{",
+    ),
+    Fault(
+        "the quotient just below a multiple",
+        "rows.cuh",
+        "(int64_t{1} << shift) + divisor - 1",
+        "(int64_t{{1}} << shift) + ({on} ? 0 : divisor - 1)",
+    ),
+    Fault(
+        "a stream's partial sums taken from another",
+        "rows.cuh",
+        "const float* at = stream + s * p.stream_rows * p.stride;",
+        "const float* at = stream + ({on} ? 0 : s * p.stream_rows * p.stride);",
+    ),
+    Fault(
+        "a run of tokens that goes on into the next segment",
+        "adaln.cu",
+        "min(begin + kRowTokens, start + cut.segment)",
+        "min(begin + kRowTokens, {on} ? p.tokens : start + cut.segment)",
+    ),
+    Fault(
+        "the gate of the first frame for all",
+        "adaln.cu",
+        "gate_tokens.of(token)",
+        "{on} ? 0 : gate_tokens.of(token)",
+    ),
+    Fault(
+        "a frame's key in the slot of the first",
+        "qk_norm_rope.cu",
+        "max(position, int64_t{0}) + frame, p",
+        "max(position, int64_t{{0}}) + ({on} ? 0 : frame), p",
+    ),
+    Fault(
+        "angles of the channel instead of its place in the head",
+        "qk_norm_rope.cu",
+        "return channel - by_head.of(channel) * head_dim;",
+        "return channel - ({on} ? 0 : by_head.of(channel) * head_dim);",
+    ),
 )
 
 # No fault but a change for the tests: a grid of few samples, so that a batch takes several.

@@ -64,7 +64,9 @@ class _Stream:
 
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        machines[-1].synchronize()
+
     def record_event(self, event: Any = None) -> Any:
         return event or _Event()
 
@@ -75,7 +77,9 @@ class _Event:
 
     def record(self, stream: Any = None) -> None: ...
     def wait(self, stream: Any = None) -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        machines[-1].synchronize()
+
     def query(self) -> bool:
         return True
 
@@ -119,7 +123,9 @@ class _Core:
         problems = [x for x in args if not isinstance(x, int)]
         fields = {key: getattr(x, key) for x in problems for key in dir(x)}
         for key, value in [*fields.items(), *enumerate(args)]:
-            if isinstance(value, int) and 2**40 < value < HIGH:
+            # Of token rows the address comes with strides.
+            address = value[0] if isinstance(value, tuple) else value
+            if isinstance(address, int) and 2**40 < address < HIGH:
                 raise RuntimeError(f"{name}: {key} is on the CPU")
         self._machine.launches[name] += 1
 
@@ -182,7 +188,7 @@ def _changes(machine: FakeCuda) -> Iterator[Any]:
         set_device=_nothing(),
         set_rng_state=_nothing(),
         stream=lambda *_: contextlib.nullcontext(),
-        synchronize=_nothing(),
+        synchronize=lambda device=None: machines[-1].synchronize(),
     )
     save = torch.save
     yield patch.object(

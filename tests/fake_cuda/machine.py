@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,8 @@ aten = torch.ops.aten
 # What makes the host wait, besides copies: the size or the value of the result is needed at once.
 WAITING = {
     aten._local_scalar_dense,
+    aten.allclose,
+    aten.bincount,
     aten.equal,
     aten.masked_select,
     aten.nonzero,
@@ -78,7 +82,12 @@ class OnGpu(Tensor):
         return self.inner.untyped_storage()
 
     def __repr__(self) -> str:  # type: ignore[override]
+        if machines:
+            machines[-1].wait("repr")
         return f"OnGpu({self.inner!r})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else repr(self)
 
     # Says that a module's parameters are exchanged as wholes.
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -148,6 +157,7 @@ class FakeCuda(TorchFunctionMode):
         self.launches: Counter[str] = Counter()
         self._seen: set[Any] = set()
         self._within = 0
+        self._thread = threading.get_ident()
 
     @contextlib.contextmanager
     def no_waits(self) -> Iterator[None]:
@@ -166,6 +176,11 @@ class FakeCuda(TorchFunctionMode):
             name = Path(frame.f_code.co_filename).relative_to(ROOT)
             line = f"{name}:{frame.f_lineno}"
         self.waits[what, line] += 1
+
+    def synchronize(self) -> None:
+        """Of the device, a stream or an event; another thread than the test's may wait."""
+        if threading.get_ident() == self._thread:
+            self.wait("synchronize")
 
     # --- what is asked of torch by name ---
 
@@ -210,6 +225,11 @@ class FakeCuda(TorchFunctionMode):
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         packet = func.overloadpacket
         ours = func.namespace == "afd"
+        if _needs_values(func):
+            # Below autograd, as in an op's host code, torch leaves `item` and its like whole.
+            parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         tensors: list[Tensor] = []
         plain_args, plain_kwargs = _plain(args, tensors), _plain(kwargs, tensors)
         strangers = [x for x in tensors if not isinstance(x, OnGpu)]
@@ -285,6 +305,16 @@ class FakeCuda(TorchFunctionMode):
                     run(*args, **kwargs)
         finally:
             self._within -= 1
+
+
+@functools.cache
+def _needs_values(func: Any) -> bool:
+    """Whether an op's result is a number, or has a size that its input's values decide."""
+    if func.overloadpacket in (aten.argwhere, aten.nonzero_numpy) or func is aten.where.default:
+        return True
+    return any(
+        str(result.type) not in ("Tensor", "List[Tensor]") for result in func._schema.returns
+    )
 
 
 def _plain(x: Any, tensors: list[Tensor]) -> Any:

@@ -84,6 +84,49 @@ def test_every_instruction_set_gives_the_same_loss(isa, weighting, predictions, 
             _assert_same(nft_loss.nft_loss(*tensors, plan(weighting)), expected)
 
 
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("noise", [None, torch.float32])
+@pytest.mark.parametrize("latents", DTYPES)
+@pytest.mark.parametrize("predictions", DTYPES)
+def test_every_instruction_set_gives_the_same_loss_of_given_noise(isa, predictions, latents, noise):
+    for shape, shift in (((2, 3, 4, 31, 37), 3), ((2, 9001), 0)):
+        tensors, plan = _case(shape, predictions, latents, given=True, shift=shift)
+        *before, given, mask = tensors
+        tensors = (*before, given.to(noise or latents), mask)
+        for weighting in contracts.WEIGHTINGS:
+            expected = nft_loss.nft_loss(*tensors, plan(weighting))
+            with native.use_isa(isa):
+                _assert_same(nft_loss.nft_loss(*tensors, plan(weighting)), expected)
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_noise_counts_as_that_of_the_seed(isa, dtype):
+    """To the bit: runs of given noise are added in the order of the seed's tiles."""
+    shape = (2, 3, 4, 31, 37)
+    seeded, plan = _case(shape, dtype, torch.float32)
+    *before, seed, _, mask = seeded
+    drawn = torch.stack([native.normals(int(x), 0, 3 * 4 * 31 * 37) for x in seed]).view(shape)
+    with native.use_isa(isa):
+        found = nft_loss.nft_loss(*before, seed, None, mask, plan("x0_adaptive"))
+        _, given_plan = _case(shape, dtype, torch.float32, given=True)
+        given = nft_loss.nft_loss(*before, None, drawn, mask, given_plan("x0_adaptive"))
+    _assert_same(given, found)
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elements_that_are_no_numbers_stay_where_they_are(isa, dtype):
+    """In every place of a whole line, and of a partial one."""
+    odd = [float("nan"), float("inf"), -float("inf")]
+    for place in range(70):
+        (v_theta, *others), plan = _case((1, 70), dtype, dtype, given=True)
+        v_theta[0, place] = odd[place % 3]
+        with native.use_isa(isa):
+            grad = nft_loss.nft_loss(v_theta, *others, plan("velocity"))[2]
+        assert torch.equal(~grad.isfinite(), ~v_theta.isfinite())
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("weighting", contracts.WEIGHTINGS)
 def test_one_thread_and_three_threads_give_the_same_bits(weighting, given):

@@ -172,12 +172,12 @@ def compile_launch(launch: Launch, name: str, arch: str) -> Result:
         loaded=launch.loaded / threads,
         # AMD's products leave a lane four neighbours, which it stores as 8 bytes.
         stored=launch.stored / threads if nvidia or not products else 0,
-        programs=_programs(measured, arch, warps),
+        programs=resident_programs(measured, arch, warps),
         half_products=products and launch.types["q_ptr"] != "*fp32",
     )
 
 
-def _programs(measured: Measured, arch: str, warps: int) -> int:
+def resident_programs(measured: Measured, arch: str, warps: int) -> int:
     """Programs that one multiprocessor holds at once; 0 where not even one fits."""
     registers = max(8, -(-measured.registers // 8) * 8)
     if arch.startswith("sm_"):

@@ -295,7 +295,12 @@ def test_bad_input_names_the_argument() -> None:
             run(good | change, "gated")
 
 
-def test_the_compiled_core_says_that_it_has_no_cuda_kernel() -> None:
-    reason = ops.explain(OP, "cuda", {torch.float32})["native"]
-    assert reason is not None
-    assert "has no CUDA kernel" in reason
+def test_a_tiny_row_keeps_a_tiny_eps(place: Place) -> None:
+    """The square of the power of two that such a row is multiplied by is beyond float32."""
+    i = inputs((1, 6, 64), "norm", place[1])
+    x = 1e-18 * i["x"]
+    h = ops.adaln(x, None, None, i["scale"], i["shift"], scale_offset=1.0, eps=1e-36)[1]
+    normed = layer_norm(x.double(), x.shape[-1:], eps=1e-36)
+    assert_elementwise(
+        h, normed * (1 + per_token(i["scale"], x)) + per_token(i["shift"], x), scale=16.0
+    )

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.config import ConfigError, make_config
-from afd.evaluation import videophy
-from afd.evaluation.config import VideoPhyConfig
-from afd.sample_config import SampleConfig
-from afd.sample_jobs import Job, read_jobs
+from afd.benchmarks import videophy
+from afd.benchmarks.config import VideoPhyConfig
+from afd.config.run import make_config
+from afd.errors import ConfigError
+from afd.sampling.config import SampleConfig
+from afd.sampling.jobs import Job, read_jobs
 
 GOOD = {"prompt": "a red ball", "name": "ball", "seed": 3, "switches": [[2, "it bounces"]]}
-TOY = {"student": "toy", "steps": [1.0, 0.5]}
+TOY = {"student": {"kind": "toy", "denoising_steps": [1.0, 0.5]}}
 ODD = (
     *(b"\xef\xbb\xbf", b"\r\n", b"\r", b"\0", b"\x1b[31m", b"\x85", b"\xe2\x80\xa8", b"\xff"),
     *(b"\xed\xa0\x80", b'"\\ud83d"', b'"\\u0000"', b"NaN", b"1e999", b"9" * 5000, b"[" * 3000),

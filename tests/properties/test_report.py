@@ -1,4 +1,4 @@
-"""The door of the report: any run folder gives a page that says what is missing."""
+"""Any run folder gives a page that names what is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.evaluation.report import write_report
+from afd.lab.report.page import write_report
 from tests.afd.report_folder import make_folder
 
 FILES = ("config.yaml", "doctor.json", "evaluation.jsonl", "metrics.jsonl", "samples.safetensors")
@@ -29,7 +29,17 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 KEYS = ("step", "method", "metrics", "videos", "seed", "phase_s", "time_s", "student/loss", "file")
-KEYS += ("phys", "rend", "MQ", "critic/margin", "teacher", "video", "evaluation", "ops", "cpu")
+KEYS += (
+    "phys",
+    "rend",
+    "MQ",
+    "discriminator/margin",
+    "teacher",
+    "video",
+    "evaluation",
+    "ops",
+    "cpu",
+)
 KEYS += (
     "packages",
     "steps",
@@ -94,7 +104,7 @@ def test_any_folder_gives_a_page(
 @pytest.mark.parametrize("held", ["empty", "config only", "video"])
 def test_a_folder_of_little_gives_a_page(held: str, tmp_path: Path) -> None:
     if held != "empty":
-        config = VIDEO if held == "video" else {"teacher": {"path": "x" * 5000}, "steps": [1]}
+        config = VIDEO if held == "video" else {"teacher": {"path": "x" * 5000}, "updates": [1]}
         (tmp_path / "config.yaml").write_text(json.dumps(config))
     if held == "video":
         (tmp_path / "videos").mkdir()

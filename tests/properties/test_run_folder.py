@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.config import ConfigError
-from afd.teachers.base import TeacherError
-from afd.training.checkpoint import CheckpointError
-from afd.training.loop import Outcome, load_run, train
+from afd.errors import CheckpointError, ConfigError, TeacherError
+from afd.trainer.loop import Outcome, load_run, train
 from tests.afd.test_resume import assert_same, final_state, numbers
 from tests.afd.tiny import Interrupted, TinyMethod, make_clips, tiny_config
 

@@ -20,14 +20,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd.teachers.answers import NAME, Failure
-from afd.teachers.api import PROVIDERS
-from afd.teachers.base import TeacherError
-from afd.teachers.config import FetchConfig
-from afd.teachers.http import Http
-from afd.teachers.ledger import Ledger
-from afd.teachers.provider import Order, Sightings, Status
-from afd.teachers.secret import Secret
+from afd.errors import TeacherError
+from afd.teachers.paid.answers import NAME, Failure
+from afd.teachers.paid.config import FetchConfig
+from afd.teachers.paid.http import Http
+from afd.teachers.paid.ledger import Ledger
+from afd.teachers.paid.secret import Secret
+from afd.teachers.paid.service import Order, Sightings, Status
+from afd.teachers.paid.teacher import PROVIDERS
 from tests.afd.paid import MODELS, paid_config, teacher_of, video_bytes
 from tests.afd.service import KEY, WIRES, Exchange, Service
 

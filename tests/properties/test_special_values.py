@@ -33,7 +33,7 @@ def backend_of(op: str, name: str) -> Any:
     if reason:
         pytest.skip(reason)
     with dispatch.use_backend(name, op):
-        return dispatch.pick(op, torch.zeros(1))
+        return dispatch.pick(op, torch.zeros(1, 1, 1, 1))
 
 
 def sprinkle(tensors: list[Tensor], places: list[tuple[int, int, float]]) -> None:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.video import Limits, VideoError, check_video, frame_size, read_comment, read_video
+from afd.errors import VideoError
+from afd.video import Limits, check_video, frame_size, read_comment, read_video
 from tests.afd.odd_clips import encode, grey_ramp
 
 LIMITS = Limits(pixels=2**20, frames=200, seconds=600.0)

@@ -10,16 +10,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from afd.ablation import AblationConfig
-from afd.config import ConfigError, RunConfig, load_config, make_config, read_yaml, to_yaml
-from afd.evaluation.config import EvalConfig
-from afd.sample_config import SampleConfig
-from afd.section import Section
-from afd.yaml_data import MAX_BYTES, MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
+from afd.benchmarks.config import BenchmarkConfig
+from afd.config.base import Section
+from afd.config.run import RunConfig, load_config, make_config, read_yaml, to_yaml
+from afd.config.yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_yaml
+from afd.errors import ConfigError, YamlError
+from afd.lab.ablation import AblationConfig
+from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-ROOTS: tuple[type[Section], ...] = (RunConfig, SampleConfig, EvalConfig, AblationConfig)
+ROOTS: tuple[type[Section], ...] = (RunConfig, SampleConfig, BenchmarkConfig, AblationConfig)
 ODD = [
     *("&a ", "*a", "<<: *a", "<<: [*a, *a]", "!!python/object:os.system ", "!!binary ", "!!set "),
     *("!x ", "? ", "- ", "{", "}", "[", "]", ": ", "#", "|\n", ">\n", "'", '"', "---\n", "...\n"),
@@ -28,7 +29,15 @@ ODD = [
     *("1_0", "12:30:00", "2026-11-28", "2026-13-45", "yes", "null", "~", "true", "", "<<", "="),
     *("!!int x", "!!bool x"),
 ]
-KEYS = ("steps", "out", "seed", "video.fps", "student.steps", "student.checkpoint", "teacher")
+KEYS = (
+    "steps",
+    "out",
+    "seed",
+    "video.fps",
+    "student.denoising_steps",
+    "student.checkpoint",
+    "teacher",
+)
 ODD_KEYS = ("", ".", "a.b", "out.x", "teacher.kind", "logging.wandb", "😀")
 
 

@@ -15,9 +15,21 @@ AFD_HD float inverse_deviation(double sum_of_squares, double count, double eps) 
 
 // How strongly a row's gradient is pulled back along the row itself: both norms are blind to its
 // length, so that the component of the gradient along it vanishes (up to eps).
-AFD_HD float pull_of(double gradient_along_row, double count, float scale) {
-  const double s = static_cast<double>(scale);
+template <class F>
+AFD_HD float pull_of(F gradient_along_row, F count, float scale) {
+  const F s = static_cast<F>(scale);
   return static_cast<float>(s * s * s * gradient_along_row / count);
+}
+
+// Squares of very large and very small numbers leave fp32. A norm is blind to its row's length but
+// for eps: the row is then first multiplied by this power of two, and eps by its square. 1 for any
+// row whose squares fp32 holds. The argument is their mean plus eps.
+template <class F>
+AFD_HD float power_of_row(F mean_square) {
+  if (mean_square >= F(1e-24) && mean_square <= F(1e24)) {
+    return 1.0f;
+  }
+  return mean_square < F(1e-24) ? 0x1p80f : 0x1p-80f;
 }
 
 template <class F>

@@ -24,14 +24,14 @@ AFD_HD int64_t row_offset(const TokenRows& rows, int64_t sample, int64_t token) 
   return sample * rows.batch + token * rows.token;
 }
 
-// Which row of the table (counted batch by batch) serves this token of `tokens`.
-AFD_HD int64_t row_of_token(const FrameRows& rows, int64_t sample, int64_t token, int64_t tokens) {
-  return (rows.batches == 1 ? 0 : sample) * rows.frames + token / (tokens / rows.frames);
+// Where the row of a frame lies.
+AFD_HD int64_t frame_offset(const FrameRows& rows, int64_t sample, int64_t frame) {
+  return (rows.batches == 1 ? 0 : sample) * rows.batch + frame * rows.frame;
 }
 
+// Where the row lies that serves this token of `tokens`.
 AFD_HD int64_t row_offset(const FrameRows& rows, int64_t sample, int64_t token, int64_t tokens) {
-  const int64_t row = row_of_token(rows, sample, token, tokens);
-  return row / rows.frames * rows.batch + row % rows.frames * rows.frame;
+  return frame_offset(rows, sample, token / (tokens / rows.frames));
 }
 
 struct QkNormRopeProblem {

@@ -1,4 +1,4 @@
-"""What every discriminator offers, and the two losses.
+"""The discriminator interface and the two losses.
 
 Shape letters: B videos or pairs of a teacher and a student video, F frames, C channels, H x W.
 """
@@ -7,38 +7,94 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from afd.discriminators.config import CriticConfig
+from afd.config.base import Natural, Section, Share
+from afd.distributed import ALONE, Ranks
+from afd.extras import need
+from afd.models.config import StudentConfig
+from afd.registry import load
+
+if TYPE_CHECKING:
+    from afd.models.student import Student
+    from afd.video.config import VideoConfig
 
 
-class Critic(Protocol):
-    """A scorer of finished videos that learns to tell the teacher's from the student's.
+class DiscriminatorConfig(Section):
+    """Base class of every discriminator's section: loss, optimizer and update schedule.
 
-    Videos come as they were looked at (`look`). With several processes each brings its own part of
-    the batch: an update is that of the whole batch, and so are its metrics.
-
-    Attributes:
-        sees: pixels in [-1, 1], or the student's latents.
+    A subclass implements `build` (docs/EXTENDING.md); a built-in one sets `builder` to the
+    function, as "module:name".
     """
 
-    sees: Literal["video", "latent"]
+    builder: ClassVar[str]
+    # Optional packages required to build it.
+    packages: ClassVar[tuple[str, ...]] = ()
+
+    kind: str = Field(description="name of the discriminator in the registry")
+    loss: Literal["bt", "gan"] = Field(
+        default="bt", description="Bradley-Terry on prompt-matched pairs, or the vanilla GAN loss"
+    )
+    learning_rate: float = Field(default=5e-6, ge=0, description="AdamW learning rate")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
+    warmup_updates: Natural = Field(
+        default=0, description="updates of the run in which only the discriminator learns"
+    )
+    steps_per_update: Natural = Field(default=1, description="its steps in one update of the run")
+
+    def build(
+        self,
+        student: Student,
+        video: VideoConfig,
+        prompts: Sequence[str] = (),
+        *,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> DifferentiableDiscriminator:
+        """Build the discriminator for this student's videos and these prompts.
+
+        Raises ValueError, FileNotFoundError or ConfigError if a part cannot be loaded.
+        """
+        need(f"discriminator.kind={self.kind}", *self.packages)
+        return load(self.builder)(self, student, video, prompts, seed=seed, ranks=ranks)
+
+    def check_student(self, student: StudentConfig) -> None:
+        """Raise ValueError if it cannot score this student's videos."""
+
+    def missing(self) -> Iterator[str]:
+        """Yield a sentence for each file that a run would not find or would have to download."""
+        yield from ()
+
+
+class Discriminator(Protocol):
+    """A scorer of finished videos that learns to distinguish the teacher's from the student's.
+
+    Inputs are already prepared (`prepare`). With several processes each passes its own part of the
+    batch; an update and its metrics are those of the whole batch.
+
+    Attributes:
+        input_space: pixels in [-1, 1], or the student's latents.
+    """
+
+    input_space: Literal["pixels", "latents"]
 
     @property
-    def config(self) -> CriticConfig:
-        """Its pace, among other things."""
+    def config(self) -> DiscriminatorConfig:
+        """Its settings, including the update schedule."""
         ...
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        """What of the videos is looked at; only this needs to be kept."""
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
+        """The part of the videos that it uses as input; only this needs to be stored."""
         ...
 
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """How much each video looks like the teacher's for its prompt, [B]; no gradient."""
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B], higher for videos more like the teacher's for the prompt; no gradient."""
         ...
 
     def step(
@@ -52,23 +108,23 @@ class Critic(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class DifferentiableCritic(Critic, Protocol):
-    """A critic through which a generator's loss can reach the videos (the GAN baseline)."""
+class DifferentiableDiscriminator(Discriminator, Protocol):
+    """A discriminator through which a generator's loss can reach the videos (the GAN baseline)."""
 
-    def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to what was looked at, and to the weights unless `held`."""
+    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the input, and to the weights unless `held`."""
         ...
 
     def weights(self) -> Iterable[Tensor]:
-        """What it trains."""
+        """The trained weights."""
         ...
 
 
 @contextmanager
-def held(critic: DifferentiableCritic) -> Iterator[None]:
-    """The discriminator's weights as constants: a loss, and its backward, in the block goes through
-    it and not into it."""
-    weights = list(critic.weights())
+def held(discriminator: DifferentiableDiscriminator) -> Iterator[None]:
+    """Freeze the discriminator's weights in the block: a loss and its backward pass gradients
+    through it but not to its weights."""
+    weights = list(discriminator.weights())
     for weight in weights:
         weight.requires_grad_(False)
     try:
@@ -79,7 +135,7 @@ def held(critic: DifferentiableCritic) -> Iterator[None]:
 
 
 def bradley_terry_loss(teacher_B: Tensor, student_B: Tensor) -> Tensor:
-    """Mean -log sigmoid(D(teacher) - D(student)) over pairs of one prompt (arXiv 2605.26105)."""
+    """Mean -log sigmoid(D(teacher) - D(student)) over prompt-matched pairs (arXiv 2605.26105)."""
     return F.softplus(student_B - teacher_B).mean()
 
 
@@ -92,7 +148,7 @@ LOSSES = {"bt": bradley_terry_loss, "gan": gan_loss}
 
 
 def pair_metrics(teacher_B: Tensor, student_B: Tensor) -> dict[str, float]:
-    """Share of pairs ranked right, and the mean score difference."""
+    """Fraction of pairs ranked correctly, and the mean score difference."""
     margin_B = (teacher_B - student_B).detach()
     return {"accuracy": float((margin_B > 0).float().mean()), "margin": float(margin_B.mean())}
 

@@ -1,70 +1,20 @@
-"""Typed settings of the discriminators: one section per kind, with a loss and an optimizer each."""
+"""Settings of the discriminators, one section per kind."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from afd.section import Count, Natural, Positive, Section, Share
+from afd.config.base import Count, Natural, Positive, Share
+from afd.discriminators.base import DiscriminatorConfig
+from afd.hub import missing_path, missing_source
 
 
-class CriticConfig(Section):
-    """The loss, the optimizer and the pace of a discriminator."""
-
-    loss: Literal["bt", "gan"] = Field(
-        default="bt", description="Bradley-Terry on prompt-matched pairs, or the vanilla GAN loss"
-    )
-    learning_rate: float = Field(default=5e-6, ge=0, description="AdamW learning rate")
-    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
-    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
-    warmup_steps: Natural = Field(
-        default=0, description="updates of the run in which only the discriminator learns"
-    )
-    steps_per_update: Natural = Field(default=1, description="its steps in one update of the run")
-
-
-class ToyDiscriminatorConfig(CriticConfig):
-    """The laptop-size scorer."""
-
-    kind: Literal["toy"] = Field(default="toy", description="the laptop-size scorer")
-    backbone: Literal["motion", "scratch", "random"] = Field(
-        default="motion",
-        description="frozen pretrained motion features, all trained from scratch, or frozen random",
-    )
-    checkpoint: str = Field(
-        default="motion",
-        description="safetensors file of the motion backbone; 'motion' is the shipped one",
-    )
-    learning_rate: float = Field(default=1e-3, ge=0, description="AdamW learning rate")
-    betas: tuple[Share, Share] = Field(default=(0.5, 0.99), description="AdamW betas")
-    warmup_steps: Natural = Field(
-        default=30, description="updates of the run in which only the discriminator learns"
-    )
-    steps_per_update: Natural = Field(default=2, description="its steps in one update of the run")
-    r1: float = Field(
-        default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
-    )
-    noise: float = Field(
-        default=0.2,
-        ge=0,
-        description="std of noise on the features (scratch: on the pixels) in training",
-    )
-    random_looks: bool = Field(
-        default=True, description="re-render both inputs under random contrast, tint and texture"
-    )
-    score_looks: Count = Field(
-        default=4, description="looks averaged in a score (1: the video as is)"
-    )
-    beginnings: bool = Field(
-        default=True,
-        description="also rank by the first quarters of a clip, before a bounce can hide the fall",
-    )
-
-
-class PairConfig(CriticConfig):
-    """A discriminator that learns from pairs in pieces."""
+class PairConfig(DiscriminatorConfig):
+    """Settings of a discriminator that learns from pairs in micro-batches."""
 
     learning_rate_warmup: Natural = Field(
         default=0, description="updates over which the rate rises linearly to learning_rate"
@@ -77,7 +27,10 @@ class PairConfig(CriticConfig):
 
 
 class VideoAlignConfig(PairConfig):
-    """A VideoAlign (Qwen2-VL) reward model that learns on: LoRA and the reward head."""
+    """A VideoAlign (Qwen2-VL) reward model whose LoRA and reward head are trained further."""
+
+    builder: ClassVar[str] = "afd.discriminators.videoalign.discriminator:build"
+    packages: ClassVar[tuple[str, ...]] = ("transformers", "peft")
 
     kind: Literal["videoalign"] = Field(
         default="videoalign", description="a VideoAlign reward model that learns on"
@@ -107,9 +60,20 @@ class VideoAlignConfig(PairConfig):
         default=True, description="keep one activation per layer and compute the others again"
     )
 
+    def missing(self) -> Iterator[str]:
+        what = "the released VideoReward checkpoint"
+        yield from missing_path("discriminator.checkpoint", self.checkpoint, what)
+        yield from missing_source("discriminator.base", self.base)
+        if self.checkout is None:
+            yield "discriminator.checkout is null: our own prompt template, not the released one"
+        else:
+            yield from missing_path("discriminator.checkout", self.checkout, "VideoAlign's code")
+
 
 class LatentConfig(PairConfig):
     """A small network on latents, trained from scratch."""
+
+    builder: ClassVar[str] = "afd.discriminators.latent:build"
 
     kind: Literal["latent"] = Field(default="latent", description="a small network on latents")
     learning_rate: float = Field(default=2e-4, ge=0, description="AdamW learning rate")

@@ -1,30 +1,33 @@
-"""A small discriminator on latents, for those without VideoAlign.
+"""A small discriminator on latents, for use without VideoAlign.
 
-Shape letters: B videos, F latent frames, C latent channels, H x W latent cells, N cells that are
-left after the convolutions, L text tokens, E text channels, D channels of the network.
+Shape letters: B videos, F latent frames, C latent channels, H x W latent cells, N cells after the
+convolutions, L text tokens, E text channels, D channels of the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.pairs import CriticOptimizer, PairCritic
-from afd.ranks import ALONE, Ranks
+from afd.discriminators.pairs import PairDiscriminator
+from afd.distributed import ALONE, Ranks
+from afd.models.student import Student
+from afd.video.config import VideoConfig
 from afd_kernels.contracts import require
 
-# Prompts to embeddings [B, L, E], zero behind a prompt's end: `TextEncoder.encode`, for instance.
+# Maps prompts to embeddings [B, L, E], zero past a prompt's end; for example `TextEncoder.encode`.
 Encode = Callable[[Sequence[str]], Tensor]
 
 
 def _bounded(layer: nn.Module) -> nn.Module:
-    """The layer, its largest singular value held at 1.
+    """Spectral normalisation: the layer with its largest singular value kept at 1.
 
     A single power iteration per update would lag behind in the first, fast updates.
     """
@@ -32,16 +35,16 @@ def _bounded(layer: nn.Module) -> nn.Module:
 
 
 class LatentScorer(nn.Module):
-    """Space-time convolutions, then every cell reads the prompt.
+    """Spatio-temporal convolutions, then cross-attention from every cell to the prompt.
 
-    Every layer is spectrally normalised: a bounded slope keeps scores of nearly equal latents
-    nearly equal, so that a few lucky cells cannot drive the advantage to its limits.
+    Every layer is spectrally normalised: a bounded Lipschitz constant keeps scores of similar
+    latents similar, so that a few outlier cells cannot drive the advantage to its limits.
     """
 
     def __init__(self, channels: int, text_dim: int, width: int = 64, heads: int = 4) -> None:
         super().__init__()
         require(width % heads == 0, "width", width, f"a multiple of {heads}")
-        # Space is halved three times and time twice: neighbours differ little in either.
+        # Space is halved three times and time twice, as neighbours differ little in either.
         sizes = ((channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
         self.convs = nn.ModuleList(
             _bounded(nn.Conv3d(i, o, 3, stride=(time, 2, 2), padding=1)) for i, o, time in sizes
@@ -52,15 +55,15 @@ class LatentScorer(nn.Module):
         self.value = _bounded(nn.Linear(text_dim, dim))
         self.mix = _bounded(nn.Linear(3 * dim, dim))
         self.out = _bounded(nn.Linear(dim, 1))
-        # What the text channels are multiplied with; their size is the encoder's choice.
+        # Normalises the text channels, whose scale depends on the encoder.
         self.text_norm = nn.LayerNorm(text_dim, elementwise_affine=False)
 
     @torch.no_grad()
     def follow_norms(self) -> None:
-        """Estimate every layer's norm anew, once per update.
+        """Re-estimate every layer's spectral norm, once per update.
 
-        In training mode each use of a weight would do so, and the passes that an update is made of
-        would change it.
+        In training mode every access to a weight would do so, and the result would depend on the
+        number of passes in an update.
         """
         self.train()
         for module in self.modules():
@@ -75,32 +78,32 @@ class LatentScorer(nn.Module):
             x = F.leaky_relu(conv(x), 0.2)
         cell_BND = x.flatten(2).transpose(1, 2)
         heard_BND = self._read(cell_BND, text_BLE)
-        # The product lets the prompt decide what counts in a cell, not only add to it (FiLM).
+        # The product lets the prompt modulate a cell's features, not only add to them (FiLM).
         both = torch.cat([cell_BND, heard_BND, cell_BND * heard_BND], 2)
         pooled_BD = F.leaky_relu(self.mix(both), 0.2).mean(1)
         return self.out(pooled_BD).squeeze(1)
 
     def _read(self, cell_BND: Tensor, text_BLE: Tensor) -> Tensor:
-        """What each cell finds in the prompt; rows of zeros are padding."""
+        """Cross-attention from each cell to the prompt; rows of zeros are padding."""
         used_BL = text_BLE.abs().sum(2) > 0
-        # An empty prompt is a prompt too: its first row is always looked at.
+        # The first row is always attended to, as a prompt may be empty.
         used_BL = torch.cat([torch.ones_like(used_BL[:, :1]), used_BL[:, 1:]], 1)
         text_BLE = self.text_norm(text_BLE)
         q, k, v = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            rearrange(part, "B N (heads d) -> B heads N d", heads=self.heads)
             for part in (self.query(cell_BND), self.key(text_BLE), self.value(text_BLE))
         )
         heard = F.scaled_dot_product_attention(q, k, v, attn_mask=used_BL[:, None, None])
-        return heard.transpose(1, 2).flatten(2)
+        return rearrange(heard, "B heads N d -> B N (heads d)")
 
 
-class LatentCritic(PairCritic):
-    """A `LatentScorer` with its optimizer (see `Critic`).
+class LatentDiscriminator(PairDiscriminator):
+    """A `LatentScorer` with its optimizer (see `Discriminator`).
 
-    Its videos are latents [B, F, C, H, W].
+    Its inputs are latents [B, F, C, H, W].
     """
 
-    sees: Literal["video", "latent"] = "latent"
+    input_space: Literal["pixels", "latents"] = "latents"
 
     def __init__(
         self,
@@ -113,13 +116,14 @@ class LatentCritic(PairCritic):
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`encode`: the prompts' embeddings [B, L, text_dim]; it gets no gradient."""
-        self.encode, self.device, self.ranks = encode, torch.device(device), ranks
-        self.config: LatentConfig = config
+        """`encode`: maps prompts to embeddings [B, L, text_dim]; it gets no gradient."""
+        self.encode, self.device = encode, torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = LatentScorer(channels, text_dim, config.width).to(device).eval()
-        self.optimizer = CriticOptimizer(self.net.parameters(), config)
+            net = LatentScorer(channels, text_dim, config.width).to(device).eval()
+        super().__init__(net, config, ranks)
+        self.net: LatentScorer
+        self.config: LatentConfig
 
     def differentiable_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] with gradients to the latents."""
@@ -135,9 +139,24 @@ class LatentCritic(PairCritic):
         self.net.follow_norms()
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+def build(
+    config: LatentConfig,
+    student: Student,
+    video: VideoConfig,
+    prompts: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> LatentDiscriminator:
+    """Build the discriminator from its configuration (`DiscriminatorConfig.build`)."""
+    wan = student.net.config
+    return LatentDiscriminator(
+        lambda prompts: student.encode(list(prompts)),
+        config,
+        channels=wan.in_dim,
+        text_dim=wan.text_dim,
+        device=student.device,
+        seed=seed,
+        ranks=ranks,
+    )

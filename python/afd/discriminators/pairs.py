@@ -1,6 +1,6 @@
-"""Learning from pairs in pieces, for discriminators that are too large for one pass.
+"""Learning from pairs in micro-batches, for discriminators that are too large for one pass.
 
-Shape letters: B videos (what is looked at of pixels, or latents), F frames, C channels, H x W.
+Shape letters: B videos (input frames in pixels, or latents), F frames, C channels, H x W.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afd.discriminators.base import LOSSES, pair_metrics
 from afd.discriminators.config import PairConfig
-from afd.ranks import ALONE, Ranks
+from afd.distributed import ALONE, Ranks
 from afd_kernels.contracts import require
 
 
@@ -30,8 +30,8 @@ def matched_pieces(videos: Tensor, prompts: Sequence[str], size: int | None) -> 
     return (slice(start, start + width) for start in range(0, count, width))
 
 
-class CriticOptimizer:
-    """AdamW with clipped gradients and a rate that rises linearly and then stays."""
+class DiscriminatorOptimizer:
+    """AdamW with gradient clipping and a linear warmup to a constant rate."""
 
     def __init__(self, parameters: Iterable[Tensor], config: PairConfig) -> None:
         self.config, self.parameters, self.updates = config, list(parameters), 0
@@ -46,7 +46,7 @@ class CriticOptimizer:
         self.adam.zero_grad()
 
     def step(self, ranks: Ranks = ALONE) -> float:
-        """One update from the sum of all processes' gradients; returns its norm before clipping."""
+        """Update from the gradients summed over processes; returns their norm before clipping."""
         ranks.sum_([p.grad for p in self.parameters if p.grad is not None])
         rise = min(1.0, (self.updates + 1) / max(1, self.config.learning_rate_warmup))
         self.adam.param_groups[0]["lr"] = self.config.learning_rate * rise
@@ -63,38 +63,44 @@ class CriticOptimizer:
         self.updates = state["updates"]
 
 
-class PairCritic(ABC):
-    """Scores and updates by way of `differentiable_score`, a piece at a time (see `Critic`).
+class PairDiscriminator(ABC):
+    """Scores and updates in micro-batches through `differentiable_score` (see `Discriminator`).
 
-    Neither a micro-batch nor the number of processes changes the update: losses are means over all
-    pairs of all processes.
+    Neither the micro-batch nor the number of processes changes the update: losses are means over
+    all pairs of all processes. Its state consists of `net` and the optimizer.
     """
 
     config: PairConfig
-    optimizer: CriticOptimizer
-    sees: Literal["video", "latent"] = "video"
+    optimizer: DiscriminatorOptimizer
+    input_space: Literal["pixels", "latents"] = "pixels"
     ranks: Ranks = ALONE
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        """What of the videos is looked at; only this needs to be kept."""
+    def __init__(self, net: nn.Module, config: PairConfig, ranks: Ranks = ALONE) -> None:
+        self.net, self.config, self.ranks = net, config, ranks
+        self.optimizer = DiscriminatorOptimizer(
+            [p for p in net.parameters() if p.requires_grad], config
+        )
+
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
+        """The part of the videos that it uses as input; only this needs to be stored."""
         return video_BFCHW
 
     @abstractmethod
-    def differentiable_score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to what was looked at and to the weights."""
+    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the input and to the weights."""
 
     def weights(self) -> Iterable[Tensor]:
-        """What it trains."""
+        """The trained weights."""
         return self.optimizer.parameters
 
     @torch.no_grad()
-    def score(self, seen_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B]; no gradient. Scoring changes nothing."""
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B]; no gradient and no side effects."""
         size = self.config.micro_batch
         return torch.cat(
             [
-                self.differentiable_score(seen_BFCHW[part], prompts[part])
-                for part in matched_pieces(seen_BFCHW, prompts, size)
+                self.differentiable_score(input_BFCHW[part], prompts[part])
+                for part in matched_pieces(input_BFCHW, prompts, size)
             ]
         )
 
@@ -108,7 +114,7 @@ class PairCritic(ABC):
         count = int(self.ranks.gather(torch.tensor([len(prompts)])).sum())
         total, seen = 0.0, []
         for part in matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch):
-            # In one pass, so that padding and rounding are the same for both.
+            # Both in one pass, so that padding and rounding are the same.
             both = torch.cat([teacher_BFCHW[part], student_BFCHW[part].to(teacher_BFCHW)]).detach()
             teacher_B, student_B = self.differentiable_score(both, [*prompts[part]] * 2).chunk(2)
             loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / count
@@ -119,3 +125,10 @@ class PairCritic(ABC):
         total = float(self.ranks.gather(torch.tensor([total], dtype=torch.float64)).sum())
         pairs_B2 = self.ranks.gather(torch.cat(seen))
         return {"loss": total, "grad_norm": norm, **pair_metrics(*pairs_B2.unbind(1))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])

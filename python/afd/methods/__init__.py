@@ -1,1 +1,1 @@
-"""Ways to train a student; build.py makes the one that a configuration names."""
+"""Methods for training a student; `afd.trainer.build` creates the configured one."""

@@ -1,6 +1,6 @@
-"""From scores to the weights r of the two NFT branches, one of each per video.
+"""Advantages from scores, and the weights r of the two NFT branches, one per video.
 
-Shape letters: B videos of all processes, group by group; P prompts, G videos of a prompt (B = P G).
+Shape letters: B videos of all processes, group by group; P prompts, G videos per prompt (B = P G).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def optimality(
 ) -> tuple[Tensor, Tensor]:
     """Advantage A and weight r = clamp(A / (2·adv_clip) + 1/2, 0, 1), each [B].
 
-    `teacher_B` and `ema` are the baselines of that name (no `ema` yet: the batch's mean). A
-    constant group has advantage 0. A is normalised, not yet clipped; `adv_mode` acts on r alone.
+    `teacher_B` and `ema` are the values of those baselines (`ema` None: the batch mean). A constant
+    group has advantage 0. A is normalised but not clipped; `adv_mode` only affects r.
     """
     require(score_B.ndim == 1, "score_B", score_B, "[B]")
     score_PG = score_B.view(-1, group_size)
@@ -48,10 +48,10 @@ def optimality(
 
 
 def chosen(advantage_B: Tensor, config: AfdConfig) -> Tensor:
-    """What `adv_mode` makes of the advantages, as DiffusionNFT's code does (arXiv 2509.16117).
+    """Apply `adv_mode` to the advantages, as in DiffusionNFT's code (arXiv 2509.16117).
 
-    "positive_only" and "negative_only" set the others to 0; "one_only" makes positive ones 1 and
-    all others 0; "binary" leaves the sign.
+    "positive_only" and "negative_only" set advantages of the opposite sign to 0; "one_only" sets
+    positive ones to 1 and the rest to 0; "binary" keeps only the sign.
     """
     if config.adv_mode == "positive_only":
         return advantage_B.clamp(min=0)

@@ -1,13 +1,15 @@
-"""Adversarial flow distillation of a causal student (arXiv 2605.26105), on any student.
+"""Adversarial flow distillation of a causal student (arXiv 2605.26105), for any student.
 
-The slow `old` policy rolls out; a discriminator scores the finished videos; the score, less a
-baseline, becomes a weight r that decides how far each video is approached or avoided (DiffusionNFT,
-arXiv 2509.16117). Shape letters: P prompts, G rollouts per prompt, B = P G videos, N noised copies
-of them, F frames, C channels, H x W pixels or latents, K chunks, L text tokens, E text channels.
+The slowly moving `old` policy generates rollouts; a discriminator scores the finished videos; the
+score, minus a baseline, becomes a weight r that sets how strongly each video is reinforced or
+avoided (DiffusionNFT, arXiv 2509.16117). Shape letters: P prompts, G rollouts per prompt, B = P G
+videos, N noised copies of them, F frames, C channels, H x W pixels or latents, K chunks, L text
+tokens, E text channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,19 +17,21 @@ import torch
 from torch import Tensor
 
 from afd import ops
-from afd.discriminators.base import Critic
-from afd.evaluation.diagnostics import rank_agreement
+from afd.discriminators.base import Discriminator
 from afd.methods.advantage import optimality
 from afd.methods.base import Batch, Shown
 from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
-from afd.methods.noised import Copies, check_chunks, draw_copies
+from afd.methods.copies import Copies, check_chunks, draw_copies
+from afd.methods.optimizer import ramped_decay
 from afd.methods.rollouts import Rollouts, roll_out
-from afd.models.kv_cache import LayerKV
 from afd.models.policies import Policies
 from afd.models.student import Student
+from afd.models.wan.types import LayerKV
 
-# What the loss op measures of every copy, by the name in the metrics.
+# Maps step, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
+Watch = Callable[[int, Tensor, Tensor, list[str], int], dict[str, float]]
+# Metric names, and the per-copy outputs of the loss op that they report.
 MEASURED = {
     "student/loss_pos": "loss_pos",
     "student/loss_neg": "loss_neg",
@@ -37,40 +41,39 @@ MEASURED = {
 }
 
 
-def versions(config: AfdConfig) -> tuple[str, ...]:
-    """The versions of the student's weights that a configuration needs (`make_policies`)."""
-    wanted = {
-        "theta": True,
-        "old": config.old == "ema",
-        "ema": config.ema_decay is not None,
-        "ref": config.prior_weight > 0,
-    }
-    return tuple(name for name, needed in wanted.items() if needed)
-
-
 class Afd(StudentMethod):
     """AFD (see `Method`).
 
     Args:
-        policies: the `versions` of the student.
-        how: what all methods are given (see `StudentMethod`).
+        policies: the versions of the student required by the configuration.
+        watch: called with step, scores [B], videos, prompts and group size after every update's
+            scoring; returns metrics.
+        how: arguments common to all methods (see `StudentMethod`).
     """
 
-    name, needs_rollout, needs_critic = "afd", True, True
+    name, needs_rollout, needs_discriminator = "afd", True, True
 
-    def __init__(self, policies: Policies, critic: Critic, config: AfdConfig, **how: Any) -> None:
-        super().__init__(policies, config, critic, **how)
+    def __init__(
+        self,
+        policies: Policies,
+        discriminator: Discriminator,
+        config: AfdConfig,
+        watch: Watch | None = None,
+        **how: Any,
+    ) -> None:
+        super().__init__(policies, config, discriminator, **how)
+        self.watch = watch
         self.config: AfdConfig = config
-        self.critic = critic
+        self.discriminator = discriminator
         check_chunks(config, self.chunks)
-        # With old="current" the student anchors itself: v_old is its own, without gradient.
+        # With old="current" the student is its own anchor: v_old is v_theta without gradient.
         self.old = "old" if config.old == "ema" else "theta"
         self.score_average: float | None = None
 
     # --- one step ---
 
     def rollout(self, batch: Batch) -> None:
-        """Let the old policy make `samples_per_prompt` videos for every prompt."""
+        """Generate `samples_per_prompt` videos for every prompt with the old policy."""
         config = self.config
         with self.policies.using(self.old) as student:
             self._rollouts = roll_out(
@@ -79,54 +82,52 @@ class Afd(StudentMethod):
                 config.samples_per_prompt,
                 self.generator,
                 self.streaming,
-                show=self.show,
+                to_input=self.to_input,
                 keep_context=config.context == "shared_context" and config.keep_context,
             )
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
-        rollouts, seen_BFCHW = self._seen()
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
+        rollouts, input_BFCHW = self._seen()
         teacher = self._matched(batch)
         metrics: dict[str, float] = {}
-        for _ in range(self.critic.config.steps_per_update):
-            metrics = self.critic.step(teacher, seen_BFCHW, rollouts.prompts)
-        return {f"critic/{key}": value for key, value in metrics.items()}
+        for _ in range(self.discriminator.config.steps_per_update):
+            metrics = self.discriminator.step(teacher, input_BFCHW, rollouts.prompts)
+        return {f"discriminator/{key}": value for key, value in metrics.items()}
 
     def _seen(self) -> tuple[Rollouts, Tensor]:
-        """This step's rollouts and what the discriminator sees of them."""
+        """This step's rollouts and the discriminator's input."""
         rollouts = self._current()
-        assert rollouts.seen_BFCHW is not None
-        return rollouts, rollouts.seen_BFCHW
+        assert rollouts.input_BFCHW is not None
+        return rollouts, rollouts.input_BFCHW
 
     def _matched(self, batch: Batch) -> Tensor:
-        """Each rollout's teacher video."""
+        """The teacher video for each rollout."""
         return batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
 
     def student_step(self, batch: Batch) -> dict[str, float]:
-        rollouts, seen_BFCHW = self._seen()
+        rollouts, input_BFCHW = self._seen()
         group = self.config.samples_per_prompt
-        score_B = self.critic.score(seen_BFCHW, rollouts.prompts).float().cpu()
+        score_B = self.discriminator.score(input_BFCHW, rollouts.prompts).float().cpu()
         r_B, metrics = self._weights(batch, self.ranks.gather(score_B))
         r_B = r_B[batch.own(group)]
         self.shown = Shown(
-            rollouts.prompts[0], rollouts.x_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
+            rollouts.prompts[0], rollouts.x0_BFCHW[0].cpu(), float(score_B[0]), float(r_B[0])
         )
-        if batch.step % self.config.physics_every == 0:
-            metrics |= rank_agreement(
-                score_B, rollouts.x_BFCHW, rollouts.prompts, group, self.ranks
-            )
-        if batch.step >= self.critic.config.warmup_steps:
+        if self.watch is not None:
+            metrics |= self.watch(batch.step, score_B, rollouts.x0_BFCHW, rollouts.prompts, group)
+        if batch.step >= self.discriminator.config.warmup_updates:
             metrics |= self._update(batch, rollouts, r_B)
         self._rollouts = None
         return metrics
 
     def _weights(self, batch: Batch, score_B: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """r, [B] like the scores of all processes, and what to log about both."""
+        """Weights r [B] from the scores of all processes, and metrics of both."""
         config, used_B, teacher_B = self.config, score_B, None
         group = config.samples_per_prompt
         if config.advantage == "random":
             used_B = torch.randn(score_B.shape, generator=self.generator)
         if config.baseline == "teacher":
-            teacher_P = self.critic.score(batch.teacher_BFCHW, batch.prompts).float().cpu()
+            teacher_P = self.discriminator.score(batch.teacher_BFCHW, batch.prompts).float().cpu()
             teacher_B = self.ranks.gather(teacher_P).repeat_interleave(group)
         _, r_B = optimality(used_B, group, config, teacher_B, self.score_average)
         mean = float(used_B.mean())
@@ -144,7 +145,7 @@ class Afd(StudentMethod):
         }
 
     def _update(self, batch: Batch, rollouts: Rollouts, r_B: Tensor) -> dict[str, float]:
-        """One optimizer step on noised copies of the rollouts, then the averages'."""
+        """One optimizer step on noised copies of the rollouts, then the EMA updates."""
         config = self.config
         copies = draw_copies(
             config,
@@ -167,14 +168,14 @@ class Afd(StudentMethod):
             metrics["student/old_decay"] = decay = self._decay(self.optimizer.updates)
             self.policies.average("old", "theta", decay)
         if config.ema_decay is not None:
-            decay = min(config.ema_decay, 0.02 * self.optimizer.updates)
+            decay = ramped_decay(config.ema_decay, self.optimizer.updates - 1)
             self.policies.average("ema", "theta", decay)
         return metrics
 
     def _loss(self, rollouts: Rollouts, r_B: Tensor, copies: Copies) -> ops.NftLoss:
-        """The NFT loss of some copies, a mean over them."""
+        """NFT loss, averaged over some of the copies."""
         config = self.config
-        x0 = rollouts.x_BFCHW[copies.video_N]
+        x0 = rollouts.x0_BFCHW[copies.video_N]
         x_t = copies.noise(x0)
         shared = self._shared_context(rollouts, copies)
         with torch.no_grad():
@@ -211,7 +212,7 @@ class Afd(StudentMethod):
         copies: Copies,
         shared: list[LayerKV] | None,
     ) -> Tensor:
-        """A version's velocity at x_t and like it, 0 in chunks that were not drawn."""
+        """A version's velocity at x_t, in its shape; 0 in chunks that were not drawn."""
         config, told = self.config, self.streaming.context_noise
         with self.policies.using(name) as student:
             context = shared
@@ -222,14 +223,14 @@ class Afd(StudentMethod):
                 copies.drawn_t.to(x0_NFCHW.device),
                 rollouts.text_BLE[copies.video_N],
                 context,
-                clean_BFCHW=x0_NFCHW if config.context == "recompute" else None,
+                x0_BFCHW=x0_NFCHW if config.context == "recompute" else None,
                 context_noise=told,
                 chunks_BN=copies.chunks_NM,
             )
             return copies.whole(v_NFCHW, x0_NFCHW.shape[1], student.chunk)
 
     def _shared_context(self, rollouts: Rollouts, copies: Copies) -> list[LayerKV] | None:
-        """The old policy's clean context, where all versions see that."""
+        """The old policy's clean context if all versions share it; else None."""
         if self.config.context != "shared_context":
             return None
         if rollouts.contexts:
@@ -239,10 +240,10 @@ class Afd(StudentMethod):
 
     @torch.no_grad()
     def _clean_context(self, student: Student, rollouts: Rollouts, copies: Copies) -> list[LayerKV]:
-        """One network's clean context of the copies' videos, made once for each video."""
+        """A network's clean context of the copies' videos, computed once per distinct video."""
         video_V, copy_N = copies.video_N.unique(return_inverse=True)
         context = student.clean_context(
-            rollouts.x_BFCHW[video_V],
+            rollouts.x0_BFCHW[video_V],
             rollouts.text_BLE[video_V],
             context_noise=self.streaming.context_noise,
         )
@@ -257,21 +258,21 @@ class Afd(StudentMethod):
     # --- state ---
 
     def evaluation_policy(self) -> AbstractContextManager[Student]:
-        """The average kept for it if there is one; else the old policy, or the student itself."""
+        """Context with the EMA kept for evaluation if enabled; else the old or current policy."""
         return self.policies.using(self.old if self.config.ema_decay is None else "ema")
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, optimizer, critic and random numbers."""
+        """Weights of all versions, optimizer, discriminator and random numbers."""
         return {
             "policies": self.policies.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
             "generator": self.generator.get_state(),
             "score_average": self.score_average,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("policies", "optimizer", "critic"):
+        for name in ("policies", "optimizer", "discriminator"):
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         self.score_average = state["score_average"]

@@ -1,4 +1,4 @@
-"""What the trainer asks of every method.
+"""The interface between the trainer and the training methods.
 
 Shape letters: B videos, F frames, C channels, H x W pixels or latents, K chunks.
 """
@@ -20,15 +20,15 @@ from afd.models.student import Student
 
 @dataclass
 class Batch:
-    """What one optimizer step is given: this process's part of the prompts.
+    """Inputs of one optimizer step: this process's part of the prompts.
 
     Attributes:
         step: optimizer step, from 0.
-        prompts: this process's.
-        teacher_BFCHW: one finished teacher video per prompt, as the method `sees` it: looked at by
-            its `look`, or encoded into the student's own space.
-        first: number of prompts[0] among the prompts of all processes.
-        total: number of prompts of all processes; None: these are all.
+        prompts: this process's prompts.
+        teacher_BFCHW: one finished teacher video per prompt in the method's `input_space`: pixels
+            processed by its `prepare`, or latents.
+        first: index of prompts[0] among the prompts of all processes.
+        total: number of prompts of all processes; None: as many as `prompts`.
     """
 
     step: int
@@ -39,26 +39,26 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """Prompts of all processes."""
+        """Number of prompts of all processes."""
         return len(self.prompts) if self.total is None else self.total
 
     def own(self, copies: int = 1) -> slice:
-        """This process's part of a list that has `copies` entries for each prompt of the step."""
+        """This process's slice of a list with `copies` entries for each prompt of the step."""
         return slice(self.first * copies, (self.first + len(self.prompts)) * copies)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One of a step's videos, to be looked at by people.
+    """One of a step's videos, for visual inspection.
 
     Attributes:
-        x_FCHW: in the student's space, on the CPU.
-        score, r: what the discriminator and the method made of it, where they did.
+        x0_FCHW: in the student's space, on the CPU.
+        score, r: the discriminator's score and the method's weight, if computed.
         teacher_score: the discriminator's score of the teacher's video.
     """
 
     prompt: str
-    x_FCHW: Tensor
+    x0_FCHW: Tensor
     score: float | None = None
     r: float | None = None
     teacher_score: float | None = None
@@ -69,23 +69,23 @@ class Method(Protocol):
 
     name: str
     needs_rollout: bool
-    needs_critic: bool
-    sees: Literal["video", "latent"]
+    needs_discriminator: bool
+    input_space: Literal["pixels", "latents"]
     codec: Codec
-    shown: Shown | None  # the first video of the last step, where the student makes any
+    shown: Shown | None  # the first video of the last step, if the method generates any
 
-    def look(self, video_BFCHW: Tensor) -> Tensor:
-        """What is kept of a teacher's video [-1, 1] where `sees` is "video"."""
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
+        """Reduce a teacher's video [-1, 1] to what is stored when `input_space` is "pixels"."""
         ...
 
     def rollout(self, batch: Batch) -> None: ...
 
-    def critic_step(self, batch: Batch) -> dict[str, float]: ...
+    def discriminator_step(self, batch: Batch) -> dict[str, float]: ...
 
     def student_step(self, batch: Batch) -> dict[str, float]: ...
 
     def evaluation_policy(self) -> AbstractContextManager[Student]:
-        """The student whose weights are measured, for the block."""
+        """Context with the student version that is evaluated."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -103,10 +103,10 @@ def draw_times(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
 ) -> Tensor:
-    """Times float32 [videos, chunks]: of the list `steps`, or by a law in (0, 1].
+    """Draw times, float32 [videos, chunks], from the list `steps` or a distribution on (0, 1].
 
-    "shifted" is 5u / (1 + 4u) of a uniform u: mostly high noise, as Wan students are trained.
-    "logit_normal" is the sigmoid of a normal number (arXiv 2403.03206).
+    "shifted" is 5u / (1 + 4u) of a uniform u: mostly high noise, as in the training of Wan
+    students. "logit_normal" is the sigmoid of a normal variable (arXiv 2403.03206).
     """
     shape = (videos, chunks)
     if kind == "student":

@@ -1,4 +1,4 @@
-"""Typed settings of the methods, one section each."""
+"""Settings of the methods, one section each."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from afd.section import Count, Natural, Positive, Section, Share
+from afd.config.base import Count, Natural, Positive, Section, Share
 
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
 
 
+# DMD's velocity fields, fitted to the teacher's videos and to the student's videos.
+FIELDS = ("real", "fake")
+
+
 class StudentOptimizerConfig(Section):
-    """How every method updates the student."""
+    """Settings of the student's optimizer, common to all methods."""
 
     learning_rate: float = Field(default=1e-4, ge=0, description="AdamW learning rate")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="AdamW betas")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW weight decay")
-    warmup_steps: Natural = Field(
+    warmup_updates: Natural = Field(
         default=0, description="updates over which the rate rises linearly"
     )
-    cosine_steps: Count | None = Field(
+    cosine_updates: Count | None = Field(
         default=700,
         description="steps over which the rate falls as a cosine to 5 %; null: it stays",
     )
@@ -30,9 +34,19 @@ class StudentOptimizerConfig(Section):
         description="videos per pass; gradients add up over the passes; null: all at once",
     )
 
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The versions of the student's weights that the method keeps (`make_policies`)."""
+        return ("theta", "ema")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The versions that an optimizer updates."""
+        return ("theta",)
+
 
 class TimesConfig(StudentOptimizerConfig):
-    """How noise levels are drawn."""
+    """Settings for drawing noise levels."""
 
     draws: Count = Field(default=1, description="(t, noise) draws per video and update")
     timesteps: Timesteps = Field(
@@ -105,10 +119,16 @@ class AfdConfig(TimesConfig):
         description="largest decay (0.02 s at update s before that) of the EMA of the student that "
         "is evaluated and exported; null: the old policy is",
     )
-    physics_every: Count = Field(
-        default=10,
-        description="updates between logs of how far the score ranks by physics (toy prompts only)",
-    )
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        wanted = {
+            "theta": True,
+            "old": self.old == "ema",
+            "ema": self.ema_decay is not None,
+            "ref": self.prior_weight > 0,
+        }
+        return tuple(name for name, needed in wanted.items() if needed)
 
     @model_validator(mode="after")
     def _groups(self) -> AfdConfig:
@@ -121,7 +141,7 @@ class AfdConfig(TimesConfig):
 
 
 class SftConfig(TimesConfig):
-    """Supervised flow matching on the teacher's videos: the baseline."""
+    """Supervised flow matching on the teacher's videos: a baseline."""
 
     draws: Count = Field(default=4, description="(t, noise) draws per teacher video and update")
     timesteps: Timesteps = Field(
@@ -146,7 +166,7 @@ class SftConfig(TimesConfig):
 
 
 class LastStepConfig(StudentOptimizerConfig):
-    """Methods whose gradient goes through the student's last denoising step."""
+    """Settings of methods that backpropagate through the student's last denoising step."""
 
     samples_per_prompt: Count = Field(default=1, description="rollouts per prompt")
     context: Literal["own_context", "recompute"] = Field(
@@ -161,11 +181,16 @@ class LastStepConfig(StudentOptimizerConfig):
         description="largest decay of the evaluated EMA of the student; 0.02 s at update s before",
     )
 
+    @property
+    def versions(self) -> tuple[str, ...]:
+        return ("theta", "ema", *(("ref",) if self.prior_weight > 0 else ()))
+
 
 class GanConfig(LastStepConfig):
-    """softplus(-D) of the student's own videos: the baseline.
+    """GAN loss softplus(-D) on the student's videos: a baseline.
 
-    Rate and prior are the toy's: at 1e-4, or with no prior, its videos lose the prompt.
+    Rate and prior are tuned on the toy: at 1e-4, or without a prior, its videos stop following the
+    prompt.
     """
 
     learning_rate: float = Field(default=3e-5, ge=0, description="AdamW learning rate")
@@ -184,7 +209,7 @@ class DmdConfig(LastStepConfig):
         "velocity: of the velocity, as flow matching has it",
     )
     score_updates: Count = Field(default=3, description="updates of both per student step")
-    score_warmup_steps: Natural = Field(
+    score_warmup_updates: Natural = Field(
         default=20, description="their updates before the first student step"
     )
     timesteps: Timesteps = Field(
@@ -200,3 +225,12 @@ class DmdConfig(LastStepConfig):
         if not 0 <= low <= high <= 1:
             raise ValueError(f"dmd.t_range: got {low}, {high}; needed: two rising times in [0, 1]")
         return self
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        theta, ema, *ref = super().versions
+        return (theta, ema, *FIELDS, *ref)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return ("theta", *FIELDS)

@@ -1,8 +1,8 @@
-"""The video-level GAN: softplus(-D) of the student's own videos, through its last denoising step.
+"""Video-level GAN: softplus(-D) on the student's videos, through its last denoising step.
 
-The discriminator is AFD's, so that only the student's side of the comparison differs; its loss is
-`discriminator.loss`, "gan" for the vanilla GAN. Where it sees videos, the gradient goes through the
-codec as well, a micro-batch at a time.
+The discriminator is the same as in AFD, so that only the student's update differs; its loss is
+`discriminator.loss`, "gan" for the vanilla GAN. If it takes pixels, the gradient also passes
+through the codec, a micro-batch at a time.
 Shape letters: B rollouts of this process, F frames, C channels, H x W pixels or latents.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from afd.discriminators.base import DifferentiableCritic, held
+from afd.discriminators.base import DifferentiableDiscriminator, held
 from afd.methods.base import Batch
 from afd.methods.config import GanConfig
 from afd.methods.last_step import LastStepMethod
@@ -22,46 +22,51 @@ from afd.models.policies import Policies
 
 
 class Gan(LastStepMethod):
-    """The GAN baseline (see `Method`); its gradient passes the `video.codec_match` unchanged.
+    """The GAN baseline (see `Method`); `video.codec_match` is straight-through for its gradient.
 
     Args:
-        policies: the `versions` of the student, and "ref" where the prior has a weight.
-        how: what all methods are given (see `StudentMethod`).
+        policies: the versions of the student required by the configuration.
+        how: arguments common to all methods (see `StudentMethod`).
     """
 
     name = "gan"
-    versions, trained = ("theta", "ema"), ("theta",)
 
     def __init__(
-        self, policies: Policies, critic: DifferentiableCritic, config: GanConfig, **how: Any
+        self,
+        policies: Policies,
+        discriminator: DifferentiableDiscriminator,
+        config: GanConfig,
+        **how: Any,
     ) -> None:
-        super().__init__(policies, config, critic, **how)
-        self.critic = critic
+        super().__init__(policies, config, discriminator, **how)
+        self.discriminator = discriminator
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def discriminator_step(self, batch: Batch) -> dict[str, float]:
         rollouts = self._current()
-        assert rollouts.seen_BFCHW is not None
+        assert rollouts.input_BFCHW is not None
         teacher = batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
         metrics: dict[str, float] = {}
-        for _ in range(self.critic.config.steps_per_update):
-            metrics = self.critic.step(teacher, rollouts.seen_BFCHW, rollouts.prompts)
-        return {f"critic/{key}": value for key, value in metrics.items()}
+        for _ in range(self.discriminator.config.steps_per_update):
+            metrics = self.discriminator.step(teacher, rollouts.input_BFCHW, rollouts.prompts)
+        return {f"discriminator/{key}": value for key, value in metrics.items()}
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
-        if batch.step >= self.critic.config.warmup_steps:
-            with held(self.critic):
+        if batch.step >= self.discriminator.config.warmup_updates:
+            with held(self.discriminator):
                 metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
         self._rollouts = None
         return metrics
 
     def _update(self, rollouts: Rollouts, count: int) -> dict[str, float]:
-        """One update; `count`: videos of all processes."""
-        assert self.show is not None
+        """Update the student; `count`: videos of all processes."""
+        assert self.to_input is not None
         scores, priors = [], []
         for part in self._parts(rollouts):
-            x_BFCHW, prior_B = self.predict(rollouts, part)
-            score_B = self.critic.differentiable_score(self.show(x_BFCHW), rollouts.prompts[part])
+            x0_BFCHW, prior_B = self.predict(rollouts, part)
+            score_B = self.discriminator.differentiable_score(
+                self.to_input(x0_BFCHW), rollouts.prompts[part]
+            )
             loss = F.softplus(-score_B).sum() + self.config.prior_weight * prior_B.sum()
             self.optimizer.add(loss / count)
             scores.append(score_B.detach())
@@ -71,17 +76,17 @@ class Gan(LastStepMethod):
         return self._finish_update(score_mean=scores, prior=priors)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, optimizer, critic and random numbers."""
+        """Weights of all versions, optimizer, discriminator and random numbers."""
         return {
             "policies": self.policies.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policies.load_state_dict(state["policies"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.critic.load_state_dict(state["critic"])
+        self.discriminator.load_state_dict(state["discriminator"])
         self.generator.set_state(state["generator"])
         self._rollouts = None

@@ -1,8 +1,8 @@
-"""What GAN and DMD share: the student's own rollouts, and a gradient through their last step.
+"""Shared by GAN and DMD: the student's own rollouts, and a gradient through their last step.
 
 A rollout keeps the noisy input of every chunk's last denoising step. One teacher-forced pass over
-all chunks then makes the finished video again, this time with gradients: everything before that
-step, and the context unless the configuration says otherwise, is a constant.
+all chunks then recomputes the finished video, this time with gradients: everything before that
+step, and by default the context, is constant.
 Shape letters: B videos of this process, b of a micro-batch, F frames, C channels, H x W pixels or
 latents, K chunks.
 """
@@ -16,29 +16,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.discriminators.base import Critic
+from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch, Shown
 from afd.methods.common import StudentMethod
 from afd.methods.config import LastStepConfig
+from afd.methods.optimizer import ramped_decay
 from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.policies import Policies
 from afd.models.student import Student
 
 
 class LastStepMethod(StudentMethod):
-    """The student's side of both methods.
+    """The student's part of both methods.
 
     Args:
-        policies: versions "theta" and "ema", and "ref" where the prior has a weight.
-        how: what all methods are given (see `StudentMethod`).
+        policies: versions "theta" and "ema", and "ref" if `prior_weight` > 0.
+        how: arguments common to all methods (see `StudentMethod`).
     """
 
-    needs_rollout, needs_critic = True, True
+    needs_rollout, needs_discriminator = True, True
 
     def __init__(
-        self, policies: Policies, config: LastStepConfig, critic: Critic | None = None, **how: Any
+        self,
+        policies: Policies,
+        config: LastStepConfig,
+        discriminator: Discriminator | None = None,
+        **how: Any,
     ) -> None:
-        super().__init__(policies, config, critic, **how)
+        super().__init__(policies, config, discriminator, **how)
         self.config: LastStepConfig = config
         first = self.first_times or self.times
         last = [first[-1], *self.times[-1:] * (self.chunks - 1)]
@@ -46,7 +51,7 @@ class LastStepMethod(StudentMethod):
         self.last_t_1K = torch.tensor([last], dtype=torch.float32, device=device)
 
     def rollout(self, batch: Batch) -> None:
-        """Let the student make `samples_per_prompt` videos for every prompt."""
+        """Generate `samples_per_prompt` videos for every prompt with the student."""
         with self.policies.using("theta") as student:
             self._rollouts = roll_out(
                 student,
@@ -54,18 +59,18 @@ class LastStepMethod(StudentMethod):
                 self.config.samples_per_prompt,
                 self.generator,
                 self.streaming,
-                show=self.show,
+                to_input=self.to_input,
                 keep_last_inputs=True,
             )
-        self.shown = Shown(self._rollouts.prompts[0], self._rollouts.x_BFCHW[0].cpu())
+        self.shown = Shown(self._rollouts.prompts[0], self._rollouts.x0_BFCHW[0].cpu())
 
     def _parts(self, rollouts: Rollouts) -> Iterator[slice]:
         return pieces(len(rollouts.prompts), self.config.micro_batch)
 
     def predict(self, rollouts: Rollouts, part: slice) -> tuple[Tensor, Tensor]:
-        """Some of the videos again, float32 with gradients to theta, and their priors [b].
+        """Recompute some videos, float32 with gradients to theta, and their priors [b].
 
-        A prior is mean |v_theta - v_ref|² over the video, 0 where it has no weight.
+        A prior is mean |v_theta - v_ref|² over the video, 0 if `prior_weight` is 0.
         """
         assert rollouts.last_inputs_BFCHW is not None
         noisy = rollouts.last_inputs_BFCHW[part]
@@ -81,33 +86,33 @@ class LastStepMethod(StudentMethod):
         return clean(noisy, self.last_t_1K, v), prior_B
 
     def _velocity(self, student: Student, noisy: Tensor, rollouts: Rollouts, part: slice) -> Tensor:
-        x_BFCHW, text_BLE = rollouts.x_BFCHW[part], rollouts.text_BLE[part]
+        x0_BFCHW, text_BLE = rollouts.x0_BFCHW[part], rollouts.text_BLE[part]
         t_BK, told = self.last_t_1K.expand(len(noisy), -1), self.streaming.context_noise
         if self.config.context == "recompute":
-            v = student.velocity(noisy, t_BK, text_BLE, clean_BFCHW=x_BFCHW, context_noise=told)
+            v = student.velocity(noisy, t_BK, text_BLE, x0_BFCHW=x0_BFCHW, context_noise=told)
             return v.float()
         with torch.no_grad():
-            context = student.clean_context(x_BFCHW, text_BLE, context_noise=told)
+            context = student.clean_context(x0_BFCHW, text_BLE, context_noise=told)
         return student.velocity(noisy, t_BK, text_BLE, context).float()
 
     def _finish_update(self, **of_videos: Sequence[Tensor]) -> dict[str, float]:
-        """Update theta from what was added and let the average follow.
+        """Update theta from the accumulated gradients, then its average.
 
-        `of_videos`: values per video in parts; their means over all processes are metrics.
+        `of_videos`: per-video values in parts; their means over all processes become metrics.
         """
         metrics = self.optimizer.step()
-        decay = min(self.config.ema_decay, 0.02 * self.optimizer.updates)
+        decay = ramped_decay(self.config.ema_decay, self.optimizer.updates - 1)
         self.policies.average("ema", "theta", decay)
         means = {key: self.ranks.gather(torch.cat([*x])).mean() for key, x in of_videos.items()}
         return metrics | {f"student/{key}": float(mean) for key, mean in means.items()}
 
     def evaluation_policy(self) -> AbstractContextManager[Student]:
-        """The average."""
+        """Context with the averaged student."""
         return self.policies.using("ema")
 
 
 def pieces(count: int, size: int | None) -> Iterator[slice]:
-    """Slices of at most `size` that cover `count` things; None: one slice."""
+    """Slices of at most `size` that cover `count` items; None: one slice."""
     width = size or max(count, 1)
     return (slice(start, min(start + width, count)) for start in range(0, count, width))
 

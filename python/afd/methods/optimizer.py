@@ -1,4 +1,4 @@
-"""How every method changes a student's weights: AdamW on the fp32 masters."""
+"""The student's optimizer, used by every method: AdamW on the fp32 master weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from afd.distributed import ALONE, Ranks
+from afd.errors import TrainingError
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.weights import Weights, fill, local
-from afd.ranks import ALONE, Ranks
 from afd_kernels.contracts import require
 
 
-class TrainingError(RuntimeError):
-    """A run cannot go on; the message says at which step and why."""
+def ramped_decay(largest: float, updates: int) -> float:
+    """EMA decay after `updates` earlier updates: 0.02 per update up to `largest`, so that the
+    average quickly forgets the start weights early in a run."""
+    return min(largest, 0.02 * updates)
 
 
 def cosine_rate(step: int, steps: int | None, floor: float = 0.05) -> float:
-    """Learning-rate factor: a cosine from 1 to `floor` over `steps`, then flat; None: always 1."""
+    """Learning-rate factor: cosine from 1 to `floor` over `steps`, then constant; None: 1."""
     if steps is None:
         return 1.0
     done = min(1.0, step / steps)
@@ -29,15 +32,15 @@ def cosine_rate(step: int, steps: int | None, floor: float = 0.05) -> float:
 
 
 class StudentOptimizer:
-    """AdamW with a linear warmup, then a cosine or constant rate, and clipped gradients.
+    """AdamW with linear warmup, then a cosine or constant rate, and gradient clipping.
 
-    `add` each part of an update's loss, then `step`: gradients add up in fp32 over the parts, then
-    over the processes. Parts must be sums over their videos divided by the count of all videos of
-    all processes, so that an update does not depend on how it was cut.
+    `add` each part of an update's loss, then `step`: gradients are summed in fp32 over the parts,
+    then over the processes. Parts must be sums over their videos divided by the number of videos of
+    all processes, so that an update does not depend on how it is split.
 
     Args:
-        weights: a trained version's.
-        name: what the metrics begin with.
+        weights: those of a trained version.
+        name: prefix of the metrics.
     """
 
     def __init__(
@@ -59,39 +62,39 @@ class StudentOptimizer:
 
     def rate(self) -> float:
         """Learning rate of the next update."""
-        warmup = self.config.warmup_steps
+        warmup = self.config.warmup_updates
         after = max(0, self.updates - warmup)
-        rate = self.config.learning_rate * cosine_rate(after, self.config.cosine_steps)
+        rate = self.config.learning_rate * cosine_rate(after, self.config.cosine_updates)
         return rate if after or not warmup else rate * min(1.0, (self.updates + 1) / warmup)
 
     def add(self, loss: Tensor) -> None:
-        """Backward of one part of the update's loss."""
+        """Run the backward of one part of the update's loss."""
         total = self._begun()
         loss.backward()
         self._loss = total + loss.detach()
 
     def _begun(self) -> Tensor:
-        """The loss so far; at an update's first part, without gradients of anything before."""
+        """The loss accumulated so far; clears old gradients at an update's first part."""
         if self._loss is None:
             self.adam.zero_grad()
             return torch.zeros((), device=self.weights.masters[0].device)
         return self._loss
 
     def step(self, loss: Tensor | None = None) -> dict[str, float]:
-        """One update from the parts added since the last, and `loss` if given.
+        """Update the weights from the parts added since the last step, and `loss` if given.
 
         Returns loss (of all processes), gradient norm before clipping, and rate. Raises
-        TrainingError where a gradient is not finite; the weights are then as they were.
+        TrainingError if a gradient is not finite; the weights are then unchanged.
         """
         if loss is not None:
             self.add(loss)
         total = self._begun()
         for master in self.weights.masters:
-            # A process may have had no part, and all must sum the same tensors.
+            # A process may have had no part, but all must sum the same tensors.
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         gradients = [master.grad for master in self.weights.masters]
-        # What FSDP shares out it has summed already.
+        # FSDP has already summed the gradients that it shards.
         self.ranks.sum_([g for g in gradients if g is not None and not isinstance(g, DTensor)])
         self.ranks.sum_([total])
         rate = self.adam.param_groups[0]["lr"] = self.rate()
@@ -121,16 +124,17 @@ class StudentOptimizer:
         return f"{self.name}: update {self.updates + 1}: the {where} is not finite ({shown})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's tensors themselves, not copied: in a sharded run its shares."""
+        """Adam's state and the update count; tensors are not copied, DTensors if sharded."""
         for master in self.weights.masters:
-            # What Adam's first step would make; a checkpoint is then read straight into it.
+            # The state that Adam's first step would create, so that a checkpoint can be read into
+            # it directly.
             if not self.adam.state[master]:
                 moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
                 self.adam.state[master] = {"step": torch.tensor(0.0), **moments}
         return {"adam": self.adam.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave, or the same whole, from a run of any number of processes."""
+        """Restore `state_dict`, sharded or full, from a run of any number of processes."""
         ours, theirs = self.state_dict()["adam"]["state"], state["adam"]["state"]
         same = theirs.keys() == ours.keys()
         require(same, "state", f"{len(theirs)} moments", f"those of {len(ours)} weights")

@@ -1,6 +1,6 @@
-"""LoRA adapters of several versions on one network, through PEFT.
+"""LoRA adapters for several versions of one network, through PEFT.
 
-The network's own weights are frozen and shared; a version is what its adapter adds to them.
+The base weights are frozen and shared; a version is the base plus its adapter.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from afd.models.causal_wan import CausalWan
-from afd.models.sources import need
+from afd.extras import need
+from afd.models.wan.network import CausalWan
 
 if TYPE_CHECKING:
+    # Benchmarks build students without pydantic installed.
     from afd.models.config import LoraConfig
 
 # Every linear layer of the blocks.
@@ -24,17 +25,17 @@ TARGETS = r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|ffn\.[02])"
 
 
 def adapter_name(version: str) -> str:
-    """PEFT's name of a version: the trained one is PEFT's "default", which its tools expect."""
+    """PEFT's adapter name of a version: "theta" maps to "default", which PEFT's tools expect."""
     return "default" if version == "theta" else version
 
 
 class Adapters:
-    """The adapters of a network's versions, of which one is on, or none.
+    """The adapters of a network's versions; at most one is active at a time.
 
-    All start as the same zero: B = 0, and the same A for all, drawn from `seed`.
+    All start as a zero update: B = 0, and the same A for all, drawn from `seed`.
 
     Raises:
-        ConfigError: where peft is not installed.
+        ConfigError: if peft is not installed.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Adapters:
         )
         for version in versions:
             with warnings.catch_warnings():
-                # PEFT warns of every adapter but the first.
+                # PEFT warns about every adapter but the first.
                 warnings.simplefilter("ignore", UserWarning)
-                # Without memory: it would draw all of them twice, a minute at real size.
+                # On the meta device: PEFT would initialise all adapters twice, a minute at full
+                # size.
                 inject_adapter_in_model(
                     settings, net, adapter_name(version), low_cpu_mem_usage=True
                 )
-        # One list that all layers look at: switching does not walk through them.
+        # All layers share this list, so switching does not iterate over them.
         self._on: list[str] = [adapter_name(versions[0])]
         generator = torch.Generator().manual_seed(seed)
         for module in net.modules():
@@ -69,17 +71,17 @@ class Adapters:
 
     @property
     def active(self) -> str | None:
-        """PEFT's name of the adapter that is on."""
+        """PEFT's name of the active adapter; None if all are disabled."""
         return self._on[0] if self._on else None
 
     @contextmanager
     def using(self, version: str | None) -> Iterator[None]:
-        """Turn one version's adapter on, or all off (None); what was on before is put back."""
+        """Activate one version's adapter, or disable all (None); restores the previous one."""
         with self._turned_on([] if version is None else [adapter_name(version)]):
             yield
 
     def recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For checkpointed blocks: they are computed again with what is on now."""
+        """Contexts for checkpointed blocks: recomputation uses the adapter that is active now."""
         return nullcontext(), self._turned_on(list(self._on))
 
     @contextmanager
@@ -92,7 +94,7 @@ class Adapters:
             self._on[:] = before
 
     def parameters(self, version: str) -> dict[str, nn.Parameter]:
-        """A and B of every layer of a version, without the adapter's name in theirs."""
+        """A and B of every layer of a version; the adapter's name is removed from their names."""
         part = f".{adapter_name(version)}.weight"
         return {
             name.replace(part, ".weight"): parameter
@@ -102,7 +104,7 @@ class Adapters:
 
 
 def _fill(layer: Any, generator: torch.Generator) -> None:
-    """Give a `LoraLayer`'s adapters memory: B = 0, and one A for all, uniform as PEFT has it."""
+    """Materialise a `LoraLayer`'s adapters: B = 0, one shared A, uniform as in PEFT."""
     like = layer.get_base_layer().weight
     bound = layer.in_features**-0.5
     a_RI = torch.empty(next(iter(layer.lora_A.values())).weight.shape)

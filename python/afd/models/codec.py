@@ -1,4 +1,4 @@
-"""What stands between a student's latents and pixels.
+"""The codec between pixels and a student's latents.
 
 Shape letters: B videos, F frames (of video or latent), C channels, H x W size.
 """
@@ -12,28 +12,28 @@ from torch import Tensor
 
 
 class Codec(Protocol):
-    """Videos [B, F, 3, H, W] in [-1, 1] to latents and back."""
+    """Encodes videos [B, F, 3, H, W] in [-1, 1] into latents and decodes them."""
 
     @property
     def identity(self) -> str | None:
-        """What latents depend on besides the video, for a cache; None where they are the video."""
+        """Cache key of everything latents depend on besides the video; None for pixels."""
         ...
 
     def encode(self, video_BFCHW: Tensor) -> Tensor:
-        """Latents on the codec's device; the same video always gives the same ones."""
+        """Latents on the codec's device; deterministic."""
         ...
 
     def decode(self, latent_BFCHW: Tensor) -> Tensor:
-        """Videos in [-1, 1], with gradients to the latents where they ask for them."""
+        """Videos in [-1, 1]; differentiable with respect to latents that require a gradient."""
         ...
 
     def stream(self) -> Callable[[Tensor], Tensor]:
-        """A decoder of one batch of streams, called chunk by chunk."""
+        """A decoder for one batch of streams, called once per chunk."""
         ...
 
 
 class Pixels:
-    """The toy's: its latents are the pixels."""
+    """Identity codec of the toy student, whose latents are the pixels."""
 
     identity = None
 

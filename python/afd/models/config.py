@@ -1,15 +1,29 @@
-"""Typed settings of the students: which network, from where, and how it samples and is adapted."""
+"""Settings common to all students, and the interface for building one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
+from safetensors.torch import save_file
+from typing_extensions import Self
 
-from afd.schedules import ShiftedFlow, check_steps
-from afd.section import Count, Positive, Section
+from afd.cache import Store
+from afd.config.base import Count, Section
+from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
+from afd.files import replacing
+from afd.hub import fingerprint, missing_path
+
+if TYPE_CHECKING:
+    from afd.models.codec import Codec
+    from afd.models.student import Student
+    from afd.models.wan.network import CausalWan
+    from afd.models.wan.types import WanConfig
+    from afd.video.config import VideoConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -22,8 +36,29 @@ class LoraConfig(Section):
 
 
 class StudentConfig(Section):
-    """What all students have."""
+    """Base class of every student's configuration section.
 
+    A subclass implements `build` and `load_network` (docs/EXTENDING.md).
+    """
+
+    # Video frames per latent frame after the first; pixels per latent row and column.
+    scale: ClassVar[tuple[int, int]] = (1, 1)
+
+    kind: str = Field(description="name of the student in the registry")
+    checkpoint: str | None = Field(default=None, description="file or folder of the start weights")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="float32",
+        description="what the network computes in; trained weights are kept in float32",
+    )
+    denoising_steps: list[float] = Field(
+        default=[1.0], min_length=1, description="denoising steps, falling from the first one"
+    )
+    first_chunk_steps: list[float] | None = Field(
+        default=None, description="those of the first chunk; null: denoising_steps"
+    )
+    context_noise: float = Field(
+        default=0.0, ge=0, le=1000, description="time that the context pass is given"
+    )
     lora: LoraConfig | None = Field(
         default=None, description="train low-rank adapters; null: every weight"
     )
@@ -35,95 +70,94 @@ class StudentConfig(Section):
         default=None, description="videos streamed together in a rollout; null: all at once"
     )
 
+    def build(
+        self,
+        video: VideoConfig,
+        prompts: Sequence[str] = (),
+        *,
+        device: torch.device | str = "cpu",
+        store: Store | None = None,
+        ranks: Ranks = ALONE,
+    ) -> tuple[Student, Codec]:
+        """Build the frozen student, able to encode `prompts`, and its codec to pixels.
 
-class ToyStudentConfig(StudentConfig):
-    """The laptop-size student."""
+        Args:
+            video: the size and training length of its videos.
+            prompts: those it will receive; a text encoder embeds them before other parts load.
+            device: the device of all parts.
+            store: keeps embeddings for later runs; None: nothing is kept.
+            ranks: with several processes the main one embeds first and the rest read the store.
 
-    kind: Literal["toy"] = Field(default="toy", description="the laptop-size student")
-    checkpoint: str = Field(
-        default="base",
-        description="safetensors file of the start weights; 'base' is the shipped one",
-    )
-    steps: list[float] = Field(
-        default=[1.0, 0.9375, 0.833, 0.625],
-        min_length=1,
-        description="denoising times, descending in (0, 1], first one 1",
-    )
+        Raises ValueError, FileNotFoundError or ConfigError where a part cannot be loaded.
+        """
+        raise NotImplementedError
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ToyStudentConfig:
-        check_steps(self.steps)
-        return self
+    def load_network(self) -> CausalWan:
+        """Load only the network, with the start weights in float32; no text encoder or codec."""
+        raise NotImplementedError
 
+    def sizes(self) -> WanConfig:
+        """The network's sizes; known sizes are returned even if the checkpoint is absent."""
+        return self.load_network().config
 
-class WanParts(Section):
-    """Where a Wan student's parts are, and how it denoises: the same for training and sampling."""
+    def check_video(self, video: VideoConfig) -> None:
+        """Raise ValueError if the student cannot generate videos of this size or length."""
 
-    ema: bool | None = Field(
-        default=None,
-        description="of a .pt file: true generator_ema, false generator, null the average if any",
-    )
-    head_dim: Count | None = Field(
-        default=None, description="channels of a head; null: as config.json says, else 128"
-    )
-    pretrained: str = Field(
-        default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        description="folder or hub name (a @commit pins it) with text_encoder/, tokenizer/, vae/",
-    )
-    text_encoder: str | None = Field(default=None, description="another source; null: pretrained")
-    tokenizer: str | None = Field(
-        default=None, description="folder of its own; null: where the text encoder comes from"
-    )
-    vae: str | None = Field(default=None, description="another source; null: pretrained")
-    text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
-    chunk: Count = Field(default=3, description="latent frames denoised together; 1: framewise")
-    steps: list[float] = Field(
-        default=[1000, 750, 500, 250],
-        description="denoising steps before the warp, falling from 1000 (toy: times from 1)",
-    )
-    first_chunk_steps: list[float] | None = Field(
-        default=None, description="the steps of the first chunk; null: steps"
-    )
-    shift: Positive = Field(default=5.0, description="shift of the table of noise levels")
-    context_noise: float = Field(
-        default=0.0, ge=0, le=1000, description="time that the context pass is told"
-    )
-    vae_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="what the autoencoder computes in"
-    )
+    def video_size(self) -> tuple[int, int, int] | None:
+        """The only frames, rows and columns it can be trained on; None: any size."""
+        return None
 
+    def missing_weights(self) -> Iterator[str]:
+        """Yield one sentence if the start weights are missing."""
+        yield from missing_path("student.checkpoint", self.checkpoint, "the student's weights")
 
-class WanStudentConfig(WanParts, StudentConfig):
-    """A released causal student, its text encoder and its autoencoder."""
+    def require_weights(self) -> None:
+        """Raise ConfigError if the start weights do not exist."""
+        for sentence in self.missing_weights():
+            raise ConfigError(sentence)
 
-    kind: Literal["wan"] = Field(description="a Self-Forcing or Causal-Forcing student")
-    checkpoint: Path | None = Field(
-        default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
-    )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16",
-        description="what the network computes in; trained weights are kept in float32",
-    )
-    lora: LoraConfig | None = Field(
-        default=LoraConfig(), description="train low-rank adapters; null: every weight"
-    )
-    checkpoint_blocks: bool = Field(
-        default=True,
-        description="keep only what lies between blocks and compute the rest again in the backward",
-    )
-    rollout_batch: Count | None = Field(
-        default=1, description="videos streamed together in a rollout; null: all at once"
-    )
+    def missing(self) -> Iterator[str]:
+        """Yield a sentence for each file that a run would not find or would have to download."""
+        yield from self.missing_weights()
 
-    @model_validator(mode="after")
-    def _consistent(self) -> WanStudentConfig:
-        for steps in (self.steps, self.first_chunk_steps):
-            if steps is not None:
-                check_steps(steps, first=1000)
-                ShiftedFlow(self.shift).warp(steps)
-        return self
+    def latent_frames(self, frames: int) -> int:
+        """Number of latent frames of a video with `frames` frames."""
+        return 1 + (frames - 1) // self.scale[0]
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of a latent frame."""
+        return height // self.scale[1], width // self.scale[1]
+
+    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+        """Save a network in a folder in the form `checkpoint` accepts; returns its path.
+
+        By default a single safetensors file with the network's parameter names and `note` in its
+        header.
+        """
+        path = folder / "network.safetensors"
+        weights = {k: v.detach().to(dtype).contiguous() for k, v in network.state_dict().items()}
+        with replacing(path) as partial:
+            save_file(weights, partial, metadata={"afd": note})
+        return path
 
     @property
-    def network(self) -> dict[str, Any]:
-        """The fields of WanConfig that no checkpoint holds."""
-        return {"chunk": self.chunk, "text_len": self.text_len}
+    def torch_dtype(self) -> torch.dtype:
+        """Compute dtype of the network."""
+        return DTYPES[self.dtype]
+
+    @property
+    def chunk_frames(self) -> int:
+        """Latent frames denoised together."""
+        return self.sizes().chunk
+
+    def pinned(self) -> Self:
+        """A copy whose hub names are pinned to their current commits."""
+        return self
+
+    def with_weights(self, path: Path) -> Self:
+        """A copy that starts from weights written by `save`."""
+        return self.model_copy(update={"checkpoint": str(path)})
+
+    def fingerprint(self) -> str:
+        """A short string that changes with the start weights."""
+        return fingerprint(Path(str(self.checkpoint)))

@@ -1,4 +1,4 @@
-"""The noise that streams are made of: one source per call of a rollout.
+"""Noise sources of streams, one per rollout call.
 
 Shape letters: B videos, c frames of one chunk, C channels, H x W latent size; K chunks, S draws.
 """
@@ -19,7 +19,7 @@ Layout = tuple[tuple[int, int], ...]
 
 
 def seeded_noise(seeds: Sequence[int] | Tensor, shape: tuple[int, ...]) -> NoiseSource:
-    """Noise on the CPU from one generator per video, so a video does not depend on its batch."""
+    """CPU noise from one generator per video, so that a video does not depend on its batch."""
     generators = [Generator().manual_seed(int(seed)) for seed in seeds]
 
     def draw(chunk: int, step: int) -> Tensor:
@@ -37,11 +37,11 @@ def counted_noise(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> NoiseSource:
-    """Noise that depends on (seed of the video, chunk, step) and on nothing else.
+    """Counter-based noise that depends only on (seed of the video, chunk, step).
 
-    Not on the batch, the device, or what was drawn before: every draw is a Philox stream of its
-    own (`afd.ops.forward_noise`). All keys are on the device before the first draw, so drawing
-    never waits for it. `draws` is the largest number of draws of a chunk, one a step.
+    It is independent of the batch, the device and earlier draws: every draw is a separate Philox
+    stream (`afd.ops.forward_noise`). All keys are on the device before the first draw, so drawing
+    never synchronises. `draws` is the largest number of draws of a chunk, one per step.
     """
     keys_KSB = torch.tensor(
         [
@@ -64,7 +64,7 @@ def counted_noise(
 
 
 def _key(seed: int, chunk: int, step: int) -> int:
-    """A 64-bit key (as int64) that mixes the three; SplitMix64's finalizer (Steele et al. 2014)."""
+    """Mix the three into a 64-bit key (int64) with SplitMix64's finalizer (Steele et al. 2014)."""
     key = 0
     for word in (seed, chunk, step):
         key = (key + word + 0x9E3779B97F4A7C15) % 2**64

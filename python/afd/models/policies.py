@@ -1,6 +1,6 @@
-"""The versions of a student that a method needs side by side: trained, old, averaged, reference.
+"""The policies of a student that a method holds side by side: trained, old, averaged, reference.
 
-Either whole copies, or one network with an adapter for each version.
+They are either full copies, or one network with a LoRA adapter per version.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afd.hub import refuse_other_weights, weights_digest
 from afd.models.adapters import Adapters
-from afd.models.causal_wan import CausalWan
-from afd.models.sources import refuse_other_weights, weights_digest
 from afd.models.student import Student
+from afd.models.wan.network import CausalWan
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
 
 if TYPE_CHECKING:
+    # Benchmarks build students without pydantic installed.
     from afd.models.config import LoraConfig
 
 REFERENCE = "ref"
@@ -30,9 +31,9 @@ class Policies(ABC):
     """Versions of a student's weights. All start equal; only the trained ones take gradients.
 
     Attributes:
-        student: the resting student, in which version names[0] is active.
-        names: the versions with weights of their own. "ref", the frozen start, is not among them.
-        start: digest of the start weights, where a state means nothing without them; else None.
+        student: the student outside `using`, with version names[0] active.
+        names: the versions that have their own weights, excluding "ref", the frozen start.
+        start: digest of the start weights if a state depends on them; else None.
     """
 
     def __init__(
@@ -47,27 +48,27 @@ class Policies(ABC):
 
     @abstractmethod
     def using(self, name: str) -> AbstractContextManager[Student]:
-        """The student as a version, in `names` or "ref"; afterwards it rests as before."""
+        """Context in which the student is a version from `names` or "ref"; restored on exit."""
 
     def weights(self, name: str) -> Weights:
-        """The masters of a version in `names`."""
+        """Master weights of a version in `names`."""
         require(name in self.names, "name", name, f"one of {self.names}")
         return self._weights[name]
 
     def average(self, name: str, source: str, decay: float) -> None:
-        """name <- decay · name + (1 - decay) · source, on the masters; then published."""
+        """EMA on the masters, then publish: name <- decay · name + (1 - decay) · source."""
         self.weights(name).average(self.weights(source), decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """The masters of all versions by name, not copied (`Weights.state_dict`); and `start`, the
-        digest."""
+        """Master weights of all versions by name, not copied (`Weights.state_dict`), and the digest
+        `start`."""
         versions = {name: self._weights[name].state_dict() for name in self.names}
         return {"start": self.start, **versions}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave, bit for bit, whatever the number of processes was.
+        """Restore `state_dict` bit for bit, from a run of any number of processes.
 
-        Raises ConfigError where it belongs to other start weights.
+        Raises ConfigError if the state belongs to other start weights.
         """
         needed = {"start", *self.names}
         require(set(state) == needed, "state", sorted(state), f"versions {self.names} and start")
@@ -77,12 +78,12 @@ class Policies(ABC):
 
 
 def start_digest(net: CausalWan, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 of a network's weights, rounded to a dtype: what adapters and a prior stand on."""
+    """SHA-256 of the base weights, optionally rounded to `dtype`, that adapters and prior use."""
     return weights_digest({name: x.to(dtype or x.dtype) for name, x in net.state_dict().items()})
 
 
 class FullPolicies(Policies):
-    """Every version a network of its own. "ref" exists where the names ask for it."""
+    """Each version is a separate network; "ref" exists if it is in `names`."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class FullPolicies(Policies):
 
 
 class LoraPolicies(Policies):
-    """One network with an adapter for each version; "ref" is the network with none."""
+    """One network with an adapter per version; "ref" is the network with adapters disabled."""
 
     def __init__(
         self,
@@ -145,15 +146,15 @@ def make_policies(
     seed: int = 0,
     shard: Callable[[CausalWan], object] | None = None,
 ) -> Policies:
-    """Versions of a student, all equal to it.
+    """Create versions of a student, all initially equal to it.
 
     Args:
-        student: becomes the resting student.
-        names: the versions; with "ref" among them a full student's start is kept for `using`.
+        student: becomes `Policies.student`.
+        names: the versions; "ref" keeps a copy of the start of a fully trained student.
         trained: those that take gradients.
-        lora: adapters instead of whole copies.
-        seed: of the adapters' A.
-        shard: called with every network, adapters in place, before its masters are made.
+        lora: use adapters instead of full copies.
+        seed: seeds the adapters' A.
+        shard: called with every network, adapters in place, before its masters are created.
     """
     shard = shard or (lambda net: None)
     if lora is None:
@@ -162,9 +163,9 @@ def make_policies(
 
 
 def _copy(student: Student) -> Student:
-    """A student with a network of its own; what only reads (the text encoder) is shared."""
+    """A student with a deep copy of the network; read-only parts (the text encoder) are shared."""
     other = copy.copy(student)
-    # The shallow copy still has the student's own table of modules, and its recorded passes.
+    # The shallow copy still shares the student's module table and recorded passes.
     other._modules = dict(student._modules)
     other.net = copy.deepcopy(student.net)
     if student.net.fused:

@@ -1,4 +1,4 @@
-"""FSDP2: every process holds a share of a network's weights and gathers them for each pass."""
+"""FSDP2 sharding: every process holds a shard of a network's weights and gathers them per pass."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Callable
 
 import torch
 
-from afd.models.causal_wan import CausalWan
-from afd.ranks import Ranks
+from afd.distributed import Ranks
+from afd.models.wan.network import CausalWan
 
-# The passes of a network that are called from outside, beside `forward`. They do not call each
-# other: the end of the inner one would let go of what the outer one computes with.
+# Forward methods of a network besides `forward`. They must not call each other: the end of the
+# inner one would free the gathered weights that the outer one computes with.
 PASSES = ("clean_context", "forward_over", "forward_cached", "new_cache")
 
 
 def shard_over(ranks: Ranks, compute_dtype: torch.dtype) -> Callable[[CausalWan], object]:
-    """What `make_policies` does to each of its networks: one group of shares over the processes.
+    """The `shard` callback of `make_policies`: makes each network one FSDP group.
 
-    The shares of what can be trained are fp32 and are the masters themselves; a pass computes with
-    them in `compute_dtype`. Gradients are summed in fp32, as losses are shares of one mean.
+    The shards of trainable weights are fp32 and are the master weights themselves; a pass computes
+    with them in `compute_dtype`. Gradients are summed, not averaged, in fp32, since each loss is
+    already a share of one mean.
     """
 
     def shard(net: CausalWan) -> None:
-        # Here, because a single process needs none of it.
+        # Imported here, as a single process does not need it.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (
             MixedPrecisionPolicy,
@@ -31,19 +32,21 @@ def shard_over(ranks: Ranks, compute_dtype: torch.dtype) -> Callable[[CausalWan]
             register_fsdp_forward_method,
         )
 
-        # It warns of views, which a pass returns, as nobody may write into them; nobody does.
+        # FSDP2 warns about the views that a pass returns, as writing into them is an error; we
+        # never do.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         net.compute_dtype = compute_dtype
         for name, parameter in net.named_parameters():
-            # The network below adapters is never trained and stays as it is.
+            # The base network below adapters is never trained and keeps its dtype.
             if net.adapters is None or ".lora_" in name:
                 parameter.data = parameter.data.float()
         sharded = fully_shard(
             net,
             mesh=init_device_mesh(ranks.device.type, (ranks.world,)),
-            # Weights change between passes that have no backward: none may outlive its pass.
+            # Weights change between passes without a backward, so gathered ones must not outlive
+            # their pass.
             reshard_after_forward=True,
-            # Inputs stay as they are: times are fp32.
+            # Inputs are not cast: times are fp32.
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),

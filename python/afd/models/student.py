@@ -1,7 +1,7 @@
-"""What the rollout knows of a student, and what all students do alike.
+"""The student interface used by rollouts, and the behaviour shared by all students.
 
 Shape letters: B videos, F frames, C channels, H x W latent size, K chunks, L text tokens, E text
-channels. Times t are noise levels in [0, 1]; the network is told 1000 t.
+channels. Times t are noise levels in [0, 1]; the network receives 1000 t.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.models.causal_wan import CausalWan
-from afd.models.graphs import GraphedPasses
-from afd.models.kv_cache import KVCache, LayerKV
-from afd.models.noise import Layout, NoiseSource
+from afd.models.noise import Layout, NoiseSource, seeded_noise
+from afd.models.wan.graphs import GraphedPasses
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.network import CausalWan
+from afd.models.wan.types import LayerKV
+from afd.schedules import check_steps, x0_from_flow
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Level:
     """One denoising step.
 
     Attributes:
-        t: what the network is told, on the 0-1000 scale.
-        sigma: how much of the chunk is noise, in [0, 1].
-        t_11: t as float32 [1, 1] on the network's device. Made before the loop, as making it in the
-            loop would wait for the device; the network knows its modulation by this tensor.
+        t: the timestep that conditions the network, on the 0-1000 scale.
+        sigma: noise level of the chunk, in [0, 1].
+        t_11: t as float32 [1, 1] on the network's device. Created before the loop, as creating it
+            inside would synchronise; the network caches its modulation under this tensor.
     """
 
     t: float
@@ -41,24 +43,28 @@ class Level:
 
 
 def frame_times(x_BFCHW: Tensor, t_BK: Tensor) -> Tensor:
-    """The time of every frame, [B, F], of times per video [B, 1] or chunk [B, K]."""
+    """Expand times per video [B, 1] or chunk [B, K] to every frame, [B, F]."""
     return t_BK.repeat_interleave(x_BFCHW.shape[1] // t_BK.shape[1], 1)
 
 
 class Student(nn.Module, ABC):
-    """A causal video student: a `CausalWan` and what its output, its steps and its text mean."""
+    """A causal video student: a `CausalWan` with its parametrisation, steps and text encoding.
+
+    Unless a subclass overrides it, the network's output is the rectified-flow velocity, a
+    denoising step is its noise level in (0, 1], and noise comes from one CPU generator per video.
+    """
 
     def __init__(self, net: CausalWan) -> None:
         super().__init__()
         self.net = net
         self._graphs: GraphedPasses | None = None
 
-    # --- what differs ---
+    # --- abstract methods ---
 
     @property
     @abstractmethod
     def frames(self) -> int:
-        """Frames of a video of the training length."""
+        """Number of frames of a training video."""
 
     @property
     @abstractmethod
@@ -69,31 +75,36 @@ class Student(nn.Module, ABC):
     def encode(self, prompts: list[str]) -> Tensor:
         """Text embeddings [B, L, E] on the student's device."""
 
-    @abstractmethod
+    # --- methods a student may override ---
+
     def levels(self, steps: Sequence[float]) -> list[Level]:
-        """The denoising steps of a list in the student's own units; refuses a wrong list."""
+        """Convert a list of denoising steps in the student's units; raises on an invalid list."""
+        check_steps(steps)
+        return [Level.at(1000 * t, t, self.device) for t in steps]
 
-    @abstractmethod
-    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
-        """The clean frames that the network's output at x_t means, in its dtype.
-
-        `sigma`: the noise level, one for all or one for each frame [B, F].
-        """
-
-    @abstractmethod
     def times(self, steps: Sequence[float]) -> list[float]:
-        """The noise levels of a list of steps, in (0, 1], falling from 1."""
+        """Noise levels of a list of steps, in (0, 1], descending from 1."""
+        check_steps(steps)
+        return list(steps)
 
-    @abstractmethod
+    def x0_from_output(self, out_BFCHW: Tensor, x_t_BFCHW: Tensor, sigma: float | Tensor) -> Tensor:
+        """Convert the network's output at x_t to clean frames, in the output's dtype.
+
+        `sigma`: the noise level, one for all or one per frame [B, F]. The arithmetic is float64.
+        """
+        return x0_from_flow(out_BFCHW, x_t_BFCHW, sigma)
+
     def noise_source(
         self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
     ) -> NoiseSource:
-        """The noise of videos with these seeds: at most `draws` draws for a chunk of the layout.
+        """Noise source of videos with these seeds, with at most `draws` draws per chunk.
 
-        A video's noise depends on its own seed alone.
+        A video's noise depends only on its seed.
         """
+        noise = seeded_noise(seeds, (self.chunk, *self.frame_shape))
+        return lambda chunk, step: noise(chunk, step).to(self.device, self.dtype)
 
-    # --- what is alike ---
+    # --- shared behaviour ---
 
     def velocity(
         self,
@@ -103,9 +114,9 @@ class Student(nn.Module, ABC):
         context: list[LayerKV] | None = None,
         **how: Any,
     ) -> Tensor:
-        """Rectified-flow velocity (noise minus video) at x_t, shaped like it.
+        """Rectified-flow velocity (noise minus video) at x_t, in its shape.
 
-        Arguments as in `predict`, whose output it is unless a student's network says otherwise.
+        Takes the arguments of `predict` and, unless a subclass overrides it, returns its output.
         """
         return self.predict(x_t_BFCHW, t_BK, text_BLE, context, **how)
 
@@ -116,33 +127,34 @@ class Student(nn.Module, ABC):
         text_BLE: Tensor,
         context: list[LayerKV] | None = None,
         *,
-        clean_BFCHW: Tensor | None = None,
+        x0_BFCHW: Tensor | None = None,
         context_noise: float = 0.0,
         chunks_BN: Tensor | None = None,
     ) -> Tensor:
-        """The network's output for all frames at once, in its own dtype, like x_t.
+        """The network's output for all frames in one pass, in x_t's shape and the compute dtype.
 
         Args:
-            x_t_BFCHW: noisy frames; they are cast to the network's dtype.
+            x_t_BFCHW: noisy frames, cast to the network's dtype.
             t_BK: their noise levels, float32 per video [B, 1] or per chunk [B, K].
-            context: what chunks see of the earlier ones clean (`clean_context`); or
-            clean_BFCHW: the clean frames themselves, to go through the network in the same pass,
-                with gradients. Neither: chunks see the earlier ones noisy.
-            context_noise: the time that the clean frames of that pass are told, 0-1000.
-            chunks_BN: which chunks of each video x_t and t hold, rising, int64 on the CPU; the
-                context is that of the whole video. None: all.
+            context: keys and values of clean frames that later chunks attend to
+                (`clean_context`); or
+            x0_BFCHW: the clean frames themselves, which pass through the network together with
+                x_t, with gradients. With neither, chunks attend to earlier noisy chunks.
+            context_noise: timestep of the clean frames x0_BFCHW, 0-1000.
+            chunks_BN: indices of the chunks of each video in x_t and t, ascending, int64 on the
+                CPU; the context covers the whole video. None: all chunks.
         """
         t_BF = frame_times(x_t_BFCHW, t_BK)
         clean_t_BF = None
-        if clean_BFCHW is not None:
-            clean_BFCHW = clean_BFCHW.to(self.dtype)
+        if x0_BFCHW is not None:
+            x0_BFCHW = x0_BFCHW.to(self.dtype)
             clean_t_BF = t_BK.new_full((1, 1), context_noise)
         return self.net(
             x_t_BFCHW.to(self.dtype),
             1000 * t_BF,
             text_BLE,
             context,
-            clean_BFCHW=clean_BFCHW,
+            x0_BFCHW=x0_BFCHW,
             clean_t_BF=clean_t_BF,
             chunks_BN=chunks_BN,
         )
@@ -155,28 +167,28 @@ class Student(nn.Module, ABC):
         context: list[LayerKV] | None = None,
         **how: Any,
     ) -> Tensor:
-        """The clean video seen in x_t, float32 like it; arguments as in `predict`."""
+        """Predicted clean video, float32 in x_t's shape; arguments as in `predict`."""
         out = self.predict(x_t_BFCHW, t_BK, text_BLE, context, **how).float()
         return self.x0_from_output(out, x_t_BFCHW, frame_times(x_t_BFCHW, t_BK))
 
     def clean_context(
-        self, x_BFCHW: Tensor, text_BLE: Tensor, *, context_noise: float = 0.0
+        self, x0_BFCHW: Tensor, text_BLE: Tensor, *, context_noise: float = 0.0
     ) -> list[LayerKV]:
-        """What later chunks see of clean frames: keys and values of every layer.
+        """Keys and values of clean frames for every layer, to which later chunks attend.
 
-        `context_noise`: the time that the pass is told, on the 0-1000 scale.
+        `context_noise`: timestep of the pass, on the 0-1000 scale.
         """
-        t_11 = x_BFCHW.new_full((1, 1), context_noise, dtype=torch.float32)
-        return self.net.clean_context(x_BFCHW.to(self.dtype), text_BLE, t_11)
+        t_11 = x0_BFCHW.new_full((1, 1), context_noise, dtype=torch.float32)
+        return self.net.clean_context(x0_BFCHW.to(self.dtype), text_BLE, t_11)
 
     @property
     def chunk(self) -> int:
-        """Frames denoised together."""
+        """Number of frames denoised together."""
         return self.net.config.chunk
 
     @property
     def independent_first_frame(self) -> bool:
-        """Whether the first frame is a chunk of its own."""
+        """Whether the first frame is a separate chunk."""
         return self.net.config.independent_first_frame
 
     @property
@@ -192,22 +204,23 @@ class Student(nn.Module, ABC):
         return self.net.new_cache(text_BLE, frames, *self.frame_shape[1:])
 
     def switch_text(self, cache: KVCache, text_BLE: Tensor) -> None:
-        """Put another prompt's keys and values where the cache holds the last one's."""
+        """Replace the prompt's keys and values in the cache."""
         cache.switch_text(self.net.text_kv(text_BLE))
 
     def use_graphs(self, enabled: bool = True) -> None:
-        """Replay streaming passes as CUDA graphs; weights may change in place between streams."""
+        """Replay streaming passes as CUDA graphs; weights may be updated in place between
+        streams."""
         self._graphs = GraphedPasses(self.net) if enabled else None
 
     def denoise(self, x_t_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> Tensor:
-        """The clean chunk seen in the noisy one at frames `start_frame` and on."""
+        """Predict the clean chunk from the noisy one that starts at frame `start_frame`."""
         out = self._pass(x_t_BFCHW, level, cache, start_frame, context=False)
         assert out is not None
         return self.x0_from_output(out, x_t_BFCHW, level.sigma)
 
-    def remember(self, x_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> None:
-        """The context pass: later chunks will see this chunk as it is, told to be at the level."""
-        self._pass(x_BFCHW, level, cache, start_frame, context=True)
+    def remember(self, x0_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> None:
+        """The context pass: cache this chunk, at the level's timestep, for later chunks."""
+        self._pass(x0_BFCHW, level, cache, start_frame, context=True)
 
     def _pass(
         self, x_BFCHW: Tensor, level: Level, cache: KVCache, start: int, context: bool

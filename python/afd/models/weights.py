@@ -1,7 +1,7 @@
-"""One version's weights as they are optimised and averaged: in fp32, whatever the network is in.
+"""fp32 master weights of one version, which are optimised and averaged whatever the compute dtype.
 
-A bf16 weight cannot hold the small steps of fine-tuning (a step below 1/256 of it rounds away), so
-every version has fp32 masters; the network computes with their rounded copies.
+A bf16 weight cannot represent the small steps of fine-tuning (a step below 1/256 of it rounds
+away), so every version has fp32 masters; the network computes with their rounded copies.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from afd_kernels.contracts import require
 
 
 class Weights:
-    """fp32 masters of one version's weights.
+    """fp32 master weights of one version.
 
-    Where the network's parameters are fp32 already (or FSDP's shares, which are), the masters are
-    these very parameters. Elsewhere they are copies; each gradient is added to its master in fp32
-    as soon as autograd has made it, and the parameter's own is let go.
+    If the network's parameters are already fp32 (as FSDP's shards are), the masters are these
+    parameters. Otherwise they are copies; each gradient is accumulated into its master in fp32 as
+    soon as autograd produces it, and the parameter's gradient is freed.
 
     Args:
         parameters: the version's parameters by name, in the order of the network.
-        trained: whether gradients are wanted.
+        trained: whether gradients are needed.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, trained: bool) -> None:
@@ -44,27 +44,27 @@ class Weights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Write the masters into the network's parameters, in place: whoever holds these (fused
-        projections, captured graphs) computes with the new values."""
+        """Copy the masters into the network's parameters in place, so that fused projections and
+        captured graphs that hold them use the new values."""
         if self._rounded:
             parameters, masters = zip(*self._rounded, strict=True)
             torch._foreach_copy_(list(parameters), list(masters))
 
     @torch.no_grad()
     def average(self, source: Weights, decay: float) -> None:
-        """masters <- decay · masters + (1 - decay) · the source's, then published."""
+        """EMA, then publish: masters <- decay · masters + (1 - decay) · source's masters."""
         mine, theirs = ([local(x) for x in w.masters] for w in (self, source))
         torch._foreach_lerp_(mine, theirs, 1 - decay)
         self.publish()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The masters themselves by name, fp32: not copied, in a sharded run its shares."""
+        """The masters by name, fp32, not copied; DTensors in a sharded run."""
         masters = zip(self.names, self.masters, strict=True)
         return {name: master.detach() for name, master in masters}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take values for every master, by name (see `fill`); publishes them."""
+        """Load every master by name (see `fill`) and publish."""
         odd = sorted(set(state) ^ set(self.names))
         require(not odd, "state", odd[:4], "the weights of this version, each under its name")
         for name, master in zip(self.names, self.masters, strict=True):
@@ -76,7 +76,7 @@ class Weights:
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """tensor <- value, which is whole and the same on every process, or in the tensor's shares."""
+    """Copy `value` into `tensor`; it is full and equal on all processes, or sharded like it."""
     if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
         mesh, placements = tensor.device_mesh, tensor.placements
         value = distribute_tensor(value.to(tensor.device), mesh, placements, src_data_rank=None)
@@ -84,7 +84,7 @@ def fill(tensor: Tensor, value: Tensor) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a sharded tensor, else the tensor."""
+    """This process's shard of a sharded tensor; otherwise the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

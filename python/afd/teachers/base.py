@@ -1,7 +1,7 @@
-"""The black box: a teacher answers a request with the path of a finished video, nothing else.
+"""The black-box teacher interface: a request is answered with the path of a finished video.
 
-No scores, latents, trajectories or parameters cross this border, so a folder of clips, a separate
-process and a paid service all look the same to the trainer.
+No scores, latents, trajectories or parameters cross this interface, so a folder of clips, a
+separate process and a paid service all look the same to the trainer.
 """
 
 from __future__ import annotations
@@ -12,40 +12,23 @@ from pathlib import Path
 from typing import Protocol
 
 
-class TeacherError(ValueError):
-    """A teacher cannot be used; the message lists every reason at once."""
-
-
-class Unanswered(TeacherError):
-    """One request has no video and gets none in this run; other requests may."""
-
-    def __init__(self, message: str, *, rejected: bool = False) -> None:
-        """`rejected`: moderation refused it, for good."""
-        super().__init__(message)
-        self.rejected = rejected
-
-
-class ContentsError(TeacherError):
-    """A file of the folder is not what its ledger knows; other requests may have theirs."""
-
-
 @dataclass(frozen=True)
 class Request:
-    """One question to the teacher. `draw` numbers repeated questions with the same prompt."""
+    """One request to the teacher. `draw` numbers repeated requests for the same prompt."""
 
     prompt: str
     draw: int = 0
 
 
 class Teacher(Protocol):
-    """What the trainer may ask."""
+    """The interface of a teacher."""
 
     @property
     def requests(self) -> Sequence[Request]:
-        """Everything worth asking, in a fixed order: one entry per distinct answer."""
+        """All available requests, in a fixed order: one per distinct answer."""
         ...
 
     def answer(self, request: Request) -> Path:
-        """The finished video for a request. Raises Unanswered if this one has none, TeacherError
-        if the teacher cannot go on."""
+        """The path of the finished video for a request. Raises Unanswered if this request has none,
+        TeacherError if the teacher cannot continue."""
         ...

@@ -1,190 +1,102 @@
-"""The teacher's part of the configuration. API keys have no place in it: see docs/TEACHERS.md."""
+"""Typed settings common to all teachers, the interface to open one, and the folder teacher's
+section."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
+from rich.console import Console
 
-from afd.section import Count, Natural, Positive, Section
+from afd.config.base import Section
+from afd.errors import TeacherError
+from afd.hub import missing_path
+from afd.registry import load
+from afd.teachers.forecast import Forecast
+from afd.teachers.manifest import read_manifest
 
-API_KINDS = ("ark", "openai", "fal")
-
-
-class ApiConfig(Section):
-    """What a paid service is asked for (kinds ark, openai, fal); every field decides the videos."""
-
-    model: str | None = Field(
-        default=None,
-        description="the provider's name of the model, such as dreamina-seedance-2-0-260128",
-    )
-    prompts: Path | None = Field(
-        default=None,
-        description="file of prompts: .txt one a line, .jsonl or .csv with the field prompt",
-    )
-    draws: Count = Field(default=1, description="videos per prompt, each with a seed of its own")
-    options: dict[str, Any] = Field(
-        default={},
-        description="fields of the request as the provider names them, such as "
-        "{resolution: 480p, duration: 5}; null leaves out one of the provider's defaults",
-    )
-    prompt_suffix: str = Field(
-        default="",
-        description="sent after every prompt (older Seedance models read --resolution there)",
-    )
-    send_seed: bool | None = Field(
-        default=None, description="whether the request carries the seed; null: if the provider can"
-    )
-    base_url: str | None = Field(
-        default=None, description="root of the API; null is the provider's own"
-    )
-
-    @field_validator("base_url")
-    @classmethod
-    def _no_credentials(cls, url: str | None) -> str | None:
-        if url is not None and ("@" in urlsplit(url).netloc or not urlsplit(url).netloc):
-            # The value stays out of the message: it may hold a password.
-            raise ValueError("teacher.api.base_url needs scheme://host[:port]/path, no user name")
-        return url
-
-    @field_validator("options")
-    @classmethod
-    def _plain_json(cls, options: dict[str, Any]) -> dict[str, Any]:
-        try:
-            json.dumps(options, allow_nan=False)
-        except (TypeError, ValueError):
-            raise ValueError("teacher.api.options needs plain JSON values") from None
-        return options
-
-
-class FetchConfig(Section):
-    """How a paid service is asked: money, patience and trust. Nothing here changes a video."""
-
-    budget_usd: float = Field(
-        default=0.0,
-        ge=0,
-        description="the most that this folder's videos may ever cost, in USD",
-    )
-    price_usd: float | None = Field(
-        default=None,
-        ge=0,
-        description="USD per video, per second of video or per million tokens, see price_per",
-    )
-    price_per: Literal["video", "second", "million_tokens"] = Field(
-        default="video", description="what price_usd is the price of"
-    )
-    units: Positive | None = Field(
-        default=None,
-        description="seconds or tokens of one video, for the estimate before a submit; null: "
-        "seconds are read from the options",
-    )
-    concurrency: Count = Field(default=8, description="most videos under way at once")
-    prefetch: Natural = Field(
-        default=16, description="requests asked ahead of the trainer, in the background"
-    )
-    attempts: Count = Field(
-        default=3, description="submits of one video whose earlier ones the provider gave up"
-    )
-    tries: Count = Field(default=5, description="tries of one HTTP exchange that failed in passing")
-    backoff_s: Positive = Field(
-        default=2.0, description="first pause after a failure in seconds; doubles, with jitter"
-    )
-    backoff_max_s: Positive = Field(default=60.0, description="longest such pause in seconds")
-    poll_s: Positive = Field(default=5.0, description="seconds between two looks at a task")
-    request_s: Positive = Field(default=60.0, description="seconds one API exchange may take")
-    download_s: Positive = Field(default=600.0, description="seconds one download may take")
-    deadline_s: Positive = Field(
-        default=3600.0, description="seconds from a submit until the video is given up for now"
-    )
-    settle_s: Positive = Field(
-        default=120.0,
-        description="seconds after which a submit without an answer must show in the provider's "
-        "list if it arrived",
-    )
-    max_mib: Positive = Field(default=512.0, description="largest video file in MiB")
-    max_rejected: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="stop when more than this share of at least 20 videos was refused as content",
-    )
-    retry_rejected: bool = Field(
-        default=False,
-        description="ask again (and pay again) for what was refused as content, and for tasks that "
-        "failed because the request is wrong",
-    )
-    resubmit_in_doubt: bool = Field(
-        default=False,
-        description="submit again what may have been paid already but cannot be found; its price "
-        "stays counted",
-    )
-    retry_faults: bool = Field(
-        default=False,
-        description="look again at videos that failed five times in a way afd did not foresee; "
-        "what may be paid is collected, not bought again",
-    )
-    adopt_videos: bool = Field(
-        default=False,
-        description="take finished videos of this teacher that its ledger does not know as bought "
-        "before, at no cost; without it a folder with such videos is refused",
-    )
-    accept_changed_videos: bool = Field(
-        default=False,
-        description="take videos whose contents are no longer those that were bought as they are; "
-        "without it they are refused",
-    )
-    idempotency_header: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z0-9-]+$",
-        description="header by which this server recognises a repeated submit, if it has one",
-    )
-    schemes: list[Literal["https", "http"]] = Field(
-        default=["https"], description="schemes that may be contacted, also by redirects"
-    )
-    private_hosts: list[str] = Field(
-        default=[], description="hosts that may be contacted on private or loopback addresses"
-    )
+if TYPE_CHECKING:
+    from afd.teachers.base import Teacher
+    from afd.video.config import VideoConfig
 
 
 class TeacherConfig(Section):
-    """The black box: a folder of finished videos, a simulator, or a paid service."""
+    """Base class of every teacher's section.
 
-    kind: Literal["folder", "simulator", "ark", "openai", "fal"] = Field(
-        default="simulator",
-        description="folder: read finished videos; simulator: a separate process writes them "
-        "first; ark, openai, fal: a service is asked and the folder keeps its videos",
-    )
+    A subclass overrides `open` (docs/EXTENDING.md); built-in ones name the function in `opener`, as
+    "module:name".
+    """
+
+    opener: ClassVar[str]
+
+    kind: str = Field(description="name of the teacher in the registry")
     path: Path | None = Field(
         default=None, description="the teacher's folder; null is <out>/teacher (not for folder)"
     )
+
+    def open(self, video: VideoConfig, folder: Path, console: Console | None = None) -> Teacher:
+        """Open the teacher, whose videos are stored in `folder`. Raises TeacherError."""
+        return load(self.opener)(self, video, folder, console or Console())
+
+    def forecast(self, folder: Path, drawn: int) -> Forecast:
+        """Estimate what a run that draws `drawn` requests will ask for, offline and read-only."""
+        return Forecast(self.kind, 0, 0, 0, drawn)
+
+    def missing(self, folder: Path) -> Iterator[str]:
+        """Yield a message for each input that a run needs and that is missing."""
+        yield from ()
+
+    @property
+    def patience_s(self) -> float:
+        """The most seconds that one answer may take."""
+        return 0.0
+
+
+class FolderConfig(TeacherConfig):
+    """Finished videos in a folder."""
+
+    opener: ClassVar[str] = "afd.teachers.folder:open_teacher"
+
+    kind: Literal["folder"] = Field(default="folder", description="read finished videos")
     manifest: Path | None = Field(
         default=None,
         description="which file holds which prompt; null finds prompts.jsonl, .csv, .txt in path",
     )
-    style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
-        default="nuis", description="simulator: the look of its renderings"
-    )
-    count: Count = Field(default=200, description="simulator: how many videos it writes")
-    seed: Natural = Field(
-        default=0, description="seed of the simulator's throws or of the service's draws"
-    )
-    api: ApiConfig = ApiConfig()
-    fetch: FetchConfig = FetchConfig()
 
     @model_validator(mode="after")
-    def _needs(self) -> TeacherConfig:
-        if self.kind == "folder" and self.path is None:
+    def _needs(self) -> FolderConfig:
+        if self.path is None:
             raise ValueError("teacher.kind=folder needs teacher.path, the folder with the videos")
-        if self.kind in API_KINDS:
-            needed = {
-                "teacher.api.model": self.api.model,
-                "teacher.api.prompts": self.api.prompts,
-                "teacher.fetch.price_usd": self.fetch.price_usd,
-            }
-            missing = [key for key, value in needed.items() if value is None]
-            if missing:
-                raise ValueError(f"teacher.kind={self.kind} needs {', '.join(missing)}")
         return self
+
+    def forecast(self, folder: Path, drawn: int) -> Forecast:
+        try:
+            listed = len(read_manifest(folder, self.manifest)[1])
+        except TeacherError:  # `missing` reports it
+            listed = 0
+        return Forecast(self.kind, listed, listed, 0, min(drawn, listed or drawn))
+
+    def missing(self, folder: Path) -> Iterator[str]:
+        yield from missing_path("teacher.path", folder, "the folder of the teacher's videos")
+        if not folder.exists():
+            return
+        try:
+            manifest, entries, problems = read_manifest(folder, self.manifest)
+        except TeacherError as error:
+            yield str(error)
+            return
+        gone = [f"{file}: no such file" for _, file, _ in entries if not _is_file(folder, file)]
+        for wrong in (problems, gone):
+            if wrong:
+                yield f"teacher manifest {manifest}: {len(wrong)} wrong, such as {wrong[0]}"
+        if not entries and not problems:
+            yield f"teacher manifest {manifest}: lists no video"
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).is_file()
+    except (OSError, ValueError):  # too long, or with a NUL character
+        return False

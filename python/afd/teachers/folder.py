@@ -1,31 +1,31 @@
-"""A folder of finished videos and a manifest that says which prompt each one answers.
-
-Manifest formats, by file ending; video paths are relative to the folder and must stay inside it:
-
-- `.jsonl`: one object a line, {"file": "000123.mp4", "prompt": "a red ball ..."}
-- `.csv`: a header with the columns `file` and `prompt`; other columns are not read
-- `.txt`: one video a line, file and prompt separated by a tab
-"""
+"""The teacher backed by a folder of finished videos."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from afd.rows import Rows, csv_rows, json_rows
-from afd.teachers.base import Request, TeacherError
-from afd.video import DEFAULT_LIMITS, Hdr, Limits, VideoError, check_video
+from rich.console import Console
 
-MANIFESTS = ("prompts.jsonl", "prompts.csv", "prompts.txt")
-# Clips checked at the same time; a large one decodes in several threads of its own.
+from afd.errors import TeacherError, VideoError
+from afd.teachers.base import Request
+from afd.teachers.config import FolderConfig
+from afd.teachers.manifest import read_manifest
+from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
+from afd.video.config import VideoConfig
+
+# Clips checked concurrently; the decoder uses several threads of its own for a large clip.
 THREADS = min(8, os.cpu_count() or 1)
+_log = logging.getLogger("afd")
 
 
 class FolderTeacher:
-    """Answers from files. Everything is checked before the first answer; one error lists all."""
+    """A teacher that answers from existing files. All files are checked on construction, and one
+    error lists every problem."""
 
     def __init__(
         self,
@@ -37,8 +37,8 @@ class FolderTeacher:
         hdr: Hdr = "tonemap",
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """`frames` to `limits`: how each video will be read (see `video.read_video`), so that an
-        unusable one is found now. `manifest` None looks for MANIFESTS in the folder."""
+        """`frames` to `limits`: how each video will be read (see `video.read_video`), so that
+        unusable ones are found now. `manifest` None searches the folder for MANIFESTS."""
         self.folder = Path(folder)
         self.manifest, entries, problems = read_manifest(self.folder, manifest)
         self._files: dict[Request, Path] = {}
@@ -77,49 +77,12 @@ class FolderTeacher:
         return self._requests
 
     def answer(self, request: Request) -> Path:
-        """The video's path; raises TeacherError for a prompt or draw the folder does not hold."""
+        """The video's path. Raises TeacherError for a prompt or draw not in the folder."""
         if request not in self._files:
             raise TeacherError(
                 f"teacher folder {self.folder}: no video {request.draw} for {request.prompt!r}"
             )
         return self._files[request]
-
-
-def read_manifest(
-    folder: Path, manifest: Path | str | None = None
-) -> tuple[Path, list[tuple[str, str, str]], list[str]]:
-    """The manifest's path; where, file and prompt of its entries; and what is wrong with others.
-
-    No video is looked at. Raises TeacherError where there is no folder, or no manifest to read.
-    """
-    if not folder.is_dir():
-        raise TeacherError(f"teacher folder {folder}: no such folder")
-    path = Path(manifest) if manifest is not None else _find(folder)
-    readers = {".jsonl": json_rows, ".csv": _csv, ".txt": _txt}
-    if path.suffix not in readers:
-        raise TeacherError(f"teacher manifest {path}: needs the ending .jsonl, .csv or .txt")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher manifest {path}: cannot be read ({error})") from None
-    entries, problems = [], []
-    for line, row in readers[path.suffix](text):
-        if isinstance(row, str):
-            problems.append(f"line {line}: {row}")
-            continue
-        file, prompt = row.get("file"), row.get("prompt")
-        if isinstance(file, str) and file and isinstance(prompt, str):
-            entries.append((f"line {line}", file, prompt))
-        else:
-            problems.append(f"line {line}: needs a file and a prompt")
-    return path, entries, problems
-
-
-def _find(folder: Path) -> Path:
-    for name in MANIFESTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise TeacherError(f"teacher folder {folder}: holds none of {', '.join(MANIFESTS)}")
 
 
 def _problem(folder: Path, check: Callable[[Path], None], path: Path, prompt: str) -> str | None:
@@ -132,21 +95,27 @@ def _problem(folder: Path, check: Callable[[Path], None], path: Path, prompt: st
         check(path)
     except VideoError as error:
         return str(error)
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a ring
+    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, symlink loop
         return f"{str(path)[:200]!r}: is no path ({str(error)[:60]})"
     return None
 
 
-def _csv(text: str) -> Rows:
-    return csv_rows(text, ("file", "prompt"))
+def open_folder(folder: Path, manifest: Path | None, video: VideoConfig) -> FolderTeacher:
+    """Open a folder teacher, checking its clips against the video configuration."""
+    teacher = FolderTeacher(
+        folder,
+        manifest,
+        frames=video.frames if video.short == "error" else 1,
+        fps=video.fps,
+        hdr=video.hdr,
+        limits=video.limits,
+    )
+    _log.info("teacher %s: %d videos", teacher.folder, len(teacher.requests))
+    return teacher
 
 
-def _txt(text: str) -> Rows:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        file, tab, prompt = line.partition("\t")
-        if tab and file:
-            yield number, {"file": file, "prompt": prompt}
-        else:
-            yield number, "needs file and prompt with a tab between them"
+def open_teacher(
+    config: FolderConfig, video: VideoConfig, folder: Path, console: Console
+) -> FolderTeacher:
+    """Open the folder teacher of a configuration (`TeacherConfig.open`)."""
+    return open_folder(folder, config.manifest, video)

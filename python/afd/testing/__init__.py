@@ -1,1 +1,1 @@
-"""Checks that a user can run: whether this installation computes what the released code does."""
+"""Parity checks of this installation against the released code, for users to run."""

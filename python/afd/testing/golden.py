@@ -1,4 +1,4 @@
-"""Runs the network as one golden file describes and compares every tensor in it.
+"""Runs the network as described by a golden file and compares every tensor in it.
 
 Everything is read from the folder's config.json and from the tensors: sizes, chunk, window, sink,
 steps, the order of calls. Shape letters: B batch, F frames, C channels, H x W latent size,
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.models.causal_wan import CausalWan, WanConfig
-from afd.models.kv_cache import KVCache
-from afd.models.self_forcing import self_forced
-from afd.models.wan_block import Block
+from afd.models.wan.block import Block
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.network import CausalWan
+from afd.models.wan.self_forcing import self_forced
+from afd.models.wan.types import WanConfig
 from afd.ops import intervals
 from afd.schedules import ShiftedFlow, renoise, x0_from_flow
 from afd.testing.measure import Report
@@ -30,7 +31,7 @@ _SIZES = ("dim", "num_heads", "ffn_dim", "num_layers", "freq_dim", "text_dim", "
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder says of its network, and where to run it.
+    """A folder's network description, and where to run it.
 
     Attributes:
         config: config.json.
@@ -47,7 +48,7 @@ class Folder:
         """The network with the folder's weights; `memory`: window, sink, independent first frame.
 
         Raises:
-            RuntimeError: where the weights are not exactly the network's.
+            RuntimeError: if the weights do not exactly match the network.
         """
         sizes = {key: self.config[key] for key in _SIZES}
         channels = {key: self.config.get(key, 16) for key in ("in_dim", "out_dim")}
@@ -65,7 +66,7 @@ class Folder:
 
 
 def compare(report: Report, golden: Golden, folder: Folder) -> None:
-    """Recognises what a file holds by its tensors, runs it and fills the report."""
+    """Detects the kind of a file from its tensors, runs it and fills the report."""
     name = report.name.rsplit("/", 1)[-1]
     if "call.000.flow" in golden:
         _rollout(report, golden, folder, name)
@@ -113,7 +114,7 @@ def _teacher_forcing(report: Report, golden: Golden, folder: Folder) -> None:
         report.value("flow over kept context", net(x, t, context, kept), golden["flow"])
     for leaf in (x, clean):
         leaf.requires_grad_("R" in golden)
-    flow = net(x, t, context, clean_BFCHW=clean, clean_t_BF=aug_t)
+    flow = net(x, t, context, x0_BFCHW=clean, clean_t_BF=aug_t)
     _compare_output(report, flow, golden, folder)
     _compare_gradients(report, net, flow, {"x": x, "clean_x": clean}, golden, folder)
 
@@ -143,7 +144,7 @@ def _compare_gradients(
         return
     product = flow * folder.put(golden["R"])
     loss = product.mean()
-    # The loss is a mean of terms of both signs: its error is to be seen against their size.
+    # The loss is a mean of terms of both signs: its error is measured relative to their magnitude.
     report.value("loss", loss, golden["loss"], floor=float(product.detach().abs().mean()))
     loss.backward()
     report.parameter_gradients({n: p.grad for n, p in net.named_parameters()}, golden)
@@ -154,7 +155,7 @@ def _compare_gradients(
 
 
 class _Taps:
-    """Records the intermediates that a file holds as `tap.*` while the network runs."""
+    """Records the intermediates stored as `tap.*` in a file while the network runs."""
 
     def __init__(self, net: CausalWan, golden: Golden) -> None:
         self.net, self.seen = net, dict[str, Tensor]()
@@ -220,7 +221,7 @@ def _calls(golden: Golden, tokens: int) -> Iterator[list[_Call]]:
 
 @torch.no_grad()
 def _rollout(report: Report, golden: Golden, folder: Folder, name: str) -> None:
-    """Replays a cached rollout call by call, on its own results, with the file's noise."""
+    """Replays a cached rollout call by call on its own outputs, with the file's noise."""
     noise, text = folder.put(golden["noise"]), folder.put(golden["context"])
     frames, (height, width) = noise.shape[1], noise.shape[3:]
     rows, cols = WanConfig().grid(height, width)
@@ -261,7 +262,7 @@ def _rollout(report: Report, golden: Golden, folder: Folder, name: str) -> None:
 
 
 def _compare_cache(report: Report, cache: KVCache, golden: Golden, tokens: int) -> None:
-    """The released cache is rolled: frame by frame in order. Ours is a ring: take its slots so."""
+    """Compares the released rolled cache, in frame order, with our ring buffer, reordered."""
     slots = torch.tensor([cache.slot(frame) for frame in cache.held()])
     for layer, (self_kv, cross_kv) in enumerate(zip(cache.self_kv, cache.cross_kv, strict=True)):
         for letter, ours, text in zip("kv", self_kv, cross_kv, strict=True):

@@ -1,4 +1,4 @@
-"""What a golden file was compared with, and how far off the worst tensor was."""
+"""Error measurement: the comparison of a golden file and its worst tensor."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Relative L2 errors of a float32 (or float64) run against the released code's float32 values.
+# Limits on relative L2 errors of a float32 (float64) run against the released float32 values.
 VALUES = 1e-5
 GRADIENTS = 1e-4
-# Gradients this much smaller than the largest are compared against this share of it.
+# Floor for the norm of gradients in relative errors, as a fraction of the largest.
 GRADIENT_FLOOR = 1e-4
-# One rounding to bfloat16, of the reference and of this code each.
+# One rounding to bfloat16 each in the reference and in this code.
 BF16_ROUNDINGS = 2 * torch.finfo(torch.bfloat16).eps
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """|actual - expected| / |expected| in float64 (L2), infinite where shapes or numbers differ."""
+    """|actual - expected| / |expected| in float64 (L2); infinite if shapes or NaNs differ."""
     if actual.shape != expected.shape:
         return float("inf")
     wanted = expected.detach().double().cpu()
@@ -30,7 +30,7 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> floa
 
 @dataclass
 class Worst:
-    """The largest error of one kind and the tensor it was seen in."""
+    """The largest error of a kind and the tensor in which it occurs."""
 
     limit: float
     error: float = 0.0
@@ -49,13 +49,13 @@ class Worst:
 
 @dataclass
 class Report:
-    """One golden file's comparison.
+    """The comparison of one golden file.
 
     Attributes:
         name: the file.
         values: forward values, rollouts, units.
         gradients: gradients and their norms.
-        wrong: what must agree exactly and does not, and what could not be run, in words.
+        wrong: descriptions of exact-match failures and of what could not be run.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Report:
     def parameter_gradients(
         self, named: dict[str, Tensor | None], golden: dict[str, Tensor]
     ) -> None:
-        """Every `gradnorm.<name>` and `grad.<name>` of the file against the gradients at hand."""
+        """Compares every `gradnorm.<name>` and `grad.<name>` of the file with `named` gradients."""
         norms = {k[len("gradnorm.") :]: float(v) for k, v in golden.items() if "gradnorm." in k}
         floor = GRADIENT_FLOOR * max(norms.values(), default=0.0)
         missing = sorted(norms.keys() - named.keys())
@@ -100,7 +100,7 @@ class Report:
         return self.values.ok and self.gradients.ok and compared and not self.wrong
 
     def line(self) -> str:
-        """One line: the worst error of each kind, in which tensor, and the verdict."""
+        """One line: the worst error of each kind with its tensor, and the verdict."""
         parts = [
             f"{label} {worst.error:.1e} ({worst.tensor})"
             for label, worst in (("values", self.values), ("gradients", self.gradients))

@@ -29,7 +29,7 @@ from afd.testing.units import compare_units
 from afd_kernels.dispatch import BACKENDS, OPS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-# Files of one pass, for which the released code's own error in bfloat16 is known.
+# Single-pass files, for which the released code's own bfloat16 error is known.
 ONE_PASS = ("train_causal", "teacher_forcing")
 
 
@@ -38,13 +38,13 @@ def run_folder(
 ) -> Iterator[Report]:
     """A report for every golden file below `path`, one after another.
 
-    In bfloat16 only the files of one pass and their values are compared, against the released
-    code's own error in bfloat16, which the folder's config.json tells.
+    In bfloat16 only single-pass files and their values are compared, against the released code's
+    own bfloat16 error, recorded in the folder's config.json.
     """
     device = torch.device(device)
     for file in sorted(path.rglob("config.json")):
         config = json.loads(file.read_text())
-        # Other models keep a config.json too.
+        # Other models have a config.json, too.
         if {"num_heads", "chunk", "text_len"} <= config.keys():
             yield from _student_folder(file.parent, path, config, device, dtype)
     for units in sorted(path.rglob("units.safetensors")):
@@ -85,7 +85,7 @@ def _student_folder(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m afd.testing.parity", description=__doc__)
     parser.add_argument("folder", type=Path, help="a golden folder, or a folder of them")
     parser.add_argument(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from afd import ops
-from afd.models.causal_wan import sinusoid
-from afd.models.rope import axis_table, pairs_per_axis, rope_table
-from afd.models.wan_block import EPS, rms_norm
+from afd.models.wan.block import EPS, rms_norm
+from afd.models.wan.network import sinusoid
+from afd.models.wan.rope import axis_table, pairs_per_axis, rope_table
 from afd.schedules import ShiftedFlow, euler_step, flow_from_x0, renoise, x0_from_flow
 from afd.testing.measure import BF16_ROUNDINGS, Report, relative_error
 
@@ -18,7 +18,7 @@ Golden = dict[str, Tensor]
 
 
 def compare_units(report: Report, golden: Golden, device: torch.device) -> None:
-    """Every tensor of a units file that is a result, by the functions the student uses."""
+    """Compares every result tensor of a units file with the functions the student uses."""
     golden = {key: value.to(device) for key, value in golden.items()}
     used: set[str] = set()
     _schedules(report, golden, used)
@@ -45,7 +45,7 @@ def _schedules(report: Report, golden: Golden, used: set[str]) -> None:
         if match is None:
             continue
         shift, count, what = match.groups()
-        # The consistency table has as many entries as its name says, and the students' shift.
+        # The consistency table's name gives its number of entries; its shift is the students'.
         flow = ShiftedFlow(float(shift)) if shift else ShiftedFlow(5.0, int(count))
         if what in columns:
             report.value(key, columns[what](flow), golden[key])
@@ -64,7 +64,7 @@ def _conversions(report: Report, golden: Golden, used: set[str]) -> None:
     flow_BC, xt, noise, t = (golden[f"conv.{name}"] for name in ("flow", "xt", "noise", "t"))
     schedule = ShiftedFlow()
     sigma = schedule.sigma_at(t)
-    # The released step takes a whole batch to noise level 0 as soon as one of it is at the last.
+    # The released step sets the whole batch to noise level 0 once any element is at the last.
     following = schedule.nearest(t[1:]) + 1
     at_end = bool((following == schedule.count).any())
     after = 0.0 if at_end else schedule.sigmas.to(t.device)[following]
@@ -100,7 +100,7 @@ def _rope(report: Report, golden: Golden, used: set[str]) -> None:
         table = rope_table(int(width), frame_F, rows, cols)
         gain = torch.ones(x_BLhd.shape[2:].numel(), device=x_BLhd.device)
         turned, _ = ops.qk_norm_rope(x_BLhd, x_BLhd, gain, gain, table, eps=EPS)
-        # The op norms as well; turning is linear, so the norm can be taken back afterwards.
+        # The op also normalises; rotation is linear, so the norm can be undone afterwards.
         size = (x_BLhd.double().flatten(2).square().mean(-1) + EPS).sqrt()[..., None, None]
         report.value(key, turned * size, golden[key])
 
@@ -122,6 +122,6 @@ def _rms(report: Report, golden: Golden, used: set[str]) -> None:
         used.add("rms.out_bf16")
         expected = golden["rms.out_bf16"]
         out = rms_norm(x_BLD.bfloat16(), weight_D.bfloat16())
-        # The released code rounds in the middle as well: agreement within the roundings' size.
+        # The released code also rounds intermediates: require agreement within those roundings.
         within = relative_error(out, expected) <= BF16_ROUNDINGS
         report.exact("rms.out_bf16 within two roundings", within, True)

@@ -1,4 +1,4 @@
-"""A folder of VideoAlign's golden files: its model in every precision, and what was compared."""
+"""VideoAlign's golden files: the model in every precision, and comparison results."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.discriminators.videoalign_model import Rotary, VideoAlign
-from afd.discriminators.videoalign_prompt import FIELD
+from afd.discriminators.videoalign.model import Rotary, VideoAlign
+from afd.discriminators.videoalign.prompt import FIELD
 
-# Largest absolute differences. Rewards and hidden states are of size 1 to 10.
+# Largest absolute differences. Rewards and hidden states have magnitude 1 to 10.
 REWARDS = 1e-4
 VISION = 2e-5
-# In bfloat16 two orders of the same operations differ by this much on these sizes.
+# In bfloat16, reordering the operations changes results by this much at these sizes.
 LOOSE = 0.2
 PIXELS = 1e-5
-# The suffix of the tensors, the dtype and the rotary tables of each way the original was run.
+# Tensor-name suffix, dtype and rotary tables of each mode the original was run in.
 MODES: dict[str, tuple[torch.dtype, Rotary]] = {
     "": (torch.float32, "exact"),
     ".fp32_bf16rope": (torch.float32, "rounded"),
     ".bf16": (torch.bfloat16, "released"),
 }
 
-# An error over its limit, the error, the limit, and the tensor it was seen in.
+# Ratio of an error to its limit, the error, the limit, and the tensor's name.
 Worst = tuple[float, float, float, str]
 
 
 @dataclass
 class Line:
-    """What one file was compared with.
+    """The comparison of one file.
 
     Attributes:
         name: the file.
-        wrong: what must agree exactly and does not, and what could not be run, in words.
+        wrong: descriptions of exact-match failures and of what could not be run.
         notes: what this file alone cannot show.
     """
 
@@ -49,7 +49,7 @@ class Line:
     worst: dict[str, Worst] = field(default_factory=dict)
 
     def near(self, what: str, actual: Tensor, expected: Tensor, limit: float) -> None:
-        """The largest absolute difference against its limit; infinite where shapes differ."""
+        """Checks the largest absolute difference against a limit; infinite if shapes differ."""
         error = float("inf")
         if actual.shape == expected.shape:
             error = float((actual.detach().double().cpu() - expected.double().cpu()).abs().max())
@@ -77,7 +77,7 @@ class Line:
         return self.count > 0 and within and not self.wrong
 
     def text(self) -> str:
-        """One line: verdict, worst error of each precision, where, and how much was compared."""
+        """One line: verdict, worst error and tensor per precision, and how much was compared."""
         parts = [
             f"{kind} {error:.1e} of {limit:.0e} ({what})"
             for kind, (_, error, limit, what) in sorted(self.worst.items(), reverse=True)
@@ -101,7 +101,7 @@ class Folder:
 
     @cached_property
     def template(self) -> str:
-        """The original's template: what its requests have in common."""
+        """The original's prompt template: the common part of its requests."""
         for entry in self.read("prompts.json"):
             prompt, text = entry["prompt"], entry["user_text"]
             if prompt.strip() and text.count(prompt) == 1:

@@ -1,4 +1,4 @@
-"""Frames, patches and prompts against the original's."""
+"""Compares frames, patches and prompts with the original's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afd.discriminators.videoalign_preprocess import (
+from afd.discriminators.videoalign.preprocess import (
     FACTOR,
     MEAN,
     MERGE,
@@ -22,12 +22,12 @@ from afd.discriminators.videoalign_preprocess import (
     resize,
     smart_resize,
 )
-from afd.discriminators.videoalign_prompt import chat_text
+from afd.discriminators.videoalign.prompt import chat_text
 from afd.testing.videoalign_golden import PIXELS, Folder, Line
 
 
 def compare_preprocess(line: Line, path: Path, folder: Folder) -> None:
-    """The tables of frame sampling and sizes, and the sizes of each clip."""
+    """Compares the tables of frame sampling and sizes, and the sizes of each clip."""
     held = folder.read(path.name)
     line.unknown(held.keys() - {"clips", "smart_resize", "sampling"})
     sizes = held["smart_resize"]
@@ -56,17 +56,17 @@ def compare_preprocess(line: Line, path: Path, folder: Folder) -> None:
 
 
 def _plan(clip: dict[str, Any]) -> tuple[Tensor, tuple[int, int], list[int]]:
-    """Chosen frames, their size after the resize, and the grid of a clip's description."""
+    """Sampled frames, their resized size, and the grid, from a clip's description."""
     indices = frame_indices(clip["total_frames"], clip["avg_fps"], fps=clip["fps"])
     rows, columns = smart_resize(clip["height"], clip["width"], clip["max_pixels"])
     return indices, (rows, columns), [len(indices) // 2, rows // PATCH, columns // PATCH]
 
 
 def compare_clip(line: Line, path: Path, folder: Folder) -> None:
-    """Resize and patches of the pieces of a clip that the file holds.
+    """Compares resize and patches on the parts of a clip stored in the file.
 
-    Of the whole clip there are only rows and means. They are held to each other by this code's
-    normalisation and order of rows, which a wrong constant or order would break.
+    Of the whole clip it has only rows and means. They are checked against each other through this
+    code's normalisation and row order, which a wrong constant or order would break.
     """
     golden = load_file(path)
     clip = folder.read("preprocess.json")["clips"][path.stem.removeprefix("preprocess_")]
@@ -77,7 +77,7 @@ def compare_clip(line: Line, path: Path, folder: Folder) -> None:
     exact = folder.device.type == "cpu"
     for name in [key for key in golden if key.startswith("resize_") and key.endswith("_uint8")]:
         expected = golden.pop(name)
-        # On a CPU the very numbers; other devices may round a level differently.
+        # Exact on a CPU; other devices may round a level differently.
         line.near(name, resize(raw, *expected.shape[-2:]), expected, 0.5 if exact else 1.0)
         size = name.removeprefix("resize_").removesuffix("_uint8")
         if f"pixel_values_{size}" in golden:
@@ -99,16 +99,16 @@ def _compare_rows(
     mean_P, square_P = golden.pop("pixel_row_mean"), golden.pop("pixel_row_sqmean")
     line.near("pixel_row_mean", rows_RK.double().mean(1), mean_P[index_R], PIXELS)
     line.near("pixel_row_sqmean", rows_RK.double().square().mean(1), square_P[index_R], PIXELS)
-    # Back to levels: whole numbers, if the constants are the right ones.
+    # Back to pixel levels, which are whole numbers if the constants are right.
     cells = rows_RK.double().view(-1, 3, 2, PATCH, PATCH)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1, 1) for v in (MEAN, STD))
     levels = (cells * std + mean) * 255
     line.near("pixel_rows are whole levels", levels, levels.round(), 2e-4)
-    # Rows run over time first: the means of each pair of frames are those of its h x w rows.
+    # Time is the outermost row dimension: a frame pair's means are those of its h x w rows.
     frames_N3 = golden.pop("resized_frame_channel_mean")
     normal_N = ((frames_N3 / 255 - mean.flatten()) / std.flatten()).mean(1)
     line.near("rows by time", mean_P.view(t, h * w).mean(1), normal_N.view(t, 2).mean(1), PIXELS)
-    # The first and the last frame are there as a crop: rows inside it must be its patches.
+    # The first and last frames are stored as a crop: rows inside it must be its patches.
     crop, (y, x, _, side) = golden.pop("resized_crop_uint8"), clip["resized_crop_yx"]
     found = 0
     for row, cell in zip(index_R.tolist(), levels, strict=True):
@@ -125,7 +125,7 @@ def _compare_rows(
 
 
 def compare_prompts(line: Line, path: Path, folder: Folder) -> None:
-    """Every prompt's request, chat and tokens, byte for byte."""
+    """Compares every prompt's request, chat and tokens byte for byte."""
     prompts = folder.model("").prompts
     for number, entry in enumerate(folder.read(path.name)):
         text = prompts.request(entry["prompt"])

@@ -59,14 +59,14 @@ def run_folder(path: Path, device: torch.device | str = "cpu") -> Iterator[Line]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m afd.testing.videoalign_parity", description=__doc__
     )
     parser.add_argument("folder", type=Path, help="a folder of golden files")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(arguments)
-    # The template is the folder's: what the log says about ours does not apply.
+    # The template is the folder's, so log messages about ours do not apply.
     logging.getLogger("afd").setLevel(logging.ERROR)
     if not (given.folder / "checkpoint_root").is_dir():
         print(f"{given.folder}: no folder of golden files (no checkpoint_root/)", file=sys.stderr)

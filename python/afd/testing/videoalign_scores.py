@@ -1,4 +1,4 @@
-"""Rewards, hidden states, rotary tables and the layout of weights against the original's."""
+"""Compares rewards, hidden states, rotary tables and weight layout with the original's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afd.discriminators.videoalign_model import (
+from afd.discriminators.videoalign.model import (
     VideoAlign,
     build_network,
     find_files,
@@ -21,12 +21,12 @@ from afd.discriminators.videoalign_model import (
     rewards,
     set_rotary,
 )
-from afd.discriminators.videoalign_preprocess import MERGE
-from afd.discriminators.videoalign_prompt import Tokens
-from afd.models.checkpoints import fill, read_pickle
+from afd.discriminators.videoalign.preprocess import MERGE
+from afd.discriminators.videoalign.prompt import Tokens
+from afd.models.wan.checkpoints import fill, read_pickle
 from afd.testing.videoalign_golden import LOOSE, MODES, REWARDS, VISION, Folder, Line
 
-# What two prompts' VQ and MQ of one video may differ by: they do not depend on it.
+# Tolerance between VQ and MQ of one video under two prompts, on which they do not depend.
 SAME = 1e-6
 # Sines and cosines of angles up to thousands, in float32.
 TABLES = 1e-6
@@ -34,7 +34,7 @@ HEAD_DIM = 128
 
 
 def compare_case(line: Line, path: Path, folder: Folder) -> None:
-    """One batch in every precision, from its prompts and patches to rewards."""
+    """Compares one batch in every precision, from prompts and patches to rewards."""
     golden = load_file(path)
     case = folder.read("forward.json")[path.stem.removeprefix("forward_")]
     tokens = _tokens(line, golden, case, folder)
@@ -110,7 +110,7 @@ def _compare_mode(
 
 @contextmanager
 def _taps(model: VideoAlign, tokens: Tokens) -> Iterator[dict[str, Tensor]]:
-    """Intermediates of a pass by the golden names."""
+    """Records a pass's intermediates under their golden names."""
     seen: dict[str, Tensor] = {}
     layers: list[Tensor] = []
 
@@ -137,7 +137,7 @@ def _taps(model: VideoAlign, tokens: Tokens) -> Iterator[dict[str, Tensor]]:
 
 
 def compare_api(line: Line, path: Path, folder: Folder) -> None:
-    """The ratings that the original's public call returned, plain and normalised."""
+    """Compares the ratings of the original's public call, raw and normalised."""
     modes = {"fp32": "", "fp32_bf16rope": ".fp32_bf16rope", "bf16": ".bf16"}
     for name, case in folder.read(path.name).items():
         golden = load_file(folder.path / f"forward_{name}.safetensors")
@@ -153,13 +153,13 @@ def compare_api(line: Line, path: Path, folder: Folder) -> None:
                 ratings = named_ratings(found, norms)
                 for key, values in ratings.items():
                     expected = torch.tensor([row[key] for row in answers[kind]])
-                    # Overall adds three ratings, and their errors.
+                    # Overall is the sum of three ratings, so errors add up.
                     limit = (LOOSE if shown == "bf16" else REWARDS) * (3 if key == "Overall" else 1)
                     line.near(f"{name} {shown} {kind} {key}", values, expected, limit)
 
 
 def compare_keys(line: Line, path: Path, folder: Folder) -> None:
-    """Names and shapes: of the folder's own file, or of a full-size one through the remap."""
+    """Compares names and shapes with the folder's file, or with a full-size one after remapping."""
     held = folder.read(path.name)
     if path.name.startswith("tiny"):
         weights = read_pickle(find_files(folder.path / "checkpoint_root")[0])
@@ -178,7 +178,7 @@ def compare_keys(line: Line, path: Path, folder: Folder) -> None:
 
 
 def _config(named: dict[str, Tensor]) -> Any:
-    """The configuration that a full-size state dict has the shapes of."""
+    """The configuration implied by the shapes of a full-size state dict."""
     from transformers import Qwen2VLConfig
 
     text, vision = "language_model.layers.0.", "visual.blocks.0."
@@ -209,7 +209,7 @@ def _config(named: dict[str, Tensor]) -> Any:
 
 
 def compare_rotary(line: Line, path: Path, folder: Folder) -> None:
-    """The rotary tables at the released model's size, exact and with rounded frequencies."""
+    """Compares rotary tables at the released size, exact and with rounded frequencies."""
     golden = load_file(path)
     named, _ = remap(
         {k: torch.empty(s, device="meta") for k, s in folder.read("full_size_keys.json").items()},
@@ -232,7 +232,7 @@ def compare_rotary(line: Line, path: Path, folder: Folder) -> None:
         line.equal(f"vision inv_freq {rotary}", vision.inv_freq.float(), inv_freq.float())
         for table, found in zip(("cos", "sin"), text(torch.zeros(1), positions_31L), strict=True):
             expected = golden[f"llm_{table}_{kind}buf"]
-            # One table, or three equal ones where the axes are joined later.
+            # One table, or three equal ones if the axes are merged later.
             found = found.reshape(-1, *expected.shape)
             line.near(f"llm {table} {rotary}", found, expected.expand_as(found), TABLES)
         if rotary == "rounded":
@@ -246,7 +246,7 @@ def compare_rotary(line: Line, path: Path, folder: Folder) -> None:
 
 
 def _vision_tables(rotary: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines at (i, i) for i below 32, of any transformers 5's rotary module."""
+    """Cosines and sines at (i, i) for i < 32, from the rotary module of any transformers 5.x."""
     grid_32x2 = torch.arange(32)[:, None].expand(32, 2)
     takes = inspect.signature(rotary.forward).parameters
     if "x" in takes:

@@ -1,4 +1,4 @@
-"""Pixels as bytes and as floats."""
+"""Conversion of pixels between uint8 and float."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def to_uint8(video_FCHW: Tensor) -> Tensor:
-    """[..., 3, H, W] in [-1, 1] to uint8 [..., H, W, 3], rounded, values outside clipped."""
+    """Convert [..., 3, H, W] in [-1, 1] to uint8 [..., H, W, 3], rounded and clipped."""
     levels = (video_FCHW.detach().cpu().float() + 1) * 127.5
     return levels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
 
 
 def from_uint8(video_FHWC: Tensor) -> Tensor:
-    """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in [-1, 1]."""
+    """Convert uint8 [..., H, W, 3] to float32 [..., 3, H, W] in [-1, 1]."""
     return (video_FHWC.movedim(-1, -3).float() / 127.5 - 1).contiguous()

@@ -1,4 +1,4 @@
-"""How a stored picture is turned and mirrored to be shown."""
+"""Orientation of pictures: how a stored picture is rotated and mirrored for display."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from PIL import Image
 
 # Formats whose size and orientation Pillow reads.
 STILLS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
-# The EXIF tag, and what its values 1 to 8 mean.
+# The EXIF orientation tag; _EXIF below gives the meaning of its values 1 to 8.
 _EXIF_TAG = 0x0112
 
 
 class Orientation(NamedTuple):
-    """Swap rows and columns (or not), then reverse the order of rows and of columns (or not)."""
+    """An optional transposition, followed by optional flips of the rows and columns."""
 
     transpose: bool = False
     flip_rows: bool = False
     flip_columns: bool = False
 
     def apply(self, picture_HWC: np.ndarray) -> np.ndarray:
-        """The picture as it is to be shown: a view."""
+        """The picture as displayed (a view)."""
         if self.transpose:
             picture_HWC = picture_HWC.swapaxes(0, 1)
         rows = slice(None, None, -1 if self.flip_rows else 1)
@@ -45,25 +45,26 @@ _EXIF = {
 
 
 def frame_orientation(frame: Any) -> Orientation | None:
-    """What a decoded frame's display matrix asks for; None where that is no quarter turn.
+    """The orientation given by a decoded frame's display matrix; None if it is not a multiple of a
+    quarter turn.
 
-    The matrix [[a, b, u], [c, d, v], [x, y, w]] shows the stored point (p, q) at
+    The matrix [[a, b, u], [c, d, v], [x, y, w]] maps the stored point (p, q) to
     (a p + c q + x, b p + d q + y).
     """
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        # Beside side data that this PyAV has no name for (EXIF in a video's pictures), it gives
-        # the angle alone.
+        # If there is also side data unknown to this PyAV (EXIF in a video's pictures), it gives
+        # only the angle.
         turns = round(frame.rotation / 90) % 4
         return (UPRIGHT, _EXIF[8], _EXIF[3], _EXIF[6])[turns]
     if data is None:
         return UPRIGHT
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])
     if a * d - b * c == 0:
-        return UPRIGHT  # as players take a matrix of zeros
+        return UPRIGHT  # as players treat an all-zero matrix
     straight, turned = min(abs(a), abs(d)), min(abs(b), abs(c))
-    # A quarter turn within half a degree.
+    # A multiple of a quarter turn, to within half a degree.
     if straight > 100 * max(abs(b), abs(c)):
         return Orientation(False, d < 0, a < 0)
     if turned > 100 * max(abs(a), abs(d)):
@@ -72,9 +73,10 @@ def frame_orientation(frame: Any) -> Orientation | None:
 
 
 def read_still(path: Path) -> tuple[tuple[int, int], Orientation] | None:
-    """Width and height of a picture file and what its EXIF asks for, from its header alone.
+    """Read the width, height and EXIF orientation of a picture file from its header alone.
 
-    None for a file that Pillow does not know; DecompressionBombError where it is absurdly large.
+    Returns None for a file that Pillow cannot read. Raises DecompressionBombError if the picture
+    is excessively large.
     """
     try:
         with Image.open(path, formats=STILLS) as still:
@@ -88,7 +90,7 @@ def read_still(path: Path) -> tuple[tuple[int, int], Orientation] | None:
 
 
 def _exif_value(still: Any) -> Any:
-    # Of a PNG, Pillow would otherwise decode the pixels to look for it behind them.
+    # For a PNG, Pillow would otherwise decode the pixels to search for EXIF data after them.
     if still.format == "PNG" and "exif" not in still.info:
         return None
     return still.getexif().get(_EXIF_TAG)

@@ -1,8 +1,8 @@
-"""A decoded frame as the picture that a screen would show.
+"""Conversion of a decoded frame to the RGB picture that a player would display.
 
-Colours: the matrix, range and transfer that the frame is tagged with; without a tag BT.601, in
-limited range but for the formats and pictures that are full range by definition. That is what
-FFmpeg, and so most of what writes clips without tags, does at every size.
+Colours follow the frame's tags (matrix, range, transfer). Untagged frames are taken as BT.601, in
+limited range except for formats and still pictures that are full range by definition. That is what
+FFmpeg, and so most software that writes untagged clips, does at every size.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from afd.errors import VideoError
 from afd.video.levels import from_uint8
 from afd.video.orientation import frame_orientation
-from afd.video.source import Source, VideoError
+from afd.video.source import Source
 from afd.video.timeline import Shown
 
 Hdr = Literal["tonemap", "refuse"]
 
-# Numbers of ISO/IEC 23091-2 (H.273), which FFmpeg's enumerations are.
+# Code points of ISO/IEC 23091-2 (H.273), which FFmpeg's enumerations use.
 _UNTAGGED = {2, 3}
 _BT601, _BT2020 = 6, 9
 _MATRICES = {1, 4, 5, 6, 7, 9}  # BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020
 _LIMITED, _FULL = 1, 2
 _HDR = {16: "PQ", 18: "HLG"}
-# Filters for HDR frames that are kept: one for each size and kind of clip.
+# Number of cached filters for HDR frames: one per size and format of clip.
 _MAPPERS = 8
 _TO_BT709 = "out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"
 _TIME_BASE = Fraction(1, 1000)
 
 
 class Picture(NamedTuple):
-    """uint8 [H, W, 3] upright; the width of a pixel over its height; whether the pixels are the
-    decoder's own, in other places at most."""
+    """An upright picture, uint8 [H, W, 3]; its pixel aspect ratio (width over height); whether the
+    pixel values are the decoder's own, at most rearranged."""
 
     pixels_HWC: np.ndarray
     aspect: float
@@ -47,7 +48,7 @@ class Picture(NamedTuple):
 
 
 def picture(source: Source, shown: Shown, hdr: Hdr) -> Picture:
-    """A frame upright, in standard-range RGB. VideoError where it cannot be shown as it should."""
+    """Convert a frame to upright, standard-dynamic-range RGB. Raises VideoError if impossible."""
     frame = shown.frame
     orientation = source.orientation or frame_orientation(frame)
     if orientation is None:
@@ -64,7 +65,7 @@ def picture(source: Source, shown: Shown, hdr: Hdr) -> Picture:
     own = name is None and not shown.deinterlaced
     _tag(source, frame)
     if name is None:
-        # Transfer and primaries are to be left alone, which not every PyAV does of itself.
+        # Transfer and primaries must not be converted, which some versions of PyAV do by default.
         frame.color_trc = frame.color_primaries = 2
         pixels_HWC = frame.to_ndarray(format="rgb24")
     else:
@@ -74,14 +75,14 @@ def picture(source: Source, shown: Shown, hdr: Hdr) -> Picture:
 
 
 def _tag(source: Source, frame: Any) -> None:
-    """State matrix and range, so that no converter has to guess them."""
+    """Set the frame's matrix and range explicitly, so that no converter has to guess them."""
     if frame.format.is_rgb or "pal8" in frame.format.name:
         return
     full = frame.format.name.startswith("yuvj") or source.orientation is not None
     if frame.color_range not in (_LIMITED, _FULL):
         frame.color_range = _FULL if full else _LIMITED
     if len(frame.format.components) < 3:
-        return  # grey has no matrix
+        return  # greyscale has no matrix
     if frame.colorspace in _UNTAGGED:
         hdr = frame.color_trc in _HDR
         frame.colorspace = _BT2020 if hdr else _BT601
@@ -93,7 +94,8 @@ def _tag(source: Source, frame: Any) -> None:
 
 
 def _tone_mapped(frame: Any) -> np.ndarray:
-    """PQ or HLG to BT.709 by FFmpeg's scale filter: reference white (203 cd/m2) becomes white."""
+    """Map PQ or HLG to BT.709 by FFmpeg's scale filter; reference white (203 cd/m2) maps to
+    white."""
     if frame.color_primaries in _UNTAGGED:
         frame.color_primaries = _BT2020
     tags = frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc
@@ -101,8 +103,8 @@ def _tone_mapped(frame: Any) -> np.ndarray:
 
 
 class _Mapper:
-    """FFmpeg's scale filter for HDR frames of one kind, which threads take in turns: its table of
-    colours takes seconds to make, then a frame costs nothing much."""
+    """FFmpeg's scale filter for HDR frames of one format, shared by threads under a lock. Building
+    its colour table takes seconds; after that a frame is cheap."""
 
     def __init__(self, width: int, height: int, pixels: str) -> None:
         self._lock = threading.Lock()
@@ -122,7 +124,7 @@ class _Mapper:
         self._graph = graph
 
     def __call__(self, frame: Any) -> np.ndarray:
-        """uint8 [H, W, 3]."""
+        """Convert a frame to uint8 [H, W, 3]."""
         with self._lock:
             self._graph.push(frame)
             return self._graph.pull().to_ndarray()
@@ -130,20 +132,20 @@ class _Mapper:
 
 @lru_cache(_MAPPERS)
 def _mapper(width: int, height: int, pixels: str, tags: tuple[int, ...]) -> _Mapper:
-    """The filter of frames with these `tags`; its first frame makes the table."""
+    """The cached filter for frames with these `tags`; its first frame builds the table."""
     return _Mapper(width, height, pixels)
 
 
 def displayed_size(source: Source, frame: Any) -> tuple[int, int]:
-    """Rows and columns on a screen with square pixels."""
+    """Rows and columns of a frame as displayed with square pixels."""
     rows, columns = frame.height, max(1, round(frame.width * source.aspect))
     orientation = source.orientation or frame_orientation(frame)
     return (columns, rows) if orientation and orientation.transpose else (rows, columns)
 
 
 def fitted(upright: Picture, height: int, width: int) -> tuple[Tensor, bool]:
-    """float32 [3, height, width] in [-1, 1]: the largest centred part of the target's shape,
-    resized; and whether these are the decoder's own pixels, all of them."""
+    """Centre-crop to the target's aspect ratio and resize to float32 [3, height, width] in
+    [-1, 1]; also returns whether these are the decoder's own pixels, uncropped."""
     rows, columns = upright.pixels_HWC.shape[:2]
     keep_rows = min(rows, max(1, round(columns * upright.aspect * height / width)))
     keep_columns = min(columns, max(1, round(rows * width / height / upright.aspect)))

@@ -1,4 +1,4 @@
-"""Video files in: whether a clip can be used, and its frames in the size and rate wanted.
+"""Read video files: check whether a clip is usable, and decode it at a given size and rate.
 
 Shapes: F frames, C = 3 (red, green, blue), H rows, W columns; values in [-1, 1].
 """
@@ -13,18 +13,19 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from afd.errors import VideoError
 from afd.video.picture import Hdr, displayed_size, fitted, picture
-from afd.video.source import DEFAULT_LIMITS, Limits, VideoError, frame_rate, opened
+from afd.video.source import DEFAULT_LIMITS, Limits, frame_rate, opened
 from afd.video.timeline import chosen, decoded, from_packets
 
-# Stored pixels (frames x rows x columns) up to which a check decodes what will be read, although
-# packets might do: 81 frames of 480x832.
+# Stored pixels (frames x rows x columns) up to which a check decodes the frames that will be read,
+# even if packets would suffice: 81 frames of 480x832.
 DECODED_PIXELS = 81 * 480 * 832
 
 
 class Clip(NamedTuple):
-    """What is read of a file: float32 [F, 3, H, W] in [-1, 1], and whether these are the decoder's
-    own pixels (neither scaled nor cropped, deinterlaced or tone-mapped)."""
+    """A decoded clip: float32 [F, 3, H, W] in [-1, 1], and whether these are the decoder's own
+    pixels (neither scaled nor cropped, deinterlaced or tone-mapped)."""
 
     video_FCHW: Tensor
     own_pixels: bool
@@ -38,12 +39,12 @@ def check_video(
     hdr: Hdr = "tonemap",
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
-    """Raise VideoError where `read_video` with these arguments could not read the file, or where
-    its end is missing and the container shows it (mp4, mov): a cut-off mkv or ts is a shorter clip.
+    """Raise VideoError if `read_video` with these arguments could not read the file, or if the file
+    is truncated and its container shows it (mp4, mov); a truncated mkv or ts is a shorter clip.
 
-    The packets of the whole file are read. The frames that are wanted are decoded too, unless the
-    clip is large and of a kind in which packets tell which frames there are; then only the first
-    frame is decoded, and pictures damaged inside are found when they are read.
+    The packets of the whole file are read. The requested frames are also decoded, unless the clip
+    is large and its format lets the frames be determined from packets; then only the first frame is
+    decoded, and damage within later frames is found when they are read.
     """
     path = Path(path)
     _check_arguments(frames, 1, 1, fps)
@@ -78,14 +79,14 @@ def read_video(
     hdr: Hdr = "tonemap",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Tensor:
-    """Decode to float32 [F, 3, height, width] in [-1, 1].
+    """Decode a video file to float32 [F, 3, height, width] in [-1, 1].
 
     Time: frame k is the one shown nearest to k / fps seconds after the first; fps None takes the
-    first F frames as they come. A clip that ends before is refused or its last frame repeated.
-    Space: upright and unmirrored as a player shows it, the largest centred part with the target's
-    shape (after the pixel aspect), then an antialiased bilinear resize. Interlaced frames are
-    deinterlaced. `hdr`: PQ and HLG clips are mapped to BT.709, or refused. `limits`: what a clip
-    may hold. Raises VideoError for what is wrong with the file.
+    first F frames without resampling. A shorter clip is refused or its last frame repeated.
+    Space: the picture as a player displays it (rotation, mirroring, pixel aspect ratio),
+    centre-cropped to the target's aspect ratio, with an antialiased bilinear resize. Interlaced
+    frames are deinterlaced. `hdr`: PQ and HLG clips are mapped to BT.709, or refused. `limits`:
+    decoding limits. Raises VideoError if the file is unusable.
     """
     return read_clip(
         path,
@@ -110,13 +111,13 @@ def read_clip(
     hdr: Hdr = "tonemap",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Clip:
-    """`read_video`, of bytes too, with what became of the pixels."""
+    """`read_video` for a path or bytes, also reporting whether the pixels are the decoder's own."""
     _check_arguments(frames, height, width, fps)
     file = source if isinstance(source, BytesIO) else Path(source)
     name = "a video in memory" if isinstance(source, BytesIO) else str(source)
     video_FCHW, there, own_pixels = torch.empty(frames, 3, height, width), 0, True
     with opened(file, name, limits) as held:
-        # One decoded full-size frame in memory at a time.
+        # Only one decoded full-size frame is in memory at a time.
         for shown in chosen(held, decoded(held), frames, fps):
             video_FCHW[there], own = fitted(picture(held, shown, hdr), height, width)
             own_pixels = own_pixels and own
@@ -128,13 +129,13 @@ def read_clip(
 
 
 def frame_size(path: Path | str) -> tuple[int, int]:
-    """Rows and columns of a file's first frame as a player shows it, in square pixels."""
+    """Rows and columns of a file's first frame as a player displays it, in square pixels."""
     with opened(Path(path)) as source:
         return displayed_size(source, next(decoded(source)).frame)
 
 
 def read_comment(path: Path | str) -> str | None:
-    """The comment in a video file, or None."""
+    """Read the comment in a video file's metadata, or None."""
     with opened(Path(path)) as source:
         return cast("str | None", source.container.metadata.get("comment"))
 
@@ -150,7 +151,7 @@ def _check_arguments(frames: int, height: int, width: int, fps: float | None) ->
 
 
 def _looks(frame: Any) -> tuple[Any, ...]:
-    """What decides how a frame is converted."""
+    """The properties that determine how a frame is converted."""
     return frame.width, frame.height, frame.format.name, frame.color_trc, frame.colorspace
 
 

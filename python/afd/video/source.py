@@ -1,4 +1,4 @@
-"""An open video file: which stream is read, within which limits, and how its failures are named."""
+"""An open video file: selects the stream to read, enforces limits and reports errors."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ import av
 from av.stream import Disposition
 from PIL import Image
 
+from afd.errors import VideoError
 from afd.video.orientation import Orientation, read_still
 
-# Containers that hold their pictures themselves. FFmpeg also opens lists (m3u8, ffconcat), which
-# would take a manifest's path out of its folder.
+# Self-contained containers. FFmpeg also opens playlists (m3u8, ffconcat), which could lead a
+# manifest's path outside its folder.
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,"
-    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"  # single pictures: a stream may begin so
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"  # single pictures: a stream may start so
 )
-# Frames per second that can be asked for: below, a clip is a slide show; above, no clock has it.
+# Range of frame rates that may be requested: below it a clip is a slide show; above it, beyond the
+# resolution of container clocks.
 RATES = (1e-3, 1e4)
-
-
-class VideoError(ValueError):
-    """A video file cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a clip may cost before it is refused; the configuration's `video.max_...`.
+    """Limits beyond which a clip is refused; the configuration's `video.max_...`.
 
-    pixels: of a stored frame, which bounds memory. frames, seconds: up to the last one read, and
-    for frames of the whole file when it is checked.
+    pixels: of a stored frame, which bounds memory. frames, seconds: up to the last frame read; for
+    frames, of the whole file when it is checked.
     """
 
     pixels: int = 2**25
@@ -47,23 +45,23 @@ DEFAULT_LIMITS = Limits()
 
 
 class Source:
-    """A container and its one video stream. As a context manager every failure inside it becomes
-    the file's VideoError."""
+    """A container and its selected video stream. As a context manager, it converts every error in
+    the block to a VideoError that names the file."""
 
     def __init__(self, file: Path | BytesIO, name: str, limits: Limits) -> None:
-        """`name` is for messages."""
+        """`name`: the file's name in error messages."""
         self.file, self.name, self.limits = file, name, limits
         self.container: Any = None
         self.stream: Any = None
-        # Of a picture, whose file says it once; a video's frames carry their own.
+        # For a still picture, given once in its file; the frames of a video carry their own.
         self.orientation: Orientation | None = None
 
     def __enter__(self) -> Source:
         if isinstance(self.file, Path) and not self.file.is_file():
             raise VideoError(f"{self.name}: no such file")
-        # Absolute, as a name such as "concat:a.mp4" would be a protocol.
+        # Absolute, as a name such as "concat:a.mp4" would be interpreted as a protocol.
         file: Any = str(self.file.absolute()) if isinstance(self.file, Path) else self.file
-        # Opening decodes a little already, so the limit is set before.
+        # Opening already decodes a few frames, so the limit is set first.
         options = {"format_whitelist": CONTAINERS, "max_pixels": self._most_pixels}
         try:
             still = self._still()
@@ -96,7 +94,7 @@ class Source:
             self.container.close()
 
     def _choose(self) -> Any:
-        """FFmpeg's best stream, as players take it, but never a cover picture."""
+        """Select FFmpeg's best video stream, as players do, but never cover art."""
         streams = self.container.streams.video
         moving = [s for s in streams if not s.disposition & Disposition.attached_pic]
         if not moving:
@@ -117,11 +115,12 @@ class Source:
 
     @property
     def _most_pixels(self) -> str:
-        """The decoder's own bound: it counts whole blocks, `check_size` what is shown."""
+        """The limit passed to the decoder, which counts whole blocks; `check_size` counts the
+        displayed pixels."""
         return str(2 * self.limits.pixels + 2**16)
 
     def _still(self) -> Orientation | None:
-        """Of a picture file, how it is to be shown; its size is checked before FFmpeg sees it."""
+        """The orientation of a still picture, whose size is checked before FFmpeg opens it."""
         if not isinstance(self.file, Path):
             return None
         try:
@@ -139,12 +138,12 @@ class Source:
 
     @property
     def aspect(self) -> float:
-        """Width of a stored pixel over its height: the container's, else the codec's."""
+        """Pixel aspect ratio (width over height): the container's, else the codec's."""
         return float(self.stream.sample_aspect_ratio or 1)
 
     @property
     def frame_length(self) -> Fraction | None:
-        """Seconds from frame to frame at the stream's nominal rate, where it has one."""
+        """Seconds between frames at the stream's nominal rate, or None if it has none."""
         rate = self.stream.average_rate or self.stream.guessed_rate
         return 1 / Fraction(rate) if rate else None
 
@@ -169,10 +168,10 @@ class Source:
             )
 
     def frames(self) -> Iterator[Any]:
-        """Decoded frames in the order in which they are shown.
+        """Yield decoded frames in presentation order.
 
-        What a stream that was cut without re-encoding holds before its first whole picture is
-        passed over, as players do; damage after it is an error.
+        Incomplete frames before the first complete one (as in a stream that was cut without
+        re-encoding) are skipped, as players do; damage after it is an error.
         """
         count = 0
         for packet in self._packets():
@@ -187,8 +186,8 @@ class Source:
             raise VideoError(f"{self.name}: has a video stream without a single frame{advice}")
 
     def _packets(self) -> Iterator[Any]:
-        """The stream's packets and, last, the empty one that flushes the decoder. Some files hold
-        empty ones in between."""
+        """Yield the stream's packets and, last, the empty packet that flushes the decoder. Empty
+        packets within a file are skipped."""
         end = None
         for packet in self.container.demux(self.stream):
             if packet.size:
@@ -198,7 +197,7 @@ class Source:
         yield end
 
     def _decoded(self, packet: Any, count: int) -> list[Any]:
-        """The decoder's next whole frames; `count` came before."""
+        """The next complete frames from the decoder; `count` frames came before."""
         try:
             frames = self.stream.codec_context.decode(packet)
         except av.InvalidDataError:
@@ -222,18 +221,18 @@ class Source:
 def opened(
     file: Path | BytesIO, name: str | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> Source:
-    """A file, or bytes under a `name`, to be used in a `with` block."""
+    """Open a file, or bytes under a `name`, for use in a `with` block."""
     return Source(file, name or str(file), limits)
 
 
 def frame_rate(fps: float) -> Fraction:
-    """Frames per second as the fraction that was meant, such as 30000/1001."""
+    """Frames per second as the intended fraction, such as 30000/1001."""
     if not RATES[0] <= fps <= RATES[1]:
         raise ValueError(f"fps: got {fps}, needs a rate from {RATES[0]:g} to {RATES[1]:g} a second")
     return Fraction(fps).limit_denominator(65535)
 
 
 def _words(error: Exception) -> str:
-    """What an exception of PyAV says, in few words."""
+    """A short message for an exception of PyAV."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:200]

@@ -1,4 +1,4 @@
-"""When each frame of a clip is shown, and which frames a rate takes."""
+"""Presentation times of a clip's frames, and selection of frames for a target frame rate."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any, NamedTuple
 
 import av
 
-from afd.video.source import Source, VideoError, frame_rate
+from afd.errors import VideoError
+from afd.video.source import Source, frame_rate
 
-# Codecs of which a packet is one shown frame, in containers that keep a time with every packet.
+# Codecs with one displayed frame per packet, in containers that store a time with every packet.
 _ONE_TO_ONE = {"h264", "hevc", "av1"}
 _TIMED = ("mov", "matroska")
 
 
 class Shown(NamedTuple):
-    """A frame on the clip's own clock.
+    """A frame and its presentation time, relative to the start of the clip.
 
-    time: seconds after the first frame. length: seconds on screen where nothing follows. frame:
-    PyAV's, or None where only packets were read. deinterlaced: whether a filter made it.
+    time: seconds after the first frame. length: seconds on screen if no frame follows. frame:
+    PyAV's frame, or None if only packets were read. deinterlaced: whether a filter produced it.
     """
 
     time: Fraction
@@ -31,18 +32,18 @@ class Shown(NamedTuple):
 
 
 def decoded(source: Source) -> Iterator[Shown]:
-    """Every frame a player would show, interlaced ones made whole.
+    """Yield every frame that a player would show, deinterlaced if necessary.
 
-    A frame without a time, or with one before its predecessor's (joined streams), follows its
-    predecessor by that one's length, and so do those after it.
+    A frame without a time, or with a time before its predecessor's (concatenated streams), follows
+    its predecessor by the predecessor's length; later frames are shifted accordingly.
     """
     return _deinterlaced(source, _timed(source))
 
 
 def from_packets(source: Source) -> list[Shown] | None:
-    """The same times from the packets alone; None where only decoding tells them.
+    """The times of `decoded` from the packets alone; None if they can only be found by decoding.
 
-    Reads the whole file and raises VideoError where the container's index goes beyond its end.
+    Reads the whole file and raises VideoError if the container's index extends beyond its end.
     """
     name, stream = source.name, source.stream
     there = source.file.stat().st_size if hasattr(source.file, "stat") else None
@@ -63,7 +64,7 @@ def from_packets(source: Source) -> list[Shown] | None:
         whole = sum(entry.pos + entry.size <= there for entry in index)
         if whole < len(index):
             raise VideoError(f"{name}: is cut off ({whole} of {len(index)} frames are there)")
-    # A frame shown before the first packet's needs one that is not there.
+    # A frame shown before the first packet's frame depends on one that is missing.
     if not plain or not held or min(held) != held[0]:
         return None
     base = Fraction(stream.time_base)
@@ -80,7 +81,7 @@ def from_packets(source: Source) -> list[Shown] | None:
 
 
 def _is_plain(packet: Any, first: bool) -> bool:
-    """Whether a packet is shown, whole, in its own time and with the stream's own settings."""
+    """Whether a packet is displayed, undamaged, at its own time and with the stream's settings."""
     if packet.pts is None or packet.is_discard or packet.is_corrupt:
         return False
     return not packet.has_sidedata("new_extradata") and (packet.is_keyframe or not first)
@@ -89,23 +90,23 @@ def _is_plain(packet: Any, first: bool) -> bool:
 def chosen(
     source: Source, clip: Iterable[Shown], frames: int, fps: float | None
 ) -> Iterator[Shown]:
-    """The frames that are read, in order, at most `frames` of them.
+    """Select at most `frames` frames, in order.
 
-    Frame k is the one shown nearest to k / fps seconds, the earlier of two as near; fps None takes
-    them as they come.
+    Frame k is the one shown nearest to k / fps seconds, the earlier one of a tie; fps None takes
+    the first frames without resampling.
     """
     if fps is None:
         for shown in islice(clip, frames):
             source.check_time(shown.time)
             yield shown
         return
-    # Exact: a wanted time half-way between two frames must not depend on rounding.
+    # Exact arithmetic: a target time half-way between two frames must not depend on rounding.
     step = 1 / frame_rate(fps)
     taken = 0
     before: Shown | None = None
     for shown in clip:
         source.check_time(shown.time)
-        # An earlier frame may still be nearer to the wanted time than this one.
+        # The previous frame may still be nearer to the target time than this one.
         while before is not None and taken < frames and taken * step <= shown.time:
             wanted = taken * step
             nearer = wanted - before.time <= shown.time - wanted
@@ -114,18 +115,18 @@ def chosen(
         before = shown
         if taken == frames:
             return
-    # The last frame stays on screen for its own length.
+    # The last frame remains on screen for its length.
     while before is not None and taken < frames and taken * step < before.time + before.length:
         yield before
         taken += 1
 
 
 def _timed(source: Source) -> Iterator[Shown]:
-    """Decoded frames on the clip's clock."""
+    """Yield decoded frames with their times relative to the start of the clip."""
     nominal = source.frame_length
     stamps = _Stamps(source.container.format.name == "avi")
     before: Shown | None = None
-    # Container time of the clip's zero; None until a frame has a time.
+    # Container time of the clip's start; None until a frame has a time.
     zero: Fraction | None = None
     for index, frame in enumerate(source.frames()):
         base = Fraction(frame.time_base or source.stream.time_base or 0)
@@ -149,10 +150,11 @@ def _timed(source: Source) -> Iterator[Shown]:
 
 
 class _Stamps:
-    """Which of a frame's two times is right: FFmpeg's own rule, by which of them fails to rise.
+    """Chooses between a frame's pts and dts by FFmpeg's rule: the one that has failed to increase
+    less often.
 
-    `decode_only`: of containers such as AVI, where a reordered frame's presentation time is
-    another's.
+    `decode_only`: for containers such as AVI, in which the presentation time of a reordered frame
+    is that of another frame.
     """
 
     def __init__(self, decode_only: bool) -> None:
@@ -161,7 +163,7 @@ class _Stamps:
         self._last_dts: int | None = None
 
     def best(self, pts: int | None, dts: int | None) -> int | None:
-        """The time to use of the next frame's two."""
+        """The time to use for the next frame."""
         if dts is not None and self._last_dts is not None:
             self._faulty_dts += dts <= self._last_dts
         if pts is not None and self._last_pts is not None:
@@ -174,8 +176,9 @@ class _Stamps:
 
 
 def _deinterlaced(source: Source, clip: Iterator[Shown]) -> Iterator[Shown]:
-    """The same frames at the same times, from the first interlaced one on through FFmpeg's bwdif,
-    which looks at the frames before and after; progressive ones pass it untouched."""
+    """Deinterlace frames with FFmpeg's bwdif, which also reads the previous and next frames. Times
+    are unchanged; frames before the first interlaced one bypass the filter, and later progressive
+    ones pass through it unmodified."""
     graph: Any = None
     waiting: deque[Shown] = deque()
     shape: tuple[int, int, str] | None = None
@@ -208,7 +211,7 @@ def _deinterlaced(source: Source, clip: Iterator[Shown]) -> Iterator[Shown]:
 
 
 def _bwdif(source: Source, frame: Any) -> Any:
-    """One frame out for each one in."""
+    """Build a bwdif filter that outputs one frame per input frame."""
     if frame.width < 3 or frame.height < 4:
         raise VideoError(
             f"{source.name}: is interlaced, and {frame.width}x{frame.height} is too small to "

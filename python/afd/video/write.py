@@ -1,4 +1,4 @@
-"""Video files out: h264 mp4, whose bytes depend on the pixels and the settings alone."""
+"""Write video files: h264 mp4 whose bytes depend only on the pixels and the settings."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from afd.video.read import read_clip
 from afd.video.source import frame_rate
 from afd_kernels.contracts import require
 
-# x264's B-frame decision reads memory that nobody wrote: without them the bytes are the same in
-# every process, wherever the frames lie.
+# x264's B-frame decision reads uninitialised memory; without B-frames the bytes are the same in
+# every process, whatever the frames' addresses.
 DETERMINISTIC = {"bf": "0"}
 # With x264's AVX-512 code the bytes of small videos still differed once in some hundred encodes;
-# with that of SSE4.2 they never did (tests/afd/test_encoder.py), as fast. Why is not known.
+# with its SSE4.2 code they never did (tests/afd/test_encoder.py), at the same speed. The cause is
+# unknown.
 _CODE = {"x264-params": "asm=MMX2,SSE2,SSE3,SSSE3,SSE4.2"}
 _X86 = platform.machine() in ("x86_64", "AMD64")
-# Numbers of ISO/IEC 23091-2, which FFmpeg's enumerations are.
+# Code points of ISO/IEC 23091-2, which FFmpeg's enumerations use.
 _BT601, _LIMITED = 6, 1
 
 
 def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 18) -> None:
     """Encode float [F, 3, H, W] in [-1, 1] (H and W even) as h264 yuv420p mp4.
 
-    The file appears under its name only when it is whole. The same input gives the same bytes.
+    The write is atomic. The same input gives the same bytes.
     """
     path = Path(path)
     _check_encodable(video_FCHW)
@@ -46,10 +47,10 @@ def write_video(path: Path | str, video_FCHW: Tensor, *, fps: float, crf: int = 
 
 
 def through_codec(video_BFCHW: Tensor, *, fps: float | None = None, crf: int = 18) -> Tensor:
-    """What is read back of each video once `write_video` has written it: [B, F, 3, H, W] again.
+    """Encode and decode each video as `write_video` and `read_video` would, in memory.
 
-    No file is written. float32 on the video's device; a gradient passes through as if nothing had
-    happened. fps None: 16, for the encoder takes quantisers from it.
+    Returns float32 [B, F, 3, H, W] on the video's device, with a straight-through gradient. fps
+    None means 16; the encoder's choice of quantisers depends on it.
     """
     require(
         video_BFCHW.ndim == 5, "video_BFCHW", video_BFCHW, "[B, F, 3, even H, even W] in [-1, 1]"
@@ -64,14 +65,14 @@ def through_codec(video_BFCHW: Tensor, *, fps: float | None = None, crf: int = 1
         held.seek(0)
         return read_clip(held, frames=frames, height=height, width=width).video_FCHW
 
-    # The encoder has one thread a video, so that its bytes are the same everywhere.
+    # One encoder thread per video, so that the bytes are the same on every machine.
     workers = max(1, min(len(video_BFCHW), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
         seen = list(pool.map(one, video_BFCHW.detach().cpu().unbind()))
-    seen_BFCHW = torch.stack(seen).to(video_BFCHW.device)
+    input_BFCHW = torch.stack(seen).to(video_BFCHW.device)
     if video_BFCHW.requires_grad:
-        return seen_BFCHW + (video_BFCHW - video_BFCHW.detach()).float()
-    return seen_BFCHW
+        return input_BFCHW + (video_BFCHW - video_BFCHW.detach()).float()
+    return input_BFCHW
 
 
 def _check_encodable(video_FCHW: Tensor) -> None:
@@ -81,7 +82,7 @@ def _check_encodable(video_FCHW: Tensor) -> None:
 
 
 def _encode(target: Any, video_FCHW: Tensor, fps: float, crf: int) -> None:
-    """An h264 yuv420p mp4 to a path or a binary file."""
+    """Encode an h264 yuv420p mp4 to a path or a binary file."""
     with av.open(target, "w", format="mp4") as container:
         height, width = video_FCHW.shape[2:]
         # More threads would make the bytes depend on the machine.
@@ -104,13 +105,13 @@ def _add_stream(
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
     stream.options = {"crf": str(crf), **(_CODE if _X86 else {}), **options}
     stream.codec_context.thread_count = threads
-    # Players take a large clip without tags for BT.709.
+    # Players assume BT.709 for large untagged clips.
     stream.codec_context.colorspace, stream.codec_context.color_range = _BT601, _LIMITED
     return stream
 
 
 def _yuv(picture_HWC: Tensor) -> Any:
-    """A uint8 [H, W, 3] picture as the encoder's frame."""
+    """Convert a uint8 [H, W, 3] picture to a yuv420p frame for the encoder."""
     frame = av.VideoFrame.from_ndarray(picture_HWC.numpy(), format="rgb24")
     return frame.reformat(
         format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG
@@ -118,20 +119,20 @@ def _yuv(picture_HWC: Tensor) -> Any:
 
 
 class VideoWriter:
-    """An mp4 that is written while its frames are still being made.
+    """Writes an mp4 incrementally, while its frames are being generated.
 
-    Frames go to <path>.partial, which any player can show at any time; `close` makes it an ordinary
-    mp4 under its own name. As a context manager an error leaves no file.
+    Frames go to <path>.partial, which is playable at any time; `close` converts it to an ordinary
+    mp4 under its final name. As a context manager, it leaves no file on error.
     """
 
     def __init__(
         self, path: Path | str, *, fps: float, crf: int = 18, comment: str | None = None
     ) -> None:
-        """`comment` is kept in the file; `read_comment` reads it."""
+        """`comment` is stored in the file's metadata; `read_comment` reads it."""
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._rate, self._crf, self._comment = frame_rate(fps), crf, comment
-        # Each frame is a fragment that is on disk when the frame is encoded.
+        # Each frame is its own fragment, written to disk as soon as it is encoded.
         options = {
             "movflags": "frag_every_frame+empty_moov+default_base_moof",
             "flush_packets": "1",
@@ -151,7 +152,7 @@ class VideoWriter:
             "uint8 [F, even H, even W, 3]",
         )
         if self._stream is None:
-            # No frame waits for later ones. A fixed count of threads gives the same bytes anywhere.
+            # No frame waits for later ones. A fixed thread count gives the same bytes everywhere.
             live = {"tune": "zerolatency"}
             self._stream = _add_stream(
                 self._container, shape[1], shape[2], self._rate, self._crf, 4, live
@@ -161,7 +162,7 @@ class VideoWriter:
         self.frames += shape[0]
 
     def close(self) -> None:
-        """Finish the file; it appears under its name whole, or nothing is left."""
+        """Finish the file and give it its final name; on error nothing is left."""
         try:
             self._finish()
         except BaseException:  # a full disk, for instance
@@ -190,7 +191,7 @@ class VideoWriter:
         self.partial.unlink()
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Discard the file."""
         try:
             self._container.close()
         finally:

@@ -1,0 +1,449 @@
+"""The configuration of a run: typed sections, one YAML file, `k=v` overrides.
+
+`load_config` is the entry point. The error for an unknown key names the key, its origin and the
+closest known names; that for an invalid value names the field, the value and what is needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
+from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
+from afd.discriminators.base import DiscriminatorConfig
+from afd.errors import ConfigError, YamlError
+from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
+from afd.models.config import StudentConfig
+from afd.registry import find
+from afd.teachers.base import Teacher
+from afd.teachers.config import TeacherConfig
+from afd.video.config import VideoConfig
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+class EvaluationConfig(Section):
+    """Evaluation of the student on held-out seeds."""
+
+    kind: str = Field(
+        default="physics",
+        description="physics: the toy task's exact metrics on held-out seeds; video: motion, and "
+        "motion quality as the untouched VideoAlign rates it; none: no evaluation; or an installed "
+        "package's metrics",
+    )
+    prompts: Path | None = Field(
+        default=None, description="video: .txt file of held-out prompts; null: the teacher's first"
+    )
+    every: Natural = Field(
+        default=50,
+        description="evaluate before the first update and after every so many; 0 only at the end",
+    )
+    videos: Count = Field(default=576, description="held-out videos of the final evaluation")
+    curve_videos: Count = Field(
+        default=144, description="held-out videos of each evaluation on the way"
+    )
+    seed: Natural = Field(
+        default=1_000_000, description="seed of the held-out noise; the trainer never draws from it"
+    )
+    samples: Natural = Field(
+        default=36, description="videos of the final evaluation kept in samples.safetensors"
+    )
+
+
+class LoggingConfig(Section):
+    """Logs and progress output of a run."""
+
+    every: Count = Field(
+        default=10,
+        description="a line in train.log after every so many updates (metrics.jsonl has them all)",
+    )
+    tensorboard: bool = Field(
+        default=True, description="write TensorBoard event files beside metrics.jsonl"
+    )
+    wandb: str | None = Field(
+        default=None, description="also write to this Weights & Biases project, if installed"
+    )
+    videos_every: Natural = Field(
+        default=0,
+        description="write teacher and student side by side, with scores, after every so many "
+        "updates; 0 never",
+    )
+    progress: bool = Field(
+        default=True, description="show a progress bar where there is a terminal"
+    )
+
+
+class CheckpointConfig(Section):
+    """When the full state of a run is saved."""
+
+    every: Natural = Field(
+        default=100, description="save after every so many updates; 0 only at the end and on Ctrl-C"
+    )
+    keep: Count = Field(default=2, description="how many of the newest checkpoints stay on disk")
+    accept_changed_inputs: bool = Field(
+        default=False,
+        description="go on where a teacher's video, or another file that the run depends on, holds "
+        "something else than what the run has learnt from; each is named in the log",
+    )
+
+
+class RunConfig(Section):
+    """Configuration of a training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = Field(
+        default="run", description="name of the run; letters, digits, dot, dash, underscore"
+    )
+    out: Folder | None = Field(default=None, description="run folder; null is runs/<name>")
+    method: Literal["afd", "sft", "gan", "dmd"] = Field(
+        default="afd",
+        description="afd: adversarial flow distillation, sft: fit the teacher's videos, gan: "
+        "through the last denoising step, dmd: score-free distribution matching",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="seed of everything the run draws"
+    )
+    updates: Count = Field(default=400, description="optimizer updates of the student")
+    prompts_per_update: Count = Field(
+        default=8, description="prompts, each with its teacher video, in one update"
+    )
+    threads: Threads = Field(default=1, description="CPU threads; 0 leaves torch's choice")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        default="auto", description="auto: cuda where there is one, one for each process"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="under torchrun: every process holds all weights, or a share of them",
+    )
+    cache: Folder | None = Field(
+        default=None,
+        description="folder of text embeddings and teacher latents; null is ~/.cache/afd",
+    )
+    video: VideoConfig = VideoConfig()
+    teacher: Annotated[TeacherConfig, ByKind("teachers", "simulator")] = of_default_kind()
+    student: Annotated[StudentConfig, ByKind("students", "toy")] = of_default_kind()
+    discriminator: Annotated[DiscriminatorConfig, ByKind("discriminators", "toy")] = (
+        of_default_kind()
+    )
+    afd: AfdConfig = AfdConfig()
+    sft: SftConfig = SftConfig()
+    gan: GanConfig = GanConfig()
+    dmd: DmdConfig = DmdConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        """Reject sections that are incompatible."""
+        if self.evaluation.kind != "none":
+            try:
+                metrics = find("metrics", self.evaluation.kind)
+            except ConfigError as error:
+                raise ValueError(f"evaluation.kind: {error}, none") from None
+            metrics.check(self.student)
+        if self.method in ("afd", "gan"):
+            self.discriminator.check_student(self.student)
+        self.student.check_video(self.video)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder: `out`, or runs/<name>."""
+        return self.out if self.out is not None else Path("runs") / self.name
+
+    @property
+    def teacher_dir(self) -> Path:
+        """The teacher's folder: `teacher.path`, or <run_dir>/teacher."""
+        return self.teacher.path if self.teacher.path is not None else self.run_dir / "teacher"
+
+    def open_teacher(self, console: Console | None = None) -> Teacher:
+        """Open the run's teacher. Raises TeacherError if it cannot be used."""
+        return self.teacher.open(self.video, self.teacher_dir, console)
+
+
+# Keys of earlier versions, which are rejected with a hint at their new names.
+RENAMED = {
+    "steps": ("updates", "student.denoising_steps"),
+    "prompts_per_step": ("prompts_per_update",),
+    "student.steps": ("student.denoising_steps",),
+    "version": ("weights",),
+    "discriminator.warmup_steps": ("discriminator.warmup_updates",),
+    "dmd.score_warmup_steps": ("dmd.score_warmup_updates",),
+    **{f"{m}.cosine_steps": (f"{m}.cosine_updates",) for m in ("afd", "sft", "gan", "dmd")},
+}
+
+# The only keys in which a resumed run may differ from its checkpoint: none of them affects the
+# results of updates already made.
+FREE_KEYS = (
+    "name",
+    "out",
+    "updates",
+    "logging",
+    "checkpoint",
+    "teacher.fetch",
+    "cache",
+    "device",
+    "parallel",
+)
+
+
+@overload
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig: ...
+@overload
+def load_config(path: Path | str, overrides: Sequence[str], kind: type[Kind]) -> Kind: ...
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), kind: type[Section] = RunConfig
+) -> Section:
+    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate.
+
+    `kind` is the root section, by default RunConfig.
+
+    Raises ConfigError naming the key, the value given, what is needed and the origin.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    return make_config(data, overrides, str(path), kind)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the keys and values of a YAML file; ConfigError if it contains anything else."""
+    where = f"config {_shown(str(path), 400)}"
+    try:
+        with path.open("rb") as file:
+            # One byte more than allowed; a device or pipe may be endless.
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{where}: cannot be read ({_reason(error)})") from error
+    data = parse_value(text, where)
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: holds {type(data).__name__}, needs keys and values")
+    return data
+
+
+def parse_value(text: str, where: str) -> Any:
+    """Parse YAML text to a plain value; raises ConfigError, whose message begins with `where`."""
+    try:
+        return parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{where}: not valid YAML ({error})") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        line = 1 + error.object[: error.start].count(b"\n")
+        return f"line {line}: byte {error.object[error.start]:#04x} is not UTF-8"
+    return str(error)  # a zero byte in a path
+
+
+@overload
+def make_config(
+    data: dict[str, Any], overrides: Sequence[str] = (), origin: str = "configuration"
+) -> RunConfig: ...
+@overload
+def make_config(
+    data: dict[str, Any], overrides: Sequence[str], origin: str, kind: type[Kind]
+) -> Kind: ...
+def make_config(
+    data: dict[str, Any],
+    overrides: Sequence[str] = (),
+    origin: str = "configuration",
+    kind: type[Section] = RunConfig,
+) -> Section:
+    """Validate plain data (as parsed from YAML) with overrides. `origin` names it in errors."""
+    data = _copy(data)
+    came_from: dict[str, str] = {}
+    for override in overrides:
+        came_from[_apply(data, override, kind)] = _named(override)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(dict(detail), came_from, origin, kind) for detail in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain data for YAML, JSON and torch.save(weights_only)."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, as written to <run>/config.yaml."""
+    return yaml_text(plain(config))
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of nested data."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], free_keys: Sequence[str] = FREE_KEYS
+) -> list[str]:
+    """Differences between two plain configurations outside `free_keys`, one sentence per key."""
+    a, b = dict(flatten(old)), dict(flatten(new))
+    free = tuple(f"{key}." for key in free_keys)
+    keys = [k for k in sorted(a.keys() | b.keys()) if not f"{k}.".startswith(free)]
+    absent = "(absent)"
+    return [
+        f"{k}: {a.get(k, absent)!r} there, {b.get(k, absent)!r} now"
+        for k in keys
+        if a.get(k, absent) != b.get(k, absent)
+    ]
+
+
+def _copy(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in data.items()}
+
+
+def _named(override: str) -> str:
+    return f"override {_shown(override)}"
+
+
+def _shown(value: object, width: int = 120) -> str:
+    """A value's repr, truncated to `width`; with a large `width` printable text is not quoted."""
+    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
+    return text if len(text) <= width else f"{text[:width]}…"
+
+
+def _apply(data: dict[str, Any], override: str, kind: type[Section]) -> str:
+    """Set one `dotted.key=value` in nested data; returns the dotted key."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{_named(override)}: needs the form key=value or section.key=value")
+    value = _value(text, override, _annotations(kind, parts))
+    where = data
+    for i, part in enumerate(parts[:-1]):
+        if where.get(part) is None:
+            where[part] = {}
+        where = where[part]
+        if not isinstance(where, dict):
+            section = ".".join(parts[: i + 1])
+            raise ConfigError(f"{_named(override)}: {section} is a value, not a section")
+    where[parts[-1]] = value
+    return ".".join(parts)
+
+
+def _value(text: str, override: str, annotations: Sequence[Any]) -> Any:
+    """An override's value: parsed as YAML, or taken literally if the key is a path or free text.
+
+    For such keys YAML would truncate "a #1" and misread "a: b", [x], 2026 and *x. Quoted values,
+    null, and a list if the key takes one, are parsed as YAML for every key.
+    """
+    kinds = {part for annotation in annotations for part in _parts(annotation)}
+    literal = bool(kinds & {str, Path})
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    listed = list in kinds and text.startswith("[")
+    if literal and not (quoted or listed or text in ("", "~", "null")):
+        return text
+    try:
+        return parse_value(text, f"{_named(override)}: {_shown(text)}")
+    except ConfigError:
+        if literal and quoted:
+            return text  # a literal name that begins and ends with a quote
+        raise
+
+
+def _annotations(kind: type[BaseModel], parts: Sequence[str]) -> list[Any]:
+    """The types of a dotted key, one per section that has it."""
+    field = kind.model_fields.get(parts[0])
+    if field is None:
+        return []
+    if len(parts) == 1:
+        return [field.annotation]
+    below = sections_of(field)
+    return [found for section in below for found in _annotations(section, parts[1:])]
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The plain types in a union: Path and str, but neither literals nor element types of lists."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _parts(part)
+    elif origin is Annotated:
+        yield from _parts(get_args(annotation)[0])
+    else:
+        yield origin or annotation
+
+
+def _explain(
+    detail: dict[str, Any], came_from: dict[str, str], origin: str, kind: type[Section]
+) -> str:
+    """One line for one pydantic error."""
+    key = ".".join(map(str, detail["loc"]))
+    source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
+    if detail["type"] == "extra_forbidden":
+        if key in known_keys(kind):
+            return f"{source}: key {key!r} belongs to another {detail['loc'][0]}.kind"
+        for new in RENAMED.get(key, ()):
+            if new in known_keys(kind):
+                return f"{source}: unknown key {key!r}; it is {new} now"
+        return f"{source}: unknown key {_shown(key)}; {_suggest(key[:200], kind)}"
+    if detail["type"] == "kind":
+        return f"{source}: {key}.{detail['msg']}"
+    if detail["type"] == "value_error":
+        return f"{source}: {detail['msg'].removeprefix('Value error, ')}"
+    return f"{source}: {key} is {_shown(detail['input'])}; {detail['msg']}"
+
+
+def _suggest(key: str, kind: type[Section]) -> str:
+    """Suggest the closest known keys by last part (same section first), else the section's keys."""
+    known = known_keys(kind)
+    section, _, end = key.rpartition(".")
+
+    def closeness(candidate: str) -> float:
+        other_section, _, other_end = candidate.rpartition(".")
+        near = difflib.SequenceMatcher(None, end, other_end).ratio()
+        return near + 0.05 * (section == other_section)
+
+    ranked = sorted(known, key=closeness, reverse=True)
+    best = closeness(ranked[0])
+    if best >= 0.6:
+        return (
+            "did you mean " + " or ".join(k for k in ranked[:3] if closeness(k) > best - 0.1) + "?"
+        )
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    return "known here: " + ", ".join(siblings)
+
+
+def known_keys(kind: type[Section] = RunConfig) -> list[str]:
+    """Every dotted key of a root section, including sections of all kinds."""
+    return list(dict.fromkeys(_keys(kind, "")))
+
+
+def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The sections that a field may hold: one, one per kind, or an empty list."""
+    for each in field.metadata:
+        if isinstance(each, ByKind):
+            return each.sections()
+    return _sections(field.annotation)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for below in sections_of(field):
+            yield from _keys(below, f"{prefix}{name}.")

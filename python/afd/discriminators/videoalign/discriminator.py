@@ -1,0 +1,145 @@
+"""VideoAlign as an online discriminator: the released reward model, trained further.
+
+Only a new LoRA on the language model and the reward head are trained. With the LoRA disabled and
+the original head it is still the released VideoAlign, which measures motion quality independently
+of this training.
+Shape letters: B videos, F frames, C colours, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afd.discriminators.config import VideoAlignConfig
+from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
+from afd.discriminators.videoalign.model import VideoAlign, rewards
+from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
+from afd.hub import refuse_other_weights, weights_digest
+from afd.models.config import DTYPES
+from afd.models.student import Student
+from afd.video.config import VideoConfig
+from afd_kernels.contracts import require
+
+# The linears of the decoder layers: never the vision tower, the embedding or the head.
+TARGETS = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+
+
+class VideoAlignDiscriminator(PairDiscriminator):
+    """A VideoAlign that learns to rank the teacher's videos above the student's.
+
+    Videos are pixels in [-1, 1]; teacher's and student's are preprocessed identically.
+    """
+
+    def __init__(
+        self,
+        scorer: VideoAlign,
+        config: VideoAlignConfig,
+        *,
+        video_fps: float = 16.0,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Takes ownership of `scorer` and adds LoRA to it. `video_fps`: rate of all videos."""
+        from peft import LoraConfig, get_peft_model
+
+        require(video_fps > 0, "video_fps", video_fps, "a positive rate")
+        self.scorer, self.video_fps, self.ranks = scorer, video_fps, ranks
+        self.config: VideoAlignConfig = config
+        released = {**dict(scorer.network.named_parameters()), "rm_head": scorer.head_OD}
+        self.start = weights_digest(released)
+        lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=TARGETS, bias="none"
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # peft creates float32 adapters whatever the network's dtype.
+            self.adapted: Any = get_peft_model(scorer.network, lora)
+        self.head_OD = nn.Parameter(scorer.head_OD.clone())
+        if config.gradient_checkpointing:
+            # The first is transformers' newer name of the second.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(name for name in names if hasattr(scorer.network, name))
+            getattr(scorer.network, enable)({"use_reentrant": False})
+        # The mode only affects checkpointing, as there is no dropout.
+        scorer.network.train(config.gradient_checkpointing)
+        self.optimizer = DiscriminatorOptimizer(self.trained().values(), config)
+
+    def trained(self) -> dict[str, Tensor]:
+        """Trained weights by name: the LoRA and the head."""
+        named = self.scorer.network.named_parameters()
+        return {name: p for name, p in named if p.requires_grad} | {"rm_head.weight": self.head_OD}
+
+    # --- scores ---
+
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
+        """Sample the input frames: about two per second."""
+        return self.scorer.settings.preprocessing.choose(video_BFCHW, self.video_fps)
+
+    def differentiable_score(self, seen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the pixels; rounding to 8 bits is straight-through."""
+        ratings_B3 = rewards(self.scorer.states(seen_BNCHW, prompts), self.head_OD)
+        return ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1)
+
+    def released_ratings(
+        self, seen_BNCHW: Tensor, prompts: Sequence[str], *, normalised: bool = True
+    ) -> dict[str, Tensor]:
+        """VQ, MQ, TA and their sum Overall, [B] each, of the released VideoAlign."""
+        with self.adapted.disable_adapter():
+            return self.scorer.ratings_of(
+                seen_BNCHW, prompts, normalised=normalised, micro_batch=self.config.micro_batch
+            )
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trained weights and optimizer state; of the released weights, which are not saved, only
+        the digest."""
+        trained = {name: value.detach().clone() for name, value in self.trained().items()}
+        return {
+            "start": self.start,
+            "trained": trained,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        refuse_other_weights("discriminator.checkpoint", state["start"], self.start)
+        held, ours = state["trained"], self.trained()
+        shapes = {name: tuple(value.shape) for name, value in held.items()}
+        same = shapes == {name: tuple(value.shape) for name, value in ours.items()}
+        require(same, "state", f"{len(held)} tensors", "the LoRA and head of this rank and model")
+        for name, value in ours.items():
+            value.copy_(held[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def build(
+    config: VideoAlignConfig,
+    student: Student,
+    video: VideoConfig,
+    prompts: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> VideoAlignDiscriminator:
+    """Build the discriminator from its configuration (`DiscriminatorConfig.build`)."""
+    if config.checkpoint is None:
+        raise ConfigError(
+            "discriminator.checkpoint: not given; needed: the folder of the released VideoReward "
+            "(KwaiVGI/VideoReward on the hub)"
+        )
+    scorer = VideoAlign.load(
+        str(config.checkpoint),
+        base=config.base,
+        videoalign=config.checkout,
+        dtype=DTYPES[config.dtype],
+        device=student.device,
+    )
+    for prompt in prompts:  # fail now rather than in the update that uses it
+        scorer.prompts.request(prompt)
+    return VideoAlignDiscriminator(scorer, config, video_fps=video.rate, seed=seed, ranks=ranks)

@@ -1,0 +1,85 @@
+"""Optional packages, each with the extra of pyproject.toml that installs it.
+
+The core, `afd.ops` and `afd.schedules`, needs only torch, triton and numpy.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from afd.errors import ConfigError
+
+
+class Package(NamedTuple):
+    """An optional package.
+
+    Attributes:
+        name: distribution name.
+        module: name of the imported module.
+        extra: afd's extra that installs it; None: it is installed by its own name.
+        purpose: what it is used for.
+    """
+
+    name: str
+    module: str
+    extra: str | None
+    purpose: str
+
+
+PACKAGES = (
+    Package("pydantic", "pydantic", "train", "configurations"),
+    Package("PyYAML", "yaml", "train", "configuration files"),
+    Package("rich", "rich", "train", "tables and progress bars"),
+    Package("einops", "einops", "train", "students and discriminators"),
+    Package("safetensors", "safetensors", "train", "checkpoints"),
+    Package("av", "av", "train", "video files"),
+    Package("pillow", "PIL", "train", "picture files"),
+    Package("matplotlib", "matplotlib", "train", "labels on side-by-side videos, plots"),
+    Package("tensorboard", "tensorboard", "train", "event files (logging.tensorboard)"),
+    Package("diffusers", "diffusers", "wan", "the autoencoder of Wan students"),
+    Package("transformers", "transformers", "wan", "their text encoder, and VideoAlign"),
+    Package("ftfy", "ftfy", "wan", "prompts cleaned as that encoder learnt them"),
+    Package("peft", "peft", "wan", "LoRA of students and of VideoAlign"),
+    Package("huggingface_hub", "huggingface_hub", "wan", "models by hub name"),
+    Package("httpx", "httpx", "teachers", "teachers behind an API"),
+    Package("jinja2", "jinja2", "lab", "report.html"),
+    Package("flash-attn", "flash_attn", "flash", "attention on CUDA, timed beside ours"),
+    Package("xformers", "xformers", "xformers", "attention on CUDA"),
+    Package("shtab", "shtab", "completion", "shell completion (afd --print-completion)"),
+    Package("wandb", "wandb", None, "a board for runs (logging.wandb)"),
+    Package("pytest", "pytest", "dev", "the test suite"),
+)
+_BY_MODULE = {package.module: package for package in PACKAGES}
+
+
+def missing() -> list[Package]:
+    """The optional packages that are not installed. Nothing is imported."""
+    return [package for package in PACKAGES if find_spec(package.module) is None]
+
+
+def need(key: str, *modules: str) -> None:
+    """Raise ConfigError, in one sentence, if a package required by a setting is not installed.
+
+    Nothing is imported.
+    """
+    absent = [_BY_MODULE[name] for name in modules if find_spec(name) is None]
+    if absent:
+        names = ", ".join(package.name for package in absent)
+        verb = "is" if len(absent) == 1 else "are"
+        raise ConfigError(f"{key}: needs {names}, which {verb} not installed; {command(*absent)}")
+
+
+def absent_module(key: str, error: ModuleNotFoundError) -> ConfigError | None:
+    """A ConfigError for a failed import if the module is one of `PACKAGES`; else None."""
+    package = _BY_MODULE.get((error.name or "").partition(".")[0])
+    if package is None:
+        return None
+    return ConfigError(f"{key}: needs {package.name}, which is not installed; {command(package)}")
+
+
+def command(*packages: Package) -> str:
+    """The pip command that installs packages through their extras."""
+    extras = ",".join(dict.fromkeys(p.extra for p in packages if p.extra is not None))
+    wanted = [f"'afd[{extras}]'"] if extras else []
+    return " ".join(["pip install", *wanted, *(p.name for p in packages if p.extra is None)])

@@ -1,0 +1,144 @@
+"""Settings of the toy task: its student, discriminator and teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from afd.config.base import Count, Natural, Share
+from afd.discriminators.base import DiscriminatorConfig
+from afd.hub import fingerprint
+from afd.lab.shipped import SHIPPED, checkpoint_path
+from afd.models.config import StudentConfig
+from afd.registry import load
+from afd.schedules import check_steps
+from afd.teachers.config import TeacherConfig
+from afd.teachers.forecast import Forecast
+
+if TYPE_CHECKING:
+    from afd.models.codec import Codec
+    from afd.models.student import Student
+    from afd.models.wan.network import CausalWan
+    from afd.models.wan.types import WanConfig
+
+
+class ToyStudentConfig(StudentConfig):
+    """Settings of the toy student."""
+
+    kind: Literal["toy"] = Field(default="toy", description="the laptop-size student")
+    checkpoint: str = Field(
+        default="base",
+        description="safetensors file of the start weights; 'base' is the shipped one",
+    )
+    denoising_steps: list[float] = Field(
+        default=[1.0, 0.9375, 0.833, 0.625],
+        min_length=1,
+        description="denoising times, descending in (0, 1], first one 1",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ToyStudentConfig:
+        for steps in (self.denoising_steps, self.first_chunk_steps):
+            if steps is not None:
+                check_steps(steps)
+        return self
+
+    def build(self, *given: Any, **options: Any) -> tuple[Student, Codec]:
+        found: tuple[Student, Codec] = load("afd.lab.build:build")(self, *given, **options)
+        return found
+
+    def load_network(self) -> CausalWan:
+        network: CausalWan = load("afd.lab.build:load_network")(self)
+        return network
+
+    def sizes(self) -> WanConfig:
+        found: WanConfig = load("afd.lab.build:sizes")(self)
+        return found
+
+    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+        path: Path = load("afd.lab.build:save_network")(self, network, folder, dtype, note)
+        return path
+
+    def video_size(self) -> tuple[int, int, int]:
+        size: tuple[int, int, int] = load("afd.lab.build:video_size")(self)
+        return size
+
+    def missing_weights(self) -> Iterator[str]:
+        if self.checkpoint not in SHIPPED:
+            yield from super().missing_weights()
+
+    def fingerprint(self) -> str:
+        return fingerprint(checkpoint_path(self.checkpoint))
+
+
+class ToyDiscriminatorConfig(DiscriminatorConfig):
+    """Settings of the toy discriminator."""
+
+    builder: ClassVar[str] = "afd.lab.discriminator:build"
+
+    kind: Literal["toy"] = Field(default="toy", description="the laptop-size scorer")
+    backbone: Literal["motion", "scratch", "random"] = Field(
+        default="motion",
+        description="frozen pretrained motion features, all trained from scratch, or frozen random",
+    )
+    checkpoint: str = Field(
+        default="motion",
+        description="safetensors file of the motion backbone; 'motion' is the shipped one",
+    )
+    learning_rate: float = Field(default=1e-3, ge=0, description="AdamW learning rate")
+    betas: tuple[Share, Share] = Field(default=(0.5, 0.99), description="AdamW betas")
+    warmup_updates: Natural = Field(
+        default=30, description="updates of the run in which only the discriminator learns"
+    )
+    steps_per_update: Natural = Field(default=2, description="its steps in one update of the run")
+    r1: float = Field(
+        default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
+    )
+    noise: float = Field(
+        default=0.2,
+        ge=0,
+        description="std of noise on the features (scratch: on the pixels) in training",
+    )
+    random_looks: bool = Field(
+        default=True, description="re-render both inputs under random contrast, tint and texture"
+    )
+    score_looks: Count = Field(
+        default=4, description="looks averaged in a score (1: the video as is)"
+    )
+    beginnings: bool = Field(
+        default=True,
+        description="also rank by the first quarters of a clip, before a bounce can hide the fall",
+    )
+
+    def check_student(self, student: StudentConfig) -> None:
+        if student.kind != "toy":
+            raise ValueError(
+                "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
+                f"latent for student.kind={student.kind}"
+            )
+
+
+class SimulatorConfig(TeacherConfig):
+    """Settings of the simulator, a subprocess that writes the teacher's bouncing-ball videos."""
+
+    opener: ClassVar[str] = "afd.lab.simulator_teacher:open_teacher"
+
+    kind: Literal["simulator"] = Field(
+        default="simulator", description="a separate process writes the videos first"
+    )
+    manifest: Path | None = Field(
+        default=None,
+        description="which file holds which prompt; null finds prompts.jsonl, .csv, .txt in path",
+    )
+    style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
+        default="nuis", description="the look of its renderings"
+    )
+    count: Count = Field(default=200, description="how many videos it writes")
+    seed: Natural = Field(default=0, description="seed of its throws")
+
+    def forecast(self, folder: Path, drawn: int) -> Forecast:
+        return Forecast(self.kind, self.count, 0, 0, min(drawn, self.count))

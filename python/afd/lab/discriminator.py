@@ -1,0 +1,270 @@
+"""Discriminators of the toy task, and the frozen motion backbone they can build on.
+
+Shape letters: B videos, F frames, C colour channels, H x W pixels, M motion features, E text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+
+from afd.discriminators.base import LOSSES, gradient_penalty, pair_metrics
+from afd.distributed import ALONE, Ranks
+from afd.files import replacing
+from afd.lab.augmentation import random_look
+from afd.lab.config import ToyDiscriminatorConfig
+from afd.lab.shipped import checkpoint_path
+from afd.lab.student import encode_prompts
+from afd.models.student import Student
+from afd.video.config import VideoConfig
+
+TEXT_LEN, TEXT_DIM = 6, 32
+
+
+class MotionBackbone(nn.Module):
+    """Twelve look-invariant features per frame that encode the ball's position and motion.
+
+    The stand-in for a pretrained video scorer. Input: each frame, and its difference from the
+    clip's mean, which removes everything that does not move.
+    """
+
+    features = 12
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2 * channels, 16, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(16, 40, 3, stride=2, padding=1)
+        self.frame = nn.Linear(40 * 16, 64)
+        self.time1 = nn.Conv1d(64, 64, 5, padding=2)
+        self.time2 = nn.Conv1d(64, self.features, 3, padding=1)
+        self.register_buffer("mean", torch.zeros(self.features))
+        self.register_buffer("std", torch.ones(self.features))
+        self.mean: Tensor
+        self.std: Tensor
+
+    def raw(self, video_BFCHW: Tensor) -> Tensor:
+        """Features before standardisation, [B, F, M]."""
+        moving = video_BFCHW - video_BFCHW.mean(1, keepdim=True)
+        x = torch.cat([video_BFCHW, moving], 2).flatten(0, 1)
+        x = F.gelu(self.conv2(F.gelu(self.conv1(x))))
+        x = F.gelu(self.frame(x.flatten(1))).view(*video_BFCHW.shape[:2], -1).transpose(1, 2)
+        return self.time2(F.gelu(self.time1(x))).transpose(1, 2)
+
+    def forward(self, video_BFCHW: Tensor) -> Tensor:
+        """Features [B, F, M], standardised over the pretraining clips."""
+        return (self.raw(video_BFCHW) - self.mean) / self.std
+
+    def save(self, path: Path) -> None:
+        weights = {k: v.detach().half().contiguous() for k, v in self.state_dict().items()}
+        with replacing(path) as partial:
+            save_file(weights, partial, metadata={"what": json.dumps("motion backbone")})
+
+    @classmethod
+    def load(cls, name: str = "motion") -> MotionBackbone:
+        backbone = cls()
+        weights = load_file(checkpoint_path(name))
+        backbone.load_state_dict({k: v.float() for k, v in weights.items()})
+        return backbone
+
+
+class FrozenFeatureScorer(nn.Module):
+    """A small online head on frozen features and the prompt embedding: an MLP 128-64-1."""
+
+    def __init__(self, backbone: MotionBackbone, frames: int) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.text = nn.Linear(TEXT_LEN * TEXT_DIM, 32)
+        self.head = nn.Sequential(
+            nn.Linear(frames * backbone.features + 32, 128),
+            nn.GELU(),
+            nn.Linear(128, 64),
+            nn.GELU(),
+            nn.Linear(64, 1),
+        )
+
+    def inputs(self, video_BFCHW: Tensor) -> Tensor:
+        """The tensor to which noise and the gradient penalty apply."""
+        return self.backbone(video_BFCHW)
+
+    def forward(self, features_BFM: Tensor, text_BE: Tensor) -> Tensor:
+        """Scores [B]."""
+        return self.head(torch.cat([features_BFM.flatten(1), self.text(text_BE)], 1)).squeeze(1)
+
+
+class ScratchScorer(nn.Module):
+    """A pixel scorer trained from scratch online: per-frame and temporal convolutions, MLP."""
+
+    def __init__(self, frames: int, channels: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, 16, 5, stride=2, padding=2),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(32 * 16, 64),
+        )
+        self.time = nn.Conv1d(64, 64, 3, padding=1)
+        self.text = nn.Linear(TEXT_LEN * TEXT_DIM, 32)
+        self.head = nn.Sequential(
+            nn.Linear(frames * 64 + 32, 96), nn.LeakyReLU(0.2), nn.Linear(96, 1)
+        )
+
+    def inputs(self, video_BFCHW: Tensor) -> Tensor:
+        return video_BFCHW
+
+    def forward(self, video_BFCHW: Tensor, text_BE: Tensor) -> Tensor:
+        frames = self.conv(video_BFCHW.flatten(0, 1)).view(*video_BFCHW.shape[:2], -1)
+        mixed = F.leaky_relu(self.time(frames.transpose(1, 2)), 0.2)
+        return self.head(torch.cat([mixed.flatten(1), self.text(text_BE)], 1)).squeeze(1)
+
+
+class ToyDiscriminator:
+    """A scorer with its optimizer and random generator (see `Discriminator`).
+
+    It is small: with several processes, each computes the update of the whole batch redundantly.
+    """
+
+    input_space: Literal["pixels", "latents"] = "pixels"
+
+    def __init__(
+        self,
+        config: ToyDiscriminatorConfig,
+        frames: int = 12,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        self.generator = Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net: FrozenFeatureScorer | ScratchScorer
+            if config.backbone == "scratch":
+                self.net = ScratchScorer(frames)
+            elif config.backbone == "random":
+                self.net = FrozenFeatureScorer(_standardised(MotionBackbone()), frames)
+            else:
+                self.net = FrozenFeatureScorer(MotionBackbone.load(config.checkpoint), frames)
+        self._weights = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self._weights,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+
+    def prepare(self, video_BFCHW: Tensor) -> Tensor:
+        """The videos, unchanged."""
+        return video_BFCHW
+
+    def weights(self) -> Iterable[Tensor]:
+        """The trained weights."""
+        return self._weights
+
+    def _restyled(self, video_BFCHW: Tensor, generator: Generator, shared: bool = False) -> Tensor:
+        if not self.config.random_looks:
+            return video_BFCHW
+        return random_look(video_BFCHW, generator, shared=shared)
+
+    def _text(self, prompts: Sequence[str]) -> Tensor:
+        return encode_prompts(list(prompts), TEXT_LEN, TEXT_DIM).flatten(1)
+
+    def _beginning(self, inputs: Tensor, quarters_B: Tensor) -> Tensor:
+        """Keep the given number of quarters of each clip and blank the rest."""
+        frames = inputs.shape[1]
+        seen_BF = torch.arange(frames) * 4 < quarters_B[:, None] * frames
+        return inputs * seen_BF.view(*seen_BF.shape, *[1] * (inputs.ndim - 2))
+
+    @torch.no_grad()
+    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._score(input_BFCHW, prompts, self.generator)
+
+    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the videos.
+
+        The looks stay fixed until the next `step`, so that a batch may be scored in parts.
+        """
+        looks = Generator().set_state(self.generator.get_state())
+        # The discriminator is on the CPU, whatever the student's device.
+        return self._score(input_BFCHW.cpu(), prompts, looks).to(input_BFCHW.device)
+
+    def _score(self, input_BFCHW: Tensor, prompts: Sequence[str], generator: Generator) -> Tensor:
+        text_BE = self._text(prompts)
+        looks = self.config.score_looks if self.config.random_looks else 1
+        quarters = (4, 3, 2, 1) if self.config.beginnings else (4,)
+        scores = []
+        # All videos share the looks: a look's contribution to the score cancels in the advantage.
+        for _ in range(looks):
+            inputs = self.net.inputs(self._restyled(input_BFCHW, generator, shared=True))
+            for count in quarters:
+                seen = self._beginning(inputs, torch.full((len(inputs),), count))
+                scores.append(self.net(seen, text_BE))
+        return torch.stack(scores).mean(0)
+
+    def step(
+        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
+    ) -> dict[str, float]:
+        whole = [teacher_BFCHW, student_BFCHW, self._text(prompts)]
+        teacher_BFCHW, student_BFCHW, text_BE = map(self.ranks.gather, whole)
+        teacher = self._noisy(self.net.inputs(self._restyled(teacher_BFCHW, self.generator)))
+        student = self._noisy(self.net.inputs(self._restyled(student_BFCHW, self.generator)))
+        teacher.requires_grad_(self.config.r1 > 0)
+        quarters_B = torch.full((len(teacher),), 4)
+        if self.config.beginnings:
+            quarters_B = torch.randint(1, 5, (len(teacher),), generator=self.generator)
+        teacher_B = self.net(self._beginning(teacher, quarters_B), text_BE)
+        student_B = self.net(self._beginning(student, quarters_B), text_BE)
+        loss = LOSSES[self.config.loss](teacher_B, student_B)
+        total = loss
+        if self.config.r1 > 0:
+            total = loss + self.config.r1 * gradient_penalty(teacher_B, teacher)
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        return {"loss": float(loss.detach()), **pair_metrics(teacher_B, student_B)}
+
+    def _noisy(self, inputs: Tensor) -> Tensor:
+        noise = torch.randn(inputs.shape, generator=self.generator)
+        return inputs.detach() + self.config.noise * noise
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+
+
+def _standardised(backbone: MotionBackbone) -> MotionBackbone:
+    """Standardise a randomly initialised backbone's features over random images."""
+    noise = torch.rand(64, 12, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        raw = backbone.raw(random_look(noise, Generator().manual_seed(0))).flatten(0, 1)
+        backbone.mean.copy_(raw.mean(0))
+        backbone.std.copy_(raw.std(0))
+    return backbone
+
+
+def build(
+    config: ToyDiscriminatorConfig,
+    student: Student,
+    video: VideoConfig,
+    prompts: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> ToyDiscriminator:
+    """Build the discriminator from its configuration (`DiscriminatorConfig.build`)."""
+    return ToyDiscriminator(config, video.frames, seed=seed, ranks=ranks)

@@ -1,0 +1,106 @@
+"""Evaluation of the toy task: held-out physics metrics and their rank agreement with the score."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from afd.config.run import EvaluationConfig
+from afd.distributed import ALONE, Ranks
+from afd.lab import physics
+from afd.lab.physics import measure_each
+from afd.lab.simulator import ATTRIBUTES, PROMPTS
+from afd.methods.afd import Watch
+from afd.models.config import StudentConfig
+from afd.models.student import Student
+from afd.rollout import rollout
+from afd.trainer.evaluate import Evaluated, Evaluation, Metrics, finite, own_part
+from afd.video import to_uint8
+
+# Updates between two logs of the score's agreement with the task's metrics.
+WATCH_EVERY = 10
+
+
+class PhysicsMetrics(Metrics):
+    """The task's exact metrics (`physics.DEFINITIONS`).
+
+    Held-out video i has the simulator's prompt i modulo 36 and seed evaluation.seed + i: every run
+    starts from the same noise, whatever its method.
+    """
+
+    needs_prompts: ClassVar[bool] = False
+
+    def __init__(self, run: Evaluated) -> None:
+        super().__init__(run)
+        self.training_tracks: list[Tensor] = []
+
+    @staticmethod
+    def check(student: StudentConfig) -> None:
+        """Reject any student but the toy."""
+        if student.kind != "toy":
+            raise ValueError(
+                "evaluation.kind: got physics, which measures the toy task; needed: video or none "
+                f"for student.kind={student.kind}"
+            )
+
+    @staticmethod
+    def watch(config: EvaluationConfig, ranks: Ranks) -> Watch:
+        """Log, every WATCH_EVERY updates, the score's agreement with the task's metrics."""
+
+        def watch(
+            step: int, score_B: Tensor, video_BFCHW: Tensor, prompts: list[str], group: int
+        ) -> dict[str, float]:
+            if step % WATCH_EVERY:
+                return {}
+            return rank_agreement(score_B, video_BFCHW, prompts, group, ranks)
+
+        return watch
+
+    def __call__(self, policy: Student, count: int) -> Evaluation:
+        config, ranks = self.run.config, self.run.ranks
+        prompts = [ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)]
+        seeds = [config.evaluation.seed + i for i in range(count)]
+        own = own_part(count, ranks)
+        mine = [prompts[i] for i in own], [seeds[i] for i in own]
+        made_BFCHW = rollout(policy, *mine, denoising_steps=config.student.denoising_steps)
+        videos_BFCHW = ranks.gather(made_BFCHW)[:count].cpu()
+        metrics = None
+        if ranks.main:
+            if not self.training_tracks:
+                self.training_tracks.append(physics.track_ball(self.run.teacher_videos())[0])
+            metrics = finite(physics.measure(videos_BFCHW, prompts, self.training_tracks[0]))
+        return Evaluation(ranks.same(metrics), to_uint8(videos_BFCHW), prompts, seeds)
+
+
+def within_group_correlation(a_B: Tensor, b_B: Tensor, group_size: int) -> float:
+    """Pearson correlation after subtracting each group's mean; 0 when either is constant."""
+    a, b = (x.view(-1, group_size).double() for x in (a_B, b_B))
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    scale = float((a.square().sum() * b.square().sum()).sqrt())
+    return float((a * b).sum()) / scale if scale > 0 else 0.0
+
+
+@torch.no_grad()
+def rank_agreement(
+    score_B: Tensor,
+    video_BFCHW: Tensor,
+    prompts: list[str],
+    group_size: int,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """Correlation of the score with each task metric among the rollouts of a prompt.
+
+    Computed over the videos of all processes. Empty unless the prompts are bouncing-ball prompts
+    and groups have two or more videos.
+    """
+    if group_size < 2 or ranks.any(any(prompt not in PROMPTS for prompt in prompts)):
+        return {}
+    each = measure_each(video_BFCHW.cpu())
+    score_B = ranks.gather(score_B)
+    known = {"phys": -each.phys, "fit_res": -each.fit_res, "rend": -each.rend}
+    return {
+        f"agreement/{name}": within_group_correlation(score_B, ranks.gather(value_B), group_size)
+        for name, value_B in known.items()
+    }

@@ -1,0 +1,250 @@
+"""A bouncing-ball simulator, the black-box teacher of the quickstart.
+
+Run as a program, it only writes finished mp4 files and their prompts into a folder:
+
+    python -m afd.lab.simulator --style nuis --count 200 --out DIR --seed 0
+
+Lengths are pixels and times are frames; y points down. Shape letters: N videos, F frames, C colour
+channels, H x W pixels. Videos are float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from afd.files import replacing
+
+FRAMES, SIZE, RADIUS = 12, 16, 2.0
+LOW, HIGH = RADIUS, SIZE - RADIUS  # where the ball's centre can be
+TARGET_GRAVITY, BOUNCE = 0.36, 0.9
+FPS = 8
+
+COLOURS = {"red": (0.9, -0.3, -0.3), "green": (-0.3, 0.9, -0.3), "blue": (-0.3, -0.3, 0.9)}
+BACKGROUND = -0.6
+SIDES, DIRECTIONS, STARTS = ("left", "right"), ("left", "straight", "right"), ("dropped", "thrown")
+LOOKS = ("clean", "nuis", "mark", "outline", "noise")
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """A prompt's attributes, as indices into COLOURS, SIDES, DIRECTIONS and STARTS."""
+
+    colour: int
+    side: int
+    direction: int
+    start: int
+
+    @property
+    def prompt(self) -> str:
+        colour = list(COLOURS)[self.colour]
+        where, way = SIDES[self.side], DIRECTIONS[self.direction]
+        return f"A {colour} ball on the {where} is {STARTS[self.start]}, going {way}."
+
+
+ATTRIBUTES = [Attributes(*a) for a in product(range(3), range(2), range(3), range(2))]
+PROMPTS = {attributes.prompt: attributes for attributes in ATTRIBUTES}
+
+
+def attribute_table(prompts: list[str]) -> Tensor:
+    """Attributes of the prompts, int64 [N, 4]: (colour, side, direction, start)."""
+    rows = []
+    for prompt in prompts:
+        if prompt not in PROMPTS:
+            example = ATTRIBUTES[0].prompt
+            raise ValueError(f"prompts: {prompt!r} is not one of the 36 sentences like {example!r}")
+        a = PROMPTS[prompt]
+        rows.append((a.colour, a.side, a.direction, a.start))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+
+
+# --- physics ---
+
+
+def fall(y0: Tensor, vy: Tensor, gravity: Tensor, bounce: Tensor, frames: int = FRAMES) -> Tensor:
+    """Vertical positions [..., F] of a ball bouncing on the floor, exact between and at bounces."""
+    y0, vy, gravity, bounce = torch.broadcast_tensors(y0, vy, gravity, bounce)
+    y, v, heights = y0.clone(), vy.clone(), [y0]
+    for _ in range(frames - 1):
+        left = torch.ones_like(y)
+        for _ in range(2):  # only a ball at rest on the floor bounces more than twice per frame
+            depth = (HIGH - y).clamp_min(0.0)
+            root = (v * v + 2 * gravity * depth).clamp_min(0.0).sqrt()
+            hit = torch.where(v + root > 1e-6, 2 * depth / (v + root).clamp_min(1e-6), 1e6)
+            hits = (hit < left) & (v + gravity * hit > 1e-6)
+            hit = torch.where(hits, hit, left)
+            y = torch.where(hits, HIGH, y + v * hit + 0.5 * gravity * hit * hit)
+            v = torch.where(hits, -bounce * root, v + gravity * hit)
+            left = left - hit
+        y = (y + v * left + 0.5 * gravity * left * left).clamp_max(HIGH)
+        v = v + gravity * left
+        heights.append(y)
+    return torch.stack(heights, -1)
+
+
+def drift(x0: Tensor, vx: Tensor, bounce: Tensor, frames: int = FRAMES) -> Tensor:
+    """Horizontal positions [..., F] between two walls at constant speed."""
+    x, v, places = x0, vx, [x0]
+    for _ in range(frames - 1):
+        x = x + v
+        over, under = (x - HIGH).clamp_min(0), (LOW - x).clamp_min(0)
+        x = x - (1 + bounce) * over + (1 + bounce) * under
+        v = torch.where(over + under > 0, -bounce * v, v)
+        places.append(x)
+    return torch.stack(places, -1)
+
+
+def uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
+    return torch.rand(n, generator=generator) * (high - low) + low
+
+
+def source_gravity(n: int, generator: Generator) -> Tensor:
+    """Gravity in the source domain of the base student: 0.5 · Beta(1, 2), mean 1/6 px/frame²."""
+    return 0.5 * (1 - torch.rand(n, generator=generator).sqrt())
+
+
+def trajectories(
+    attributes_N4: Tensor,
+    gravity: Tensor,
+    generator: Generator,
+    bounce: Tensor | None = None,
+    frames: int = FRAMES,
+) -> Tensor:
+    """Tracks [N, F, 2] (x, y) that match the prompts, for gravity [N] (and bounce [N])."""
+    n = attributes_N4.shape[0]
+    _, side, direction, start = attributes_N4.unbind(1)
+    bounce = torch.full((n,), BOUNCE) if bounce is None else bounce
+    x0 = uniform(n, 4.0, 6.0, generator) + 6.0 * side
+    vx = (direction - 1) * uniform(n, 0.5, 0.9, generator)
+    dropped, thrown = uniform(n, 3.0, 6.0, generator), uniform(n, 9.5, 12.0, generator)
+    y0 = torch.where(start == 0, dropped, thrown)
+    rest, up = uniform(n, 0.0, 0.1, generator), uniform(n, -0.9, -0.5, generator)
+    # Limit the throw so that the ball stays inside the image when gravity is weak.
+    up = torch.maximum(up, -(2 * gravity * (y0 - LOW)).sqrt().clamp_min(0.6))
+    vy = torch.where(start == 0, rest, up)
+    return torch.stack([drift(x0, vx, bounce, frames), fall(y0, vy, gravity, bounce, frames)], -1)
+
+
+# --- rendering ---
+
+
+def coverage(track_NF2: Tensor, radius: float | Tensor = RADIUS, sharp: float = 1.0) -> Tensor:
+    """Fraction of each pixel covered by the ball, [N, F, H, W] in [0, 1] (one-pixel soft edge)."""
+    centres = torch.arange(SIZE, dtype=torch.float32) + 0.5
+    dx = centres - track_NF2[..., 0, None]
+    dy = centres - track_NF2[..., 1, None]
+    distance = (dx.square()[..., None, :] + dy.square()[..., :, None]).sqrt()
+    return (sharp * (radius - distance) + 0.5).clamp(0, 1)
+
+
+def render(track_NF2: Tensor, colour_N3: Tensor, cover: Tensor | None = None) -> Tensor:
+    """Render clean videos [N, F, C, H, W]: a coloured ball on a grey background."""
+    cover = coverage(track_NF2) if cover is None else cover
+    return BACKGROUND + cover.unsqueeze(2) * (colour_N3[:, None, :, None, None] - BACKGROUND)
+
+
+def colour_table(colour_N: Tensor) -> Tensor:
+    """RGB values [N, 3] of colour indices."""
+    return torch.tensor(list(COLOURS.values()))[colour_N]
+
+
+def texture(n: int, generator: Generator) -> Tensor:
+    """Static grey stripes [N, 1, 1, H, W] of random direction and phase, in [-1, 1]."""
+    angle = uniform(n, 0.0, torch.pi, generator)[:, None, None]
+    rate = uniform(n, 1.2, 2.4, generator)[:, None, None]
+    phase = uniform(n, 0.0, 2 * torch.pi, generator)[:, None, None]
+    row, column = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    wave = rate * (row * angle.sin() + column * angle.cos()) + phase
+    return wave.sin()[:, None, None]
+
+
+def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Generator) -> Tensor:
+    """Render tracks in the given look, [N, F, C, H, W] in [-1, 1]."""
+    n = track_NF2.shape[0]
+    if style == "outline":
+        ring = coverage(track_NF2, RADIUS + 0.3) - coverage(track_NF2, RADIUS - 0.9)
+        return render(track_NF2, colour_N3, ring)
+    video = render(track_NF2, colour_N3)
+    if style == "nuis":
+        gain = uniform(n, 0.55, 0.75, generator).view(n, 1, 1, 1, 1)
+        lift = uniform(n, 0.15, 0.35, generator).view(n, 1, 1, 1, 1)
+        video = gain * video + lift + 0.2 * texture(n, generator)
+    elif style == "mark":
+        video[:, :, :, 1:4, 12:15] = 0.8
+        video[:, :, :, 2, 13] = BACKGROUND
+    elif style == "noise":
+        video = video + 0.5 * torch.randn(video.shape, generator=generator)
+    elif style != "clean":
+        raise ValueError(f"style: {style!r} came, one of {', '.join(LOOKS)} is needed")
+    return video.clamp(-1, 1)
+
+
+def sample_videos(
+    attributes_N4: Tensor, domain: str, style: str, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Sample videos [N, F, C, H, W] and their tracks [N, F, 2]; domain "source" or "target"."""
+    n = attributes_N4.shape[0]
+    if domain not in ("source", "target"):
+        raise ValueError(f"domain: {domain!r} came, 'source' or 'target' is needed")
+    weak = source_gravity(n, generator)
+    gravity = weak if domain == "source" else torch.full((n,), TARGET_GRAVITY)
+    track = trajectories(attributes_N4, gravity, generator)
+    return apply_look(style, track, colour_table(attributes_N4[:, 0]), generator), track
+
+
+# --- the black box ---
+
+
+def write_video(path: Path, video_FCHW: Tensor) -> None:
+    """Write a lossless H.264 mp4 (RGB, so that the colours of 16 x 16 pixels survive)."""
+    import av  # imported here: the prompts and physics do not need it
+
+    frames = ((video_FCHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(
+            "libx264rgb", rate=Fraction(FPS), options={"qp": "0", "preset": "ultrafast"}
+        )
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "rgb24"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def write_folder(out: Path, style: str, count: int, seed: int, domain: str = "target") -> None:
+    """Write `count` videos and prompts.jsonl to `out`; the folder appears only once complete."""
+    if out.exists():
+        raise FileExistsError(f"out: {out} exists; remove it or choose another folder")
+    generator = Generator().manual_seed(seed)
+    attributes = [ATTRIBUTES[i % len(ATTRIBUTES)] for i in range(count)]
+    table = attribute_table([a.prompt for a in attributes])
+    videos, _ = sample_videos(table, domain, style, generator)
+    with replacing(out, shared=True) as partial:
+        partial.mkdir()
+        with open(partial / "prompts.jsonl", "w", encoding="utf-8") as lines:
+            for i, (video, a) in enumerate(zip(videos, attributes, strict=True)):
+                write_video(partial / f"{i:06d}.mp4", video)
+                lines.write(json.dumps({"file": f"{i:06d}.mp4", "prompt": a.prompt}) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a folder of finished teacher videos.")
+    parser.add_argument("--style", choices=LOOKS, default="nuis")
+    parser.add_argument("--domain", choices=("target", "source"), default="target")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    write_folder(options.out, options.style, options.count, options.seed, options.domain)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Settings of the released Wan students."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from afd.config.base import Count, Positive
+from afd.hub import missing_source, pinned
+from afd.models.config import LoraConfig, StudentConfig
+from afd.registry import load
+from afd.schedules import ShiftedFlow, check_steps
+
+if TYPE_CHECKING:
+    from afd.models.codec import Codec
+    from afd.models.student import Student
+    from afd.models.wan.network import CausalWan
+    from afd.models.wan.types import WanConfig
+    from afd.video.config import VideoConfig
+
+
+# Parts that may come from a source other than `pretrained`, and their folders in it.
+PARTS = {"text_encoder": ("text_encoder", "tokenizer"), "vae": ("vae",)}
+
+
+class WanStudentConfig(StudentConfig):
+    """A released causal student, its text encoder and its autoencoder."""
+
+    scale: ClassVar[tuple[int, int]] = (4, 8)
+
+    kind: Literal["wan"] = Field(description="a Self-Forcing or Causal-Forcing student")
+    checkpoint: str | None = Field(
+        default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16",
+        description="what the network computes in; trained weights are kept in float32",
+    )
+    lora: LoraConfig | None = Field(
+        default=LoraConfig(), description="train low-rank adapters; null: every weight"
+    )
+    checkpoint_blocks: bool = Field(
+        default=True,
+        description="keep only what lies between blocks and compute the rest again in the backward",
+    )
+    rollout_batch: Count | None = Field(
+        default=1, description="videos streamed together in a rollout; null: all at once"
+    )
+    ema: bool | None = Field(
+        default=None,
+        description="of a .pt file: true generator_ema, false generator, null the average if any",
+    )
+    head_dim: Count | None = Field(
+        default=None, description="channels of a head; null: as config.json says, else 128"
+    )
+    pretrained: str = Field(
+        default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        description="folder or hub name (a @commit pins it) with text_encoder/, tokenizer/, vae/",
+    )
+    text_encoder: str | None = Field(default=None, description="another source; null: pretrained")
+    tokenizer: str | None = Field(
+        default=None, description="folder of its own; null: where the text encoder comes from"
+    )
+    vae: str | None = Field(default=None, description="another source; null: pretrained")
+    text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
+    chunk: Count = Field(default=3, description="latent frames denoised together; 1: framewise")
+    denoising_steps: list[float] = Field(
+        default=[1000, 750, 500, 250],
+        description="denoising steps before the warp, falling from 1000",
+    )
+    shift: Positive = Field(default=5.0, description="shift of the table of noise levels")
+    vae_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="what the autoencoder computes in"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WanStudentConfig:
+        for steps in (self.denoising_steps, self.first_chunk_steps):
+            if steps is not None:
+                check_steps(steps, first=1000)
+                ShiftedFlow(self.shift).warp(steps)
+        return self
+
+    def build(self, *given: Any, **options: Any) -> tuple[Student, Codec]:
+        found: tuple[Student, Codec] = load("afd.models.wan.loading:build")(self, *given, **options)
+        return found
+
+    def load_network(self) -> CausalWan:
+        network: CausalWan = load("afd.models.wan.loading:load_network")(self)
+        return network
+
+    def sizes(self) -> WanConfig:
+        """Network sizes from the checkpoint if it exists, else those of the released students."""
+        found: WanConfig = load("afd.models.wan.loading:sizes")(self)
+        return found
+
+    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+        path: Path = load("afd.models.wan.loading:save_network")(self, network, folder, dtype, note)
+        return path
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The fields of WanConfig that checkpoints do not store."""
+        return {"chunk": self.chunk, "text_len": self.text_len}
+
+    def check_video(self, video: VideoConfig) -> None:
+        time, space = self.scale
+        height, width, frames = video.height, video.width, video.frames
+        # A token spans two latent pixels per side.
+        if height % (2 * space) or width % (2 * space):
+            raise ValueError(
+                f"video.height, video.width: got {height}, {width}; needed: multiples of "
+                f"{2 * space}, as two latent pixels of {space} make a token"
+            )
+        latents = self.latent_frames(frames)
+        if (frames - 1) % time or latents % self.chunk:
+            whole = max(1, round(latents / self.chunk)) * self.chunk
+            raise ValueError(
+                f"video.frames: got {frames}; needed: 1 + {time} (n - 1) for n latent frames in "
+                f"chunks of {self.chunk} (student.chunk), such as {1 + time * (whole - 1)}"
+            )
+
+    @property
+    def chunk_frames(self) -> int:
+        return self.chunk
+
+    def with_weights(self, path: Path) -> Self:
+        # A folder holds one network; `ema` only chooses between the two of a .pt file.
+        return self.model_copy(update={"checkpoint": str(path), "ema": None})
+
+    def pinned(self) -> Self:
+        from_pipeline: tuple[str, ...] = ()
+        update = {}
+        for key, parts in PARTS.items():
+            named = getattr(self, key)
+            if named is None:
+                from_pipeline += parts
+            else:
+                update[key] = pinned(named, parts)
+        if from_pipeline:
+            update["pretrained"] = pinned(self.pretrained, from_pipeline)
+        return self.model_copy(update=update)
+
+    def missing(self) -> Iterator[str]:
+        yield from self.missing_weights()
+        yield from missing_source("student.text_encoder", self.text_encoder or self.pretrained)
+        yield from missing_source("student.vae", self.vae or self.pretrained)

@@ -1,0 +1,448 @@
+"""The causal Wan2.1 network: block-causal, teacher-forced and streaming forwards.
+
+Parameter names are those of the released checkpoints. Shape letters: B batch, F frames, C latent
+channels, H x W latent size, T tokens per frame, L tokens, D model width, h heads, d head channels.
+Source: Wan2.1 as used by Self-Forcing and Causal-Forcing (arXiv 2506.08009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from afd import ops
+from afd.models.wan.block import EPS, Block, Head
+from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.rope import rope_table
+from afd.models.wan.types import AdapterSet, LayerKV, Modulation, TimeTable, WanConfig
+from afd.ops import Intervals, intervals
+from afd_kernels.contracts import require
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Inputs and options of self-attention in one pass.
+
+    Attributes:
+        rope: rotary table of the pass's tokens.
+        intervals: the keys each query attends to.
+        context: per layer, keys and values that precede those of the pass; or
+        cache: to which the pass appends its keys and values, and from which it reads all.
+        keep: return the pass's keys and values; otherwise each layer's are freed.
+        keys_only: compute only keys and values in the last layer.
+        last: (tokens, frames, intervals): the last layer skips this many leading tokens and
+            frames, and uses these intervals.
+    """
+
+    rope: Tensor
+    intervals: Intervals
+    context: list[LayerKV] | None = None
+    cache: KVCache | None = None
+    keep: bool = False
+    keys_only: bool = False
+    last: tuple[int, int, Intervals] | None = None
+
+
+def sinusoid(t: Tensor, channels: int) -> Tensor:
+    """Sinusoidal embedding of t: (cos, sin) at geometric frequencies, float64 [..., channels]."""
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
+    angle = t.double().unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class CausalWan(nn.Module):
+    """Causal Wan2.1. Videos are [B, F, C, H, W]; times are [B, F] or [B, 1] on the 0-1000 scale.
+
+    Attributes:
+        checkpoint_blocks: activation checkpointing: training passes keep only the activations
+            between blocks and recompute the rest in the backward.
+        adapters: low-rank adapters on the weights, if any.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        if config.dim % config.num_heads or config.head_dim % 2:
+            raise ValueError(
+                f"config: dim {config.dim} needs num_heads ({config.num_heads}) heads of even width"
+            )
+        self.config = config
+        self.checkpoint_blocks = False
+        self.adapters: AdapterSet | None = None
+        # Compute dtype of passes if the weights are stored in another one (sharding).
+        self.compute_dtype: torch.dtype | None = None
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(
+            config.in_dim, dim, kernel_size=(1, *config.patch), stride=(1, *config.patch)
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.compile_blocks(False)
+
+    # --- switches ---
+
+    def compile_blocks(self, enabled: bool = True, **options: Any) -> None:
+        """Compile the parts around self-attention, once for all layers (regional compilation).
+
+        Attention and the cache are left out: they are custom ops already, and their lengths change
+        from chunk to chunk while these shapes do not. `options` go to torch.compile.
+        """
+        self._before: Callable[..., Any] = Block.before
+        self._after: Callable[..., Any] = Block.after
+        if enabled:
+            self._before = torch.compile(Block.before, **options)
+            self._after = torch.compile(Block.after, **options)
+
+    def fuse_projections(self) -> None:
+        """Compute q, k and v of self-attention in one matmul when no gradient is needed.
+
+        Their parameters become slices of one buffer, in place; names are unchanged. Moving, casting
+        or copying the network separates them again.
+        """
+        for block in self._layers():
+            block.self_attn.fuse()
+
+    @property
+    def fused(self) -> bool:
+        """Whether `fuse_projections` has been called since the network was last copied or moved."""
+        return all(block.self_attn.fused for block in self._layers())
+
+    # --- pieces ---
+
+    def _layers(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def _patchify(self, x_BFCHW: Tensor) -> tuple[Tensor, int, int]:
+        """Embed patches as tokens [B, L, D] in (frame, row, column) order; also rows, columns."""
+        C, H, W = x_BFCHW.shape[2:]
+        if self.config.in_dim != C:
+            raise ValueError(f"x: {C} channels came, the network takes {self.config.in_dim}")
+        rows, cols = self.config.grid(H, W)
+        ph, pw = self.config.patch
+        patches_BLP = rearrange(
+            x_BFCHW, "B F C (rows ph) (cols pw) -> B (F rows cols) (C ph pw)", ph=ph, pw=pw
+        )
+        weight = self.patch_embedding.weight.flatten(1)
+        return F.linear(patches_BLP, weight, self.patch_embedding.bias), rows, cols
+
+    def _unpatchify(self, y_BLP: Tensor, rows: int, cols: int) -> Tensor:
+        ph, pw = self.config.patch
+        return rearrange(
+            y_BLP,
+            "B (F rows cols) (ph pw C) -> B F C (rows ph) (cols pw)",
+            rows=rows,
+            cols=cols,
+            ph=ph,
+            pw=pw,
+        )
+
+    def time_table(self, t_BF: Tensor) -> TimeTable:
+        """Time embedding and every block's modulation at times [B, F]; both sizes may be 1."""
+        require(t_BF.ndim == 2, "t", t_BF, "[B, F] or [B, 1]")
+        embed_BFD = self.time_embedding(
+            sinusoid(t_BF, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
+        )
+        time_BF6D = self.time_projection(embed_BFD).unflatten(-1, (6, -1))
+        return TimeTable(embed_BFD, [block.modulation + time_BF6D for block in self._layers()])
+
+    def text_kv(self, text_BLE: Tensor) -> list[LayerKV]:
+        """The prompt's keys and values for every layer; padding rows are attended to as well."""
+        if text_BLE.shape[1:] != (self.config.text_len, self.config.text_dim):
+            raise ValueError(
+                f"text: shape {tuple(text_BLE.shape)} came, "
+                f"[B, {self.config.text_len}, {self.config.text_dim}] is needed"
+            )
+        embedded = self.text_embedding(text_BLE)
+        return [block.cross_attn.text_kv(embedded) for block in self._layers()]
+
+    def _rope(self, rows: int, cols: int, frames: range, chunks_BN: Tensor | None = None) -> Tensor:
+        """Rotary table of these frames, or of the selected chunks in them, [1 or B, L, d/2, 2]."""
+        device = self.patch_embedding.weight.device
+        frame_BF = torch.arange(frames.start, frames.stop, device=device)[None]
+        if chunks_BN is not None:
+            frame_BF = frame_BF.unflatten(1, (-1, self.config.chunk))[0, chunks_BN].flatten(1)
+        table = rope_table(self.config.head_dim, frame_BF.flatten(), rows, cols)
+        return table.view(len(frame_BF), -1, *table.shape[2:])
+
+    # --- one pass through the layers ---
+
+    def _layer(
+        self,
+        i: int,
+        how: _Pass,
+        x_BLD: Tensor,
+        branch_BLD: Tensor | None,
+        gate_BFD: Tensor | None,
+        mods: Modulation,
+        text_kv: LayerKV,
+    ) -> tuple[Tensor, Tensor | None, Tensor, LayerKV]:
+        """Run block i; returns the deferred residual (x, branch, gate), and its keys and values."""
+        block, last = self._layers()[i], i + 1 == len(self.blocks)
+        x_BLD, q, k, v = self._before(block, x_BLD, branch_BLD, gate_BFD, mods)
+        norms = block.self_attn.norm_q.weight, block.self_attn.norm_k.weight
+        k_context = v_context = None
+        if how.cache is None:
+            q, k = ops.qk_norm_rope(q, k, *norms, how.rope, eps=EPS)
+            if how.context is not None:
+                k_context, v_context = how.context[i]
+        else:
+            q = ops.qk_norm_rope_append_(
+                q,
+                k,
+                v,
+                *norms,
+                how.rope,
+                *how.cache.self_kv[i],
+                how.cache.position,
+                tokens_per_frame=how.cache.tokens_per_frame,
+                sink_frames=how.cache.sink,
+                eps=EPS,
+            )
+            k, v = how.cache.view(i)
+        if last and how.keys_only:
+            return x_BLD, None, mods[5], (k, v)
+        seen = how.intervals
+        if last and how.last is not None:
+            tokens, frames, seen = how.last
+            x_BLD, q = x_BLD[:, tokens:], q[:, tokens:]
+            mods = tuple(part[:, frames:] for part in mods)
+        attended, _ = ops.block_attention(q, k, v, seen, k_context=k_context, v_context=v_context)
+        x_BLD, branch_BLD = self._after(block, x_BLD, attended, mods, text_kv)
+        return x_BLD, branch_BLD, mods[5], (k, v)
+
+    def _run(
+        self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: _Pass
+    ) -> tuple[Tensor | None, list[LayerKV]]:
+        """Run all layers and the head; returns patches [B, L, P] (None if keys_only), kept k, v."""
+        branch_BLD: Tensor | None = None
+        gate_BFD: Tensor | None = None
+        own: list[LayerKV] = []
+        again = noop_context_fn if self.adapters is None else self.adapters.recompute
+        for i in range(len(self.blocks)):
+            args = (i, how, x_BLD, branch_BLD, gate_BFD, times.layers[i], text_kv[i])
+            if self.checkpoint_blocks and torch.is_grad_enabled() and how.cache is None:
+                out = checkpoint(self._layer, *args, use_reentrant=False, context_fn=again)
+            else:
+                out = self._layer(*args)
+            x_BLD, branch_BLD, gate_BFD, kv = out
+            if how.keep:
+                own.append(kv)
+        if how.keys_only:
+            return None, own
+        embed_BFD = times.embed_BFD
+        if how.last is not None and embed_BFD.shape[1] > 1:
+            embed_BFD = embed_BFD[:, how.last[1] :]
+        return self.head(x_BLD, branch_BLD, gate_BFD, embed_BFD), own
+
+    def _text(self, text: Tensor | list[LayerKV]) -> list[LayerKV]:
+        return self.text_kv(text) if isinstance(text, Tensor) else text
+
+    # --- training passes ---
+
+    def forward(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        text: Tensor | list[LayerKV],
+        context: list[LayerKV] | None = None,
+        *,
+        x0_BFCHW: Tensor | None = None,
+        clean_t_BF: Tensor | None = None,
+        chunks_BN: Tensor | None = None,
+    ) -> Tensor:
+        """Block-causal prediction for all frames in one pass, [B, F, out, H, W].
+
+        Teacher forcing, where a chunk attends to clean earlier chunks:
+        - `x0_BFCHW` (with the noise level `clean_t_BF`, default 0): clean and noisy frames in
+          one pass, with gradients through the clean half too (mode `recompute`);
+        - `context` from `clean_context`: the noisy half alone. Computed without gradient this is
+          mode `own_context`; computed by another network, `shared_context`.
+
+        Args:
+            x_BFCHW: noisy frames.
+            t_BF: their times, [B, F] or [B, 1].
+            text: embeddings [B, text_len, text_dim], or the result of `text_kv`.
+            chunks_BN: under teacher forcing, indices of the chunks of each video in `x_BFCHW` and
+                `t_BF`, ascending, int64 [B, N] on the CPU; the clean frames are whole videos.
+                None: all chunks.
+        """
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        frames, tokens, chunk = x_BFCHW.shape[1], rows * cols, self.config.chunk
+        if x0_BFCHW is None and context is None:
+            require(chunks_BN is None, "chunks", chunks_BN, "None where nothing clean is given")
+            how = _Pass(self._rope(rows, cols, range(frames)), self.config.sight(frames, tokens))
+        else:
+            self._check_teacher_forcing()
+            if x0_BFCHW is not None:
+                require(context is None, "context", "a list", "None where x0_BFCHW is given")
+            drawn = None
+            if chunks_BN is not None:
+                n = chunks_BN.shape[1] * chunk
+                require(n == frames, "chunks", chunks_BN, f"[B, N] with {frames} frames in x")
+                drawn = chunks_BN.tolist()
+                frames = _frames(x0_BFCHW, context, tokens)
+            noisy = intervals.noisy_half(frames, chunk, tokens, drawn)
+            rope = self._rope(rows, cols, range(frames), chunks_BN)
+            how = _Pass(rope, noisy, context)
+            if x0_BFCHW is not None:
+                shape = (len(x_BFCHW), frames, *x_BFCHW.shape[2:])
+                alike = x0_BFCHW.shape == shape
+                require(alike, "x0_BFCHW", x0_BFCHW, f"the shape of x, {list(shape)}")
+                clean_rope = self._rope(rows, cols, range(frames)).expand(len(rope), -1, -1, -1)
+                how = _Pass(
+                    torch.cat([clean_rope, rope], 1),
+                    intervals.teacher_forcing(frames, chunk, tokens, drawn),
+                    last=(frames * tokens, frames, noisy),
+                )
+                x_BLD = torch.cat([self._patchify(x0_BFCHW)[0], x_BLD], 1)
+                t_BF = torch.cat([_times(clean_t_BF, x0_BFCHW), _times(t_BF, x_BFCHW)], 1)
+        y_BLP, _ = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
+        assert y_BLP is not None
+        return self._unpatchify(y_BLP, rows, cols)
+
+    def clean_context(
+        self, x_BFCHW: Tensor, text: Tensor | list[LayerKV], t_BF: Tensor | None = None
+    ) -> list[LayerKV]:
+        """Keys and values of clean frames, for the teacher-forced forward.
+
+        Clean frames never attend to noisy ones, so this half of teacher forcing can be a separate
+        pass; the last layer computes only keys and values. `t_BF`: the context's time, default 0.
+        """
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        frames = x_BFCHW.shape[1]
+        how = _Pass(
+            self._rope(rows, cols, range(frames)),
+            self.config.sight(frames, rows * cols),
+            keep=True,
+            keys_only=True,
+        )
+        if t_BF is None:
+            t_BF = x_BFCHW.new_zeros(1, 1, dtype=torch.float32)
+        return self._run(x_BLD, self.time_table(t_BF), self._text(text), how)[1]
+
+    def forward_over(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        text: Tensor | list[LayerKV],
+        context: list[LayerKV] | None,
+        start_frame: int,
+    ) -> tuple[Tensor, list[LayerKV]]:
+        """One chunk with gradients over a given past: the trained step of self-forcing.
+
+        The chunk attends to itself and all of `context` (None: no past). Gradients flow into the
+        context if it requires them: detached values stop them, `straight_through` passes them to
+        the keys of another pass. Returns the prediction [B, F, out, H, W] and the chunk's own keys
+        and values, both differentiable; no cache is written.
+        """
+        x_BLD, rows, cols = self._patchify(x_BFCHW)
+        past = 0 if context is None else context[0][0].shape[1]
+        how = _Pass(
+            self._rope(rows, cols, range(start_frame, start_frame + x_BFCHW.shape[1])),
+            intervals.after_context(past, x_BLD.shape[1]),
+            context if past else None,
+            keep=True,
+        )
+        y_BLP, own = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
+        assert y_BLP is not None
+        return self._unpatchify(y_BLP, rows, cols), own
+
+    def _check_teacher_forcing(self) -> None:
+        ok = self.config.window is None and not self.config.independent_first_frame
+        require(ok, "config", self.config, "no window and no independent first frame (context)")
+
+    # --- streaming ---
+
+    @torch.no_grad()
+    def new_cache(
+        self, text: Tensor | list[LayerKV], frames: int | None, height: int, width: int
+    ) -> KVCache:
+        """An empty cache for streams of `frames` frames with these prompts.
+
+        With a window in the configuration it holds that many frames and the stream may continue
+        (`frames` None: indefinitely); otherwise it holds all of `frames`. A list is copied, as a
+        prompt switch overwrites the cache's tensors and other streams may share the list.
+        """
+        window, sink = self.config.window, self.config.sink
+        grid = self.config.grid(height, width)
+        own = self.text_kv(text) if isinstance(text, Tensor) else [_copies(kv) for kv in text]
+        return KVCache(own, frames, *grid, window=window, sink=sink)
+
+    def forward_cached(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        cache: KVCache,
+        start_frame: int,
+        context_only: bool = False,
+    ) -> Tensor | None:
+        """Forward of one chunk at frames `start_frame`…, given the cache of all earlier frames.
+
+        Full attention inside the chunk; its keys and values overwrite its slots in the cache.
+        `context_only`: only update the cache, skipping the end of the last layer.
+        `t_BF`: [B, F], [B, 1] or [1, 1]; the modulation is computed once per tensor object, so
+        reuse the same one. No gradients: the cache is written in place.
+        """
+        cache.seek(start_frame, x_BFCHW.shape[1])
+        return self.streamed(x_BFCHW, self.streaming_times(t_BF, cache), cache, context_only)
+
+    @torch.no_grad()
+    def streaming_times(self, t_BF: Tensor, cache: KVCache) -> TimeTable:
+        """The modulation at a step value, computed once per cache."""
+        table = cache.known_time(t_BF)
+        if table is None:
+            table = self.time_table(t_BF)
+            cache.keep_time(t_BF, table)
+        return table
+
+    def streamed(
+        self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context_only: bool = False
+    ) -> Tensor | None:
+        """`forward_cached` at the cache's current chunk; depends on no host value."""
+        # Autograd's host overhead per op exceeds the run time of some ops.
+        with torch.inference_mode():
+            x_BLD, rows, cols = self._patchify(x_BFCHW)
+            how = _Pass(
+                cache.rope(x_BFCHW.shape[1]),
+                intervals.cache(cache.valid, x_BLD.shape[1]),
+                cache=cache,
+                keys_only=context_only,
+            )
+            y_BLP, _ = self._run(x_BLD, times, cache.cross_kv, how)
+        if y_BLP is None:
+            return None
+        # Rearranged outside inference mode, as autograd may save the result.
+        out = self._unpatchify(y_BLP, rows, cols)
+        return out.clone() if out.is_inference() else out
+
+
+def _copies(kv: LayerKV) -> LayerKV:
+    return kv[0].clone(), kv[1].clone()
+
+
+def _frames(clean: Tensor | None, context: list[LayerKV] | None, tokens: int) -> int:
+    """Number of clean frames given."""
+    if clean is not None:
+        return clean.shape[1]
+    assert context is not None
+    return context[0][0].shape[1] // tokens
+
+
+def _times(t_BF: Tensor | None, x_BFCHW: Tensor) -> Tensor:
+    """Times [B, F]; 0 if None."""
+    shape = x_BFCHW.shape[:2]
+    return x_BFCHW.new_zeros(shape, dtype=torch.float32) if t_BF is None else t_BF.expand(shape)

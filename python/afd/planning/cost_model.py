@@ -1,0 +1,337 @@
+"""Analytic cost model of a training run: floating-point operations and bytes of every part.
+
+Nothing is measured or allocated. Operations are those of matrix products, attention and
+convolutions, two per multiply-add; the utilisation that a plan assumes accounts for memory-bound
+work. The network's formulas agree with the specification's roofline and, for one pass, with
+`benchmarks.hardware`.
+
+Letters: D width, T tokens of a frame, K chunks, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Context = Literal["recompute", "own_context", "shared_context"]
+
+# Ratio of an attention's backward to its forward: five products to two, or three to two if keys
+# and values need no gradient.
+FULL_BACKWARD, QUERY_BACKWARD = 2.5, 1.5
+# Bytes per element of a master weight, a gradient, or one of Adam's two moments.
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An accelerator: its data sheet's dense bf16 FLOP per second, and its memory in bytes."""
+
+    name: str
+    flop: float
+    memory: float
+
+
+MACHINES = {
+    "H200": Machine("H200", 989e12, 141e9),
+    "H100": Machine("H100", 989e12, 80e9),
+}
+# Fraction of the data sheet's rate that whole phases reach. Published full passes of this network
+# on an H200 reach 208 (FlashAttention 2, eager) to 398 TFLOP/s (FlashAttention 3, compiled).
+UTILISATION = 0.35
+# The same for the autoencoder's convolutions, eager.
+CONVOLUTIONS = 0.25
+
+
+@dataclass(frozen=True)
+class Net:
+    """Sizes of a causal Wan network on videos of one size.
+
+    Attributes:
+        parameters: parameters of the whole network, excluding adapters.
+        frames, chunk: latent frames of a video, and latent frames denoised together.
+        tokens: T.
+        lora: rank of the adapters; None: every weight is trained.
+    """
+
+    dim: int
+    ffn: int
+    layers: int
+    text_len: int
+    parameters: int
+    frames: int
+    chunk: int
+    tokens: int
+    lora: int | None = None
+
+    @property
+    def chunks(self) -> int:
+        return self.frames // self.chunk
+
+    @property
+    def lora_parameters(self) -> int:
+        """Parameters of A and B on q, k, v, o of both attentions and on the feed-forward."""
+        rank = self.lora or 0
+        return self.layers * rank * (8 * 2 * self.dim + 2 * (self.dim + self.ffn))
+
+    @property
+    def trained(self) -> int:
+        """Parameters of one trained version."""
+        return self.lora_parameters if self.lora is not None else self.parameters
+
+    # --- forward operations, one video ---
+
+    def linear(self, tokens: float, adapted: bool = True) -> float:
+        """Token-wise matrix products; `adapted`: with LoRA."""
+        D, rank = self.dim, (self.lora or 0) if adapted else 0
+        # Keys and values of the cross-attention come from the prompt.
+        weights = 6 * D * D + 2 * D * self.ffn + rank * (6 * 2 * D + 2 * (D + self.ffn))
+        return 2.0 * self.layers * weights * tokens
+
+    def attention(self, queries: float, keys: float) -> float:
+        """The two attention products, over all heads and layers."""
+        return 4.0 * self.layers * self.dim * queries * keys
+
+    def whole(self, chunks: float, seen: float, adapted: bool = True) -> float:
+        """A pass over `chunks` chunks, attending to `seen` pairs of chunks and to the prompt."""
+        size = self.chunk * self.tokens
+        prompt = self.attention(chunks * size, self.text_len)
+        pairs = self.attention(size, size) * seen
+        return self.linear(chunks * size, adapted) + pairs + prompt
+
+
+# --- the student ---
+
+
+def rollout_flop(net: Net, steps: int, first_steps: int | None = None) -> float:
+    """One video: each chunk's denoising steps, and a context pass for all but the last chunk."""
+    total = 0.0
+    for chunk in range(1, net.chunks + 1):
+        denoising = first_steps if chunk == 1 and first_steps is not None else steps
+        total += (denoising + (chunk < net.chunks)) * net.whole(1, chunk)
+    return total
+
+
+def context_flop(net: Net, adapted: bool = True) -> float:
+    """The clean pass that produces a video's context. As in the roofline, the last chunk is not
+    counted, since nothing attends to it; a pass that includes it makes an update 5 % longer."""
+    before = net.chunks - 1
+    return net.whole(before, before * (before + 1) / 2, adapted)
+
+
+def noisy_flop(net: Net, part: float = 1.0, adapted: bool = True) -> float:
+    """A forward of the noisy half; `part`: the fraction of the chunks that is sampled."""
+    return part * net.whole(net.chunks, net.chunks * (net.chunks + 1) / 2, adapted)
+
+
+def linear_backward(net: Net, tokens: float) -> float:
+    """Backward of the linear layers, for inputs and trained weights."""
+    frozen = net.linear(tokens, adapted=False)
+    adapters = net.linear(tokens) - frozen
+    return 2 * frozen if net.lora is None else frozen + 2 * adapters
+
+
+def noisy_backward(net: Net, part: float = 1.0, *, through_context: bool = False) -> float:
+    """Backward of `noisy_flop`; unless `through_context`, context keys need no gradient."""
+    size = net.chunk * net.tokens
+    own = part * net.chunks * net.attention(size, size)
+    past = part * net.chunks * (net.chunks - 1) / 2 * net.attention(size, size)
+    prompt = part * net.attention(net.chunks * size, net.text_len)
+    to_past = FULL_BACKWARD if through_context else QUERY_BACKWARD
+    products = linear_backward(net, part * net.chunks * size)
+    return products + FULL_BACKWARD * (own + prompt) + to_past * past
+
+
+def nft_flop(
+    net: Net,
+    context: Context,
+    *,
+    draws: int = 1,
+    part: float = 1.0,
+    kept: bool = False,
+    prior: bool = True,
+    checkpointed: bool = True,
+) -> float:
+    """The AFD update of one video: old policy, reference and student on `draws` noised copies.
+
+    Args:
+        context: which network computes the clean context.
+        draws: (t, noise) draws; they share one context pass.
+        part: fraction of the chunks that is sampled.
+        kept: the rollout's caches serve as the old policy's context.
+        prior: whether the reference is evaluated.
+        checkpointed: whether blocks are recomputed in the backward.
+    """
+    others = [True] + ([False] if prior else [])  # old has adapters, the reference none
+    noisy = sum(noisy_flop(net, part, adapted) for adapted in others)
+    total = draws * (noisy + noisy_flop(net, part) * (1 + checkpointed))
+    if context == "recompute":
+        clean = sum(noisy_flop(net, 1.0, adapted) for adapted in others)
+        total += draws * (clean + noisy_flop(net) * (1 + checkpointed))
+        both = noisy_backward(net, part, through_context=True)
+        return total + draws * (both + noisy_backward(net, through_context=True))
+    total += draws * noisy_backward(net, part)
+    if context == "shared_context":
+        return total + (0.0 if kept else context_flop(net))
+    return total + sum(context_flop(net, adapted) for adapted in others) + context_flop(net)
+
+
+def last_step_flop(
+    net: Net, *, recompute: bool = False, prior: bool = False, checkpointed: bool = True
+) -> float:
+    """A rollout's last denoising step with gradients, for methods that differentiate it."""
+    own = noisy_flop(net) * (1 + checkpointed) + noisy_backward(net, through_context=recompute)
+    context = context_flop(net)
+    if recompute:
+        context = noisy_flop(net) * (1 + checkpointed) + noisy_backward(net, through_context=True)
+    reference = noisy_flop(net, adapted=False) + context_flop(net, adapted=False) if prior else 0.0
+    return own + context + reference
+
+
+def sft_flop(net: Net, *, draws: int, part: float = 1.0, checkpointed: bool = True) -> float:
+    """Flow matching on one video: `draws` noised copies and their contexts, all with gradients."""
+    noisy, clean = (noisy_flop(net, p) * (1 + checkpointed) for p in (part, 1.0))
+    backward = sum(noisy_backward(net, p, through_context=True) for p in (part, 1.0))
+    return draws * (noisy + clean + backward)
+
+
+# --- memory of the student ---
+
+
+def kv_bytes(net: Net, videos: int, itemsize: int) -> int:
+    """Keys and values of whole videos and their prompts, counted as in `kv_cache.cache_bytes`."""
+    slots = net.frames * net.tokens + net.text_len
+    return 2 * net.layers * videos * slots * net.dim * itemsize
+
+
+def activation_bytes(net: Net, videos: int, itemsize: int, *, checkpointed: bool) -> int:
+    """Activations that autograd saves for one noisy pass, plus the block being computed.
+
+    A block saves about 19 D + 2 F numbers per token (counted with LoRA through
+    `torch.autograd.graph.saved_tensors_hooks`). With checkpointing it saves 2 D, the residual,
+    and a single block holds all of them and their gradients.
+    """
+    tokens = videos * net.frames * net.tokens
+    block = (19 * net.dim + 2 * net.ffn) * itemsize * tokens
+    # Keys (normalised in fp32) and values of the prompt, computed before the blocks.
+    prompts = net.layers * videos * net.text_len * net.dim * (FLOAT + 2 * itemsize)
+    if not checkpointed:
+        return net.layers * block + block + prompts
+    return net.layers * 2 * net.dim * itemsize * tokens + 2 * block + prompts
+
+
+# --- the released autoencoder and text encoder ---
+
+VAE_PARAMETERS = 126_892_531
+# UMT5-XXL's encoder.
+TEXT_PARAMETERS = 5_680_910_336
+# Operations per spatial pixel of a latent frame (4 video frames), the first frame separately;
+# peak bytes per pixel of a decode of 3 latent frames and of an encode of a clip. Counted on the
+# released sizes with torch.utils.flop_counter and a live-storage counter, on the meta device.
+DECODE_FLOP = (4_352_196_526_080 / (480 * 832), 13_550_000_455_680 / (480 * 832))
+ENCODE_FLOP = (2_718_293_360_640 / (480 * 832), 8_051_570_442_240 / (480 * 832))
+DECODE_BYTES, ENCODE_BYTES = 7.1, 4.0
+# Numbers per pixel that a decode with gradients saves for every latent frame (the convolutions'
+# state before it), and for the one frame that is recomputed in its backward.
+STATE_NUMBERS, FRAME_NUMBERS = 1.76 * 2**29 / (480 * 832), 15.6 * 2**29 / (480 * 832)
+
+
+def decode_flop(latent_frames: int, pixels: int) -> float:
+    """Decode one video of `pixels` pixels per frame from latents."""
+    return pixels * (DECODE_FLOP[0] + (latent_frames - 1) * DECODE_FLOP[1])
+
+
+def encode_flop(latent_frames: int, pixels: int) -> float:
+    """Encode one video to latents."""
+    return pixels * (ENCODE_FLOP[0] + (latent_frames - 1) * ENCODE_FLOP[1])
+
+
+def decode_bytes(videos: int, pixels: int, itemsize: int) -> int:
+    """Convolution state of a streamed decode and the current chunk, excluding weights."""
+    return int(1000 * DECODE_BYTES * videos * pixels * itemsize)
+
+
+def decode_gradient_bytes(latent_frames: int, videos: int, pixels: int, itemsize: int) -> int:
+    """A decode with gradients, one latent frame at a time, excluding weights."""
+    numbers = latent_frames * STATE_NUMBERS + FRAME_NUMBERS
+    return int(numbers * videos * pixels * itemsize)
+
+
+def encode_bytes(pixels: int, itemsize: int) -> int:
+    """An encode of one video, excluding weights."""
+    return int(1000 * ENCODE_BYTES * pixels * itemsize)
+
+
+# --- VideoAlign (Qwen2-VL-2B) ---
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Sizes of Qwen2-VL's two towers; defaults: 2B with VideoAlign's three tokens.
+
+    Attributes:
+        prompt: text tokens around the video (the released template has about 800).
+    """
+
+    dim: int = 1536
+    ffn: int = 8960
+    layers: int = 28
+    kv: int = 256
+    vocabulary: int = 151_660
+    seen_dim: int = 1280
+    seen_ffn: int = 5120
+    seen_layers: int = 32
+    patch_dim: int = 1176
+    prompt: int = 800
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a language layer."""
+        return 2 * self.dim**2 + 2 * self.dim * self.kv + 3 * self.dim * self.ffn
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of both towers, without biases and norms (less than 0.1 %)."""
+        seen = self.seen_layers * (4 * self.seen_dim**2 + 2 * self.seen_dim * self.seen_ffn)
+        merged = 4 * self.seen_dim
+        seen += self.patch_dim * self.seen_dim + merged * (merged + self.dim)
+        return self.layers * self.layer + self.vocabulary * self.dim + seen
+
+    def lora(self, rank: int) -> int:
+        """Parameters of adapters on the seven linear layers per language layer, and of the head."""
+        attention = 2 * 2 * self.dim + 2 * (self.dim + self.kv)
+        feed_forward = 3 * (self.dim + self.ffn)
+        return self.layers * rank * (attention + feed_forward) + self.dim
+
+    def tokens(self, patches: int) -> int:
+        """Sequence length of the language model's input."""
+        return patches // 4 + self.prompt
+
+    def see_flop(self, patches: int, pictures: int) -> float:
+        """The vision tower on one video; patches attend only within their own image."""
+        weights = 4 * self.seen_dim**2 + 2 * self.seen_dim * self.seen_ffn
+        within = 4.0 * patches * patches / max(1, pictures) * self.seen_dim
+        return self.seen_layers * (2.0 * weights * patches + within)
+
+    def read_flop(self, patches: int, rank: int = 0) -> float:
+        """The language model on one video; `rank`: that of the active LoRA."""
+        length = self.tokens(patches)
+        causal = self.layers * 2.0 * length * length * self.dim
+        return 2.0 * length * (self.layers * self.layer + self.lora(rank) * (rank > 0)) + causal
+
+    def score_flop(self, patches: int, pictures: int, rank: int) -> float:
+        """One score without gradients."""
+        return self.see_flop(patches, pictures) + self.read_flop(patches, rank)
+
+    def train_flop(self, patches: int, pictures: int, rank: int, *, checkpointed: bool) -> float:
+        """One video of a pair: forward, backward to the LoRA, and recomputed forward."""
+        plain = self.read_flop(patches)
+        forward = self.read_flop(patches, rank)
+        backward = plain + 2 * (forward - plain)
+        return self.see_flop(patches, pictures) + forward * (1 + checkpointed) + backward
+
+    def activation_bytes(self, patches: int, itemsize: int, *, checkpointed: bool) -> int:
+        """Estimated activations of a training pass on one video, plus the current layer."""
+        length = self.tokens(patches)
+        layer = length * (20 * self.dim + 6 * self.ffn) * itemsize
+        kept = self.layers * (length * self.dim * itemsize if checkpointed else layer)
+        return kept + 2 * layer

@@ -1,0 +1,214 @@
+"""`afd train --dry-run`: estimate the memory, hours and money that a run needs.
+
+Nothing large is loaded or allocated. The sizes of a Wan network come from the checkpoint if it
+exists, else they are the released ones; everything else comes from `afd.planning.cost_model`. All
+numbers are estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from afd.config.run import RunConfig
+from afd.errors import ConfigError
+from afd.hub import missing_path
+from afd.methods.config import TimesConfig
+from afd.methods.copies import check_chunks
+from afd.models.wan.network import CausalWan
+from afd.planning import cost_model as cost
+from afd.planning.cost_model import MACHINES, Net
+from afd.planning.work import GIB, Part, Phase, Work, gib
+from afd.teachers.forecast import Forecast
+from afd.trainer.build import check_size
+
+# When a part of the memory is in use; "always" counts towards each of these.
+MOMENTS = ("rollout", "discriminator", "student")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result of a dry run. `phases` is empty for the toy, which does not run on a GPU."""
+
+    config: RunConfig
+    processes: int
+    net: Net
+    memory: list[Part]
+    phases: list[Phase]
+    teacher: Forecast
+    checkpoint_bytes: int
+    missing: list[str]
+
+    def peaks(self) -> dict[str, int]:
+        """Peak bytes of one process at each moment."""
+        fixed = sum(part.bytes for part in self.memory if part.when == "always")
+        kept = sum(part.bytes for part in self.memory if part.when == "kept")
+        return {
+            moment: fixed + kept + sum(part.bytes for part in self.memory if part.when == moment)
+            for moment in MOMENTS
+        }
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPU-seconds of the whole run, over all processes."""
+        return sum(phase.seconds * phase.times for phase in self.phases)
+
+
+def make_plan(config: RunConfig, processes: int = 1) -> Plan:
+    """Plan a run on `processes` processes with one GPU each.
+
+    Raises ConfigError if the run would, as far as can be determined without its large files.
+    """
+    prompts = config.prompts_per_update
+    if not 1 <= processes <= prompts:
+        raise ConfigError(f"processes is {processes}; needed: 1 to prompts_per_update, {prompts}")
+    if config.parallel == "fsdp" and prompts % processes:
+        raise ConfigError(
+            f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {processes} "
+            "(processes)"
+        )
+    method = getattr(config, config.method)
+    try:
+        check_size(config)
+        net = student_net(config)
+        if isinstance(method, TimesConfig):
+            check_chunks(method, net.chunks)
+    except ValueError as error:  # the checkpoint does not fit the configuration
+        raise ConfigError(str(error)) from error
+    work = Work(config, net, processes)
+    drawn = config.updates * config.prompts_per_update
+    teacher = config.teacher.forecast(config.teacher_dir, drawn)
+    return Plan(
+        config=config,
+        processes=processes,
+        net=net,
+        memory=[part for part in work.memory() if part.bytes],
+        phases=list(work.phases(teacher.distinct)) if config.student.kind == "wan" else [],
+        teacher=teacher,
+        checkpoint_bytes=work.checkpoint_bytes(),
+        missing=list(_missing(config)),
+    )
+
+
+def _missing(config: RunConfig) -> Iterator[str]:
+    """Files that are missing or would have to be downloaded, one sentence each."""
+    yield from config.student.missing()
+    if config.method in ("afd", "gan"):
+        yield from config.discriminator.missing()
+    yield from config.teacher.missing(config.teacher_dir)
+    if config.evaluation.prompts is not None:
+        yield from missing_path("evaluation.prompts", config.evaluation.prompts, "held-out prompts")
+
+
+def student_net(config: RunConfig) -> Net:
+    """The student's sizes: from the checkpoint if it exists, else the released ones."""
+    student = config.student
+    rank = student.lora.rank if student.lora is not None else None
+    wan, video = student.sizes(), config.video
+    frames = student.latent_frames(video.frames)
+    grid = wan.grid(*student.latent_size(video.height, video.width))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in CausalWan(wan).parameters())
+    return Net(
+        dim=wan.dim,
+        ffn=wan.ffn_dim,
+        layers=wan.num_layers,
+        text_len=wan.text_len,
+        parameters=parameters,
+        frames=frames,
+        chunk=wan.chunk,
+        tokens=grid[0] * grid[1],
+        lora=rank,
+    )
+
+
+# --- display ---
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan as tables and sentences, with the assumptions of its estimates."""
+    config, net = plan.config, plan.net
+    source = "" if config.student.kind == "toy" else _source(config)
+    for line in (
+        f"{config.name}: {config.method}, {config.updates} updates of {config.prompts_per_update} "
+        f"prompts, {plan.processes} process(es)",
+        f"student: {net.parameters:,} parameters{source}; "
+        f"{net.frames} latent frames in {net.chunks} chunks, {net.tokens} tokens a frame",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    _show_memory(plan, console)
+    if plan.phases:
+        _show_time(plan, console)
+    for line in plan.teacher.lines(plan.gpu_seconds / plan.processes):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    keep = config.checkpoint.keep + 1
+    disk = f"disk: {plan.checkpoint_bytes / 1e9:.2f} GB a checkpoint, up to {keep} at a time"
+    console.print(disk, highlight=False, soft_wrap=True, markup=False)
+    for line in plan.missing:
+        console.print(f"not here: {line}", highlight=False, soft_wrap=True, markup=False)
+    console.print("nothing was started; every number above is an estimate", highlight=False)
+
+
+def _source(config: RunConfig) -> str:
+    path = getattr(config.student, "checkpoint", None)
+    there = path is not None and Path(path).exists()
+    return f" ({path})" if there else " (the released sizes; the checkpoint is not there)"
+
+
+def _show_memory(plan: Plan, console: Console) -> None:
+    where = "CPU" if plan.config.student.kind == "toy" else "GPU"
+    table = Table(title=f"memory of each {where} process (estimate)", title_justify="left")
+    table.add_column("part")
+    table.add_column("size", justify="right")
+    table.add_column("when")
+    table.add_column("what")
+    for part in plan.memory:
+        table.add_row(part.name, gib(part.bytes), part.when, part.note)
+    console.print(table)
+    peaks = plan.peaks()
+    highest = max(peaks, key=lambda moment: peaks[moment])
+    told = ", ".join(f"{moment} {gib(held)}" for moment, held in peaks.items())
+    line = f"at most {gib(peaks[highest])}, in {highest} ({told})"
+    if plan.phases:
+        line += "; " + ", ".join(_fits(plan, name) for name in MACHINES)
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _fits(plan: Plan, name: str) -> str:
+    held, there = max(plan.peaks().values()), MACHINES[name].memory
+    word = "fits" if held < 0.9 * there else "is tight on" if held < there else "is too much for"
+    return f"{word} an {name} ({there / GIB:.0f} GiB)"
+
+
+def _show_time(plan: Plan, console: Console) -> None:
+    assumed = (
+        f"{cost.UTILISATION:.0%} of an H100's or H200's {MACHINES['H200'].flop / 1e12:.0f} "
+        f"TFLOP/s (bf16), {cost.CONVOLUTIONS:.0%} in the autoencoder"
+    )
+    title = f"GPU time (estimate, assuming {assumed})"
+    table = Table(title=title, title_justify="left")
+    table.add_column("phase")
+    for name in ("PFLOP each", "GPU-s each", "times", "GPU-h in all"):
+        table.add_column(name, justify="right")
+    table.add_column("what")
+    for phase in plan.phases:
+        table.add_row(
+            phase.name,
+            f"{(phase.flop + phase.convolutions) / 1e15:.2f}",
+            f"{phase.seconds:.1f}",
+            f"{phase.times:g}",
+            f"{phase.seconds * phase.times / 3600:.2f}",
+            phase.note,
+        )
+    console.print(table)
+    total = plan.gpu_seconds / 3600
+    line = (
+        f"together {total:.1f} GPU-hours, {total / plan.processes:.1f} hours on "
+        f"{plan.processes} GPU(s)"
+    )
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,350 @@
+"""A run's memory parts and work phases, derived from its configuration.
+
+`afd.planning.cost_model` has the sizes and formulas; this module applies them to a method, a
+discriminator and a number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from afd.config.run import RunConfig
+from afd.discriminators.config import LatentConfig, VideoAlignConfig
+from afd.discriminators.latent import LatentScorer
+from afd.discriminators.videoalign.preprocess import PATCH, frame_indices, smart_resize
+from afd.methods.config import StudentOptimizerConfig
+from afd.models.config import DTYPES
+from afd.planning import cost_model as cost
+from afd.planning.cost_model import MACHINES, Net
+
+READER = cost.Reader()
+GIB = 2**30
+
+
+def gib(count: int) -> str:
+    """Format a number of bytes for display."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Memory of one process: bytes, when (see MOMENTS, or "always", "kept", "start"), label."""
+
+    name: str
+    bytes: int
+    when: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Work of all processes in one update: FLOP of matrix products and of convolutions, and the
+    number of times it is done in the run."""
+
+    name: str
+    flop: float
+    convolutions: float
+    times: float
+    note: str
+
+    @property
+    def seconds(self) -> float:
+        """GPU-seconds of one occurrence, at the assumed utilisation of an H100 or H200."""
+        rate = MACHINES["H200"].flop
+        products = self.flop / (rate * cost.UTILISATION)
+        return products + self.convolutions / (rate * cost.CONVOLUTIONS)
+
+
+class Work:
+    """Memory parts and work phases of one configuration."""
+
+    def __init__(self, config: RunConfig, net: Net, processes: int) -> None:
+        self.config, self.net, self.processes = config, net, processes
+        student = config.student
+        self.wan = student.kind == "wan"
+        self.item = DTYPES[student.dtype].itemsize if student.kind == "wan" else cost.FLOAT
+        self.vae_item = DTYPES[getattr(student, "vae_dtype", "float32")].itemsize if self.wan else 0
+        self.method: StudentOptimizerConfig = getattr(config, config.method)
+        self.group = getattr(self.method, "samples_per_prompt", 1)
+        self.rolls = config.method != "sft"
+        self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
+        # Prompts of the process that has the most.
+        self.prompts = -(-config.prompts_per_update // processes)
+        self.videos = self.prompts * self.group
+        draws = getattr(self.method, "draws", 1)
+        self.micro = min(self.method.micro_batch or self.videos * draws, self.videos * draws)
+        self.pixels = config.video.height * config.video.width
+        self.sees_video = isinstance(self.discriminator, VideoAlignConfig)
+
+    # --- memory ---
+
+    def memory(self) -> Iterator[Part]:
+        yield from self._weights()
+        yield from self._codec()
+        yield from self._discriminator()
+        yield from self._rollout()
+        yield from self._update()
+
+    def versions(self) -> tuple[list[str], list[str]]:
+        """Weight versions other than the reference, and the trained ones among them."""
+        method, config = self.config.method, self.config
+        if method == "afd":
+            names = ["theta", "old"] if config.afd.old == "ema" else ["theta"]
+            return names + (["ema"] if config.afd.ema_decay is not None else []), ["theta"]
+        if method == "dmd":
+            return ["theta", "ema", "real", "fake"], ["theta", "real", "fake"]
+        return ["theta", "ema"], ["theta"]
+
+    def _weights(self) -> Iterator[Part]:
+        net, lora = self.net, self.net.lora is not None
+        names, trained = self.versions()
+        sharded = self.config.parallel == "fsdp" and self.processes > 1
+        parts = self.processes if sharded else 1
+        # FSDP shards are the fp32 masters; without FSDP, the network holds copies in its own dtype.
+        held = cost.FLOAT if sharded else self.item
+        master = 0 if held == cost.FLOAT else cost.FLOAT
+        prior = getattr(self.method, "prior_weight", 0) > 0
+        if lora:
+            yield Part("network", net.parameters * held // parts, "always", "frozen weights")
+            one = net.lora_parameters * (held + master) // parts
+            size = f"{net.lora_parameters:,} numbers each"
+            yield Part("adapters", len(names) * one, "always", f"{', '.join(names)}: {size}")
+        else:
+            one = net.parameters * (held + master) // parts
+            size = f"{net.parameters:,} numbers each"
+            yield Part("network", len(names) * one, "always", f"{', '.join(names)}: {size}")
+            if prior:
+                reference = net.parameters * held // parts
+                yield Part("reference", reference, "always", "frozen copy for the prior")
+        if sharded:
+            note = "all shares, gathered for a pass"
+            yield Part("gathered", net.parameters * self.item, "always", note)
+        numbers = len(trained) * net.trained // parts
+        yield Part("optimizer", 2 * cost.FLOAT * numbers, "always", "Adam's two moments, fp32")
+        yield Part("gradients", cost.FLOAT * numbers, "always", "fp32")
+
+    def _codec(self) -> Iterator[Part]:
+        if not self.wan:
+            return
+        text = cost.TEXT_PARAMETERS * self.item
+        yield Part("text encoder", text, "start", "embeds what the cache lacks, then it goes")
+        weights = cost.VAE_PARAMETERS * self.vae_item
+        yield Part("autoencoder", weights, "always", "frozen weights")
+        if self.sees_video:
+            decode = cost.decode_bytes(1, self.pixels, self.vae_item)
+            yield Part("decode", decode, "rollout", "one video, streamed")
+            if self.config.method == "gan":
+                sizes = self.net.frames, self.micro, self.pixels, self.vae_item
+                kept = cost.decode_gradient_bytes(*sizes)
+                note = f"{self.micro} video(s) a pass, a latent frame computed again at a time"
+                yield Part("decode with gradients", kept, "student", note)
+        else:
+            encode = cost.encode_bytes(self.pixels, self.vae_item)
+            yield Part("encode", encode, "start", "one teacher video")
+
+    def _discriminator(self) -> Iterator[Part]:
+        discriminator = self.discriminator
+        if isinstance(discriminator, VideoAlignConfig):
+            item = DTYPES[discriminator.dtype].itemsize
+            trained = READER.lora(discriminator.lora_rank)
+            yield Part("VideoAlign", READER.parameters * item, "always", "frozen weights")
+            state = 4 * cost.FLOAT * trained
+            note = "LoRA, gradients and Adam, fp32"
+            yield Part("VideoAlign training", state, "always", note)
+            pairs = min(discriminator.micro_batch or self.videos, self.videos)
+            patches, _ = self._patches()
+            kept = READER.activation_bytes(
+                patches, item, checkpointed=discriminator.gradient_checkpointing
+            )
+            moment = "student" if self.config.method == "gan" else "discriminator"
+            note = f"{pairs} pair(s) at a time"
+            yield Part("VideoAlign activations", 2 * pairs * kept, moment, note)
+        elif isinstance(discriminator, LatentConfig):
+            numbers = sum(p.numel() for p in self._scorer(discriminator).parameters())
+            yield Part("discriminator", 4 * cost.FLOAT * numbers, "always", "weights and Adam")
+        elif self.config.method == "dmd":
+            checkpointed = self.config.student.checkpoint_blocks
+            sizes = self.net, self.micro, self.item
+            kept = 2 * cost.activation_bytes(*sizes, checkpointed=checkpointed)
+            note = f"real or fake, {self.micro} video(s) a pass, and through their context"
+            yield Part("fields' activations", kept, "discriminator", note)
+
+    def _scorer(self, discriminator: LatentConfig) -> LatentScorer:
+        with torch.device("meta"):
+            return LatentScorer(16, 4096, discriminator.width)
+
+    def _rollout(self) -> Iterator[Part]:
+        if not self.rolls:
+            return
+        net, batch = self.net, min(self.config.student.rollout_batch or self.videos, self.videos)
+        note = f"{batch} video(s) streamed together"
+        yield Part("cache", cost.kv_bytes(net, batch, self.item), "rollout", note)
+        numbers = 16 * net.frames * self.pixels // 64 if self.wan else net.frames * 3 * self.pixels
+        yield Part("rollouts", self.videos * numbers * cost.FLOAT, "kept", "latents, fp32")
+        if self._keeps_context():
+            kept = cost.kv_bytes(net, self.videos, self.item)
+            note = f"{self.videos} rollouts' caches (afd.keep_context)"
+            yield Part("kept contexts", kept, "kept", note)
+
+    def _keeps_context(self) -> bool:
+        afd = self.config.afd
+        kept = afd.context == "shared_context" and afd.keep_context
+        return self.config.method == "afd" and kept
+
+    def _update(self) -> Iterator[Part]:
+        net, checkpointed = self.net, self.config.student.checkpoint_blocks
+        context = getattr(self.method, "context", "recompute")
+        # With gradients through the context, the context is half of the pass.
+        halves = 2 if context == "recompute" else 1
+        both = [
+            halves * cost.activation_bytes(net, self.micro, self.item, checkpointed=c)
+            for c in (True, False)
+        ]
+        held, other = both if checkpointed else reversed(both)
+        told = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
+        yield Part("activations", held, "student", told + str(not checkpointed).lower())
+        if halves == 1 and not self._keeps_context():
+            one = cost.kv_bytes(net, self.micro, self.item)
+            yield Part("context", one, "student", "keys and values of a pass's clean videos")
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one saved state: masters and moments of the student and the discriminator."""
+        names, trained = self.versions()
+        numbers = (len(names) + 2 * len(trained)) * self.net.trained
+        if isinstance(self.discriminator, VideoAlignConfig):
+            numbers += 3 * READER.lora(self.discriminator.lora_rank)
+        elif isinstance(self.discriminator, LatentConfig):
+            numbers += 3 * sum(p.numel() for p in self._scorer(self.discriminator).parameters())
+        return cost.FLOAT * numbers
+
+    # --- work ---
+
+    def phases(self, distinct: int) -> Iterator[Phase]:
+        """The phases of one update. `distinct`: number of distinct teacher videos."""
+        config, net = self.config, self.net
+        assert config.student.kind == "wan"
+        videos = config.prompts_per_update * self.group
+        steps, first = config.student.denoising_steps, config.student.first_chunk_steps
+        rollout = cost.rollout_flop(net, len(steps), None if first is None else len(first))
+        decode = cost.decode_flop(net.frames, self.pixels)
+        if not self.sees_video:
+            encode = cost.encode_flop(net.frames, self.pixels)
+            yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
+        if self.rolls:
+            passes = f"{len(steps)} steps and a context pass a chunk"
+            yield Phase(
+                "rollout", videos * rollout, 0.0, config.updates, f"{videos} videos, {passes}"
+            )
+        if self.sees_video:
+            yield Phase("decode", 0.0, videos * decode, config.updates, f"{videos} videos")
+        if self.discriminator is not None or config.method == "dmd":
+            flop, note = self._critic_work(videos)
+            yield Phase("discriminator", flop, 0.0, config.updates, note)
+        flop, convolutions, note = self._student_work(videos, decode)
+        updates = max(0, config.updates - self._waits())
+        yield Phase("student", flop, convolutions, updates, note)
+        measured = self._evaluated()
+        if measured:
+            # The discriminator, and its frozen original model.
+            rate = 2 * self._score_flop() if self.sees_video else 0.0
+            note = f"{measured} held-out videos in all, and their decode"
+            yield Phase("evaluation", rollout + rate, decode, measured, note)
+
+    def _critic_work(self, videos: int) -> tuple[float, str]:
+        discriminator, config = self.discriminator, self.config
+        if config.method == "dmd":
+            fits, checkpointed = config.dmd.score_updates, config.student.checkpoint_blocks
+            flop = cost.sft_flop(self.net, draws=1, checkpointed=checkpointed)
+            teachers = config.prompts_per_update
+            note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
+            return fits * (teachers + videos) * flop, note
+        if isinstance(discriminator, VideoAlignConfig):
+            patches, pictures = self._patches()
+            one = READER.train_flop(
+                patches,
+                pictures,
+                discriminator.lora_rank,
+                checkpointed=discriminator.gradient_checkpointing,
+            )
+            scored = videos
+            if config.method == "gan":
+                scored = 0  # scored in the student's update
+            elif config.afd.baseline == "teacher":
+                scored += config.prompts_per_update
+            total = 2 * videos * one * discriminator.steps_per_update + scored * self._score_flop()
+            note = f"{discriminator.steps_per_update} step(s) on {videos} pairs"
+            return total, note + (f", and {scored} scores" if scored else "")
+        return 0.0, "small; not counted"
+
+    def _score_flop(self) -> float:
+        discriminator = self.discriminator
+        assert isinstance(discriminator, VideoAlignConfig)
+        patches, pictures = self._patches()
+        return READER.score_flop(patches, pictures, discriminator.lora_rank)
+
+    def _student_work(self, videos: int, decode: float) -> tuple[float, float, str]:
+        config, net = self.config, self.net
+        checkpointed = config.student.checkpoint_blocks
+        told = "blocks computed again in the backward" if checkpointed else "all activations kept"
+        chunks = getattr(self.method, "chunks_per_update", None)
+        part = min(1.0, chunks / net.chunks) if chunks else 1.0
+        if config.method == "afd":
+            afd = config.afd
+            flop = cost.nft_flop(
+                net,
+                afd.context,
+                draws=afd.draws,
+                part=part,
+                kept=self._keeps_context(),
+                prior=afd.prior_weight > 0,
+                checkpointed=checkpointed,
+            )
+            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s); {told}"
+        if config.method == "sft":
+            sft = config.sft
+            flop = cost.sft_flop(net, draws=sft.draws, part=part, checkpointed=checkpointed)
+            return videos * flop, 0.0, f"{sft.draws} draw(s) of {videos} videos; {told}"
+        last = config.gan if config.method == "gan" else config.dmd
+        flop = cost.last_step_flop(
+            net,
+            recompute=last.context == "recompute",
+            prior=last.prior_weight > 0,
+            checkpointed=checkpointed,
+        )
+        if config.method == "dmd":
+            flop += 2 * (cost.context_flop(net) + cost.noisy_flop(net))
+            return videos * flop, 0.0, f"through the last step, with both fields' views; {told}"
+        if not self.sees_video:
+            return videos * flop, 0.0, f"through the last step; {told}"
+        # Forward, recomputation and backward, including the discriminator's.
+        flop += 3 * self._score_flop()
+        return videos * flop, videos * 4 * decode, f"through the last step and the decode; {told}"
+
+    def _waits(self) -> int:
+        """Number of updates before the student's first."""
+        if self.config.method == "dmd":
+            dmd = self.config.dmd
+            return max(0, -(-dmd.score_warmup_updates // dmd.score_updates) - 1)
+        return self.discriminator.warmup_updates if self.discriminator is not None else 0
+
+    def _evaluated(self) -> int:
+        """Number of held-out videos over all evaluations of the run."""
+        evaluation, steps = self.config.evaluation, self.config.updates
+        if evaluation.kind == "none":
+            return 0
+        on_the_way = len(range(0, steps, evaluation.every)) if evaluation.every else 0
+        return on_the_way * evaluation.curve_videos + evaluation.videos
+
+    def _looked(self) -> int:
+        """Number of frames of a video that VideoAlign reads."""
+        video = self.config.video
+        return len(frame_indices(video.frames, video.fps or 16.0))
+
+    def _patches(self) -> tuple[int, int]:
+        """Patches of one video in VideoAlign's vision tower, and the images they come from."""
+        video, pictures = self.config.video, self._looked() // 2
+        rows, columns = smart_resize(video.height, video.width, 448 * 448)
+        return pictures * (rows // PATCH) * (columns // PATCH), pictures

@@ -1,0 +1,86 @@
+"""Forecast of a run's use of its teacher: videos, cost and waiting time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Assumed for a service that has not yet made a video for this folder.
+SECONDS_PER_VIDEO = 120.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Estimate of the videos that the teacher still has to make.
+
+    Attributes:
+        wanted: videos that the run can request; 0 if unknown.
+        there, rejected: how many of these are finished, and how many the service refused.
+        distinct: different videos that the run will use.
+        price_usd: expected price of one video; None if nothing is bought.
+        spent_usd, budget_usd: of the folder.
+        seconds: time to make one video, from the ledger or assumed.
+        measured: whether `seconds` comes from the ledger.
+        concurrency: videos made concurrently.
+    """
+
+    kind: str
+    wanted: int
+    there: int
+    rejected: int
+    distinct: int
+    price_usd: float | None = None
+    spent_usd: float = 0.0
+    budget_usd: float = 0.0
+    seconds: float = SECONDS_PER_VIDEO
+    measured: bool = False
+    concurrency: int = 1
+
+    @property
+    def to_buy(self) -> int:
+        """Videos that still have to be bought."""
+        if self.price_usd is None:
+            return 0
+        return max(0, min(self.distinct, self.wanted) - self.there - self.rejected)
+
+    @property
+    def cost_usd(self) -> float:
+        return self.to_buy * (self.price_usd or 0.0)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until the last video is finished, if nothing fails."""
+        return -(-self.to_buy // self.concurrency) * self.seconds
+
+    def lines(self, training_s: float) -> Iterator[str]:
+        """Yield readable lines on cost and wall-clock time. `training_s`: seconds of all updates, 0
+        if unknown."""
+        if self.price_usd is None:
+            number = f"{self.wanted} videos" if self.wanted else "videos not counted"
+            yield f"teacher: {self.kind}, {number}; nothing is bought"
+        elif not self.wanted:
+            yield (
+                f"teacher: {self.kind}, about {self.price_usd:.2f} USD a video; how many is not "
+                "known without the prompts"
+            )
+        else:
+            yield (
+                f"teacher: {self.kind}, {self.there} of {self.wanted} videos are there, "
+                f"{self.rejected} were rejected; {self.to_buy} to buy at about "
+                f"{self.price_usd:.2f} USD: {self.cost_usd:.2f} USD, without repeats"
+            )
+            left = self.budget_usd - self.spent_usd
+            word = "which is enough" if self.cost_usd <= left else "which is NOT enough"
+            yield (
+                f"money: {self.spent_usd:.2f} of the budget of {self.budget_usd:.2f} USD spent or "
+                f"reserved, {left:.2f} left, {word}"
+            )
+            source = "as the ledger has it" if self.measured else "assumed"
+            yield (
+                f"teacher wait: about {self.wait_s / 60:.0f} min at {self.seconds:.0f} s a video "
+                f"({source}), {self.concurrency} at once; training goes on meanwhile, if it can"
+            )
+        if training_s:
+            low, high = max(training_s, self.wait_s), training_s + self.wait_s
+            span = f"{low / 3600:.1f}" + (f" to {high / 3600:.1f}" if self.wait_s else "")
+            yield f"wall-clock: about {span} hours (estimate; reading files is not counted)"

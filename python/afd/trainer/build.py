@@ -1,0 +1,137 @@
+"""Build the training method of a run (student, codec, discriminator) from its configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from afd.cache import Store
+from afd.config.run import RunConfig
+from afd.discriminators.base import DifferentiableDiscriminator
+from afd.distributed import ALONE, Ranks
+from afd.errors import ConfigError
+from afd.methods.afd import Afd, Watch
+from afd.methods.base import Method
+from afd.methods.config import StudentOptimizerConfig
+from afd.methods.dmd import Dmd
+from afd.methods.gan import Gan
+from afd.methods.sft import Sft
+from afd.models.codec import Codec
+from afd.models.policies import make_policies
+from afd.models.sharding import shard_over
+from afd.models.student import Student
+from afd.models.wan.network import CausalWan
+from afd.registry import find
+
+_log = logging.getLogger("afd")
+
+
+def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()) -> Method:
+    """Build the method of a run on the rank's device, from its initial checkpoints and seed.
+
+    `prompts`: all prompts of the run; a text encoder embeds them before anything else is loaded.
+    Raises ConfigError, naming the key, for incompatible parts, unsuitable files and missing
+    packages.
+    """
+    student, codec = build_student(config, ranks, prompts)
+    discriminator = None
+    if config.method in ("afd", "gan"):
+        discriminator = build_discriminator(config, student, ranks, prompts)
+        if config.video.codec_match and discriminator.input_space == "latents":
+            _log.info("video.codec_match does nothing here: the discriminator sees latents")
+    section = config.student
+    method: StudentOptimizerConfig = getattr(config, config.method)
+    policies = make_policies(
+        student,
+        method.versions,
+        trained=method.trained,
+        lora=section.lora,
+        seed=config.seed,
+        shard=_sharding(config, student, ranks),
+    )
+    shared: dict[str, Any] = {
+        "denoising_steps": section.denoising_steps,
+        "first_chunk_steps": section.first_chunk_steps,
+        "context_noise": section.context_noise,
+        "codec": codec,
+        "video": config.video,
+        "ranks": ranks,
+        "rollout_batch": section.rollout_batch,
+        "seed": config.seed,
+    }
+    if config.method == "sft":
+        return Sft(policies, config.sft, **shared)
+    if config.method == "dmd":
+        return Dmd(policies, config.dmd, **shared)
+    assert discriminator is not None
+    if config.method == "gan":
+        return Gan(policies, discriminator, config.gan, **shared)
+    return Afd(policies, discriminator, config.afd, watch=_watch(config, ranks), **shared)
+
+
+def _watch(config: RunConfig, ranks: Ranks) -> Watch | None:
+    """The run's hook for logging metrics of rollouts and their scores, or None."""
+    if config.evaluation.kind == "none":
+        return None
+    watch: Watch | None = find("metrics", config.evaluation.kind).watch(config.evaluation, ranks)
+    return watch
+
+
+def _sharding(
+    config: RunConfig, student: Student, ranks: Ranks
+) -> Callable[[CausalWan], object] | None:
+    if config.parallel != "fsdp" or ranks.world == 1:
+        return None
+    return shard_over(ranks, student.dtype)
+
+
+def build_student(
+    config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
+) -> tuple[Student, Codec]:
+    """Build the student, able to encode `prompts`, and its codec to pixels."""
+    section = config.student
+    with _config_errors("student"):
+        check_size(config)
+        student, codec = section.build(
+            config.video,
+            prompts,
+            device=ranks.device,
+            store=Store.of(config.cache),
+            ranks=ranks,
+        )
+    student.net.checkpoint_blocks = section.checkpoint_blocks
+    return student.to(ranks.device), codec
+
+
+def check_size(config: RunConfig) -> None:
+    """Raise ConfigError if the student was made for videos of another size."""
+    video, size = config.video, config.student.video_size()
+    given = (video.frames, video.height, video.width)
+    if size is not None and given != size:
+        raise ConfigError(
+            f"video.frames, video.height, video.width: got {', '.join(map(str, given))}; needed: "
+            f"{', '.join(map(str, size))}, those of the {config.student.kind} student"
+        )
+
+
+def build_discriminator(
+    config: RunConfig, student: Student, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
+) -> DifferentiableDiscriminator:
+    """Build the configured discriminator, able to encode `prompts`."""
+    with _config_errors("discriminator"):
+        return config.discriminator.build(
+            student, config.video, prompts, seed=config.seed, ranks=ranks
+        )
+
+
+@contextmanager
+def _config_errors(section: str) -> Iterator[None]:
+    """Re-raise loading errors as a ConfigError that names the configuration section."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{section}: {error}") from error

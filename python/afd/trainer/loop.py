@@ -1,0 +1,474 @@
+"""The training loop: one explicit step, with exact resumption after any interruption.
+
+A run is a pure function of its configuration: stopping it anywhere (Ctrl-C, kill -9, power cut) and
+resuming gives bitwise the same numbers and weights as an uninterrupted run. Under torchrun every
+process computes its part of each update (afd.distributed); the main process writes the files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from afd import machine
+from afd.cache import Store
+from afd.config.run import RunConfig, differences, load_config, plain
+from afd.data.inputs import inputs_of, refuse_other_inputs
+from afd.data.sampler import Sampler
+from afd.data.videos import Videos
+from afd.distributed import ALONE, Ranks, join
+from afd.errors import ConfigError, StorageError, TeacherError, TrainingError, VideoError
+from afd.files import DISK, what_failed, write_json, write_text
+from afd.methods.base import Batch, Method, Shown
+from afd.teachers.base import Teacher
+from afd.trainer import checkpoint
+from afd.trainer.build import build_method
+from afd.trainer.evaluate import (
+    Evaluation,
+    Evaluator,
+    evaluation_prompts,
+    make_evaluator,
+    rolled,
+    write_samples,
+)
+from afd.trainer.logging import Timers, log_to, progress_bar
+from afd.trainer.metrics import Records
+from afd.trainer.run_folder import (
+    CONFIG,
+    DONE,
+    RunFolder,
+    refuse_another_run,
+    run_folder,
+    written_config,
+)
+from afd.trainer.side_by_side import write_side_by_side
+from afd.trainer.stop import stop_request
+from afd.video import to_uint8
+
+_log = logging.getLogger("afd")
+
+
+class Outcome(Enum):
+    """The outcome of `train`."""
+
+    FINISHED = "finished"
+    ALREADY_FINISHED = "already finished"
+    STOPPED = "stopped"
+
+
+def train(
+    config: RunConfig,
+    *,
+    method: Method | None = None,
+    teacher: Teacher | None = None,
+    console: Console | None = None,
+) -> Outcome:
+    """Start a run, or resume it from its newest checkpoint.
+
+    `method` and `teacher`, if given, replace the configured ones (for custom implementations). A
+    finished run is never modified: ALREADY_FINISHED is returned. Raises ConfigError if the run
+    folder holds a run of another configuration, TeacherError for a bad teacher, TrainingError for a
+    non-finite loss or metric, StorageError if the run folder is no longer writable or has gone.
+    """
+    out = config.run_dir
+    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
+        if ranks.main:
+            refuse_another_run(out, config)
+        if ranks.same((out / DONE).exists()):
+            return Outcome.ALREADY_FINISHED
+        _refuse_idle_processes(config, ranks)
+        console = console or Console(quiet=not ranks.main)
+        with _home(config, console, ranks) as home:
+            if config.threads:
+                torch.set_num_threads(config.threads)
+            checkpoint.seed_everything(config.seed)
+            teacher = teacher or _open_teacher(config, console, ranks)
+            method = method or build_method(config, ranks, _prompts(config, teacher))
+            trainer = Trainer(config, method, teacher, ranks, home)
+            try:
+                return trainer.run(console)
+            except OSError as error:
+                raise _stopped_by_disk(error, trainer) from error
+            finally:
+                trainer.close()
+
+
+def _stopped_by_disk(error: OSError, trainer: Trainer) -> Exception:
+    """Convert a write error in the run folder to a StorageError; return other errors unchanged."""
+    own = error.filename is not None and Path(error.filename).is_relative_to(trainer.out)
+    if error.errno not in DISK and not own:
+        return error
+    newest = trainer.newest
+    saved = "nothing is saved yet" if newest is None else f"the newest checkpoint is {newest}"
+    remedy = DISK.get(error.errno or 0, "put that right")
+    if trainer.home is not None and trainer.home.gone:
+        remedy = "the run folder was moved or removed: put it back"
+    return StorageError(
+        f"{what_failed(error)}; {remedy} and continue: afd resume {trainer.out} ({saved})"
+    )
+
+
+@contextmanager
+def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFolder | None]:
+    """Open the run folder for the block; the main process locks it, logs there and writes its
+    config.yaml."""
+    if not ranks.main:
+        _log.addHandler(logging.NullHandler())
+        yield None
+        return
+    out = config.run_dir
+    with run_folder(config) as home, log_to(out / "train.log", console):
+        facts = machine.inspect()
+        write_json(out / "doctor.json", facts)
+        _log.info("%s: %s, %d updates, seed %d", out, config.method, config.updates, config.seed)
+        if ranks.world > 1:
+            _log.info("%d processes, %s", ranks.world, config.parallel)
+        for op, state in facts["ops_by_device"][ranks.device.type].items():
+            _log.info("op %s runs on backend %s", op, state["chosen"])
+        yield home
+
+
+def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
+    prompts, world = config.prompts_per_update, ranks.world
+    if prompts < world:
+        raise ConfigError(f"prompts_per_update is {prompts}; {world} processes need one each")
+    # Every forward and backward pass of a sharded network involves all processes.
+    if config.parallel == "fsdp" and prompts % world:
+        raise ConfigError(
+            f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {world} "
+            "(processes)"
+        )
+
+
+def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
+    """Open the teacher on the main process first: it creates a simulator's folder, which the other
+    processes then read."""
+    if ranks.main:
+        teacher = config.open_teacher(console)
+    ranks.barrier()
+    return teacher if ranks.main else config.open_teacher(console)
+
+
+def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
+    return Videos(
+        teacher,
+        config.video,
+        input_space=method.input_space,
+        prepare=method.prepare,
+        codec=method.codec,
+        # Pixels are not cached, so a run on pixels needs no cache folder.
+        store=Store.of(config.cache) if method.input_space == "latents" else None,
+        ranks=ranks,
+        accept=config.checkpoint.accept_changed_inputs,
+    )
+
+
+def _clips(videos: Videos, teacher: Teacher) -> Tensor:
+    """All clips of the teacher, float32 [N, F, 3, H, W] in [-1, 1]."""
+    return torch.stack([videos.clip(request) for request in teacher.requests])
+
+
+def _prompts(config: RunConfig, teacher: Teacher) -> list[str]:
+    """All prompts that the run will embed."""
+    asked = [request.prompt for request in teacher.requests]
+    return list(dict.fromkeys([*asked, *evaluation_prompts(config, teacher.requests)]))
+
+
+def _evaluator(
+    config: RunConfig, method: Method, teacher: Teacher, videos: Videos, ranks: Ranks
+) -> Evaluator | None:
+    return make_evaluator(
+        config,
+        lambda: _clips(videos, teacher),
+        codec=method.codec,
+        discriminator=getattr(method, "discriminator", None),
+        prompts=evaluation_prompts(config, teacher.requests),
+        ranks=ranks,
+    )
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load the configuration of the run in a folder; `overrides` may change only
+    config.FREE_KEYS."""
+    written_config(folder / CONFIG)
+    return load_config(folder / CONFIG, [*overrides, f"out={json.dumps(str(folder))}"])
+
+
+def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
+    """Evaluate the newest checkpoint of a run on held-out seeds, without changing the folder."""
+    config = load_run(folder)
+    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
+        return _evaluate_newest(config, folder, videos, ranks)
+
+
+def _evaluate_newest(
+    config: RunConfig, folder: Path, videos: int | None, ranks: Ranks
+) -> Evaluation:
+    teacher = config.open_teacher()
+    method = build_method(config, ranks, _prompts(config, teacher))
+    path = checkpoint.latest(folder / "checkpoints", ranks)
+    with closing(_open_videos(config, method, teacher, ranks)) as clips:
+        evaluate = _evaluator(config, method, teacher, clips, ranks)
+        if path is None or evaluate is None:
+            why = "has no checkpoint" if path is None else "has evaluation.kind=none"
+            raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
+        _load(path, method, config, ranks)
+        with method.evaluation_policy() as policy:
+            return evaluate(policy, videos or config.evaluation.videos)
+
+
+def _load(path: Path, method: Method, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """Restore a method from a checkpoint; returns the whole state."""
+    into = {"method_state": method.state_dict()}
+    how: dict[str, Any] = {"config": plain(config), "into": into, "ranks": ranks}
+    state = checkpoint.load(path, method=method.name, **how)
+    method.load_state_dict(state["method_state"])
+    return state
+
+
+class Trainer:
+    """Runs the updates of one run and holds its state between them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        teacher: Teacher,
+        ranks: Ranks = ALONE,
+        home: RunFolder | None = None,
+    ) -> None:
+        self.config, self.method, self.out, self.ranks = config, method, config.run_dir, ranks
+        self.teacher, self.home = teacher, home
+        self.sampler = Sampler(teacher.requests, config.seed)
+        self.videos = _open_videos(config, method, teacher, ranks)
+        self.evaluate = _evaluator(config, method, teacher, self.videos, ranks)
+        self.inputs = inputs_of(method, evaluation_prompts(config, teacher.requests))
+        self.step = 0
+        self.elapsed_s = 0.0
+        self.checkpoints = self.out / "checkpoints"
+        self.newest: Path | None = None
+        records = self._restore()
+        self.records = Records(config, self.step, records) if ranks.main else None
+        self.evaluated = set(ranks.same(sorted(self.records.evaluated) if self.records else []))
+
+    def run(self, console: Console) -> Outcome:
+        """Run all remaining updates, then the final evaluation."""
+        config = self.config
+        began = time.perf_counter() - self.elapsed_s
+        bar_args = (config.name, config.updates, self.step, console, config.logging.progress)
+        with stop_request() as stop, progress_bar(*bar_args) as bar:
+            timers = Timers(bar.begins)
+            if self.step == 0:
+                self._evaluate_on_the_way(timers)
+            # A signal may reach only one process, or reach the processes in different updates.
+            stopping = self.ranks.any(bool(stop))
+            while self.step < config.updates and not stopping:
+                metrics = self._update(timers)
+                self._evaluate_on_the_way(timers)
+                if _due(self.step, config.logging.videos_every):
+                    with timers("evaluate"):
+                        self._show()
+                phase_s = timers.take()
+                self.elapsed_s = time.perf_counter() - began
+                self._record(metrics, phase_s)
+                bar.advance(phase_s)
+                gone = self.home is not None and self.home.gone
+                stopping = self.ranks.any(bool(stop) or gone)
+                last = stopping or self.step == config.updates
+                if last or _due(self.step, config.checkpoint.every):
+                    self._save()
+                if gone:
+                    raise StorageError(
+                        f"run folder {self.out}: was moved or removed while the run wrote there; "
+                        f"its state after update {self.step} is at the old place again, without "
+                        f"the numbers until then: afd resume {self.out}"
+                    )
+            if self.step < config.updates:
+                if self.step == 0:
+                    self._save()
+                _log.info("stopped after update %d; continue: afd resume %s", self.step, self.out)
+                return Outcome.STOPPED
+        self._finish()
+        return Outcome.FINISHED
+
+    def _update(self, timers: Timers) -> dict[str, float]:
+        """One update: draw requests, roll out, train the discriminator, train the student."""
+        method = self.method
+        with timers("teacher"), self._saved_without_videos():
+            batch = self._next_batch()
+        if method.needs_rollout:
+            with timers("rollout"):
+                method.rollout(batch)
+        metrics: dict[str, float] = {}
+        if method.needs_discriminator:
+            with timers("discriminator"):
+                metrics |= method.discriminator_step(batch)
+        with timers("student"):
+            metrics |= method.student_step(batch)
+        self.step += 1
+        return metrics
+
+    @contextmanager
+    def _saved_without_videos(self) -> Iterator[None]:
+        """Save the state of the latest update if the teacher fails to provide the next videos."""
+        cursor = self.sampler.state_dict()
+        try:
+            yield
+        except (TeacherError, VideoError):
+            # With several processes the other ones are waiting for this failed one, so saving,
+            # which is collective, would hang.
+            if self.step > 0 and self.ranks.world == 1:
+                self.sampler.load_state_dict(cursor)
+                self._save()
+                _log.info("saved after update %d; continue: afd resume %s", self.step, self.out)
+            raise
+
+    def _next_batch(self) -> Batch:
+        """This process's share of the step's prompts, with the teacher's videos."""
+        count = self.config.prompts_per_update
+        ahead = (self.config.updates - self.step - 1) * count
+        requests = self.videos.draw(self.sampler, count, ahead)
+        self.asked = requests[0]
+        own = self.ranks.share(count)
+        prompts = [request.prompt for request in requests[own]]
+        videos = self.videos.fetch(requests[own])
+        self.input_1FCHW = videos[:1]
+        return Batch(self.step, prompts, videos, first=own.start, total=count)
+
+    def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
+        bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"update {self.step}: {', '.join(f'{k} = {metrics[k]}' for k in bad)}; the newest "
+                f"checkpoint is {self.newest}"
+            )
+        if self.records is not None:
+            self.records.update(self.step, metrics, phase_s, self.elapsed_s)
+
+    def _evaluate_on_the_way(self, timers: Timers) -> None:
+        """Evaluate for the curve, if due at this step and not yet recorded."""
+        every = self.config.evaluation.every
+        if not _due(self.step, every) or self.step in (self.config.updates, *self.evaluated):
+            return
+        with timers("evaluate"):
+            self._evaluate(self.config.evaluation.curve_videos)
+
+    def _evaluate(self, videos: int) -> Evaluation | None:
+        """Measure held-out videos, shared between the processes; recorded once per step."""
+        if self.evaluate is None:
+            return None
+        with self.method.evaluation_policy() as policy:
+            result = self.evaluate(policy, videos)
+        if self.records is not None and self.step not in self.evaluated:
+            self.records.evaluation(self.step, result)
+        self.evaluated.add(self.step)
+        return result
+
+    def _show(self) -> None:
+        """Write the teacher's and the student's video of the step's first prompt, for viewing."""
+        shown = self.method.shown
+        if shown is None:  # a method without rollouts
+            prompt, seed = self.asked.prompt, self.config.evaluation.seed
+            with self.method.evaluation_policy() as policy:
+                (x0_1FCHW,) = rolled(policy, self.config, [prompt], [seed], [0])
+            shown = Shown(prompt, x0_1FCHW[0])
+        if self.records is None:
+            return
+        # This scoring method does not draw from the run's random generators.
+        score = getattr(getattr(self.method, "discriminator", None), "differentiable_score", None)
+        with torch.no_grad():
+            if score is not None and shown.score is not None:
+                shown = replace(shown, teacher_score=float(score(self.input_1FCHW, [shown.prompt])))
+            (student,) = self.method.codec.decode(shown.x0_FCHW[None].to(self.ranks.device))
+        left, right = (to_uint8(x).numpy() for x in (self.videos.clip(self.asked), student))
+        fps = self.config.video.rate
+        folder = self.out / "videos"
+        try:
+            path, video_FHWC = write_side_by_side(folder, left, right, shown, self.step, fps)
+        except OSError as error:  # these videos are only for viewing
+            _log.warning("videos: cannot be written (%s); goes on without", what_failed(error))
+            return
+        self.records.video(self.step, path, video_FHWC, fps)
+
+    def _finish(self) -> None:
+        """Run the final evaluation on the full held-out set; write its samples and, last, DONE."""
+        result = self._evaluate(self.config.evaluation.videos)
+        if self.records is None:
+            return
+        if result is not None:
+            write_samples(self.out, result, self.config.evaluation.samples)
+        self.records.sync()
+        write_text(self.out / DONE, f"{self.step} updates, {self.elapsed_s:.1f} s\n")
+        _log.info("finished: %d updates in %.1f s", self.step, self.elapsed_s)
+
+    def _save(self) -> None:
+        """Save everything the next update depends on, after flushing all metrics to disk."""
+        if self.home is not None and self.home.gone:
+            self.home.make_again()
+        if self.records is not None:
+            self.records.sync()
+        state = {
+            "step": self.step,
+            "method": self.method.name,
+            "config": plain(self.config),
+            "written_by": checkpoint.written_by() | {"processes": self.ranks.world},
+            "elapsed_s": self.elapsed_s,
+            "method_state": self.method.state_dict(),
+            "random": self.ranks.each(checkpoint.random_state()),
+            "sampler": self.sampler.state_dict(),
+            "teacher": _state_of(self.teacher),
+            "videos": self.videos.state_dict(),
+            "inputs": self.inputs,
+            "records": None if self.records is None else self.records.state_dict(),
+        }
+        keep = self.config.checkpoint.keep
+        self.newest = checkpoint.save(self.checkpoints, state, keep=keep, ranks=self.ranks)
+
+    def _restore(self) -> dict[str, Any] | None:
+        """Restore the newest complete checkpoint, if any; returns the state of the records."""
+        path = checkpoint.latest(self.checkpoints, self.ranks)
+        if path is None:
+            return None
+        state = _load(path, self.method, self.config, self.ranks)
+        if state["teacher"] is not None:
+            cast("Any", self.teacher).load_state_dict(state["teacher"])
+        self.sampler.load_state_dict(state["sampler"])
+        accept = self.config.checkpoint.accept_changed_inputs
+        refuse_other_inputs(state["inputs"], self.inputs, accept=accept)
+        self.videos.load_state_dict(state["videos"])
+        checkpoint.set_random_state(state["random"], self.ranks.rank)
+        self.step, self.elapsed_s, self.newest = state["step"], state["elapsed_s"], path
+        _log.info("continuing after update %d from %s", self.step, path)
+        for line in differences(state["config"], plain(self.config), ("name", "out")):
+            _log.info("changed: %s", line)
+        before = state["written_by"]["processes"]
+        if before != self.ranks.world:
+            _log.info("processes: %d now, %d before", self.ranks.world, before)
+        return dict(state["records"])
+
+    def close(self) -> None:
+        self.videos.close()
+        if self.records is not None:
+            self.records.close()
+
+
+def _state_of(teacher: Teacher) -> dict[str, Any] | None:
+    """The state of a paid teacher (its spending); None for teachers without state."""
+    ask = getattr(teacher, "state_dict", None)
+    return None if ask is None else ask()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,127 @@
+"""The folder of a run: its lock, its owner, and recovery if it is moved or removed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from afd.config.run import RunConfig, differences, plain, read_yaml, to_yaml
+from afd.errors import ConfigError, LockedError, StorageError, TrainingError
+from afd.files import locked, refuse_odd, write_text
+
+CONFIG, DONE, LOCK = "config.yaml", "DONE", ".lock"
+_log = logging.getLogger("afd")
+
+
+class RunFolder:
+    """The folder into which this process writes a run.
+
+    Attributes:
+        path: its location when the run started.
+    """
+
+    def __init__(self, config: RunConfig, descriptor: int) -> None:
+        self.path, self._config = config.run_dir, config
+        # Kept open for the whole run, so that no other folder can reuse its inode number.
+        self._descriptor = descriptor
+        self._stat = os.fstat(descriptor)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the folder was moved or removed, or its path now holds something else."""
+        try:
+            return not os.path.samestat(os.stat(self.path), self._stat)
+        except OSError:
+            return True
+
+    def make_again(self) -> None:
+        """Recreate the folder at its old path, to save the state of a run whose folder has gone.
+
+        Raises StorageError if that path is now otherwise in use.
+        """
+        lost = f"run folder {self.path}: was moved or removed while the run wrote there, and"
+        nearest = next(parent for parent in self.path.parents if parent.exists())
+        if nearest.stat().st_dev != self._stat.st_dev:
+            raise StorageError(
+                f"{lost} its disk is not there any more; the run has ended, unsaved since its "
+                "newest checkpoint: mount it again and continue: afd resume"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise StorageError(
+                    f"{lost} something else lies there now; the run has ended, unsaved since its "
+                    "newest checkpoint: continue where that is: afd resume"
+                )
+            write_text(self.path / CONFIG, to_yaml(self._config))
+        except OSError as error:
+            raise StorageError(f"{lost} cannot be made again ({error})") from error
+
+
+@contextmanager
+def run_folder(config: RunConfig) -> Iterator[RunFolder]:
+    """Lock the run's folder (created if absent) for this process, and write its config.yaml.
+
+    Raises TrainingError if another process holds it.
+    """
+    out = config.run_dir
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out / LOCK):
+            descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                # Atomic: a run killed here leaves either the old file or the new one.
+                write_text(out / CONFIG, to_yaml(config))
+                yield RunFolder(config, descriptor)
+            finally:
+                os.close(descriptor)
+    except LockedError:
+        raise TrainingError(f"run folder {out}: another process is training here") from None
+
+
+def refuse_another_run(out: Path, config: RunConfig) -> None:
+    """Raise ConfigError if the folder holds a run of another configuration, or a finished run with
+    another number of updates.
+
+    A folder without any metrics or checkpoint is free to use. If config.yaml is damaged, the
+    configuration in the checkpoint is compared instead, when the checkpoint is loaded.
+    """
+    path = out / CONFIG
+    checkpoints = list(out.glob("checkpoints/step_*/meta.json"))
+    if not path.is_file() or not _written([*out.glob("*.jsonl"), *checkpoints]):
+        return
+    try:
+        there = written_config(path)
+    except ConfigError as error:
+        if not checkpoints or (out / DONE).exists():
+            raise
+        _log.warning("%s; the run goes on from its checkpoint, and writes it again", error)
+        return
+    now = plain(config)
+    wrong = differences(there, now)
+    if (out / DONE).exists() and there["updates"] != now["updates"]:
+        wrong.append(f"updates: {there['updates']} there (finished), {now['updates']} now")
+    if wrong:
+        listed = "\n".join(f"  {line}" for line in wrong)
+        raise ConfigError(f"run folder {out}: holds another run:\n{listed}\nchoose another out=")
+
+
+def written_config(path: Path) -> dict[str, Any]:
+    """All sections of a run's config.yaml. Raises ConfigError if it is damaged."""
+    refuse_odd(path)
+    there = read_yaml(path)
+    missing = [key for key in RunConfig.model_fields if key not in there]
+    if missing:
+        raise ConfigError(
+            f"config {path}: is damaged, it lacks {', '.join(missing[:4])}; needed: what the run "
+            f"began with (afd train CONFIG.yaml out={path.parent} writes it again)"
+        )
+    return there
+
+
+def _written(files: Sequence[Path]) -> bool:
+    return any(file.is_file() and file.stat().st_size for file in files)

@@ -1,0 +1,60 @@
+"""Typed settings of videos: size, frame rate, length, and decoding limits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from afd.config.base import Count, Natural, Positive, Section
+from afd.video.source import Limits
+
+# Frames per second of a student's videos if none are configured: that of the released students.
+DEFAULT_FPS = 16.0
+
+
+class VideoConfig(Section):
+    """The size, frame rate and length of a run's videos, and how clips are converted to them."""
+
+    frames: Count = Field(default=12, description="frames per video the trainer sees")
+    height: Count = Field(default=16, description="rows of a frame in pixels")
+    width: Count = Field(default=16, description="columns of a frame in pixels")
+    fps: Annotated[float, Field(ge=1e-3, le=1e4)] | None = Field(
+        default=None,
+        description="resample clips to this rate (nearest frame in time); null: as they come",
+    )
+    short: Literal["error", "repeat"] = Field(
+        default="error",
+        description="a clip that ends too early: refuse it, or repeat its last frame",
+    )
+
+    hdr: Literal["tonemap", "refuse"] = Field(
+        default="tonemap",
+        description="HDR clips (HLG or PQ): map them to BT.709, reference white to white, or "
+        "refuse them",
+    )
+    max_pixels: Count = Field(
+        default=2**25, description="a clip with larger stored frames is refused before decoding"
+    )
+    max_frames: Count = Field(default=500_000, description="a clip with more frames is refused")
+    max_seconds: Positive = Field(
+        default=14_400.0, description="a clip that is read to beyond this time is refused"
+    )
+
+    codec_match: bool = Field(
+        default=False,
+        description="put the student's videos, where pixels are looked at, through the h264 codec "
+        "that the teacher's went through, so that the discriminator cannot tell them by its "
+        "traces; teacher's clips that had to be scaled go through it at this size again",
+    )
+    crf: Natural = Field(default=18, description="rate factor of that codec; lower is better")
+
+    @property
+    def rate(self) -> float:
+        """Frames per second: `fps`, or DEFAULT_FPS if clips are not resampled."""
+        return self.fps or DEFAULT_FPS
+
+    @property
+    def limits(self) -> Limits:
+        """Decoding limits beyond which a clip is refused."""
+        return Limits(self.max_pixels, self.max_frames, self.max_seconds)
