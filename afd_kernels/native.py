@@ -188,7 +188,8 @@ def threads(x: Tensor) -> int:
     Results do not depend on it; waking a thread costs as much as processing tens of thousands of
     elements.
     """
-    return min(torch.get_num_threads(), 1 + x.numel() // 32768)
+    wanted = 1 + x.numel() // 32768
+    return 1 if wanted == 1 else min(torch.get_num_threads(), wanted)
 
 
 def stream(x: Tensor) -> int:

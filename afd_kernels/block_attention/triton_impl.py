@@ -141,6 +141,7 @@ def block_attention_bwd(
     intervals: Intervals,
     scale: float,
     needs: tuple[bool, bool, bool],
+    kept: Kept | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, k_context and v_context; None if not in `needs` (q, k, context)."""
     out = out.contiguous()
