@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -33,24 +32,6 @@ def refuse_overlaps(written: Named, read: Named) -> None:
             _refuse(written, starts, ends, name, x, start)
     for i, (name, x) in enumerate(written[1:], 1):
         _refuse(written[:i], starts, ends, name, x, starts[i])
-
-
-def apart(tensors: Sequence[Tensor], extents: Sequence[int], written: Sequence[int]) -> bool:
-    """Fast check that none of the tensors at `written` overlaps another, run on every call.
-
-    `extents` are the tensors' extents. False means that `refuse_overlaps` has to decide.
-    """
-    starts = list(map(Tensor.data_ptr, tensors))
-    ends = list(map(operator.add, starts, extents))
-    for i in written:
-        first, last = starts[i], ends[i]
-        # Every tensor overlaps itself.
-        near = [
-            end for start, end in zip(starts, ends, strict=True) if start < last and first < end
-        ]
-        if len(near) > 1 or type(tensors[i]) not in _PLAIN:
-            return False
-    return True
 
 
 def extent(x: Tensor) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.library import Library
 
 from afd_kernels import dispatch
@@ -109,10 +110,15 @@ def _has_tangent(args: tuple[Any, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )
-    return possible and any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None
-        for x in args
-    )
+    if not possible:
+        return False
+    # Only asks: a trace must not contain the aliases that unpack_dual makes. Inductor, which traces
+    # a mutating op twice, refuses a graph to which the second time adds nodes.
+    with disable_proxy_modes_tracing():
+        return any(
+            isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None
+            for x in args
+        )
 
 
 def _kernel(op: Any, function: type[torch.autograd.Function], rule: Rule) -> Callable[..., Any]:

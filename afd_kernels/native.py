@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,16 +14,27 @@ import torch
 from torch import Tensor
 
 from afd_kernels.contracts import Plan
-from afd_kernels.plans import Kept
+from afd_kernels.kept import Kept
 
 # The codes of afd::DType and afd::ScheduleKind in csrc/include/afd.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCHEDULES = {"rectified_flow": 0, "vp_cosine": 1, "vp_linear": 2}
+_READS = (
+    *("data_ptr", "dim", "sizes", "strides"),
+    *("dtype", "device_type", "device_index", "layout"),
+)
+# Predicates of tensors whose memory is not all there is to them: lazily negated ones and those of a
+# vmapped backward (torch.autograd.grad with is_grads_batched) or a transform, which set no mode.
+UNUSUAL: tuple[Callable[[Tensor], bool], ...] = (
+    Tensor.is_neg,
+    torch._C._functorch.is_legacy_batchedtensor,
+    torch._C._functorch.is_functorch_wrapped_tensor,
+)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("afd_kernels._native"), None
+        core = importlib.import_module("afd_kernels._native")
     except ModuleNotFoundError:
         # setup.py writes the compiler's output there if the build failed.
         note = Path(__file__).with_name("_native_missing.txt")
@@ -33,6 +45,23 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"the compiled core cannot be loaded ({error})"
+    connect(core)
+    return core, None
+
+
+def connect(core: ModuleType) -> None:
+    """Connects a build of the core to PyTorch's stable C interface, through which it reads tensors.
+
+    The functions are declared in torch/csrc/inductor/aoti_torch/c/shim.h and looked up in PyTorch's
+    library. Every build needs this call once, before any other.
+    """
+    library = ctypes.CDLL(torch._C.__file__)
+    functions = {
+        name: ctypes.cast(library[f"aoti_torch_get_{name}"], ctypes.c_void_p).value
+        for name in _READS
+    }
+    strided = library.aoti_torch_layout_strided()
+    core.connect(functions, strided, Tensor, torch.nn.Parameter, list(UNUSUAL))
 
 
 _core, _why_missing = _load()
@@ -111,7 +140,7 @@ def refuse_rows(x: Tensor, channels: int) -> str | None:
 
 def run_rows(op: str, problem: Any, x: Tensor, scratch: bool = False) -> None:
     """Runs an op on token rows on x's device; with `scratch` it needs a GPU workspace."""
-    if x.device.type == "cpu":
+    if x.is_cpu:
         getattr(core(), f"{op}_cpu")(problem, threads(x))
         return
     given: list[Any] = [problem]
@@ -143,11 +172,6 @@ def put_back(kept: Kept | None, problem: Any) -> None:
         kept.problems.append(problem)
 
 
-def pointer(x: Tensor | None) -> int:
-    """The address of a contiguous tensor's first element, 0 for None."""
-    return 0 if x is None else x.data_ptr()
-
-
 def rows(x: Tensor) -> tuple[int, int, int]:
     """Address and strides of B and L of a tensor [B, L, ...] whose tokens are contiguous."""
     return x.data_ptr(), x.stride(0), x.stride(1)
@@ -164,7 +188,8 @@ def threads(x: Tensor) -> int:
     Results do not depend on it; waking a thread costs as much as processing tens of thousands of
     elements.
     """
-    return min(torch.get_num_threads(), 1 + x.numel() // 32768)
+    wanted = 1 + x.numel() // 32768
+    return 1 if wanted == 1 else min(torch.get_num_threads(), wanted)
 
 
 def stream(x: Tensor) -> int:
@@ -201,7 +226,7 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
     """out = x * factor for a contiguous x and a scalar tensor, read on x's device. In place (out is
     x), a factor of exactly 1 writes nothing."""
     code, count = type_code(x.dtype), x.numel()
-    if x.device.type == "cpu":
+    if x.is_cpu:
         value = float(factor.detach())
         core().scale_cpu(code, x.data_ptr(), out.data_ptr(), count, value, threads(x))
         return

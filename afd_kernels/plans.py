@@ -12,26 +12,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from afd_kernels import dispatch
+from afd_kernels import dispatch, metadata
+from afd_kernels.kept import Kept
 
 # Entries per generation; two generations are kept.
 _SIZE = 512
-
-
-class Kept:
-    """State that a backend keeps between calls of one plan.
-
-    Attributes:
-        problems: structs of the compiled core, filled in except for their addresses. A call takes
-            one out and puts it back, so that concurrent calls have one each.
-        launches: Triton launches in order, to be repeated (triton_launch.py); None: not recorded.
-    """
-
-    __slots__ = ("launches", "problems")
-
-    def __init__(self) -> None:
-        self.problems: list[Any] = []
-        self.launches: tuple[Any, ...] | None = None
 
 
 class Prepared(NamedTuple):
@@ -105,7 +90,7 @@ def prepared(
         dispatch.requested_backend(op),
         options,
         also,
-        *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
+        metadata.key(tuple(tensors)),
     )
     found = _memory.get(key)
     if found is not None:

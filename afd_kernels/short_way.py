@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from afd_kernels import metadata
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Argument types that the dispatcher passes through unchanged.
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -29,9 +31,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "List[int]": (list,),
     "List[bool]": (list, tuple),
 }
-# Detects a vmapped backward (torch.autograd.grad with is_grads_batched), which sets no mode.
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+_trace = torch._C._get_tracing_state
+_profiles = torch._C._autograd._profiler_enabled
 
 
 def shorten(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -56,11 +60,8 @@ def shorten(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
             known.add(types)
         if not (args[place].is_cpu or args[place].is_cuda):
             return op(*args)
-        tensors = [x for x in args[:count] if x is not None]
-        if any(map(Tensor.is_neg, tensors)) or any(map(_is_batched, tensors)):
-            return op(*args)
         # A backward may receive tensors of a transform that is no longer active.
-        if any(map(_is_wrapped, tensors)):
+        if not metadata.all_usual(args, count):
             return op(*args)
         return run(*args)
 
@@ -86,10 +87,10 @@ def _is_one_of(kind: type, allowed: tuple[type, ...]) -> bool:
 def _nothing_active() -> bool:
     """Whether no mode, transform, trace or profiler is active."""
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
+        _dispatch_modes()
+        or _function_modes()
+        or _transforms()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state()
-        or torch._C._autograd._profiler_enabled()
+        or _trace()
+        or _profiles()
     )

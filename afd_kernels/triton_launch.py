@@ -1,35 +1,29 @@
 """Records the Triton launches of a plan and repeats them without Triton's argument binder.
 
-A plan fixes everything a kernel is specialised on except the addresses. Launches are recorded if
-all addresses are 16-byte aligned, and repeated only if they are again.
+A plan fixes everything a kernel is specialised on except which addresses are 16-byte aligned:
+launches are recorded for each such pattern that occurs.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from afd_kernels.plans import Kept
+from afd_kernels import metadata
+from afd_kernels.kept import Kept
 
 
-def _aligned(tensors: Sequence[Tensor | None]) -> bool:
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    return reduce(operator.or_, addresses) % 16 == 0
-
-
-def repeat(kept: Kept | None, tensors: Sequence[Tensor | None]) -> bool:
+def repeat(kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> bool:
     """Repeats the launches recorded by `Launches`; False if the caller has to launch in full.
 
     `tensors`: all tensors passed to the kernels, in recorded order.
     """
-    if kept is None or kept.launches is None or not _aligned(tensors):
+    if kept is None or (made := kept.launches.get(metadata.alignment(tensors))) is None:
         return False
-    for run, arguments, places in kept.launches:
+    for run, arguments, places in made:
         given = list(arguments)
         for place, index in places:
             given[place] = tensors[index]
@@ -44,10 +38,10 @@ class Launches:
     of the interpreter or on ROCm, where Triton also specialises on storage sizes.
     """
 
-    def __init__(self, kept: Kept | None, tensors: Sequence[Tensor | None]) -> None:
+    def __init__(self, kept: Kept | None, tensors: tuple[Tensor | None, ...]) -> None:
         self._kept, self._tensors = kept, tensors
         self._made: list[Any] = []
-        self._can = kept is not None and not torch.version.hip and _aligned(tensors)
+        self._can = kept is not None and not torch.version.hip
 
     def __call__(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*args: Any, **options: Any) -> None:
@@ -86,4 +80,4 @@ class Launches:
     def keep(self) -> None:
         """Stores the launches so far for `repeat`."""
         if self._can and self._kept is not None:
-            self._kept.launches = tuple(self._made)
+            self._kept.launches[metadata.alignment(self._tensors)] = tuple(self._made)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels import native
-from afd_kernels.plans import Kept
+from afd_kernels.kept import Kept
 
 KEEPS = True
 
@@ -44,17 +44,13 @@ def _problem(
     scale: Tensor,
     scale_offset: float,
     eps: float,
-    kept: Kept | None,
 ) -> Any:
-    def make() -> Any:
-        problem = native.core().AdalnProblem()
-        problem.batch, problem.tokens, problem.channels = x.shape
-        problem.type = native.type_code(x.dtype)
-        problem.scale_offset = scale_offset
-        problem.eps = eps
-        return problem
-
-    problem = native.take(kept, make)
+    """The fields common to both passes, without the addresses."""
+    problem = native.core().AdalnProblem()
+    problem.batch, problem.tokens, problem.channels = x.shape
+    problem.type = native.type_code(x.dtype)
+    problem.scale_offset = scale_offset
+    problem.eps = eps
     problem.x = native.rows(x)
     if branch is not None:
         problem.branch = native.rows(branch)
@@ -77,22 +73,14 @@ def adaln(
     """x_out ([0] without a branch) and h, contiguous; inputs may be strided except over D."""
 
     def make() -> Any:
-        problem = _problem(x, branch, gate, scale, scale_offset, eps, None)
+        problem = _problem(x, branch, gate, scale, scale_offset, eps)
         problem.shift = _modulation(shift)
         return problem
 
     problem = native.take(kept, make)
     h = native.empty_like(x)
     x_out = None if branch is None else native.empty_like(x)
-    problem.place(
-        x.data_ptr(),
-        native.pointer(branch),
-        native.pointer(gate),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        native.pointer(x_out),
-        h.data_ptr(),
-    )
+    problem.place(x, branch, gate, scale, shift, x_out, h)
     native.run_rows("adaln", problem, x)
     native.put_back(kept, problem)
     if x_out is None:
@@ -112,10 +100,15 @@ def adaln_bwd(
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch, dgate (both [0] without a gate), dscale and dshift; sums over tokens in fp32."""
-    problem = _problem(x_out, branch, gate, scale, scale_offset, eps, kept)
-    problem.grad_h = native.rows(grad_h)
-    if grad_x_out is not None:
-        problem.grad_x_out = native.rows(grad_x_out)
+
+    def make() -> Any:
+        problem = _problem(x_out, branch, gate, scale, scale_offset, eps)
+        problem.grad_h = native.rows(grad_h)
+        if grad_x_out is not None:
+            problem.grad_x_out = native.rows(grad_x_out)
+        return problem
+
+    problem = native.take(kept, make)
     dx = native.empty_like(x_out)
     sums = partial(torch.empty, dtype=torch.float32, device=x_out.device)
     dscale, dshift = sums(scale.shape), sums(scale.shape)
@@ -123,9 +116,8 @@ def adaln_bwd(
     dgate = sums(0 if gate is None else gate.shape)
     if gate is not None:
         dbranch = native.empty_like(x_out)
-        problem.dbranch, problem.dgate = dbranch.data_ptr(), dgate.data_ptr()
-    problem.dx, problem.dscale = dx.data_ptr(), dscale.data_ptr()
-    problem.dshift = dshift.data_ptr()
+    gated = (None, None) if gate is None else (dbranch, dgate)
+    problem.place_bwd(*(grad_x_out, grad_h, x_out, branch, gate, scale, dx, *gated, dscale, dshift))
     native.run_rows("adaln_bwd", problem, x_out, scratch=True)
     native.put_back(kept, problem)
     like = x_out if gate is None else gate

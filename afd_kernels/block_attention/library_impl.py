@@ -361,6 +361,14 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, dk_context, dv_context; None where not needed."""
+    if sources.k_context is None and len(intervals.rows) == len(intervals.rows[0]) == 1:
+        key, value = sources.source(False)
+        ((_, _, low, high, _, more),) = intervals.rows[0]
+        if high - low == key.shape[1] > 0 and not more:
+            # Every query attends to every key: return the library's result as is.
+            found = library.backward(grad_out, q, key, value, out, lse, scale, needs[1])
+            asked = (found[0] if needs[0] else None, *found[1:], None, None)
+            return tuple(None if g is None else g.to(q.dtype).contiguous() for g in asked)
     border = 0 if sources.k_context is None else sources.k_context.shape[1]
     # Contributions of all parts to queries and keys are accumulated in fp32, in order.
     wanted = (needs[0], needs[1], needs[1], needs[2], needs[2])
@@ -414,7 +422,7 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, h, d] in q's dtype and lse fp32 [B, h, L]."""
     library: Any = _CPU
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         library = pick(library_cuda.major(q.device), q.shape[-1], backward=False)
         if isinstance(library, ModuleType):
             return library.block_attention(q, k, v, k_context, v_context, intervals, scale)

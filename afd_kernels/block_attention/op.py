@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd_kernels import dispatch, plans, registry
+from afd_kernels import plans, registry
 from afd_kernels.block_attention.contract import check_traced, plan_block_attention, rowwise
 from afd_kernels.block_attention.intervals import Intervals
 from afd_kernels.contracts import require
@@ -19,8 +19,20 @@ def _rowwise(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if x is None else rowwise(x) for x in tensors]
 
 
+def _dense_bwd(tensors: Sequence[Any]) -> list[Tensor | None]:
+    *rows, lse = tensors
+    return [*_rowwise(rows), lse.contiguous()]
+
+
 def _plan(*arguments: Any) -> Intervals:
     return plan_block_attention(*arguments)
+
+
+def _plan_bwd(*arguments: Any) -> Intervals:
+    grad_out, *tensors, out, lse = arguments[:8]
+    intervals = plan_block_attention(*tensors, *arguments[8:])
+    _check_saved(grad_out, tensors[0], out, lse)
+    return intervals
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
@@ -51,7 +63,7 @@ def _block_attention(
         "block_attention",
         _plan,
         tensors,
-        (tuple(map(int, flat)), streams, scale),
+        (tuple(flat), streams, scale),
         range(5),
         _rowwise,
         _addresses(tensors),
@@ -88,22 +100,19 @@ def _block_attention_bwd(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    tensors = (q, k, v, k_context, v_context)
-    intervals = plan_block_attention(*tensors, flat, streams, scale)
-    _check_saved(grad_out, q, out, lse)
-    rows = _rowwise(tensors)
-    grad_out, out = rowwise(grad_out), rowwise(out)
-    backend = dispatch.pick("block_attention", *rows, grad_out, out)
-    wanted = (needs[0], needs[1], needs[2] and k_context is not None)
-    grads = backend.block_attention_bwd(
-        grad_out,
-        *rows,
-        out,
-        lse.contiguous(),
-        intervals,
-        scale,
-        wanted,
+    tensors: Sequence[Any] = (grad_out, q, k, v, k_context, v_context, out, lse)
+    intervals, run, as_is = plans.prepared(
+        "block_attention",
+        "block_attention_bwd",
+        _plan_bwd,
+        tensors,
+        (tuple(flat), streams, scale),
+        (1, 2, 3, 4, 5, 0, 6),
+        _dense_bwd,
+        _addresses(tensors),
     )
+    wanted = (needs[0], needs[1], needs[2] and k_context is not None)
+    grads = run(*(tensors if as_is else _dense_bwd(tensors)), intervals, scale, wanted)
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 

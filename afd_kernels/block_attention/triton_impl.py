@@ -20,8 +20,8 @@ from afd_kernels.block_attention.triton_bwd import (
 )
 from afd_kernels.block_attention.triton_fwd import _block_attention_fwd_kernel
 from afd_kernels.forward_noise import triton_impl as noising
+from afd_kernels.kept import Kept
 from afd_kernels.launch_config import device_arch, launch_config
-from afd_kernels.plans import Kept
 from afd_kernels.triton_launch import Launches, repeat
 
 # Wider heads do not fit the registers next to their scores.
@@ -141,6 +141,7 @@ def block_attention_bwd(
     intervals: Intervals,
     scale: float,
     needs: tuple[bool, bool, bool],
+    kept: Kept | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, k_context and v_context; None if not in `needs` (q, k, context)."""
     out = out.contiguous()

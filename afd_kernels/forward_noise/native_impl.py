@@ -9,7 +9,7 @@ from torch import Tensor
 
 from afd_kernels import native
 from afd_kernels.contracts import Plan
-from afd_kernels.plans import Kept
+from afd_kernels.kept import Kept
 
 KEEPS = True
 
@@ -38,12 +38,8 @@ def _run(
 
     problem = native.take(kept, make)
     x_t = native.empty_like(x0)
-    problem.x0 = native.pointer(x0)
-    problem.t = native.pointer(t)
-    problem.seed = native.pointer(seed)
-    problem.noise = native.pointer(noise)
-    problem.x_t = native.pointer(x_t)
-    if x0.device.type == "cpu":
+    problem.place(x0, t, seed, noise, x_t)
+    if x0.is_cpu:
         getattr(core, f"{name}_cpu")(problem, native.threads(x0))
     else:
         with torch.cuda.device(x0.device):

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from afd_kernels.contracts import Plan
+from afd_kernels.kept import Kept
 from afd_kernels.launch_config import device_arch, launch_config
 from afd_kernels.philox_triton import normal_tile
-from afd_kernels.plans import Kept
 from afd_kernels.triton_launch import Launches, repeat
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

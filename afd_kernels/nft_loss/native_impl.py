@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from afd_kernels import native
+from afd_kernels.kept import Kept
 from afd_kernels.nft_loss.contract import METRICS, NftInputs, NftPlan
 from afd_kernels.nft_loss.storage import grad_power
-from afd_kernels.plans import Kept
 
 KEEPS = True
 
@@ -61,9 +61,8 @@ def nft_loss(
         grad = torch.empty(0, dtype=v_theta.dtype, device=v_theta.device)
     problem = native.take(kept, lambda: _problem(inputs, plan))
     results = (loss, metrics, grad if plan.needs_grad else None)
-    # In the order of NftInputs.
-    problem.place(*map(native.pointer, (*inputs, *results)))
-    if x0.device.type == "cpu":
+    problem.place(*inputs, *results)  # in the order of NftInputs
+    if x0.is_cpu:
         core.nft_loss_cpu(problem, native.threads(x0))
     else:
         size = core.nft_loss_workspace(problem)
@@ -74,13 +73,13 @@ def nft_loss(
     return loss, metrics, grad
 
 
-def nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
+def nft_loss_bwd(grad: Tensor, grad_loss: Tensor, kept: Kept | None = None) -> Tensor:
     """grad * grad_loss, a new tensor."""
     out = native.empty_like(grad)
     native.scale(grad, grad_loss, out)
     return out
 
 
-def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
+def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor, kept: Kept | None = None) -> None:
     """grad *= grad_loss; a scale of exactly 1 writes nothing."""
     native.scale(grad, grad_loss, grad)

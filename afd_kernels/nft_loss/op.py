@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd_kernels import contracts, dispatch, plans, registry
-from afd_kernels.aliasing import refuse_overlaps
+from afd_kernels import aliasing, contracts, metadata, plans, registry
 from afd_kernels.derivatives import Rule
 from afd_kernels.nft_loss import contract
 from afd_kernels.nft_loss.contract import NftInputs, NftOptions, NftPlan
@@ -57,20 +56,34 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _extents(grad: Tensor, grad_loss: Tensor) -> tuple[int, ...]:
+    return aliasing.extent(grad), aliasing.extent(grad_loss)
+
+
+def _prepared_bwd(function: str, tensors: tuple[Tensor, Tensor]) -> plans.Prepared:
+    dense = contracts.contiguous
+    return plans.prepared("nft_loss", function, _extents, tensors, (), (0,), dense)
+
+
 def _nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
-    return dispatch.pick("nft_loss", grad).nft_loss_bwd(grad.contiguous(), grad_loss.contiguous())
+    tensors = (grad, grad_loss)
+    _, run, dense = _prepared_bwd("nft_loss_bwd", tensors)
+    return run(*(tensors if dense else contracts.contiguous(tensors)))
 
 
 def _check_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
-    refuse_overlaps((("grad", grad),), (("grad_loss", grad_loss),))
+    aliasing.refuse_overlaps((("grad", grad),), (("grad_loss", grad_loss),))
 
 
 def _nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
-    _check_bwd_(grad, grad_loss)
+    tensors = (grad, grad_loss)
+    extents, run, dense = _prepared_bwd("nft_loss_bwd_", tensors)
+    if not metadata.apart(tensors, extents, (0,)):
+        _check_bwd_(grad, grad_loss)
     if not grad.is_contiguous():
         grad.copy_(_nft_loss_bwd(grad, grad_loss))
         return
-    dispatch.pick("nft_loss", grad).nft_loss_bwd_(grad, grad_loss.contiguous())
+    run(grad, grad_loss if dense else grad_loss.contiguous())
 
 
 def _prepare(args: tuple[Any, ...]) -> tuple[Any, ...]:

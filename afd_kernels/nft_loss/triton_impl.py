@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from afd_kernels.forward_noise import triton_impl as noising
+from afd_kernels.kept import Kept
 from afd_kernels.launch_config import device_arch, launch_config
 from afd_kernels.nft_loss.contract import METRICS, NftInputs, NftPlan
 from afd_kernels.nft_loss.storage import grad_power
@@ -21,7 +22,6 @@ from afd_kernels.nft_loss.triton_kernels import (
     _nft_loss_scale_kernel,
     _nft_loss_total_kernel,
 )
-from afd_kernels.plans import Kept
 from afd_kernels.triton_launch import Launches, repeat
 
 # Rows of partial sums that the finalisation adds in parallel; affects the summation order.
@@ -176,12 +176,14 @@ def nft_loss(
     return loss, metrics, grad
 
 
-def _scale(grad: Tensor, grad_loss: Tensor, out: Tensor) -> None:
+def _scale(grad: Tensor, grad_loss: Tensor, out: Tensor, kept: Kept | None) -> None:
+    tensors = (grad, grad_loss, out)
+    if repeat(kept, tensors):
+        return
+    launches = Launches(kept, tensors)
     config = launch_config("nft_loss", device_arch(grad.device))["scale"]
-    _nft_loss_scale_kernel[(triton.cdiv(grad.numel(), config["block"]),)](
-        grad,
-        grad_loss,
-        out,
+    launches(_nft_loss_scale_kernel, (triton.cdiv(grad.numel(), config["block"]),))(
+        *tensors,
         grad.numel(),
         IN_PLACE=out is grad,
         BLOCK=config["block"],
@@ -189,15 +191,16 @@ def _scale(grad: Tensor, grad_loss: Tensor, out: Tensor) -> None:
         num_stages=config["num_stages"],
         enable_fp_fusion=False,
     )
+    launches.keep()
 
 
-def nft_loss_bwd(grad: Tensor, grad_loss: Tensor) -> Tensor:
+def nft_loss_bwd(grad: Tensor, grad_loss: Tensor, kept: Kept | None = None) -> Tensor:
     """grad * grad_loss in grad's dtype; grad_loss is a scalar on the device."""
     out = torch.empty_like(grad)
-    _scale(grad, grad_loss, out)
+    _scale(grad, grad_loss, out, kept)
     return out
 
 
-def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor) -> None:
+def nft_loss_bwd_(grad: Tensor, grad_loss: Tensor, kept: Kept | None = None) -> None:
     """The same, into grad."""
-    _scale(grad, grad_loss, grad)
+    _scale(grad, grad_loss, grad, kept)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels import native
-from afd_kernels.plans import Kept
+from afd_kernels.kept import Kept
 
 KEEPS = True
 
@@ -24,28 +24,15 @@ def unfit(tensors: Sequence[Tensor]) -> str | None:
     return native.refuse_rows(tensors[0], tensors[0].shape[2] * tensors[0].shape[3])
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor,
-    eps: float,
-    kept: Kept | None,
-) -> Any:
-    def make() -> Any:
-        problem = native.core().QkNormRopeProblem()
-        problem.batch, problem.tokens, problem.heads, problem.head_dim = q.shape
-        problem.type = native.type_code(q.dtype)
-        problem.weight_type = native.type_code(weight_q.dtype)
-        problem.rope_batch = rope.stride(0) if rope.shape[0] > 1 else 0
-        problem.eps = eps
-        return problem
-
-    problem = native.take(kept, make)
+def _problem(q: Tensor, k: Tensor, weight_q: Tensor, rope: Tensor, eps: float) -> Any:
+    """The fields common to all passes, without the addresses."""
+    problem = native.core().QkNormRopeProblem()
+    problem.batch, problem.tokens, problem.heads, problem.head_dim = q.shape
+    problem.type = native.type_code(q.dtype)
+    problem.weight_type = native.type_code(weight_q.dtype)
+    problem.rope_batch = rope.stride(0) if rope.shape[0] > 1 else 0
+    problem.eps = eps
     problem.q, problem.k = native.rows(q), native.rows(k)
-    problem.weight_q, problem.weight_k = weight_q.data_ptr(), weight_k.data_ptr()
-    problem.rope = rope.data_ptr()
     return problem
 
 
@@ -59,21 +46,9 @@ def qk_norm_rope(
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q_out and k_out [B, L, h, d], contiguous; q and k may be strided over B and L."""
-    problem = native.take(kept, lambda: _problem(q, k, weight_q, weight_k, rope, eps, None))
+    problem = native.take(kept, lambda: _problem(q, k, weight_q, rope, eps))
     q_out, k_out = native.empty_like(q), native.empty_like(k)
-    problem.place(
-        q.data_ptr(),
-        k.data_ptr(),
-        0,
-        weight_q.data_ptr(),
-        weight_k.data_ptr(),
-        rope.data_ptr(),
-        0,
-        0,
-        0,
-        q_out.data_ptr(),
-        k_out.data_ptr(),
-    )
+    problem.place(q, k, None, weight_q, weight_k, rope, None, None, None, q_out, k_out)
     native.run_rows("qk_norm_rope", problem, q)
     native.put_back(kept, problem)
     return q_out, k_out
@@ -91,14 +66,20 @@ def qk_norm_rope_bwd(
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k [B, L, h, d] and of the weights [D], summed over tokens in fp32."""
-    problem = _problem(q, k, weight_q, weight_k, rope, eps, kept)
-    problem.grad_q, problem.grad_k = native.rows(grad_q), native.rows(grad_k)
+
+    def make() -> Any:
+        problem = _problem(q, k, weight_q, rope, eps)
+        problem.grad_q, problem.grad_k = native.rows(grad_q), native.rows(grad_k)
+        return problem
+
+    problem = native.take(kept, make)
     dq, dk = native.empty_like(q), native.empty_like(k)
     dweight_q, dweight_k = (
         torch.empty(weight_q.shape, dtype=torch.float32, device=q.device) for _ in range(2)
     )
-    problem.dq, problem.dk = dq.data_ptr(), dk.data_ptr()
-    problem.dweight_q, problem.dweight_k = dweight_q.data_ptr(), dweight_k.data_ptr()
+    problem.place_bwd(
+        *(grad_q, grad_k, q, k, weight_q, weight_k, rope, dq, dk, dweight_q, dweight_k)
+    )
     native.run_rows("qk_norm_rope_bwd", problem, q, scratch=True)
     native.put_back(kept, problem)
     return dq, dk, dweight_q.to(weight_q.dtype), dweight_k.to(weight_k.dtype)
@@ -122,7 +103,7 @@ def qk_norm_rope_append_(
     """q_out; k_out and v are written to the cache slots of their frames."""
 
     def make() -> Any:
-        problem = _problem(q, k, weight_q, weight_k, rope, eps, None)
+        problem = _problem(q, k, weight_q, rope, eps)
         problem.v = native.rows(v)
         problem.positions, problem.slots = position.numel(), k_cache.shape[1]
         problem.tokens_per_frame, problem.sink_frames = tokens_per_frame, sink_frames
@@ -130,19 +111,7 @@ def qk_norm_rope_append_(
 
     problem = native.take(kept, make)
     q_out = native.empty_like(q)
-    problem.place(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        weight_q.data_ptr(),
-        weight_k.data_ptr(),
-        rope.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        position.data_ptr(),
-        q_out.data_ptr(),
-        0,
-    )
+    problem.place(*(q, k, v, weight_q, weight_k, rope, k_cache, v_cache, position, q_out, None))
     native.run_rows("qk_norm_rope", problem, q)
     native.put_back(kept, problem)
     return q_out

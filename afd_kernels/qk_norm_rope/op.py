@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from afd_kernels import aliasing, contracts, plans, registry
+from afd_kernels import aliasing, contracts, metadata, plans, registry
 from afd_kernels.derivatives import Rule
 from afd_kernels.qk_norm_rope.contract import (
     check,
@@ -35,9 +35,9 @@ def _dense_append(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*_dense(others), k_cache, v_cache, position.contiguous()]
 
 
-def _plan_append(*arguments: Any) -> list[int]:
+def _plan_append(*arguments: Any) -> tuple[int, ...]:
     check_append(*arguments)
-    return [aliasing.extent(x) for x in arguments if isinstance(x, Tensor)]
+    return tuple(aliasing.extent(x) for x in arguments if isinstance(x, Tensor))
 
 
 def _qk_norm_rope(
@@ -114,7 +114,7 @@ def _qk_norm_rope_append_(
         _dense_append,
         eps,
     )
-    if not aliasing.apart(tensors, extents, (6, 7)):
+    if not metadata.apart(tensors, extents, (6, 7)):
         check_aliases(*tensors)
     check_position(position)
     return run(*(tensors if as_is else _dense_append(tensors)), *options, eps)

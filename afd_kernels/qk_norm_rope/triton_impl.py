@@ -14,8 +14,8 @@ from torch import Tensor
 
 from afd_kernels.contracts import require
 from afd_kernels.forward_noise.triton_impl import MAX_BATCH, refuse
+from afd_kernels.kept import Kept
 from afd_kernels.launch_config import device_arch, launch_config
-from afd_kernels.plans import Kept
 from afd_kernels.reduce_triton import factor_of_row, sum_rows
 from afd_kernels.triton_launch import Launches, repeat
 

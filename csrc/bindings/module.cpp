@@ -1,5 +1,5 @@
-// The only binding file: problems are plain structs, pointers and streams are integers, so this
-// module depends on Python (and CUDA) alone, never on PyTorch.
+// The only binding file: problems are plain structs, pointers and streams are integers. It is built
+// without PyTorch's headers; tensors.h reads tensors through PyTorch's stable C interface.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,18 +11,15 @@
 #include "../cpu/launch.h"
 #include "../cuda/launch.h"
 #include "afd/problem.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using Pointer = uintptr_t;
+using afd::tensors::define_place;
 using Nogil = py::call_guard<py::gil_scoped_release>;
-
-template <class T>
-void place(T*& field, Pointer value) {
-  field = reinterpret_cast<T*>(value);
-}
 
 // A field that Python sees as the integer value of a pointer.
 template <class Problem, class T>
@@ -139,24 +136,12 @@ void define_qk_norm_rope(py::module_& m) {
   pointer(type, "dk", &Problem::dk);
   pointer(type, "dweight_q", &Problem::dweight_q);
   pointer(type, "dweight_k", &Problem::dweight_k);
-  type.def(
-      "place",
-      [](Problem& p, Pointer q, Pointer k, Pointer v, Pointer weight_q, Pointer weight_k,
-         Pointer rope, Pointer k_cache, Pointer v_cache, Pointer position, Pointer q_out,
-         Pointer k_out) {
-        place(p.q.data, q);
-        place(p.k.data, k);
-        place(p.v.data, v);
-        place(p.weight_q, weight_q);
-        place(p.weight_k, weight_k);
-        place(p.rope, rope);
-        place(p.k_cache, k_cache);
-        place(p.v_cache, v_cache);
-        place(p.position, position);
-        place(p.q_out, q_out);
-        place(p.k_out, k_out);
-      },
-      "Sets every address of a forward; strides stay.");
+  define_place(type, "place", &Problem::q, &Problem::k, &Problem::v, &Problem::weight_q,
+               &Problem::weight_k, &Problem::rope, &Problem::k_cache, &Problem::v_cache,
+               &Problem::position, &Problem::q_out, &Problem::k_out);
+  define_place(type, "place_bwd", &Problem::grad_q, &Problem::grad_k, &Problem::q, &Problem::k,
+               &Problem::weight_q, &Problem::weight_k, &Problem::rope, &Problem::dq, &Problem::dk,
+               &Problem::dweight_q, &Problem::dweight_k);
   m.def("qk_norm_rope_cpu", afd::cpu::launch_qk_norm_rope, Nogil());
   m.def("qk_norm_rope_bwd_cpu", afd::cpu::launch_qk_norm_rope_bwd, Nogil());
 }
@@ -185,19 +170,11 @@ void define_adaln(py::module_& m) {
   pointer(type, "dgate", &Problem::dgate);
   pointer(type, "dscale", &Problem::dscale);
   pointer(type, "dshift", &Problem::dshift);
-  type.def(
-      "place",
-      [](Problem& p, Pointer x, Pointer branch, Pointer gate, Pointer scale, Pointer shift,
-         Pointer x_out, Pointer h) {
-        place(p.x.data, x);
-        place(p.branch.data, branch);
-        place(p.gate.data, gate);
-        place(p.scale.data, scale);
-        place(p.shift.data, shift);
-        place(p.x_out, x_out);
-        place(p.h, h);
-      },
-      "Sets every address of a forward; strides stay.");
+  define_place(type, "place", &Problem::x, &Problem::branch, &Problem::gate, &Problem::scale,
+               &Problem::shift, &Problem::x_out, &Problem::h);
+  define_place(type, "place_bwd", &Problem::grad_x_out, &Problem::grad_h, &Problem::x,
+               &Problem::branch, &Problem::gate, &Problem::scale, &Problem::dx, &Problem::dbranch,
+               &Problem::dgate, &Problem::dscale, &Problem::dshift);
   m.def("adaln_cpu", afd::cpu::launch_adaln, Nogil());
   m.def("adaln_bwd_cpu", afd::cpu::launch_adaln_bwd, Nogil());
 }
@@ -244,7 +221,9 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled core of afd_kernels; use it through afd_kernels.native.";
 
   auto noise = problem<afd::NoiseProblem>(m, "NoiseProblem");
-  pointer(noise, "x_t", &afd::NoiseProblem::x_t);
+  using Noise = afd::NoiseProblem;
+  pointer(noise, "x_t", &Noise::x_t);
+  define_place(noise, "place", &Noise::x0, &Noise::t, &Noise::seed, &Noise::noise, &Noise::x_t);
 
   using Nft = afd::NftProblem;
   auto nft = problem<Nft>(m, "NftProblem");
@@ -273,31 +252,13 @@ PYBIND11_MODULE(_native, m) {
   pointer(nft, "loss", &Nft::loss);
   pointer(nft, "metrics", &Nft::metrics);
   pointer(nft, "grad", &Nft::grad);
-  nft.def(
-      "place",
-      [](Nft& p, Pointer v_theta, Pointer v_old, Pointer v_ref, Pointer x0, Pointer t, Pointer r,
-         Pointer seed, Pointer noise, Pointer frame_mask, Pointer sigma, Pointer prior_weights,
-         Pointer sample_weight, Pointer loss, Pointer metrics, Pointer grad) {
-        place(p.v_theta, v_theta);
-        place(p.v_old, v_old);
-        place(p.v_ref, v_ref);
-        place(p.x0, x0);
-        place(p.t, t);
-        place(p.r, r);
-        place(p.seed, seed);
-        place(p.noise, noise);
-        place(p.frame_mask, frame_mask);
-        place(p.sigma, sigma);
-        place(p.prior_weights, prior_weights);
-        place(p.sample_weight, sample_weight);
-        place(p.loss, loss);
-        place(p.metrics, metrics);
-        place(p.grad, grad);
-      },
-      "Sets every address: the op's inputs in order, then the results.");
+  define_place(nft, "place", &Nft::v_theta, &Nft::v_old, &Nft::v_ref, &Nft::x0, &Nft::t, &Nft::r,
+               &Nft::seed, &Nft::noise, &Nft::frame_mask, &Nft::sigma, &Nft::prior_weights,
+               &Nft::sample_weight, &Nft::loss, &Nft::metrics, &Nft::grad);
 
   define_qk_norm_rope(m);
   define_adaln(m);
+  afd::tensors::define(m);
 
   m.def("isas", isas, "The instruction sets this CPU can run, narrowest first.");
   m.def("isa", [] { return std::string(afd::cpu_kernels().name); }, "The one in use.");
@@ -320,18 +281,6 @@ PYBIND11_MODULE(_native, m) {
                                reinterpret_cast<void*>(out), count, factor, threads);
       },
       Nogil());
-  m.def(
-      "all_finite_nonzero",
-      [](Pointer in, int64_t count) {
-        const auto* bits = reinterpret_cast<const uint32_t*>(in);
-        bool all = true;
-        for (int64_t i = 0; i < count; ++i) {
-          // Without the sign: 0 wraps around, infinities and NaN are the largest.
-          all &= (bits[i] & 0x7fffffffu) - 1u < 0x7f800000u - 1u;
-        }
-        return all;
-      },
-      Nogil(), "Whether none of `count` floats is 0, infinite or NaN.");
   m.def(
       "stream_5r1w",
       [](const std::vector<Pointer>& in, Pointer out, int64_t count, bool non_temporal,

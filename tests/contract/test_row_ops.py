@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from afd import ops
 
@@ -79,6 +81,23 @@ def test_opcheck(place: Place, case: str, strided: bool) -> None:
     torch.library.opcheck(getattr(torch.ops.afd, name).default, args)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_trace_holds_the_op_alone(case: str) -> None:
+    """What a call asks of its tensors, such as whether they have tangents, must not be traced."""
+    name, args = arguments(case, strided=True)
+    op = getattr(torch.ops.afd, name).default
+    tensors = [x for x in args if isinstance(x, Tensor)]
+
+    def call(*given: Tensor) -> Any:
+        left = iter(given)
+        return op(*(next(left) if isinstance(x, Tensor) else x for x in args))
+
+    with torch.no_grad():
+        graph = make_fx(call)(*tensors).graph
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert [x for x in called if x is not operator.getitem] == [op]
+
+
 def step(i: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """A block's use of both ops: modulated residual, then queries and keys into the cache."""
     x, h = ops.adaln(i["x"], i["branch"], i["gate"], i["scale"], i["shift"])
@@ -119,7 +138,8 @@ def test_compiles_to_one_graph_with_the_same_bits(backend: str) -> None:
 def test_the_append_compiles_in_place(backend: str) -> None:
     eager, traced = tensors(strided=True), tensors(strided=True)
     compiled = torch.compile(append_and_read, fullgraph=True, backend=backend)
-    with torch.no_grad():
+    # A cached graph would hide a failure to compile.
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         for frame in (0, 3):
             eager["position"].fill_(frame)
             traced["position"].fill_(frame)

@@ -88,6 +88,7 @@ class Device:
         assert spec is not None
         core = importlib.util.module_from_spec(spec)
         loader.exec_module(core)
+        native.connect(core)
         assert core.__file__ == str(module)
         return cls(core, ctypes.CDLL(str(module)))
 

@@ -1,4 +1,4 @@
-"""Triton's driver for a GPU that is not here: kernels are compiled and cached, none is loaded.
+"""Triton launches on the simulated device: kernels are compiled and cached, none is loaded.
 
 The cache's keys hold source, specialised arguments, options and target. Those of a launch on the
 simulated device are those of the same launch on a real one: what is compiled here is found there.
@@ -9,19 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 
 from tests.fake_cuda.driver import fake_cuda
 from tests.fake_cuda.machine import FakeCuda
-
-ARCH = 90  # the capability that fake_cuda() shows, times ten
-SHARED_BYTES = 227 << 10  # that one program may have there
+from tests.triton_driver import Driver
 
 
 @dataclass(frozen=True)
@@ -31,29 +26,6 @@ class Compilation:
     kernel: str
     cached: bool
     seconds: float
-
-
-class Driver:
-    """Answers what Triton asks of a driver; a launch does nothing."""
-
-    def __init__(self) -> None:
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (0, 0, 32, 0, 1024),
-            get_device_properties=lambda _: {"max_shared_mem": SHARED_BYTES},
-        )
-        self.launcher_cls: Callable[..., Any] = lambda source, metadata: lambda *_: None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return GPUTarget("cuda", ARCH, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
 
 
 @contextlib.contextmanager
