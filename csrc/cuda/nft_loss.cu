@@ -1,6 +1,7 @@
 // nft_loss in three launches: partial sums per block (fp32), one block per sample that finishes
-// them in fp64, the gradient. No atomics: the order of every sum is fixed by the sizes alone. Without
-// adaptive weights the gradient's coefficients are known beforehand and the first launch writes it.
+// them in fp64, the gradient. No atomics: the order of every sum is fixed by the sizes alone.
+// Without adaptive weights the gradient's coefficients are known beforehand and the first launch
+// writes it.
 #include "launch.h"
 #include "pack.cuh"
 

@@ -93,6 +93,7 @@ _FP16 = {"pred": torch.float16, "latent": torch.float16}
 _VP = {"schedule": "vp_linear", "archs": ONE_EACH}
 _ODD = {"shape": (2, 3, 5, 7, 3), "streaming": False, "archs": ONE_EACH}
 _ALL = ("partials", "finalize", "grad")
+_ONE_PASS = ("partials", "finalize", "total")
 CALLS = (
     NoiseCall("bf16", "forward_noise", ("fwd",)),
     NoiseCall("fp32", "forward_noise", ("fwd",), **_FP32),
@@ -108,7 +109,7 @@ CALLS = (
     NoiseCall("fp32", "nft_loss", ("partials", "grad"), **_FP32),
     NoiseCall("chunks", "nft_loss", _ALL, chunks=CHUNKS),
     NoiseCall("velocity", "nft_loss", ("partials", "total"), weighting="velocity"),
-    NoiseCall("x0", "nft_loss", ("partials", "total"), weighting="x0", weights=True),
+    NoiseCall("x0", "nft_loss", _ONE_PASS, chunks=CHUNKS, weighting="x0", weights=True),
     NoiseCall("vp_linear", "nft_loss", _ALL, chunks=CHUNKS, **_VP),
     NoiseCall("no_ref", "nft_loss", ("grad",), ref=False, archs=ONE_EACH),
     NoiseCall("fp16", "nft_loss", ("grad",), archs=ONE_EACH, **_FP16),
