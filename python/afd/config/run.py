@@ -16,7 +16,7 @@ from rich.console import Console
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.keys import NAMED, known_keys, parts_of, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
-from afd.config.rewards import check_rewards
+from afd.config.rewards import check_rewards, check_teacher
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
@@ -160,6 +160,7 @@ class RunConfig(Section):
         if self.method in ("afd", "gan") and self.discriminator is not None:
             self.discriminator.check_student(self.student)
         check_rewards(self.method, self.discriminator, self.rewards, self.afd, self.student)
+        check_teacher(self.method, self.discriminator, self.teacher, self.evaluation.kind)
         self.student.check_video(self.video)
         return self
 
