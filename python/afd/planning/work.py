@@ -272,6 +272,7 @@ class Work:
         if measured:
             # The discriminator, and its frozen original model.
             rate = 2 * self._score_flop() if self.sees_video else 0.0
+            rate += len(shared_passes(self.rewards)) * READER.score_flop(*self._patches(), 0)
             note = f"{measured} held-out videos in all, and their decode"
             yield Phase("evaluation", rollout + rate, decode, measured, note)
 

@@ -196,6 +196,7 @@ def _evaluator(
         discriminator=getattr(method, "discriminator", None),
         prompts=evaluation_prompts(config, teacher.requests),
         ranks=ranks,
+        rewards=getattr(method, "terms", ()),
     )
 
 
