@@ -32,6 +32,7 @@ BUILT_IN: dict[Group, dict[str, str]] = {
     },
     "teachers": {
         "folder": "afd.teachers.config:FolderConfig",
+        "prompts": "afd.teachers.config:PromptsConfig",
         "simulator": "afd.lab.config:SimulatorConfig",
         "ark": "afd.teachers.paid.config:PaidConfig",
         "openai": "afd.teachers.paid.config:PaidConfig",

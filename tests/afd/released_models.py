@@ -8,6 +8,7 @@ ones have another size and rate than the trainer asks for.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def write_models(folder: Path) -> Path:
     videoalign = write_released(folder / "videoalign")
     (videoalign / "root").rename(checkpoints / "VideoReward")
     write_clips(folder / "teacher")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     return folder
 
 
@@ -73,14 +75,16 @@ def _blobs(seed: int) -> Tensor:
     return smooth[0].transpose(0, 1)
 
 
-def overrides(models: Path, method: str) -> list[str]:
-    """What makes a full-size configuration run on them, and on a CPU, in seconds."""
-    scores = method in ("afd", "gan")
+def overrides(models: Path, method: str, rewards: Sequence[str] = ()) -> list[str]:
+    """What makes a full-size configuration run on them, and on a CPU, in seconds. `rewards`: the
+    names of its rewards, if it has them instead of a discriminator and a teacher's videos."""
+    scores = method in ("afd", "gan") and not rewards
+    teacher = models / ("prompts.txt" if rewards else "teacher")
     sizes = [
         "device=cpu",
         "prompts_per_update=2",
         f"cache={models / 'cache'}",
-        f"teacher.path={models / 'teacher'}",
+        f"teacher.path={teacher}",
         f"video.frames={FRAMES}",
         f"video.height={HEIGHT}",
         f"video.width={WIDTH}",
@@ -106,6 +110,12 @@ def overrides(models: Path, method: str) -> list[str]:
             f"discriminator.base={models / 'videoalign' / 'base'}",
             "discriminator.dtype=float32",
             "discriminator.lora_rank=2",
+        ]
+    for name in rewards:
+        sizes += [
+            f"rewards.{name}.checkpoint={models / 'checkpoints' / 'VideoReward'}",
+            f"rewards.{name}.base={models / 'videoalign' / 'base'}",
+            f"rewards.{name}.dtype=float32",
         ]
     if method != "sft":
         sizes.append(f"{method}.samples_per_prompt={2 if method == 'afd' else 1}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from afd import ops
 from afd.config.run import make_config, to_yaml
 from afd.data.inputs import inputs_of, refuse_other_inputs
-from afd.errors import ConfigError, TrainingError
+from afd.errors import ConfigError, TeacherError, TrainingError
 from afd.lab.physics import measure_each
 from afd.lab.simulator import attribute_table
 from afd.methods.afd import Afd
@@ -339,6 +339,42 @@ def test_a_run_on_rewards_alone_resumes_with_the_same_bits(tmp_path: Path) -> No
     assert "discriminator: null" in to_yaml(config)
     with pytest.raises(ConfigError, match=r"rewards\.fall\.weight"):
         run(tmp_path / "parts", "updates=3", *rewards, "rewards.fall.weight=2")
+
+
+def test_a_run_on_rewards_alone_needs_prompts_and_no_videos(tmp_path: Path) -> None:
+    listed = tmp_path / "prompts.txt"
+    first, second = toy_batch().prompts
+    listed.write_text(f"{first}\n\n{second}\n{first}\n", encoding="utf-8")
+    data = {
+        "device": "cpu",
+        "teacher": {"kind": "prompts", "path": str(listed)},
+        "discriminator": None,
+        "rewards": {"fall": {"kind": "physics"}},
+        "evaluation": {"kind": "none"},
+        "logging": {"videos_every": 1},
+    }
+    small = [
+        "updates=2",
+        "prompts_per_update=2",
+        "afd.samples_per_prompt=2",
+        f"out={tmp_path / 'r'}",
+    ]
+    config = make_config(data, small)
+    assert [r.draw for r in config.open_teacher().requests] == [0, 0, 1]
+    train(config)
+    assert (tmp_path / "r" / "videos" / "update_000002.mp4").is_file()
+    assert not (tmp_path / "r" / "teacher").exists()
+    listed.write_text("\n")
+    with pytest.raises(TeacherError, match="holds no prompt; needed: one a line"):
+        config.open_teacher()
+    for override, needed in {
+        "discriminator={kind: toy}": "teacher.kind: got prompts, which has no videos; needed",
+        "evaluation.kind=physics": "evaluation.kind other than physics",
+        "teacher.path=null": "teacher.kind=prompts needs teacher.path",
+    }.items():
+        with pytest.raises(ConfigError) as refused:
+            make_config(data, [override])
+        assert needed in str(refused.value)
 
 
 def _numbers(line: str) -> dict[str, Any]:

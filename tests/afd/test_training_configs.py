@@ -25,6 +25,9 @@ CONFIGS = sorted(
 )
 
 
+ASTROLABE = "astrolabe_self_forcing_480x832"
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(tmp_path_factory.mktemp("released"))
@@ -36,7 +39,7 @@ def command(path: Path, models: Path, out: Path) -> list[str]:
     assert config.student.kind == "wan"
     assert config.student.checkpoint is not None
     here = [f"student.checkpoint={models / config.student.checkpoint}", f"out={out}", "updates=2"]
-    return ["train", str(path), *overrides(models, config.method), *here]
+    return ["train", str(path), *overrides(models, config.method, list(config.rewards)), *here]
 
 
 def stop_in_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,13 +120,13 @@ def test_a_file_as_shipped_is_planned_and_says_what_is_not_here(
     assert "21 latent frames" in said
     assert "GPU-hours" in said
     assert "student.checkpoint: checkpoints/" in said
-    assert "teacher.path: teacher is not there" in said
+    assert f"teacher.path: {load_config(path).teacher.path} is not there" in said
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_settings_are_those_reported_for_the_student() -> None:
     """Luo et al., arXiv 2605.26105, as the authors' cards and others repeat them."""
-    runs = [load_config(path) for path in CONFIGS]
+    runs = [load_config(path) for path in CONFIGS if path.stem != ASTROLABE]
     assert {run.method for run in runs} == {"afd", "sft", "gan", "dmd"}
     for run in runs:
         assert run.student.kind == "wan"
@@ -146,6 +149,29 @@ def test_the_settings_are_those_reported_for_the_student() -> None:
         if run.method == "afd":
             assert run.discriminator.loss == "bt"
             assert (run.afd.nft_beta, run.afd.prior_weight, run.afd.adv_clip) == (0.1, 1e-4, 5.0)
+
+
+def test_astrolabes_settings_are_those_of_its_code() -> None:
+    """franklinz233/Astrolabe 35a5347, scripts/train_nft_wan.py and its configurations."""
+    (run,) = (load_config(path) for path in CONFIGS if path.stem == ASTROLABE)
+    assert run.discriminator is None
+    assert {n: (r.head, r.grey, r.weight) for n, r in run.rewards.items()} == {
+        "mq": ("MQ", True, 1),
+        "vq": ("VQ", False, 1),
+        "ta": ("TA", False, 1),
+    }
+    assert run.student.lora is not None
+    assert (run.student.lora.rank, run.student.lora.alpha) == (256, 256)
+    afd = run.afd
+    assert (afd.learning_rate, afd.nft_beta, afd.adv_clip) == (1e-5, 0.1, 5.0)
+    assert (afd.weighting, afd.prior_space, afd.context) == ("x0", "x0", "noisy")
+    assert (afd.timestep_list, afd.timestep_per) == ([1.0, 0.75, 0.5, 0.25], "video")
+    assert (afd.old_decay, afd.old_decay_slope, afd.normalize) == (0.5, 0.001, "global")
+    toy = load_config(CONFIGS[0].parent / "astrolabe_toy.yaml")
+    assert toy.discriminator is None
+    same = ("nft_beta", "adv_clip", "weighting", "prior_space", "context", "timestep_list")
+    same += ("timestep_per", "old_decay", "old_decay_slope", "normalize", "prior_weight")
+    assert all(getattr(toy.afd, key) == getattr(afd, key) for key in same)
 
 
 def batch_size(run: RunConfig) -> int:

@@ -1,4 +1,4 @@
-"""Ratings of a frozen VideoAlign as rewards: their values, and the networks and passes they share."""
+"""Ratings of a frozen VideoAlign as rewards: values, and the networks and passes they share."""
 
 from __future__ import annotations
 

@@ -8,6 +8,28 @@ from afd.discriminators.base import DiscriminatorConfig
 from afd.methods.config import AfdConfig
 from afd.models.config import StudentConfig
 from afd.rewards.base import ONLINE, OnlineConfig, RewardConfig, online
+from afd.teachers.config import TeacherConfig
+
+
+def check_teacher(
+    method: str,
+    discriminator: DiscriminatorConfig | None,
+    teacher: TeacherConfig,
+    evaluation_kind: str,
+) -> None:
+    """Raise ValueError for a teacher without videos in a run that uses them."""
+    if teacher.gives_videos:
+        return
+    if method != "afd" or discriminator is not None:
+        raise ValueError(
+            f"teacher.kind: got {teacher.kind}, which has no videos; needed: another kind, or "
+            "method=afd with discriminator=null and rewards"
+        )
+    if evaluation_kind == "physics":
+        raise ValueError(
+            f"teacher.kind: got {teacher.kind}, which has no videos; needed: another kind, or "
+            "evaluation.kind other than physics, which compares with them"
+        )
 
 
 def check_rewards(

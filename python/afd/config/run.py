@@ -6,25 +6,17 @@ closest known names; that for an invalid value names the field, the value and wh
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
+from typing import Annotated, Any, Literal, TypeVar, overload
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from rich.console import Console
 
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
-from afd.config.rewards import check_rewards
+from afd.config.keys import NAMED, known_keys, parts_of, suggest, types_of, with_named
+from afd.config.keys import sections_of as sections_of
+from afd.config.rewards import check_rewards, check_teacher
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
@@ -39,8 +31,6 @@ from afd.video.config import VideoConfig
 Kind = TypeVar("Kind", bound=Section)
 # Names of rewards are parts of metric names and of dotted keys.
 RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-# Stands for them in lists of known keys.
-NAMED = "<name>"
 
 
 # Updates of a run of the laptop task, by method (docs/ABLATIONS.md).
@@ -192,6 +182,7 @@ class RunConfig(Section):
             self.discriminator.check_student(self.student)
             self.discriminator.check_video(self.video)
         check_rewards(self.method, self.discriminator, self.rewards, self.afd, self.student)
+        check_teacher(self.method, self.discriminator, self.teacher, self.evaluation.kind)
         self.student.check_video(self.video)
         return self
 
@@ -376,7 +367,7 @@ def _apply(data: dict[str, Any], override: str, kind: type[Section]) -> str:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"{_named(override)}: needs the form key=value or section.key=value")
-    value = _value(text, override, _annotations(kind, parts))
+    value = _value(text, override, types_of(kind, parts))
     where = data
     for i, part in enumerate(parts[:-1]):
         if where.get(part) is None:
@@ -395,7 +386,7 @@ def _value(text: str, override: str, annotations: Sequence[Any]) -> Any:
     For such keys YAML would truncate "a #1" and misread "a: b", [x], 2026 and *x. Quoted values,
     null, and a list if the key takes one, are parsed as YAML for every key.
     """
-    kinds = {part for annotation in annotations for part in _parts(annotation)}
+    kinds = {part for annotation in annotations for part in parts_of(annotation)}
     literal = bool(kinds & {str, Path})
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
     listed = list in kinds and text.startswith("[")
@@ -409,29 +400,6 @@ def _value(text: str, override: str, annotations: Sequence[Any]) -> Any:
         raise
 
 
-def _annotations(kind: type[BaseModel], parts: Sequence[str]) -> list[Any]:
-    """The types of a dotted key, one per section that has it."""
-    field = kind.model_fields.get(parts[0])
-    if field is None:
-        return []
-    if len(parts) == 1:
-        return [field.annotation]
-    rest = parts[2:] if _is_mapping(field) else parts[1:]
-    return [found for s in sections_of(field) if rest for found in _annotations(s, rest)]
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """The plain types in a union: Path and str, but neither literals nor element types of lists."""
-    origin = get_origin(annotation)
-    if origin in (Union, UnionType):
-        for part in get_args(annotation):
-            yield from _parts(part)
-    elif origin is Annotated:
-        yield from _parts(get_args(annotation)[0])
-    else:
-        yield origin or annotation
-
-
 def _explain(
     detail: dict[str, Any], came_from: dict[str, str], origin: str, kind: type[Section]
 ) -> str:
@@ -439,7 +407,7 @@ def _explain(
     key = ".".join(map(str, detail["loc"]))
     source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
     if detail["type"] == "extra_forbidden":
-        named = _with_named(key, kind)
+        named = with_named(key, kind)
         if named in known_keys(kind):
             section = named.rpartition(".")[0].replace(NAMED, str(detail["loc"][1]))
             return f"{source}: key {key!r} belongs to another {section}.kind"
@@ -447,74 +415,10 @@ def _explain(
             if new in known_keys(kind):
                 return f"{source}: unknown key {key!r}; it is {new} now"
         name = str(detail["loc"][1]) if named != key else NAMED
-        suggestion = _suggest(named[:200], kind).replace(NAMED, name)
+        suggestion = suggest(named[:200], kind).replace(NAMED, name)
         return f"{source}: unknown key {_shown(key)}; {suggestion}"
     if detail["type"] == "kind":
         return f"{source}: {key}.{detail['msg']}"
     if detail["type"] == "value_error":
         return f"{source}: {detail['msg'].removeprefix('Value error, ')}"
     return f"{source}: {key} is {_shown(detail['input'])}; {detail['msg']}"
-
-
-def _suggest(key: str, kind: type[Section]) -> str:
-    """Suggest the closest known keys by last part (same section first), else the section's keys."""
-    known = known_keys(kind)
-    section, _, end = key.rpartition(".")
-
-    def closeness(candidate: str) -> float:
-        other_section, _, other_end = candidate.rpartition(".")
-        near = difflib.SequenceMatcher(None, end, other_end).ratio()
-        return near + 0.05 * (section == other_section)
-
-    ranked = sorted(known, key=closeness, reverse=True)
-    best = closeness(ranked[0])
-    if best >= 0.6:
-        return (
-            "did you mean " + " or ".join(k for k in ranked[:3] if closeness(k) > best - 0.1) + "?"
-        )
-    siblings = [k for k in known if k.rpartition(".")[0] == section]
-    return "known here: " + ", ".join(siblings)
-
-
-def known_keys(kind: type[Section] = RunConfig) -> list[str]:
-    """Every dotted key of a root section, including sections of all kinds."""
-    return list(dict.fromkeys(_keys(kind, "")))
-
-
-def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
-    """The sections that a field may hold: one, one per kind, or an empty list."""
-    for each in field.metadata:
-        if isinstance(each, ByKind):
-            return each.sections()
-    return _sections(field.annotation)
-
-
-def _is_mapping(field: FieldInfo) -> bool:
-    """Whether a field holds sections under names that the user chooses."""
-    return get_origin(field.annotation) is dict and bool(sections_of(field))
-
-
-def _with_named(key: str, kind: type[BaseModel]) -> str:
-    """A dotted key with NAMED in the place of a name that the user has chosen."""
-    first, *rest = key.split(".")
-    field = kind.model_fields.get(first)
-    if field is None or len(rest) < 2 or not _is_mapping(field):
-        return key
-    return ".".join([first, NAMED, *rest[1:]])
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    for each in getattr(annotation, "__metadata__", ()):
-        if isinstance(each, ByKind):
-            return each.sections()
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [section for part in get_args(annotation) for section in _sections(part)]
-
-
-def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        below = f"{prefix}{name}.{NAMED}." if _is_mapping(field) else f"{prefix}{name}."
-        for one in sections_of(field):
-            yield from _keys(one, below)

@@ -277,6 +277,7 @@ class Work:
         if measured:
             # The discriminator, and its frozen original model on the whole video.
             rate = self._score_flop() + self._rate_flop() if self.sees_video else 0.0
+            rate += len(shared_passes(self.rewards)) * self._rate_flop()
             note = f"{measured} held-out videos in all, and their decode"
             yield Phase("evaluation", rollout + rate, decode, measured, note)
 

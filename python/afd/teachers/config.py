@@ -1,5 +1,5 @@
-"""Typed settings common to all teachers, the interface to open one, and the folder teacher's
-section."""
+"""Typed settings common to all teachers, the interface to open one, and the sections of a folder
+and of a list of prompts."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class TeacherConfig(Section):
     """
 
     opener: ClassVar[str]
+    # Whether it has videos, and not prompts alone.
+    gives_videos: ClassVar[bool] = True
 
     kind: str = Field(description="name of the teacher in the registry")
     path: Path | None = Field(
@@ -93,6 +95,25 @@ class FolderConfig(TeacherConfig):
                 yield f"teacher manifest {manifest}: {len(wrong)} wrong, such as {wrong[0]}"
         if not entries and not problems:
             yield f"teacher manifest {manifest}: lists no video"
+
+
+class PromptsConfig(TeacherConfig):
+    """Prompts without videos, for runs that learn from rewards alone (discriminator: null)."""
+
+    opener: ClassVar[str] = "afd.teachers.prompts:open_teacher"
+    gives_videos: ClassVar[bool] = False
+
+    kind: Literal["prompts"] = Field(default="prompts", description="prompts without videos")
+    path: Path | None = Field(default=None, description="text file with a prompt on each line")
+
+    @model_validator(mode="after")
+    def _needs(self) -> PromptsConfig:
+        if self.path is None:
+            raise ValueError("teacher.kind=prompts needs teacher.path, a file with a prompt a line")
+        return self
+
+    def missing(self, folder: Path) -> Iterator[str]:
+        yield from missing_path("teacher.path", folder, "the file with a prompt on each line")
 
 
 def _is_file(folder: Path, name: str) -> bool:

@@ -26,6 +26,7 @@ from afd.models.codec import Codec, Pixels
 from afd.models.config import StudentConfig
 from afd.models.student import Student
 from afd.registry import find
+from afd.rewards.base import Term
 from afd.rollout import rollout
 from afd.teachers.base import Request
 from afd.trainer.motion import DYNAMIC, motion
@@ -92,6 +93,7 @@ class Evaluated:
         codec, discriminator: of the run's method.
         prompts: of held-out videos, see `evaluation_prompts`.
         ranks: the processes that share an evaluation's videos.
+        rewards: of the run's method.
     """
 
     config: RunConfig
@@ -100,6 +102,7 @@ class Evaluated:
     discriminator: Any
     prompts: Sequence[str]
     ranks: Ranks
+    rewards: Sequence[Term] = ()
 
 
 def make_evaluator(
@@ -110,11 +113,13 @@ def make_evaluator(
     discriminator: Any = None,
     prompts: Sequence[str] = (),
     ranks: Ranks = ALONE,
+    rewards: Sequence[Term] = (),
 ) -> Evaluator | None:
     """Build the metrics of `evaluation.kind` (arguments: see `Evaluated`); None for "none"."""
     if config.evaluation.kind == "none":
         return None
-    run = Evaluated(config, teacher_videos, codec or Pixels(), discriminator, prompts, ranks)
+    codec = codec or Pixels()
+    run = Evaluated(config, teacher_videos, codec, discriminator, prompts, ranks, rewards)
     evaluator: Evaluator = find("metrics", config.evaluation.kind)(run)
     return evaluator
 
@@ -187,16 +192,22 @@ class EachVideo(Metrics):
 
 
 class VideoMetrics(EachVideo):
-    """Motion, and motion quality as rated by the frozen VideoAlign if the run uses it."""
+    """Motion; motion quality as rated by the frozen VideoAlign if the run's discriminator is one;
+    and the run's frozen rewards of pixels."""
 
     def measure(self, video_1FCHW: Tensor, prompt: str) -> dict[str, float]:
         video, judge = self.run.config.video, self.run.discriminator
         moved = motion(video_1FCHW[0], video.rate)
         row = {"motion": moved, "dynamic": float(moved > DYNAMIC)}
+        frozen = [(t.name, t.reward) for t in self.run.rewards if t.reward is not None]
+        rated = [(name, reward) for name, reward in frozen if reward.input_space == "pixels"]
+        if video.codec_match and (rated or hasattr(judge, "released_ratings")):
+            # The same input as in training.
+            video_1FCHW = through_codec(video_1FCHW, fps=video.fps, crf=video.crf)
+        for name, reward in rated:
+            seen = reward.prepare(video_1FCHW.cpu())
+            row[f"reward/{name}"] = float(reward.score(seen, [prompt]))
         if hasattr(judge, "released_ratings"):
-            # The same input as the discriminator's in training.
-            if video.codec_match:
-                video_1FCHW = through_codec(video_1FCHW, fps=video.fps, crf=video.crf)
             seen = judge.prepare(video_1FCHW)
             ratings = judge.released_ratings(seen, [prompt])
             row |= {name: float(value) for name, value in ratings.items()}

@@ -196,6 +196,7 @@ def _evaluator(
         discriminator=getattr(method, "discriminator", None),
         prompts=evaluation_prompts(config, teacher.requests),
         ranks=ranks,
+        rewards=getattr(method, "terms", ()),
     )
 
 
@@ -320,6 +321,11 @@ class Trainer:
         self.step += 1
         return metrics
 
+    @property
+    def _needs_teacher(self) -> bool:
+        """Whether the method uses the teacher's videos, and not its prompts alone."""
+        return getattr(self.method, "needs_teacher", True)
+
     @contextmanager
     def _saved_without_videos(self) -> Iterator[None]:
         """Save the state of the latest update if the teacher fails to provide the next videos."""
@@ -339,13 +345,15 @@ class Trainer:
         """This process's share of the step's prompts, with the teacher's videos."""
         count = self.config.prompts_per_update
         ahead = (self.config.updates - self.step - 1) * count
-        requests = self.videos.draw(self.sampler, count, ahead)
-        self.asked = requests[0]
         own = self.ranks.share(count)
-        prompts = [request.prompt for request in requests[own]]
-        videos = torch.empty(len(prompts), 0)
-        if getattr(self.method, "needs_teacher", True):
+        if self._needs_teacher:
+            requests = self.videos.draw(self.sampler, count, ahead)
             videos = self.videos.fetch(requests[own])
+        else:
+            requests = self.sampler.draw(count)
+            videos = torch.empty(len(requests[own]), 0)
+        self.asked = requests[0]
+        prompts = [request.prompt for request in requests[own]]
         self.input_1FCHW = videos[:1]
         return Batch(self.step, prompts, videos, first=own.start, total=count)
 
@@ -394,7 +402,8 @@ class Trainer:
             if score is not None and shown.score is not None:
                 shown = replace(shown, teacher_score=float(score(self.input_1FCHW, [shown.prompt])))
             (student,) = self.method.codec.decode(shown.x0_FCHW[None].to(self.ranks.device))
-        left, right = (to_uint8(x).numpy() for x in (self.videos.clip(self.asked), student))
+        left = to_uint8(self.videos.clip(self.asked)).numpy() if self._needs_teacher else None
+        right = to_uint8(student).numpy()
         fps = self.config.video.rate
         folder = self.out / "videos"
         try:

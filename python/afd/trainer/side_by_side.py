@@ -22,23 +22,27 @@ INK, PAPER = 235, 24
 
 
 def side_by_side(
-    teacher_FHWC: np.ndarray, student_FHWC: np.ndarray, shown: Shown, step: int
+    teacher_FHWC: np.ndarray | None, student_FHWC: np.ndarray, shown: Shown, step: int
 ) -> np.ndarray:
     """Teacher | student, uint8 [F, H, W, 3] (H and W even), with a caption above each and the
-    prompt below; the shorter video is extended by its last frame."""
-    frames = max(len(teacher_FHWC), len(student_FHWC))
-    left, right = (_grown(_as_long(v, frames)) for v in (teacher_FHWC, student_FHWC))
-    width = left.shape[2]
-    strips = [
-        _strip(width, ["teacher" + _told("score", shown.teacher_score)]),
-        _strip(
-            right.shape[2],
-            [f"student, update {step}" + _told("score", shown.score) + _told("r", shown.r)],
-        ),
+    prompt below; the shorter video is extended by its last frame. Without a teacher's video
+    (None) the student's is alone."""
+    panels = [
+        (student_FHWC, f"student, update {step}{_told('score', shown.score)}{_told('r', shown.r)}")
     ]
-    top = np.concatenate([strips[0], _blank(len(strips[0]), GAP), strips[1]], axis=1)
-    gap = np.full((frames, left.shape[1], GAP, 3), PAPER, np.uint8)
-    middle = np.concatenate([left, gap, right], axis=2)
+    if teacher_FHWC is not None:
+        panels.insert(0, (teacher_FHWC, "teacher" + _told("score", shown.teacher_score)))
+    frames = max(len(video_FHWC) for video_FHWC, _ in panels)
+    tops, middles = [], []
+    for video_FHWC, caption in panels:
+        grown = _grown(_as_long(video_FHWC, frames))
+        strip = _strip(grown.shape[2], [caption])
+        if tops:
+            tops.append(_blank(len(strip), GAP))
+            middles.append(np.full((frames, grown.shape[1], GAP, 3), PAPER, np.uint8))
+        tops.append(strip)
+        middles.append(grown)
+    top, middle = np.concatenate(tops, axis=1), np.concatenate(middles, axis=2)
     letters = max(8, top.shape[1] // (TEXT // 2))
     bottom = _strip(top.shape[1], textwrap.wrap(shown.prompt, letters)[:2])
     parts = [np.broadcast_to(part, (frames, *part.shape)) for part in (top, bottom)]
@@ -49,7 +53,7 @@ def side_by_side(
 
 def write_side_by_side(
     folder: Path,
-    teacher_FHWC: np.ndarray,
+    teacher_FHWC: np.ndarray | None,
     student_FHWC: np.ndarray,
     shown: Shown,
     step: int,
