@@ -258,7 +258,7 @@ def plan_nft_loss(
         if groups == 1 and max(t.ndim, r.ndim) == 1:
             raise ValueError(
                 f"group: got 'chunk' with t {describe(t)} and r {describe(r)}; needed: t or r of "
-                f"shape [{x0.shape[0]}, chunks], which says how many chunks there are"
+                f"shape [{x0.shape[0]}, chunks], which gives the number of chunks"
             )
     if frame_mask is not None:
         frames = _frame_count(x0, layout, "frame_mask")

@@ -50,14 +50,14 @@ class ExportConfig(Section):
         default=None,
         description="peft: adapter folder; diffusers_lora: for load_lora_weights; self_forcing: "
         "model.pt with whole weights; diffusers: transformer/ with whole weights; "
-        "student: what student.checkpoint takes; null: diffusers_lora of a run with adapters, else "
-        "self_forcing",
+        "student: loadable as student.checkpoint; null: diffusers_lora if the run "
+        "trains adapters, else self_forcing",
     )
     weights: Literal["ema", "old", "theta"] | None = Field(
-        default=None, description="which weights; null: ema where the run has it, else old"
+        default=None, description="version of the weights; null: ema if the run has it, else old"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="what the weights are rounded to"
+        default="float32", description="dtype of the written weights"
     )
 
 
@@ -71,11 +71,11 @@ def export(folder: Path, config: ExportConfig) -> Path:
     """
     out = config.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out: {out} holds something; needed: a new or empty folder")
+        raise ConfigError(f"out: {out} is not empty; needed: a new or empty folder")
     run = load_run(folder)
     path = checkpoint.latest(folder / "checkpoints")
     if path is None:
-        raise ConfigError(f"run folder {folder}: has no checkpoint, so there is nothing to export")
+        raise ConfigError(f"run folder {folder}: has no checkpoint, nothing to export")
     only = "method_state/policies/"
     state = checkpoint.load(path, method=run.method, config=plain(run), only=only)
     versions = dict(state["method_state"]["policies"])

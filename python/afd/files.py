@@ -40,7 +40,7 @@ DISK = {
     errno.EDQUOT: "free some of the quota there",
     errno.EFBIG: "raise the limit on the size of files",
     errno.EROFS: "make it writable, or choose another folder",
-    errno.EIO: "see to the disk, or choose another folder",
+    errno.EIO: "check the disk, or choose another folder",
     errno.ESTALE: "mount it again, or choose another folder",
 }
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -53,8 +53,8 @@ LONGEST_NAME = 255
 
 def what_failed(error: OSError) -> str:
     """The file and the system's message: "runs/a/metrics.jsonl: No space left on device"."""
-    said = error.strerror or str(error)
-    return said if error.filename is None else f"{error.filename}: {said}"
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
 def refuse_odd(path: Path) -> None:
@@ -279,7 +279,9 @@ def locked(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             raise LockedError(str(path)) from None
         except OSError as error:
-            _log.warning("%s cannot be locked (%s): write there once at a time", path, error)
+            _log.warning(
+                "%s cannot be locked (%s): do not write there from two processes", path, error
+            )
             held = False
         yield held
     finally:
@@ -363,7 +365,7 @@ def parse_json(text: str) -> Any:
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if _ZERO.search(written):
-        raise ValueError("a text holds a zero byte")
+        raise ValueError("a text contains a zero byte")
     return value
 
 

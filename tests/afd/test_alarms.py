@@ -25,7 +25,7 @@ def test_motion_that_falls_below_the_bases_is_told_once(log: pytest.LogCaptureFi
     for step, motion in enumerate([10.0, 12.0, 8.0, 6.0, 5.0, 9.0, 4.0]):
         watch.evaluated(step, {"motion": motion})
     assert [line.split(":")[0] for line in said(log)] == ["update 3", "update 6"]
-    assert "motion fell to 6, 60% of the base's 10: look at the videos" in log.text
+    assert "motion fell to 6, 60% of the base's 10: inspect the videos" in log.text
 
 
 def test_a_frozen_rating_that_falls_while_the_margin_shrinks_is_reward_hacking(

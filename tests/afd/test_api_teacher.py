@@ -405,7 +405,7 @@ def test_an_unknown_state_is_waited_out_with_one_warning(
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (drip, "no whole answer within 0.2 s"),
+        (drip, "no complete answer within 0.2 s"),
         (endless, "exceeds 1048576 bytes"),
         (answer(200, b"0" * 2**21), "exceeds 1048576 bytes"),
         (truncated, "cannot be"),

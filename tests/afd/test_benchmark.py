@@ -211,7 +211,7 @@ def test_longer_prompts_may_follow_the_order_of_another_list(prompts: Path) -> N
         vbench.read(VBenchConfig(prompts=info, **given))
     odd = prompts / "...txt"
     odd.write_text("a")
-    with pytest.raises(ConfigError, match="its name is to be a dimension's"):
+    with pytest.raises(ConfigError, match="it must be named after a dimension"):
         vbench.read(VBenchConfig(prompts=odd))
 
 
@@ -236,7 +236,7 @@ def test_a_prompt_that_is_no_file_name_is_refused_before_anything_is_made(
 ) -> None:
     path = tmp_path / "info.json"
     path.write_text(json.dumps([{"prompt_en": prompt, "dimension": ["scene"]}]))
-    with pytest.raises(ConfigError, match="VBench finds a video by its prompt") as error:
+    with pytest.raises(ConfigError, match="VBench finds videos by their prompt") as error:
         vbench.read(VBenchConfig(prompts=path))
     assert why in str(error.value)
 
@@ -307,7 +307,7 @@ def test_videophy_rows_of_other_videos_are_refused_and_unread_answers_left_out(
     (score,) = videophy.read_results(pc, tmp_path / "none.csv", clips)
     assert score == Score("videophy2", "PC", 4.0, 1, 4)
     pc.write_text("videopath,score\n../../secret.mp4,4\n")
-    with pytest.raises(ConfigError, match=r"secret\.mp4 is no video of this evaluation"):
+    with pytest.raises(ConfigError, match=r"secret\.mp4 is not a video of this evaluation"):
         videophy.read_results(pc, tmp_path / "none.csv", clips)
 
 

@@ -133,7 +133,7 @@ def test_something_else_in_the_place_of_a_file_is_named(
     replaced(path / file, by)
     assert checkpoint.latest(tmp_path) == older
     (record,) = [record for record in caplog.records if record.name == "afd"]
-    assert f"{path} is passed over: {file} " in record.getMessage()
+    assert f"{path} is skipped: {file} " in record.getMessage()
     with pytest.raises(CheckpointError, match=file):
         checkpoint.load(path, method="afd", config=CONFIG)
     assert checkpoint.save(tmp_path, state(2), keep=3) == path
@@ -172,7 +172,7 @@ def test_files_swapped_between_checkpoints_and_renamed_checkpoints_are_passed_ov
         mine.write_bytes(held)
     paths[2].rename(tmp_path / "step_000009")
     assert checkpoint.latest(tmp_path) == paths[1]
-    assert "step_000009 is passed over: meta.json is that of step 3" in caplog.text
+    assert "step_000009 is skipped: meta.json is that of step 3" in caplog.text
 
 
 def test_where_none_is_whole_each_is_named_and_nothing_begins_again(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_where_none_is_whole_each_is_named_and_nothing_begins_again(tmp_path: Pa
     with pytest.raises(CheckpointError) as error:
         checkpoint.latest(tmp_path)
     said = str(error.value)
-    assert "none of them is whole" in said
+    assert "none is complete" in said
     for path in paths:
         assert str(path) in said
     assert f"{SHARD} is missing" in said
@@ -262,7 +262,7 @@ def test_one_of_another_format_is_refused_and_not_passed_over(
         patch.setattr(checkpoint, "FORMAT", 1000)
         path = checkpoint.save(tmp_path, state(2), keep=2)
     assert checkpoint.latest(tmp_path) == path
-    with pytest.raises(CheckpointError, match="has format 1000, this afd reads 4"):
+    with pytest.raises(CheckpointError, match="has format 1000, this version of afd reads 4"):
         checkpoint.load(path, method="afd", config=CONFIG)
 
 
@@ -271,5 +271,7 @@ def test_one_from_before_everything_was_bound_is_named(tmp_path: Path) -> None:
     path.mkdir()
     meta = {"step": 1, "method": "afd", "config": CONFIG, "format": 3, "sha256": "of state.pt"}
     (path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(CheckpointError, match="step_000001: has format 3, this afd reads 4"):
+    with pytest.raises(
+        CheckpointError, match="step_000001: has format 3, this version of afd reads 4"
+    ):
         checkpoint.latest(tmp_path)

@@ -76,11 +76,14 @@ def test_a_migration_that_is_cut_off_leaves_the_older_version(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("PRAGMA user_version = 99", f"schema is version 99, this afd knows up to {VERSION}"),
-        ("UPDATE submits SET cost_usd = -5 WHERE id = 1", "1 of its rows hold no price"),
-        ("UPDATE submits SET cost_usd = 9e999 WHERE id = 1", "1 of its rows hold no price"),
-        ("UPDATE submits SET cost_usd = 'free' WHERE id = 1", "1 of its rows hold no price"),
-        ("DROP TABLE submits", "it is another program's database"),
+        (
+            "PRAGMA user_version = 99",
+            f"version 99, this version of afd supports up to {VERSION}",
+        ),
+        ("UPDATE submits SET cost_usd = -5 WHERE id = 1", "1 of its rows have no price"),
+        ("UPDATE submits SET cost_usd = 9e999 WHERE id = 1", "1 of its rows have no price"),
+        ("UPDATE submits SET cost_usd = 'free' WHERE id = 1", "1 of its rows have no price"),
+        ("DROP TABLE submits", "it is the database of another program"),
     ],
 )
 def test_a_ledger_that_this_version_cannot_use_is_refused(
@@ -100,7 +103,7 @@ def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     database.execute("CREATE TABLE notes (text)")
     database.close()
     before = (tmp_path / NAME).read_bytes()
-    with pytest.raises(TeacherError, match="another program's database"):
+    with pytest.raises(TeacherError, match="database of another program"):
         Ledger(tmp_path, {"provider": "ark"})
     assert (tmp_path / NAME).read_bytes() == before
 
@@ -124,7 +127,7 @@ def test_a_damaged_row_ends_in_a_sentence(tmp_path: Path) -> None:
     ledger.running(ledger.reserve(order(), 1.0, 10.0), {"id": "t"})
     for torn in ("{'id'", "[1]", '"t"', "1"):
         ledger._database.execute("UPDATE submits SET task = ?", (torn,))
-        with pytest.raises(TeacherError, match="submit 1 holds no task"):
+        with pytest.raises(TeacherError, match="submit 1 has no readable task"):
             ledger.latest(order().key)
     ledger._database.execute("UPDATE submits SET task = CAST(x'fffe' AS TEXT)")
     with pytest.raises(TeacherError, match="cannot be used"):

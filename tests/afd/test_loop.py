@@ -163,7 +163,7 @@ def test_the_sampler_goes_on_from_its_cursor() -> None:
     other = Sampler(requests, seed=1)
     other.load_state_dict(sampler.state_dict())
     assert other.draw(9) == sampler.draw(9)
-    with pytest.raises(TeacherError, match="made with 5 teacher videos, the folder holds 4"):
+    with pytest.raises(TeacherError, match="made with 5 teacher videos, the folder contains 4"):
         Sampler(requests[:4], seed=1).load_state_dict(sampler.state_dict())
     with pytest.raises(TeacherError, match="made with other prompts, or with these in another o"):
         Sampler(requests[::-1], seed=1).load_state_dict(sampler.state_dict())

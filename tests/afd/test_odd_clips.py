@@ -141,7 +141,7 @@ def test_edit_lists_are_followed(
 
 
 def test_an_edit_list_that_shows_nothing_is_named(tmp_path: Path, plain: Path) -> None:
-    refused(with_edits(plain, tmp_path / "a.mp4", [(0, 0)]), "without a single frame", frames=1)
+    refused(with_edits(plain, tmp_path / "a.mp4", [(0, 0)]), "without any frame", frames=1)
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mkv", "a.mp4"])

@@ -73,7 +73,7 @@ def test_clips_are_turned_and_mirrored_as_they_ask(
 def test_an_oblique_clip_is_named(tmp_path: Path) -> None:
     source = encode(tmp_path / "s.mp4", [corners()] * 2)
     path = with_matrix(source, tmp_path / "a.mp4", 0.7, 0.7, -0.7, 0.7)
-    refused(path, "no quarter turn")
+    refused(path, "not a multiple of 90 degrees")
 
 
 @pytest.mark.parametrize("ending", ["jpg", "webp", "png", "tiff"])

@@ -271,7 +271,7 @@ def test_a_step_written_twice_counts_once_with_its_later_line() -> None:
 
 def test_warnings_come_once_with_their_count(folder: Path) -> None:
     warnings = read_parts(folder)["afd"].warnings
-    assert warnings[0].endswith("its scores say little (from update 12, 2 times)")
+    assert warnings[0].endswith("its scores carry little (from update 12, 2 times)")
     assert warnings[1].endswith("too strong (from update 40)")
 
 

@@ -240,7 +240,7 @@ def test_whole_videos_need_a_seed_each(student: WanStudent) -> None:
     ("options", "told"),
     [
         ({"frames": 7}, "frames: got 7; needed: a multiple of the chunk 2"),
-        ({"denoising_steps": (750, 500)}, "steps: .* falling from 1000"),
+        ({"denoising_steps": (750, 500)}, "steps: .* decreasing from 1000"),
         ({"denoising_steps": (1000, 333.3)}, "steps: got 333.3; needed: whole numbers"),
         ({"switches": {3: torch.zeros(2, 5, 12)}}, r"switches: got 3; needed: a chunk in \[0, 3\)"),
         ({"switches": {1: torch.zeros(1, 5, 12)}}, r"switches: got float32 \[1, 5, 12\]"),

@@ -72,7 +72,7 @@ def test_every_kind_of_tensor_and_value_comes_back_bit_for_bit(tmp_path: Path) -
         ({"a": {1: 0, "b": 0}}, r"'a' has keys \[1\]"),
         (
             {"a": {"b/c": torch.ones(1), "b": {"c": torch.ones(1)}}},
-            "two tensors are called 'a/b/c'",
+            "two tensors have the name 'a/b/c'",
         ),
     ],
 )

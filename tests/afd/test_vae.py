@@ -228,7 +228,9 @@ def test_bad_input_is_named() -> None:
 
 
 def test_unknown_sources_say_what_is_accepted(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds none; needed: a diffusers Wan folder"):
+    with pytest.raises(
+        FileNotFoundError, match="contains no autoencoder; needed: a diffusers Wan folder"
+    ):
         VideoVAE.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no such path"):
         VideoVAE.load(tmp_path / "absent")

@@ -171,7 +171,7 @@ def test_held_out_prompts_come_from_their_file_or_the_teacher(tmp_path: Path) ->
     config = config_of(tmp_path, prompts=str(file))
     assert evaluation_prompts(config, [Request("teacher's")]) == ["one", "two"]
     file.write_text("\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"evaluation\.prompts: holds no prompt"):
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: contains no prompt"):
         evaluation_prompts(config, [])
     file.unlink()
     with pytest.raises(ConfigError, match=r"held_out\.txt: cannot be read"):

@@ -121,7 +121,7 @@ def test_a_damaged_run_folder_gives_the_same_bits_or_a_sentence(
         found = numbers(out)
         log = (out / "train.log").read_text(encoding="utf-8", errors="replace")
         if found != list(wanted.values()):
-            assert "metrics.jsonl: holds other lines" in log or "DONE" in hurt
+            assert "metrics.jsonl: its lines differ" in log or "DONE" in hurt
     shutil.rmtree(out.parent)
 
 

@@ -27,7 +27,7 @@ START = "start"
 class Stream(SampleConfig):
     """Streaming configuration that records the weights' origin independently of their path."""
 
-    origin: str = Field(description="what the student is, instead of the path of its file")
+    origin: str = Field(description="identity of the student's weights, instead of their path")
 
     def settings(self) -> dict[str, Any]:
         """As in `SampleConfig`."""

@@ -120,7 +120,7 @@ class Work:
                 reference = net.parameters * held // parts
                 yield Part("reference", reference, "always", "frozen copy for the prior")
         if sharded:
-            note = "all shares, gathered for a pass"
+            note = "all shards, gathered for a pass"
             yield Part("gathered", net.parameters * self.item, "always", note)
         numbers = len(trained) * net.trained // parts
         yield Part("optimizer", 2 * cost.FLOAT * numbers, "always", "Adam's two moments, fp32")
@@ -130,7 +130,9 @@ class Work:
         if not self.wan:
             return
         text = cost.TEXT_PARAMETERS * self.item
-        yield Part("text encoder", text, "start", "embeds what the cache lacks, then it goes")
+        yield Part(
+            "text encoder", text, "start", "embeds prompts missing from the cache, then freed"
+        )
         weights = cost.VAE_PARAMETERS * self.vae_item
         yield Part("autoencoder", weights, "always", "frozen weights")
         if self.sees_video:
@@ -139,7 +141,7 @@ class Work:
             if self.config.method == "gan":
                 sizes = self.net.frames, self.micro, self.pixels, self.vae_item
                 kept = cost.decode_gradient_bytes(*sizes)
-                note = f"{self.micro} video(s) a pass, a latent frame computed again at a time"
+                note = f"{self.micro} video(s) a pass, latent frames recomputed one by one"
                 yield Part("decode with gradients", kept, "student", note)
         else:
             encode = cost.encode_bytes(self.pixels, self.vae_item)
@@ -204,8 +206,8 @@ class Work:
             for c in (True, False)
         ]
         held, other = both if checkpointed else reversed(both)
-        told = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
-        yield Part("activations", held, "student", told + str(not checkpointed).lower())
+        note = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
+        yield Part("activations", held, "student", note + str(not checkpointed).lower())
         if halves == 1 and not self._keeps_context():
             one = cost.kv_bytes(net, self.micro, self.item)
             yield Part("context", one, "student", "keys and values of a pass's clean videos")
@@ -288,7 +290,7 @@ class Work:
     def _student_work(self, videos: int, decode: float) -> tuple[float, float, str]:
         config, net = self.config, self.net
         checkpointed = config.student.checkpoint_blocks
-        told = "blocks computed again in the backward" if checkpointed else "all activations kept"
+        blocks = "blocks recomputed in the backward" if checkpointed else "all activations kept"
         chunks = getattr(self.method, "chunks_per_update", None)
         part = min(1.0, chunks / net.chunks) if chunks else 1.0
         if config.method == "afd":
@@ -302,11 +304,11 @@ class Work:
                 prior=afd.prior_weight > 0,
                 checkpointed=checkpointed,
             )
-            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s); {told}"
+            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s); {blocks}"
         if config.method == "sft":
             sft = config.sft
             flop = cost.sft_flop(net, draws=sft.draws, part=part, checkpointed=checkpointed)
-            return videos * flop, 0.0, f"{sft.draws} draw(s) of {videos} videos; {told}"
+            return videos * flop, 0.0, f"{sft.draws} draw(s) of {videos} videos; {blocks}"
         last = config.gan if config.method == "gan" else config.dmd
         flop = cost.last_step_flop(
             net,
@@ -316,12 +318,12 @@ class Work:
         )
         if config.method == "dmd":
             flop += 2 * (cost.context_flop(net) + cost.noisy_flop(net))
-            return videos * flop, 0.0, f"through the last step, with both fields' views; {told}"
+            return videos * flop, 0.0, f"through the last step, with both fields' views; {blocks}"
         if not self.sees_video:
-            return videos * flop, 0.0, f"through the last step; {told}"
+            return videos * flop, 0.0, f"through the last step; {blocks}"
         # Forward, recomputation and backward, including the discriminator's.
         flop += 3 * self._score_flop()
-        return videos * flop, videos * 4 * decode, f"through the last step and the decode; {told}"
+        return videos * flop, videos * 4 * decode, f"through the last step and the decode; {blocks}"
 
     def _waits(self) -> int:
         """Number of updates before the student's first."""

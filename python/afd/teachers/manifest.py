@@ -26,7 +26,7 @@ def read_manifest(
     No video is opened. Raises TeacherError if there is no folder or no readable manifest.
     """
     if not folder.is_dir():
-        raise TeacherError(f"teacher folder {folder}: no such folder")
+        raise TeacherError(f"teacher folder {folder}: does not exist")
     path = Path(manifest) if manifest is not None else _find(folder)
     readers = {".jsonl": json_rows, ".csv": _csv, ".txt": _txt}
     if path.suffix not in readers:
@@ -52,7 +52,7 @@ def _find(folder: Path) -> Path:
     for name in MANIFESTS:
         if (folder / name).is_file():
             return folder / name
-    raise TeacherError(f"teacher folder {folder}: holds none of {', '.join(MANIFESTS)}")
+    raise TeacherError(f"teacher folder {folder}: contains none of {', '.join(MANIFESTS)}")
 
 
 def _csv(text: str) -> Rows:

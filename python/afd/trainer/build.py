@@ -40,7 +40,7 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     if config.method in ("afd", "gan"):
         discriminator = build_discriminator(config, student, ranks, prompts)
         if config.video.codec_match and discriminator.input_space == "latents":
-            _log.info("video.codec_match does nothing here: the discriminator sees latents")
+            _log.info("video.codec_match has no effect: the discriminator's input is latents")
     section = config.student
     method: StudentOptimizerConfig = getattr(config, config.method)
     policies = make_policies(

@@ -70,7 +70,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE
         if ranks.main:
             files = {name: digest for name, digest in digests.items() if digest is not None}
             if len(files) < len(digests):
-                raise OSError(errno.EIO, "what was just written cannot be read", str(partial))
+                raise OSError(errno.EIO, "the file just written cannot be read back", str(partial))
             _finish(partial, final, state, files)
             # Newer checkpoints are damaged, or the run would have resumed from them.
             older = [path for path in _newest_first(folder) if _step(path) <= state["step"]]
@@ -110,14 +110,14 @@ def latest(folder: Path, ranks: Ranks = ALONE) -> Path | None:
         problem = _problem(folder / name, ranks)
         if problem is None:
             for line in problems:
-                _log.warning("checkpoint %s is passed over: %s", *line)
+                _log.warning("checkpoint %s is skipped: %s", *line)
             return folder / name
         problems.append((folder / name, problem))
     if problems:
         listed = "; ".join(f"{path}: {problem}" for path, problem in problems)
         raise CheckpointError(
-            f"checkpoints {folder}: none of them is whole ({listed}); put a whole one back, or "
-            "remove them to begin again"
+            f"checkpoints {folder}: none is complete ({listed}); restore a complete one, "
+            "or remove them to start over"
         )
     return None
 
@@ -143,8 +143,9 @@ def load(
     meta = ranks.same(_meta(path) if ranks.main else None)
     if meta["format"] != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path}: has format {meta['format']}, this afd reads {FORMAT}; go on "
-            f"with the one that wrote it ({meta.get('written_by', 'unknown')}), or train again"
+            f"checkpoint {path}: has format {meta['format']}, this version of afd reads "
+            f"{FORMAT}; continue with the version that wrote it "
+            f"({meta.get('written_by', 'unknown')}), or train again"
         )
     wrong = differences(meta["config"], config)
     if meta["method"] != method:
@@ -153,7 +154,7 @@ def load(
         listed = "\n".join(f"  {line}" for line in dict.fromkeys(wrong))
         raise ConfigError(
             f"checkpoint {path}: belongs to another run:\n{listed}\nchoose another out=, or the "
-            "settings it was made with"
+            "settings of that run"
         )
     return shards.read(path, ranks, into=into, only=only, files=meta["files"])
 
@@ -245,7 +246,7 @@ def _promised(path: Path) -> tuple[dict[str, str] | None, str | None]:
         meta = _meta(path)
         bound = meta.pop("sha256") == _bound(meta)
         if meta["format"] != FORMAT:
-            problem = f"has format {meta['format']!r}, this afd reads {FORMAT}"
+            problem = f"has format {meta['format']!r}, this version of afd reads {FORMAT}"
             return None, None if bound else problem
         if not bound:
             return None, f"{META} is damaged"

@@ -139,7 +139,7 @@ def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[s
             ) from None
         found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
-        raise ConfigError("evaluation.prompts: holds no prompt; needed: one a line")
+        raise ConfigError("evaluation.prompts: contains no prompt; needed: one a line")
     return found[: max(evaluation.videos, evaluation.curve_videos)]
 
 

@@ -80,7 +80,7 @@ class Signs:
             return {}
         sentence = (
             f"correlation of score and physics fell from {self._best_agreement:.2f} to {now:.2f}: "
-            "stop here, or go back to a checkpoint from before"
+            "stop here, or return to an earlier checkpoint"
         )
         return {"agreement": sentence}
 
@@ -95,7 +95,7 @@ class Signs:
             return {}
         sentence = (
             f"motion fell to {now:.3g}, {now / self._motion:.0%} of the base's {self._motion:.3g}: "
-            "look at the videos; lower the learning rate, or raise prior_weight"
+            "inspect the videos; lower the learning rate, or raise prior_weight"
         )
         return {"motion": sentence}
 
@@ -114,7 +114,7 @@ class Signs:
             return {}
         sentence = (
             f"the untouched VideoAlign's MQ fell from {rating:.2f} to {now:.2f} while the online "
-            f"score came nearer to the teacher's (margin {margin:.2f} to {self._margin:.2f}): the "
+            f"score approached the teacher's (margin {margin:.2f} to {self._margin:.2f}): the "
             "student may be fooling the discriminator; go back to the best checkpoint, and raise "
             "discriminator.learning_rate, discriminator.steps_per_update or prior_weight"
         )
@@ -159,13 +159,13 @@ def signs(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     if margin > 5:
         yield (
             "margin",
-            f"discriminator margin {margin:.1f} is above 5: it may rank a shortcut; compare the "
-            "videos by eye",
+            f"discriminator margin {margin:.1f} is above 5: it may rely on a shortcut; compare the "
+            "videos",
         )
     if value("discriminator/accuracy") >= 0.995:
         yield (
             "accuracy",
-            "discriminator accuracy is 1: its scores say little about the student; lower "
+            "discriminator accuracy is 1: its scores carry little information; lower "
             "discriminator.learning_rate or steps_per_update",
         )
     if value("student/r_mean") > 0.9 or value("student/r_at_1") > 0.5:
@@ -182,6 +182,6 @@ def signs(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     if zero_std > 0:
         yield (
             "zero std",
-            f"{zero_std:g} of the prompts' groups have equal scores and teach nothing; raise "
-            "afd.samples_per_prompt, or see whether the rollouts are alike",
+            f"{zero_std:g} of the prompts' groups have equal scores and give no gradient; raise "
+            "afd.samples_per_prompt, or check whether the rollouts differ",
         )

@@ -80,7 +80,9 @@ class _File(logging.FileHandler):
         elif not self.missed:
             self.missed = True
             why = error.strerror
-            _log.warning("log %s: cannot be written, goes on without (%s)", self.baseFilename, why)
+            _log.warning(
+                "log %s: cannot be written, continuing without it (%s)", self.baseFilename, why
+            )
 
     def close(self) -> None:
         # Closing tries to flush the buffer once more.
@@ -142,10 +144,10 @@ class Lines:
         damaged = [line for line in lines if problems[line.number] is not None]
         for line in damaged:
             if line.torn:
-                _log.warning("%s: its last line was cut off, and is dropped", path)
+                _log.warning("%s: its last line was truncated and is dropped", path)
             else:
-                said = "%s: line %d is damaged (%s), and is dropped; the file as it was: %s"
-                _log.warning(said, path, line.number, problems[line.number], _aside(path).name)
+                text = "%s: line %d is damaged (%s), and is dropped; a copy of the file: %s"
+                _log.warning(text, path, line.number, problems[line.number], _aside(path).name)
         if any(not line.torn for line in damaged):
             write_bytes(_aside(path), path.read_bytes())
         self._digest, self._lines = hashlib.sha256(), len(kept)
@@ -154,7 +156,7 @@ class Lines:
             write_text(path, text)
         if promised is not None and promised != self.state_dict():
             _log.warning(
-                "%s: holds other lines than the run wrote up to update %d (%d, now %d)",
+                "%s: its lines differ from those that the run wrote up to update %d (%d, now %d)",
                 path,
                 resumed_at,
                 promised["lines"],
@@ -232,11 +234,11 @@ class _Phase(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         mean, left = task.fields["mean"], task.fields["left"]
-        told = "" if mean is None else f"{_time(mean)} an update, {_time(mean * left)} left"
+        rate = "" if mean is None else f"{_time(mean)} an update, {_time(mean * left)} left"
         if task.fields["began"] is None:
-            return Text(told, style="dim")
+            return Text(rate, style="dim")
         running = _time(time.perf_counter() - task.fields["began"])
-        return Text(f"{told}  ▶ {running}".strip())
+        return Text(f"{rate}  ▶ {running}".strip())
 
 
 class Bar:

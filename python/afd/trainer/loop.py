@@ -112,9 +112,9 @@ def _stopped_by_disk(error: OSError, trainer: Trainer) -> Exception:
         return error
     newest = trainer.newest
     saved = "nothing is saved yet" if newest is None else f"the newest checkpoint is {newest}"
-    remedy = DISK.get(error.errno or 0, "put that right")
+    remedy = DISK.get(error.errno or 0, "resolve this")
     if trainer.home is not None and trainer.home.gone:
-        remedy = "the run folder was moved or removed: put it back"
+        remedy = "the run folder was moved or removed: restore it"
     return StorageError(
         f"{what_failed(error)}; {remedy} and continue: afd resume {trainer.out} ({saved})"
     )
@@ -223,7 +223,7 @@ def _evaluate_newest(
         evaluate = _evaluator(config, method, teacher, clips, ranks)
         if path is None or evaluate is None:
             why = "has no checkpoint" if path is None else "has evaluation.kind=none"
-            raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
+            raise ConfigError(f"run folder {folder}: {why}, nothing to evaluate")
         _load(path, method, config, ranks)
         with method.evaluation_policy() as policy:
             return evaluate(policy, videos or config.evaluation.videos)
@@ -292,8 +292,8 @@ class Trainer:
                 if gone:
                     raise StorageError(
                         f"run folder {self.out}: was moved or removed while the run wrote there; "
-                        f"its state after update {self.step} is at the old place again, without "
-                        f"the numbers until then: afd resume {self.out}"
+                        f"its state after update {self.step} was written to the old path, "
+                        f"without the earlier metrics: afd resume {self.out}"
                     )
             if self.step < config.updates:
                 if self.step == 0:
@@ -398,7 +398,9 @@ class Trainer:
         try:
             path, video_FHWC = write_side_by_side(folder, left, right, shown, self.step, fps)
         except OSError as error:  # these videos are only for viewing
-            _log.warning("videos: cannot be written (%s); goes on without", what_failed(error))
+            _log.warning(
+                "videos: cannot be written (%s); continuing without them", what_failed(error)
+            )
             return
         self.records.video(self.step, path, video_FHWC, fps)
 

@@ -74,7 +74,9 @@ class Boards:
             yield
         except OSError as error:
             self._tensorboard = None
-            _log.warning("tensorboard: cannot be written, goes on without (%s)", what_failed(error))
+            _log.warning(
+                "tensorboard: cannot be written, continuing without it (%s)", what_failed(error)
+            )
 
     def _raised(self, raised: threading.ExceptHookArgs) -> None:
         if not isinstance(raised.exc_value, OSError) or self._tensorboard is None:
@@ -85,7 +87,7 @@ def _tensorboard(config: RunConfig, step: int) -> SummaryWriter | None:
     folder = str(config.run_dir / "tensorboard")
     if os.fsencode(folder) != folder.encode("utf-8", "replace"):
         _log.warning(
-            "tensorboard: %s is not UTF-8, which its writer needs; goes on without", folder
+            "tensorboard: %s is not UTF-8, which its writer needs; continuing without it", folder
         )
         return None
     # Imported lazily because it takes seconds.
@@ -113,7 +115,7 @@ def _wandb(config: RunConfig) -> Any:
             config=plain(config),
         )
     except wandb.Error as error:  # not logged in, for instance
-        _log.warning("logging.wandb is set and wandb cannot begin: %s", error)
+        _log.warning("logging.wandb is set and wandb cannot start: %s", error)
         return None
     # Use the training step rather than W&B's own counter: a resumed run logs some steps again.
     run.define_metric("*", step_metric="update")
