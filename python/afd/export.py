@@ -82,7 +82,7 @@ def export(folder: Path, config: ExportConfig) -> Path:
     start = versions.pop("start")
     kind = config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")
     name = _choose(config, versions)
-    note = json.dumps(_provenance(run, path, state["step"], kind, name), indent=1)
+    note = json.dumps(_provenance(run, path, state["update"], kind, name), indent=1)
     learned = _Learned(run, versions, start, DTYPES[config.dtype], note)
     with replacing(out) as partial:
         partial.mkdir()
@@ -203,7 +203,7 @@ def _choose(config: ExportConfig, versions: Mapping[str, object]) -> str:
     return config.weights
 
 
-def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) -> dict[str, Any]:
+def _provenance(run: RunConfig, path: Path, update: int, kind: str, version: str) -> dict[str, Any]:
     """Origin of exported weights, as names and digests only, since paths may identify a person."""
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     free = tuple(f"{key}." for key in FREE_KEYS)
@@ -213,7 +213,7 @@ def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) 
     return {
         "run": run.name,
         "method": run.method,
-        "step": step,
+        "update": update,
         "kind": kind,
         "weights": version,
         "lora": None if lora is None else lora.model_dump(),

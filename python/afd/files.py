@@ -332,11 +332,12 @@ _ZERO = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark.
+    """Read a UTF-8 text file, with or without a byte order mark; every line ends with \\n.
 
     Raises ValueError, without the file's name, if it cannot be read or is not text.
     """
     try:
+        refuse_odd(path)
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -352,7 +353,7 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         line = 1 + text.count("\n", 0, text.index("\0"))
         raise ValueError(f"cannot be read (line {line}: a zero byte; needed: UTF-8 text)")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_json(text: str) -> Any:

@@ -73,11 +73,11 @@ def test_growing_from_nothing_to_the_usual_size_is_no_sign(log: pytest.LogCaptur
 
 def test_a_resumed_run_remembers_what_it_has_said(log: pytest.LogCaptureFixture) -> None:
     updates: list[dict[str, Any]] = [
-        {"step": step, "phase_s": {"rollout": 1.0}, "student/r_mean": 0.97} for step in (1, 2, 3)
+        {"update": step, "phase_s": {"rollout": 1.0}, "student/r_mean": 0.97} for step in (1, 2, 3)
     ]
     evaluations = [
-        {"step": 0, "metrics": {"motion": 10.0}},
-        {"step": 2, "metrics": {"motion": 4.0}},
+        {"update": 0, "metrics": {"motion": 10.0}},
+        {"update": 2, "metrics": {"motion": 4.0}},
     ]
     watch = Signs()
     watch.replay(updates, evaluations)

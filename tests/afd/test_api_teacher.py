@@ -132,7 +132,7 @@ def test_videos_that_the_ledger_does_not_know_are_refused_and_adopted_only_if_as
         ledger.write_bytes(b"" if lost == "no bytes" else empty)
     number = 1 if lost == "older" else 2
     with pytest.raises(
-        TeacherError, match=rf"know {number} of .* teacher\.fetch\.adopt_videos=true"
+        TeacherError, match=rf"list {number} of .* teacher\.fetch\.adopt_videos=true"
     ):
         buy(wire, service, tmp_path, prompts=2)
     assert len(service.jobs) == 2

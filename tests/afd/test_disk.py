@@ -89,12 +89,12 @@ def test_a_disk_that_gets_full_ends_a_run_that_then_continues_to_the_same_bits(
     out, said = small_disk / "run", tmp_path / "said"
     more = ["logging.tensorboard=true", "logging.videos_every=2"]
     process = begin(["train", str(config), f"out={out}", *more], out=said)
-    wait_for(lambda: (out / "checkpoints" / "step_000004").is_dir(), process)
+    wait_for(lambda: (out / "checkpoints" / "update_000004").is_dir(), process)
     filler = fill(small_disk)
     assert ended(process) == 3
     error = sentence(said)
     assert "No space left on device; free some space there and continue: afd resume" in error
-    assert f"the newest checkpoint is {out}/checkpoints/step_000004" in error
+    assert f"the newest checkpoint is {out}/checkpoints/update_000004" in error
     assert str(out) in error.split("afd: error:")[1].split(":")[0]
     assert saved(out) == 4
     # Still full: it says so again, and breaks nothing.

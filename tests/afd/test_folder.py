@@ -163,9 +163,13 @@ def test_a_file_that_only_lists_other_files_is_no_video(
 def test_clips_too_short_for_the_run_are_found_before_it(clips: Path) -> None:
     write_video(clips / "short.mp4", torch.zeros(2, 3, 16, 16), fps=8)
     manifest(clips, ("0.mp4", "a"), ("short.mp4", "b"))
-    with pytest.raises(TeacherError, match=r"short\.mp4: is too short, it has 2 of the 4"):
+    with pytest.raises(
+        TeacherError, match=r"short\.mp4: is too short, it has 2 of the requested 4"
+    ):
         FolderTeacher(clips, frames=4)
-    with pytest.raises(TeacherError, match=r"short\.mp4: is too short, it has 4 of the 5"):
+    with pytest.raises(
+        TeacherError, match=r"short\.mp4: is too short, it has 4 of the requested 5"
+    ):
         FolderTeacher(manifest(clips, ("short.mp4", "b")), frames=5, fps=16)
     assert len(FolderTeacher(clips, frames=4, fps=16).requests) == 1
 

@@ -219,7 +219,7 @@ def test_interlaced_clips_are_deinterlaced_frame_by_frame(tmp_path: Path, first:
     assert comb < 1  # 42 in the clip as it is
     bar = [np.flatnonzero(row > 127).mean() for row in read[1:, HEIGHT // 2, :, 1]]
     assert np.abs(np.diff(bar) - 8).max() <= 1, "frames stay in order, in their own times"
-    refused(path, "gives 8 of the 9 frames", frames=9)
+    refused(path, "has 8 of the requested 9 frames", frames=9)
 
 
 def test_an_animated_webp_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_an_image_is_a_chunk_of_its_own(
 
 
 def test_whole_videos_need_a_seed_each(student: WanStudent) -> None:
-    with pytest.raises(ValueError, match="seeds: 1 came for 2 prompts"):
+    with pytest.raises(ValueError, match="seeds: got 1; needed: 2"):
         rollout(student, ["a", "b"], [1])
     with pytest.raises(ValueError, match=r"prompts: got .*; needed: at least one prompt"):
         rollout(student, [], [])

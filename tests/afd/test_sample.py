@@ -355,7 +355,7 @@ def test_what_is_missing_is_named(
             "student.denoising_steps=[750, 500]",
             "steps: got [750.0, 500.0]; needed: times decreasing from 1000",
         ),
-        ("student.denoising_steps=[]", "steps: [] came"),
+        ("student.denoising_steps=[]", "steps: got []"),
         ("student.first_chunk_steps=[1000, 333.3]", "steps: got 333.3; needed: whole numbers"),
         ("window=2", "window: got 2; needed: at least sink + chunk = 3"),
         ("framez=81", "unknown key 'framez'; did you mean frames"),

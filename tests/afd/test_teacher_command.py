@@ -81,7 +81,7 @@ def test_status_speaks_to_programs_and_needs_no_key(
     facts = json.loads(capsys.readouterr().out)
     assert facts["videos"] == {"asked": 1, "done": 1}
     assert facts["spent_usd"] == 2.0
-    assert [row["stands"] for row in facts["open"]] == ["unconfirmed"]
+    assert [row["stands"] for row in facts["open"]] == ["in doubt"]
     assert main(["teacher", "status", path]) == 0
     assert "in doubt" in capsys.readouterr().out
 

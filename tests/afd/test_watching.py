@@ -215,7 +215,7 @@ def test_a_run_writes_teacher_and_student_side_by_side(run: Path) -> None:
     videos = sorted(path.name for path in (run / "videos").iterdir())
     assert videos == ["update_000002.mp4", "update_000004.mp4"]
     assert len(list((run / "samples").glob("*.mp4"))) == 2
-    steps = [json.loads(line)["step"] for line in (run / "evaluation.jsonl").open()]
+    steps = [json.loads(line)["update"] for line in (run / "evaluation.jsonl").open()]
     assert steps == [0, 2, 4]
     events = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
     assert b"GIF89a" in events
@@ -249,8 +249,8 @@ def test_the_report_shows_the_frozen_rating_beside_the_online_score(
     run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    rated = [{"step": s, "metrics": {"MQ": 0.3 - s / 10, "motion": 5.0}} for s in (0, 2, 4)]
-    margins = [{"step": s, "discriminator/margin": 2.0 - s / 4} for s in (1, 2, 3, 4)]
+    rated = [{"update": s, "metrics": {"MQ": 0.3 - s / 10, "motion": 5.0}} for s in (0, 2, 4)]
+    margins = [{"update": s, "discriminator/margin": 2.0 - s / 4} for s in (1, 2, 3, 4)]
     for name, lines in (("evaluation", rated), ("metrics", margins)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -180,7 +180,11 @@ def test_a_library_of_another_version_is_passed_over(
 ) -> None:
     fits = SimpleNamespace(**{name: lambda *args, **kwargs: None for name in library.calls})
     older = SimpleNamespace(**{name: lambda q, k, v, more: None for name in library.calls})
-    for module, reason in ((fits, None), (older, "another version"), (object(), "no attribute")):
+    for module, reason in (
+        (fits, None),
+        (older, "incompatible version"),
+        (object(), "no attribute"),
+    ):
         monkeypatch.setattr(library_cuda, "_import", lambda name, found=module: (found, None))
         said = library.missing()
         assert said is None if reason is None else reason in said

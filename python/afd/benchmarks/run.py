@@ -1,8 +1,8 @@
 """`afd benchmark CONFIG.yaml`: make a student's videos in the benchmarks' layouts and score them.
 
-All files of a student are in <out>/<name>/<step>/: videos/ holds only the mp4 files; beside it are
-manifest.jsonl (a description of each video), vbench/<dimension>/, videophy.csv, videoalign.csv, and
-the scores. Existing files are kept; a second call does what is missing.
+All files of a student are in <out>/<name>/<checkpoint>/: videos/ holds only the mp4 files; beside
+it manifest.jsonl (a description of each video), vbench/<dimension>/, videophy.csv, videoalign.csv,
+and the scores. Existing files are kept; a second call does what is missing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def evaluate(config: BenchmarkConfig, console: Console) -> list[Score]:
     config = with_rater(config)
     clips = [clip for suite in config.suites for clip in _clips(config, suite)]
     subject = find_subject(config)
-    folder = (config.out or Path("samples")) / subject.name / subject.step
+    folder = (config.out or Path("samples")) / subject.name / subject.checkpoint
     videos = folder / "videos"
     with (
         join(config.device) as ranks,
@@ -196,7 +196,7 @@ def _write_scores(folder: Path, subject: Subject, scores: Sequence[Score]) -> No
     write_csv(folder / "scores.csv", ("suite", "metric", "value", "videos", "of"), rows)
     held = {
         "name": subject.name,
-        "step": subject.step,
+        "checkpoint": subject.checkpoint,
         "student": subject.origin,
         "scores": [vars(score) for score in scores],
     }

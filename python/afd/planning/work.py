@@ -321,9 +321,9 @@ class Work:
             return videos * flop, 0.0, f"through the last step, with both fields' views; {blocks}"
         if not self.sees_video:
             return videos * flop, 0.0, f"through the last step; {blocks}"
-        # Forward, recomputation and backward, including the discriminator's.
+        # Forward, recomputation and input gradients, of the discriminator and the decode.
         flop += 3 * self._score_flop()
-        return videos * flop, videos * 4 * decode, f"through the last step and the decode; {blocks}"
+        return videos * flop, videos * 3 * decode, f"through the last step and the decode; {blocks}"
 
     def _waits(self) -> int:
         """Number of updates before the student's first."""

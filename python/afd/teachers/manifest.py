@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from afd.errors import TeacherError
-from afd.files import Rows, csv_rows, json_rows
+from afd.files import Rows, csv_rows, json_rows, read_text
 
 MANIFESTS = ("prompts.jsonl", "prompts.csv", "prompts.txt")
 
@@ -32,9 +32,9 @@ def read_manifest(
     if path.suffix not in readers:
         raise TeacherError(f"teacher manifest {path}: needs the ending .jsonl, .csv or .txt")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher manifest {path}: cannot be read ({error})") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise TeacherError(f"teacher manifest {path}: {error}") from None
     entries, problems = [], []
     for line, row in readers[path.suffix](text):
         if isinstance(row, str):

@@ -41,6 +41,17 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
         discriminator = build_discriminator(config, student, ranks, prompts)
         if config.video.codec_match and discriminator.input_space == "latents":
             _log.info("video.codec_match has no effect: the discriminator's input is latents")
+    return assemble(config, student, codec, discriminator, ranks)
+
+
+def assemble(
+    config: RunConfig,
+    student: Student,
+    codec: Codec,
+    discriminator: DifferentiableDiscriminator | None,
+    ranks: Ranks = ALONE,
+) -> Method:
+    """Build the method of a run from its parts; `discriminator` is None if the method has none."""
     section = config.student
     method: StudentOptimizerConfig = getattr(config, config.method)
     policies = make_policies(

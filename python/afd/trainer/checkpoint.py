@@ -1,12 +1,12 @@
-"""Atomic checkpoints: one folder per step, either complete or absent.
+"""Atomic checkpoints: one folder per update, either complete or absent.
 
-`checkpoints/step_000400/` holds the shards that each process wrote and `state.json`
-(afd.trainer.shards), and `meta.json`: step, method, configuration, the software that wrote it, the
-SHA-256 of every file that a resume reads, and the SHA-256 of all of this. A checkpoint is written
-under a temporary name, flushed to disk by all processes and renamed, so a power cut at any moment
-leaves the newest complete checkpoint in place. Other files in the folder are ignored. A checkpoint,
-sharded or not, can be loaded by any number of processes. Functions that take `ranks` are
-collective: every process must call them.
+`checkpoints/update_000400/` holds the shards that each process wrote and `state.json`
+(afd.trainer.shards), and `meta.json`: update, method, configuration, the software that wrote it,
+the SHA-256 of every file that a resume reads, and the SHA-256 of all of this. A checkpoint is
+written under a temporary name, flushed to disk by all processes and renamed, so a power cut at any
+moment leaves the newest complete checkpoint in place. Other files in the folder are ignored. A
+checkpoint, sharded or not, can be loaded by any number of processes. Functions that take `ranks`
+are collective: every process must call them.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ from afd.trainer import shards
 
 META = "meta.json"
 # Incremented whenever older checkpoints can no longer be read.
-FORMAT = 4
+FORMAT = 5
 _log = logging.getLogger("afd")
-_NAME = re.compile(r"step_(\d{6,})")
+# Formats up to 4 used step_000400; these checkpoints are found, and refused for their format.
+_NAME = re.compile(r"(?:update|step)_(\d{6,})")
 # Files that a resume reads; and partial checkpoints left by a killed process.
 _FILE = re.compile(r"(?!\.)[^/]*\.(safetensors|json)")
 _LEFT = re.compile(_NAME.pattern + re.escape(PARTIAL))
 
 
 def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE) -> Path:
-    """Write `state` (with the keys step, method, config) atomically; keep the newest `keep`.
+    """Write `state` (with the keys update, method, config) atomically; keep the newest `keep`.
 
     `written_by` in the state overrides the default provenance. See `shards.write` for the types
     that a state may hold.
     """
-    final = folder / f"step_{state['step']:06d}"
+    final = folder / f"update_{state['update']:06d}"
     partial = final.with_suffix(PARTIAL)
     if ranks.same(final.exists()) and _problem(final, ranks) is None:
         return final
@@ -73,7 +74,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE
                 raise OSError(errno.EIO, "the file just written cannot be read back", str(partial))
             _finish(partial, final, state, files)
             # Newer checkpoints are damaged, or the run would have resumed from them.
-            older = [path for path in _newest_first(folder) if _step(path) <= state["step"]]
+            older = [path for path in _newest_first(folder) if _update_of(path) <= state["update"]]
             for old in older[keep:]:
                 remove(old)
     except OSError:
@@ -87,7 +88,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE
 
 def _finish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, str]) -> None:
     """Write meta.json, which binds the files together, and give the folder its final name."""
-    meta: dict[str, Any] = {key: state[key] for key in ("step", "method", "config")}
+    meta: dict[str, Any] = {key: state[key] for key in ("update", "method", "config")}
     meta |= {"format": FORMAT, "written_by": state.get("written_by", written_by()), "files": files}
     meta["sha256"] = _bound(meta)
     with naming(partial / META), (partial / META).open("w", encoding="utf-8") as text:
@@ -220,11 +221,11 @@ def _newest_first(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=_update_of, reverse=True)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+def _update_of(path: Path) -> int:
+    return int(path.name.rpartition("_")[2])
 
 
 def _problem(path: Path, ranks: Ranks = ALONE) -> str | None:
@@ -250,8 +251,8 @@ def _promised(path: Path) -> tuple[dict[str, str] | None, str | None]:
             return None, None if bound else problem
         if not bound:
             return None, f"{META} is damaged"
-        if path.name != f"step_{meta['step']:06d}":
-            return None, f"{META} is that of step {meta['step']}"
+        if path.name != f"update_{meta['update']:06d}":
+            return None, f"{META} is that of update {meta['update']}"
         return meta["files"], None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{META} {_unreadable(path / META) or f'cannot be read ({error!r})'}"

@@ -34,32 +34,32 @@ class Signs:
         self._motion: float | None = None
         self._best_rating: tuple[float, float | None] | None = None
 
-    def look(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
+    def look(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
         """Check one update's metrics. `quiet`: only update the state, when replaying history."""
         if MARGIN in metrics:
             before = metrics[MARGIN] if self._margin is None else self._margin
             self._margin = 0.9 * before + 0.1 * metrics[MARGIN]
         present = dict(signs({**metrics, **self._smooth_accuracy(metrics)}))
         present |= self._falling(metrics) | self._deviation.look(metrics)
-        self._tell("update", step, present, quiet)
+        self._tell("update", update, present, quiet)
 
-    def evaluated(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
+    def evaluated(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
         """Check one evaluation; the first is that of the base student."""
         present = self._still(metrics) | self._hacking(metrics)
-        self._tell("evaluation", step, present, quiet)
+        self._tell("evaluation", update, present, quiet)
 
     def replay(self, updates: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
         """Rebuild the state from the existing lines of metrics.jsonl and evaluation.jsonl."""
         # An update's evaluation precedes its line of metrics.
-        lines = [(line["step"], 1, line) for line in updates]
-        lines += [(line["step"], 0, line["metrics"]) for line in evaluations]
-        for step, late, metrics in sorted(lines, key=lambda line: line[:2]):
-            (self.look if late else self.evaluated)(step, metrics, quiet=True)
+        lines = [(line["update"], 1, line) for line in updates]
+        lines += [(line["update"], 0, line["metrics"]) for line in evaluations]
+        for update, late, metrics in sorted(lines, key=lambda line: line[:2]):
+            (self.look if late else self.evaluated)(update, metrics, quiet=True)
 
-    def _tell(self, kind: str, step: int, present: dict[str, str], quiet: bool) -> None:
+    def _tell(self, kind: str, update: int, present: dict[str, str], quiet: bool) -> None:
         for name, sentence in present.items():
             if name not in self._shown[kind] and not quiet:
-                _log.warning("update %d: %s", step, sentence)
+                _log.warning("update %d: %s", update, sentence)
         self._shown[kind] = set(present)
 
     def _smooth_accuracy(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -150,7 +150,7 @@ class _Deviation:
 
 
 def signs(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Yield (name, message) for every problem in one step's metrics."""
+    """Yield (name, message) for every problem in one update's metrics."""
 
     def value(key: str) -> float:
         return metrics.get(key, math.nan)

@@ -115,7 +115,7 @@ class Timers:
 
 
 class Lines:
-    """A .jsonl file of a run, one object with a "step" per line. Lines after `resumed_at` are
+    """A .jsonl file of a run, one object with an "update" per line. Lines after `resumed_at` are
     dropped on opening.
 
     A truncated last line is dropped with a warning; so is a damaged line before it, in which case
@@ -123,7 +123,7 @@ class Lines:
 
     Attributes:
         kept: the existing lines that were kept.
-        steps: their steps.
+        updates: their updates.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Lines:
         lines = read_json_lines(path)
         problems = {line.number: line.problem or _oddity(line.value or {}, needs) for line in lines}
         whole = [line.value or {} for line in lines if problems[line.number] is None]
-        self.kept = kept = [value for value in whole if value["step"] <= resumed_at]
+        self.kept = kept = [value for value in whole if value["update"] <= resumed_at]
         damaged = [line for line in lines if problems[line.number] is not None]
         for line in damaged:
             if line.torn:
@@ -162,7 +162,7 @@ class Lines:
                 promised["lines"],
                 len(kept),
             )
-        self.steps = {line["step"] for line in kept}
+        self.updates = {line["update"] for line in kept}
         self._file = JsonAppender(path)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -194,11 +194,11 @@ def _aside(path: Path) -> Path:
 
 def _oddity(line: Mapping[str, Any], needs: Sequence[str]) -> str | None:
     """Why an object is not a valid line of a run, or None."""
-    missing = [key for key in ("step", *needs) if key not in line]
+    missing = [key for key in ("update", *needs) if key not in line]
     if missing:
         return f"has no {missing[0]}"
-    if type(line["step"]) is not int:
-        return f"step is {line['step']!r}"
+    if type(line["update"]) is not int:
+        return f"update is {line['update']!r}"
     for key, value in line.items():
         within = value.values() if isinstance(value, dict) else [value]
         if key != "method" and not all(isinstance(v, int | float) and isfinite(v) for v in within):

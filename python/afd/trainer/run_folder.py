@@ -91,7 +91,7 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
     configuration in the checkpoint is compared instead, when the checkpoint is loaded.
     """
     path = out / CONFIG
-    checkpoints = list(out.glob("checkpoints/step_*/meta.json"))
+    checkpoints = list(out.glob("checkpoints/*/meta.json"))
     if not path.is_file() or not _written([*out.glob("*.jsonl"), *checkpoints]):
         return
     try:

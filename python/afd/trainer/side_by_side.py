@@ -22,7 +22,7 @@ INK, PAPER = 235, 24
 
 
 def side_by_side(
-    teacher_FHWC: np.ndarray, student_FHWC: np.ndarray, shown: Shown, step: int
+    teacher_FHWC: np.ndarray, student_FHWC: np.ndarray, shown: Shown, update: int
 ) -> np.ndarray:
     """Teacher | student, uint8 [F, H, W, 3] (H and W even), with a caption above each and the
     prompt below; the shorter video is extended by its last frame."""
@@ -33,7 +33,7 @@ def side_by_side(
         _strip(width, ["teacher" + _told("score", shown.teacher_score)]),
         _strip(
             right.shape[2],
-            [f"student, update {step}" + _told("score", shown.score) + _told("r", shown.r)],
+            [f"student, update {update}" + _told("score", shown.score) + _told("r", shown.r)],
         ),
     ]
     top = np.concatenate([strips[0], _blank(len(strips[0]), GAP), strips[1]], axis=1)
@@ -52,15 +52,15 @@ def write_side_by_side(
     teacher_FHWC: np.ndarray,
     student_FHWC: np.ndarray,
     shown: Shown,
-    step: int,
+    update: int,
     fps: float,
 ) -> tuple[Path, np.ndarray]:
     """Write `folder`/update_000025.mp4; returns its path and pictures."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"update_{step:06d}.mp4"
-    video_FHWC = side_by_side(teacher_FHWC, student_FHWC, shown, step)
+    path = folder / f"update_{update:06d}.mp4"
+    video_FHWC = side_by_side(teacher_FHWC, student_FHWC, shown, update)
     write_video(path, from_uint8(torch.from_numpy(video_FHWC)), fps=fps)
     return path, video_FHWC
 

@@ -112,7 +112,7 @@ def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int
 
 
 def _open(prompt: str, row: Row) -> dict[str, object]:
-    stands = "unconfirmed" if row.state == "asked" else "in progress or stuck"
+    stands = "in doubt" if row.state == "asked" else "in progress or stuck"
     return {
         "prompt": prompt,
         "stands": stands,

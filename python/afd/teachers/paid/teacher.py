@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from afd.errors import TeacherError, Unanswered
-from afd.files import Rows, csv_rows, json_rows
+from afd.files import Rows, csv_rows, json_rows, read_text
 from afd.teachers.base import Request
 from afd.teachers.paid.ark import Ark
 from afd.teachers.paid.config import PaidConfig
@@ -302,9 +302,9 @@ def open_teacher(
 def read_prompts(path: Path) -> list[str]:
     """Read the distinct prompts of a .txt (one per line), .jsonl or .csv (field `prompt`) file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher.api.prompts {path}: cannot be read ({error})") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise TeacherError(f"teacher.api.prompts {path}: {error}") from None
     rows: Rows
     if path.suffix == ".txt":
         rows = ((n, {"prompt": line}) for n, line in enumerate(text.split("\n"), 1))
