@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _options(words)
     except ConfigError as error:
-        return _say(error.exit_code, str(error))
+        return _fail(error.exit_code, str(error))
     with ExitStack() as stack:
         if options.lasts:
             stack.enter_context(lasting_streams())
@@ -70,12 +70,12 @@ def _run_command(options: argparse.Namespace) -> int:
             sys.stdout.flush()
         return code
     except AfdError as error:
-        return _say(error.exit_code, str(error))
+        return _fail(error.exit_code, str(error))
     except ModuleNotFoundError as error:
         absent = extras.absent_module(f"afd {options.command}", error)
         if absent is None:
             raise
-        return _say(absent.exit_code, str(absent))
+        return _fail(absent.exit_code, str(absent))
     except BrokenPipeError:
         # The reader of a command that only prints has closed the pipe.
         drop(1)
@@ -83,11 +83,11 @@ def _run_command(options: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno in DISK:
             remedy = f"{DISK[error.errno]}, and run the same command again"
-            return _say(STORAGE, f"{what_failed(error)}; {remedy}")
+            return _fail(STORAGE, f"{what_failed(error)}; {remedy}")
         # An error with a file name concerns the user's input; any other is a failure of the run.
-        return _say(FAILED if error.filename is None else MISTAKE, what_failed(error))
+        return _fail(FAILED if error.filename is None else MISTAKE, what_failed(error))
     except KeyboardInterrupt:
-        return _say(STOPPED, "interrupted; unfinished work was not saved")
+        return _fail(STOPPED, "interrupted; unfinished work was not saved")
 
 
 def _options(words: list[str]) -> argparse.Namespace:
@@ -102,7 +102,7 @@ def _options(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _say(code: int, sentence: str) -> int:
+def _fail(code: int, sentence: str) -> int:
     """Print an error; returns the exit code."""
     try:
         from rich.console import Console
@@ -315,10 +315,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.folder.is_file():
         problem = f"eval: got {options.folder}, a file; needed: a RUN_DIR"
-        return _say(MISTAKE, f"{problem}; afd benchmark CONFIG.yaml generates a benchmark's videos")
+        return _fail(
+            MISTAKE, f"{problem}; afd benchmark CONFIG.yaml generates a benchmark's videos"
+        )
     if options.overrides:
         problem = f"eval: got {options.overrides[0]!r}; needed: RUN_DIR alone"
-        return _say(MISTAKE, f"{problem}, which is evaluated with its own config.yaml")
+        return _fail(MISTAKE, f"{problem}, which is evaluated with its own config.yaml")
     result = evaluate_run(options.folder, options.videos)
     print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
     return DONE
@@ -331,7 +333,7 @@ def _benchmark(options: argparse.Namespace) -> int:
 
     if options.config.is_dir():
         problem = f"benchmark: got {options.config}, a directory; needed: CONFIG.yaml"
-        return _say(MISTAKE, f"{problem}; afd eval RUN_DIR evaluates a run's checkpoint")
+        return _fail(MISTAKE, f"{problem}; afd eval RUN_DIR evaluates a run's checkpoint")
     evaluate(load_config(options.config, options.overrides, BenchmarkConfig), _console())
     return DONE
 
@@ -379,7 +381,7 @@ def _report(options: argparse.Namespace) -> int:
     from afd.lab.report.page import write_report
 
     if not options.folder.is_dir():
-        return _say(MISTAKE, f"report: {options.folder} is no folder")
+        return _fail(MISTAKE, f"report: {options.folder} is not a directory")
     print(write_report(options.folder))
     return DONE
 
@@ -398,7 +400,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _teacher(options: argparse.Namespace) -> int:
     if options.verb is None:
         needed = "simulate, fetch or status"
-        return _say(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
+        return _fail(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
     from afd.config.run import load_config
     from afd.teachers.paid import command
 

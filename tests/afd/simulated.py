@@ -7,10 +7,12 @@ keep their values, so that drawn times, chunks and seeds select what runs as in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,8 +75,12 @@ def simulated_method(config: RunConfig, wan: WanConfig, size: tuple[int, int, in
         return assemble(config, student, Pixels(), discriminator)
 
 
-def operations(run: Callable[[], object]) -> int:
-    """Operations of a simulated program, by PyTorch's counter."""
-    with Simulated(), FlopCounterMode(display=False) as counter:
+def operations(run: Callable[[], object], *, real: bool = False) -> int:
+    """Operations of a simulated or real program, by PyTorch's counter.
+
+    The counter has no formula for the fused attention of the CPU, and the meta device none fused.
+    """
+    mode = nullcontext() if real else Simulated()
+    with mode, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())

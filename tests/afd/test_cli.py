@@ -66,7 +66,7 @@ def test_a_stopped_run_exits_130_and_is_resumed(
         (["train", "{path}", "updates=many"], "updates is 'many'"),
         (["train", "{path}", "teacher.path=/none"], "teacher folder /none: does not exist"),
         (["resume", "{out}/none"], "config.yaml: cannot be read"),
-        (["report", "/none"], "report: /none is no folder"),
+        (["report", "/none"], "report: /none is not a directory"),
         (["eval", "{out}/none"], "config.yaml: cannot be read"),
         (["eval", "{path}", "run=x"], "tiny.yaml, a file; needed: a RUN_DIR; afd benchmark"),
         (["eval", "{path.parent}", "run=x"], "eval: got 'run=x'; needed: RUN_DIR alone"),

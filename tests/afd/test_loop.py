@@ -195,7 +195,7 @@ def test_a_sign_is_logged_once_until_it_goes_away(caplog: pytest.LogCaptureFixtu
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):
         for step, margin in enumerate([9.0, 9.0, 1.0, 9.0]):
-            watch.look(step, {"discriminator/margin": margin})
+            watch.updated(step, {"discriminator/margin": margin})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "update 0",
         "update 3",
@@ -206,7 +206,7 @@ def test_one_perfect_batch_is_no_sign_but_a_hundred_are(caplog: pytest.LogCaptur
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):
         for step, accuracy in enumerate([1.0, 0.9] * 50 + [1.0] * 100):
-            watch.look(step, {"discriminator/accuracy": accuracy})
+            watch.updated(step, {"discriminator/accuracy": accuracy})
     assert len(caplog.records) == 1
     assert int(caplog.records[0].getMessage().split()[1].rstrip(":")) > 100
 
@@ -215,7 +215,7 @@ def test_a_score_that_stops_ranking_by_physics_is_told(caplog: pytest.LogCapture
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):
         for step, value in enumerate([0.6] * 5 + [0.0] * 20):
-            watch.look(step, {"agreement/phys": value})
+            watch.updated(step, {"agreement/phys": value})
     assert len(caplog.records) == 1
     assert "fell from 0.60" in caplog.text
 

@@ -61,7 +61,9 @@ def test_the_update_takes_what_the_roofline_counts() -> None:
 
 def test_a_rollout_takes_what_the_roofline_counts_but_the_last_context_pass() -> None:
     counted = 990e12 * (1 - 0.041)
-    found = cost.rollout_flop(RELEASED, 4)
+    # The last layer of a context pass, of which the roofline counts more than keys and values.
+    layers = [RELEASED.whole(1, c) - RELEASED.context(1, c) for c in range(1, RELEASED.chunks)]
+    found = cost.rollout_flop(RELEASED, 4) + sum(layers)
     assert found == pytest.approx(counted, rel=tolerances.COUNTED_TO_THREE_DIGITS)
 
 
@@ -117,7 +119,9 @@ def test_the_readers_and_the_text_encoders_sizes_are_the_released_ones() -> None
         reader = Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision))
         encoder = UMT5EncoderModel(UMT5Config(**umt5))
     held = sum(p.numel() for p in reader.parameters())
-    assert cost.Reader().parameters == pytest.approx(held, rel=tolerances.COUNTED_TO_THREE_DIGITS)
+    assert cost.VideoAlignSizes().parameters == pytest.approx(
+        held, rel=tolerances.COUNTED_TO_THREE_DIGITS
+    )
     assert sum(p.numel() for p in encoder.parameters()) == cost.TEXT_PARAMETERS
 
 
@@ -331,7 +335,7 @@ def test_a_gan_pays_for_gradients_through_the_decode() -> None:
 
     # Every rollout is shown to the discriminator before the update makes it again.
     decoded = convolutions["decode"], convolutions["student"]
-    assert decoded[1] == 4 * decoded[0] > 0
+    assert decoded[1] == 3 * decoded[0] > 0
 
 
 def test_a_fields_update_costs_and_keeps_what_fine_tuning_does() -> None:

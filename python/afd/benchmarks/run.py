@@ -219,22 +219,22 @@ def _show(
     where = folder.resolve()
     if "vbench" in config.suites and "vbench" not in answered:
         dimensions = sorted({d for clip in clips for d in clip.prompt.dimensions})
-        _say(
+        _print(
             console, f"VBench has not rated {', '.join(dimensions)} yet; in its checkout, for each:"
         )
-        _say(
+        _print(
             console,
             f"  vbench evaluate --videos_path {where}/vbench/DIMENSION --dimension DIMENSION "
             f"--output_path {where}/vbench_results",
         )
     if "videophy2" in config.suites and "videophy2" not in answered:
-        _say(console, "VideoPhy-2 has not rated yet; in its checkout, for pc and sa:")
-        _say(
+        _print(console, "VideoPhy-2 has not rated yet; in its checkout, for pc and sa:")
+        _print(
             console,
             f"  python inference.py --input_csv {where}/videophy.csv --checkpoint "
             f"videophy_2_auto --task pc --output_csv {where}/videophy_pc.csv",
         )
 
 
-def _say(console: Console, sentence: str) -> None:
+def _print(console: Console, sentence: str) -> None:
     console.print(sentence, highlight=False, soft_wrap=True, markup=False)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from afd.models.wan.types import WanConfig
     from afd.video.config import VideoConfig
 
+Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -46,7 +47,7 @@ class StudentConfig(Section):
 
     kind: str = Field(description="name of the student in the registry")
     checkpoint: str | None = Field(default=None, description="file or folder of the start weights")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    dtype: Dtype = Field(
         default="float32",
         description="dtype of the computation; trained weights are kept in float32",
     )

@@ -299,7 +299,7 @@ def encode_bytes(pixels: int, itemsize: int) -> int:
 
 
 @dataclass(frozen=True)
-class Reader:
+class VideoAlignSizes:
     """Sizes of Qwen2-VL's two towers; defaults: 2B with VideoAlign's three tokens.
 
     Attributes:
@@ -311,9 +311,9 @@ class Reader:
     layers: int = 28
     kv: int = 256
     vocabulary: int = 151_660
-    seen_dim: int = 1280
-    seen_ffn: int = 5120
-    seen_layers: int = 32
+    vision_dim: int = 1280
+    vision_ffn: int = 5120
+    vision_layers: int = 32
     patch_dim: int = 1176
     prompt: int = 800
 
@@ -325,10 +325,10 @@ class Reader:
     @property
     def parameters(self) -> int:
         """Parameters of both towers, without biases and norms (less than 0.1 %)."""
-        seen = self.seen_layers * (4 * self.seen_dim**2 + 2 * self.seen_dim * self.seen_ffn)
-        merged = 4 * self.seen_dim
-        seen += self.patch_dim * self.seen_dim + merged * (merged + self.dim)
-        return self.layers * self.layer + self.vocabulary * self.dim + seen
+        width, merged = self.vision_dim, 4 * self.vision_dim
+        vision = self.vision_layers * (4 * width**2 + 2 * width * self.vision_ffn)
+        vision += self.patch_dim * width + merged * (merged + self.dim)
+        return self.layers * self.layer + self.vocabulary * self.dim + vision
 
     def lora(self, rank: int) -> int:
         """Parameters of adapters on the seven linear layers per language layer, and of the head."""
@@ -340,13 +340,13 @@ class Reader:
         """Sequence length of the language model's input."""
         return patches // 4 + self.prompt
 
-    def see_flop(self, patches: int, pictures: int) -> float:
+    def vision_flop(self, patches: int, pictures: int) -> float:
         """The vision tower on one video; patches attend only within their own image."""
-        weights = 4 * self.seen_dim**2 + 2 * self.seen_dim * self.seen_ffn
-        within = 4.0 * patches * patches / max(1, pictures) * self.seen_dim
-        return self.seen_layers * (2.0 * weights * patches + within)
+        weights = 4 * self.vision_dim**2 + 2 * self.vision_dim * self.vision_ffn
+        within = 4.0 * patches * patches / max(1, pictures) * self.vision_dim
+        return self.vision_layers * (2.0 * weights * patches + within)
 
-    def read_flop(self, patches: int, rank: int = 0) -> float:
+    def language_flop(self, patches: int, rank: int = 0) -> float:
         """The language model on one video; `rank`: that of the active LoRA."""
         length = self.tokens(patches)
         causal = self.layers * 2.0 * length * length * self.dim
@@ -354,14 +354,14 @@ class Reader:
 
     def score_flop(self, patches: int, pictures: int, rank: int) -> float:
         """One score without gradients."""
-        return self.see_flop(patches, pictures) + self.read_flop(patches, rank)
+        return self.vision_flop(patches, pictures) + self.language_flop(patches, rank)
 
     def train_flop(self, patches: int, pictures: int, rank: int, *, checkpointed: bool) -> float:
         """One video of a pair: forward, backward to the LoRA, and recomputed forward."""
-        plain = self.read_flop(patches)
-        forward = self.read_flop(patches, rank)
+        plain = self.language_flop(patches)
+        forward = self.language_flop(patches, rank)
         backward = plain + 2 * (forward - plain)
-        return self.see_flop(patches, pictures) + forward * (1 + checkpointed) + backward
+        return self.vision_flop(patches, pictures) + forward * (1 + checkpointed) + backward
 
     def activation_bytes(self, patches: int, itemsize: int, *, checkpointed: bool) -> int:
         """Estimated activations of a training pass on one video, plus the current layer."""

@@ -20,7 +20,7 @@ from afd.models.config import DTYPES
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
 
-READER = cost.Reader()
+SIZES = cost.VideoAlignSizes()
 GIB = 2**30
 
 
@@ -77,7 +77,7 @@ class Work:
         draws = getattr(self.method, "draws", 1)
         self.micro = min(self.method.micro_batch or self.videos * draws, self.videos * draws)
         self.pixels = config.video.height * config.video.width
-        self.sees_video = isinstance(self.discriminator, VideoAlignConfig)
+        self.reads_pixels = isinstance(self.discriminator, VideoAlignConfig)
 
     # --- memory ---
 
@@ -135,7 +135,7 @@ class Work:
         )
         weights = cost.VAE_PARAMETERS * self.vae_item
         yield Part("autoencoder", weights, "always", "frozen weights")
-        if self.sees_video:
+        if self.reads_pixels:
             decode = cost.decode_bytes(1, self.pixels, self.vae_item)
             yield Part("decode", decode, "rollout", "one video, streamed")
             if self.config.method == "gan":
@@ -151,14 +151,14 @@ class Work:
         discriminator = self.discriminator
         if isinstance(discriminator, VideoAlignConfig):
             item = DTYPES[discriminator.dtype].itemsize
-            trained = READER.lora(discriminator.lora_rank)
-            yield Part("VideoAlign", READER.parameters * item, "always", "frozen weights")
+            trained = SIZES.lora(discriminator.lora_rank)
+            yield Part("VideoAlign", SIZES.parameters * item, "always", "frozen weights")
             state = 4 * cost.FLOAT * trained
             note = "LoRA, gradients and Adam, fp32"
             yield Part("VideoAlign training", state, "always", note)
             pairs = min(discriminator.micro_batch or self.videos, self.videos)
             patches, _ = self._patches()
-            kept = READER.activation_bytes(
+            kept = SIZES.activation_bytes(
                 patches, item, checkpointed=discriminator.gradient_checkpointing
             )
             moment = "student" if self.config.method == "gan" else "discriminator"
@@ -217,7 +217,7 @@ class Work:
         names, trained = self.versions()
         numbers = (len(names) + 2 * len(trained)) * self.net.trained
         if isinstance(self.discriminator, VideoAlignConfig):
-            numbers += 3 * READER.lora(self.discriminator.lora_rank)
+            numbers += 3 * SIZES.lora(self.discriminator.lora_rank)
         elif isinstance(self.discriminator, LatentConfig):
             numbers += 3 * sum(p.numel() for p in self._scorer(self.discriminator).parameters())
         return cost.FLOAT * numbers
@@ -232,7 +232,7 @@ class Work:
         steps, first = config.student.denoising_steps, config.student.first_chunk_steps
         rollout = cost.rollout_flop(net, len(steps), None if first is None else len(first))
         decode = cost.decode_flop(net.frames, self.pixels)
-        if not self.sees_video:
+        if not self.reads_pixels:
             encode = cost.encode_flop(net.frames, self.pixels)
             yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
         if self.rolls:
@@ -240,7 +240,7 @@ class Work:
             yield Phase(
                 "rollout", videos * rollout, 0.0, config.updates, f"{videos} videos, {passes}"
             )
-        if self.sees_video:
+        if self.reads_pixels:
             yield Phase("decode", 0.0, videos * decode, config.updates, f"{videos} videos")
         if self.discriminator is not None or config.method == "dmd":
             flop, note = self._critic_work(videos)
@@ -251,7 +251,7 @@ class Work:
         measured = self._evaluated()
         if measured:
             # The discriminator, and its frozen original model.
-            rate = 2 * self._score_flop() if self.sees_video else 0.0
+            rate = 2 * self._score_flop() if self.reads_pixels else 0.0
             note = f"{measured} held-out videos in all, and their decode"
             yield Phase("evaluation", rollout + rate, decode, measured, note)
 
@@ -265,7 +265,7 @@ class Work:
             return fits * (teachers + videos) * flop, note
         if isinstance(discriminator, VideoAlignConfig):
             patches, pictures = self._patches()
-            one = READER.train_flop(
+            one = SIZES.train_flop(
                 patches,
                 pictures,
                 discriminator.lora_rank,
@@ -285,7 +285,7 @@ class Work:
         discriminator = self.discriminator
         assert isinstance(discriminator, VideoAlignConfig)
         patches, pictures = self._patches()
-        return READER.score_flop(patches, pictures, discriminator.lora_rank)
+        return SIZES.score_flop(patches, pictures, discriminator.lora_rank)
 
     def _student_work(self, videos: int, decode: float) -> tuple[float, float, str]:
         config, net = self.config, self.net
@@ -319,7 +319,7 @@ class Work:
         if config.method == "dmd":
             flop += 2 * (cost.context_flop(net) + cost.noisy_flop(net))
             return videos * flop, 0.0, f"through the last step, with both fields' views; {blocks}"
-        if not self.sees_video:
+        if not self.reads_pixels:
             return videos * flop, 0.0, f"through the last step; {blocks}"
         # Forward, recomputation and input gradients, of the discriminator and the decode.
         flop += 3 * self._score_flop()
@@ -340,13 +340,9 @@ class Work:
         on_the_way = len(range(0, steps, evaluation.every)) if evaluation.every else 0
         return on_the_way * evaluation.curve_videos + evaluation.videos
 
-    def _looked(self) -> int:
-        """Number of frames of a video that VideoAlign reads."""
-        video = self.config.video
-        return len(frame_indices(video.frames, video.fps or 16.0))
-
     def _patches(self) -> tuple[int, int]:
         """Patches of one video in VideoAlign's vision tower, and the images they come from."""
-        video, pictures = self.config.video, self._looked() // 2
+        video = self.config.video
+        pictures = len(frame_indices(video.frames, video.fps or 16.0)) // 2
         rows, columns = smart_resize(video.height, video.width, 448 * 448)
         return pictures * (rows // PATCH) * (columns // PATCH), pictures

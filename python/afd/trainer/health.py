@@ -34,19 +34,19 @@ class Signs:
         self._motion: float | None = None
         self._best_rating: tuple[float, float | None] | None = None
 
-    def look(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
+    def updated(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
         """Check one update's metrics. `quiet`: only update the state, when replaying history."""
         if MARGIN in metrics:
             before = metrics[MARGIN] if self._margin is None else self._margin
             self._margin = 0.9 * before + 0.1 * metrics[MARGIN]
         present = dict(signs({**metrics, **self._smooth_accuracy(metrics)}))
-        present |= self._falling(metrics) | self._deviation.look(metrics)
-        self._tell("update", update, present, quiet)
+        present |= self._falling(metrics) | self._deviation.updated(metrics)
+        self._report("update", update, present, quiet)
 
     def evaluated(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
         """Check one evaluation; the first is that of the base student."""
         present = self._still(metrics) | self._hacking(metrics)
-        self._tell("evaluation", update, present, quiet)
+        self._report("evaluation", update, present, quiet)
 
     def replay(self, updates: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
         """Rebuild the state from the existing lines of metrics.jsonl and evaluation.jsonl."""
@@ -54,9 +54,9 @@ class Signs:
         lines = [(line["update"], 1, line) for line in updates]
         lines += [(line["update"], 0, line["metrics"]) for line in evaluations]
         for update, late, metrics in sorted(lines, key=lambda line: line[:2]):
-            (self.look if late else self.evaluated)(update, metrics, quiet=True)
+            (self.updated if late else self.evaluated)(update, metrics, quiet=True)
 
-    def _tell(self, kind: str, update: int, present: dict[str, str], quiet: bool) -> None:
+    def _report(self, kind: str, update: int, present: dict[str, str], quiet: bool) -> None:
         for name, sentence in present.items():
             if name not in self._shown[kind] and not quiet:
                 _log.warning("update %d: %s", update, sentence)
@@ -129,7 +129,7 @@ class _Deviation:
     usual: float = 0.0
     seen: int = 0
 
-    def look(self, metrics: Mapping[str, float]) -> dict[str, str]:
+    def updated(self, metrics: Mapping[str, float]) -> dict[str, str]:
         if OLD_DEVIATION not in metrics:
             return {}
         value = metrics[OLD_DEVIATION]

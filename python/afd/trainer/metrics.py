@@ -55,7 +55,7 @@ class Records:
         if every and update % every == 0:
             shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
             _log.debug("update %d: %s", update, shown)
-        self._signs.look(update, metrics)
+        self._signs.updated(update, metrics)
 
     def evaluation(self, update: int, result: Evaluation) -> None:
         """Append a line to evaluation.jsonl."""

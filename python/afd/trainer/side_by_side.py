@@ -30,10 +30,10 @@ def side_by_side(
     left, right = (_grown(_as_long(v, frames)) for v in (teacher_FHWC, student_FHWC))
     width = left.shape[2]
     strips = [
-        _strip(width, ["teacher" + _told("score", shown.teacher_score)]),
+        _strip(width, ["teacher" + _value("score", shown.teacher_score)]),
         _strip(
             right.shape[2],
-            [f"student, update {update}" + _told("score", shown.score) + _told("r", shown.r)],
+            [f"student, update {update}" + _value("score", shown.score) + _value("r", shown.r)],
         ),
     ]
     top = np.concatenate([strips[0], _blank(len(strips[0]), GAP), strips[1]], axis=1)
@@ -65,7 +65,7 @@ def write_side_by_side(
     return path, video_FHWC
 
 
-def _told(name: str, value: float | None) -> str:
+def _value(name: str, value: float | None) -> str:
     return "" if value is None else f"   {name} {value:.2f}"
 
 

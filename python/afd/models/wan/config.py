@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from afd.config.base import Count, Positive
 from afd.hub import missing_source, pinned
-from afd.models.config import LoraConfig, StudentConfig
+from afd.models.config import Dtype, LoraConfig, StudentConfig
 from afd.registry import load
 from afd.schedules import ShiftedFlow, check_steps
 
@@ -37,7 +37,7 @@ class WanStudentConfig(StudentConfig):
     checkpoint: str | None = Field(
         default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    dtype: Dtype = Field(
         default="bfloat16",
         description="dtype of the computation; trained weights are kept in float32",
     )
@@ -75,7 +75,7 @@ class WanStudentConfig(StudentConfig):
         description="denoising steps before the warp, decreasing from 1000",
     )
     shift: Positive = Field(default=5.0, description="shift of the table of noise levels")
-    vae_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    vae_dtype: Dtype = Field(
         default="bfloat16", description="dtype of the autoencoder's computation"
     )
 
