@@ -49,7 +49,7 @@ def _refuse(
     for (other, y), its_start, its_end in zip(written, starts, ends, strict=False):
         if start < its_end and its_start < start + extent(x) and x.device == y.device:
             raise ValueError(
-                f"{other}, {name}: got tensors that share memory; needed: memory of its own for "
+                f"{other}, {name}: got tensors that share memory; needed: separate memory for "
                 f"{other}, which is written in place"
             )
 

@@ -38,10 +38,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError:
         # setup.py writes the compiler's output there if the build failed.
         note = Path(__file__).with_name("_native_missing.txt")
-        said = " ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else ""
+        reason = " ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else ""
         return (
             None,
-            f"the compiled core was not built ({said or 'build it with: pip install -e .'})",
+            f"the compiled core was not built ({reason or 'build it with: pip install -e .'})",
         )
     except ImportError as error:
         return None, f"the compiled core cannot be loaded ({error})"
@@ -134,7 +134,7 @@ def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
 def refuse_rows(x: Tensor, channels: int) -> str | None:
     """The reason why the CUDA row kernels cannot take x, in one sentence, or None."""
     if x.device.type == "cuda" and channels > (most := core().cuda_most_channels):
-        return f"a token has {channels} channels, a CUDA kernel of the compiled core holds {most}"
+        return f"{channels} channels per token, and the CUDA kernels take at most {most}"
     return None
 
 

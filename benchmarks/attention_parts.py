@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from afd import ops
 from afd.ops import Intervals
-from benchmarks.attention import Case, Step, Tensors
+from benchmarks.attention_case import Case, Step, Tensors
 
 LIBRARIES = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 

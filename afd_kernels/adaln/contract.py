@@ -32,12 +32,12 @@ def check(
         ValueError: names the argument, its value and the requirement.
     """
     require(x.dtype in FLOATS, "x", x, "float32, bfloat16, float16 or float64")
-    require(x.ndim == 3 and x.numel() > 0, "x", x, "[B, L, D], none of them 0")
+    require(x.ndim == 3 and x.numel() > 0, "x", x, "[B, L, D] without empty dimensions")
     if branch is not None:
         expect("branch", branch, x.shape, (x.dtype,), x)
     allowed = (x.dtype, torch.float32)
     if gate is not None:
-        require(branch is not None, "gate", gate, "None when there is no branch to be gated")
+        require(branch is not None, "gate", gate, "None, as there is no branch to gate")
         _check_modulation("gate", gate, x, allowed)
     if scale.ndim == 1:
         expect("scale", scale, x.shape[2:], allowed, x)

@@ -105,7 +105,7 @@ def _explain(
 ) -> None:
     """Raises for the first mismatched tensor."""
     require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
-    require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d], none of them 0")
+    require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d] without empty dimensions")
     batch, _, heads, width = q.shape
     if (k_context is None) != (v_context is None):
         got = "only " + ("v_context" if k_context is None else "k_context")
@@ -118,7 +118,7 @@ def _explain(
             key.ndim == 4 and (key.shape[0], *key.shape[2:]) == (batch, heads, width),
             key_name,
             key,
-            f"[{batch}, N, {heads}, {width}] to go with q",
+            f"[{batch}, N, {heads}, {width}], as q has",
         )
         require(
             value.shape == key.shape,
@@ -136,7 +136,7 @@ def _check_keys(intervals: Intervals, border: int, keys: int) -> None:
     for stream in intervals.rows:
         for row in stream:
             for low, high in (row[2:4], row[4:6]):
-                require(high <= keys, "intervals", row, f"keys below {keys}, those given")
+                require(high <= keys, "intervals", row, f"keys below {keys}, the number of keys")
                 require(
                     high <= border or low >= border or low == high,
                     "intervals",

@@ -49,7 +49,7 @@ def _missing(module: str, calls: Calls) -> str | None:
         try:
             inspect.signature(getattr(found, name)).bind(*range(tensors), **dict.fromkeys(names))
         except (AttributeError, TypeError, ValueError) as error:
-            return f"{module} is of another version ({name}: {error})"
+            return f"{module} has an incompatible version ({name}: {error})"
     return None
 
 
@@ -128,7 +128,7 @@ class Flash4:
 
     def unordered(self, major: int) -> bool:
         """Whether its backward is nondeterministic on compute capability `major`.x: on 9.x the
-        first versions assert against determinism, and cannot be told apart by version."""
+        first versions assert against determinism, and cannot be distinguished by version."""
         if major != 9:
             return False
         try:
@@ -264,12 +264,12 @@ def _reason(library: Any, major: int, head_dim: int, backward: bool) -> str | No
     if major not in library.majors:
         return f"not for compute capability {major}.x"
     if backward and not hasattr(library, "backward"):
-        return "its backward adds in no fixed order"
+        return "its backward is not deterministic"
     if head_dim % 8 or head_dim > library.widest:
         return f"head_dim {head_dim} is not a multiple of 8 up to {library.widest}"
     missing: str | None = library.missing()
     if missing is None and backward and getattr(library, "unordered", _never)(major):
-        return f"its backward adds in no fixed order on compute capability {major}.x"
+        return f"its backward is not deterministic on compute capability {major}.x"
     return missing
 
 
@@ -297,9 +297,9 @@ def refuse(dtypes: set[torch.dtype]) -> str | None:
         name = str(dtype).removeprefix("torch.")
         return f"attention libraries on CUDA take bfloat16 and float16, not {name}"
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return "torch finds no CUDA device"
     if torch.version.hip is not None:
-        return "on ROCm the Triton kernels run"
+        return "on ROCm the Triton kernels are used"
     if first(major(), 128) is not None:
         return None
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons(major(), 128).items())

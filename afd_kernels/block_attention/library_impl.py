@@ -54,7 +54,7 @@ class Library(Protocol):
 def refuse(device: str, dtypes: set[torch.dtype]) -> str | None:
     """The reason why no library can run these dtypes on this device type, or None."""
     if torch.float64 in dtypes:
-        return "attention libraries do not take float64"
+        return "attention libraries do not support float64"
     if device == "cpu":
         return None
     if device != "cuda":

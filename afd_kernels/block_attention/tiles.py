@@ -136,7 +136,7 @@ def _upload(rows: list[list[int]], walk: list[list[int]] | None, device: torch.d
         return Table(numbers.to(device), kept, len(rows), None, 0)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "block_attention: got intervals it has not seen while a CUDA graph is captured; "
+            "block_attention: got new intervals while a CUDA graph is captured; "
             "needed: one call with these intervals before the capture"
         )
     numbers = numbers.pin_memory().to(device, non_blocking=True)

@@ -20,7 +20,7 @@ def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor
         ValueError: names the argument, its value and the requirement.
     """
     require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
-    require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d], none of them 0")
+    require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d] without empty dimensions")
     batch, tokens, heads, width = q.shape
     require(width % 2 == 0, "q", q, "an even d: RoPE turns pairs of channels")
     expect("k", k, q.shape, (q.dtype,), q)

@@ -67,19 +67,19 @@ class Store:
                 raise OSError("is not a file")
             with safe_open(path, "pt") as file:
                 tensor: Tensor = file.get_tensor("tensor")
-                said = file.metadata() or {}
+                held = file.metadata() or {}
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
             why = str(error)
         else:
-            if said.get("sha256") != hashlib.sha256(tensor_bytes(tensor)).hexdigest():
-                why = "its numbers are not those that were written"
-            elif said.get("facts") != _written(kind, facts):
-                why = "it was made from something else"
+            if held.get("sha256") != hashlib.sha256(tensor_bytes(tensor)).hexdigest():
+                why = "its contents do not match its checksum"
+            elif held.get("facts") != _written(kind, facts):
+                why = "it was made from other inputs"
             else:
                 return tensor
-        _log.warning("cache %s: is damaged and made again (%s)", path, why)
+        _log.warning("cache %s: is damaged and is computed again (%s)", path, why)
         return None
 
     def put(self, kind: str, facts: Facts, tensor: Tensor) -> None:
@@ -92,7 +92,7 @@ class Store:
             write_bytes(path, data, shared=True)
         except OSError as error:
             if self._writes:
-                _log.warning("cache %s: cannot be written, goes on without (%s)", path, error)
+                _log.warning("cache %s: cannot be written, continuing without it (%s)", path, error)
             self._writes = False
 
     def size(self, kind: str) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _options(words)
     except ConfigError as error:
-        return _say(error.exit_code, str(error))
+        return _fail(error.exit_code, str(error))
     with ExitStack() as stack:
         if options.lasts:
             stack.enter_context(lasting_streams())
@@ -70,12 +70,12 @@ def _run_command(options: argparse.Namespace) -> int:
             sys.stdout.flush()
         return code
     except AfdError as error:
-        return _say(error.exit_code, str(error))
+        return _fail(error.exit_code, str(error))
     except ModuleNotFoundError as error:
         absent = extras.absent_module(f"afd {options.command}", error)
         if absent is None:
             raise
-        return _say(absent.exit_code, str(absent))
+        return _fail(absent.exit_code, str(absent))
     except BrokenPipeError:
         # The reader of a command that only prints has closed the pipe.
         drop(1)
@@ -83,11 +83,11 @@ def _run_command(options: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno in DISK:
             remedy = f"{DISK[error.errno]}, and run the same command again"
-            return _say(STORAGE, f"{what_failed(error)}; {remedy}")
+            return _fail(STORAGE, f"{what_failed(error)}; {remedy}")
         # An error with a file name concerns the user's input; any other is a failure of the run.
-        return _say(FAILED if error.filename is None else MISTAKE, what_failed(error))
+        return _fail(FAILED if error.filename is None else MISTAKE, what_failed(error))
     except KeyboardInterrupt:
-        return _say(STOPPED, "interrupted; what was not finished is not saved")
+        return _fail(STOPPED, "interrupted; unfinished work was not saved")
 
 
 def _options(words: list[str]) -> argparse.Namespace:
@@ -102,7 +102,7 @@ def _options(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _say(code: int, sentence: str) -> int:
+def _fail(code: int, sentence: str) -> int:
     """Print an error; returns the exit code."""
     try:
         from rich.console import Console
@@ -130,33 +130,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(lasts=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train what a YAML file says, or continue it")
+    train = commands.add_parser(
+        "train", help="train with a YAML configuration, or continue such a run"
+    )
     _takes_config(train)
     train.add_argument(
-        "--dry-run", action="store_true", help="say what it needs in memory, hours and money"
+        "--dry-run",
+        action="store_true",
+        help="print estimates of memory, hours and cost; train nothing",
     )
     train.add_argument(
-        "--processes", type=int, default=1, help="dry run: on how many GPUs torchrun will train"
+        "--processes",
+        type=int,
+        default=1,
+        help="dry run: number of GPUs that torchrun will train on",
     )
     _takes_overrides(train)
     train.set_defaults(run=_train, lasts=True)
 
-    resume = commands.add_parser("resume", help="continue a stopped run, bit by bit the same")
+    resume = commands.add_parser(
+        "resume", help="continue a stopped run, bitwise as if it had not stopped"
+    )
     _takes_run(resume)
     _takes_overrides(resume)
     resume.set_defaults(run=_resume, lasts=True)
 
-    evaluate = commands.add_parser("eval", help="measure a run's newest checkpoint again")
+    evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint again")
     _takes_run(evaluate)
-    evaluate.add_argument(
-        "--videos", type=int, default=None, help="how many of its held-out videos"
-    )
+    evaluate.add_argument("--videos", type=int, default=None, help="number of held-out videos")
     # Rejected: a run is evaluated with its own config.yaml.
     evaluate.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     evaluate.set_defaults(run=_evaluate, lasts=True)
 
     benchmark = commands.add_parser(
-        "benchmark", help="make a student's videos for VBench, VideoPhy-2 and VideoAlign; rate them"
+        "benchmark", help="generate and rate videos for VBench, VideoPhy-2 and VideoAlign"
     )
     _takes_config(benchmark)
     benchmark.add_argument(
@@ -177,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     full.set_defaults(run=_quickstart_full, lasts=True)
 
     ablation = commands.add_parser(
-        "ablation", help="what a file of configs/ablations asks: its runs, a table, the r curves"
+        "ablation", help="run a file of configs/ablations: its runs, a table, the r curves"
     )
     _takes_config(ablation)
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
@@ -189,18 +196,27 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(sample)
     sample.add_argument("--config", action=_Refused, nargs="?", help=argparse.SUPPRESS)
     sample.add_argument(
-        "--dry-run", action="store_true", help="say what it would do and hold; load nothing"
+        "--dry-run", action="store_true", help="print the plan and its memory; load nothing"
     )
-    said = "overrides such as student.checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
-    sample.add_argument("overrides", nargs="*", metavar="k=v", help=said)
+    sample.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="k=v",
+        help="overrides such as student.checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3",
+    )
     sample.set_defaults(run=_sample, lasts=True)
 
     export = commands.add_parser(
         "export", help="write a run's weights as a LoRA or model that other programs load"
     )
     _takes_run(export)
-    said = "out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, weights=ema|old|theta, dtype="
-    export.add_argument("overrides", nargs="+", metavar="k=v", help=said)
+    export.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="k=v",
+        help="out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, weights=ema|old|theta, "
+        "dtype=",
+    )
     export.set_defaults(run=_export)
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
@@ -208,17 +224,17 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
-    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
-    teacher = commands.add_parser("teacher", help="fill a teacher's folder and look at it")
+    teacher = commands.add_parser("teacher", help="fill a teacher's folder, or show its state")
     teacher.set_defaults(run=_teacher)
     verbs = teacher.add_subparsers(dest="verb", metavar="VERB")
     verbs.add_parser("simulate", help="write simulated videos: --style S --count N --out DIR")
-    fetch = verbs.add_parser("fetch", help="buy every video of a paid teacher beforehand")
+    fetch = verbs.add_parser("fetch", help="buy all videos of a paid teacher in advance")
     fetch.set_defaults(lasts=True)
-    status = verbs.add_parser("status", help="what a paid teacher's folder holds and has cost")
-    status.add_argument("--json", action="store_true", help="for programs")
+    status = verbs.add_parser("status", help="contents and cost of a paid teacher's folder")
+    status.add_argument("--json", action="store_true", help="print JSON")
     for verb in (fetch, status):
         _takes_config(verb)
         _takes_overrides(verb)
@@ -263,8 +279,8 @@ def _takes_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
-    said = "overrides such as afd.nft_beta=0.5 teacher.style=mark"
-    parser.add_argument("overrides", nargs="*", metavar="k=v", help=f"{said}; {more}".rstrip("; "))
+    text = "overrides such as afd.nft_beta=0.5 teacher.style=mark"
+    parser.add_argument("overrides", nargs="*", metavar="k=v", help=f"{text}; {more}".rstrip("; "))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -290,7 +306,7 @@ def _run(config: RunConfig) -> int:
 
     outcome = train(config)
     if outcome is Outcome.ALREADY_FINISHED:
-        print(f"{config.run_dir} is finished and stays as it is; a new run needs another out=")
+        print(f"{config.run_dir} is finished; choose another out= for a new run")
     return STOPPED if outcome is Outcome.STOPPED else DONE
 
 
@@ -298,11 +314,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     from afd.trainer.loop import evaluate_run
 
     if options.folder.is_file():
-        said = f"eval: got {options.folder}, a file; needed: a RUN_DIR"
-        return _say(MISTAKE, f"{said}; afd benchmark CONFIG.yaml makes a benchmark's videos")
+        problem = f"eval: got {options.folder}, a file; needed: a RUN_DIR"
+        return _fail(
+            MISTAKE, f"{problem}; afd benchmark CONFIG.yaml generates a benchmark's videos"
+        )
     if options.overrides:
-        said = f"eval: got {options.overrides[0]!r}; needed: RUN_DIR alone"
-        return _say(MISTAKE, f"{said}, which is measured as its own config.yaml says")
+        problem = f"eval: got {options.overrides[0]!r}; needed: RUN_DIR alone"
+        return _fail(MISTAKE, f"{problem}, which is evaluated with its own config.yaml")
     result = evaluate_run(options.folder, options.videos)
     print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
     return DONE
@@ -314,8 +332,8 @@ def _benchmark(options: argparse.Namespace) -> int:
     from afd.config.run import load_config
 
     if options.config.is_dir():
-        said = f"benchmark: got {options.config}, a directory; needed: CONFIG.yaml"
-        return _say(MISTAKE, f"{said}; afd eval RUN_DIR measures a run's checkpoint again")
+        problem = f"benchmark: got {options.config}, a directory; needed: CONFIG.yaml"
+        return _fail(MISTAKE, f"{problem}; afd eval RUN_DIR evaluates a run's checkpoint")
     evaluate(load_config(options.config, options.overrides, BenchmarkConfig), _console())
     return DONE
 
@@ -363,7 +381,7 @@ def _report(options: argparse.Namespace) -> int:
     from afd.lab.report.page import write_report
 
     if not options.folder.is_dir():
-        return _say(MISTAKE, f"report: {options.folder} is no folder")
+        return _fail(MISTAKE, f"report: {options.folder} is not a directory")
     print(write_report(options.folder))
     return DONE
 
@@ -382,7 +400,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _teacher(options: argparse.Namespace) -> int:
     if options.verb is None:
         needed = "simulate, fetch or status"
-        return _say(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
+        return _fail(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
     from afd.config.run import load_config
     from afd.teachers.paid import command
 

@@ -119,7 +119,7 @@ def collective(call: Callable[..., Any], *args: Any) -> None:
     except RuntimeError as error:
         raise ProcessLostError(
             f"process {dist.get_rank()} lost another process of this run, which was killed or "
-            f"hangs ({str(error).splitlines()[0]})"
+            f"does not respond ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -196,7 +196,7 @@ def _device(name: str, world: int) -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
         raise ConfigError(
-            f"process {index} of this machine has no GPU of its own; start no more than "
+            f"process {index} of this machine has no GPU; start at most "
             f"{torch.cuda.device_count()} processes (torchrun --nproc-per-node)"
         )
     return torch.device("cuda", index)

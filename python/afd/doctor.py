@@ -91,7 +91,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     for gpu in facts["gpus"]:
         yield f"GPU: {gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}"
     if not facts["gpus"]:
-        yield "GPU: none that torch can use"
+        yield "GPU: none usable by torch"
     versions = (f"{name} {version or 'missing'}" for name, version in facts["packages"].items())
     yield "packages: " + ", ".join(versions)
     for name, version in facts["compilers"].items():
@@ -104,7 +104,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     needs = facts["training"]
     here = f"{needs['gpu_gb_here']} GB" if needs["gpu_gb_here"] else "no GPU"
     yield (
-        f"training at 480x832 (AFD, LoRA; estimate, afd train CONFIG --dry-run says more): "
+        f"training at 480x832 (AFD, LoRA; estimate, details: afd train CONFIG --dry-run): "
         f"{needs['gpu_gb']} GB of GPU memory (here {here}), {needs['disk_gb']} GB of disk for "
         f"checkpoints (here {needs['disk_gb_here']} GB free)"
     )

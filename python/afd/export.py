@@ -50,14 +50,14 @@ class ExportConfig(Section):
         default=None,
         description="peft: adapter folder; diffusers_lora: for load_lora_weights; self_forcing: "
         "model.pt with whole weights; diffusers: transformer/ with whole weights; "
-        "student: what student.checkpoint takes; null: diffusers_lora of a run with adapters, else "
-        "self_forcing",
+        "student: loadable as student.checkpoint; null: diffusers_lora if the run "
+        "trains adapters, else self_forcing",
     )
     weights: Literal["ema", "old", "theta"] | None = Field(
-        default=None, description="which weights; null: ema where the run has it, else old"
+        default=None, description="version of the weights; null: ema if the run has it, else old"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="what the weights are rounded to"
+        default="float32", description="dtype of the written weights"
     )
 
 
@@ -71,18 +71,18 @@ def export(folder: Path, config: ExportConfig) -> Path:
     """
     out = config.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out: {out} holds something; needed: a new or empty folder")
+        raise ConfigError(f"out: {out} is not empty; needed: a new or empty folder")
     run = load_run(folder)
     path = checkpoint.latest(folder / "checkpoints")
     if path is None:
-        raise ConfigError(f"run folder {folder}: has no checkpoint, so there is nothing to export")
+        raise ConfigError(f"run folder {folder}: has no checkpoint, nothing to export")
     only = "method_state/policies/"
     state = checkpoint.load(path, method=run.method, config=plain(run), only=only)
     versions = dict(state["method_state"]["policies"])
     start = versions.pop("start")
     kind = config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")
     name = _choose(config, versions)
-    note = json.dumps(_provenance(run, path, state["step"], kind, name), indent=1)
+    note = json.dumps(_provenance(run, path, state["update"], kind, name), indent=1)
     learned = _Learned(run, versions, start, DTYPES[config.dtype], note)
     with replacing(out) as partial:
         partial.mkdir()
@@ -203,7 +203,7 @@ def _choose(config: ExportConfig, versions: Mapping[str, object]) -> str:
     return config.weights
 
 
-def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) -> dict[str, Any]:
+def _provenance(run: RunConfig, path: Path, update: int, kind: str, version: str) -> dict[str, Any]:
     """Origin of exported weights, as names and digests only, since paths may identify a person."""
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     free = tuple(f"{key}." for key in FREE_KEYS)
@@ -213,7 +213,7 @@ def _provenance(run: RunConfig, path: Path, step: int, kind: str, version: str) 
     return {
         "run": run.name,
         "method": run.method,
-        "step": step,
+        "update": update,
         "kind": kind,
         "weights": version,
         "lora": None if lora is None else lora.model_dump(),

@@ -39,7 +39,7 @@ PACKAGES = (
     Package("tensorboard", "tensorboard", "train", "event files (logging.tensorboard)"),
     Package("diffusers", "diffusers", "wan", "the autoencoder of Wan students"),
     Package("transformers", "transformers", "wan", "their text encoder, and VideoAlign"),
-    Package("ftfy", "ftfy", "wan", "prompts cleaned as that encoder learnt them"),
+    Package("ftfy", "ftfy", "wan", "prompt cleaning of that text encoder"),
     Package("peft", "peft", "wan", "LoRA of students and of VideoAlign"),
     Package("huggingface_hub", "huggingface_hub", "wan", "models by hub name"),
     Package("httpx", "httpx", "teachers", "teachers behind an API"),

@@ -40,7 +40,7 @@ DISK = {
     errno.EDQUOT: "free some of the quota there",
     errno.EFBIG: "raise the limit on the size of files",
     errno.EROFS: "make it writable, or choose another folder",
-    errno.EIO: "see to the disk, or choose another folder",
+    errno.EIO: "check the disk, or choose another folder",
     errno.ESTALE: "mount it again, or choose another folder",
 }
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -53,8 +53,8 @@ LONGEST_NAME = 255
 
 def what_failed(error: OSError) -> str:
     """The file and the system's message: "runs/a/metrics.jsonl: No space left on device"."""
-    said = error.strerror or str(error)
-    return said if error.filename is None else f"{error.filename}: {said}"
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
 def refuse_odd(path: Path) -> None:
@@ -279,7 +279,9 @@ def locked(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             raise LockedError(str(path)) from None
         except OSError as error:
-            _log.warning("%s cannot be locked (%s): write there once at a time", path, error)
+            _log.warning(
+                "%s cannot be locked (%s): do not write there from two processes", path, error
+            )
             held = False
         yield held
     finally:
@@ -330,11 +332,12 @@ _ZERO = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark.
+    """Read a UTF-8 text file, with or without a byte order mark; every line ends with \\n.
 
     Raises ValueError, without the file's name, if it cannot be read or is not text.
     """
     try:
+        refuse_odd(path)
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -350,7 +353,7 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         line = 1 + text.count("\n", 0, text.index("\0"))
         raise ValueError(f"cannot be read (line {line}: a zero byte; needed: UTF-8 text)")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_json(text: str) -> Any:
@@ -363,7 +366,7 @@ def parse_json(text: str) -> Any:
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if _ZERO.search(written):
-        raise ValueError("a text holds a zero byte")
+        raise ValueError("a text contains a zero byte")
     return value
 
 

@@ -38,7 +38,7 @@ def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
         try:
             return _from_hub(match["name"], match["revision"], parts)
         except (OSError, ValueError) as error:
-            reason = f"there is no such path, and the hub said: {error}"
+            reason = f"there is no such path, and the hub answered: {error}"
     raise FileNotFoundError(f"{parts[0]}: got {source}; needed: {needed} ({reason})")
 
 
@@ -80,8 +80,8 @@ def named_errors(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damaged files make parsers raise anything
-        said = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{what} {path}: it cannot be read ({said})") from error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{what} {path}: it cannot be read ({reason})") from error
 
 
 def missing_path(key: str, path: str | Path | None, what: str) -> Iterator[str]:
@@ -95,7 +95,7 @@ def missing_path(key: str, path: str | Path | None, what: str) -> Iterator[str]:
 def missing_source(key: str, source: str) -> Iterator[str]:
     """Yield one sentence if a source is not a local folder, so that the hub will be queried."""
     if not Path(source).exists():
-        yield f"{key}: {source} is not a local folder; the hub is asked when the run starts"
+        yield f"{key}: {source} is not a local folder; the run will look it up on the hub"
 
 
 def fingerprint(path: Path) -> str:
@@ -136,8 +136,8 @@ def refuse_other_weights(key: str, there: str | None, now: str | None) -> None:
     """Raise ConfigError if a state's start weights (digest `there`) are not those of `key` now."""
     if there != now:
         raise ConfigError(
-            f"{key}: holds other weights than those that the run started from, without "
-            f"which its state means nothing (SHA-256 {there} there, {now} now)"
+            f"{key}: holds other weights than those that the run started from, to which "
+            f"its state belongs (SHA-256 {there} there, {now} now)"
         )
 
 

@@ -105,8 +105,8 @@ def _first_line(program: str, flag: str) -> str | None:
     path = shutil.which(program, path=_search_path())
     if path is None:
         return None
-    said = subprocess.run([path, flag], capture_output=True, text=True, timeout=20, check=False)
-    return (said.stdout.strip().splitlines() or [path])[0]
+    done = subprocess.run([path, flag], capture_output=True, text=True, timeout=20, check=False)
+    return (done.stdout.strip().splitlines() or [path])[0]
 
 
 @functools.cache
@@ -114,10 +114,10 @@ def _nvcc() -> str | None:
     path = shutil.which("nvcc", path=_search_path() + os.pathsep + "/usr/local/cuda/bin")
     if path is None:
         return None
-    said = subprocess.run(
+    done = subprocess.run(
         [path, "--version"], capture_output=True, text=True, timeout=20, check=False
     )
-    release = [line for line in said.stdout.splitlines() if "release" in line]
+    release = [line for line in done.stdout.splitlines() if "release" in line]
     return release[0] if release else path
 
 

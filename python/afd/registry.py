@@ -91,10 +91,10 @@ def find(group: Group, name: str) -> Any:
     path, own = BASES[group]
     base = load(path)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{where} is no subclass of {path.replace(':', '.')}")
+        raise ConfigError(f"{where} is not a subclass of {path.replace(':', '.')}")
     for method in own:
         if getattr(found, method) is getattr(base, method):
-            raise ConfigError(f"{where} has no {method} of its own")
+            raise ConfigError(f"{where} does not define {method}")
     return found
 
 

@@ -215,7 +215,7 @@ def rollout(
     """Generate full videos [B, F, C, H, W], one per prompt and seed, `batch` at a time."""
     require(bool(prompts), "prompts", prompts, "at least one prompt")
     if len(prompts) != len(seeds):
-        raise ValueError(f"seeds: {len(seeds)} came for {len(prompts)} prompts")
+        raise ValueError(f"seeds: got {len(seeds)}; needed: {len(prompts)}, one per prompt")
     layout = stream_layout(student, student.frames if frames is None else frames)
     draws = max(len(denoising_steps), len(first_chunk_steps or ()))
     videos = []

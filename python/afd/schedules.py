@@ -138,9 +138,9 @@ class ShiftedFlow:
 def check_steps(steps: Sequence[float], first: float = 1.0) -> None:
     """Raise ValueError unless the steps descend from `first` (pure noise) and stay above 0."""
     if not steps or steps[0] != first or any(b >= a for a, b in pairwise(steps)):
-        raise ValueError(f"steps: {list(steps)} came, times falling from {first:g} are needed")
+        raise ValueError(f"steps: got {list(steps)}; needed: times decreasing from {first:g}")
     if steps[-1] <= 0:
-        raise ValueError(f"steps: the last is {steps[-1]}, more than 0 is needed")
+        raise ValueError(f"steps: got {steps[-1]} as the last; needed: more than 0")
 
 
 @lru_cache(maxsize=16)

@@ -118,7 +118,7 @@ def assert_same_run(out: Path, straight: Path) -> None:
         newest = checkpoint.latest(folder / "checkpoints")
         assert newest is not None
         states.append(shards.read(newest, ALONE))
-    for key in ("step", "method_state", "random", "sampler"):
+    for key in ("update", "method_state", "random", "sampler"):
         assert_same(states[0][key], states[1][key], key)
 
 
@@ -126,4 +126,4 @@ def saved(out: Path) -> int:
     """The update of the newest whole checkpoint."""
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
-    return int(json.loads((newest / "meta.json").read_text())["step"])
+    return int(json.loads((newest / "meta.json").read_text())["update"])

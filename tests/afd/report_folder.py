@@ -39,7 +39,7 @@ def make_folder(out: Path, afd: dict[str, float] = AFD, sft: dict[str, float] = 
 def make_base(folder: Path) -> None:
     folder.mkdir(parents=True)
     lines = [
-        {"step": 0, "seed": 0, "method": name, "videos": 576, "metrics": metrics}
+        {"update": 0, "seed": 0, "method": name, "videos": 576, "metrics": metrics}
         for name, metrics in (("teacher", TEACHER), ("base", BASE))
     ]
     write_lines(folder / "evaluation.jsonl", lines)
@@ -71,8 +71,8 @@ DOCTOR = {
     },
 }
 LOG = """2026-01-01 12:00:00,000 INFO afd: 400 updates
-2026-01-01 12:00:05,000 WARNING update 12: discriminator accuracy is 1: its scores say little
-2026-01-01 12:00:09,000 WARNING update 31: discriminator accuracy is 1: its scores say little
+2026-01-01 12:00:05,000 WARNING update 12: discriminator accuracy is 1: its scores carry little
+2026-01-01 12:00:09,000 WARNING update 31: discriminator accuracy is 1: its scores carry little
 2026-01-01 12:00:10,000 WARNING update 40: r is near 0: the discriminator may be too strong
 """
 
@@ -89,7 +89,7 @@ def curve(method: str, end: dict[str, float]) -> Iterator[dict[str, Any]]:
         part = part * (1 + 0.06 * wobble.normal()) if step < STEPS else 1.0
         metrics = {key: BASE[key] + part * (end[key] - BASE[key]) for key in end}
         videos = 576 if step == STEPS else 144
-        yield {"step": step, "seed": 0, "method": method, "videos": videos, "metrics": metrics}
+        yield {"update": step, "seed": 0, "method": method, "videos": videos, "metrics": metrics}
 
 
 def update(method: str, step: int) -> dict[str, Any]:
@@ -112,7 +112,10 @@ def update(method: str, step: int) -> dict[str, Any]:
         }
     if step % 50 == 0:
         phases["evaluate"] = 1.2
-    line: dict[str, Any] = {"step": step, "time_s": step * 0.42 if method == "afd" else step * 0.09}
+    line: dict[str, Any] = {
+        "update": step,
+        "time_s": step * 0.42 if method == "afd" else step * 0.09,
+    }
     line |= {"phase_s": phases, "student/grad_norm": 0.4 + 0.1 * noise.random()}
     line |= {"student/loss": 0.4 + 0.3 * way + 0.05 * noise.normal(), "student/lr": 1e-4}
     if method == "sft":

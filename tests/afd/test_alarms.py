@@ -25,7 +25,7 @@ def test_motion_that_falls_below_the_bases_is_told_once(log: pytest.LogCaptureFi
     for step, motion in enumerate([10.0, 12.0, 8.0, 6.0, 5.0, 9.0, 4.0]):
         watch.evaluated(step, {"motion": motion})
     assert [line.split(":")[0] for line in said(log)] == ["update 3", "update 6"]
-    assert "motion fell to 6, 60% of the base's 10: look at the videos" in log.text
+    assert "motion fell to 6, 60% of the base's 10: inspect the videos" in log.text
 
 
 def test_a_frozen_rating_that_falls_while_the_margin_shrinks_is_reward_hacking(
@@ -35,7 +35,7 @@ def test_a_frozen_rating_that_falls_while_the_margin_shrinks_is_reward_hacking(
     # (margin of the updates, then the untouched MQ): learning, then fooling.
     for step, (margin, rating) in enumerate([(2.0, 0.0), (1.5, 0.3), (1.0, 0.25), (0.2, 0.1)]):
         for _ in range(60):
-            watch.look(step, {"discriminator/margin": margin})
+            watch.updated(step, {"discriminator/margin": margin})
         watch.evaluated(step, {"MQ": rating})
     assert len(said(log)) == 1
     assert said(log)[0].startswith("update 3: the untouched VideoAlign's MQ fell from 0.30 to 0.10")
@@ -48,7 +48,7 @@ def test_a_rating_that_falls_with_the_score_is_another_matter(
     watch = Signs()
     for step, (margin, rating) in enumerate([(1.0, 0.3), (1.5, 0.0), (2.0, -0.3)]):
         for _ in range(60):
-            watch.look(step, {"discriminator/margin": margin})
+            watch.updated(step, {"discriminator/margin": margin})
         watch.evaluated(step, {"MQ": rating})
     assert said(log) == []
 
@@ -58,7 +58,7 @@ def test_a_student_that_runs_away_from_its_old_policy_is_told(
 ) -> None:
     watch = Signs()
     for step in range(USUAL_AFTER + 100):
-        watch.look(step, {OLD_DEVIATION: 1e-5 if step < USUAL_AFTER + 50 else 1e-3})
+        watch.updated(step, {OLD_DEVIATION: 1e-5 if step < USUAL_AFTER + 50 else 1e-3})
     (line,) = said(log)
     assert "times as far from the old policy as in its first" in line
     assert int(line.split()[1].rstrip(":")) >= USUAL_AFTER + 50
@@ -79,25 +79,25 @@ def test_rollouts_that_become_alike_are_reported_once(log: pytest.LogCaptureFixt
 def test_growing_from_nothing_to_the_usual_size_is_no_sign(log: pytest.LogCaptureFixture) -> None:
     watch = Signs()
     for step in range(300):
-        watch.look(step, {OLD_DEVIATION: 1e-5 * min(1.0, step / 40)})
+        watch.updated(step, {OLD_DEVIATION: 1e-5 * min(1.0, step / 40)})
     assert said(log) == []
 
 
 def test_a_resumed_run_remembers_what_it_has_said(log: pytest.LogCaptureFixture) -> None:
     updates: list[dict[str, Any]] = [
-        {"step": step, "phase_s": {"rollout": 1.0}, "student/r_mean": 0.97} for step in (1, 2, 3)
+        {"update": step, "phase_s": {"rollout": 1.0}, "student/r_mean": 0.97} for step in (1, 2, 3)
     ]
     evaluations = [
-        {"step": 0, "metrics": {"motion": 10.0}},
-        {"step": 2, "metrics": {"motion": 4.0}},
+        {"update": 0, "metrics": {"motion": 10.0}},
+        {"update": 2, "metrics": {"motion": 4.0}},
     ]
     watch = Signs()
     watch.replay(updates, evaluations)
-    watch.look(4, {"student/r_mean": 0.97})
+    watch.updated(4, {"student/r_mean": 0.97})
     watch.evaluated(4, {"motion": 4.0})
     assert said(log) == []
-    watch.look(5, {"student/r_mean": 0.5})
-    watch.look(6, {"student/r_mean": 0.97})
+    watch.updated(5, {"student/r_mean": 0.5})
+    watch.updated(6, {"student/r_mean": 0.97})
     assert [line.split(":")[0] for line in said(log)] == ["update 6"]
 
 

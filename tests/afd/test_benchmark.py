@@ -211,7 +211,7 @@ def test_longer_prompts_may_follow_the_order_of_another_list(prompts: Path) -> N
         vbench.read(VBenchConfig(prompts=info, **given))
     odd = prompts / "...txt"
     odd.write_text("a")
-    with pytest.raises(ConfigError, match="its name is to be a dimension's"):
+    with pytest.raises(ConfigError, match="it must be named after a dimension"):
         vbench.read(VBenchConfig(prompts=odd))
 
 
@@ -226,7 +226,7 @@ def test_names_round_trip_through_vbenchs_rule(prompt: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "why"),
     [
-        ("a cat/dog", "it holds '/'"),
+        ("a cat/dog", "it contains '/'"),
         ("x" * 250, "with -4.mp4 it is 256 bytes long, more than 255"),
         ("é" * 125, "256 bytes long"),
     ],
@@ -236,7 +236,7 @@ def test_a_prompt_that_is_no_file_name_is_refused_before_anything_is_made(
 ) -> None:
     path = tmp_path / "info.json"
     path.write_text(json.dumps([{"prompt_en": prompt, "dimension": ["scene"]}]))
-    with pytest.raises(ConfigError, match="VBench finds a video by its prompt") as error:
+    with pytest.raises(ConfigError, match="VBench finds videos by their prompt") as error:
         vbench.read(VBenchConfig(prompts=path))
     assert why in str(error.value)
 
@@ -307,7 +307,7 @@ def test_videophy_rows_of_other_videos_are_refused_and_unread_answers_left_out(
     (score,) = videophy.read_results(pc, tmp_path / "none.csv", clips)
     assert score == Score("videophy2", "PC", 4.0, 1, 4)
     pc.write_text("videopath,score\n../../secret.mp4,4\n")
-    with pytest.raises(ConfigError, match=r"secret\.mp4 is no video of this evaluation"):
+    with pytest.raises(ConfigError, match=r"secret\.mp4 is not a video of this evaluation"):
         videophy.read_results(pc, tmp_path / "none.csv", clips)
 
 
@@ -378,16 +378,19 @@ def test_a_run_is_evaluated_by_its_exported_weights_and_its_own_settings(
     out = prompts.parent / "samples"
     evaluate(make(prompts, rater, **given), quiet())
     evaluate(make(prompts, rater, weights="theta", **given), quiet())
-    assert [p.name for p in (out / "mine").iterdir()] == ["step_000001", "step_000001-theta"]
+    assert sorted(p.name for p in (out / "mine").iterdir()) == [
+        "update_000001",
+        "update_000001-theta",
+    ]
     seen = []
-    for step, version in (("step_000001", "evaluated"), ("step_000001-theta", "theta")):
+    for step, version in (("update_000001", "evaluated"), ("update_000001-theta", "theta")):
         folder = out / "mine" / step
         (line, _) = manifest(folder)
         made_of = json.loads(read_comment(folder / line["file"]) or "")["settings"]
         # What the configuration says stays; the rest is the run's.
         assert (made_of["student"]["denoising_steps"], made_of["window"]) == ([1.0], None)
         assert line["student"] == made_of["student"]["checkpoint"]
-        assert line["student"].startswith(f"mine step_000001 {version} ")
+        assert line["student"].startswith(f"mine update_000001 {version} ")
         student = ToyStudent.load(str(folder / "student" / "student.safetensors"))
         seen.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
     start = torch.cat([p.detach().flatten() for p in ToyStudent.load().parameters()])
@@ -401,9 +404,9 @@ def test_samples_of_another_student_of_the_same_name_are_refused(
 ) -> None:
     given = {"run": str(run), "student": {"kind": "toy"}, "suites": ["videophy2"], "limit": 1}
     evaluate(make(prompts, rater, **given), quiet())
-    note = prompts.parent / "samples" / "mine" / "step_000001" / "student" / "afd.json"
+    note = prompts.parent / "samples" / "mine" / "update_000001" / "student" / "afd.json"
     note.write_text(note.read_text().replace('"checkpoint_sha256": "', '"checkpoint_sha256": "0'))
-    with pytest.raises(ConfigError, match="samples of another student of the same name and step"):
+    with pytest.raises(ConfigError, match="samples of another student of this name and checkpoint"):
         evaluate(make(prompts, rater, **given), quiet())
     with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
         evaluate(make(prompts, rater, run=str(prompts), student={"kind": "toy"}), quiet())
@@ -426,7 +429,7 @@ def test_a_wan_run_brings_its_own_size_files_and_rater(tmp_path: Path) -> None:
     path = CONFIGS / "benchmark_self_forcing_480x832.yaml"
     scores = evaluate(load_config(path, given, BenchmarkConfig), quiet())
     assert scores[0].metric == "VideoAlign MQ"
-    folder = tmp_path / "samples" / "sft_self_forcing_480x832" / "step_000001"
+    folder = tmp_path / "samples" / "sft_self_forcing_480x832" / "update_000001"
     (video,) = (folder / "videos").iterdir()
     check_video(video, frames=21)
     # Where the rater is gone, that is said before the next video is made.

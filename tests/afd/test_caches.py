@@ -72,7 +72,7 @@ def test_damage_anywhere_in_a_file_is_noticed_and_mended(
         path.write_bytes(data)
         caplog.clear()
         assert store.get("text", FACTS) is None
-        assert "is damaged and made again" in caplog.text
+        assert "is damaged and is computed again" in caplog.text
         store.put("text", FACTS, tensor)
         again = store.get("text", FACTS)
         assert again is not None
@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_written_costs_no_run(
     store = Store(tmp_path)
     for _ in range(3):
         store.put("text", FACTS, torch.ones(2))
-    assert caplog.text.count("goes on without") == 1
+    assert caplog.text.count("continuing without it") == 1
 
 
 WRITER = """

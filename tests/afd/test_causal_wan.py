@@ -297,11 +297,11 @@ def test_compiled_training_has_the_same_gradients() -> None:
 
 def test_bad_shapes_are_refused() -> None:
     net = tiny()
-    with pytest.raises(ValueError, match="x: 3 channels came, the network takes 4"):
+    with pytest.raises(ValueError, match="x: got 3 channels; needed: 4"):
         net(video(net, 3)[:, :, :3], torch.zeros(1, 1), text(net))
     with pytest.raises(ValueError, match="x: a frame of 5x4 does not divide into"):
         net(video(net, 3)[..., :5, :], torch.zeros(1, 1), text(net))
-    with pytest.raises(ValueError, match=r"text: shape \(2, 4, 8\) came, \[B, 5, 8\] is needed"):
+    with pytest.raises(ValueError, match=r"text: got \[2, 4, 8\]; needed: \[B, 5, 8\]"):
         net(video(net, 3), torch.zeros(1, 1), text(net)[:, :4])
     with pytest.raises(ValueError, match=r"t: got float32 \[2\] on cpu; needed: \[B, F\]"):
         net(video(net, 3), torch.zeros(2), text(net))

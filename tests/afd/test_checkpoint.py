@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -23,7 +24,7 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def state(step: int, **more: Any) -> dict[str, Any]:
-    return {"step": step, "method": "afd", "config": CONFIG, "w": torch.full((3,), step), **more}
+    return {"update": step, "method": "afd", "config": CONFIG, "w": torch.full((3,), step), **more}
 
 
 def names(folder: Path) -> list[str]:
@@ -32,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, state(7), keep=2)
-    assert path.name == "step_000007"
+    assert path.name == "update_000007"
     loaded = checkpoint.load(path, method="afd", config=CONFIG)
     assert torch.equal(loaded["w"], torch.full((3,), 7))
 
@@ -40,10 +41,10 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 20, 300, 1_000_000):
         checkpoint.save(tmp_path, state(step), keep=2)
-    assert names(tmp_path) == ["step_000300", "step_1000000"]
+    assert names(tmp_path) == ["update_000300", "update_1000000"]
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
-    assert newest.name == "step_1000000"
+    assert newest.name == "update_1000000"
 
 
 def test_there_is_none_in_an_empty_or_absent_folder(tmp_path: Path) -> None:
@@ -53,14 +54,14 @@ def test_there_is_none_in_an_empty_or_absent_folder(tmp_path: Path) -> None:
 
 def test_a_half_written_one_is_not_found_and_is_cleaned_up(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(1), keep=3)
-    torn = tmp_path / "step_000002.partial"
+    torn = tmp_path / "update_000002.partial"
     torn.mkdir()
     (torn / "state.json").write_bytes(b"half")
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
-    assert newest.name == "step_000001"
+    assert newest.name == "update_000001"
     checkpoint.save(tmp_path, state(3), keep=3)
-    assert names(tmp_path) == ["step_000001", "step_000003"]
+    assert names(tmp_path) == ["update_000001", "update_000003"]
 
 
 @pytest.mark.parametrize("file", [SHARD, "state.json", "meta.json"])
@@ -75,8 +76,8 @@ def test_a_damaged_one_is_passed_over_and_refused(tmp_path: Path, file: str, dam
         (path / file).write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"[1, 2]")
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
-    assert newest.name == "step_000001"
-    with pytest.raises(CheckpointError, match="step_000002"):
+    assert newest.name == "update_000001"
+    with pytest.raises(CheckpointError, match="update_000002"):
         checkpoint.load(path, method="afd", config=CONFIG)
     assert checkpoint.save(tmp_path, state(2), keep=3) == path
     assert checkpoint.latest(tmp_path) == path
@@ -95,18 +96,18 @@ def test_strange_files_damage_nothing_and_are_not_read(tmp_path: Path) -> None:
         (folder / "a folder").mkdir()
         (folder / "of.safetensors").mkdir()
         os.mkfifo(folder / "pipe.json")
-    for name in ("step_1", "step_000009.bak", "step_000001 copy"):
+    for name in ("update_1", "update_000009.bak", "update_000001 copy"):
         (tmp_path / name).mkdir()
-    (tmp_path / "step_000003.partial").write_text("of a killed process, and a file")
+    (tmp_path / "update_000003.partial").write_text("of a killed process, and a file")
     assert checkpoint.latest(tmp_path) == path
     loaded = checkpoint.load(path, method="afd", config=CONFIG)
     assert torch.equal(loaded["w"], torch.full((3,), 1))
-    assert checkpoint.save(tmp_path, state(2), keep=1).name == "step_000002"
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == [
-        "step_000001 copy",
-        "step_000002",
-        "step_000009.bak",
-        "step_1",
+    assert checkpoint.save(tmp_path, state(2), keep=1).name == "update_000002"
+    assert sorted(p.name for p in tmp_path.glob("update_*")) == [
+        "update_000001 copy",
+        "update_000002",
+        "update_000009.bak",
+        "update_1",
     ]
 
 
@@ -133,7 +134,7 @@ def test_something_else_in_the_place_of_a_file_is_named(
     replaced(path / file, by)
     assert checkpoint.latest(tmp_path) == older
     (record,) = [record for record in caplog.records if record.name == "afd"]
-    assert f"{path} is passed over: {file} " in record.getMessage()
+    assert f"{path} is skipped: {file} " in record.getMessage()
     with pytest.raises(CheckpointError, match=file):
         checkpoint.load(path, method="afd", config=CONFIG)
     assert checkpoint.save(tmp_path, state(2), keep=3) == path
@@ -170,9 +171,9 @@ def test_files_swapped_between_checkpoints_and_renamed_checkpoints_are_passed_ov
         mine.write_bytes(other.read_bytes())
         assert checkpoint.latest(tmp_path) == paths[1], file
         mine.write_bytes(held)
-    paths[2].rename(tmp_path / "step_000009")
+    paths[2].rename(tmp_path / "update_000009")
     assert checkpoint.latest(tmp_path) == paths[1]
-    assert "step_000009 is passed over: meta.json is that of step 3" in caplog.text
+    assert "update_000009 is skipped: meta.json is that of update 3" in caplog.text
 
 
 def test_where_none_is_whole_each_is_named_and_nothing_begins_again(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_where_none_is_whole_each_is_named_and_nothing_begins_again(tmp_path: Pa
     with pytest.raises(CheckpointError) as error:
         checkpoint.latest(tmp_path)
     said = str(error.value)
-    assert "none of them is whole" in said
+    assert "none is complete" in said
     for path in paths:
         assert str(path) in said
     assert f"{SHARD} is missing" in said
@@ -194,7 +195,7 @@ def test_a_damaged_newer_one_does_not_push_out_the_one_just_written(tmp_path: Pa
     checkpoint.save(tmp_path, state(2), keep=1)
     (checkpoint.save(tmp_path, state(9), keep=2) / "meta.json").unlink()
     path = checkpoint.save(tmp_path, state(3), keep=1)
-    assert names(tmp_path) == ["step_000003", "step_000009"]
+    assert names(tmp_path) == ["update_000003", "update_000009"]
     assert checkpoint.latest(tmp_path) == path
 
 
@@ -262,14 +263,28 @@ def test_one_of_another_format_is_refused_and_not_passed_over(
         patch.setattr(checkpoint, "FORMAT", 1000)
         path = checkpoint.save(tmp_path, state(2), keep=2)
     assert checkpoint.latest(tmp_path) == path
-    with pytest.raises(CheckpointError, match="has format 1000, this afd reads 4"):
+    with pytest.raises(CheckpointError, match="has format 1000, this version of afd reads 5"):
+        checkpoint.load(path, method="afd", config=CONFIG)
+
+
+def test_one_under_its_former_name_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1), keep=2)
+    path = tmp_path / "step_000400"
+    path.mkdir()
+    meta = {"step": 400, "method": "afd", "config": CONFIG, "format": 4, "files": {}}
+    meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert checkpoint.latest(tmp_path) == path
+    with pytest.raises(CheckpointError, match="step_000400: has format 4, this version of afd"):
         checkpoint.load(path, method="afd", config=CONFIG)
 
 
 def test_one_from_before_everything_was_bound_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "step_000001"
+    path = tmp_path / "update_000001"
     path.mkdir()
-    meta = {"step": 1, "method": "afd", "config": CONFIG, "format": 3, "sha256": "of state.pt"}
+    meta = {"update": 1, "method": "afd", "config": CONFIG, "format": 3, "sha256": "of state.pt"}
     (path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(CheckpointError, match="step_000001: has format 3, this afd reads 4"):
+    with pytest.raises(
+        CheckpointError, match="update_000001: has format 3, this version of afd reads 5"
+    ):
         checkpoint.latest(tmp_path)

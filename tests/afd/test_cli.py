@@ -41,7 +41,7 @@ def test_train_takes_overrides_and_a_second_time_leaves_it_alone(
     assert (out / "DONE").read_text().startswith("2 updates")
     capsys.readouterr()
     assert main(["train", str(path), "updates=2", "checkpoint.every=1"]) == 0
-    assert "is finished and stays as it is; a new run needs another out=" in capsys.readouterr().out
+    assert "is finished; choose another out=" in capsys.readouterr().out
 
 
 def test_a_stopped_run_exits_130_and_is_resumed(
@@ -64,9 +64,9 @@ def test_a_stopped_run_exits_130_and_is_resumed(
         (["train", "none.yaml"], "none.yaml: cannot be read"),
         (["train", "{path}", "stepz=3"], "unknown key 'stepz'; did you mean"),
         (["train", "{path}", "updates=many"], "updates is 'many'"),
-        (["train", "{path}", "teacher.path=/none"], "teacher folder /none: no such folder"),
+        (["train", "{path}", "teacher.path=/none"], "teacher folder /none: does not exist"),
         (["resume", "{out}/none"], "config.yaml: cannot be read"),
-        (["report", "/none"], "report: /none is no folder"),
+        (["report", "/none"], "report: /none is not a directory"),
         (["eval", "{out}/none"], "config.yaml: cannot be read"),
         (["eval", "{path}", "run=x"], "tiny.yaml, a file; needed: a RUN_DIR; afd benchmark"),
         (["eval", "{path.parent}", "run=x"], "eval: got 'run=x'; needed: RUN_DIR alone"),

@@ -116,7 +116,7 @@ def test_an_override_below_a_plain_value_is_refused() -> None:
 
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "teacher: {count: 8}\nsteps: 3\nteacher:\n  count: 9\n")
-    with pytest.raises(ConfigError, match=r"line 3: key 'teacher' stands twice"):
+    with pytest.raises(ConfigError, match=r"line 3: key 'teacher' appears twice"):
         load_config(path)
 
 
@@ -248,8 +248,8 @@ def test_the_quickstart_file_is_the_default_run_written_out() -> None:
         ("updates=true", "needed: a number, neither true nor false"),
         ("afd.nft_beta=false", "needed: a number, neither true nor false"),
         ("student.denoising_steps=[true]", "needed: a number, neither true nor false"),
-        ("student.denoising_steps=[1.0, 1.0]", "times falling from 1 are needed"),
-        ("student.denoising_steps=[0.5]", "times falling from 1 are needed"),
+        ("student.denoising_steps=[1.0, 1.0]", "needed: times decreasing from 1"),
+        ("student.denoising_steps=[0.5]", "needed: times decreasing from 1"),
         ("threads=9999999", "less than or equal to 4096"),
     ],
 )

@@ -89,12 +89,12 @@ def test_a_disk_that_gets_full_ends_a_run_that_then_continues_to_the_same_bits(
     out, said = small_disk / "run", tmp_path / "said"
     more = ["logging.tensorboard=true", "logging.videos_every=2"]
     process = begin(["train", str(config), f"out={out}", *more], out=said)
-    wait_for(lambda: (out / "checkpoints" / "step_000004").is_dir(), process)
+    wait_for(lambda: (out / "checkpoints" / "update_000004").is_dir(), process)
     filler = fill(small_disk)
     assert ended(process) == 3
     error = sentence(said)
     assert "No space left on device; free some space there and continue: afd resume" in error
-    assert f"the newest checkpoint is {out}/checkpoints/step_000004" in error
+    assert f"the newest checkpoint is {out}/checkpoints/update_000004" in error
     assert str(out) in error.split("afd: error:")[1].split(":")[0]
     assert saved(out) == 4
     # Still full: it says so again, and breaks nothing.
@@ -134,13 +134,13 @@ def test_a_run_whose_folder_goes_away_saves_itself_there_again(
     assert 5 <= step < UPDATES
     error = sentence(said)
     assert f"run folder {out}: was moved or removed while the run wrote there" in error
-    assert f"its state after update {step} is at the old place again" in error
+    assert f"its state after update {step} was written to the old path" in error
     assert ended(begin(["resume", str(out)])) == 0
     # The numbers until then went with the folder, and the log says so.
     kept = numbers(out)
     assert kept == numbers(straight)[step:]
     assert (
-        f"metrics.jsonl: holds other lines than the run wrote up to update {step}"
+        f"metrics.jsonl: its lines differ from those that the run wrote up to update {step}"
         in (out / "train.log").read_text()
     )
     if how == "moved":
@@ -157,7 +157,7 @@ def test_a_folder_in_the_place_of_the_runs_is_left_alone(tmp_path: Path, config:
     out.rename(tmp_path / "moved")
     (tmp_path / "other").rename(out)
     assert ended(process) == 3
-    assert "something else lies there now" in sentence(said)
+    assert "another folder is there now" in sentence(said)
     assert os.listdir(out) == ["file"]
     assert saved(tmp_path / "moved") == 4
 
@@ -213,8 +213,8 @@ def test_a_log_and_boards_that_cannot_be_written_are_missed_once(
                     boards._tensorboard.flush()
         boards.close()
     said = screen.getvalue()
-    assert said.count("train.log: cannot be written, goes on without (No space left") == 1
-    assert said.count("tensorboard: cannot be written, goes on without") == 1
+    assert said.count("train.log: cannot be written, continuing without it (No space left") == 1
+    assert said.count("tensorboard: cannot be written, continuing without it") == 1
     assert "update 2" in said
     assert "Traceback" not in capsys.readouterr().err
 

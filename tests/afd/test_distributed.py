@@ -177,7 +177,7 @@ def test_a_sharded_run_that_one_process_is_told_to_stop_ends_in_one_process(
     out = tmp_path / "run"
     data = toy_run(out, clips, parallel="fsdp")
     assert together(2, stopped_run, data, 1, 1) == ["stopped", "stopped"]
-    assert [line["step"] for line in lines(out, "metrics.jsonl")] == [1, 2]
+    assert [line["update"] for line in lines(out, "metrics.jsonl")] == [1, 2]
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
     assert len(list(newest.glob("*.safetensors"))) == 2, "each process has written its shares"

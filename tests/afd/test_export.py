@@ -56,7 +56,7 @@ def save_run(config: RunConfig, method_state: dict[str, Any]) -> None:
     config.run_dir.mkdir()
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
     state = {
-        "step": STEP,
+        "update": STEP,
         "method": config.method,
         "config": plain(config),
         "method_state": method_state,
@@ -312,7 +312,7 @@ def test_everything_says_where_it_comes_from(run: Run, tmp_path: Path) -> None:
             with safe_open(out / file, "pt") as opened:
                 inside = opened.metadata()["afd"]
         assert json.loads(inside) == note
-        assert (note["run"], note["step"], note["weights"]) == ("tiny", STEP, "ema")
+        assert (note["run"], note["update"], note["weights"]) == ("tiny", STEP, "ema")
         assert (note["kind"], note["start"]) == (kind, "start.pt")
         assert note["lora"] == {"rank": RANK, "alpha": ALPHA}
         assert len(note["config_sha256"]) == len(note["checkpoint_sha256"]) == 64

@@ -122,9 +122,9 @@ def test_a_name_that_cannot_be_used_is_one_sentence(site: Path) -> None:
         "evaluation.kind=bright": "evaluation.kind: got 'bright'; needed: one of the metrics",
         "teacher.sides=3": "unknown key 'teacher.sides'; did you mean teacher.side",
         "student.kind=absent": "nowhere.to.be.found:Config, registered in afd.students, cannot",
-        "student.kind=function": "is no subclass of afd.models.config.StudentConfig",
+        "student.kind=function": "is not a subclass of afd.models.config.StudentConfig",
         "teacher.kind=faulty": "cannot be imported (SyntaxError: ",
-        "discriminator.kind=bare": "'bare': bare:Bare, registered in afd.discriminators, has no",
+        "discriminator.kind=bare": "'bare': bare:Bare, registered in afd.discriminators, does not",
         "evaluation.kind=absent": "'absent': json:nothing, registered in afd.metrics, cannot be",
     }
     done = afd(site, *(["train", "squares.yaml", override] for override in refused))

@@ -7,10 +7,13 @@ import hashlib
 import os
 import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from afd.config.run import make_config
+from afd.errors import AfdError
 from afd.files import (
     JsonAppender,
     naming,
@@ -23,6 +26,9 @@ from afd.files import (
     write_json,
     write_text,
 )
+from afd.teachers.manifest import read_manifest
+from afd.teachers.paid.teacher import read_prompts
+from afd.trainer.evaluate import evaluation_prompts
 
 
 def test_a_write_replaces_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
@@ -117,13 +123,16 @@ def test_json_lines_are_read_back_and_a_torn_one_is_told_from_a_damaged_one(tmp_
     path = tmp_path / "lines.jsonl"
     assert read_json_lines(path) == []
     with JsonAppender(path) as lines:
-        lines.write({"step": 1})
-        lines.write({"step": 2, "ü": 0.5})
+        lines.write({"update": 1})
+        lines.write({"update": 2, "ü": 0.5})
         lines.sync()
         with pytest.raises(ValueError, match="JSON compliant"):
-            lines.write({"step": float("nan")})
+            lines.write({"update": float("nan")})
     whole = path.read_bytes()
-    assert [line.value for line in read_json_lines(path)] == [{"step": 1}, {"step": 2, "ü": 0.5}]
+    assert [line.value for line in read_json_lines(path)] == [
+        {"update": 1},
+        {"update": 2, "ü": 0.5},
+    ]
     for tail in (b'{"st', b"\0" * 7, b"\xff\xfe", b"7"):
         path.write_bytes(whole + tail)
         *_, last = read_json_lines(path)
@@ -144,3 +153,38 @@ def test_a_pipe_in_the_place_of_a_file_is_named_and_not_waited_for(tmp_path: Pat
         with pytest.raises(IsADirectoryError, match=str(tmp_path)):
             use(tmp_path)
     refuse_odd(tmp_path / "nothing")
+
+
+def manifest_prompts(path: Path) -> list[str]:
+    """The prompts of a manifest in the form of a list of prompts: a file before each."""
+    if path.is_file():
+        path.write_bytes(b"0.mp4\t" + path.read_bytes().replace(b"\rt", b"\r1.mp4\tt"))
+    return [prompt for _, _, prompt in read_manifest(path.parent, path)[1]]
+
+
+def held_out_prompts(path: Path) -> list[str]:
+    evaluation = {"kind": "video", "prompts": str(path)}
+    return evaluation_prompts(make_config({"evaluation": evaluation}), [])
+
+
+@pytest.mark.parametrize("read", [read_prompts, held_out_prompts, manifest_prompts])
+def test_every_list_of_prompts_is_read_in_one_way(
+    tmp_path: Path, read: Callable[[Path], list[str]]
+) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"one\rtwo\r\n")
+    assert read(path) == ["one", "two"]
+    for bad, reason in ((b"a\xff", "byte 0xff is not UTF-8"), (b"a\0b", "a zero byte")):
+        path.write_bytes(bad)
+        with pytest.raises(AfdError, match=rf"list\.txt: cannot be read \(line 1: {reason}"):
+            read(path)
+    path.unlink()
+    with pytest.raises(AfdError, match=r"list\.txt: cannot be read \(No such file"):
+        read(path)
+    path.mkdir()
+    with pytest.raises(AfdError, match=r"list\.txt: cannot be read \(Is a directory"):
+        read(path)
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(AfdError, match=r"list\.txt: cannot be read \(is a pipe"):
+        read(path)

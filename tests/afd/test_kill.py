@@ -101,5 +101,5 @@ def test_a_run_killed_at_any_moment_is_bit_by_bit_the_run_never_killed(tmp_path:
         assert newest is not None
         states.append(shards.read(newest, ALONE))
         assert not half_written(folder)
-    for key in ("step", "method_state", "random", "sampler"):
+    for key in ("update", "method_state", "random", "sampler"):
         assert_same(states[0][key], states[1][key], key)

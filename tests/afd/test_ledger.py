@@ -169,6 +169,7 @@ def test_the_manifest_keeps_what_others_wrote(ledger: Ledger, tmp_path: Path) ->
         assert [request.prompt for request in teacher.requests] == ["x", "p0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wire", "first", "step"), [("ark", 1, 2), ("openai", 2, 3), ("fal", 1, 3)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sqlite3
@@ -76,11 +77,14 @@ def test_a_migration_that_is_cut_off_leaves_the_older_version(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("PRAGMA user_version = 99", f"schema is version 99, this afd knows up to {VERSION}"),
-        ("UPDATE submits SET cost_usd = -5 WHERE id = 1", "1 of its rows hold no price"),
-        ("UPDATE submits SET cost_usd = 9e999 WHERE id = 1", "1 of its rows hold no price"),
-        ("UPDATE submits SET cost_usd = 'free' WHERE id = 1", "1 of its rows hold no price"),
-        ("DROP TABLE submits", "it is another program's database"),
+        (
+            "PRAGMA user_version = 99",
+            f"version 99, this version of afd supports up to {VERSION}",
+        ),
+        ("UPDATE submits SET cost_usd = -5 WHERE id = 1", "1 of its rows have no price"),
+        ("UPDATE submits SET cost_usd = 9e999 WHERE id = 1", "1 of its rows have no price"),
+        ("UPDATE submits SET cost_usd = 'free' WHERE id = 1", "1 of its rows have no price"),
+        ("DROP TABLE submits", "it is the database of another program"),
     ],
 )
 def test_a_ledger_that_this_version_cannot_use_is_refused(
@@ -100,7 +104,7 @@ def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     database.execute("CREATE TABLE notes (text)")
     database.close()
     before = (tmp_path / NAME).read_bytes()
-    with pytest.raises(TeacherError, match="another program's database"):
+    with pytest.raises(TeacherError, match="database of another program"):
         Ledger(tmp_path, {"provider": "ark"})
     assert (tmp_path / NAME).read_bytes() == before
 
@@ -124,7 +128,7 @@ def test_a_damaged_row_ends_in_a_sentence(tmp_path: Path) -> None:
     ledger.running(ledger.reserve(order(), 1.0, 10.0), {"id": "t"})
     for torn in ("{'id'", "[1]", '"t"', "1"):
         ledger._database.execute("UPDATE submits SET task = ?", (torn,))
-        with pytest.raises(TeacherError, match="submit 1 holds no task"):
+        with pytest.raises(TeacherError, match="submit 1 has no readable task"):
             ledger.latest(order().key)
     ledger._database.execute("UPDATE submits SET task = CAST(x'fffe' AS TEXT)")
     with pytest.raises(TeacherError, match="cannot be used"):
@@ -210,3 +214,19 @@ def test_a_checkpoint_knows_which_videos_there_were(service: Service, tmp_path: 
     teacher = teacher_of(paid_config("ark", service, tmp_path, accept_changed_videos=True))
     teacher.load_state_dict(state)
     teacher.close()
+
+
+def test_a_teacher_left_behind_without_its_folder_logs_one_sentence(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "videos"
+    teacher = teacher_of(paid_config("ark", service, folder))
+    teacher.start(teacher.requests[0]).result()
+    worker = teacher._worker
+    assert worker is not None
+    shutil.rmtree(folder)
+    del teacher
+    gc.collect()
+    assert not worker._thread.is_alive()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert str(folder) in line

@@ -1,4 +1,4 @@
-"""How many videos are under way: additive increase, multiplicative decrease."""
+"""How many videos are in progress: additive increase, multiplicative decrease."""
 
 from __future__ import annotations
 

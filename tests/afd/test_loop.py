@@ -36,7 +36,7 @@ def test_a_run_leaves_the_files_of_the_layout(tmp_path: Path, clips: Path) -> No
     config = tiny_config(out, clips, "logging.tensorboard=true")
     assert train(config, method=TinyMethod()) is Outcome.FINISHED
     lines = metrics(out)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         assert set(line["phase_s"]) == {
             "teacher",
@@ -51,8 +51,8 @@ def test_a_run_leaves_the_files_of_the_layout(tmp_path: Path, clips: Path) -> No
     assert yaml.safe_load((out / "config.yaml").read_text())["updates"] == 6
     assert "ops" in json.loads((out / "doctor.json").read_text())
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [
-        "step_000004",
-        "step_000006",
+        "update_000004",
+        "update_000006",
     ]
     assert list((out / "tensorboard").glob("events.*"))
     assert (out / "DONE").read_text().startswith("6 updates")
@@ -115,8 +115,8 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path: Path, clips: Path, num
     out = tmp_path / "run"
     config = tiny_config(out, clips)
     assert train(config, method=Interrupted(2, number)) is Outcome.STOPPED
-    assert [line["step"] for line in metrics(out)] == [1, 2, 3]
-    assert (out / "checkpoints" / "step_000003" / "meta.json").is_file()
+    assert [line["update"] for line in metrics(out)] == [1, 2, 3]
+    assert (out / "checkpoints" / "update_000003" / "meta.json").is_file()
     assert f"continue: afd resume {out}" in (out / "train.log").read_text()
     assert not (out / "DONE").exists()
     assert train(config, method=TinyMethod()) is Outcome.FINISHED
@@ -133,9 +133,9 @@ def test_a_number_that_is_not_finite_stops_the_run(tmp_path: Path, clips: Path) 
         def discriminator_step(self, batch: Batch) -> dict[str, float]:
             return {"discriminator/margin": float("nan") if batch.step == 3 else 0.0}
 
-    with pytest.raises(TrainingError, match=r"update 4: discriminator/margin = nan.*step_000002"):
+    with pytest.raises(TrainingError, match=r"update 4: discriminator/margin = nan.*update_000002"):
         train(tiny_config(tmp_path / "run", clips), method=Broken())
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert [line["update"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_two_processes_cannot_write_one_run(tmp_path: Path, clips: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_sampler_goes_on_from_its_cursor() -> None:
     other = Sampler(requests, seed=1)
     other.load_state_dict(sampler.state_dict())
     assert other.draw(9) == sampler.draw(9)
-    with pytest.raises(TeacherError, match="made with 5 teacher videos, the folder holds 4"):
+    with pytest.raises(TeacherError, match="made with 5 teacher videos, the folder contains 4"):
         Sampler(requests[:4], seed=1).load_state_dict(sampler.state_dict())
     with pytest.raises(TeacherError, match="made with other prompts, or with these in another o"):
         Sampler(requests[::-1], seed=1).load_state_dict(sampler.state_dict())
@@ -195,7 +195,7 @@ def test_a_sign_is_logged_once_until_it_goes_away(caplog: pytest.LogCaptureFixtu
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):
         for step, margin in enumerate([9.0, 9.0, 1.0, 9.0]):
-            watch.look(step, {"discriminator/margin": margin})
+            watch.updated(step, {"discriminator/margin": margin})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "update 0",
         "update 3",
@@ -206,7 +206,7 @@ def test_one_perfect_batch_is_no_sign_but_a_hundred_are(caplog: pytest.LogCaptur
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):
         for step, accuracy in enumerate([1.0, 0.9] * 50 + [1.0] * 100):
-            watch.look(step, {"discriminator/accuracy": accuracy})
+            watch.updated(step, {"discriminator/accuracy": accuracy})
     assert len(caplog.records) == 1
     assert int(caplog.records[0].getMessage().split()[1].rstrip(":")) > 100
 
@@ -215,18 +215,18 @@ def test_a_score_that_stops_ranking_by_physics_is_told(caplog: pytest.LogCapture
     watch = Signs()
     with caplog.at_level(logging.WARNING, logger="afd"):
         for step, value in enumerate([0.6] * 5 + [0.0] * 20):
-            watch.look(step, {"agreement/phys": value})
+            watch.updated(step, {"agreement/phys": value})
     assert len(caplog.records) == 1
     assert "fell from 0.60" in caplog.text
 
 
 def test_lines_after_the_resumed_update_and_torn_lines_go(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    path.write_text('{"update": 1}\n{"update": 2}\n{"update": 3}\n{"st')
     lines = Lines(path, resumed_at=2)
-    lines.write({"step": 3, "new": True})
+    lines.write({"update": 3, "new": True})
     lines.close()
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "new": true}\n'
+    assert path.read_text() == '{"update": 1}\n{"update": 2}\n{"update": 3, "new": true}\n'
 
 
 def test_the_default_random_state_is_restored_on_resume(tmp_path: Path, clips: Path) -> None:

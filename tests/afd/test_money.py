@@ -101,7 +101,7 @@ def test_what_is_under_way_counts_with_the_raised_price(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     rows = [ledger.reserve(order(number), 1.0, 10.0) for number in range(3)]
     ledger.done(rows[0], "a.mp4", Saved("0" * 64, 1), 3.0)
-    # 3 paid, two under way at 3 each: 9 of 11.
+    # 3 paid, two in progress at 3 each: 9 of 11.
     with pytest.raises(BudgetError, match=r"9\.00 USD .*budget_usd=11\.00 .* may cost 3\.00"):
         ledger.reserve(order(3), 1.0, 11.0)
     assert ledger.reserve(order(3), 1.0, 12.0).price_usd == 3.0
@@ -161,7 +161,7 @@ def test_a_length_that_is_none_gives_no_price(
 ) -> None:
     config = paid_config(wire, service, tmp_path, price_per="second").teacher
     options = {"duration": value, "seconds": value, "frames": value}
-    with pytest.raises(TeacherError, match="needs the length"):
+    with pytest.raises(TeacherError, match="needs a duration"):
         price_of(config, PROVIDERS[wire](), options)
 
 

@@ -102,7 +102,7 @@ def test_every_frame_comes_at_its_time(
     path = encode(tmp_path / name, grey_ramp(FRAMES), codec, pixels, **options)
     assert shown(path) == list(range(FRAMES))
     assert shown(path, fps=None) == list(range(FRAMES))
-    refused(path, "gives 24 of the 25 frames", frames=25)
+    refused(path, "has 24 of the requested 25 frames", frames=25)
 
 
 def test_a_fragmented_mp4_is_one_clip(tmp_path: Path, decoding: bool) -> None:
@@ -137,11 +137,13 @@ def test_edit_lists_are_followed(
     late = [(length, None if at is None else at + 2 / RATE) for length, at in edits]
     path = with_edits(plain, tmp_path / "cut.mp4", late)
     assert shown(path, frames=len(right)) == list(right)
-    refused(path, f"gives {len(right)} of the {len(right) + 1} frames", frames=len(right) + 1)
+    refused(
+        path, f"has {len(right)} of the requested {len(right) + 1} frames", frames=len(right) + 1
+    )
 
 
 def test_an_edit_list_that_shows_nothing_is_named(tmp_path: Path, plain: Path) -> None:
-    refused(with_edits(plain, tmp_path / "a.mp4", [(0, 0)]), "without a single frame", frames=1)
+    refused(with_edits(plain, tmp_path / "a.mp4", [(0, 0)]), "without any frame", frames=1)
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mkv", "a.mp4"])
@@ -151,7 +153,7 @@ def test_a_copy_that_begins_in_mid_group_begins_with_its_first_whole_picture(
     source = encode(tmp_path / "s.mp4", grey_ramp(FRAMES), g="8", bf="0", sc_threshold="0")
     path = copy_packets(source, tmp_path / name, lambda index, packet: index >= 5)
     assert shown(path, frames=16) == list(range(8, 24))
-    refused(path, "gives 16 of the 17 frames", frames=17)
+    refused(path, "has 16 of the requested 17 frames", frames=17)
 
 
 def test_a_first_sample_without_the_key_flag_is_read(
@@ -170,7 +172,7 @@ def test_joined_streams_go_on_where_the_first_ends(tmp_path: Path, decoding: boo
     both = tmp_path / "both.ts"
     both.write_bytes(one.read_bytes() + two.read_bytes())
     assert shown(both, frames=48) == [*range(24), *range(24)]
-    refused(both, "gives 48 of the 49 frames", frames=49)
+    refused(both, "has 48 of the requested 49 frames", frames=49)
 
 
 def test_pauses_and_offsets_of_the_clock(tmp_path: Path, decoding: bool) -> None:

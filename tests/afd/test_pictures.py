@@ -73,7 +73,7 @@ def test_clips_are_turned_and_mirrored_as_they_ask(
 def test_an_oblique_clip_is_named(tmp_path: Path) -> None:
     source = encode(tmp_path / "s.mp4", [corners()] * 2)
     path = with_matrix(source, tmp_path / "a.mp4", 0.7, 0.7, -0.7, 0.7)
-    refused(path, "no quarter turn")
+    refused(path, "not a multiple of 90 degrees")
 
 
 @pytest.mark.parametrize("ending", ["jpg", "webp", "png", "tiff"])
@@ -219,7 +219,7 @@ def test_interlaced_clips_are_deinterlaced_frame_by_frame(tmp_path: Path, first:
     assert comb < 1  # 42 in the clip as it is
     bar = [np.flatnonzero(row > 127).mean() for row in read[1:, HEIGHT // 2, :, 1]]
     assert np.abs(np.diff(bar) - 8).max() <= 1, "frames stay in order, in their own times"
-    refused(path, "gives 8 of the 9 frames", frames=9)
+    refused(path, "has 8 of the requested 9 frames", frames=9)
 
 
 def test_an_animated_webp_is_refused_with_what_to_do(tmp_path: Path) -> None:

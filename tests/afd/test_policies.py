@@ -245,6 +245,7 @@ def test_a_recorded_pass_belongs_to_one_adapter(device: str) -> None:
     assert not any(torch.allclose(a, b) for a, b in itertools.combinations(outs[:3], 2))
 
 
+@pytest.mark.slow
 @DTYPES
 def test_fused_projections_live_through_copies_updates_and_adapters(dtype: torch.dtype) -> None:
     fused = student(dtype)

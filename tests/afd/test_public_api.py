@@ -81,7 +81,7 @@ def test_the_command_names_the_extra_that_is_missing() -> None:
     lacks = "which is not installed; pip install 'afd"
     cases: dict[str, tuple[int, str]] = {
         "--version": (0, re.escape(f"afd {afd.__version__}")),
-        "--help": (0, "measure a run's newest checkpoint again"),
+        "--help": (0, "evaluate a run's newest checkpoint again"),
         "train x.yaml": (2, rf"afd train: needs \w+, {lacks}\[train\]'"),
         "sample x.yaml": (2, rf"afd sample: needs \w+, {lacks}\[train\]'"),
         "doctor": (2, rf"afd doctor: needs \w+, {lacks}\[train\]'"),

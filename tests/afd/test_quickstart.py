@@ -80,7 +80,7 @@ def test_every_part_is_measured_on_the_same_held_out_seeds(finished: tuple[Path,
     base = final_evaluation(root / "base", "base")
     first = json.loads((root / "sft" / "evaluation.jsonl").read_text().splitlines()[0])
     assert base is not None
-    assert first["step"] == 0
+    assert first["update"] == 0
     assert first["metrics"]["phys"] == base["metrics"]["phys"]
 
 

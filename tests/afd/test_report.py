@@ -22,7 +22,7 @@ from afd.lab.report.headline import headline
 from afd.lab.report.metrics import TOY_METRICS, best, number
 from afd.lab.report.page import write_report
 from afd.lab.report.phase_times import seconds_per_phase
-from afd.lab.report.run_files import Part, by_step, numbers, read_parts
+from afd.lab.report.run_files import Part, by_update, numbers, read_parts
 from tests.afd.report_folder import AFD, BASE, SFT, TEACHER, make_folder, write_lines
 
 
@@ -112,7 +112,7 @@ def test_everything_from_the_files_is_escaped(folder: Path) -> None:
     (folder / "afd/config.yaml").write_text(json.dumps({evil: evil}), encoding="utf-8")
     doctor = {"afd": evil, "ops": {evil: {"chosen": evil}}}
     (folder / "afd/doctor.json").write_text(json.dumps(doctor), encoding="utf-8")
-    write_lines(folder / "afd/metrics.jsonl", [{"step": 1, "phase_s": {evil: 1.0}, evil: 1.0}])
+    write_lines(folder / "afd/metrics.jsonl", [{"update": 1, "phase_s": {evil: 1.0}, evil: 1.0}])
     page = page_of(folder)
     assert [tag for tag, _ in page.elements].count("script") == 1
     assert not any("onerror" in attributes for _, attributes in page.elements)
@@ -165,7 +165,7 @@ def test_what_is_unreadable_is_named(folder: Path, broken: str) -> None:
 def test_an_unfinished_run_is_called_provisional(folder: Path) -> None:
     (folder / "afd/DONE").unlink()
     path = folder / "afd/metrics.jsonl"
-    path.write_text("".join(path.read_text().splitlines(True)[:150]) + '{"step": 15')
+    path.write_text("".join(path.read_text().splitlines(True)[:150]) + '{"update": 15')
     path = folder / "afd/evaluation.jsonl"
     path.write_text("".join(path.read_text().splitlines(True)[:4]))
     text = page_of(folder).text
@@ -265,13 +265,13 @@ def test_the_best_value_is_marked_by_its_direction_and_ties_share_it() -> None:
 
 
 def test_a_step_written_twice_counts_once_with_its_later_line() -> None:
-    lines = [{"step": 2, "a": 1}, {"step": 1}, {"step": 2, "a": 2}, {"step": "x"}]
-    assert by_step(lines) == [{"step": 1}, {"step": 2, "a": 2}]
+    lines = [{"update": 2, "a": 1}, {"update": 1}, {"update": 2, "a": 2}, {"update": "x"}]
+    assert by_update(lines) == [{"update": 1}, {"update": 2, "a": 2}]
 
 
 def test_warnings_come_once_with_their_count(folder: Path) -> None:
     warnings = read_parts(folder)["afd"].warnings
-    assert warnings[0].endswith("its scores say little (from update 12, 2 times)")
+    assert warnings[0].endswith("its scores carry little (from update 12, 2 times)")
     assert warnings[1].endswith("too strong (from update 40)")
 
 
@@ -289,7 +289,7 @@ def test_charts_leave_out_what_is_not_finite(folder: Path) -> None:
     assert line_chart("empty", "", [Line("a", "afd", [])]) is None
     values = {"a": 1, "b": math.nan, "c": math.inf, "d": 10**400, "e": True, "f": "1", "g": 2.5}
     assert numbers(values) == {"a": 1.0, "g": 2.5}
-    lines = [{"step": 0, "x": 1.0}, {"step": 1, "x": math.nan}, {"step": 2, "x": 3.0}]
+    lines = [{"update": 0, "x": 1.0}, {"update": 1, "x": math.nan}, {"update": 2, "x": 3.0}]
     write_lines(folder / "afd/metrics.jsonl", lines)
     html = write_report(folder).read_text(encoding="utf-8")
     assert "AFD: 1.00 at update 0, 3.00 at update 2." in html
@@ -354,8 +354,8 @@ def test_the_ids_of_one_page_are_unique(folder: Path) -> None:
 
 def test_time_outside_the_phases_is_other_and_phases_keep_the_order_of_the_trainer() -> None:
     lines = [
-        {"step": 1, "time_s": 2.0, "phase_s": {"student": 1.0, "rollout": 0.5, "odd": -1.0}},
-        {"step": 2, "time_s": 4.0, "phase_s": {"student": 1.0, "discriminator": math.nan}},
+        {"update": 1, "time_s": 2.0, "phase_s": {"student": 1.0, "rollout": 0.5, "odd": -1.0}},
+        {"update": 2, "time_s": 4.0, "phase_s": {"student": 1.0, "discriminator": math.nan}},
     ]
     seconds = seconds_per_phase(Part("afd", updates=lines))
     assert seconds == {"rollout": 0.5, "student": 2.0, "other": 1.5}

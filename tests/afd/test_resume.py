@@ -51,14 +51,14 @@ def numbers(out: Path) -> list[dict[str, Any]]:
 def final_state(out: Path) -> dict[str, Any]:
     path = checkpoint.latest(out / "checkpoints")
     assert path is not None
-    assert path.name == "step_000006"
+    assert path.name == "update_000006"
     return shards.read(path, ALONE)
 
 
 def assert_same_run(out: Path, straight: Path) -> None:
     assert numbers(out) == numbers(straight)
     ours, theirs = final_state(out), final_state(straight)
-    for key in ("method_state", "random", "sampler", "step"):
+    for key in ("method_state", "random", "sampler", "update"):
         assert_same(ours[key], theirs[key], key)
 
 
@@ -119,13 +119,13 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     train(tiny_config(out, clips), method=Interrupted(4, signal.SIGINT))
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
-    assert newest.name == "step_000005"
+    assert newest.name == "update_000005"
     (shard,) = newest.glob("*.safetensors")
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
     shard.write_bytes(damaged)
     assert train(tiny_config(out, clips), method=TinyMethod()) is Outcome.FINISHED
-    assert "step_000005 is passed over" in (out / "train.log").read_text()
+    assert "update_000005 is skipped" in (out / "train.log").read_text()
     assert_same_run(out, straight)
 
 
@@ -174,8 +174,8 @@ def test_a_teachers_video_that_was_replaced_is_refused_and_can_be_accepted(
     accepted = load_run(out, ["checkpoint.accept_changed_inputs=true"])
     assert train(accepted, method=TinyMethod()) is Outcome.FINISHED
     log = (out / "train.log").read_text()
-    assert log.count("2.mp4: is not the one that this run has learnt from") == 1
-    assert "goes on with the new one" in log
+    assert log.count("2.mp4: is not the one that this run was trained on") == 1
+    assert "continuing with the new one" in log
 
 
 def test_one_of_the_same_size_and_time_is_refused_when_it_is_decoded(
@@ -185,7 +185,7 @@ def test_one_of_the_same_size_and_time_is_refused_when_it_is_decoded(
     train(tiny_config(out, own_clips), method=Interrupted(3, signal.SIGINT))
     for path in own_clips.glob("*.mp4"):
         replace_clip(own_clips, path.name, same_times=True)
-    with pytest.raises(TeacherError, match="is not the one that this run has learnt from"):
+    with pytest.raises(TeacherError, match="is not the one that this run was trained on"):
         train(load_run(out), method=TinyMethod())
     assert len(numbers(out)) == 4
 
@@ -217,7 +217,7 @@ def test_a_video_that_is_replaced_while_a_run_goes_on_is_refused_when_decoded_ag
         with pytest.raises(TeacherError, match=r"0\.mp4: is not the one"):
             look()
     (own_clips / "0.mp4").unlink()
-    with pytest.raises(TeacherError, match=r"0\.mp4: is not there any more"):
+    with pytest.raises(TeacherError, match=r"0\.mp4: no longer exists"):
         videos.clip(teacher.requests[0])
     videos.close()
 
@@ -227,10 +227,10 @@ def test_other_inputs_that_changed_are_named_and_can_be_accepted(
 ) -> None:
     then, now = {"evaluation.prompts": "a", "student.vae": "b"}, {"student.vae": "b"}
     refuse_other_inputs(then, dict(then))
-    with pytest.raises(ConfigError, match=r"evaluation\.prompts: holds something else"):
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: has changed"):
         refuse_other_inputs(then, now)
     refuse_other_inputs(then, now, accept=True)
-    assert "evaluation.prompts: holds something else" in caplog.text
+    assert "evaluation.prompts: has changed" in caplog.text
 
 
 # What may befall the lines of a run that continues after update 4.
@@ -238,13 +238,29 @@ def test_other_inputs_that_changed_are_named_and_can_be_accepted(
     ("damage", "said", "lost"),
     [
         (lambda text: text, None, 0),
-        (lambda text: text + '{"step": 5, "cri', "its last line was cut off, and is dropped", 0),
-        (lambda text: text + '{"step": 5}\n{"step": 5}\n', None, 0),
-        (lambda text: text[: text.index('"step": 4')], "its last line was cut off", 1),
-        (lambda text: text.replace('"step": 2,', '"step": \0,'), "line 2 is damaged (not JSON", 1),
-        (lambda text: text.replace('"step": 2,', '"step": "2",'), "line 2 is damaged (step is", 1),
-        (lambda text: text.replace("loss", "lost"), "holds other lines than the run wrote", 0),
-        (lambda text: "", "holds other lines than the run wrote up to update 4 (4, now 0)", 4),
+        (lambda text: text + '{"update": 5, "cri', "its last line was truncated and is dropped", 0),
+        (lambda text: text + '{"update": 5}\n{"update": 5}\n', None, 0),
+        (lambda text: text[: text.index('"update": 4')], "its last line was truncated", 1),
+        (
+            lambda text: text.replace('"update": 2,', '"update": \0,'),
+            "line 2 is damaged (not JSON",
+            1,
+        ),
+        (
+            lambda text: text.replace('"update": 2,', '"update": "2",'),
+            "line 2 is damaged (update is",
+            1,
+        ),
+        (
+            lambda text: text.replace("loss", "lost"),
+            "its lines differ from those that the run wrote",
+            0,
+        ),
+        (
+            lambda text: "",
+            "its lines differ from those that the run wrote up to update 4 (4, now 0)",
+            4,
+        ),
     ],
 )
 def test_damaged_lines_are_named_and_what_is_whole_stays(
@@ -263,7 +279,7 @@ def test_damaged_lines_are_named_and_what_is_whole_stays(
         assert_same_run(out, straight)
     else:
         assert f"{path}: {said}" in log
-        assert ("holds other lines" in log) == (lost > 0 or "lost" in path.read_text())
+        assert ("its lines differ" in log) == (lost > 0 or "lost" in path.read_text())
         assert len(numbers(out)) == 6 - lost
     aside = path.with_name("metrics.jsonl.damaged")
     assert aside.exists() == (said is not None and "is damaged" in said)
@@ -307,7 +323,7 @@ def test_a_run_whose_teacher_fails_is_saved_between_two_updates(
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
     assert 0 < len(numbers(out)) < 6
-    assert newest.name == f"step_{len(numbers(out)):06d}"
+    assert newest.name == f"update_{len(numbers(out)):06d}"
     assert train(load_run(out), method=TinyMethod(seed=5)) is Outcome.FINISHED
     assert_same_run(out, straight)
 
@@ -328,6 +344,6 @@ def test_a_second_sigint_ends_at_once_unsaved(tmp_path: Path, clips: Path, strai
         train(tiny_config(out, clips), method=_Impatient())
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
-    assert (newest.name, len(numbers(out))) == ("step_000002", 3)
+    assert (newest.name, len(numbers(out))) == ("update_000002", 3)
     assert train(load_run(out), method=TinyMethod(seed=5)) is Outcome.FINISHED
     assert_same_run(out, straight)

@@ -230,7 +230,7 @@ def test_an_image_is_a_chunk_of_its_own(
 
 
 def test_whole_videos_need_a_seed_each(student: WanStudent) -> None:
-    with pytest.raises(ValueError, match="seeds: 1 came for 2 prompts"):
+    with pytest.raises(ValueError, match="seeds: got 1; needed: 2"):
         rollout(student, ["a", "b"], [1])
     with pytest.raises(ValueError, match=r"prompts: got .*; needed: at least one prompt"):
         rollout(student, [], [])
@@ -240,7 +240,7 @@ def test_whole_videos_need_a_seed_each(student: WanStudent) -> None:
     ("options", "told"),
     [
         ({"frames": 7}, "frames: got 7; needed: a multiple of the chunk 2"),
-        ({"denoising_steps": (750, 500)}, "steps: .* falling from 1000"),
+        ({"denoising_steps": (750, 500)}, "steps: .* decreasing from 1000"),
         ({"denoising_steps": (1000, 333.3)}, "steps: got 333.3; needed: whole numbers"),
         ({"switches": {3: torch.zeros(2, 5, 12)}}, r"switches: got 3; needed: a chunk in \[0, 3\)"),
         ({"switches": {1: torch.zeros(1, 5, 12)}}, r"switches: got float32 \[1, 5, 12\]"),

@@ -180,7 +180,7 @@ def test_what_is_there_is_skipped_and_the_rest_is_made(models: Path, tmp_path: P
 
 def test_a_folder_of_other_settings_is_not_mixed(models: Path, tmp_path: Path) -> None:
     sample(make(models, tmp_path), quiet())
-    with pytest.raises(ConfigError, match=r"made from something else .*window: None there, 6 now"):
+    with pytest.raises(ConfigError, match=r"made from other inputs .*window: None there, 6 now"):
         sample(make(models, tmp_path, window=6), quiet())
 
 
@@ -283,7 +283,7 @@ def test_the_toy_student_is_sampled_by_the_same_command(
     videos = [read_video(path, frames=12, height=16, width=16) for path in paths]
     assert (videos[0] - videos[1]).abs().max() > 0.1
     assert main([*words, "samples=2", "device=cpu"]) == 0
-    assert "2 of 2 videos are there already" in capsys.readouterr().out
+    assert "2 of 2 videos exist already" in capsys.readouterr().out
     assert main([*words, "frames=24", "window=9", "sink=3", "name=x"]) == 2
     alone = f"out={tmp_path / 'alone'}"
     assert main([*words, alone, "frames=7", "independent_first_frame=true", "device=cpu"]) == 0
@@ -316,7 +316,7 @@ def test_a_dry_run_knows_the_sizes_of_a_checkpoint_that_is_there(
     assert cache.bytes == held.cache
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "damaged.pt").write_bytes(b"no weights")
-    with pytest.raises(ConfigError, match="damaged, or holds other things than tensors"):
+    with pytest.raises(ConfigError, match="damaged, or contains objects other than tensors"):
         dry_run(make(models, tmp_path, checkpoint=str(tmp_path / "damaged.pt")), quiet())
 
 
@@ -353,9 +353,9 @@ def test_what_is_missing_is_named(
         ("window=4", None),
         (
             "student.denoising_steps=[750, 500]",
-            "steps: [750.0, 500.0] came, times falling from 1000 are needed",
+            "steps: got [750.0, 500.0]; needed: times decreasing from 1000",
         ),
-        ("student.denoising_steps=[]", "steps: [] came"),
+        ("student.denoising_steps=[]", "steps: got []"),
         ("student.first_chunk_steps=[1000, 333.3]", "steps: got 333.3; needed: whole numbers"),
         ("window=2", "window: got 2; needed: at least sink + chunk = 3"),
         ("framez=81", "unknown key 'framez'; did you mean frames"),
@@ -380,7 +380,7 @@ def test_settings_that_do_not_go_together_are_named(override: str, told: str | N
         ('{"promt": "a"}', r":2: .*known are prompt, name, seed"),
         ('{"prompt": "a", "name": "../x"}', r":2: name: String should match"),
         ('{"prompt": "a", "image": "x", "video": "y"}', r":2: got image and video"),
-        ('{"prompt": "a", "name": "one"}', r"two videos are named one"),
+        ('{"prompt": "a", "name": "one"}', r"two videos have the name one"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str, told: str) -> None:

@@ -45,7 +45,7 @@ def test_an_empty_prompt_of_a_list_is_told_by_its_number() -> None:
 
 @pytest.mark.parametrize("blank", [" ", "\r", "\t\n"])
 def test_a_prompt_of_blanks_is_refused(blank: str) -> None:
-    with pytest.raises(ConfigError, match=r"prompts: .*a prompt is blank"):
+    with pytest.raises(ConfigError, match=r"prompts: .*the prompt is blank"):
         prompts_of(blank)
 
 
@@ -58,10 +58,10 @@ def test_weights_replaced_under_the_same_name_are_noticed(
     words = ["sample", str(CONFIGS / "sample_toy.yaml"), "device=cpu"]
     words += [f"out={tmp_path / 'out'}", f"student.checkpoint={weights}"]
     assert main(words) == main(words) == 0
-    assert "1 of 1 videos are there already" in capsys.readouterr().out
+    assert "1 of 1 videos exist already" in capsys.readouterr().out
     weights.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
     assert main(words) == 2
-    assert "was made from something else (student.checkpoint: " in capsys.readouterr().err
+    assert "was made from other inputs (student.checkpoint: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

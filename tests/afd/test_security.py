@@ -124,7 +124,7 @@ def test_pickles_in_a_pipelines_folder_are_not_run(tmp_path: Path, part: str) ->
 def test_a_runs_checkpoint_with_code_is_not_run(tmp_path: Path) -> None:
     """Its digests are right, so that only we, who read no pickle, stand between it and us."""
     bomb = Bomb(tmp_path / "ran")
-    state = {"step": 1, "method": "afd", "config": {}, "w": torch.ones(2)}
+    state = {"update": 1, "method": "afd", "config": {}, "w": torch.ones(2)}
     folder = tmp_path / "checkpoints"
     with pytest.raises(TypeError, match=r"state: 'bomb' is .*Bomb"):
         checkpoint.save(folder, state | {"bomb": bomb}, keep=1)

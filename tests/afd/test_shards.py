@@ -34,7 +34,7 @@ def odd_tree() -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     return {
         "a.b/c": {"bf16.weight": torch.randn(3, 4, generator=draw).bfloat16(), "": torch.ones(1)},
-        "adam": {0: {"step": torch.tensor(3.0), "m": torch.rand(2, generator=draw)}, 7: {}},
+        "adam": {0: {"update": torch.tensor(3.0), "m": torch.rand(2, generator=draw)}, 7: {}},
         "kinds": [
             torch.arange(2**40, 2**40 + 3),
             torch.tensor([True, False]),
@@ -72,7 +72,7 @@ def test_every_kind_of_tensor_and_value_comes_back_bit_for_bit(tmp_path: Path) -
         ({"a": {1: 0, "b": 0}}, r"'a' has keys \[1\]"),
         (
             {"a": {"b/c": torch.ones(1), "b": {"c": torch.ones(1)}}},
-            "two tensors are called 'a/b/c'",
+            "two tensors have the name 'a/b/c'",
         ),
     ],
 )
@@ -172,7 +172,7 @@ def test_every_process_writes_its_shares_and_any_number_reads_its_own(tmp_path: 
 
 
 def checkpoint_of(step: int, net: nn.Module) -> dict[str, Any]:
-    return {"step": step, "method": "afd", "config": {}, **state_of(net)}
+    return {"update": step, "method": "afd", "config": {}, **state_of(net)}
 
 
 def killed_while_saving(folder: Path, rank: int, event: int) -> None:
@@ -203,7 +203,7 @@ def test_one_killed_while_all_write_leaves_the_newest_whole_one(
     # Without the main process the other can tell nobody.
     assert ("process 0 lost another process of this run" in str(error.value)) == (rank == 1)
     newest = checkpoint.latest(tmp_path)
-    assert newest == tmp_path / f"step_{left:06d}"
+    assert newest == tmp_path / f"update_{left:06d}"
     held = checkpoint.load(newest, method="afd", config={})
     assert_same(held, checkpoint_of(left, network()), "state")
 

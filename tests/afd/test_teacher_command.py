@@ -81,7 +81,7 @@ def test_status_speaks_to_programs_and_needs_no_key(
     facts = json.loads(capsys.readouterr().out)
     assert facts["videos"] == {"asked": 1, "done": 1}
     assert facts["spent_usd"] == 2.0
-    assert [row["stands"] for row in facts["open"]] == ["in doubt or just asked"]
+    assert [row["stands"] for row in facts["open"]] == ["in doubt"]
     assert main(["teacher", "status", path]) == 0
     assert "in doubt" in capsys.readouterr().out
 
@@ -98,9 +98,9 @@ def test_an_empty_budget_buys_nothing_and_says_so(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["teacher={kind: simulator}"], "is not bought; needed: ark, openai or fal"),
+        (["teacher={kind: simulator}"], "is not a paid service; needed: ark, openai or fal"),
         (["teacher.api.prompts=/none.txt"], "/none.txt: cannot be read"),
-        (["teacher.api.options={seed: 3}"], "seed is said elsewhere"),
+        (["teacher.api.options={seed: 3}"], "seed is set elsewhere"),
         (["teacher.fetch.price_per=million_tokens"], "needs teacher.fetch.units"),
         (["teacher.fetch.budgt_usd=3"], "did you mean teacher.fetch.budget_usd"),
     ],
@@ -126,7 +126,7 @@ def test_without_a_key_or_a_ledger_one_sentence_says_so(
 ) -> None:
     path = written(paid_config("ark", service, tmp_path), tmp_path)
     assert main(["teacher", "status", path]) == 2
-    assert "holds no ledger" in capsys.readouterr().err
+    assert "has no ledger" in capsys.readouterr().err
     monkeypatch.delenv("ARK_API_KEY")
     assert main(["teacher", "fetch", path]) == 2
     assert "set the environment variable ARK_API_KEY" in capsys.readouterr().err
@@ -151,7 +151,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_fetch_collects_everything(
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate()
     assert process.returncode == 130, said
-    assert "the next fetch collects it; 6.00 USD spent or reserved" in " ".join(said.split())
+    assert "the next fetch collects them; 6.00 USD spent or reserved" in " ".join(said.split())
     assert "Traceback" not in said
     service.polls = 0
     assert main(["teacher", "fetch", path]) == 0
@@ -194,7 +194,7 @@ def test_a_teacher_that_answers_nothing_ends_the_run_with_a_sentence(
         "logging.tensorboard=false",
     ]
     config = paid_config("ark", service, tmp_path, *words, prompts=3)
-    with pytest.raises(TeacherError, match="no request has an answer, the last: 'prompt"):
+    with pytest.raises(TeacherError, match="no request succeeded, the last: 'prompt"):
         train(config, method=TinyMethod())
 
 
@@ -253,7 +253,7 @@ def test_prompts_are_read_from_every_format(tmp_path: Path, name: str, text: str
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("p.txt", "\n", "holds no prompt"),
+        ("p.txt", "\n", "contains no prompt"),
         ("p.jsonl", '{"text": "one"}\n', 'line 1 needs {"prompt"'),
         ("p.jsonl", "{torn\n", "line 1: not JSON"),
         ("p.jsonl", '{"prompt": "\\ud800"}\n', "line 1: not JSON"),

@@ -75,17 +75,17 @@ def test_a_full_size_run_is_planned_trained_stopped_resumed_exported_and_measure
 
     stop_in_first_update(monkeypatch)
     assert main(words) == STOPPED
-    assert [line["step"] for line in lines(out / "metrics.jsonl")] == [1]
+    assert [line["update"] for line in lines(out / "metrics.jsonl")] == [1]
     assert main(["resume", str(out)]) == DONE
     assert (out / "DONE").exists()
 
     metrics = lines(out / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == [1, 2]
+    assert [line["update"] for line in metrics] == [1, 2]
     for line in metrics:
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
         assert line["student/grad_norm"] > 0
     evaluations = lines(out / "evaluation.jsonl")
-    assert [line["step"] for line in evaluations] == [0, 2]
+    assert [line["update"] for line in evaluations] == [0, 2]
 
     assert main(["export", str(out), f"out={tmp_path / 'export'}", "kind=self_forcing"]) == DONE
     student = load_config(path).student

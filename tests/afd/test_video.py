@@ -122,9 +122,11 @@ def test_a_clip_that_ends_early_is_refused_or_its_last_frame_repeated(tmp_path: 
     path = tmp_path / "a.mp4"
     write_video(path, ramp(4), fps=8)
     for arguments in ({"fps": None}, {"fps": 8.0}):
-        with pytest.raises(VideoError, match=r"a\.mp4: is too short, it gives 4 of the 6 frames"):
+        with pytest.raises(
+            VideoError, match=r"a\.mp4: is too short, it has 4 of the requested 6 frames"
+        ):
             read_video(path, frames=6, **arguments, **TOY)
-        with pytest.raises(VideoError, match="gives 4 of the 6"):
+        with pytest.raises(VideoError, match="has 4 of the requested 6"):
             check_video(path, frames=6, **arguments)
         taken = read_video(path, frames=6, short="repeat", **arguments, **TOY)
         assert which(taken, 4) == [0, 1, 2, 3, 3, 3]

@@ -172,7 +172,7 @@ def test_held_out_prompts_come_from_their_file_or_the_teacher(tmp_path: Path) ->
     config = config_of(tmp_path, prompts=str(file))
     assert evaluation_prompts(config, [Request("teacher's")]) == ["one", "two"]
     file.write_text("\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"evaluation\.prompts: holds no prompt"):
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: contains no prompt"):
         evaluation_prompts(config, [])
     file.unlink()
     with pytest.raises(ConfigError, match=r"held_out\.txt: cannot be read"):
@@ -216,7 +216,7 @@ def test_a_run_writes_teacher_and_student_side_by_side(run: Path) -> None:
     videos = sorted(path.name for path in (run / "videos").iterdir())
     assert videos == ["update_000002.mp4", "update_000004.mp4"]
     assert len(list((run / "samples").glob("*.mp4"))) == 2
-    steps = [json.loads(line)["step"] for line in (run / "evaluation.jsonl").open()]
+    steps = [json.loads(line)["update"] for line in (run / "evaluation.jsonl").open()]
     assert steps == [0, 2, 4]
     events = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
     assert b"GIF89a" in events
@@ -250,8 +250,8 @@ def test_the_report_shows_the_frozen_rating_beside_the_online_score(
     run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    rated = [{"step": s, "metrics": {"MQ": 0.3 - s / 10, "motion": 5.0}} for s in (0, 2, 4)]
-    margins = [{"step": s, "discriminator/margin": 2.0 - s / 4} for s in (1, 2, 3, 4)]
+    rated = [{"update": s, "metrics": {"MQ": 0.3 - s / 10, "motion": 5.0}} for s in (0, 2, 4)]
+    margins = [{"update": s, "discriminator/margin": 2.0 - s / 4} for s in (1, 2, 3, 4)]
     for name, lines in (("evaluation", rated), ("metrics", margins)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -280,7 +280,7 @@ def test_bad_input_names_the_argument() -> None:
         ({"x": good["x"].int()}, "x: got int32"),
         ({"branch": good["branch"][:, :5]}, r"branch: got float32 \[2, 5, 8\]"),
         ({"branch": good["branch"].half()}, "branch: got float16"),
-        ({"branch": None}, "gate: .* None when there is no branch"),
+        ({"branch": None}, "gate: .* None, as there is no branch"),
         ({"gate": good["gate"][..., :7]}, r"gate: got .*; needed: float32 \[2, 3, 8\]"),
         ({"gate": good["gate"][0, 0]}, r"gate: got float32 \[8\]"),
         ({"gate": torch.zeros(2, 4, 8)}, "gate: .* with F dividing the 6 tokens"),

@@ -118,7 +118,7 @@ def test_joined_calls_answer_as_single_ones() -> None:
 def test_on_cuda_each_library_says_why_not() -> None:
     assert "not a multiple of 8" in str(library_cuda.reasons(9, 36)["cuDNN"])
     assert "not for compute capability 8.x" in str(library_cuda.reasons(8, 64)["cuDNN"])
-    assert "no fixed order" in str(library_cuda.reasons(9, 64, backward=True)["cuDNN"])
+    assert "is not deterministic" in str(library_cuda.reasons(9, 64, backward=True)["cuDNN"])
     refusal = str(library_cuda.refuse({torch.float32}))
     # The fixture `place` knows these words.
     assert refusal == "attention libraries on CUDA take bfloat16 and float16, not float32"
@@ -180,7 +180,11 @@ def test_a_library_of_another_version_is_passed_over(
 ) -> None:
     fits = SimpleNamespace(**{name: lambda *args, **kwargs: None for name in library.calls})
     older = SimpleNamespace(**{name: lambda q, k, v, more: None for name in library.calls})
-    for module, reason in ((fits, None), (older, "another version"), (object(), "no attribute")):
+    for module, reason in (
+        (fits, None),
+        (older, "incompatible version"),
+        (object(), "no attribute"),
+    ):
         monkeypatch.setattr(library_cuda, "_import", lambda name, found=module: (found, None))
         said = library.missing()
         assert said is None if reason is None else reason in said
@@ -205,7 +209,7 @@ def test_a_version_of_flash_attention_4_is_known_by_what_its_backward_asserts(
         monkeypatch.setattr(library_cuda.Flash4, "missing", lambda self: None)
         reason = library_cuda.reasons(9, 128, backward=True)["FlashAttention 4"]
         assert (reason is None) == fixed
-        assert fixed or "no fixed order on compute capability 9.x" in str(reason)
+        assert fixed or "is not deterministic on compute capability 9.x" in str(reason)
         assert not flash4.unordered(10)
         assert library_cuda.reasons(9, 128)["FlashAttention 4"] is None
 

@@ -28,7 +28,17 @@ VALUES = st.recursive(
     ),
     max_leaves=5,
 )
-KEYS = ("step", "method", "metrics", "videos", "seed", "phase_s", "time_s", "student/loss", "file")
+KEYS = (
+    "update",
+    "method",
+    "metrics",
+    "videos",
+    "seed",
+    "phase_s",
+    "time_s",
+    "student/loss",
+    "file",
+)
 KEYS += (
     "phys",
     "rend",
@@ -64,7 +74,7 @@ def lines(draw: st.DrawFn) -> bytes:
     """JSON lines with the report's own keys and any values, cut anywhere."""
     metrics = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3)
     rows = draw(st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES | metrics), max_size=4))
-    data = "".join(json.dumps({"step": i} | row) + "\n" for i, row in enumerate(rows)).encode()
+    data = "".join(json.dumps({"update": i} | row) + "\n" for i, row in enumerate(rows)).encode()
     return data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data
 
 

@@ -115,13 +115,13 @@ def test_a_damaged_run_folder_gives_the_same_bits_or_a_sentence(
         assert str(out) in str(ended), ended
     elif "config.yaml" not in hurt:  # which may ask for more updates, and the log says so
         ours, theirs = final_state(out), final_state(straight)
-        for key in ("step", "method_state", "random", "sampler"):
+        for key in ("update", "method_state", "random", "sampler"):
             assert_same(ours[key], theirs[key], key)
-        wanted = {line["step"]: line for line in numbers(straight)}
+        wanted = {line["update"]: line for line in numbers(straight)}
         found = numbers(out)
         log = (out / "train.log").read_text(encoding="utf-8", errors="replace")
         if found != list(wanted.values()):
-            assert "metrics.jsonl: holds other lines" in log or "DONE" in hurt
+            assert "metrics.jsonl: its lines differ" in log or "DONE" in hurt
     shutil.rmtree(out.parent)
 
 

@@ -165,14 +165,14 @@ def test_alias_bombs_are_refused_before_anything_is_built() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: &a [*a]", "line 1: it holds itself"),
+        ("a: &a [*a]", "line 1: it contains itself"),
         ("a: 1\n2: 3", "line 2: key '2' is not text; needed: quotes around it"),
-        ("a: 1\na: 2", "line 2: key 'a' stands twice"),
+        ("a: 1\na: 2", "line 2: key 'a' appears twice"),
         ("a: !!python/name:os.system x", "tag '!!python/name:os.system' is not allowed"),
         ("a: !!int x", "'x' does not have the form of !!int"),
         ("a: 9223372036854775808", "is too large; needed: below 2\\*\\*63"),
-        ('a: "x\\0"', "holds a zero byte"),
-        ('a: "\\ud83d"', "holds half of a character"),
+        ('a: "x\\0"', "contains a zero byte"),
+        ('a: "\\ud83d"', "contains a lone surrogate"),
         ("--- 1\n--- 2", "line 2: .*another document"),
         ("a:\n\t- b", "line 2: .*cannot start any token"),
     ],

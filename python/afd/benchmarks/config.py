@@ -27,8 +27,8 @@ class VBenchConfig(Section):
     )
     augmented: Path | None = Field(
         default=None,
-        description=".txt of longer prompts in the same order: a video is generated with its line "
-        "here and named with the original; null: generated with the original",
+        description=".txt of longer prompts in the same order: a video is generated from its line "
+        "here and named after the original; null: generated from the original",
     )
     originals: Path | None = Field(
         default=None,
@@ -58,7 +58,7 @@ class VideoPhyConfig(Section):
     column: str = Field(default="caption", description="column of the prompt")
     generate: str | None = Field(
         default=None,
-        description="column that a video is generated with (upsampled_caption); null: the prompt",
+        description="column that a video is generated from (upsampled_caption); null: the prompt",
     )
     samples: Samples = Field(default=1, description="videos per prompt")
     pc: Path | None = Field(
@@ -76,13 +76,13 @@ class VideoAlignMqConfig(Section):
 
     prompts: Path | None = Field(
         default=None,
-        description=".txt or .jsonl of prompts to make videos of; null: rate those of the others",
+        description=".txt or .jsonl of prompts; null: rate the videos of the other suites",
     )
     samples: Samples = Field(default=1, description="videos per prompt")
     checkpoint: str | None = Field(
         default=None,
-        description="the released VideoReward: folder, model.pth or hub name; null: what the run's "
-        "discriminator began as, with its base and checkout",
+        description="the released VideoReward: folder, model.pth or hub name; null: that of the "
+        "run's discriminator before training, with its base and checkout",
     )
     base: str | None = Field(
         default=None,
@@ -93,12 +93,12 @@ class VideoAlignMqConfig(Section):
         description="folder of the VideoAlign code, whose prompt template is read; null: our own",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="what the model computes in"
+        default="bfloat16", description="dtype of the computation"
     )
     rotary: Literal["released", "rounded", "exact"] = Field(
         default="released", description="precision of its rotary tables"
     )
-    batch: Count = Field(default=1, description="videos rated together")
+    batch: Count = Field(default=1, description="videos rated in one batch")
 
 
 class BenchmarkConfig(StreamConfig):
@@ -106,17 +106,19 @@ class BenchmarkConfig(StreamConfig):
 
     run: Path | None = Field(
         default=None,
-        description="run folder: the student of its newest checkpoint, and its settings wherever "
-        "this file says nothing of its own",
+        description="run folder: the student of its newest checkpoint, and its settings for "
+        "every key that this file leaves out",
     )
     weights: Literal["ema", "old", "theta"] | None = Field(
-        default=None, description="which of the run's weights; null: those that it evaluates"
+        default=None,
+        description="which of the run's weights; null: the version that the run evaluates",
     )
     name: Annotated[str, Field(pattern=_NAME, max_length=200)] | None = Field(
-        default=None, description="first folder below `out`; null: the run's name, or the file's"
+        default=None, description="subfolder of `out`; null: the run's name, or the file's"
     )
     suites: list[Suite] = Field(
-        default=["vbench", "videophy2", "videoalign_mq"], description="benchmarks to make and rate"
+        default=["vbench", "videophy2", "videoalign_mq"],
+        description="benchmarks to generate and rate",
     )
     limit: Count | None = Field(
         default=None, description="only the first prompts of each benchmark; null: all"

@@ -1,8 +1,8 @@
 """`afd benchmark CONFIG.yaml`: make a student's videos in the benchmarks' layouts and score them.
 
-All files of a student are in <out>/<name>/<step>/: videos/ holds only the mp4 files; beside it are
-manifest.jsonl (a description of each video), vbench/<dimension>/, videophy.csv, videoalign.csv, and
-the scores. Existing files are kept; a second call does what is missing.
+All files of a student are in <out>/<name>/<checkpoint>/: videos/ holds only the mp4 files; beside
+it manifest.jsonl (a description of each video), vbench/<dimension>/, videophy.csv, videoalign.csv,
+and the scores. Existing files are kept; a second call does what is missing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def evaluate(config: BenchmarkConfig, console: Console) -> list[Score]:
     config = with_rater(config)
     clips = [clip for suite in config.suites for clip in _clips(config, suite)]
     subject = find_subject(config)
-    folder = (config.out or Path("samples")) / subject.name / subject.step
+    folder = (config.out or Path("samples")) / subject.name / subject.checkpoint
     videos = folder / "videos"
     with (
         join(config.device) as ranks,
@@ -196,7 +196,7 @@ def _write_scores(folder: Path, subject: Subject, scores: Sequence[Score]) -> No
     write_csv(folder / "scores.csv", ("suite", "metric", "value", "videos", "of"), rows)
     held = {
         "name": subject.name,
-        "step": subject.step,
+        "checkpoint": subject.checkpoint,
         "student": subject.origin,
         "scores": [vars(score) for score in scores],
     }
@@ -219,22 +219,22 @@ def _show(
     where = folder.resolve()
     if "vbench" in config.suites and "vbench" not in answered:
         dimensions = sorted({d for clip in clips for d in clip.prompt.dimensions})
-        _say(
+        _print(
             console, f"VBench has not rated {', '.join(dimensions)} yet; in its checkout, for each:"
         )
-        _say(
+        _print(
             console,
             f"  vbench evaluate --videos_path {where}/vbench/DIMENSION --dimension DIMENSION "
             f"--output_path {where}/vbench_results",
         )
     if "videophy2" in config.suites and "videophy2" not in answered:
-        _say(console, "VideoPhy-2 has not rated yet; in its checkout, for pc and sa:")
-        _say(
+        _print(console, "VideoPhy-2 has not rated yet; in its checkout, for pc and sa:")
+        _print(
             console,
             f"  python inference.py --input_csv {where}/videophy.csv --checkpoint "
             f"videophy_2_auto --task pc --output_csv {where}/videophy_pc.csv",
         )
 
 
-def _say(console: Console, sentence: str) -> None:
+def _print(console: Console, sentence: str) -> None:
     console.print(sentence, highlight=False, soft_wrap=True, markup=False)

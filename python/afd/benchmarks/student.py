@@ -21,14 +21,14 @@ from afd.sampling.config import SampleConfig, StreamConfig
 from afd.trainer import checkpoint
 from afd.trainer.loop import load_run
 
-# The step of a checkpoint file, which belongs to no run.
+# Subfolder of the samples of weights that belong to no run.
 START = "start"
 
 
 class Stream(SampleConfig):
     """Streaming configuration that records the weights' origin independently of their path."""
 
-    origin: str = Field(description="what the student is, instead of the path of its file")
+    origin: str = Field(description="identity of the student's weights, instead of their path")
 
     def settings(self) -> dict[str, Any]:
         """As in `SampleConfig`."""
@@ -43,14 +43,14 @@ class Subject:
 
     Attributes:
         name: first folder of its samples.
-        step: second folder of its samples.
+        checkpoint: name of its checkpoint, the second folder of its samples.
         origin: description of the student, recorded in the videos.
         settings: fields of StreamConfig.
         export: writes the weights into a folder, unless they already are a file.
     """
 
     name: str
-    step: str
+    checkpoint: str
     origin: str
     settings: dict[str, Any]
     export: Callable[[Path], None]
@@ -116,13 +116,13 @@ def _of_run(config: BenchmarkConfig, folder: Path, settings: dict[str, Any]) -> 
     own = {key: getattr(config.student, key) for key in given - {"kind"}}
     settings["student"] = run.student.model_copy(update=own | {"checkpoint": None})
     version = config.weights or "evaluated"
-    step = path.name if config.weights is None else f"{path.name}-{version}"
+    part = path.name if config.weights is None else f"{path.name}-{version}"
     origin = f"{run.name} {path.name} {version} {digest[:16]}"
 
     def export(samples: Path) -> None:
         _export(folder, samples, run, config, digest, settings["student"].dtype)
 
-    return Subject(config.name or run.name, step, origin, settings, export)
+    return Subject(config.name or run.name, part, origin, settings, export)
 
 
 def _settings_of(run: RunConfig) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _export(
         there = json.loads((out / "afd.json").read_text(encoding="utf-8"))["checkpoint_sha256"]
         if there != digest:
             raise ConfigError(
-                f"out: {samples} holds samples of another student of the same name and step; "
+                f"out: {samples} holds samples of another student of this name and checkpoint; "
                 "choose another out= or name="
             )
         return

@@ -70,7 +70,7 @@ def read_lines(path: Path, key: str) -> list[str]:
     """The non-blank lines of a .txt file, stripped."""
     lines = [line.strip() for line in read_text(path, key).split("\n")]
     if not any(lines):
-        raise ConfigError(f"{key} {path}: holds none")
+        raise ConfigError(f"{key} {path}: contains no prompts")
     return [line for line in lines if line]
 
 
@@ -94,7 +94,7 @@ def read_rows(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, st
                 raise ConfigError(f"{key} {path}:{number}: no text in {column}; it has {there}")
         found.append({column: row[column] for column in columns})
     if not found:
-        raise ConfigError(f"{key} {path}: holds none")
+        raise ConfigError(f"{key} {path}: contains no prompts")
     return found
 
 

@@ -85,13 +85,13 @@ def file_name(prompt: str, sample: int) -> str:
     name = f"{prompt}-{sample}.mp4"
     wrong = None
     if "/" in prompt or "\0" in prompt:
-        wrong = f"it holds {'/' if '/' in prompt else 'a zero byte'!r}"
+        wrong = f"it contains {'/' if '/' in prompt else 'a zero byte'!r}"
     elif len(os.fsencode(name)) > LONGEST:
         wrong = f"with -{sample}.mp4 it is {len(os.fsencode(name))} bytes long, more than {LONGEST}"
     if wrong is not None:
         raise ConfigError(
-            f"vbench.prompts: {prompt!r} is no file name ({wrong}), and VBench finds a video by "
-            "its prompt as the file's name; leave the prompt out, or use vbench's custom_input mode"
+            f"vbench.prompts: {prompt!r} is not a valid file name ({wrong}), and VBench finds "
+            "videos by their prompt; leave the prompt out, or use vbench's custom_input mode"
         )
     return name
 
@@ -102,13 +102,13 @@ def check_disk(folder: Path, prompts: Sequence[Prompt]) -> None:
     if not pairs:
         return
     dimension, one, other = pairs[0]
-    told = f"{one!r} and {other!r} of {dimension} differ by case only"
+    alike = f"{one!r} and {other!r} of {dimension} differ by case only"
     if _ignores_case(folder):
         raise ConfigError(
-            f"vbench.prompts: {told}, which the disk of {folder} does not tell apart; choose an "
-            "out= on another disk"
+            f"vbench.prompts: {alike}, which the file system of {folder} does not "
+            "distinguish; choose an out= on another file system"
         )
-    _log.warning("vbench: %s: do not copy these videos to a disk that ignores case", told)
+    _log.warning("vbench: %s: do not copy these videos to a case-insensitive file system", alike)
 
 
 def link(folder: Path, clips: Sequence[Clip], videos: Path) -> None:
@@ -173,7 +173,7 @@ def _full_info(path: Path, key: str) -> list[tuple[str, tuple[str, ...]]]:
         listed = isinstance(dimensions, list) and all(_is_folder(d) for d in dimensions)
         if not isinstance(text, str) or not text.strip() or not listed or dimensions is None:
             raise ConfigError(
-                f"{key} {path}: entry {number} is not as VBench_full_info.json has it, an object "
+                f"{key} {path}: entry {number} is not, as in VBench_full_info.json, an object "
                 "with prompt_en and a list of dimension names"
             )
         found.append((text, tuple(dimensions)))
@@ -188,7 +188,7 @@ def _lines(path: Path, key: str) -> list[tuple[str, tuple[str, ...]]]:
     if path.suffix != ".txt":
         raise ConfigError(f"{key} {path}: needs the ending .json or .txt")
     if not _is_folder(path.stem):
-        raise ConfigError(f"{key} {path}: its name is to be a dimension's, as scene.txt")
+        raise ConfigError(f"{key} {path}: it must be named after a dimension, such as scene.txt")
     return [(line, (path.stem,)) for line in read_lines(path, key)]
 
 

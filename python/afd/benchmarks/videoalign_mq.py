@@ -118,7 +118,7 @@ class Ratings:
                 line = json.loads(text)
                 self._lines[line["video"]] = {"by": line["by"]} | {n: line[n] for n in RATINGS}
             except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError(f"{path}: it was changed ({error!r}); remove it") from error
+                raise ConfigError(f"{path}: it was modified ({error!r}); remove it") from error
 
     def rate(
         self, clips: Sequence[Clip], videos: Path, make: Callable[[], Rater], ranks: Ranks

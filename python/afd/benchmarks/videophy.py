@@ -54,7 +54,7 @@ def _ratings(path: Path, clips: Sequence[Clip]) -> dict[str, float]:
     for row in read_rows(path, key, ("videopath", "score")):
         name = PurePath(row["videopath"]).name
         if name not in known:
-            raise ConfigError(f"{key} {path}: {row['videopath']} is no video of this evaluation")
+            raise ConfigError(f"{key} {path}: {row['videopath']} is not a video of this evaluation")
         try:
             ratings[name] = float(row["score"])
         except ValueError:

@@ -51,14 +51,14 @@ class EvaluationConfig(Section):
     )
     every: Natural = Field(
         default=50,
-        description="evaluate before the first update and after every so many; 0 only at the end",
+        description="updates between evaluations, the first before training; 0: only at the end",
     )
     videos: Count = Field(default=576, description="held-out videos of the final evaluation")
     curve_videos: Count = Field(
-        default=144, description="held-out videos of each evaluation on the way"
+        default=144, description="held-out videos of each evaluation during training"
     )
     seed: Natural = Field(
-        default=1_000_000, description="seed of the held-out noise; the trainer never draws from it"
+        default=1_000_000, description="seed of the held-out noise, which training never uses"
     )
     samples: Natural = Field(
         default=36, description="videos of the final evaluation kept in samples.safetensors"
@@ -70,7 +70,7 @@ class LoggingConfig(Section):
 
     every: Count = Field(
         default=10,
-        description="a line in train.log after every so many updates (metrics.jsonl has them all)",
+        description="log a line every this many updates (metrics.jsonl has all of them)",
     )
     tensorboard: bool = Field(
         default=True, description="write TensorBoard event files beside metrics.jsonl"
@@ -80,25 +80,23 @@ class LoggingConfig(Section):
     )
     videos_every: Natural = Field(
         default=0,
-        description="write teacher and student side by side, with scores, after every so many "
-        "updates; 0 never",
+        description="write teacher and student side by side, with scores, every this many "
+        "updates; 0: never",
     )
-    progress: bool = Field(
-        default=True, description="show a progress bar where there is a terminal"
-    )
+    progress: bool = Field(default=True, description="show a progress bar on a terminal")
 
 
 class CheckpointConfig(Section):
     """When the full state of a run is saved."""
 
     every: Natural = Field(
-        default=100, description="save after every so many updates; 0 only at the end and on Ctrl-C"
+        default=100, description="save every this many updates; 0: only at the end and on Ctrl-C"
     )
-    keep: Count = Field(default=2, description="how many of the newest checkpoints stay on disk")
+    keep: Count = Field(default=2, description="number of newest checkpoints to keep")
     accept_changed_inputs: bool = Field(
         default=False,
-        description="go on where a teacher's video, or another file that the run depends on, holds "
-        "something else than what the run has learnt from; each is named in the log",
+        description="continue although a teacher video or another input file has changed; each is "
+        "named in the log",
     )
 
 
@@ -115,7 +113,7 @@ class RunConfig(Section):
         "through the last denoising step, dmd: score-free distribution matching",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="seed of everything the run draws"
+        default=0, description="seed of all random numbers of the run"
     )
     updates: Count = Field(
         default=None,
@@ -126,13 +124,13 @@ class RunConfig(Section):
     prompts_per_update: Count = Field(
         default=8, description="prompts, each with its teacher video, in one update"
     )
-    threads: Threads = Field(default=1, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=1, description="CPU threads; 0: torch's default")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
-        default="auto", description="auto: cuda where there is one, one for each process"
+        default="auto", description="auto: cuda if available, one GPU per process"
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp",
-        description="under torchrun: every process holds all weights, or a share of them",
+        description="under torchrun: whole weights in every process, or sharded weights",
     )
     cache: Folder | None = Field(
         default=None,
@@ -266,7 +264,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: holds {type(data).__name__}, needs keys and values")
+        raise ConfigError(f"{where}: contains {type(data).__name__}, needs keys and values")
     return data
 
 

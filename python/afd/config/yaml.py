@@ -114,7 +114,7 @@ class _Check:
         if id(node) in self._known:
             found = self._known[id(node)]
             if found is None:
-                raise _wrong(node, "it holds itself")
+                raise _wrong(node, "it contains itself")
         else:
             self._known[id(node)] = None
             parts = [self.expanded(below, depth + 1) for below in self._below(node)]
@@ -148,7 +148,7 @@ class _Check:
             _text(key)
             # PyYAML would silently take the last of duplicate keys.
             if key.value in seen:
-                raise _wrong(key, f"key {_short(key.value)} stands twice")
+                raise _wrong(key, f"key {_short(key.value)} appears twice")
             seen.add(key.value)
 
     def _scalar(self, node: Node) -> None:
@@ -176,9 +176,9 @@ def _text(node: Node) -> None:
         # Encoded as for a path, whose non-UTF-8 bytes are lone surrogates too.
         node.value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise _wrong(node, f"{_short(node.value)} holds half of a character") from None
+        raise _wrong(node, f"{_short(node.value)} contains a lone surrogate") from None
     if "\0" in node.value:
-        raise _wrong(node, f"{_short(node.value)} holds a zero byte")
+        raise _wrong(node, f"{_short(node.value)} contains a zero byte")
 
 
 def _plain(node: Node, tags: set[str]) -> None:

@@ -56,12 +56,12 @@ class Contents:
         then = self._known.get(request, now)
         if then.sha256 != now.sha256:
             changed = (
-                f"teacher video {path}: is not the one that this run has learnt from (SHA-256 "
+                f"teacher video {path}: is not the one that this run was trained on (SHA-256 "
                 f"{then.sha256[:16]} then, {now.sha256[:16]} now)"
             )
             if not self._accept:
-                raise TeacherError(f"{changed}; put that one back, or go on with {ACCEPT}=true")
-            _log.warning("%s; goes on with the new one", changed)
+                raise TeacherError(f"{changed}; restore it, or continue with {ACCEPT}=true")
+            _log.warning("%s; continuing with the new one", changed)
         self._known[request] = now
 
     def state_dict(self, ranks: Ranks = ALONE) -> list[Any]:
@@ -121,9 +121,8 @@ def refuse_other_inputs(
         if there.get(key) == now.get(key):
             continue
         changed = (
-            f"{key}: holds something else than when the run began ({there.get(key)} then, "
-            f"{now.get(key)} now)"
+            f"{key}: has changed since the run began ({there.get(key)} then, {now.get(key)} now)"
         )
         if not accept:
-            raise ConfigError(f"{changed}; put that back, or go on with {ACCEPT}=true")
-        _log.warning("%s; goes on with the new content", changed)
+            raise ConfigError(f"{changed}; restore it, or continue with {ACCEPT}=true")
+        _log.warning("%s; continuing with the new content", changed)

@@ -53,7 +53,7 @@ class Sampler:
         if state["of"] != len(self._requests):
             raise TeacherError(
                 f"the checkpoint was made with {state['of']} teacher videos, "
-                f"the folder holds {len(self._requests)} now"
+                f"the folder contains {len(self._requests)} now"
             )
         if state["asked"] != self._asked:
             raise TeacherError(

@@ -114,7 +114,7 @@ class Videos:
                 skipped += 1
                 _log.warning("skipped: %s", reason)
                 if skipped > len(self._teacher.requests):
-                    raise TeacherError(f"no request has an answer, the last: {reason}") from None
+                    raise TeacherError(f"no request succeeded, the last: {reason}") from None
             else:
                 drawn.append(request)
         return drawn
@@ -199,7 +199,7 @@ class Videos:
             if not content.is_of(path):
                 raise TeacherError(f"teacher video {path}: changed while it was read")
         except FileNotFoundError:
-            raise TeacherError(f"teacher video {path}: is not there any more") from None
+            raise TeacherError(f"teacher video {path}: no longer exists") from None
         return loaded, content
 
     def _load(self, path: Path) -> Tensor:

@@ -113,13 +113,13 @@ def draw(table: Study, path: Path) -> None:
             label = row if index == 0 else None
             for panel, key in zip(panels, CURVES, strict=False):
                 updates = [
-                    (line["step"], line[key])
+                    (line["update"], line[key])
                     for line in lines(folder / "metrics.jsonl")
                     if key in line
                 ]
                 _line(panel, updates, label, style, smooth=True)
             points = lines(folder / "evaluation.jsonl")
-            errors = [(p["step"], p["metrics"]["phys"]) for p in points if "phys" in p["metrics"]]
+            errors = [(p["update"], p["metrics"]["phys"]) for p in points if "phys" in p["metrics"]]
             _line(panels[-1], errors, label, style)
     for panel, title in zip(panels, [*CURVES.values(), "physics error, px"], strict=True):
         panel.set_title(title)

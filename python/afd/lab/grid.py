@@ -117,14 +117,14 @@ class Study:
                 for sign in self.signs
                 if (values := [line[sign] for line in late if sign in line])
             },
-            "updates": updates[-1]["step"],
+            "updates": updates[-1]["update"],
             "seconds": updates[-1]["time_s"],
         }
         if evaluations:
             found["metrics"] = evaluations[-1]["metrics"] | found["metrics"]
         if any("phys" in line["metrics"] for line in evaluations):
             best = min(evaluations, key=lambda line: line["metrics"]["phys"])
-            found["best"] = {"update": best["step"], "phys": best["metrics"]["phys"]}
+            found["best"] = {"update": best["update"], "phys": best["metrics"]["phys"]}
         return found
 
     # --- tables ---

@@ -126,4 +126,4 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(config: RunConfig, method: str, count: int, metrics: dict[str, float]) -> dict[str, Any]:
-    return {"step": 0, "seed": config.seed, "method": method, "videos": count, "metrics": metrics}
+    return {"update": 0, "seed": config.seed, "method": method, "videos": count, "metrics": metrics}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from afd.models.wan.types import WanConfig
     from afd.video.config import VideoConfig
 
+Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -46,28 +47,26 @@ class StudentConfig(Section):
 
     kind: str = Field(description="name of the student in the registry")
     checkpoint: str | None = Field(default=None, description="file or folder of the start weights")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    dtype: Dtype = Field(
         default="float32",
-        description="what the network computes in; trained weights are kept in float32",
+        description="dtype of the computation; trained weights are kept in float32",
     )
     denoising_steps: list[float] = Field(
-        default=[1.0], min_length=1, description="denoising steps, falling from the first one"
+        default=[1.0], min_length=1, description="denoising steps, decreasing"
     )
     first_chunk_steps: list[float] | None = Field(
-        default=None, description="those of the first chunk; null: denoising_steps"
+        default=None, description="denoising steps of the first chunk; null: denoising_steps"
     )
-    context_noise: float = Field(
-        default=0.0, ge=0, le=1000, description="time that the context pass is given"
-    )
+    context_noise: float = Field(default=0.0, ge=0, le=1000, description="time of the context pass")
     lora: LoraConfig | None = Field(
         default=None, description="train low-rank adapters; null: every weight"
     )
     checkpoint_blocks: bool = Field(
         default=False,
-        description="keep only what lies between blocks and compute the rest again in the backward",
+        description="save only the residual between blocks and recompute the rest in the backward",
     )
     rollout_batch: Count | None = Field(
-        default=None, description="videos streamed together in a rollout; null: all at once"
+        default=None, description="videos per rollout batch; null: all"
     )
 
     def build(

@@ -104,7 +104,9 @@ class FullPolicies(Policies):
 
     def using(self, name: str) -> AbstractContextManager[Student]:
         known = name in self._students
-        require(known, "name", name, f"one of {tuple(self._students)}, as make_policies was told")
+        require(
+            known, "name", name, f"one of {tuple(self._students)}, the versions of make_policies"
+        )
         return nullcontext(self._students[name])
 
 

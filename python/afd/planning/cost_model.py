@@ -87,6 +87,11 @@ class Net:
         weights = 6 * D * D + 2 * D * self.ffn + rank * (6 * 2 * D + 2 * (D + self.ffn))
         return 2.0 * self.layers * weights * tokens
 
+    def keys(self, tokens: float, adapted: bool = True) -> float:
+        """Keys and values of one layer's self-attention."""
+        D, rank = self.dim, (self.lora or 0) if adapted else 0
+        return 2.0 * (2 * D * D + rank * 2 * 2 * D) * tokens
+
     def attention(self, queries: float, keys: float) -> float:
         """The two attention products, over all heads and layers."""
         return 4.0 * self.layers * self.dim * queries * keys
@@ -98,6 +103,16 @@ class Net:
         pairs = self.attention(size, size) * seen
         return self.linear(chunks * size, adapted) + pairs + prompt
 
+    def context(self, chunks: float, seen: float, adapted: bool = True) -> float:
+        """A pass as in `whole` for a context: its last layer computes only keys and values."""
+        others = self.whole(chunks, seen, adapted) * (self.layers - 1) / self.layers
+        return others + self.keys(chunks * self.chunk * self.tokens, adapted)
+
+    def recomputed(self, forward: float, tokens: float) -> float:
+        """A checkpointed forward in the backward: it ends with the input of the last product."""
+        last = 2.0 * self.layers * self.dim * self.ffn * tokens
+        return forward - (last if self.lora is None else 0.0)
+
 
 # --- the student ---
 
@@ -107,15 +122,15 @@ def rollout_flop(net: Net, steps: int, first_steps: int | None = None) -> float:
     total = 0.0
     for chunk in range(1, net.chunks + 1):
         denoising = first_steps if chunk == 1 and first_steps is not None else steps
-        total += (denoising + (chunk < net.chunks)) * net.whole(1, chunk)
+        total += denoising * net.whole(1, chunk)
+        total += net.context(1, chunk) if chunk < net.chunks else 0.0
     return total
 
 
 def context_flop(net: Net, adapted: bool = True) -> float:
-    """The clean pass that produces a video's context. As in the roofline, the last chunk is not
-    counted, since nothing attends to it; a pass that includes it makes an update 5 % longer."""
-    before = net.chunks - 1
-    return net.whole(before, before * (before + 1) / 2, adapted)
+    """The clean pass that produces a video's context. It includes the last chunk, which the
+    roofline does not count, since nothing attends to it: 5 % of an update."""
+    return net.context(net.chunks, net.chunks * (net.chunks + 1) / 2, adapted)
 
 
 def noisy_flop(net: Net, part: float = 1.0, adapted: bool = True) -> float:
@@ -125,9 +140,12 @@ def noisy_flop(net: Net, part: float = 1.0, adapted: bool = True) -> float:
 
 def linear_backward(net: Net, tokens: float) -> float:
     """Backward of the linear layers, for inputs and trained weights."""
-    frozen = net.linear(tokens, adapted=False)
-    adapters = net.linear(tokens) - frozen
-    return 2 * frozen if net.lora is None else frozen + 2 * adapters
+    return _backward(net, net.linear(tokens, adapted=False), net.linear(tokens))
+
+
+def _backward(net: Net, plain: float, adapted: float) -> float:
+    """Backward of products that take `plain` operations, `adapted` with LoRA."""
+    return 2 * plain if net.lora is None else plain + 2 * (adapted - plain)
 
 
 def noisy_backward(net: Net, part: float = 1.0, *, through_context: bool = False) -> float:
@@ -139,6 +157,24 @@ def noisy_backward(net: Net, part: float = 1.0, *, through_context: bool = False
     to_past = FULL_BACKWARD if through_context else QUERY_BACKWARD
     products = linear_backward(net, part * net.chunks * size)
     return products + FULL_BACKWARD * (own + prompt) + to_past * past
+
+
+def trained_flop(
+    net: Net, part: float = 1.0, *, through_context: bool = False, checkpointed: bool = True
+) -> float:
+    """`noisy_flop` with its backward, in which checkpointed blocks are recomputed."""
+    forward, tokens = noisy_flop(net, part), part * net.frames * net.tokens
+    again = net.recomputed(forward, tokens) if checkpointed else 0.0
+    return forward + again + noisy_backward(net, part, through_context=through_context)
+
+
+def trained_context_flop(net: Net, *, checkpointed: bool = True) -> float:
+    """`context_flop` with its backward, in which checkpointed blocks are recomputed."""
+    forward, tokens = context_flop(net), net.frames * net.tokens
+    others = (net.layers - 1) / net.layers
+    again = net.recomputed(forward, others * tokens) if checkpointed else 0.0
+    keys = _backward(net, net.keys(tokens, adapted=False), net.keys(tokens))
+    return forward + again + others * noisy_backward(net, through_context=True) + keys
 
 
 def nft_flop(
@@ -164,37 +200,35 @@ def nft_flop(
     """
     others = [True] + ([False] if prior else [])  # old has adapters, the reference none
     noisy = sum(noisy_flop(net, part, adapted) for adapted in others)
-    total = draws * (noisy + noisy_flop(net, part) * (1 + checkpointed))
-    if context == "recompute":
-        clean = sum(noisy_flop(net, 1.0, adapted) for adapted in others)
-        total += draws * (clean + noisy_flop(net) * (1 + checkpointed))
-        both = noisy_backward(net, part, through_context=True)
-        return total + draws * (both + noisy_backward(net, through_context=True))
-    total += draws * noisy_backward(net, part, through_context=context == "noisy")
+    contexts = sum(context_flop(net, adapted) for adapted in others)
+    through = context in ("recompute", "noisy")
+    ours = trained_flop(net, part, through_context=through, checkpointed=checkpointed)
+    total = draws * (noisy + ours)
     if context == "noisy":
         return total
+    if context == "recompute":
+        return total + draws * (contexts + trained_context_flop(net, checkpointed=checkpointed))
     if context == "shared_context":
         return total + (0.0 if kept else context_flop(net))
-    return total + sum(context_flop(net, adapted) for adapted in others) + context_flop(net)
+    return total + contexts + context_flop(net)
 
 
 def last_step_flop(
     net: Net, *, recompute: bool = False, prior: bool = False, checkpointed: bool = True
 ) -> float:
     """A rollout's last denoising step with gradients, for methods that differentiate it."""
-    own = noisy_flop(net) * (1 + checkpointed) + noisy_backward(net, through_context=recompute)
-    context = context_flop(net)
-    if recompute:
-        context = noisy_flop(net) * (1 + checkpointed) + noisy_backward(net, through_context=True)
+    own = trained_flop(net, through_context=recompute, checkpointed=checkpointed)
+    context = (
+        trained_context_flop(net, checkpointed=checkpointed) if recompute else context_flop(net)
+    )
     reference = noisy_flop(net, adapted=False) + context_flop(net, adapted=False) if prior else 0.0
     return own + context + reference
 
 
 def sft_flop(net: Net, *, draws: int, part: float = 1.0, checkpointed: bool = True) -> float:
     """Flow matching on one video: `draws` noised copies and their contexts, all with gradients."""
-    noisy, clean = (noisy_flop(net, p) * (1 + checkpointed) for p in (part, 1.0))
-    backward = sum(noisy_backward(net, p, through_context=True) for p in (part, 1.0))
-    return draws * (noisy + clean + backward)
+    noisy = trained_flop(net, part, through_context=True, checkpointed=checkpointed)
+    return draws * (noisy + trained_context_flop(net, checkpointed=checkpointed))
 
 
 # --- memory of the student ---
@@ -268,7 +302,7 @@ def encode_bytes(pixels: int, itemsize: int) -> int:
 
 
 @dataclass(frozen=True)
-class Reader:
+class VideoAlignSizes:
     """Sizes of Qwen2-VL's two towers; defaults: 2B with VideoAlign's three tokens.
 
     Attributes:
@@ -280,9 +314,9 @@ class Reader:
     layers: int = 28
     kv: int = 256
     vocabulary: int = 151_660
-    seen_dim: int = 1280
-    seen_ffn: int = 5120
-    seen_layers: int = 32
+    vision_dim: int = 1280
+    vision_ffn: int = 5120
+    vision_layers: int = 32
     patch_dim: int = 1176
     prompt: int = 800
 
@@ -294,10 +328,10 @@ class Reader:
     @property
     def parameters(self) -> int:
         """Parameters of both towers, without biases and norms (less than 0.1 %)."""
-        seen = self.seen_layers * (4 * self.seen_dim**2 + 2 * self.seen_dim * self.seen_ffn)
-        merged = 4 * self.seen_dim
-        seen += self.patch_dim * self.seen_dim + merged * (merged + self.dim)
-        return self.layers * self.layer + self.vocabulary * self.dim + seen
+        width, merged = self.vision_dim, 4 * self.vision_dim
+        vision = self.vision_layers * (4 * width**2 + 2 * width * self.vision_ffn)
+        vision += self.patch_dim * width + merged * (merged + self.dim)
+        return self.layers * self.layer + self.vocabulary * self.dim + vision
 
     def lora(self, rank: int) -> int:
         """Parameters of adapters on the seven linear layers per language layer, and of the head."""
@@ -309,13 +343,13 @@ class Reader:
         """Sequence length of the language model's input."""
         return patches // 4 + self.prompt
 
-    def see_flop(self, patches: int, pictures: int) -> float:
+    def vision_flop(self, patches: int, pictures: int) -> float:
         """The vision tower on one video; patches attend only within their own image."""
-        weights = 4 * self.seen_dim**2 + 2 * self.seen_dim * self.seen_ffn
-        within = 4.0 * patches * patches / max(1, pictures) * self.seen_dim
-        return self.seen_layers * (2.0 * weights * patches + within)
+        weights = 4 * self.vision_dim**2 + 2 * self.vision_dim * self.vision_ffn
+        within = 4.0 * patches * patches / max(1, pictures) * self.vision_dim
+        return self.vision_layers * (2.0 * weights * patches + within)
 
-    def read_flop(self, patches: int, rank: int = 0) -> float:
+    def language_flop(self, patches: int, rank: int = 0) -> float:
         """The language model on one video; `rank`: that of the active LoRA."""
         length = self.tokens(patches)
         causal = self.layers * 2.0 * length * length * self.dim
@@ -323,14 +357,14 @@ class Reader:
 
     def score_flop(self, patches: int, pictures: int, rank: int) -> float:
         """One score without gradients."""
-        return self.see_flop(patches, pictures) + self.read_flop(patches, rank)
+        return self.vision_flop(patches, pictures) + self.language_flop(patches, rank)
 
     def train_flop(self, patches: int, pictures: int, rank: int, *, checkpointed: bool) -> float:
         """One video of a pair: forward, backward to the LoRA, and recomputed forward."""
-        plain = self.read_flop(patches)
-        forward = self.read_flop(patches, rank)
+        plain = self.language_flop(patches)
+        forward = self.language_flop(patches, rank)
         backward = plain + 2 * (forward - plain)
-        return self.see_flop(patches, pictures) + forward * (1 + checkpointed) + backward
+        return self.vision_flop(patches, pictures) + forward * (1 + checkpointed) + backward
 
     def activation_bytes(self, patches: int, itemsize: int, *, checkpointed: bool) -> int:
         """Estimated activations of a training pass on one video, plus the current layer."""

@@ -153,7 +153,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(disk, highlight=False, soft_wrap=True, markup=False)
     for line in plan.missing:
         console.print(f"not here: {line}", highlight=False, soft_wrap=True, markup=False)
-    console.print("nothing was started; every number above is an estimate", highlight=False)
+    console.print("nothing was run; all numbers above are estimates", highlight=False)
 
 
 def _source(config: RunConfig) -> str:
@@ -174,8 +174,8 @@ def _show_memory(plan: Plan, console: Console) -> None:
     console.print(table)
     peaks = plan.peaks()
     highest = max(peaks, key=lambda moment: peaks[moment])
-    told = ", ".join(f"{moment} {gib(held)}" for moment, held in peaks.items())
-    line = f"at most {gib(peaks[highest])}, in {highest} ({told})"
+    others = ", ".join(f"{moment} {gib(held)}" for moment, held in peaks.items())
+    line = f"at most {gib(peaks[highest])}, in {highest} ({others})"
     if plan.phases:
         line += "; " + ", ".join(_fits(plan, name) for name in MACHINES)
     console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -183,7 +183,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
 
 def _fits(plan: Plan, name: str) -> str:
     held, there = max(plan.peaks().values()), MACHINES[name].memory
-    word = "fits" if held < 0.9 * there else "is tight on" if held < there else "is too much for"
+    word = "fits" if held < 0.9 * there else "barely fits" if held < there else "exceeds"
     return f"{word} an {name} ({there / GIB:.0f} GiB)"
 
 
@@ -195,7 +195,7 @@ def _show_time(plan: Plan, console: Console) -> None:
     title = f"GPU time (estimate, assuming {assumed})"
     table = Table(title=title, title_justify="left")
     table.add_column("phase")
-    for name in ("PFLOP each", "GPU-s each", "times", "GPU-h in all"):
+    for name in ("PFLOP each", "GPU-s each", "times", "GPU-h total"):
         table.add_column(name, justify="right")
     table.add_column("what")
     for phase in plan.phases:
@@ -210,7 +210,7 @@ def _show_time(plan: Plan, console: Console) -> None:
     console.print(table)
     total = plan.gpu_seconds / 3600
     line = (
-        f"together {total:.1f} GPU-hours, {total / plan.processes:.1f} hours on "
+        f"in total {total:.1f} GPU-hours, {total / plan.processes:.1f} hours on "
         f"{plan.processes} GPU(s)"
     )
     console.print(line, highlight=False, soft_wrap=True, markup=False)

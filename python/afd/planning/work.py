@@ -28,7 +28,7 @@ from afd.planning.cost_model import MACHINES, Net
 from afd.planning.rewards import frozen, networks, shared_passes
 from afd.rewards.base import online
 
-READER = cost.Reader()
+SIZES = cost.VideoAlignSizes()
 GIB = 2**30
 
 
@@ -85,11 +85,11 @@ class Work:
         draws = getattr(self.method, "draws", 1)
         self.micro = min(self.method.micro_batch or self.videos * draws, self.videos * draws)
         self.pixels = config.video.height * config.video.width
-        self.sees_video = isinstance(self.discriminator, VideoAlignConfig)
+        self.reads_pixels = isinstance(self.discriminator, VideoAlignConfig)
         self.rewards = frozen(config.rewards) if config.method == "afd" else {}
-        self.decodes = self.sees_video or bool(self.rewards)
+        self.decodes = self.reads_pixels or bool(self.rewards)
         # Rewards alone need no teacher's videos.
-        self.encodes = not self.sees_video and not (
+        self.encodes = not self.reads_pixels and not (
             config.method == "afd" and self.discriminator is None
         )
 
@@ -135,7 +135,7 @@ class Work:
                 reference = net.parameters * held // parts
                 yield Part("reference", reference, "always", "frozen copy for the prior")
         if sharded:
-            note = "all shares, gathered for a pass"
+            note = "all shards, gathered for a pass"
             yield Part("gathered", net.parameters * self.item, "always", note)
         numbers = len(trained) * net.trained // parts
         yield Part("optimizer", 2 * cost.FLOAT * numbers, "always", "Adam's two moments, fp32")
@@ -145,7 +145,9 @@ class Work:
         if not self.wan:
             return
         text = cost.TEXT_PARAMETERS * self.item
-        yield Part("text encoder", text, "start", "embeds what the cache lacks, then it goes")
+        yield Part(
+            "text encoder", text, "start", "embeds prompts missing from the cache, then freed"
+        )
         weights = cost.VAE_PARAMETERS * self.vae_item
         yield Part("autoencoder", weights, "always", "frozen weights")
         if self.decodes:
@@ -154,7 +156,7 @@ class Work:
             if self.config.method == "gan":
                 sizes = self.net.frames, self.micro, self.pixels, self.vae_item
                 kept = cost.decode_gradient_bytes(*sizes)
-                note = f"{self.micro} video(s) a pass, a latent frame computed again at a time"
+                note = f"{self.micro} video(s) a pass, latent frames recomputed one by one"
                 yield Part("decode with gradients", kept, "student", note)
         if self.encodes:
             encode = cost.encode_bytes(self.pixels, self.vae_item)
@@ -164,14 +166,14 @@ class Work:
         discriminator = self.discriminator
         if isinstance(discriminator, VideoAlignConfig):
             item = DTYPES[discriminator.dtype].itemsize
-            trained = READER.lora(discriminator.lora_rank)
-            yield Part("VideoAlign", READER.parameters * item, "always", "frozen weights")
+            trained = SIZES.lora(discriminator.lora_rank)
+            yield Part("VideoAlign", SIZES.parameters * item, "always", "frozen weights")
             state = 4 * cost.FLOAT * trained
             note = "LoRA, gradients and Adam, fp32"
             yield Part("VideoAlign training", state, "always", note)
             pairs = min(discriminator.micro_batch or self.videos, self.videos)
             patches, _ = self._patches(self._window(discriminator))
-            kept = READER.activation_bytes(
+            kept = SIZES.activation_bytes(
                 patches, item, checkpointed=discriminator.gradient_checkpointing
             )
             moment = "student" if self.config.method == "gan" else "discriminator"
@@ -189,7 +191,7 @@ class Work:
 
     def _rewards(self) -> Iterator[Part]:
         for dtype, names in networks(self.rewards, self.discriminator):
-            size = READER.parameters * DTYPES[dtype].itemsize
+            size = SIZES.parameters * DTYPES[dtype].itemsize
             note = f"frozen weights of rewards {', '.join(names)}"
             yield Part("VideoAlign of rewards", size, "always", note)
 
@@ -225,8 +227,8 @@ class Work:
             for c in (True, False)
         ]
         held, other = both if checkpointed else reversed(both)
-        told = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
-        yield Part("activations", held, "student", told + str(not checkpointed).lower())
+        note = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
+        yield Part("activations", held, "student", note + str(not checkpointed).lower())
         if context not in ("recompute", "noisy") and not self._keeps_context():
             one = cost.kv_bytes(net, self.micro, self.item)
             yield Part("context", one, "student", "keys and values of a pass's clean videos")
@@ -236,7 +238,7 @@ class Work:
         names, trained = self.versions()
         numbers = (len(names) + 2 * len(trained)) * self.net.trained
         if isinstance(self.discriminator, VideoAlignConfig):
-            numbers += 3 * READER.lora(self.discriminator.lora_rank)
+            numbers += 3 * SIZES.lora(self.discriminator.lora_rank)
         elif isinstance(self.discriminator, LatentConfig):
             numbers += 3 * sum(p.numel() for p in self._scorer(self.discriminator).parameters())
         return cost.FLOAT * numbers
@@ -276,7 +278,7 @@ class Work:
         measured = self._evaluated()
         if measured:
             # The discriminator, and its frozen original model on the whole video.
-            rate = self._score_flop() + self._rate_flop() if self.sees_video else 0.0
+            rate = self._score_flop() + self._rate_flop() if self.reads_pixels else 0.0
             rate += len(shared_passes(self.rewards)) * self._rate_flop()
             note = f"{measured} held-out videos in all, and their decode"
             yield Phase("evaluation", rollout + rate, decode, measured, note)
@@ -291,7 +293,7 @@ class Work:
             return fits * (teachers + videos) * flop, note
         if isinstance(discriminator, VideoAlignConfig):
             patches, pictures = self._patches(self._window(discriminator))
-            one = READER.train_flop(
+            one = SIZES.train_flop(
                 patches,
                 pictures,
                 discriminator.lora_rank,
@@ -311,20 +313,20 @@ class Work:
 
     def _rate_flop(self) -> float:
         """Rating one whole video by the released VideoAlign."""
-        return READER.score_flop(*self._patches(self._looked()), rank=0)
+        return SIZES.score_flop(*self._patches(self._looked()), rank=0)
 
     def _score_flop(self) -> float:
         discriminator = self.discriminator
         assert isinstance(discriminator, VideoAlignConfig)
         window, count = self._window(discriminator), self._looked()
         patches, pictures = self._patches(window)
-        one = READER.score_flop(patches, pictures, discriminator.lora_rank)
+        one = SIZES.score_flop(patches, pictures, discriminator.lora_rank)
         return len(window_starts(count, window)) * one
 
     def _student_work(self, videos: int, decode: float) -> tuple[float, float, str]:
         config, net = self.config, self.net
         checkpointed = config.student.checkpoint_blocks
-        told = "blocks computed again in the backward" if checkpointed else "all activations kept"
+        blocks = "blocks recomputed in the backward" if checkpointed else "all activations kept"
         chunks = getattr(self.method, "chunks_per_update", None)
         part = min(1.0, chunks / net.chunks) if chunks else 1.0
         if config.method == "afd":
@@ -338,11 +340,11 @@ class Work:
                 prior=afd.prior_weight > 0,
                 checkpointed=checkpointed,
             )
-            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s); {told}"
+            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s); {blocks}"
         if config.method == "sft":
             sft = config.sft
             flop = cost.sft_flop(net, draws=sft.draws, part=part, checkpointed=checkpointed)
-            return videos * flop, 0.0, f"{sft.draws} draw(s) of {videos} videos; {told}"
+            return videos * flop, 0.0, f"{sft.draws} draw(s) of {videos} videos; {blocks}"
         last = config.gan if config.method == "gan" else config.dmd
         flop = cost.last_step_flop(
             net,
@@ -352,12 +354,12 @@ class Work:
         )
         if config.method == "dmd":
             flop += 2 * (cost.context_flop(net) + cost.noisy_flop(net))
-            return videos * flop, 0.0, f"through the last step, with both fields' views; {told}"
-        if not self.sees_video:
-            return videos * flop, 0.0, f"through the last step; {told}"
-        # Forward, recomputation and backward, including the discriminator's.
+            return videos * flop, 0.0, f"through the last step, with both fields' views; {blocks}"
+        if not self.reads_pixels:
+            return videos * flop, 0.0, f"through the last step; {blocks}"
+        # Forward, recomputation and input gradients, of the discriminator and the decode.
         flop += 3 * self._score_flop()
-        return videos * flop, videos * 4 * decode, f"through the last step and the decode; {told}"
+        return videos * flop, videos * 3 * decode, f"through the last step and the decode; {blocks}"
 
     def _waits(self) -> int:
         """Number of updates before the student's first."""

@@ -25,14 +25,15 @@ class StreamConfig(Section):
 
     out: Path | None = Field(default=None, description="folder of the mp4 files")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="seed of the first video; the next ones count on"
+        default=0, description="seed of the first video; each further video adds 1"
     )
     batch: Count = Field(default=1, description="videos streamed together")
 
-    height: Count = Field(default=480, description="rows of the video in pixels")
-    width: Count = Field(default=832, description="columns of the video in pixels")
+    height: Count = Field(default=480, description="height of the video in pixels")
+    width: Count = Field(default=832, description="width of the video in pixels")
     frames: Count = Field(
-        default=81, description="frames of the video, prefix included; may exceed the training's"
+        default=81,
+        description="frames of the video, including the prefix; may exceed the training length",
     )
     fps: Positive = Field(default=16.0, description="frames per second of the file")
     crf: Annotated[int, Field(ge=0, le=51)] = Field(
@@ -43,16 +44,19 @@ class StreamConfig(Section):
         default=False, description="the first latent frame is a chunk of its own"
     )
     window: Count | None = Field(
-        default=None, description="latent frames a chunk sees, sink and itself included; null: all"
+        default=None,
+        description="latent frames a chunk attends to, including the sink and itself; null: all",
     )
-    sink: Natural = Field(default=0, description="first latent frames that the window never loses")
+    sink: Natural = Field(
+        default=0, description="first latent frames that always stay in the window"
+    )
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
-        default="auto", description="auto: cuda where there is one"
+        default="auto", description="auto: cuda if available"
     )
-    compile: bool = Field(default=False, description="compile what lies around attention")
+    compile: bool = Field(default=False, description="compile the code around attention")
     cuda_graphs: bool = Field(default=False, description="replay passes as CUDA graphs")
-    threads: Threads = Field(default=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Threads = Field(default=0, description="CPU threads; 0: torch's default")
 
     @model_validator(mode="after")
     def _consistent(self) -> StreamConfig:
@@ -107,12 +111,12 @@ class SampleConfig(StreamConfig):
         default=None,
         description=".txt (one a line), .jsonl (an object a line), a prompt itself, or a list",
     )
-    samples: Count = Field(default=1, description="videos per prompt, with seeds of their own")
+    samples: Count = Field(default=1, description="videos per prompt, each with its own seed")
 
-    image: Path | None = Field(default=None, description="the video begins with this picture")
-    video: Path | None = Field(default=None, description="the video continues this one")
+    image: Path | None = Field(default=None, description="start the video from this image")
+    video: Path | None = Field(default=None, description="continue this video")
     prefix_frames: Count | None = Field(
-        default=None, description="frames taken of `video`; null: those of one chunk"
+        default=None, description="frames taken from `video`; null: one chunk"
     )
 
     @model_validator(mode="after")

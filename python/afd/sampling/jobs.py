@@ -34,11 +34,11 @@ class Line(Section):
     @model_validator(mode="after")
     def _text(self) -> Line:
         if not self.prompt.strip():
-            raise ValueError("a prompt is blank")
+            raise ValueError("the prompt is blank")
         for prompt in (self.prompt, *(prompt for _, prompt in self.switches)):
             # Text that no tokenizer accepts, such as undecodable bytes from a command line.
             if "\0" in prompt or not _encodable(prompt):
-                raise ValueError("a prompt holds a zero byte, or bytes that are not UTF-8")
+                raise ValueError("the prompt contains a zero byte, or bytes that are not UTF-8")
         return self
 
 
@@ -101,7 +101,7 @@ def read_jobs(config: SampleConfig) -> list[Job]:
                 switches=line.switches,
             )
             if job.name in jobs:
-                raise ConfigError(f"prompts: two videos are named {job.name}")
+                raise ConfigError(f"prompts: two videos have the name {job.name}")
             jobs[job.name] = job
     return list(jobs.values())
 
@@ -144,7 +144,7 @@ def _lines(config: SampleConfig) -> Iterator[Line]:
     except ValueError as error:
         raise ConfigError(f"prompts {path}: {error}") from error
     if not text.strip():
-        raise ConfigError(f"prompts {path}: holds none")
+        raise ConfigError(f"prompts {path}: contains no prompts")
     if path.suffix == ".txt":
         # Not splitlines, which also splits at separators that a prompt may contain.
         for number, line in enumerate(text.split("\n"), 1):

@@ -89,10 +89,10 @@ def _said_when_full() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"device: too little memory ({said}); --dry-run says what is held; a smaller batch, a "
-            "window or fewer frames take less"
+            f"device: too little memory ({reason}); --dry-run shows what is needed; a smaller "
+            "batch, a window or fewer frames need less"
         ) from error
 
 
@@ -118,7 +118,7 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
     config = config.model_copy(update={"student": config.student.pinned()})
     todo = [job for job in jobs if not _finished(job, config)]
     if len(todo) < len(jobs):
-        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already")
+        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} videos exist already")
     result = Sampled([], len(jobs) - len(todo), [])
     if not todo:
         return result
@@ -196,10 +196,10 @@ def _finished(job: Job, config: SampleConfig) -> bool:
     wanted = job.record(config)
     if there == wanted:
         return True
-    told = (
-        "it does not say from what" if not isinstance(there, dict) else _difference(there, wanted)
+    differing = (
+        "its inputs are not recorded" if not isinstance(there, dict) else _difference(there, wanted)
     )
-    raise ConfigError(f"out: {path} was made from something else ({told}); use another folder")
+    raise ConfigError(f"out: {path} was made from other inputs ({differing}); use another folder")
 
 
 def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -60,25 +60,25 @@ class Forecast:
             yield f"teacher: {self.kind}, {number}; nothing is bought"
         elif not self.wanted:
             yield (
-                f"teacher: {self.kind}, about {self.price_usd:.2f} USD a video; how many is not "
-                "known without the prompts"
+                f"teacher: {self.kind}, about {self.price_usd:.2f} USD a video; the number of "
+                "videos is unknown without the prompts"
             )
         else:
             yield (
-                f"teacher: {self.kind}, {self.there} of {self.wanted} videos are there, "
+                f"teacher: {self.kind}, {self.there} of {self.wanted} videos exist, "
                 f"{self.rejected} were rejected; {self.to_buy} to buy at about "
                 f"{self.price_usd:.2f} USD: {self.cost_usd:.2f} USD, without repeats"
             )
             left = self.budget_usd - self.spent_usd
-            word = "which is enough" if self.cost_usd <= left else "which is NOT enough"
+            word = "which is enough" if self.cost_usd <= left else "which is not enough"
             yield (
                 f"money: {self.spent_usd:.2f} of the budget of {self.budget_usd:.2f} USD spent or "
                 f"reserved, {left:.2f} left, {word}"
             )
-            source = "as the ledger has it" if self.measured else "assumed"
+            source = "measured" if self.measured else "assumed"
             yield (
                 f"teacher wait: about {self.wait_s / 60:.0f} min at {self.seconds:.0f} s a video "
-                f"({source}), {self.concurrency} at once; training goes on meanwhile, if it can"
+                f"({source}), {self.concurrency} at once; training continues meanwhile"
             )
         if training_s:
             low, high = max(training_s, self.wait_s), training_s + self.wait_s

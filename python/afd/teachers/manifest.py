@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from afd.errors import TeacherError
-from afd.files import Rows, csv_rows, json_rows
+from afd.files import Rows, csv_rows, json_rows, read_text
 
 MANIFESTS = ("prompts.jsonl", "prompts.csv", "prompts.txt")
 
@@ -26,15 +26,15 @@ def read_manifest(
     No video is opened. Raises TeacherError if there is no folder or no readable manifest.
     """
     if not folder.is_dir():
-        raise TeacherError(f"teacher folder {folder}: no such folder")
+        raise TeacherError(f"teacher folder {folder}: does not exist")
     path = Path(manifest) if manifest is not None else _find(folder)
     readers = {".jsonl": json_rows, ".csv": _csv, ".txt": _txt}
     if path.suffix not in readers:
         raise TeacherError(f"teacher manifest {path}: needs the ending .jsonl, .csv or .txt")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher manifest {path}: cannot be read ({error})") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise TeacherError(f"teacher manifest {path}: {error}") from None
     entries, problems = [], []
     for line, row in readers[path.suffix](text):
         if isinstance(row, str):
@@ -52,7 +52,7 @@ def _find(folder: Path) -> Path:
     for name in MANIFESTS:
         if (folder / name).is_file():
             return folder / name
-    raise TeacherError(f"teacher folder {folder}: holds none of {', '.join(MANIFESTS)}")
+    raise TeacherError(f"teacher folder {folder}: contains none of {', '.join(MANIFESTS)}")
 
 
 def _csv(text: str) -> Rows:

@@ -41,7 +41,20 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     if config.method in ("afd", "gan") and config.discriminator is not None:
         discriminator = build_discriminator(config, student, ranks, prompts)
         if config.video.codec_match and discriminator.input_space == "latents":
-            _log.info("video.codec_match does nothing here: the discriminator sees latents")
+            _log.info("video.codec_match has no effect: the discriminator's input is latents")
+    rewards = build_rewards(config, student, discriminator, prompts)
+    return assemble(config, student, codec, discriminator, rewards, ranks)
+
+
+def assemble(
+    config: RunConfig,
+    student: Student,
+    codec: Codec,
+    discriminator: DifferentiableDiscriminator | None,
+    rewards: Sequence[Term] = (),
+    ranks: Ranks = ALONE,
+) -> Method:
+    """Build the method of a run from its parts; `discriminator` is None if the method has none."""
     section = config.student
     method: StudentOptimizerConfig = getattr(config, config.method)
     policies = make_policies(
@@ -69,7 +82,7 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     if config.method == "gan":
         assert discriminator is not None
         return Gan(policies, discriminator, config.gan, **shared)
-    watch, rewards = _watch(config, ranks), build_rewards(config, student, discriminator, prompts)
+    watch = _watch(config, ranks)
     return Afd(policies, discriminator, config.afd, watch=watch, rewards=rewards, **shared)
 
 

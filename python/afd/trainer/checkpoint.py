@@ -1,12 +1,12 @@
-"""Atomic checkpoints: one folder per step, either complete or absent.
+"""Atomic checkpoints: one folder per update, either complete or absent.
 
-`checkpoints/step_000400/` holds the shards that each process wrote and `state.json`
-(afd.trainer.shards), and `meta.json`: step, method, configuration, the software that wrote it, the
-SHA-256 of every file that a resume reads, and the SHA-256 of all of this. A checkpoint is written
-under a temporary name, flushed to disk by all processes and renamed, so a power cut at any moment
-leaves the newest complete checkpoint in place. Other files in the folder are ignored. A checkpoint,
-sharded or not, can be loaded by any number of processes. Functions that take `ranks` are
-collective: every process must call them.
+`checkpoints/update_000400/` holds the shards that each process wrote and `state.json`
+(afd.trainer.shards), and `meta.json`: update, method, configuration, the software that wrote it,
+the SHA-256 of every file that a resume reads, and the SHA-256 of all of this. A checkpoint is
+written under a temporary name, flushed to disk by all processes and renamed, so a power cut at any
+moment leaves the newest complete checkpoint in place. Other files in the folder are ignored. A
+checkpoint, sharded or not, can be loaded by any number of processes. Functions that take `ranks`
+are collective: every process must call them.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ from afd.trainer import shards
 
 META = "meta.json"
 # Incremented whenever older checkpoints can no longer be read.
-FORMAT = 4
+FORMAT = 5
 _log = logging.getLogger("afd")
-_NAME = re.compile(r"step_(\d{6,})")
+# Formats up to 4 used step_000400; these checkpoints are found, and refused for their format.
+_NAME = re.compile(r"(?:update|step)_(\d{6,})")
 # Files that a resume reads; and partial checkpoints left by a killed process.
 _FILE = re.compile(r"(?!\.)[^/]*\.(safetensors|json)")
 _LEFT = re.compile(_NAME.pattern + re.escape(PARTIAL))
 
 
 def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE) -> Path:
-    """Write `state` (with the keys step, method, config) atomically; keep the newest `keep`.
+    """Write `state` (with the keys update, method, config) atomically; keep the newest `keep`.
 
     `written_by` in the state overrides the default provenance. See `shards.write` for the types
     that a state may hold.
     """
-    final = folder / f"step_{state['step']:06d}"
+    final = folder / f"update_{state['update']:06d}"
     partial = final.with_suffix(PARTIAL)
     if ranks.same(final.exists()) and _problem(final, ranks) is None:
         return final
@@ -70,10 +71,10 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE
         if ranks.main:
             files = {name: digest for name, digest in digests.items() if digest is not None}
             if len(files) < len(digests):
-                raise OSError(errno.EIO, "what was just written cannot be read", str(partial))
+                raise OSError(errno.EIO, "the file just written cannot be read back", str(partial))
             _finish(partial, final, state, files)
             # Newer checkpoints are damaged, or the run would have resumed from them.
-            older = [path for path in _newest_first(folder) if _step(path) <= state["step"]]
+            older = [path for path in _newest_first(folder) if _update_of(path) <= state["update"]]
             for old in older[keep:]:
                 remove(old)
     except OSError:
@@ -87,7 +88,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, ranks: Ranks = ALONE
 
 def _finish(partial: Path, final: Path, state: dict[str, Any], files: dict[str, str]) -> None:
     """Write meta.json, which binds the files together, and give the folder its final name."""
-    meta: dict[str, Any] = {key: state[key] for key in ("step", "method", "config")}
+    meta: dict[str, Any] = {key: state[key] for key in ("update", "method", "config")}
     meta |= {"format": FORMAT, "written_by": state.get("written_by", written_by()), "files": files}
     meta["sha256"] = _bound(meta)
     with naming(partial / META), (partial / META).open("w", encoding="utf-8") as text:
@@ -110,14 +111,14 @@ def latest(folder: Path, ranks: Ranks = ALONE) -> Path | None:
         problem = _problem(folder / name, ranks)
         if problem is None:
             for line in problems:
-                _log.warning("checkpoint %s is passed over: %s", *line)
+                _log.warning("checkpoint %s is skipped: %s", *line)
             return folder / name
         problems.append((folder / name, problem))
     if problems:
         listed = "; ".join(f"{path}: {problem}" for path, problem in problems)
         raise CheckpointError(
-            f"checkpoints {folder}: none of them is whole ({listed}); put a whole one back, or "
-            "remove them to begin again"
+            f"checkpoints {folder}: none is complete ({listed}); restore a complete one, "
+            "or remove them to start over"
         )
     return None
 
@@ -143,8 +144,9 @@ def load(
     meta = ranks.same(_meta(path) if ranks.main else None)
     if meta["format"] != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path}: has format {meta['format']}, this afd reads {FORMAT}; go on "
-            f"with the one that wrote it ({meta.get('written_by', 'unknown')}), or train again"
+            f"checkpoint {path}: has format {meta['format']}, this version of afd reads "
+            f"{FORMAT}; continue with the version that wrote it "
+            f"({meta.get('written_by', 'unknown')}), or train again"
         )
     wrong = differences(meta["config"], config)
     if meta["method"] != method:
@@ -153,7 +155,7 @@ def load(
         listed = "\n".join(f"  {line}" for line in dict.fromkeys(wrong))
         raise ConfigError(
             f"checkpoint {path}: belongs to another run:\n{listed}\nchoose another out=, or the "
-            "settings it was made with"
+            "settings of that run"
         )
     return shards.read(path, ranks, into=into, only=only, files=meta["files"])
 
@@ -219,11 +221,11 @@ def _newest_first(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=_update_of, reverse=True)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+def _update_of(path: Path) -> int:
+    return int(path.name.rpartition("_")[2])
 
 
 def _problem(path: Path, ranks: Ranks = ALONE) -> str | None:
@@ -245,12 +247,12 @@ def _promised(path: Path) -> tuple[dict[str, str] | None, str | None]:
         meta = _meta(path)
         bound = meta.pop("sha256") == _bound(meta)
         if meta["format"] != FORMAT:
-            problem = f"has format {meta['format']!r}, this afd reads {FORMAT}"
+            problem = f"has format {meta['format']!r}, this version of afd reads {FORMAT}"
             return None, None if bound else problem
         if not bound:
             return None, f"{META} is damaged"
-        if path.name != f"step_{meta['step']:06d}":
-            return None, f"{META} is that of step {meta['step']}"
+        if path.name != f"update_{meta['update']:06d}":
+            return None, f"{META} is that of update {meta['update']}"
         return meta["files"], None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{META} {_unreadable(path / META) or f'cannot be read ({error!r})'}"

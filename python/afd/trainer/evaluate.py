@@ -20,7 +20,7 @@ from torch import Tensor
 from afd.config.run import EvaluationConfig, RunConfig
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
-from afd.files import write_bytes, write_text
+from afd.files import read_text, write_bytes, write_text
 from afd.methods.afd import Watch
 from afd.models.codec import Codec, Pixels
 from afd.models.config import StudentConfig
@@ -137,14 +137,12 @@ def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[s
         found = list(dict.fromkeys(request.prompt for request in requests))
     else:
         try:
-            text = evaluation.prompts.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"evaluation.prompts {evaluation.prompts}: cannot be read ({error})"
-            ) from None
+            text = read_text(evaluation.prompts)
+        except ValueError as error:
+            raise ConfigError(f"evaluation.prompts {evaluation.prompts}: {error}") from None
         found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
-        raise ConfigError("evaluation.prompts: holds no prompt; needed: one a line")
+        raise ConfigError("evaluation.prompts: contains no prompt; needed: one a line")
     return found[: max(evaluation.videos, evaluation.curve_videos)]
 
 

@@ -42,34 +42,34 @@ class Signs:
         self._motion: float | None = None
         self._best_rating: tuple[float, float | None] | None = None
 
-    def look(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
+    def updated(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
         """Check one update's metrics. `quiet`: only update the state, when replaying history."""
         if MARGIN in metrics:
             before = metrics[MARGIN] if self._margin is None else self._margin
             self._margin = 0.9 * before + 0.1 * metrics[MARGIN]
         present = dict(signs({**metrics, **self._smooth_accuracy(metrics)}))
-        present |= self._falling(metrics) | self._deviation.look(metrics)
+        present |= self._falling(metrics) | self._deviation.updated(metrics)
         present |= self._narrowing(metrics)
         present |= self._fooled.look(metrics)
-        self._tell("update", step, present, quiet)
+        self._report("update", update, present, quiet)
 
-    def evaluated(self, step: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
+    def evaluated(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
         """Check one evaluation; the first is that of the base student."""
         present = self._still(metrics) | self._hacking(metrics)
-        self._tell("evaluation", step, present, quiet)
+        self._report("evaluation", update, present, quiet)
 
     def replay(self, updates: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
         """Rebuild the state from the existing lines of metrics.jsonl and evaluation.jsonl."""
         # An update's evaluation precedes its line of metrics.
-        lines = [(line["step"], 1, line) for line in updates]
-        lines += [(line["step"], 0, line["metrics"]) for line in evaluations]
-        for step, late, metrics in sorted(lines, key=lambda line: line[:2]):
-            (self.look if late else self.evaluated)(step, metrics, quiet=True)
+        lines = [(line["update"], 1, line) for line in updates]
+        lines += [(line["update"], 0, line["metrics"]) for line in evaluations]
+        for update, late, metrics in sorted(lines, key=lambda line: line[:2]):
+            (self.updated if late else self.evaluated)(update, metrics, quiet=True)
 
-    def _tell(self, kind: str, step: int, present: dict[str, str], quiet: bool) -> None:
+    def _report(self, kind: str, update: int, present: dict[str, str], quiet: bool) -> None:
         for name, sentence in present.items():
             if name not in self._shown[kind] and not quiet:
-                _log.warning("update %d: %s", step, sentence)
+                _log.warning("update %d: %s", update, sentence)
         self._shown[kind] = set(present)
 
     def _smooth_accuracy(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -90,7 +90,7 @@ class Signs:
             return {}
         sentence = (
             f"correlation of score and physics fell from {self._best_agreement:.2f} to {now:.2f}: "
-            "stop here, or go back to a checkpoint from before"
+            "stop here, or return to an earlier checkpoint"
         )
         return {"agreement": sentence}
 
@@ -121,7 +121,7 @@ class Signs:
             return {}
         sentence = (
             f"motion fell to {now:.3g}, {now / self._motion:.0%} of the base's {self._motion:.3g}: "
-            "look at the videos; lower the learning rate, or raise prior_weight"
+            "inspect the videos; lower the learning rate, or raise prior_weight"
         )
         return {"motion": sentence}
 
@@ -140,7 +140,7 @@ class Signs:
             return {}
         sentence = (
             f"the untouched VideoAlign's MQ fell from {rating:.2f} to {now:.2f} while the online "
-            f"score came nearer to the teacher's (margin {margin:.2f} to {self._margin:.2f}): the "
+            f"score approached the teacher's (margin {margin:.2f} to {self._margin:.2f}): the "
             "student may be fooling the discriminator; go back to the best checkpoint, and raise "
             "discriminator.learning_rate, discriminator.steps_per_update or prior_weight"
         )
@@ -155,7 +155,7 @@ class _Deviation:
     usual: float = 0.0
     seen: int = 0
 
-    def look(self, metrics: Mapping[str, float]) -> dict[str, str]:
+    def updated(self, metrics: Mapping[str, float]) -> dict[str, str]:
         if OLD_DEVIATION not in metrics:
             return {}
         value = metrics[OLD_DEVIATION]
@@ -176,7 +176,7 @@ class _Deviation:
 
 
 def signs(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Yield (name, message) for every problem in one step's metrics."""
+    """Yield (name, message) for every problem in one update's metrics."""
 
     def value(key: str) -> float:
         return metrics.get(key, math.nan)
@@ -185,13 +185,13 @@ def signs(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     if margin > 5:
         yield (
             "margin",
-            f"discriminator margin {margin:.1f} is above 5: it may rank a shortcut; compare the "
-            "videos by eye",
+            f"discriminator margin {margin:.1f} is above 5: it may rely on a shortcut; compare the "
+            "videos",
         )
     if value("discriminator/accuracy") >= 0.995:
         yield (
             "accuracy",
-            "discriminator accuracy is 1: its scores say little about the student; lower "
+            "discriminator accuracy is 1: its scores carry little information; lower "
             "discriminator.learning_rate or steps_per_update",
         )
     if value("student/r_mean") > 0.9 or value("student/r_at_1") > 0.5:
@@ -208,6 +208,6 @@ def signs(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     if zero_std > 0:
         yield (
             "zero std",
-            f"{zero_std:g} of the prompts' groups have equal scores and teach nothing; raise "
-            "afd.samples_per_prompt, or see whether the rollouts are alike",
+            f"{zero_std:g} of the prompts' groups have equal scores and give no gradient; raise "
+            "afd.samples_per_prompt, or check whether the rollouts differ",
         )

@@ -80,7 +80,9 @@ class _File(logging.FileHandler):
         elif not self.missed:
             self.missed = True
             why = error.strerror
-            _log.warning("log %s: cannot be written, goes on without (%s)", self.baseFilename, why)
+            _log.warning(
+                "log %s: cannot be written, continuing without it (%s)", self.baseFilename, why
+            )
 
     def close(self) -> None:
         # Closing tries to flush the buffer once more.
@@ -113,7 +115,7 @@ class Timers:
 
 
 class Lines:
-    """A .jsonl file of a run, one object with a "step" per line. Lines after `resumed_at` are
+    """A .jsonl file of a run, one object with an "update" per line. Lines after `resumed_at` are
     dropped on opening.
 
     A truncated last line is dropped with a warning; so is a damaged line before it, in which case
@@ -121,7 +123,7 @@ class Lines:
 
     Attributes:
         kept: the existing lines that were kept.
-        steps: their steps.
+        updates: their updates.
     """
 
     def __init__(
@@ -138,14 +140,14 @@ class Lines:
         lines = read_json_lines(path)
         problems = {line.number: line.problem or _oddity(line.value or {}, needs) for line in lines}
         whole = [line.value or {} for line in lines if problems[line.number] is None]
-        self.kept = kept = [value for value in whole if value["step"] <= resumed_at]
+        self.kept = kept = [value for value in whole if value["update"] <= resumed_at]
         damaged = [line for line in lines if problems[line.number] is not None]
         for line in damaged:
             if line.torn:
-                _log.warning("%s: its last line was cut off, and is dropped", path)
+                _log.warning("%s: its last line was truncated and is dropped", path)
             else:
-                said = "%s: line %d is damaged (%s), and is dropped; the file as it was: %s"
-                _log.warning(said, path, line.number, problems[line.number], _aside(path).name)
+                text = "%s: line %d is damaged (%s), and is dropped; a copy of the file: %s"
+                _log.warning(text, path, line.number, problems[line.number], _aside(path).name)
         if any(not line.torn for line in damaged):
             write_bytes(_aside(path), path.read_bytes())
         self._digest, self._lines = hashlib.sha256(), len(kept)
@@ -154,13 +156,13 @@ class Lines:
             write_text(path, text)
         if promised is not None and promised != self.state_dict():
             _log.warning(
-                "%s: holds other lines than the run wrote up to update %d (%d, now %d)",
+                "%s: its lines differ from those that the run wrote up to update %d (%d, now %d)",
                 path,
                 resumed_at,
                 promised["lines"],
                 len(kept),
             )
-        self.steps = {line["step"] for line in kept}
+        self.updates = {line["update"] for line in kept}
         self._file = JsonAppender(path)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -192,11 +194,11 @@ def _aside(path: Path) -> Path:
 
 def _oddity(line: Mapping[str, Any], needs: Sequence[str]) -> str | None:
     """Why an object is not a valid line of a run, or None."""
-    missing = [key for key in ("step", *needs) if key not in line]
+    missing = [key for key in ("update", *needs) if key not in line]
     if missing:
         return f"has no {missing[0]}"
-    if type(line["step"]) is not int:
-        return f"step is {line['step']!r}"
+    if type(line["update"]) is not int:
+        return f"update is {line['update']!r}"
     for key, value in line.items():
         within = value.values() if isinstance(value, dict) else [value]
         if key != "method" and not all(isinstance(v, int | float) and isfinite(v) for v in within):
@@ -232,11 +234,11 @@ class _Phase(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         mean, left = task.fields["mean"], task.fields["left"]
-        told = "" if mean is None else f"{_time(mean)} an update, {_time(mean * left)} left"
+        rate = "" if mean is None else f"{_time(mean)} an update, {_time(mean * left)} left"
         if task.fields["began"] is None:
-            return Text(told, style="dim")
+            return Text(rate, style="dim")
         running = _time(time.perf_counter() - task.fields["began"])
-        return Text(f"{told}  ▶ {running}".strip())
+        return Text(f"{rate}  ▶ {running}".strip())
 
 
 class Bar:

@@ -1,4 +1,4 @@
-"""The training loop: one explicit step, with exact resumption after any interruption.
+"""The training loop: one explicit update, with exact resumption after any interruption.
 
 A run is a pure function of its configuration: stopping it anywhere (Ctrl-C, kill -9, power cut) and
 resuming gives bitwise the same numbers and weights as an uninterrupted run. Under torchrun every
@@ -112,9 +112,9 @@ def _stopped_by_disk(error: OSError, trainer: Trainer) -> Exception:
         return error
     newest = trainer.newest
     saved = "nothing is saved yet" if newest is None else f"the newest checkpoint is {newest}"
-    remedy = DISK.get(error.errno or 0, "put that right")
+    remedy = DISK.get(error.errno or 0, "resolve this")
     if trainer.home is not None and trainer.home.gone:
-        remedy = "the run folder was moved or removed: put it back"
+        remedy = "the run folder was moved or removed: restore it"
     return StorageError(
         f"{what_failed(error)}; {remedy} and continue: afd resume {trainer.out} ({saved})"
     )
@@ -224,7 +224,7 @@ def _evaluate_newest(
         evaluate = _evaluator(config, method, teacher, clips, ranks)
         if path is None or evaluate is None:
             why = "has no checkpoint" if path is None else "has evaluation.kind=none"
-            raise ConfigError(f"run folder {folder}: {why}, so there is nothing to evaluate")
+            raise ConfigError(f"run folder {folder}: {why}, nothing to evaluate")
         _load(path, method, config, ranks)
         with method.evaluation_policy() as policy:
             return evaluate(policy, videos or config.evaluation.videos)
@@ -256,29 +256,29 @@ class Trainer:
         self.videos = _open_videos(config, method, teacher, ranks)
         self.evaluate = _evaluator(config, method, teacher, self.videos, ranks)
         self.inputs = inputs_of(method, evaluation_prompts(config, teacher.requests))
-        self.step = 0
+        self.update = 0
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
         self.newest: Path | None = None
         records = self._restore()
-        self.records = Records(config, self.step, records) if ranks.main else None
+        self.records = Records(config, self.update, records) if ranks.main else None
         self.evaluated = set(ranks.same(sorted(self.records.evaluated) if self.records else []))
 
     def run(self, console: Console) -> Outcome:
         """Run all remaining updates, then the final evaluation."""
         config = self.config
         began = time.perf_counter() - self.elapsed_s
-        bar_args = (config.name, config.updates, self.step, console, config.logging.progress)
+        bar_args = (config.name, config.updates, self.update, console, config.logging.progress)
         with stop_request() as stop, progress_bar(*bar_args) as bar:
             timers = Timers(bar.begins)
-            if self.step == 0:
+            if self.update == 0:
                 self._evaluate_on_the_way(timers)
             # A signal may reach only one process, or reach the processes in different updates.
             stopping = self.ranks.any(bool(stop))
-            while self.step < config.updates and not stopping:
+            while self.update < config.updates and not stopping:
                 metrics = self._update(timers)
                 self._evaluate_on_the_way(timers)
-                if _due(self.step, config.logging.videos_every):
+                if _due(self.update, config.logging.videos_every):
                     with timers("evaluate"):
                         self._show()
                 phase_s = timers.take()
@@ -287,19 +287,19 @@ class Trainer:
                 bar.advance(phase_s)
                 gone = self.home is not None and self.home.gone
                 stopping = self.ranks.any(bool(stop) or gone)
-                last = stopping or self.step == config.updates
-                if last or _due(self.step, config.checkpoint.every):
+                last = stopping or self.update == config.updates
+                if last or _due(self.update, config.checkpoint.every):
                     self._save()
                 if gone:
                     raise StorageError(
                         f"run folder {self.out}: was moved or removed while the run wrote there; "
-                        f"its state after update {self.step} is at the old place again, without "
-                        f"the numbers until then: afd resume {self.out}"
+                        f"its state after update {self.update} was written to the old path, "
+                        f"without the earlier metrics: afd resume {self.out}"
                     )
-            if self.step < config.updates:
-                if self.step == 0:
+            if self.update < config.updates:
+                if self.update == 0:
                     self._save()
-                _log.info("stopped after update %d; continue: afd resume %s", self.step, self.out)
+                _log.info("stopped after update %d; continue: afd resume %s", self.update, self.out)
                 return Outcome.STOPPED
         self._finish()
         return Outcome.FINISHED
@@ -318,7 +318,7 @@ class Trainer:
                 metrics |= method.discriminator_step(batch)
         with timers("student"):
             metrics |= method.student_step(batch)
-        self.step += 1
+        self.update += 1
         return metrics
 
     @property
@@ -335,16 +335,16 @@ class Trainer:
         except (TeacherError, VideoError):
             # With several processes the other ones are waiting for this failed one, so saving,
             # which is collective, would hang.
-            if self.step > 0 and self.ranks.world == 1:
+            if self.update > 0 and self.ranks.world == 1:
                 self.sampler.load_state_dict(cursor)
                 self._save()
-                _log.info("saved after update %d; continue: afd resume %s", self.step, self.out)
+                _log.info("saved after update %d; continue: afd resume %s", self.update, self.out)
             raise
 
     def _next_batch(self) -> Batch:
-        """This process's share of the step's prompts, with the teacher's videos."""
+        """This process's share of the update's prompts, with the teacher's videos."""
         count = self.config.prompts_per_update
-        ahead = (self.config.updates - self.step - 1) * count
+        ahead = (self.config.updates - self.update - 1) * count
         own = self.ranks.share(count)
         if self._needs_teacher:
             requests = self.videos.draw(self.sampler, count, ahead)
@@ -355,39 +355,39 @@ class Trainer:
         self.asked = requests[0]
         prompts = [request.prompt for request in requests[own]]
         self.input_1FCHW = videos[:1]
-        return Batch(self.step, prompts, videos, first=own.start, total=count)
+        return Batch(self.update, prompts, videos, first=own.start, total=count)
 
     def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(
-                f"update {self.step}: {', '.join(f'{k} = {metrics[k]}' for k in bad)}; the newest "
-                f"checkpoint is {self.newest}"
+                f"update {self.update}: {', '.join(f'{k} = {metrics[k]}' for k in bad)}; "
+                f"the newest checkpoint is {self.newest}"
             )
         if self.records is not None:
-            self.records.update(self.step, metrics, phase_s, self.elapsed_s)
+            self.records.update(self.update, metrics, phase_s, self.elapsed_s)
 
     def _evaluate_on_the_way(self, timers: Timers) -> None:
-        """Evaluate for the curve, if due at this step and not yet recorded."""
+        """Evaluate for the curve, if due at this update and not yet recorded."""
         every = self.config.evaluation.every
-        if not _due(self.step, every) or self.step in (self.config.updates, *self.evaluated):
+        if not _due(self.update, every) or self.update in (self.config.updates, *self.evaluated):
             return
         with timers("evaluate"):
             self._evaluate(self.config.evaluation.curve_videos)
 
     def _evaluate(self, videos: int) -> Evaluation | None:
-        """Measure held-out videos, shared between the processes; recorded once per step."""
+        """Measure held-out videos, shared between the processes; recorded once per update."""
         if self.evaluate is None:
             return None
         with self.method.evaluation_policy() as policy:
             result = self.evaluate(policy, videos)
-        if self.records is not None and self.step not in self.evaluated:
-            self.records.evaluation(self.step, result)
-        self.evaluated.add(self.step)
+        if self.records is not None and self.update not in self.evaluated:
+            self.records.evaluation(self.update, result)
+        self.evaluated.add(self.update)
         return result
 
     def _show(self) -> None:
-        """Write the teacher's and the student's video of the step's first prompt, for viewing."""
+        """Write the teacher's and the student's video of the update's first prompt, for viewing."""
         shown = self.method.shown
         if shown is None:  # a method without rollouts
             prompt, seed = self.asked.prompt, self.config.evaluation.seed
@@ -407,11 +407,13 @@ class Trainer:
         fps = self.config.video.rate
         folder = self.out / "videos"
         try:
-            path, video_FHWC = write_side_by_side(folder, left, right, shown, self.step, fps)
+            path, video_FHWC = write_side_by_side(folder, left, right, shown, self.update, fps)
         except OSError as error:  # these videos are only for viewing
-            _log.warning("videos: cannot be written (%s); goes on without", what_failed(error))
+            _log.warning(
+                "videos: cannot be written (%s); continuing without them", what_failed(error)
+            )
             return
-        self.records.video(self.step, path, video_FHWC, fps)
+        self.records.video(self.update, path, video_FHWC, fps)
 
     def _finish(self) -> None:
         """Run the final evaluation on the full held-out set; write its samples and, last, DONE."""
@@ -421,8 +423,8 @@ class Trainer:
         if result is not None:
             write_samples(self.out, result, self.config.evaluation.samples)
         self.records.sync()
-        write_text(self.out / DONE, f"{self.step} updates, {self.elapsed_s:.1f} s\n")
-        _log.info("finished: %d updates in %.1f s", self.step, self.elapsed_s)
+        write_text(self.out / DONE, f"{self.update} updates, {self.elapsed_s:.1f} s\n")
+        _log.info("finished: %d updates in %.1f s", self.update, self.elapsed_s)
 
     def _save(self) -> None:
         """Save everything the next update depends on, after flushing all metrics to disk."""
@@ -431,7 +433,7 @@ class Trainer:
         if self.records is not None:
             self.records.sync()
         state = {
-            "step": self.step,
+            "update": self.update,
             "method": self.method.name,
             "config": plain(self.config),
             "written_by": checkpoint.written_by() | {"processes": self.ranks.world},
@@ -460,8 +462,8 @@ class Trainer:
         refuse_other_inputs(state["inputs"], self.inputs, accept=accept)
         self.videos.load_state_dict(state["videos"])
         checkpoint.set_random_state(state["random"], self.ranks.rank)
-        self.step, self.elapsed_s, self.newest = state["step"], state["elapsed_s"], path
-        _log.info("continuing after update %d from %s", self.step, path)
+        self.update, self.elapsed_s, self.newest = state["update"], state["elapsed_s"], path
+        _log.info("continuing after update %d from %s", self.update, path)
         for line in differences(state["config"], plain(self.config), ("name", "out")):
             _log.info("changed: %s", line)
         before = state["written_by"]["processes"]
@@ -481,5 +483,5 @@ def _state_of(teacher: Teacher) -> dict[str, Any] | None:
     return None if ask is None else ask()
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(update: int, every: int) -> bool:
+    return every > 0 and update % every == 0

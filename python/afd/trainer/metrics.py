@@ -20,48 +20,48 @@ _log = logging.getLogger("afd")
 
 
 class Records:
-    """metrics.jsonl, evaluation.jsonl, warnings and trackers of a run that continues after `step`.
+    """metrics.jsonl, evaluation.jsonl, warnings and trackers of a run resumed after `update`.
 
     Lines of later updates, written by a killed run after its last checkpoint, are dropped.
     """
 
     def __init__(
-        self, config: RunConfig, step: int, promised: Mapping[str, Any] | None = None
+        self, config: RunConfig, update: int, promised: Mapping[str, Any] | None = None
     ) -> None:
         """`promised`: the `state_dict` of the checkpoint that the run continues from."""
         self._config = config
         of = promised or {"metrics": None, "evaluation": None}
         metrics, evaluation = (config.run_dir / f"{name}.jsonl" for name in of)
-        self._metrics = Lines(metrics, step, promised=of["metrics"])
-        self._evaluations = Lines(evaluation, step, needs=["metrics"], promised=of["evaluation"])
-        self._boards = Boards(config, step)
+        self._metrics = Lines(metrics, update, promised=of["metrics"])
+        self._evaluations = Lines(evaluation, update, needs=["metrics"], promised=of["evaluation"])
+        self._boards = Boards(config, update)
         self._signs = Signs()
         self._signs.replay(self._metrics.kept, self._evaluations.kept)
 
     @property
     def evaluated(self) -> set[int]:
         """Steps whose evaluation is already recorded."""
-        return self._evaluations.steps
+        return self._evaluations.updates
 
     def update(
-        self, step: int, metrics: dict[str, float], phase_s: dict[str, float], elapsed_s: float
+        self, update: int, metrics: dict[str, float], phase_s: dict[str, float], elapsed_s: float
     ) -> None:
-        """Append a line to metrics.jsonl; `step` counts the updates made so far."""
-        line: dict[str, Any] = {"step": step, "time_s": round(elapsed_s, 3), "phase_s": phase_s}
+        """Append a line to metrics.jsonl; `update` counts the updates made so far."""
+        line: dict[str, Any] = {"update": update, "time_s": round(elapsed_s, 3), "phase_s": phase_s}
         self._metrics.write(line | metrics)
         phases = {f"phase_s/{phase}": seconds for phase, seconds in phase_s.items()}
-        self._boards.scalars(step, {**metrics, **phases})
+        self._boards.scalars(update, {**metrics, **phases})
         every = self._config.logging.every
-        if every and step % every == 0:
+        if every and update % every == 0:
             shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-            _log.debug("update %d: %s", step, shown)
-        self._signs.look(step, metrics)
+            _log.debug("update %d: %s", update, shown)
+        self._signs.updated(update, metrics)
 
-    def evaluation(self, step: int, result: Evaluation) -> None:
+    def evaluation(self, update: int, result: Evaluation) -> None:
         """Append a line to evaluation.jsonl."""
         self._evaluations.write(
             {
-                "step": step,
+                "update": update,
                 "seed": self._config.seed,
                 "method": self._config.method,
                 "videos": result.count,
@@ -69,14 +69,14 @@ class Records:
             }
         )
         named = {f"evaluation/{key}": value for key, value in result.metrics.items()}
-        self._boards.scalars(step, named)
+        self._boards.scalars(update, named)
         shown = "  ".join(f"{key} {value:.3f}" for key, value in result.metrics.items())
-        _log.info("evaluation after update %d: %s", step, shown)
-        self._signs.evaluated(step, result.metrics)
+        _log.info("evaluation after update %d: %s", update, shown)
+        self._signs.evaluated(update, result.metrics)
 
-    def video(self, step: int, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
+    def video(self, update: int, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
         """Log the side-by-side video of teacher and student that was written to `path`."""
-        self._boards.video(step, "teacher | student", path, video_FHWC, fps)
+        self._boards.video(update, "teacher | student", path, video_FHWC, fps)
 
     def state_dict(self) -> dict[str, Any]:
         """Digests of the files' contents, which a resumed run verifies."""

@@ -47,19 +47,19 @@ class RunFolder:
         nearest = next(parent for parent in self.path.parents if parent.exists())
         if nearest.stat().st_dev != self._stat.st_dev:
             raise StorageError(
-                f"{lost} its disk is not there any more; the run has ended, unsaved since its "
-                "newest checkpoint: mount it again and continue: afd resume"
+                f"{lost} its disk no longer exists; progress since the newest "
+                "checkpoint was not saved: mount it again and continue: afd resume"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
                 raise StorageError(
-                    f"{lost} something else lies there now; the run has ended, unsaved since its "
-                    "newest checkpoint: continue where that is: afd resume"
+                    f"{lost} another folder is there now; progress since "
+                    "the newest checkpoint was not saved: continue where that is: afd resume"
                 )
             write_text(self.path / CONFIG, to_yaml(self._config))
         except OSError as error:
-            raise StorageError(f"{lost} cannot be made again ({error})") from error
+            raise StorageError(f"{lost} cannot be created again ({error})") from error
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
     configuration in the checkpoint is compared instead, when the checkpoint is loaded.
     """
     path = out / CONFIG
-    checkpoints = list(out.glob("checkpoints/step_*/meta.json"))
+    checkpoints = list(out.glob("checkpoints/*/meta.json"))
     if not path.is_file() or not _written([*out.glob("*.jsonl"), *checkpoints]):
         return
     try:
@@ -99,7 +99,7 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
     except ConfigError as error:
         if not checkpoints or (out / DONE).exists():
             raise
-        _log.warning("%s; the run goes on from its checkpoint, and writes it again", error)
+        _log.warning("%s; the run continues from its checkpoint and writes it again", error)
         return
     now = plain(config)
     wrong = differences(there, now)
@@ -107,7 +107,7 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
         wrong.append(f"updates: {there['updates']} there (finished), {now['updates']} now")
     if wrong:
         listed = "\n".join(f"  {line}" for line in wrong)
-        raise ConfigError(f"run folder {out}: holds another run:\n{listed}\nchoose another out=")
+        raise ConfigError(f"run folder {out}: contains another run:\n{listed}\nchoose another out=")
 
 
 def written_config(path: Path) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def written_config(path: Path) -> dict[str, Any]:
     missing = [key for key in RunConfig.model_fields if key not in there]
     if missing:
         raise ConfigError(
-            f"config {path}: is damaged, it lacks {', '.join(missing[:4])}; needed: what the run "
-            f"began with (afd train CONFIG.yaml out={path.parent} writes it again)"
+            f"config {path}: is damaged: it lacks {', '.join(missing[:4])}; needed: the "
+            f"configuration of the run (afd train CONFIG.yaml out={path.parent} writes it again)"
         )
     return there
 

@@ -122,7 +122,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         if value.ndim == 0:
             return {_SCALAR: value.item(), "dtype": dtype}
         if name in tensors:
-            raise TypeError(f"state: two tensors are called {name!r}; needed: other keys")
+            raise TypeError(f"state: two tensors have the name {name!r}; needed: other keys")
         value = value.detach()
         # safetensors accepts only contiguous tensors.
         tensors[name] = value if value.is_contiguous() else value.contiguous()
@@ -139,7 +139,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [_pack(one, f"{path}{i}/", tensors) for i, one in enumerate(value)]
     if value is None or isinstance(value, str | int | float):
         return value
-    raise TypeError(f"state: {name!r} is {type(value)}; needed: tensors or what JSON has")
+    raise TypeError(f"state: {name!r} is {type(value)}; needed: tensors or JSON values")
 
 
 def _unpack(packed: Any, place: Callable[[str, Tensor], Tensor], tensors: dict[str, Tensor]) -> Any:

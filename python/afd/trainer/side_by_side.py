@@ -22,18 +22,18 @@ INK, PAPER = 235, 24
 
 
 def side_by_side(
-    teacher_FHWC: np.ndarray | None, student_FHWC: np.ndarray, shown: Shown, step: int
+    teacher_FHWC: np.ndarray | None, student_FHWC: np.ndarray, shown: Shown, update: int
 ) -> np.ndarray:
     """Teacher | student, uint8 [F, H, W, 3] (H and W even), with a caption above each and the
     prompt below; the shorter video is extended by its last frame. Without a teacher's video
     (None) the student's is alone."""
-    panels = [
-        (student_FHWC, f"student, update {step}{_told('score', shown.score)}{_told('r', shown.r)}")
-    ]
+    caption = f"student, update {update}" + _value("score", shown.score) + _value("r", shown.r)
+    panels = [(student_FHWC, caption)]
     if teacher_FHWC is not None:
-        panels.insert(0, (teacher_FHWC, "teacher" + _told("score", shown.teacher_score)))
+        panels.insert(0, (teacher_FHWC, "teacher" + _value("score", shown.teacher_score)))
     frames = max(len(video_FHWC) for video_FHWC, _ in panels)
-    tops, middles = [], []
+    tops: list[np.ndarray] = []
+    middles: list[np.ndarray] = []
     for video_FHWC, caption in panels:
         grown = _grown(_as_long(video_FHWC, frames))
         strip = _strip(grown.shape[2], [caption])
@@ -56,20 +56,20 @@ def write_side_by_side(
     teacher_FHWC: np.ndarray | None,
     student_FHWC: np.ndarray,
     shown: Shown,
-    step: int,
+    update: int,
     fps: float,
 ) -> tuple[Path, np.ndarray]:
     """Write `folder`/update_000025.mp4; returns its path and pictures."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"update_{step:06d}.mp4"
-    video_FHWC = side_by_side(teacher_FHWC, student_FHWC, shown, step)
+    path = folder / f"update_{update:06d}.mp4"
+    video_FHWC = side_by_side(teacher_FHWC, student_FHWC, shown, update)
     write_video(path, from_uint8(torch.from_numpy(video_FHWC)), fps=fps)
     return path, video_FHWC
 
 
-def _told(name: str, value: float | None) -> str:
+def _value(name: str, value: float | None) -> str:
     return "" if value is None else f"   {name} {value:.2f}"
 
 

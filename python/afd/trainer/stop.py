@@ -44,7 +44,9 @@ def stop_request() -> Iterator[StopRequest]:
             return  # service managers send both SIGTERM and SIGHUP
         request.requested = True
         name = signal.Signals(number).name
-        _log.info("%s: stopping after this update (Ctrl-C now: at once, without saving)", name)
+        _log.info(
+            "%s: stopping after this update (Ctrl-C again: exit immediately, without saving)", name
+        )
 
     before = handled((signal.SIGINT, *ENDS), handle)
     try:

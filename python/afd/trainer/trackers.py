@@ -27,38 +27,38 @@ _log = logging.getLogger("afd")
 
 
 class Boards:
-    """The trackers enabled in `config.logging`, for a run that continues after `step`.
+    """The trackers enabled in `config.logging`, for a run that continues after `update`.
 
     They are not essential: if one cannot be written, the run continues without it.
     """
 
-    def __init__(self, config: RunConfig, step: int) -> None:
+    def __init__(self, config: RunConfig, update: int) -> None:
         self._tensorboard: SummaryWriter | None = None
         self._excepthook = threading.excepthook
         if config.logging.tensorboard:
             with self._or_without():
-                self._tensorboard = _tensorboard(config, step)
+                self._tensorboard = _tensorboard(config, update)
                 # Its writer runs on a thread, and the next call raises that thread's error again.
                 threading.excepthook = self._raised
         self._wandb = _wandb(config) if config.logging.wandb is not None else None
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, update: int, values: dict[str, float]) -> None:
         with self._or_without():
             if self._tensorboard is not None:
                 for key, value in values.items():
-                    self._tensorboard.add_scalar(key, value, step)
+                    self._tensorboard.add_scalar(key, value, update)
         if self._wandb is not None:
-            self._wandb.log({**values, "update": step})
+            self._wandb.log({**values, "update": update})
 
-    def video(self, step: int, name: str, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
+    def video(self, update: int, name: str, path: Path, video_FHWC: np.ndarray, fps: float) -> None:
         """Log the video at `path`, whose pictures are uint8."""
         with self._or_without():
             if self._tensorboard is not None:
-                _add_gif(self._tensorboard, step, name, video_FHWC, fps)
+                _add_gif(self._tensorboard, update, name, video_FHWC, fps)
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Video(str(path), format="mp4"), "update": step})
+            self._wandb.log({name: wandb.Video(str(path), format="mp4"), "update": update})
 
     def close(self) -> None:
         with self._or_without():
@@ -74,24 +74,26 @@ class Boards:
             yield
         except OSError as error:
             self._tensorboard = None
-            _log.warning("tensorboard: cannot be written, goes on without (%s)", what_failed(error))
+            _log.warning(
+                "tensorboard: cannot be written, continuing without it (%s)", what_failed(error)
+            )
 
     def _raised(self, raised: threading.ExceptHookArgs) -> None:
         if not isinstance(raised.exc_value, OSError) or self._tensorboard is None:
             self._excepthook(raised)
 
 
-def _tensorboard(config: RunConfig, step: int) -> SummaryWriter | None:
+def _tensorboard(config: RunConfig, update: int) -> SummaryWriter | None:
     folder = str(config.run_dir / "tensorboard")
     if os.fsencode(folder) != folder.encode("utf-8", "replace"):
         _log.warning(
-            "tensorboard: %s is not UTF-8, which its writer needs; goes on without", folder
+            "tensorboard: %s is not UTF-8, which its writer needs; continuing without it", folder
         )
         return None
     # Imported lazily because it takes seconds.
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder, purge_step=step + 1)
+    return SummaryWriter(folder, purge_step=update + 1)
 
 
 def _wandb(config: RunConfig) -> Any:
@@ -113,15 +115,15 @@ def _wandb(config: RunConfig) -> Any:
             config=plain(config),
         )
     except wandb.Error as error:  # not logged in, for instance
-        _log.warning("logging.wandb is set and wandb cannot begin: %s", error)
+        _log.warning("logging.wandb is set and wandb cannot start: %s", error)
         return None
-    # Use the training step rather than W&B's own counter: a resumed run logs some steps again.
+    # Use the training update rather than W&B's own counter: a resumed run logs some updates again.
     run.define_metric("*", step_metric="update")
     return run
 
 
 def _add_gif(
-    board: SummaryWriter, step: int, name: str, video_FHWC: np.ndarray, fps: float
+    board: SummaryWriter, update: int, name: str, video_FHWC: np.ndarray, fps: float
 ) -> None:
     from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -145,4 +147,4 @@ def _add_gif(
         encoded_image_string=file.getvalue(),
     )
     summary = Summary(value=[Summary.Value(tag=name, image=image)])
-    board._get_file_writer().add_summary(summary, step)
+    board._get_file_writer().add_summary(summary, update)

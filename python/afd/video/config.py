@@ -16,16 +16,16 @@ DEFAULT_FPS = 16.0
 class VideoConfig(Section):
     """The size, frame rate and length of a run's videos, and how clips are converted to them."""
 
-    frames: Count = Field(default=12, description="frames per video the trainer sees")
-    height: Count = Field(default=16, description="rows of a frame in pixels")
-    width: Count = Field(default=16, description="columns of a frame in pixels")
+    frames: Count = Field(default=12, description="frames per video")
+    height: Count = Field(default=16, description="height of a frame in pixels")
+    width: Count = Field(default=16, description="width of a frame in pixels")
     fps: Annotated[float, Field(ge=1e-3, le=1e4)] | None = Field(
         default=None,
-        description="resample clips to this rate (nearest frame in time); null: as they come",
+        description="resample clips to this rate (nearest frame in time); null: keep their rate",
     )
     short: Literal["error", "repeat"] = Field(
         default="error",
-        description="a clip that ends too early: refuse it, or repeat its last frame",
+        description="a clip that is too short: refuse it, or repeat its last frame",
     )
 
     hdr: Literal["tonemap", "refuse"] = Field(
@@ -43,9 +43,9 @@ class VideoConfig(Section):
 
     codec_match: bool = Field(
         default=False,
-        description="put the student's videos, where pixels are looked at, through the h264 codec "
-        "that the teacher's went through, so that the discriminator cannot tell them by its "
-        "traces; teacher's clips that had to be scaled go through it at this size again",
+        description="if the discriminator reads pixels: encode the student's videos with the h264 "
+        "codec of the teacher's, so that codec artifacts do not distinguish them; teacher clips "
+        "that were scaled are encoded again at this size",
     )
     crf: Natural = Field(default=18, description="rate factor of that codec; lower is better")
 

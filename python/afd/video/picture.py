@@ -53,8 +53,8 @@ def picture(source: Source, shown: Shown, hdr: Hdr) -> Picture:
     orientation = source.orientation or frame_orientation(frame)
     if orientation is None:
         raise VideoError(
-            f"{source.name}: is to be shown turned by an angle that is no quarter turn; re-encode "
-            "it upright"
+            f"{source.name}: its display rotation is not a multiple of 90 degrees; re-encode it "
+            "upright"
         )
     name = _HDR.get(frame.color_trc)
     if name is not None and hdr == "refuse":

@@ -158,6 +158,6 @@ def _looks(frame: Any) -> tuple[Any, ...]:
 def _too_short(name: str, there: int, frames: int, fps: float | None) -> str:
     wanted = f"{frames} frames" + (f" at {fps:g} a second" if fps else "")
     return (
-        f"{name}: is too short, it gives {there} of the {wanted} wanted; "
+        f"{name}: is too short, it has {there} of the requested {wanted}; "
         "ask for fewer frames, a higher fps, or short=repeat"
     )

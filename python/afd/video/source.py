@@ -73,7 +73,9 @@ class Source:
         except BaseException as error:
             self._close()
             if isinstance(error, av.ArgumentError):
-                raise VideoError(f"{self.name}: is none of the containers {CONTAINERS}") from None
+                raise VideoError(
+                    f"{self.name}: is not one of the containers {CONTAINERS}"
+                ) from None
             if isinstance(error, VideoError) or not isinstance(error, Exception):
                 raise
             raise VideoError(f"{self.name}: cannot be read as a video ({_words(error)})") from error
@@ -183,7 +185,7 @@ class Source:
         if count == 0:
             animated = self.container.format.name == "webp_pipe"
             advice = "; convert an animated WebP to mp4, webm or gif" if animated else ""
-            raise VideoError(f"{self.name}: has a video stream without a single frame{advice}")
+            raise VideoError(f"{self.name}: has a video stream without any frame{advice}")
 
     def _packets(self) -> Iterator[Any]:
         """Yield the stream's packets and, last, the empty packet that flushes the decoder. Empty

@@ -63,7 +63,7 @@ def from_packets(source: Source) -> list[Shown] | None:
     if there is not None and source.container.format.name.startswith("mov"):
         whole = sum(entry.pos + entry.size <= there for entry in index)
         if whole < len(index):
-            raise VideoError(f"{name}: is cut off ({whole} of {len(index)} frames are there)")
+            raise VideoError(f"{name}: is cut off ({whole} of {len(index)} frames are present)")
     # A frame shown before the first packet's frame depends on one that is missing.
     if not plain or not held or min(held) != held[0]:
         return None
@@ -137,7 +137,7 @@ def _timed(source: Source) -> Iterator[Shown]:
         if length is None:
             if stamp is None:
                 raise VideoError(
-                    f"{source.name}: frame {index} has no presentation time, and the file no rate"
+                    f"{source.name}: frame {index} has no timestamp, and the file no frame rate"
                 )
             length = Fraction(0)
         time = follows if stamp is None or zero is None else stamp - zero

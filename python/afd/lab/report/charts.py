@@ -182,8 +182,8 @@ def evaluation_chart(parts: dict[str, Part], metric: Metric) -> Chart | None:
     """A metric at every evaluation of every run, with teacher and base student as references."""
     lines = []
     for run in runs(parts):
-        found = [(line["step"], numbers(line.get("metrics"))) for line in run.evaluations]
-        points = [(step, values[metric.key]) for step, values in found if metric.key in values]
+        found = [(line["update"], numbers(line.get("metrics"))) for line in run.evaluations]
+        points = [(update, values[metric.key]) for update, values in found if metric.key in values]
         lines.append(Line(run.label, run.name, points, dots=True))
     references = [
         (parts[name].label, name, parts[name].metrics[metric.key])
@@ -216,13 +216,13 @@ def other_groups(parts: dict[str, Part]) -> list[Group]:
 def keys(run: Part) -> list[str]:
     """Names of all logged values, in order of first appearance."""
     found = dict.fromkeys(key for update in run.updates for key in numbers(update))
-    return [key for key in found if key not in ("step", "time_s")]
+    return [key for key in found if key not in ("update", "time_s")]
 
 
 def logged(run: Part, key: str) -> list[tuple[int, float]]:
     """(update, value) for every update that logged the key."""
-    found = ((update["step"], numbers(update)) for update in run.updates)
-    return [(step, values[key]) for step, values in found if key in values]
+    found = ((line["update"], numbers(line)) for line in run.updates)
+    return [(update, values[key]) for update, values in found if key in values]
 
 
 def trade_off(parts: dict[str, Part]) -> Chart | None:

@@ -21,8 +21,8 @@ from afd.teachers.folder import FolderTeacher
 COLUMNS = ("teacher", "base", "afd", "sft")
 RUNS = ("afd", "sft", "gan", "dmd")
 LABELS = {"teacher": "Teacher", "base": "Base"} | {name: name.upper() for name in RUNS}
-# Limits of what can be plotted: beyond them sums overflow and steps are not exact in float64.
-LARGEST, LAST_STEP = 1e100, 2**53
+# Limits of what can be plotted: beyond them sums overflow and updates are not exact in float64.
+LARGEST, LAST_UPDATE = 1e100, 2**53
 # Samples are embedded in the page.
 MAX_SAMPLES_BYTES = 1 << 29
 
@@ -37,7 +37,7 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A column of the report. `evaluations` and `updates` are sorted by step, one per step."""
+    """A column of the report. `evaluations` and `updates` are sorted by update, one per update."""
 
     name: str
     folder: Path | None = None
@@ -74,9 +74,9 @@ class Part:
     @property
     def progress(self) -> str:
         """Last known update: "update 150 of 400"."""
-        step = max([0, *(line["step"] for line in self.evaluations + self.updates)])
-        steps = self.config.get("updates")
-        return f"update {step}" + (f" of {steps}" if steps else "")
+        update = max([0, *(line["update"] for line in self.evaluations + self.updates)])
+        updates = self.config.get("updates")
+        return f"update {update}" + (f" of {updates}" if updates else "")
 
     @property
     def when(self) -> datetime | None:
@@ -110,7 +110,7 @@ def read_parts(run_dir: Path) -> dict[str, Part]:
     parts = _by_method(parts)
     if not parts["base"].evaluations:
         # Before its first update a run is the base student.
-        first = [line for run in runs(parts) for line in run.evaluations[:1] if line["step"] == 0]
+        first = [line for run in runs(parts) for line in run.evaluations[:1] if line["update"] == 0]
         parts["base"] = replace(parts["base"], evaluations=first[:1])
     return parts
 
@@ -137,8 +137,8 @@ def _read_part(name: str, folder: Path, manifest: Any = None) -> Part:
         name,
         folder,
         finished=(folder / "DONE").is_file(),
-        evaluations=read_jsonl(folder / "evaluation.jsonl", problems),
-        updates=by_step(read_jsonl(folder / "metrics.jsonl", problems)),
+        evaluations=_read_lines(folder / "evaluation.jsonl", problems),
+        updates=by_update(_read_lines(folder / "metrics.jsonl", problems)),
         config=_read_mapping(folder / "config.yaml", problems),
         doctor=_read_mapping(folder / "doctor.json", problems),
         clips=_read_clips(folder / "samples.safetensors", problems),
@@ -155,17 +155,17 @@ def _by_method(parts: dict[str, Part]) -> dict[str, Part]:
         for line in part.evaluations:
             method = str(line.get("method"))
             lines[method if method in parts and not part.is_run else name].append(line)
-    return {name: replace(part, evaluations=by_step(lines[name])) for name, part in parts.items()}
+    return {name: replace(part, evaluations=by_update(lines[name])) for name, part in parts.items()}
 
 
-def by_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sort lines by step; the last line of each step and method wins."""
+def by_update(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sort lines by update; the last line of each update and method wins."""
     kept: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:
-        step = line.get("step", 0)
-        if type(step) is int and 0 <= step < LAST_STEP:
-            kept[step, str(line.get("method", ""))] = {**line, "step": step}
-    return sorted(kept.values(), key=lambda line: line["step"])
+        update = line.get("update")
+        if type(update) is int and 0 <= update < LAST_UPDATE:
+            kept[update, str(line.get("method", ""))] = {**line, "update": update}
+    return sorted(kept.values(), key=lambda line: line["update"])
 
 
 def numbers(data: Any) -> dict[str, float]:
@@ -191,6 +191,15 @@ def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if damaged:
         problems.append(f"{path.name}: {damaged} unreadable line(s) skipped")
     return [line.value for line in lines if line.value is not None]
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; those without a count of updates are skipped and noted."""
+    lines = read_jsonl(path, problems)
+    counted = [line for line in lines if "update" in line]
+    if len(counted) < len(lines):
+        problems.append(f"{path.name}: {len(lines) - len(counted)} line(s) without update skipped")
+    return counted
 
 
 def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -231,15 +240,15 @@ def _read_clips(path: Path, problems: list[str]) -> list[Clip]:
 
 
 def _read_warnings(path: Path) -> list[str]:
-    """Distinct warnings of a log, each with its first step and count."""
+    """Distinct warnings of a log, each with its first update and count."""
     first: dict[str, str] = {}
     count: Counter[str] = Counter()
     try:
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     except OSError:  # removed in the meantime
         return []
-    for step, warning in re.findall(r"\bWARNING:? (?:(?:step|update) (\d+): )?(.*)", text):
-        first.setdefault(warning, f"from update {step}" if step else "")
+    for update, warning in re.findall(r"\bWARNING:? (?:update (\d+): )?(.*)", text):
+        first.setdefault(warning, f"from update {update}" if update else "")
         count[warning] += 1
     warnings = []
     for text, times in count.items():

@@ -51,9 +51,9 @@ def video_page(run_dir: Path, run: Part, base: dict[str, float]) -> dict[str, An
 
 def reward_hacking(run: Part) -> Chart | None:
     """Chart of the frozen rating and the online score, which should rise together."""
-    rated = [(line["step"], numbers(line.get("metrics"))) for line in run.evaluations]
-    quality = [(step, values["MQ"]) for step, values in rated if "MQ" in values]
-    score = [(step, -margin) for step, margin in logged(run, "discriminator/margin")]
+    rated = [(line["update"], numbers(line.get("metrics"))) for line in run.evaluations]
+    quality = [(update, values["MQ"]) for update, values in rated if "MQ" in values]
+    score = [(update, -margin) for update, margin in logged(run, "discriminator/margin")]
     lines = [
         Line("MQ by the frozen VideoAlign", run.name, quality, dots=True),
         Line("online score minus the teacher’s", "teacher", score),

@@ -208,8 +208,8 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # damaged bytes make an unpickler raise anything
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"checkpoint {path}: it is damaged, or holds other things than tensors, which are not "
-            f"unpickled because they could run code ({reason})"
+            f"checkpoint {path}: it is damaged, or contains objects other than tensors, "
+            f"which are not unpickled because they could run code ({reason})"
         ) from error
     require(isinstance(held, Mapping), f"checkpoint {path}", type(held).__name__, LAYOUTS)
     return held
@@ -327,7 +327,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # invalid JSON or UTF-8
-        raise ValueError(f"{path}: it is no JSON ({error})") from error
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
     require(isinstance(held, dict), str(path), type(held).__name__, "a JSON object")
     return cast("dict[str, Any]", held)
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from afd.config.base import Count, Positive
 from afd.hub import missing_source, pinned
-from afd.models.config import LoraConfig, StudentConfig
+from afd.models.config import Dtype, LoraConfig, StudentConfig
 from afd.registry import load
 from afd.schedules import ShiftedFlow, check_steps
 
@@ -37,45 +37,46 @@ class WanStudentConfig(StudentConfig):
     checkpoint: str | None = Field(
         default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    dtype: Dtype = Field(
         default="bfloat16",
-        description="what the network computes in; trained weights are kept in float32",
+        description="dtype of the computation; trained weights are kept in float32",
     )
     lora: LoraConfig | None = Field(
         default=LoraConfig(), description="train low-rank adapters; null: every weight"
     )
     checkpoint_blocks: bool = Field(
         default=True,
-        description="keep only what lies between blocks and compute the rest again in the backward",
+        description="save only the residual between blocks and recompute the rest in the backward",
     )
     rollout_batch: Count | None = Field(
-        default=1, description="videos streamed together in a rollout; null: all at once"
+        default=1, description="videos per rollout batch; null: all"
     )
     ema: bool | None = Field(
         default=None,
-        description="of a .pt file: true generator_ema, false generator, null the average if any",
+        description="weights of a .pt file; true: generator_ema, false: generator, null: "
+        "generator_ema if present",
     )
     head_dim: Count | None = Field(
         default=None, description="channels of a head; null: as config.json says, else 128"
     )
     pretrained: str = Field(
         default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        description="folder or hub name (a @commit pins it) with text_encoder/, tokenizer/, vae/",
+        description="folder or hub name[@commit] with text_encoder/, tokenizer/, vae/",
     )
     text_encoder: str | None = Field(default=None, description="another source; null: pretrained")
     tokenizer: str | None = Field(
-        default=None, description="folder of its own; null: where the text encoder comes from"
+        default=None, description="folder of the tokenizer; null: that of the text encoder"
     )
     vae: str | None = Field(default=None, description="another source; null: pretrained")
     text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
     chunk: Count = Field(default=3, description="latent frames denoised together; 1: framewise")
     denoising_steps: list[float] = Field(
         default=[1000, 750, 500, 250],
-        description="denoising steps before the warp, falling from 1000",
+        description="denoising steps before the warp, decreasing from 1000",
     )
     shift: Positive = Field(default=5.0, description="shift of the table of noise levels")
-    vae_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="what the autoencoder computes in"
+    vae_dtype: Dtype = Field(
+        default="bfloat16", description="dtype of the autoencoder's computation"
     )
 
     @model_validator(mode="after")

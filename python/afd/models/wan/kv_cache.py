@@ -157,7 +157,7 @@ class KVCache:
             frames <= self.ring,
             "frames",
             frames,
-            f"at most {self.ring}, the frames behind the sink: a chunk must see itself whole",
+            f"at most {self.ring}, the frames behind the sink: a chunk attends to all of itself",
         )
         require(
             start == 0 or end >= self.end or self.end <= self.frames,

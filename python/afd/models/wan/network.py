@@ -130,7 +130,7 @@ class CausalWan(nn.Module):
         """Embed patches as tokens [B, L, D] in (frame, row, column) order; also rows, columns."""
         C, H, W = x_BFCHW.shape[2:]
         if self.config.in_dim != C:
-            raise ValueError(f"x: {C} channels came, the network takes {self.config.in_dim}")
+            raise ValueError(f"x: got {C} channels; needed: {self.config.in_dim}")
         rows, cols = self.config.grid(H, W)
         ph, pw = self.config.patch
         patches_BLP = rearrange(
@@ -163,8 +163,8 @@ class CausalWan(nn.Module):
         """The prompt's keys and values for every layer; padding rows are attended to as well."""
         if text_BLE.shape[1:] != (self.config.text_len, self.config.text_dim):
             raise ValueError(
-                f"text: shape {tuple(text_BLE.shape)} came, "
-                f"[B, {self.config.text_len}, {self.config.text_dim}] is needed"
+                f"text: got {list(text_BLE.shape)}; needed: "
+                f"[B, {self.config.text_len}, {self.config.text_dim}]"
             )
         embedded = self.text_embedding(text_BLE)
         return [block.cross_attn.text_kv(embedded) for block in self._layers()]

@@ -118,8 +118,8 @@ def self_forced(
 
 def _level(t: float, schedule: ShiftedFlow, like: Tensor) -> tuple[Tensor, float]:
     """The network's timestep, [1, 1], and the noise level."""
-    told = torch.full((1, 1), t, dtype=torch.float32, device=like.device)
-    return told, schedule.sigma_of(t)
+    time = torch.full((1, 1), t, dtype=torch.float32, device=like.device)
+    return time, schedule.sigma_of(t)
 
 
 def _past(cache: KVCache, start: int, written: list[list[LayerKV]] | None) -> list[LayerKV] | None:

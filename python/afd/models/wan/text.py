@@ -92,7 +92,7 @@ class TextEncoder:
         weights, words = _find(local_copy(source, ("text_encoder", "tokenizer"), LAYOUTS))
         words = words if tokenizer is None else Path(tokenizer)
         if not words.is_dir():
-            raise FileNotFoundError(f"tokenizer: {words} is no folder; needed: {LAYOUTS}")
+            raise FileNotFoundError(f"tokenizer: {words} is not a directory; needed: {LAYOUTS}")
         return weights, words
 
     @property
@@ -136,7 +136,7 @@ def _find(path: Path) -> tuple[Path, Path]:
         return path, path.parent / "google" / "umt5-xxl"
     if (path / "config.json").is_file():
         return path, path
-    raise FileNotFoundError(f"text_encoder: {path} holds none; needed: {LAYOUTS}")
+    raise FileNotFoundError(f"text_encoder: {path} contains no text encoder; needed: {LAYOUTS}")
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -158,7 +158,7 @@ def _load_transformers(folder: Path, dtype: torch.dtype, device: torch.device | 
         model, info = read(folder, dtype=dtype, output_loading_info=True)
     # transformers initialises missing weights at random and only warns.
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
-    require(not lacking, f"text_encoder {folder}", lacking[:4], "weights for the whole encoder")
+    require(not lacking, f"text_encoder {folder}", lacking[:4], "all weights of the encoder")
     return model.to(device)
 
 

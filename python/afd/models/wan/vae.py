@@ -62,7 +62,7 @@ class VideoVAE:
         if path.is_file():
             return cls(_load_original(path, dtype, device))
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"vae: {path} holds none; needed: {LAYOUTS}")
+            raise FileNotFoundError(f"vae: {path} contains no autoencoder; needed: {LAYOUTS}")
         return cls(_load_diffusers(path, dtype, device))
 
     @cached_property
@@ -175,7 +175,7 @@ def _load_diffusers(folder: Path, dtype: torch.dtype, device: torch.device | str
         )
     # diffusers initialises missing weights at random and only warns.
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
-    require(not lacking, f"vae {folder}", lacking[:4], "weights for the whole autoencoder")
+    require(not lacking, f"vae {folder}", lacking[:4], "all weights of the autoencoder")
     return model.to(device)
 
 

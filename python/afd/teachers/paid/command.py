@@ -58,13 +58,13 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
                         raise error
                 now = teacher.progress()
                 cost = f"{now.spent_usd:.2f} of {now.budget_usd:.2f} USD"
-                shown = f"{cost}, {now.under_way} under way of {now.limit}, {skipped} rejected"
+                shown = f"{cost}, {now.under_way} of {now.limit} in progress, {skipped} rejected"
                 bar.update(line, completed=there + skipped + missing, cost=shown)
     except KeyboardInterrupt:
         spent = teacher.progress().spent_usd
         console.print(
-            f"stopped with {there} videos; what is under way runs on at the provider and the next "
-            f"fetch collects it; {spent:.2f} USD spent or reserved",
+            f"stopped with {there} videos; those in progress continue at the provider, and the "
+            f"next fetch collects them; {spent:.2f} USD spent or reserved",
             highlight=False,
         )
         return None
@@ -91,7 +91,7 @@ def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int
     section = _paid(config)
     folder = config.teacher_dir
     if not (folder / NAME).is_file():
-        raise TeacherError(f"teacher folder {folder}: holds no ledger; afd teacher fetch makes one")
+        raise TeacherError(f"teacher folder {folder}: has no ledger; afd teacher fetch makes one")
     ledger = Ledger.snapshot(folder)
     try:
         facts = {
@@ -112,7 +112,7 @@ def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int
 
 
 def _open(prompt: str, row: Row) -> dict[str, object]:
-    stands = "in doubt or just asked" if row.state == "asked" else "under way or stuck"
+    stands = "in doubt" if row.state == "asked" else "in progress or stuck"
     return {
         "prompt": prompt,
         "stands": stands,
@@ -160,6 +160,6 @@ def _bar(console: Console) -> Progress:
 def _paid(config: RunConfig) -> PaidConfig:
     if not isinstance(config.teacher, PaidConfig):
         raise TeacherError(
-            f"teacher.kind={config.teacher.kind} is not bought; needed: ark, openai or fal"
+            f"teacher.kind={config.teacher.kind} is not a paid service; needed: ark, openai or fal"
         )
     return config.teacher

@@ -31,7 +31,7 @@ class ApiConfig(Section):
     draws: Count = Field(default=1, description="videos per prompt, each with a seed of its own")
     options: dict[str, Any] = Field(
         default={},
-        description="fields of the request as the provider names them, such as "
+        description="further fields of the request, with the provider's names, such as "
         "{resolution: 480p, duration: 5}; null leaves out one of the provider's defaults",
     )
     prompt_suffix: str = Field(
@@ -70,7 +70,7 @@ class FetchConfig(Section):
     budget_usd: float = Field(
         default=0.0,
         ge=0,
-        description="the most that this folder's videos may ever cost, in USD",
+        description="total budget of this folder's videos, in USD",
     )
     price_usd: float | None = Field(
         default=None,
@@ -78,26 +78,28 @@ class FetchConfig(Section):
         description="USD per video, per second of video or per million tokens, see price_per",
     )
     price_per: Literal["video", "second", "million_tokens"] = Field(
-        default="video", description="what price_usd is the price of"
+        default="video", description="unit of price_usd"
     )
     units: Positive | None = Field(
         default=None,
         description="seconds or tokens of one video, for the estimate before a submit; null: "
         "seconds are read from the options",
     )
-    concurrency: Count = Field(default=8, description="most videos under way at once")
+    concurrency: Count = Field(default=8, description="maximum number of videos in progress")
     prefetch: Natural = Field(
-        default=16, description="requests asked ahead of the trainer, in the background"
+        default=16, description="number of requests made ahead of the trainer, in the background"
     )
     attempts: Count = Field(
-        default=3, description="submits of one video whose earlier ones the provider gave up"
+        default=3, description="maximum number of submits per video after the provider's failures"
     )
-    tries: Count = Field(default=5, description="tries of one HTTP exchange that failed in passing")
+    tries: Count = Field(
+        default=5, description="attempts per HTTP exchange after transient failures"
+    )
     backoff_s: Positive = Field(
         default=2.0, description="first pause after a failure in seconds; doubles, with jitter"
     )
     backoff_max_s: Positive = Field(default=60.0, description="longest such pause in seconds")
-    poll_s: Positive = Field(default=5.0, description="seconds between two looks at a task")
+    poll_s: Positive = Field(default=5.0, description="seconds between two polls of a task")
     request_s: Positive = Field(default=60.0, description="seconds one API exchange may take")
     download_s: Positive = Field(default=600.0, description="seconds one download may take")
     deadline_s: Positive = Field(
@@ -127,29 +129,29 @@ class FetchConfig(Section):
     )
     retry_faults: bool = Field(
         default=False,
-        description="look again at videos that failed five times in a way afd did not foresee; "
+        description="retry videos that failed five times with an unknown error; "
         "what may be paid is collected, not bought again",
     )
     adopt_videos: bool = Field(
         default=False,
-        description="take finished videos of this teacher that its ledger does not know as bought "
-        "before, at no cost; without it a folder with such videos is refused",
+        description="take finished videos of this teacher that its ledger does not list as bought "
+        "before, at no cost; otherwise a folder with such videos is refused",
     )
     accept_changed_videos: bool = Field(
         default=False,
         description="take videos whose contents are no longer those that were bought as they are; "
-        "without it they are refused",
+        "otherwise they are refused",
     )
     idempotency_header: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9-]+$",
-        description="header by which this server recognises a repeated submit, if it has one",
+        description="idempotency header of this server, if it has one",
     )
     schemes: list[Literal["https", "http"]] = Field(
-        default=["https"], description="schemes that may be contacted, also by redirects"
+        default=["https"], description="allowed URL schemes, including those of redirects"
     )
     private_hosts: list[str] = Field(
-        default=[], description="hosts that may be contacted on private or loopback addresses"
+        default=[], description="hosts allowed to have private or loopback addresses"
     )
 
 
@@ -161,7 +163,7 @@ class PaidConfig(TeacherConfig):
     kind: Literal["ark", "openai", "fal"] = Field(
         description="ark, openai, fal: the service's protocol"
     )
-    seed: Natural = Field(default=0, description="seed of the service's draws")
+    seed: Natural = Field(default=0, description="base seed of the requests")
     api: ApiConfig = ApiConfig()
     fetch: FetchConfig = FetchConfig()
 

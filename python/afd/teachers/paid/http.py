@@ -198,7 +198,7 @@ class Http:
             target = httpx.URL(url)
             where = self.words(place(target))
         except (httpx.InvalidURL, ValueError, TypeError):
-            raise Failure(Kind.INVALID, "an address that is no URL", certain=True) from None
+            raise Failure(Kind.INVALID, "an invalid URL", certain=True) from None
         if target.scheme not in self._config.schemes or not target.host:
             allowed = ", ".join(self._config.schemes)
             raise Failure(
@@ -220,7 +220,7 @@ class Http:
         except TeacherError as error:
             failure = TeacherError(str(error))
         except asyncio.TimeoutError:
-            failure = Failure(Kind.RETRYABLE, f"no whole answer within {seconds:g} s")
+            failure = Failure(Kind.RETRYABLE, f"no complete answer within {seconds:g} s")
         except Exception as error:
             # An error of the client, or an unforeseen response.
             failure = self._failure(error)
@@ -251,7 +251,7 @@ def _refuse_encoded(response: httpx.Response) -> None:
     compressed body may expand to a very large one."""
     named = ",".join(response.headers.get_list("content-encoding"))
     if {name.strip().lower() for name in named.split(",")} - {"", "identity"}:
-        raise Failure(Kind.RETRYABLE, "an answer in an encoding that nobody asked for")
+        raise Failure(Kind.RETRYABLE, "an answer in an encoding that was not requested")
 
 
 def place(url: httpx.URL | str) -> str:

@@ -207,10 +207,10 @@ class Ledger:
         if row.sha256 is not None and not accept_changed:
             raise ContentsError(
                 f"{path}: is not the video that was bought (sha256 {saved.sha256[:16]}..., the "
-                f"ledger has {row.sha256[:16]}...); put it back, delete it so that it is fetched "
+                f"ledger has {row.sha256[:16]}...); restore it, delete it so that it is fetched "
                 "again, or take it with teacher.fetch.accept_changed_videos=true"
             )
-        _log.warning("%s: taken with other contents than were bought", path)
+        _log.warning("%s: accepted with contents other than those bought", path)
         self._update(row, sha256=saved.sha256, bytes=saved.bytes)
         return True
 
@@ -310,7 +310,7 @@ class Ledger:
         except ValueError:
             about = None
         if not isinstance(about, dict):
-            raise TeacherError(f"{self.folder / NAME}: does not say what its videos are")
+            raise TeacherError(f"{self.folder / NAME}: does not record what its videos are")
         return about
 
     def write_manifest(self) -> None:
@@ -385,8 +385,8 @@ class Ledger:
         # Not a database, no space, no write permission; a schema of another version.
         except (sqlite3.Error, SchemaError) as error:
             raise TeacherError(
-                f"{self.folder / NAME}: cannot be used ({error}); it knows what is paid, so "
-                "nothing is bought without it"
+                f"{self.folder / NAME}: cannot be used ({error}); it records what was paid, "
+                "so nothing is bought without it"
             ) from None
 
 
@@ -408,9 +408,9 @@ def refuse_unknown_videos(folder: Path) -> None:
 
 def _unknown(folder: Path, names: list[str]) -> str:
     return (
-        f"teacher folder {folder}: its {NAME} does not know {len(names)} of the bought videos "
+        f"teacher folder {folder}: its {NAME} does not list {len(names)} of the bought videos "
         f"there ({', '.join(names[:3])}): it is missing, empty or an older copy, and what was paid "
-        "is not counted; put it back, or take the videos as they are with "
+        "is not counted; restore it, or take the videos as they are with "
         "teacher.fetch.adopt_videos=true"
     )
 
@@ -424,7 +424,7 @@ def _row(found: sqlite3.Row) -> Row:
         except ValueError:
             task = None
         if not isinstance(task, dict):
-            raise TeacherError(f"{NAME}: submit {found['id']} holds no task that can be read")
+            raise TeacherError(f"{NAME}: submit {found['id']} has no readable task")
         values["task"] = task
     return Row(**values)
 

@@ -46,7 +46,7 @@ class Limiter:
         now = time.monotonic()
         if now >= self._paused_until:
             self.limit = max(1.0, min(self.limit, self.under_way) / 2)
-            _log.info("the provider throttles: at most %d videos under way", int(self.limit))
+            _log.info("the provider throttles: at most %d videos in progress", int(self.limit))
         self._paused_until = max(self._paused_until, now + pause_s)
 
     def _admit(self) -> None:

@@ -206,7 +206,7 @@ class Engine:
         task = await self._understood(self.provider.submit(self.http, order, header))
         running = self.ledger.running(row, task)
         if running is None:
-            reason = f"the task {task['id']} was given out twice"
+            reason = f"the task {task['id']} was assigned twice"
             raise Failure(Kind.RETRYABLE, reason, received=True)
         self._accepted += 1
         self.limiter.accepted()
@@ -289,7 +289,9 @@ class Engine:
             ):
                 self._unknown.add(status.unknown)
                 _log.warning(
-                    "%s names an unknown state %r; waiting on", self.provider.name, status.unknown
+                    "%s reports an unknown state %r; still waiting",
+                    self.provider.name,
+                    status.unknown,
                 )
             if status.state is State.SUCCEEDED and not delivered:
                 self.ledger.delivered(row, self._bill_usd(status))
@@ -342,7 +344,7 @@ class Engine:
         if kind is Kind.INVALID or status.state is State.CANCELLED:
             late = f", {self.config.deadline_s:g} s after its submit" if cancelled else ""
             raise Unanswered(f"{order.prompt!r}: {reason}{late}")
-        _log.info("a task failed in passing (%s)", reason)
+        _log.info("a task failed temporarily (%s)", reason)
         return reason
 
     async def _download(self, order: Order, row: Row, status: Status) -> Path:
@@ -393,7 +395,7 @@ class Engine:
 
     def _doubt(self, order: Order, row: Row, reason: str) -> None:
         if self.config.resubmit_in_doubt:
-            _log.warning("%r: %s; submitting again as told", order.prompt, reason)
+            _log.warning("%r: %s; submitting again, as configured", order.prompt, reason)
             self.ledger.end(row, "written_off", Kind.RETRYABLE.value, reason, paid=True)
             return
         raise Unanswered(
@@ -430,14 +432,14 @@ class Engine:
             raise
         except Exception as error:
             what = self._described(error)
-        _log.error("%s: unexpected in an answer: %s", self.provider.name, what)
-        raise Failure(Kind.RETRYABLE, f"an answer of a form not known here ({what})")
+        _log.error("%s: unexpected answer: %s", self.provider.name, what)
+        raise Failure(Kind.RETRYABLE, f"an answer of unknown form ({what})")
 
     def _fault(self, order: Order, error: Exception) -> TeacherError:
         """Record an unexpected error, which ends only this order. Later processes retry a few times
         to collect what may be paid, without buying it again."""
         what = self._described(error)
-        _log.error("%r: unexpected: %s; this video fails, others go on", order.prompt, what)
+        _log.error("%r: unexpected: %s; this video fails, the others continue", order.prompt, what)
         try:
             self.ledger.fault(order.key, what)
         except TeacherError as lost:
@@ -453,7 +455,7 @@ class Engine:
 
     def _stop(self, reason: str) -> TeacherError:
         return TeacherError(
-            f"{self.provider.name} gives nothing on this account "
+            f"{self.provider.name} refuses this account "
             f"(key in {self.provider.key_variable}): {reason}"
         )
 

@@ -87,11 +87,13 @@ def prepare(database: sqlite3.Connection) -> None:
     version = database.execute("PRAGMA user_version").fetchone()[0]
     tables = {found[0] for found in database.execute("SELECT name FROM sqlite_master")}
     if version > VERSION:
-        raise SchemaError(f"its schema is version {version}, this afd knows up to {VERSION}")
+        raise SchemaError(
+            f"its schema is version {version}, this version of afd supports up to {VERSION}"
+        )
     if version == 0 and not tables:
         _run(database, _TABLES)
     elif not {"submits", "about", "one_purchase"} <= tables:
-        raise SchemaError("it is another program's database")
+        raise SchemaError("it is the database of another program")
     else:
         for step in range(version or 1, VERSION):
             _run(database, _MIGRATIONS[step])
@@ -102,7 +104,7 @@ def prepare(database: sqlite3.Connection) -> None:
         " AND cost_usd < 1e300 AND typeof(price_usd) = 'real' AND price_usd >= 0)"
     ).fetchone()[0]
     if wrong:
-        raise SchemaError(f"{wrong} of its rows hold no price")
+        raise SchemaError(f"{wrong} of its rows have no price")
 
 
 def _run(database: sqlite3.Connection, statements: str) -> None:

@@ -66,7 +66,7 @@ class Secret:
         if len(value) < 8 or not value.isascii() or not value.isprintable():
             raise TeacherError(
                 f"the environment variable {name} holds no API key "
-                "(it is shorter than 8 characters or has some that no key has)"
+                "(it is shorter than 8 characters or contains invalid characters)"
             )
         return cls(name, value)
 
@@ -126,7 +126,7 @@ class Secret:
         return f"Secret({self.name})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Secret is not written anywhere")
+        raise TypeError("a Secret cannot be serialised")
 
 
 def _letters(text: str) -> tuple[str, list[int]]:

@@ -250,7 +250,9 @@ def _named(pattern: str, wrong: Complaint) -> bool:
 def segment(identifier: str) -> str:
     """Quote an untrusted identifier as one segment of a URL path."""
     if identifier.strip(".") == "":
-        raise Failure(Kind.RETRYABLE, f"the identifier {identifier!r} is no part of a path")
+        raise Failure(
+            Kind.RETRYABLE, f"the identifier {identifier!r} is not a valid part of a path"
+        )
     return quote(identifier, safe=":@=+,~")
 
 

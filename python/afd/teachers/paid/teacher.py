@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from afd.errors import TeacherError, Unanswered
-from afd.files import Rows, csv_rows, json_rows
+from afd.files import Rows, csv_rows, json_rows, read_text
 from afd.teachers.base import Request
 from afd.teachers.paid.ark import Ark
 from afd.teachers.paid.config import PaidConfig
@@ -76,7 +76,7 @@ class ApiTeacher:
         wrong = [name for name in RESERVED if name in api.options]
         if wrong:
             raise TeacherError(
-                f"teacher.api.options: {', '.join(wrong)} is said elsewhere "
+                f"teacher.api.options: {', '.join(wrong)} is set elsewhere "
                 "(teacher.api.model, teacher.api.prompts, teacher.seed)"
             )
         suffix = {"prompt_suffix": api.prompt_suffix} if api.prompt_suffix else {}
@@ -171,7 +171,7 @@ class ApiTeacher:
         if self._ledger.contents(state["submits"], state["until"]) != known:
             raise TeacherError(
                 f"teacher folder {self.folder}: its ledger knows other videos than at the "
-                "checkpoint; put back the folder that the run began with, or go on with these with "
+                "checkpoint; restore the folder of the run, or accept these with "
                 "teacher.fetch.accept_changed_videos=true"
             )
 
@@ -228,7 +228,9 @@ class _Worker:
         provider, config, folder = teacher.provider, teacher.config.fetch, teacher.folder
         secret = Secret.from_environment(provider.key_variable)
         if secret.stands_in(canonical(teacher.about)) or secret.stands_in(str(teacher.about)):
-            raise TeacherError("teacher.api holds the API key; it belongs in the environment only")
+            raise TeacherError(
+                "teacher.api holds the API key; it belongs only in an environment variable"
+            )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="afd teacher", daemon=True)
         self._thread.start()
@@ -310,9 +312,9 @@ def open_teacher(
 def read_prompts(path: Path) -> list[str]:
     """Read the distinct prompts of a .txt (one per line), .jsonl or .csv (field `prompt`) file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher.api.prompts {path}: cannot be read ({error})") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise TeacherError(f"teacher.api.prompts {path}: {error}") from None
     rows: Rows
     if path.suffix == ".txt":
         rows = ((n, {"prompt": line}) for n, line in enumerate(text.split("\n"), 1))
@@ -325,9 +327,9 @@ def read_prompts(path: Path) -> list[str]:
     there = [prompt for number, row in rows if (prompt := _prompt(path, number, row))]
     once = list(dict.fromkeys(there))
     if not once:
-        raise TeacherError(f"teacher.api.prompts {path}: holds no prompt")
+        raise TeacherError(f"teacher.api.prompts {path}: contains no prompt")
     if len(once) < len(there):
-        _log.warning("%s: %d prompts came again and count once", path, len(there) - len(once))
+        _log.warning("%s: %d prompts are repeated and count once", path, len(there) - len(once))
     return once
 
 
@@ -364,7 +366,7 @@ def price_of(config: PaidConfig, provider: Provider, parameters: dict[str, Any])
     else:
         per_unit, rule = fetch.price_usd, provider.seconds(parameters)
         missing = (
-            "teacher.fetch.price_per=second needs the length: teacher.fetch.units in seconds, or "
+            "teacher.fetch.price_per=second needs a duration: teacher.fetch.units in seconds, or "
             "the provider's own field in teacher.api.options"
         )
     units = max(fetch.units or 0.0, rule or 0.0)
