@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from afd.config.run import load_config, make_config
+from afd.config.run import make_config
 from afd.discriminators.windows import window_starts, windows
 from afd.errors import ConfigError
 from afd.lab.config import ToyDiscriminatorConfig
@@ -134,11 +133,3 @@ def test_methods_have_their_own_defaults_and_take_others() -> None:
 
     assert make_config(plain(gan)) == gan
     assert make_config({"updates": None}).updates == 200
-
-
-def test_the_large_configurations_keep_their_reported_schedules(tmp_path: Path) -> None:
-    for path in sorted((Path(__file__).parents[2] / "configs").glob("afd_*_480x832.yaml")):
-        run = load_config(path)
-        assert (run.updates, run.afd.warmup_updates, run.afd.cosine_updates) == (300, 0, None)
-        assert run.discriminator.warmup_updates == 0
-        assert run.discriminator.steps_in(0) == 1
