@@ -91,7 +91,9 @@ def make_afd(
 ) -> Afd:
     """`discriminator`: its settings; `how`: the constructor's arguments, which may replace it; the
     rest: AfdConfig's."""
-    config = AfdConfig(**{"samples_per_prompt": 2, **settings})
+    # A few updates are too short for the default warm-up and prior.
+    short = {"samples_per_prompt": 2, "warmup_updates": 0, "prior_weight": 1e-4}
+    config = AfdConfig(**{**short, **settings})
     policies = make_policies(student, config.versions, lora=lora)
     pace: dict[str, Any] = {"steps_per_update": 1, **(discriminator or {})}
     if isinstance(student, ToyStudent):

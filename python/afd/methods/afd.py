@@ -79,6 +79,8 @@ class Afd(StudentMethod):
         # With old="current" the student is its own anchor: v_old is v_theta without gradient.
         self.old = "old" if config.old == "ema" else "theta"
         self.score_average: float | None = None
+        # Sum over an update's copies of the mean v_theta².
+        self._v_square = torch.zeros(())
 
     # --- one step ---
 
@@ -198,12 +200,13 @@ class Afd(StudentMethod):
             own=batch.own(config.samples_per_prompt),
             first_times=self.first_times,
         )
-        sums = torch.zeros(len(MEASURED) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(MEASURED), dtype=torch.float64)
+        self._v_square = torch.zeros((), device=rollouts.x0_BFCHW.device)
         for piece in copies.pieces(config.micro_batch):
-            result, square_N = self._loss(rollouts, r_B, piece, prior)
+            result = self._loss(rollouts, r_B, piece, prior)
             self.optimizer.add(result.loss * piece.share)
-            parts = [*(getattr(result, key) for key in MEASURED.values()), square_N]
-            sums += torch.stack([part.sum() for part in parts]).cpu()
+            sums += torch.stack([getattr(result, key).sum() for key in MEASURED.values()]).cpu()
+        sums = torch.cat([sums, self._v_square.double().cpu()[None]])
         self.ranks.sum_([sums])
         *means, square = (sums / copies.total).tolist()
         metrics = dict(zip(MEASURED, means, strict=True)) | {"student/v_rms": square**0.5}
@@ -218,11 +221,8 @@ class Afd(StudentMethod):
 
     def _loss(
         self, rollouts: Rollouts, r_B: Tensor, copies: Copies, prior: float | Tensor
-    ) -> tuple[ops.NftLoss, Tensor]:
-        """NFT loss, averaged over some of the copies, and the mean of v_theta² of each [N].
-
-        `prior`: its weight, or one per video [B].
-        """
+    ) -> ops.NftLoss:
+        """NFT loss, averaged over some of the copies. `prior`: its weight, or one per video [B]."""
         config = self.config
         x0 = rollouts.x0_BFCHW[copies.video_N]
         x_t = copies.noise(x0)
@@ -237,7 +237,11 @@ class Afd(StudentMethod):
         # The trained policy comes last: its backward follows.
         v_theta = self._velocity("theta", x0, x_t, rollouts, copies, shared)
         mask_NF = copies.mask(x0.shape[1], self.policies.student.chunk)
-        loss = ops.nft_loss(
+        # v is 0 in chunks that were not drawn.
+        drawn = self.chunks if copies.chunks_NM is None else copies.chunks_NM.shape[1]
+        norm = torch.linalg.vector_norm(v_theta.detach(), dtype=torch.float32)
+        self._v_square += norm.square() * (self.chunks / drawn / v_theta[0].numel())
+        return ops.nft_loss(
             v_theta=v_theta,
             v_old=v_old,
             v_ref=v_ref,
@@ -254,9 +258,6 @@ class Afd(StudentMethod):
             frame_mask=None if mask_NF is None else mask_NF.to(x0.device),
             prior_by_r=config.prior_by_r,
         )
-        # v is 0 in chunks that were not drawn.
-        drawn = self.chunks if copies.chunks_NM is None else copies.chunks_NM.shape[1]
-        return loss, v_theta.detach().square().flatten(1).mean(1) * (self.chunks / drawn)
 
     def _velocity(
         self,

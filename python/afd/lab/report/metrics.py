@@ -26,6 +26,7 @@ _TOY = (
     Metric("rend", "Look error", "lower"),
     Metric("traj_fd", "Trajectory distance", "lower"),
     Metric("fit_res", "Roughness", "lower"),
+    Metric("seam_jerk", "Kinks between chunks", "teacher"),
     Metric("motion", "Motion", "teacher"),
     Metric("adh", "Prompt adherence", "higher"),
     Metric("div", "Diversity", "teacher"),
