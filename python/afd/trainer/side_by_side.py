@@ -33,7 +33,8 @@ def side_by_side(
     if teacher_FHWC is not None:
         panels.insert(0, (teacher_FHWC, "teacher" + _told("score", shown.teacher_score)))
     frames = max(len(video_FHWC) for video_FHWC, _ in panels)
-    tops, middles = [], []
+    tops: list[np.ndarray] = []
+    middles: list[np.ndarray] = []
     for video_FHWC, caption in panels:
         grown = _grown(_as_long(video_FHWC, frames))
         strip = _strip(grown.shape[2], [caption])
