@@ -24,14 +24,21 @@ faulty = faulty:Config
 [afd.discriminators]
 bare = bare:Bare
 toy = bare:Bare
+[afd.rewards]
+bare = bare:Reward
 [afd.metrics]
 absent = json:nothing
 """
 BARE = """\
 from afd.discriminators.config import PairConfig
+from afd.rewards.base import RewardConfig
 
 
 class Bare(PairConfig):
+    pass
+
+
+class Reward(RewardConfig):
     pass
 """
 
@@ -105,6 +112,9 @@ def test_the_commands_of_the_page_train_measure_and_export(site: Path) -> None:
     updates = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(updates) == 2
     assert all(math.isfinite(update["discriminator/loss"]) for update in updates)
+    for update in updates:
+        assert update["reward/steady/mean"] <= 0
+        assert -1 <= update["reward/steady/agreement"] <= 1
     measured = json.loads((run / "evaluation.jsonl").read_text().splitlines()[-1])
     assert set(measured["metrics"]) == {"brightness", "change"}
     assert (run / "samples" / "001.mp4").is_file()
@@ -125,6 +135,8 @@ def test_a_name_that_cannot_be_used_is_one_sentence(site: Path) -> None:
         "student.kind=function": "is not a subclass of afd.models.config.StudentConfig",
         "teacher.kind=faulty": "cannot be imported (SyntaxError: ",
         "discriminator.kind=bare": "'bare': bare:Bare, registered in afd.discriminators, does not",
+        "rewards.steady.kind=bare": "'bare': bare:Reward, registered in afd.rewards, does not",
+        "rewards.steady.gaps=3": "key 'rewards.steady.gaps'; did you mean rewards.steady.gap",
         "evaluation.kind=absent": "'absent': json:nothing, registered in afd.metrics, cannot be",
     }
     done = afd(site, *(["train", "squares.yaml", override] for override in refused))

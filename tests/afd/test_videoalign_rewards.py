@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from afd.config.run import make_config
 from afd.discriminators.config import VideoAlignConfig
 from afd.discriminators.videoalign.discriminator import build as build_discriminator
 from afd.discriminators.videoalign.model import VideoAlign
+from afd.distributed import ALONE
 from afd.errors import ConfigError
 from afd.methods.rollouts import InputPipeline
 from afd.models.codec import Pixels
@@ -20,6 +22,7 @@ from afd.planning.plan import make_plan
 from afd.rewards.config import VideoAlignRewardConfig
 from afd.rewards.videoalign import VideoAlignReward, as_grey
 from afd.trainer.build import build_rewards
+from afd.trainer.evaluate import Evaluated, VideoMetrics
 from afd.video.config import VideoConfig
 from tests.afd.tiny_videoalign import PROMPTS, clips, seen, write_released
 from tests.tolerances import NETWORK_REORDERED
@@ -167,3 +170,23 @@ def test_the_plan_counts_networks_passes_and_decodes(files: dict[str, str]) -> N
     beside = make_plan(make_config(data))
     assert "VideoAlign of rewards" not in {part.name for part in beside.memory}
     assert "1 pass(es) on 32 videos: vq" in [phase.note for phase in beside.phases]
+
+
+def test_held_out_videos_are_rated_by_every_reward_in_as_few_passes(
+    files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(files, **ASTROLABE)
+    terms = build_rewards(config, STUDENT, None, PROMPTS)
+    passes, rate = [], VideoAlign.ratings_of
+    monkeypatch.setattr(
+        VideoAlign, "ratings_of", lambda self, *a, **k: passes.append(1) or rate(self, *a, **k)
+    )
+    video = VIDEO.model_copy(update={"codec_match": True})
+    seen_by = config.model_copy(update={"video": video})
+    run = Evaluated(seen_by, lambda: clips(), Pixels(), None, PROMPTS, ALONE, terms)
+    row = VideoMetrics(run).measure(clips(count=1), PROMPTS[0])
+    assert row.keys() == {"motion", "dynamic", *(f"reward/{name}" for name in ASTROLABE)}
+    assert len(passes) == 2
+    # The codec's artefacts are part of what was rated in training.
+    plain = replace(run, config=config.model_copy(update={"video": VIDEO}))
+    assert VideoMetrics(plain).measure(clips(count=1), PROMPTS[0])["reward/mq"] != row["reward/mq"]

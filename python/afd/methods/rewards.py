@@ -18,7 +18,7 @@ from afd.discriminators.base import Discriminator
 from afd.errors import TrainingError
 from afd.methods.config import AfdConfig
 from afd.methods.rollouts import InputPipeline, Rollouts
-from afd.rewards.base import ONLINE, Term
+from afd.rewards.base import ONLINE, Reward, Term
 
 
 def terms_of(discriminator: Discriminator | None, rewards: Sequence[Term]) -> tuple[Term, ...]:
@@ -78,9 +78,12 @@ def score(
     """Score this process's videos by every reward."""
     found = []
     for term in terms:
-        scorer = discriminator if term.reward is None else term.reward
+        scorer: Discriminator | Reward | None = discriminator
+        seen = rollouts.input_BFCHW
+        if term.reward is not None:
+            scorer, seen = term.reward, rollouts.inputs[to_input.place(term.reward)]
         assert scorer is not None
-        seen = rollouts.inputs[to_input.place(scorer)]
+        assert seen is not None
         found.append(scorer.score(seen, rollouts.prompts).float().cpu())
     return Scores(terms, torch.stack(found))
 

@@ -202,9 +202,13 @@ class VideoMetrics(EachVideo):
         if video.codec_match and (rated or hasattr(judge, "released_ratings")):
             # The same input as in training.
             video_1FCHW = through_codec(video_1FCHW, fps=video.fps, crf=video.crf)
+        # As in training, rewards of one preparation share an input, and with it their passes.
+        inputs: dict[object, Tensor] = {}
         for name, reward in rated:
-            seen = reward.prepare(video_1FCHW.cpu())
-            row[f"reward/{name}"] = float(reward.score(seen, [prompt]))
+            of = reward.prepared_by
+            if of not in inputs:
+                inputs[of] = reward.prepare(video_1FCHW.cpu())
+            row[f"reward/{name}"] = float(reward.score(inputs[of], [prompt]))
         if hasattr(judge, "released_ratings"):
             seen = judge.prepare(video_1FCHW)
             ratings = judge.released_ratings(seen, [prompt])
