@@ -69,7 +69,13 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
         settings = GanConfig(learning_rate=rate)
         policies = make_policies(student, settings.versions, trained=settings.trained, shard=shard)
         return Gan(policies, discriminator, settings, **how)
-    config = AfdConfig(samples_per_prompt=2, learning_rate=rate, context="recompute")
+    config = AfdConfig(
+        samples_per_prompt=2,
+        learning_rate=rate,
+        warmup_updates=0,
+        prior_weight=1e-4,
+        context="recompute",
+    )
     policies = make_policies(student, config.versions, lora=lora, shard=shard)
     return Afd(policies, discriminator, config, **how)
 
