@@ -78,7 +78,13 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
         settings = GanConfig(learning_rate=rate)
         policies = make_policies(student, settings.versions, trained=settings.trained, shard=shard)
         return Gan(policies, discriminator, settings, **how)
-    config = AfdConfig(samples_per_prompt=2, learning_rate=rate, context="recompute")
+    config = AfdConfig(
+        samples_per_prompt=2,
+        learning_rate=rate,
+        warmup_updates=0,
+        prior_weight=1e-4,
+        context="recompute",
+    )
     if name == "afd rewards":
         config = config.model_copy(update={"combine": "advantages", "prior_share": 0.5})
         how["rewards"] = [Term("bright", 0.5, Brightness("latents"))]
