@@ -113,7 +113,8 @@ def combine(
 
 def prior_weights(disagreement_B: Tensor, config: AfdConfig) -> float | Tensor:
     """The prior's weight: `prior_weight`, or float32 [B] with prior_share < 1, where only the
-    videos on which the rewards disagree most have one, such that the prior is the mean over them.
+    videos on which the rewards disagree most have one (ties included), such that the prior is the
+    mean over them.
     """
     if config.prior_share == 1:
         return config.prior_weight
