@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from afd_kernels.block_attention.intervals import Intervals
 
 Shape = Sequence[int]
@@ -69,3 +71,18 @@ def backward_flop(
     own, past = product_flop(q, k_context, flat, streams)
     products = 2 + needs[0]
     return own * (products + 2 * needs[1]) + past * (products + 2 * needs[2])
+
+
+def register_flop_formulas() -> None:
+    """Register the formulas with PyTorch, so that `FlopCounterMode` counts the ops. Idempotent.
+
+    Not done on import: PyTorch's counter imports Triton, which takes longer than all of afd.ops.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for op, formula in (
+        (torch.ops.afd.block_attention, forward_flop),
+        (torch.ops.afd.block_attention_bwd, backward_flop),
+    ):
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from afd_kernels import plans, registry
 from afd_kernels.block_attention.contract import check_traced, plan_block_attention, rowwise
-from afd_kernels.block_attention.flops import backward_flop, forward_flop
 from afd_kernels.block_attention.intervals import Intervals
 from afd_kernels.contracts import require
 from afd_kernels.derivatives import Rule
@@ -187,5 +185,3 @@ block_attention_bwd = registry.define(
     _fake_bwd,
     Rule(_REFERENCE),
 )
-register_flop_formula(torch.ops.afd.block_attention)(forward_flop)
-register_flop_formula(torch.ops.afd.block_attention_bwd)(backward_flop)

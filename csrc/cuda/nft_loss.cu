@@ -136,8 +136,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block per sample. A warp adds up one sum of one frame; then a thread finishes one group.
-__global__ void __launch_bounds__(kThreads) _nft_loss_finalize_kernel(NftProblem p, void* memory) {
+// One block per sample. A warp adds up one sum of one frame; then a thread finishes one group. Few
+// blocks run it: rather registers than spills.
+__global__ void __launch_bounds__(kThreads, 2)
+    _nft_loss_finalize_kernel(NftProblem p, void* memory) {
   const Workspace w(p, memory);
   const int64_t sample = blockIdx.x;
   const int64_t per_row = blocks_per_row(p.rows);

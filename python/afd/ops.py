@@ -18,6 +18,7 @@ from afd.schedules import Schedule, resolve
 from afd_kernels.adaln import op as _adaln
 from afd_kernels.block_attention import intervals as intervals
 from afd_kernels.block_attention import op as _block_attention
+from afd_kernels.block_attention.flops import register_flop_formulas
 from afd_kernels.block_attention.intervals import Intervals as Intervals
 from afd_kernels.contracts import require
 from afd_kernels.dispatch import explain, report, use_backend
@@ -39,6 +40,7 @@ __all__ = [
     "optimality",
     "qk_norm_rope",
     "qk_norm_rope_append_",
+    "register_flop_formulas",
     "report",
     "use_backend",
 ]

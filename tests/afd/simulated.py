@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from afd import ops
 from afd.config.run import RunConfig
 from afd.models.codec import Pixels
 from afd.models.wan.network import CausalWan
@@ -80,6 +81,7 @@ def operations(run: Callable[[], object], *, real: bool = False) -> int:
 
     The counter has no formula for the fused attention of the CPU, and the meta device none fused.
     """
+    ops.register_flop_formulas()
     mode = nullcontext() if real else Simulated()
     with mode, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()

@@ -158,3 +158,9 @@ def test_a_users_files_pass_mypy_strict(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_importing_the_ops_loads_no_triton() -> None:
+    """Triton's compiler takes longer to load than the ops, and may be wanted as an interpreter."""
+    code = "import sys; import afd.ops; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
