@@ -111,6 +111,8 @@ def overrides(models: Path, method: str, rewards: Sequence[str] = ()) -> list[st
             "discriminator.dtype=float32",
             "discriminator.lora_rank=2",
         ]
+        if method == "afd":  # windows of two of the four sampled frames
+            sizes += ["discriminator.window=0.7", "discriminator.warmup_updates=0"]
     for name in rewards:
         sizes += [
             f"rewards.{name}.checkpoint={models / 'checkpoints' / 'VideoReward'}",
