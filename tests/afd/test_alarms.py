@@ -69,7 +69,7 @@ def test_rollouts_that_become_alike_are_reported_once(log: pytest.LogCaptureFixt
     for step in range(200):
         # Half of it is not yet a sign, nor is one batch of easy prompts.
         value = 0.14 if step < 50 else 0.075 if step < 120 else 0.05
-        watch.look(step, {"student/diversity": 0.01 if step == 40 else value})
+        watch.updated(step, {"student/diversity": 0.01 if step == 40 else value})
     (line,) = said(log)
     assert "the distance between rollouts of a prompt fell to" in line
     assert "raise afd.prior_weight" in line
@@ -125,10 +125,10 @@ def test_a_frozen_reward_that_stays_against_the_discriminator_is_an_alarm(
     watch = Signs()
     for step in range(60):
         # Groups of four are noisy: single updates cross zero either way.
-        watch.look(step, together(0.3 + (-1) ** step * 0.6, 1.0, 1.0))
+        watch.updated(step, together(0.3 + (-1) ** step * 0.6, 1.0, 1.0))
     assert said(log) == []
     for step in range(60, 120):
-        watch.look(step, together(-0.3 + (-1) ** step * 0.3, 1.0, 1.0))
+        watch.updated(step, together(-0.3 + (-1) ** step * 0.3, 1.0, 1.0))
     (line,) = said(log)
     assert "frozen reward mq rank the videos of a prompt against each other" in line
     assert "look at the videos" in line
@@ -139,12 +139,12 @@ def test_the_first_updates_are_no_alarm_and_a_rewardless_run_has_none(
 ) -> None:
     watch = Signs()
     for step in range(19):
-        watch.look(step, together(-1.0, -step, -step))
+        watch.updated(step, together(-1.0, -step, -step))
     alone = Signs()
     for step in range(100):
-        alone.look(step, {"discriminator/margin": -step / 10, "agreement/phys": 0.5})
+        alone.updated(step, {"discriminator/margin": -step / 10, "agreement/phys": 0.5})
     assert said(log) == []
-    watch.look(19, together(-1.0, -19, -19))
+    watch.updated(19, together(-1.0, -19, -19))
     assert len(said(log)) == 1
 
 
@@ -156,7 +156,7 @@ def test_a_frozen_reward_that_falls_while_the_margin_shrinks_is_a_fooled_discrim
         for step in range(200):
             late = max(0, step - 100) / 100
             margin = 2 - step / 100 if shrinks else 2 + late
-            watch.look(step, together(0.1, min(step, 100) / 100 - 0.5 * late, margin))
+            watch.updated(step, together(0.1, min(step, 100) / 100 - 0.5 * late, margin))
         assert len(said(log)) == int(shrinks)
     (line,) = said(log)
     assert "frozen reward mq fell from 0.9" in line
@@ -166,8 +166,8 @@ def test_a_frozen_reward_that_falls_while_the_margin_shrinks_is_a_fooled_discrim
 def test_the_alarms_state_is_rebuilt_from_the_lines_of_a_run(
     log: pytest.LogCaptureFixture,
 ) -> None:
-    lines = [{"step": step, **together(-0.5, 1.0, 1.0)} for step in range(30)]
+    lines = [{"update": step, **together(-0.5, 1.0, 1.0)} for step in range(30)]
     watch = Signs()
     watch.replay(lines, [])
-    watch.look(30, together(-0.5, 1.0, 1.0))
+    watch.updated(30, together(-0.5, 1.0, 1.0))
     assert said(log) == []  # it was told before

@@ -57,9 +57,9 @@ def test_a_damaged_configuration_of_a_part_is_named(
     save_diffusers(student, CausalWan(WanConfig(**STUDENT)))
     (student / "config.json").write_text('{"eps": 1e-')
     said = told([*words, f"student.checkpoint={student}"], capsys)
-    assert f"{student / 'config.json'}: it is no JSON" in said
+    assert f"{student / 'config.json'}: not valid JSON" in said
     said = told([*words, f"student.checkpoint={student}", "--dry-run"], capsys)
-    assert f"{student / 'config.json'}: it is no JSON" in said
+    assert f"{student / 'config.json'}: not valid JSON" in said
     (student / "config.json").write_text("[]")
     assert "config.json: got 'list'; needed: a JSON" in told(
         [*words, f"student.checkpoint={student}"], capsys

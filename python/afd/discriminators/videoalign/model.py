@@ -72,7 +72,7 @@ class Settings:
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file}: it is no JSON ({error})") from error
+            raise ValueError(f"{file}: not valid JSON ({error})") from error
         data, model, lora, scores = (
             held.get(part, {})
             for part in ("data_config", "model_config", "peft_lora_config", "inference_config")
