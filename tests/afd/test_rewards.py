@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from afd import ops
-from afd.config.run import make_config, to_yaml
+from afd.config.run import differences, make_config, to_yaml
 from afd.data.inputs import inputs_of, refuse_other_inputs
 from afd.errors import ConfigError, TeacherError, TrainingError
 from afd.lab.physics import measure_each
@@ -249,7 +250,10 @@ BRIGHT = "{kind: physics, measure: rend}"
 @pytest.mark.parametrize(
     ("overrides", "needed"),
     [
-        ([f"rewards.a={BRIGHT}", "method=sft"], "rewards: got a with method=sft; needed: afd"),
+        (
+            [f"rewards.a={BRIGHT}", "method=sft"],
+            "rewards: got a with method=sft; needed: method=afd",
+        ),
         (["discriminator=null", "method=gan"], "discriminator: got null; needed: a section"),
         (["discriminator=null"], "rewards: got none with a positive weight"),
         (
@@ -389,7 +393,7 @@ def test_a_reward_whose_files_changed_is_refused_on_resume() -> None:
     method = alone([Term("read", 1.0, Read()), Term("plain", 1.0, Brightness())])
     inputs = inputs_of(method, [])
     assert inputs == {"rewards.read": "one"}
-    with pytest.raises(ConfigError, match=r"rewards\.read: holds something else than when the run"):
+    with pytest.raises(ConfigError, match=r"rewards\.read: has changed since the run began"):
         refuse_other_inputs(inputs, {**inputs, "rewards.read": "two"})
 
 
@@ -412,3 +416,23 @@ def test_the_toys_rewards_are_its_measurements() -> None:
 
 
 MEASURES = ("phys", "fit_res", "rend", "adh")
+
+
+def test_another_order_of_rewards_is_another_run() -> None:
+    one = {"rewards": {"fall": {"weight": 1}, "look": {"weight": 1}}}
+    other = {"rewards": {"look": {"weight": 1}, "fall": {"weight": 1}}}
+    assert differences(one, one) == []
+    assert differences(one, other) == ["rewards: in the order fall, look there, look, fall now"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["rewards={}", "discriminator=null", "afd.advantage=random"], "rewards: got none"),
+        (["afd.prior_share=0.5", "afd.advantage=random"], "afd.prior_share: got 0.5"),
+        (["rewards={p: {kind: physics, weight: 1e39}}"], "rewards.p.weight is '1e39'"),
+    ],
+)
+def test_rewards_that_cannot_count_are_refused(changes: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        make_config({}, ["rewards={p: {kind: physics}}", *changes])

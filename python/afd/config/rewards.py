@@ -44,7 +44,9 @@ def check_rewards(
         if method == "gan" and discriminator is None:
             raise ValueError("discriminator: got null; needed: a section, for method=gan")
         if rewards:
-            raise ValueError(f"rewards: got {', '.join(rewards)} with method={method}; needed: afd")
+            raise ValueError(
+                f"rewards: got {', '.join(rewards)} with method={method}; needed: method=afd"
+            )
         return
     of_discriminator = online(rewards)
     if len(of_discriminator) > 1:
@@ -69,7 +71,7 @@ def check_rewards(
             raise ValueError(f"rewards.{name}.{error}") from None
     optimised = [name for name, section in frozen.items() if section.weight > 0]
     counts = discriminator is not None and all(rewards[n].weight > 0 for n in of_discriminator)
-    if not counts and not optimised and afd.advantage != "random":
+    if not counts and not optimised and (afd.advantage != "random" or not rewards):
         raise ValueError(
             "rewards: got none with a positive weight; needed: one, or a discriminator that counts"
         )
@@ -77,6 +79,11 @@ def check_rewards(
         raise ValueError(
             f"afd.prior_share: got {afd.prior_share:g} with a single reward; needed: 1, or two "
             "rewards that can disagree"
+        )
+    if afd.prior_share < 1 and afd.advantage == "random":
+        raise ValueError(
+            f"afd.prior_share: got {afd.prior_share:g} with afd.advantage=random, which has no "
+            "scores that disagree; needed: 1, or afd.advantage=score"
         )
     if afd.baseline == "teacher" and (optimised or not counts):
         raise ValueError(

@@ -338,11 +338,16 @@ def differences(
     free = tuple(f"{key}." for key in free_keys)
     keys = [k for k in sorted(a.keys() | b.keys()) if not f"{k}.".startswith(free)]
     absent = "(absent)"
-    return [
+    found = [
         f"{k}: {a.get(k, absent)!r} there, {b.get(k, absent)!r} now"
         for k in keys
         if a.get(k, absent) != b.get(k, absent)
     ]
+    # The first reward is another one in another order.
+    order, now = list(old.get("rewards") or {}), list(new.get("rewards") or {})
+    if order != now and sorted(order) == sorted(now):
+        found.append(f"rewards: in the order {', '.join(order)} there, {', '.join(now)} now")
+    return found
 
 
 def _copy(data: dict[str, Any]) -> dict[str, Any]:

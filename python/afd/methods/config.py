@@ -30,7 +30,7 @@ class StudentOptimizerConfig(Section):
     )
     cosine_updates: Count | None = Field(
         default=700,
-        description="steps over which the rate falls as a cosine to 5 %; null: it stays",
+        description="updates over which the rate falls as a cosine to 5 %; null: it stays",
     )
     grad_clip: Positive = Field(default=1.0, description="largest gradient norm")
     micro_batch: Count | None = Field(
@@ -91,12 +91,12 @@ class AfdConfig(TimesConfig):
     )
     cosine_updates: Count | None = Field(
         default=170,
-        description="steps over which the rate falls as a cosine to 5 %; null: it stays",
+        description="updates over which the rate falls as a cosine to 5 %; null: it stays",
     )
     draws: Count = Field(default=2, description="(t, noise) draws per rollout and update")
     samples_per_prompt: Count = Field(default=4, description="rollouts per prompt (G)")
     advantage: Literal["score", "random"] = Field(
-        default="score", description="from the discriminator, or random numbers (a control)"
+        default="score", description="from the scores, or random numbers (a control)"
     )
     baseline: Literal["batch", "group", "teacher", "ema"] = Field(
         default="group", description="what is subtracted from a score to get its advantage"
@@ -127,8 +127,8 @@ class AfdConfig(TimesConfig):
         default=1.0,
         gt=0,
         le=1,
-        description="share of the videos that have a prior: those that the first reward ranks "
-        "highest above the others' ranks; 1: all",
+        description="largest share of the videos that have a prior: those that the first reward "
+        "ranks highest above the others' ranks; their priors' mean has prior_weight; 1: all",
     )
     weighting: Literal["x0_adaptive", "x0", "velocity"] = Field(
         default="x0_adaptive",

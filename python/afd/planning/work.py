@@ -178,6 +178,8 @@ class Work:
             )
             moment = "student" if self.config.method == "gan" else "discriminator"
             note = f"{pairs} pair(s) at a time"
+            if self.config.method == "gan":  # the student's gradient goes through every window
+                kept *= len(window_starts(self._looked(), self._window(discriminator)))
             yield Part("VideoAlign activations", 2 * pairs * kept, moment, note)
         elif isinstance(discriminator, LatentConfig):
             numbers = sum(p.numel() for p in self._scorer(discriminator).parameters())
@@ -307,7 +309,7 @@ class Work:
             # The mean over the run: updates of the discriminator alone may have more.
             steps = sum(map(discriminator.steps_in, range(config.updates))) / config.updates
             total = 2 * videos * one * steps + scored * self._score_flop()
-            note = f"{steps:g} step(s) on {videos} pairs"
+            note = f"{steps:.3g} step(s) on {videos} pairs"
             return total, note + (f", and {scored} scores" if scored else "")
         return 0.0, "small; not counted"
 

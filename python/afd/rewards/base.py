@@ -63,7 +63,11 @@ class RewardConfig(Section):
 
     kind: str = Field(description="name of the reward in the registry")
     weight: float = Field(
-        default=1.0, ge=0, description="its weight in the sum; 0: measured, but not optimised"
+        default=1.0,
+        ge=0,
+        le=1e6,
+        description="its weight in the sum; 0: measured, but not optimised (it still counts in "
+        "afd.prior_share)",
     )
 
     def build(

@@ -133,6 +133,14 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         facts = machine.inspect()
         write_json(out / "doctor.json", facts)
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.updates, config.seed)
+        alone = getattr(config.discriminator, "warmup_updates", 0)
+        if config.method in ("afd", "gan") and config.updates <= alone:
+            _log.warning(
+                "updates: got %d, all within discriminator.warmup_updates=%d: the student will not "
+                "learn",
+                config.updates,
+                alone,
+            )
         if ranks.world > 1:
             _log.info("%d processes, %s", ranks.world, config.parallel)
         for op, state in facts["ops_by_device"][ranks.device.type].items():
