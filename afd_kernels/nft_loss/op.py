@@ -94,6 +94,7 @@ def _prepare(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     for name, value in zip(_ARGUMENTS[1:], inputs[1:], strict=True):
         if isinstance(value, Tensor) and value.requires_grad:
+            name = "prior_weight" if name == "prior_weights" else name
             raise RuntimeError(f"{name}: got a tensor that requires grad; needed: {name}.detach()")
     grad = output[2]
     ctx.power, ctx.loss_dtype = 1.0, output[0].dtype

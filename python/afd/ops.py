@@ -7,6 +7,7 @@ L query tokens, N key tokens, h heads, d channels of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from typing import Literal
 
 import torch
@@ -73,6 +74,7 @@ def draw_seeds(
     Raises:
         ValueError: naming the argument, the value given and what is needed.
     """
+    batch = index(batch)  # also of NumPy's integers, which are narrower than the shifts below
     if base is None and step is None and rank is None:
         device = "cpu" if generator is None else generator.device
         return torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator, device=device)
@@ -80,6 +82,7 @@ def draw_seeds(
         given = {"base": base, "step": step, "rank": rank}
         raise ValueError(f"base, step, rank: got {given}; needed: all three, or a generator")
     require(generator is None, "generator", generator, "None when base is given")
+    base, step, rank = index(base), index(step), index(rank)
     require(-(2**63) <= base < 2**63, "base", base, "an integer of int64")
     require(0 <= step < 2**32, "step", step, "in [0, 2^32)")
     require(0 <= rank < 2**16, "rank", rank, "in [0, 65536)")

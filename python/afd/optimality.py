@@ -103,7 +103,7 @@ def optimality(
         (used / (2 * high) + 0.5).clamp(0, 1),
         total,
         _selected(total, samples, best, worst),
-        _disagreement(list(named.values()), samples),
+        _disagreement([-x if weights[name] < 0 else x for name, x in named.items()], samples),
     )
 
 
@@ -215,9 +215,9 @@ def _advantage(
         require(same, "baseline", baseline, f"{reward_B.dtype} {list(reward_B.shape)}")
         level = baseline
     elif baseline == "group":
-        level = samples.map(reward_B, lambda x: x.mean(1, keepdim=True))
+        level = samples.map(reward_B, _mean)
     elif baseline == "batch":
-        level = reward_B.mean()
+        level = _mean(reward_B[None])[0]
     else:
         require(
             isinstance(baseline, int | float),
@@ -235,6 +235,13 @@ def _advantage(
     if normalize == "global":
         return difference / (reward_B.std(correction=0) + _SPREAD_MIN)
     return difference
+
+
+def _mean(x_PG: Tensor) -> Tensor:
+    """Mean along the last dimension, kept as 1. Of equal values exactly that value: the rounding of
+    a sum would become an advantage where the spread is 0."""
+    first = x_PG[:, :1]
+    return torch.where((x_PG == first).all(1, keepdim=True), first, x_PG.mean(1, keepdim=True))
 
 
 def _ranks(x_PG: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def test_bad_steps_frames_and_seeds_are_refused(student: ToyStudent) -> None:
     text = student.encode(["a"])
     with pytest.raises(ValueError, match="frames: got 10; needed: a multiple of the chunk 3"):
         next(stream(student, text, seeded_noise([1], SHAPE), frames=10))
-    with pytest.raises(ValueError, match="seeds: 1 came for 2 prompts"):
+    with pytest.raises(ValueError, match="seeds: got 1; needed: 2, one per prompt"):
         rollout(student, ["a", "b"], [1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -197,3 +198,38 @@ BAD = [
 def test_bad_input_names_the_argument(rewards: Any, change: dict[str, Any], needle: str) -> None:
     with pytest.raises(ValueError, match=re.escape(needle)):
         ops.optimality(rewards, **{"samples_per_prompt": 2, **change})
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 7.7, 1000.1, 1e6 + 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("baseline", ["group", "batch"])
+@pytest.mark.parametrize("normalize", ["group", "batch", "global", "none"])
+def test_equal_rewards_have_no_advantage(
+    value: float, dtype: torch.dtype, baseline: Any, normalize: Any
+) -> None:
+    rewards = torch.full((12,), value, dtype=dtype)
+    for mode in ("all", "binary"):
+        result = ops.optimality(
+            rewards, samples_per_prompt=6, baseline=baseline, normalize=normalize, adv_mode=mode
+        )
+        assert torch.equal(result.advantage, torch.zeros_like(rewards))
+        assert torch.equal(result.r, torch.full_like(rewards, 0.5))
+
+
+def test_a_reward_of_negative_weight_disagrees_by_its_negation() -> None:
+    x = torch.tensor([0.0, 1.0, 2.0])
+    result = ops.optimality(
+        {"a": x, "b": -x}, samples_per_prompt=3, reward_weights={"a": 1.0, "b": -1.0}
+    )
+    assert torch.equal(result.disagreement, torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint16, np.int64, torch.tensor])
+def test_seeds_of_any_integer_are_those_of_pythons(kind: Any) -> None:
+    ours = ops.draw_seeds(
+        3, base=1, step=kind(1000), rank=kind(40_000 if kind is not np.int32 else 7)
+    )
+    theirs = ops.draw_seeds(3, base=1, step=1000, rank=40_000 if kind is not np.int32 else 7)
+    assert torch.equal(ours, theirs)
+    with pytest.raises(TypeError):
+        ops.draw_seeds(3, base=1, step=1.5, rank=0)  # type: ignore[arg-type]
