@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None, check: list[Section] | None = None) -> i
 
 
 def _stop(*_: object) -> None:
-    raise SystemExit("gpu-check was told to stop")
+    raise SystemExit("gpu-check was stopped by a signal")
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ class JsonLine:
 
 
 def read_json_lines(path: Path) -> list[JsonLine]:
-    """Read the lines of a JSON lines file, including damaged ones; empty if there is no file."""
+    """Read the lines of a JSON lines file, including damaged ones; empty if the file is missing."""
     refuse_odd(path)
     try:
         with naming(path):

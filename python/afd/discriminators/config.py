@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from afd.config.base import Count, Natural, Positive, Share
+from afd.config.base import Count, Natural, Positive, Section, Share
 from afd.discriminators.base import DiscriminatorConfig
 from afd.discriminators.windows import WindowedConfig
 from afd.hub import missing_path, missing_source
@@ -27,15 +27,9 @@ class PairConfig(DiscriminatorConfig):
     )
 
 
-class VideoAlignConfig(PairConfig, WindowedConfig):
-    """A VideoAlign (Qwen2-VL) reward model whose LoRA and reward head are trained further."""
+class VideoAlignFiles(Section):
+    """Settings of a released VideoAlign: the files that it is loaded from, and its dtype."""
 
-    builder: ClassVar[str] = "afd.discriminators.videoalign.discriminator:build"
-    packages: ClassVar[tuple[str, ...]] = ("transformers", "peft")
-
-    kind: Literal["videoalign"] = Field(
-        default="videoalign", description="a VideoAlign reward model that learns on"
-    )
     checkpoint: Path | None = Field(
         default=None, description="folder of the released VideoReward checkpoint, or its model.pth"
     )
@@ -49,6 +43,35 @@ class VideoAlignConfig(PairConfig, WindowedConfig):
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="what the frozen weights are kept and computed in"
+    )
+
+    @property
+    def source(self) -> tuple[object, ...]:
+        """Sections of equal sources are of one frozen network."""
+        return (self.checkpoint, self.checkout, self.base, self.dtype)
+
+    def missing_files(self, key: str) -> Iterator[str]:
+        """Yield a sentence for each file that a run would not find or would have to download.
+
+        `key`: dotted key of the section, for the sentence.
+        """
+        what = "the released VideoReward checkpoint"
+        yield from missing_path(f"{key}.checkpoint", self.checkpoint, what)
+        yield from missing_source(f"{key}.base", self.base)
+        if self.checkout is None:
+            yield f"{key}.checkout is null: our own prompt template, not the released one"
+        else:
+            yield from missing_path(f"{key}.checkout", self.checkout, "VideoAlign's code")
+
+
+class VideoAlignConfig(VideoAlignFiles, PairConfig, WindowedConfig):
+    """A VideoAlign (Qwen2-VL) reward model whose LoRA and reward head are trained further."""
+
+    builder: ClassVar[str] = "afd.discriminators.videoalign.discriminator:build"
+    packages: ClassVar[tuple[str, ...]] = ("transformers", "peft")
+
+    kind: Literal["videoalign"] = Field(
+        default="videoalign", description="a VideoAlign reward model that learns on"
     )
     head: Literal["TA", "sum"] = Field(
         default="TA",
@@ -67,13 +90,7 @@ class VideoAlignConfig(PairConfig, WindowedConfig):
     )
 
     def missing(self) -> Iterator[str]:
-        what = "the released VideoReward checkpoint"
-        yield from missing_path("discriminator.checkpoint", self.checkpoint, what)
-        yield from missing_source("discriminator.base", self.base)
-        if self.checkout is None:
-            yield "discriminator.checkout is null: our own prompt template, not the released one"
-        else:
-            yield from missing_path("discriminator.checkout", self.checkout, "VideoAlign's code")
+        yield from self.missing_files("discriminator")
 
 
 class LatentConfig(PairConfig, WindowedConfig):

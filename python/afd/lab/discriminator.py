@@ -6,6 +6,7 @@ Shape letters: B videos, F frames, C colour channels, H x W pixels, M motion fea
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,7 @@ class MotionBackbone(nn.Module):
         return backbone
 
 
-class WindowedHead(nn.Module):
+class WindowedHead(nn.Module, ABC):
     """Base class of the scorers: a head on windows of per-frame features and the prompt.
 
     Attributes:
@@ -88,9 +89,9 @@ class WindowedHead(nn.Module):
     text: nn.Linear
     head: nn.Sequential
 
+    @abstractmethod
     def per_frame(self, inputs: Tensor) -> Tensor:
         """The features of every frame that the head reads, [B, F, D]."""
-        raise NotImplementedError
 
     def forward(self, inputs: Tensor, text_BE: Tensor) -> Tensor:
         """Scores [B]."""

@@ -127,17 +127,17 @@ class Afd(StudentMethod):
         if self.watch is not None:
             given = scores.total_B, rollouts.x0_BFCHW, rollouts.prompts
             metrics |= self.watch(batch.step, *given, group)
-        if batch.step >= self._waits():
+        if not self._waits(batch.step):
             metrics |= self._update(batch, rollouts, r_B, prior)
         self._rollouts = None
         return metrics
 
-    def _waits(self) -> int:
-        """Updates before the student's first: the discriminator's warm-up, if its score counts."""
+    def _waits(self, step: int) -> bool:
+        """Whether only the discriminator learns now; never if its score does not count."""
         counts = any(term.reward is None and term.weight > 0 for term in self.terms)
         if self.discriminator is None or not counts:
-            return 0
-        return self.discriminator.config.warmup_updates
+            return False
+        return self.discriminator.config.learns_alone(step)
 
     def _weights(
         self, batch: Batch, scores: Scores
@@ -269,7 +269,7 @@ class Afd(StudentMethod):
         shared: list[LayerKV] | None,
     ) -> Tensor:
         """A version's velocity at x_t, in its shape; 0 in chunks that were not drawn."""
-        config, told = self.config, self.streaming.context_noise
+        config, noise = self.config, self.streaming.context_noise
         with self.policies.using(name) as student:
             context = shared
             if config.context == "own_context":
@@ -280,7 +280,7 @@ class Afd(StudentMethod):
                 rollouts.text_BLE[copies.video_N],
                 context,
                 x0_BFCHW=x0_NFCHW if config.context == "recompute" else None,
-                context_noise=told,
+                context_noise=noise,
                 chunks_BN=copies.chunks_NM,
             )
             return copies.whole(v_NFCHW, x0_NFCHW.shape[1], student.chunk)

@@ -99,8 +99,8 @@ class Dmd(LastStepMethod):
         self, student: Student, x0_BFCHW: Tensor, x_t: Tensor, t_BK: Tensor, text_BLE: Tensor
     ) -> Tensor:
         """A field's prediction of the clean video, each chunk given x's clean past; float32."""
-        told = self.streaming.context_noise
-        context = student.clean_context(x0_BFCHW, text_BLE, context_noise=told)
+        noise = self.streaming.context_noise
+        context = student.clean_context(x0_BFCHW, text_BLE, context_noise=noise)
         return clean(x_t, t_BK, student.velocity(x_t, t_BK, text_BLE, context).float())
 
     def student_step(self, batch: Batch) -> dict[str, float]:

@@ -87,12 +87,12 @@ class LastStepMethod(StudentMethod):
 
     def _velocity(self, student: Student, noisy: Tensor, rollouts: Rollouts, part: slice) -> Tensor:
         x0_BFCHW, text_BLE = rollouts.x0_BFCHW[part], rollouts.text_BLE[part]
-        t_BK, told = self.last_t_1K.expand(len(noisy), -1), self.streaming.context_noise
+        t_BK, noise = self.last_t_1K.expand(len(noisy), -1), self.streaming.context_noise
         if self.config.context == "recompute":
-            v = student.velocity(noisy, t_BK, text_BLE, x0_BFCHW=x0_BFCHW, context_noise=told)
+            v = student.velocity(noisy, t_BK, text_BLE, x0_BFCHW=x0_BFCHW, context_noise=noise)
             return v.float()
         with torch.no_grad():
-            context = student.clean_context(x0_BFCHW, text_BLE, context_noise=told)
+            context = student.clean_context(x0_BFCHW, text_BLE, context_noise=noise)
         return student.velocity(noisy, t_BK, text_BLE, context).float()
 
     def _finish_update(self, **of_videos: Sequence[Tensor]) -> dict[str, float]:

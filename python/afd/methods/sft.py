@@ -95,8 +95,8 @@ class Sft(StudentMethod):
         )
         for piece in copies.pieces(config.micro_batch):
             x0, text = x0_BFCHW[piece.video_N], text_BLE[piece.video_N]
-            told = self.streaming.context_noise
-            loss = denoising_loss(student, x0, text, piece, config.loss, told)
+            noise = self.streaming.context_noise
+            loss = denoising_loss(student, x0, text, piece, config.loss, noise)
             self.optimizer.add(loss * piece.share)
         metrics = self.optimizer.step()
         self.policies.average(

@@ -12,10 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator
+from afd.discriminators.videoalign.discriminator import VideoAlignDiscriminator, load_released
 from afd.discriminators.videoalign.model import VideoAlign
 from afd.hub import weights_digest
-from afd.models.config import DTYPES
 from afd.models.student import Student
 from afd.rewards.base import Reward
 from afd.rewards.config import VideoAlignRewardConfig
@@ -144,20 +143,11 @@ def _network(
     for other in beside:
         if isinstance(other, VideoAlignDiscriminator) and _same(other, config):
             return other
-    scorer = VideoAlign.load(
-        str(config.checkpoint),
-        base=config.base,
-        videoalign=config.checkout,
-        dtype=DTYPES[config.dtype],
-        device=student.device,
-    )
-    for prompt in prompts:  # fail now rather than in the update that uses it
-        scorer.prompts.request(prompt)
+    scorer = load_released(config, student.device, prompts)
     return FrozenVideoAlign(scorer, video_fps=video.rate, micro_batch=config.micro_batch)
 
 
 def _same(
     other: VideoAlignReward | VideoAlignDiscriminator, config: VideoAlignRewardConfig
 ) -> bool:
-    it = other.config
-    return (it.checkpoint, it.checkout, it.base, it.dtype) == config.source
+    return other.config.source == config.source

@@ -23,7 +23,7 @@ def read_manifest(
     """Read a manifest: its path; (place, file, prompt) of the valid entries; and the problems of
     the invalid ones.
 
-    No video is opened. Raises TeacherError if there is no folder or no readable manifest.
+    No video is opened. Raises TeacherError if the folder or a readable manifest is missing.
     """
     if not folder.is_dir():
         raise TeacherError(f"teacher folder {folder}: does not exist")

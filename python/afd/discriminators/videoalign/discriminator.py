@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from afd.discriminators.config import VideoAlignConfig
+from afd.discriminators.config import VideoAlignConfig, VideoAlignFiles
 from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
 from afd.discriminators.videoalign.model import VideoAlign, rewards
 from afd.discriminators.videoalign.preprocess import TEMPORAL
@@ -153,6 +153,25 @@ class VideoAlignDiscriminator(PairDiscriminator):
         self.generator.set_state(state["generator"])
 
 
+def load_released(
+    files: VideoAlignFiles, device: torch.device, prompts: Sequence[str] = ()
+) -> VideoAlign:
+    """Load the released network of a section that has a checkpoint.
+
+    Raises ValueError for a prompt that it cannot score: now rather than in the update that uses it.
+    """
+    scorer = VideoAlign.load(
+        str(files.checkpoint),
+        base=files.base,
+        videoalign=files.checkout,
+        dtype=DTYPES[files.dtype],
+        device=device,
+    )
+    for prompt in prompts:
+        scorer.prompts.request(prompt)
+    return scorer
+
+
 def build(
     config: VideoAlignConfig,
     student: Student,
@@ -168,13 +187,5 @@ def build(
             "discriminator.checkpoint: not given; needed: the folder of the released VideoReward "
             "(KwaiVGI/VideoReward on the hub)"
         )
-    scorer = VideoAlign.load(
-        str(config.checkpoint),
-        base=config.base,
-        videoalign=config.checkout,
-        dtype=DTYPES[config.dtype],
-        device=student.device,
-    )
-    for prompt in prompts:  # fail now rather than in the update that uses it
-        scorer.prompts.request(prompt)
+    scorer = load_released(config, student.device, prompts)
     return VideoAlignDiscriminator(scorer, config, video=video, seed=seed, ranks=ranks)
