@@ -103,6 +103,7 @@ def tiny_config(out: Path, clips: Path, *overrides: str) -> RunConfig:
         "threads": 1,
         "video": {"frames": 3},
         "teacher": {"kind": "folder", "path": str(clips)},
+        "discriminator": {"warmup_updates": 0},
         "evaluation": {"kind": "none"},
         "logging": {"tensorboard": False},
         "checkpoint": {"every": 2, "keep": 2},
