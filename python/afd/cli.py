@@ -238,6 +238,10 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (fetch, status):
         _takes_config(verb)
         _takes_overrides(verb)
+    audit = verbs.add_parser("audit", help="which clips not to trust: a page with pictures")
+    source = audit.add_argument("config", type=Path, metavar="FOLDER|CONFIG.yaml")
+    source.complete = FILES  # type: ignore[attr-defined]
+    _takes_overrides(audit, "also out= run= student= videos=")
     return parser
 
 
@@ -399,8 +403,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _teacher(options: argparse.Namespace) -> int:
     if options.verb is None:
-        needed = "simulate, fetch or status"
+        needed = "simulate, fetch, status or audit"
         return _fail(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
+    if options.verb == "audit":
+        from afd.audit.command import command as audit
+
+        audit(options.config, options.overrides, _console())
+        return DONE
     from afd.config.run import load_config
     from afd.teachers.paid import command
 

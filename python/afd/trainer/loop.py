@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from afd import machine
+from afd.audit.start import warn_of_clips
 from afd.cache import Store
 from afd.config.run import RunConfig, differences, load_config, plain
 from afd.data.inputs import inputs_of, refuse_other_inputs
@@ -97,6 +98,8 @@ def train(
             teacher = teacher or _open_teacher(config, console, ranks)
             method = method or build_method(config, ranks, _prompts(config, teacher))
             trainer = Trainer(config, method, teacher, ranks, home)
+            if ranks.main and trainer.update == 0 and config.teacher.gives_videos:
+                warn_of_clips(teacher, config.video)
             try:
                 return trainer.run(console)
             except OSError as error:
@@ -233,12 +236,12 @@ def _evaluate_newest(
         if path is None or evaluate is None:
             why = "has no checkpoint" if path is None else "has evaluation.kind=none"
             raise ConfigError(f"run folder {folder}: {why}, nothing to evaluate")
-        _load(path, method, config, ranks)
+        restore(path, method, config, ranks)
         with method.evaluation_policy() as policy:
             return evaluate(policy, videos or config.evaluation.videos)
 
 
-def _load(path: Path, method: Method, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+def restore(path: Path, method: Method, config: RunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Restore a method from a checkpoint; returns the whole state."""
     into = {"method_state": method.state_dict()}
     how: dict[str, Any] = {"config": plain(config), "into": into, "ranks": ranks}
@@ -462,7 +465,7 @@ class Trainer:
         path = checkpoint.latest(self.checkpoints, self.ranks)
         if path is None:
             return None
-        state = _load(path, self.method, self.config, self.ranks)
+        state = restore(path, self.method, self.config, self.ranks)
         if state["teacher"] is not None:
             cast("Any", self.teacher).load_state_dict(state["teacher"])
         self.sampler.load_state_dict(state["sampler"])

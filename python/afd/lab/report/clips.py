@@ -101,7 +101,7 @@ def _cell(name: str, video: np.ndarray | str, frames: int) -> dict[str, Any]:
         "height": height,
         "big": scales[112],
         "small": scales[80],
-        "strip": _png(np.concatenate([*video, *still], axis=1)),
+        "strip": png(np.concatenate([*video, *still], axis=1)),
         "flash": exposure(video),
     }
 
@@ -119,10 +119,10 @@ def exposure(video_FHWC: np.ndarray, shots: int = 5) -> str:
     best = ((0.9 + 0.1 * strength[:, None, None]) * contrast[flashes]).argmax(0)
     chosen = np.take_along_axis(video[flashes], best[None, ..., None], 0)[0]
     picture = ground + strength[best][..., None] * (chosen - ground)
-    return _png(picture.round().clip(0, 255).astype(np.uint8))
+    return png(picture.round().clip(0, 255).astype(np.uint8))
 
 
-def _png(picture_HWC: np.ndarray) -> str:
+def png(picture_HWC: np.ndarray) -> str:
     file = io.BytesIO()
     imsave(file, np.ascontiguousarray(picture_HWC), format="png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
