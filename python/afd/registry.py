@@ -33,6 +33,7 @@ BUILT_IN: dict[Group, dict[str, str]] = {
     "teachers": {
         "folder": "afd.teachers.config:FolderConfig",
         "prompts": "afd.teachers.config:PromptsConfig",
+        "mix": "afd.teachers.mix_config:MixConfig",
         "simulator": "afd.lab.config:SimulatorConfig",
         "ark": "afd.teachers.paid.config:PaidConfig",
         "openai": "afd.teachers.paid.config:PaidConfig",

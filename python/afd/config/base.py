@@ -67,15 +67,19 @@ class ByKind:
     Attributes:
         default: the kind where none is given; None: a kind must be given.
         optional: whether the field may be null.
+        without: kinds that the field does not take.
     """
 
     group: registry.Group
     default: str | None = None
     optional: bool = False
+    without: tuple[str, ...] = ()
 
     def sections(self) -> list[type[BaseModel]]:
         """The sections of all kinds that can be imported."""
-        return list(dict.fromkeys(registry.importable(self.group)))
+        refused = [registry.find(self.group, kind) for kind in self.without]
+        found = registry.importable(self.group)
+        return [section for section in dict.fromkeys(found) if section not in refused]
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -96,6 +100,10 @@ class ByKind:
         if given["kind"] is None:
             known = ", ".join(registry.names(self.group))
             reason = f"kind: not given; needed: one of the {self.group} {known}"
+            raise PydanticCustomError("kind", "{reason}", {"reason": reason})
+        if given["kind"] in self.without:
+            others = ", ".join(n for n in registry.names(self.group) if n not in self.without)
+            reason = f"kind: got {given['kind']}; needed: one of {others}"
             raise PydanticCustomError("kind", "{reason}", {"reason": reason})
         try:
             section = registry.find(self.group, str(given["kind"]))

@@ -9,6 +9,7 @@ from afd.methods.config import AfdConfig
 from afd.models.config import StudentConfig
 from afd.rewards.base import ONLINE, OnlineConfig, RewardConfig, online
 from afd.teachers.config import TeacherConfig
+from afd.teachers.mix_config import MixConfig
 
 
 def check_teacher(
@@ -18,6 +19,14 @@ def check_teacher(
     evaluation_kind: str,
 ) -> None:
     """Raise ValueError for a teacher without videos in a run that uses them."""
+    if teacher.robust.on and (method != "afd" or discriminator is None):
+        raise ValueError(
+            f"teacher.robust: got settings with method={method}"
+            f"{'' if discriminator else ' and no discriminator'}; needed: method=afd with a "
+            "discriminator, whose loss they change"
+        )
+    if isinstance(teacher, MixConfig):
+        _check_mix(method, discriminator, teacher)
     if teacher.gives_videos:
         return
     if method != "afd" or discriminator is not None:
@@ -29,6 +38,42 @@ def check_teacher(
         raise ValueError(
             f"teacher.kind: got {teacher.kind}, which has no videos; needed: another kind, or "
             "evaluation.kind other than physics, which compares with them"
+        )
+
+
+def _check_mix(method: str, discriminator: DiscriminatorConfig | None, teacher: MixConfig) -> None:
+    for one in teacher.teachers:
+        if not one.source.gives_videos:
+            raise ValueError(
+                f"teacher.teachers.{one.name}.source.kind: got {one.source.kind}, which has no "
+                "videos; needed: another kind"
+            )
+        if one.source.robust.on:
+            raise ValueError(
+                f"teacher.teachers.{one.name}.source.robust: got settings; needed: in "
+                "teacher.robust, for all teachers together"
+            )
+    if teacher.mode == "ensemble" and (method != "afd" or discriminator is None):
+        raise ValueError(
+            f"teacher.mode: got ensemble with method={method}"
+            f"{'' if discriminator else ' and no discriminator'}; needed: method=afd with a "
+            "discriminator, or teacher.mode=route"
+        )
+
+
+def check_advantages(teacher: TeacherConfig, afd: AfdConfig) -> None:
+    """Raise ValueError for advantages that several teachers' heads cannot give."""
+    if not isinstance(teacher, MixConfig) or teacher.mode != "ensemble":
+        return
+    if afd.normalize == "none":
+        raise ValueError(
+            "afd.normalize: got none with teacher.mode=ensemble; needed: another, as every "
+            "teacher's advantages are standardised before the sum"
+        )
+    if afd.baseline in ("teacher", "ema"):
+        raise ValueError(
+            f"afd.baseline: got {afd.baseline} with teacher.mode=ensemble; needed: group or batch, "
+            "as every teacher's head has a baseline of its own"
         )
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.keys import NAMED, known_keys, parts_of, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
-from afd.config.rewards import check_rewards, check_teacher
+from afd.config.rewards import check_advantages, check_rewards, check_teacher
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
@@ -181,6 +181,8 @@ class RunConfig(Section):
             self.discriminator.check_video(self.video)
         check_rewards(self.method, self.discriminator, self.rewards, self.afd, self.student)
         check_teacher(self.method, self.discriminator, self.teacher, self.evaluation.kind)
+        if self.method == "afd":
+            check_advantages(self.teacher, self.afd)
         self.student.check_video(self.video)
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,24 @@ class Sampler:
     The order of round k depends only on (seed, k), so the cursor is the whole state.
     """
 
-    def __init__(self, requests: Sequence[Request], seed: int) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        seed: int,
+        weights: Callable[[int], Sequence[float]] | None = None,
+    ) -> None:
+        """`weights`: how often each request is drawn, relative to the others, in the round that
+        begins after so many draws; None: equally often. A round is as long in any case."""
         self._requests = list(requests)
-        asked = json.dumps([[request.prompt, request.draw] for request in self._requests])
+        asked = json.dumps([_asked(request) for request in self._requests])
         self._asked = hashlib.sha256(asked.encode()).hexdigest()
-        self._seed = seed
+        self._seed, self._weights = seed, weights
         self._round = 0
         self._position = 0
+        self._order = self._shuffled()
+
+    def restart(self) -> None:
+        """Shuffle the present round again, after the weights have become known."""
         self._order = self._shuffled()
 
     def draw(self, count: int) -> list[Request]:
@@ -67,4 +78,17 @@ class Sampler:
         # Odd multiplier: distinct (seed, round) pairs of one run never share a generator.
         mixed = (self._seed + 0x9E3779B97F4A7C15 * (self._round + 1)) % 2**63
         generator = torch.Generator().manual_seed(mixed)
-        return torch.randperm(len(self._requests), generator=generator).tolist()
+        count = len(self._requests)
+        if self._weights is None:
+            return torch.randperm(count, generator=generator).tolist()
+        # Systematic sampling: each request as often as its weight says, up to rounding.
+        weight = torch.tensor(self._weights(self._round * count), dtype=torch.float64)
+        order = torch.randperm(count, generator=generator)
+        ends = (weight[order] / weight.sum()).cumsum(0) * count
+        points = torch.arange(count) + torch.rand(1, generator=generator, dtype=torch.float64)
+        chosen = order[torch.searchsorted(ends, points).clamp_max(count - 1)]
+        return chosen[torch.randperm(count, generator=generator)].tolist()
+
+
+def _asked(request: Request) -> list[str | int]:
+    return [request.prompt, request.draw, *([request.teacher] if request.teacher else [])]

@@ -73,7 +73,8 @@ class Videos:
         self._made, self._found = 0, 0  # latents encoded, and latents read from the store
 
     def draw(self, sampler: Sampler, count: int, ahead: int = 0) -> list[Request]:
-        """Draw the sampler's next `count` requests that have an answer, the same on every rank.
+        """Draw the sampler's next `count` requests that have an answer, the same on every rank. One
+        that asks several teachers becomes as many, one after another.
 
         Requests without an answer are skipped with a warning; TeacherError if none is left.
         `ahead`: the most that will still be drawn; a slow teacher starts on them now, and videos of
@@ -82,19 +83,18 @@ class Videos:
         shared = None
         if self._ranks.main:
             drawn = self._answered(sampler, count, ahead)
-            soon = [r for r in sampler.peek(min(count, ahead)) if self._is_there(r)]
+            next_ones = sampler.peek(min(count, ahead))
+            soon = [r for one in next_ones for r in self._asked(one) if self._is_there(r)]
             answers = [
-                [[r.prompt, r.draw, str(self._teacher.answer(r))] for r in part]
+                [[r.prompt, r.draw, r.teacher, str(self._teacher.answer(r))] for r in part]
                 for part in (drawn, soon)
             ]
             shared = [*answers, sampler.state_dict()]
         *answers, cursor = self._ranks.same(shared)
         if not self._ranks.main:
             sampler.load_state_dict(cursor)
-        drawn, soon = ([Request(prompt, n) for prompt, n, _ in part] for part in answers)
-        self._paths = {
-            Request(prompt, n): Path(path) for part in answers for prompt, n, path in part
-        }
+        drawn, soon = ([Request(*request) for *request, _ in part] for part in answers)
+        self._paths = {Request(*request): Path(path) for part in answers for *request, path in part}
         self._coming = {r: future for r, future in self._coming.items() if r in self._paths}
         for request in soon[self._ranks.share(len(soon))]:
             self._begin(request)
@@ -103,21 +103,29 @@ class Videos:
     def _answered(self, sampler: Sampler, count: int, ahead: int) -> list[Request]:
         prefetch = getattr(self._teacher, "prefetch", None)
         drawn: list[Request] = []
-        skipped = 0
-        while len(drawn) < count:
+        skipped, made = 0, 0
+        while made < count:
             if prefetch is not None:
-                prefetch(sampler.peek(min(AHEAD, count - len(drawn) + ahead)))
+                prefetch(sampler.peek(min(AHEAD, count - made + ahead)))
             request = sampler.draw(1)[0]
+            asked = self._asked(request)
             try:
-                self._teacher.answer(request)
+                for one in asked:
+                    self._teacher.answer(one)
             except Unanswered as reason:
                 skipped += 1
                 _log.warning("skipped: %s", reason)
                 if skipped > len(self._teacher.requests):
                     raise TeacherError(f"no request succeeded, the last: {reason}") from None
             else:
-                drawn.append(request)
+                drawn += asked
+                made += 1
         return drawn
+
+    def _asked(self, request: Request) -> list[Request]:
+        """The requests to single teachers that a drawn one stands for."""
+        expand = getattr(self._teacher, "expand", None)
+        return [request] if expand is None else list(expand(request))
 
     def _is_there(self, request: Request) -> bool:
         """Whether the answer is available without waiting, for teachers that work on demand."""

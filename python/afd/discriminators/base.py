@@ -161,23 +161,57 @@ def held(discriminator: DifferentiableDiscriminator) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def bradley_terry_loss(teacher_B: Tensor, student_B: Tensor) -> Tensor:
-    """Mean -log sigmoid(D(teacher) - D(student)) over prompt-matched pairs (arXiv 2605.26105)."""
-    return F.softplus(student_B - teacher_B).mean()
+def bradley_terry_loss(
+    teacher_B: Tensor, student_B: Tensor, weights_B: Tensor | None = None
+) -> Tensor:
+    """Mean -log sigmoid(D(teacher) - D(student)) over prompt-matched pairs (arXiv 2605.26105).
+
+    `weights_B`: of the pairs, in the sum; None: the mean.
+    """
+    return _summed(F.softplus(student_B - teacher_B), weights_B)
 
 
-def gan_loss(teacher_B: Tensor, student_B: Tensor) -> Tensor:
+def gan_loss(teacher_B: Tensor, student_B: Tensor, weights_B: Tensor | None = None) -> Tensor:
     """The vanilla GAN loss: each score is a logit of "made by the teacher"."""
-    return F.softplus(-teacher_B).mean() + F.softplus(student_B).mean()
+    return _summed(F.softplus(-teacher_B), weights_B) + _summed(F.softplus(student_B), weights_B)
+
+
+def _summed(loss_B: Tensor, weights_B: Tensor | None) -> Tensor:
+    return loss_B.mean() if weights_B is None else (loss_B * weights_B.to(loss_B)).sum()
 
 
 LOSSES = {"bt": bradley_terry_loss, "gan": gan_loss}
 
 
-def pair_metrics(teacher_B: Tensor, student_B: Tensor) -> dict[str, float]:
-    """Fraction of pairs ranked correctly, and the mean score difference."""
+def pair_metrics(
+    teacher_B: Tensor,
+    student_B: Tensor,
+    head_B: Tensor | None = None,
+    teachers: Sequence[str] = (),
+) -> dict[str, float]:
+    """Fraction of pairs ranked correctly, and the mean score difference; also of each teacher's
+    pairs, with `head_B` the number of the teacher of each pair."""
     margin_B = (teacher_B - student_B).detach()
-    return {"accuracy": float((margin_B > 0).float().mean()), "margin": float(margin_B.mean())}
+    found = {"accuracy": float((margin_B > 0).float().mean()), "margin": float(margin_B.mean())}
+    for number, name in enumerate(teachers if head_B is not None else ()):
+        own = margin_B[head_B == number]
+        if len(own):
+            found[f"accuracy/{name}"] = float((own > 0).float().mean())
+            found[f"margin/{name}"] = float(own.mean())
+    return found
+
+
+def head_numbers(teachers: Sequence[str], known: Sequence[str]) -> Tensor | None:
+    """The number of the head of each video, int64 [B]; None where no teachers are given.
+
+    Raises ValueError for a teacher without a head.
+    """
+    if not teachers:
+        return None
+    unknown = [name for name in teachers if name not in known]
+    if unknown:
+        raise ValueError(f"teachers: got {unknown[0]!r}; needed: of {', '.join(known) or 'none'}")
+    return torch.tensor([list(known).index(name) for name in teachers])
 
 
 def gradient_penalty(score_B: Tensor, inputs: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from afd.discriminators.base import head_numbers
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.pairs import PairDiscriminator
+from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
 from afd.discriminators.windows import windows
 from afd.distributed import ALONE, Ranks
 from afd.models.student import Student
@@ -72,8 +73,15 @@ class LatentScorer(nn.Module):
                 _ = module.weight
         self.eval()
 
-    def forward(self, latent_BFCHW: Tensor, text_BLE: Tensor) -> Tensor:
-        """Scores [B]."""
+    def add_heads(self, count: int) -> None:
+        """Replace the last layer by one with a row for each of `count` teachers."""
+        dim = self.out.in_features
+        self.out = _bounded(nn.Linear(dim, count)).to(self.query.weight.device)
+
+    def forward(
+        self, latent_BFCHW: Tensor, text_BLE: Tensor, head_B: Tensor | None = None
+    ) -> Tensor:
+        """Scores [B] by the given heads; None: the mean over all."""
         x = latent_BFCHW.transpose(1, 2)
         for conv in self.convs:
             x = F.leaky_relu(conv(x), 0.2)
@@ -82,7 +90,10 @@ class LatentScorer(nn.Module):
         # The product lets the prompt modulate a cell's features, not only add to them (FiLM).
         both = torch.cat([cell_BND, heard_BND, cell_BND * heard_BND], 2)
         pooled_BD = F.leaky_relu(self.mix(both), 0.2).mean(1)
-        return self.out(pooled_BD).squeeze(1)
+        score_BH = self.out(pooled_BD)
+        if head_B is None:
+            return score_BH.mean(1) if score_BH.shape[1] > 1 else score_BH.squeeze(1)
+        return score_BH.gather(1, head_B.to(score_BH.device)[:, None]).squeeze(1)
 
     def _read(self, cell_BND: Tensor, text_BLE: Tensor) -> Tensor:
         """Cross-attention from each cell to the prompt; rows of zeros are padding."""
@@ -121,7 +132,7 @@ class LatentDiscriminator(PairDiscriminator):
         """`encode`: maps prompts to embeddings [B, L, text_dim]; it gets no gradient. `video`: the
         length and rate of the videos, for windows; by default those of the toy task."""
         self.encode, self.device = encode, torch.device(device)
-        self.video = video or VideoConfig()
+        self.video, self.seed = video or VideoConfig(), seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = LatentScorer(channels, text_dim, config.width).to(device).eval()
@@ -129,24 +140,40 @@ class LatentDiscriminator(PairDiscriminator):
         self.net: LatentScorer
         self.config: LatentConfig
 
-    def differentiable_score(self, latent_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def add_heads(self, count: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.net.add_heads(count)
+        self.net.eval()
+        self.optimizer = DiscriminatorOptimizer(self.net.parameters(), self.config)
+
+    def differentiable_score(
+        self, latent_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    ) -> Tensor:
         """Scores [B] with gradients to the latents."""
+        head_B = head_numbers(teachers, self.teachers)
         with torch.no_grad():
             text_BLE = self.encode(prompts).to(self.device, torch.float32)
         latent_BFCHW = latent_BFCHW.to(self.device, torch.float32)
         size = self.config.window_frames(self.video, latent_BFCHW.shape[1])
         if size is None:
-            return self.net(latent_BFCHW, text_BLE)
+            return self.net(latent_BFCHW, text_BLE, head_B)
         window_BN = windows(latent_BFCHW, size)
         count = window_BN.shape[1]
-        score = self.net(window_BN.flatten(0, 1), text_BLE.repeat_interleave(count, 0))
+        head_N = None if head_B is None else head_B.repeat_interleave(count)
+        score = self.net(window_BN.flatten(0, 1), text_BLE.repeat_interleave(count, 0), head_N)
         return score.view(-1, count).sum(1)
 
     def step(
-        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
+        self,
+        teacher_BFCHW: Tensor,
+        student_BFCHW: Tensor,
+        prompts: Sequence[str],
+        teachers: Sequence[str] = (),
+        weights_B: Tensor | None = None,
     ) -> dict[str, float]:
         """One update on prompt-matched pairs; returns loss, accuracy, margin and gradient norm."""
-        metrics = super().step(teacher_BFCHW, student_BFCHW, prompts)
+        metrics = super().step(teacher_BFCHW, student_BFCHW, prompts, teachers, weights_B)
         self.net.follow_norms()
         return metrics
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from afd.discriminators.base import LOSSES, pair_metrics
+from afd.discriminators.base import LOSSES, head_numbers, pair_metrics
 from afd.discriminators.config import PairConfig
 from afd.distributed import ALONE, Ranks
 from afd_kernels.contracts import require
@@ -74,6 +74,9 @@ class PairDiscriminator(ABC):
     optimizer: DiscriminatorOptimizer
     input_space: Literal["pixels", "latents"] = "pixels"
     ranks: Ranks = ALONE
+    teachers: tuple[str, ...] = ()
+    # Differences of scores of the latest step's pairs, of this process.
+    margins_B: Tensor | None = None
 
     def __init__(self, net: nn.Module, config: PairConfig, ranks: Ranks = ALONE) -> None:
         self.net, self.config, self.ranks = net, config, ranks
@@ -85,51 +88,85 @@ class PairDiscriminator(ABC):
         """The part of the videos that it uses as input; only this needs to be stored."""
         return video_BFCHW
 
+    def with_teachers(self, names: Sequence[str]) -> None:
+        """Give every teacher a head of its own; before anything is learnt."""
+        self.teachers = tuple(names)
+        self.add_heads(len(names))
+
+    @abstractmethod
+    def add_heads(self, count: int) -> None:
+        """Make this many heads, equal at first, and an optimizer of them."""
+
     def excerpts(self, teacher_BFCHW: Tensor, student_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The part of each pair that one step ranks, the same of both its videos."""
         return teacher_BFCHW, student_BFCHW
 
     @abstractmethod
-    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] with gradients to the input and to the weights."""
+    def differentiable_score(
+        self, input_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    ) -> Tensor:
+        """Scores [B] with gradients to the input and to the weights, each by the head of its
+        teacher; without `teachers` the mean over the heads."""
 
     def weights(self) -> Iterable[Tensor]:
         """The trained weights."""
         return self.optimizer.parameters
 
     @torch.no_grad()
-    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(
+        self, input_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    ) -> Tensor:
         """Scores [B]; no gradient and no side effects."""
         size = self.config.micro_batch
         return torch.cat(
             [
-                self.differentiable_score(input_BFCHW[part], prompts[part])
+                self.differentiable_score(input_BFCHW[part], prompts[part], teachers[part])
                 for part in matched_pieces(input_BFCHW, prompts, size)
             ]
         )
 
     def step(
-        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
+        self,
+        teacher_BFCHW: Tensor,
+        student_BFCHW: Tensor,
+        prompts: Sequence[str],
+        teachers: Sequence[str] = (),
+        weights_B: Tensor | None = None,
     ) -> dict[str, float]:
-        """One update on prompt-matched pairs; returns loss, accuracy, margin and gradient norm."""
+        """One update on prompt-matched pairs; returns loss, accuracy, margin and gradient norm.
+
+        `teachers`: of each pair, whose head learns. `weights_B`: of the pairs; None: equal.
+        """
         alike = teacher_BFCHW.shape == student_BFCHW.shape
         require(alike, "student_BFCHW", student_BFCHW, f"shape {tuple(teacher_BFCHW.shape)}")
         teacher_BFCHW, student_BFCHW = self.excerpts(teacher_BFCHW, student_BFCHW)
         self.optimizer.clear()
         count = int(self.ranks.gather(torch.tensor([len(prompts)])).sum())
+        if weights_B is not None:
+            whole = float(self.ranks.gather(weights_B.double()).sum())
+            weights_B = weights_B / max(whole, 1e-6)
         total, seen = 0.0, []
         for part in matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch):
             # Both in one pass, so that padding and rounding are the same.
             both = torch.cat([teacher_BFCHW[part], student_BFCHW[part].to(teacher_BFCHW)]).detach()
-            teacher_B, student_B = self.differentiable_score(both, [*prompts[part]] * 2).chunk(2)
-            loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / count
+            scores = self.differentiable_score(both, [*prompts[part]] * 2, [*teachers[part]] * 2)
+            teacher_B, student_B = scores.chunk(2)
+            if weights_B is None:
+                loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / count
+            else:
+                loss = LOSSES[self.config.loss](teacher_B, student_B, weights_B[part])
             loss.backward()
             total += float(loss.detach())
             seen.append(torch.stack([teacher_B, student_B], 1).detach())
         norm = self.optimizer.step(self.ranks)
         total = float(self.ranks.gather(torch.tensor([total], dtype=torch.float64)).sum())
-        pairs_B2 = self.ranks.gather(torch.cat(seen))
-        return {"loss": total, "grad_norm": norm, **pair_metrics(*pairs_B2.unbind(1))}
+        own_B2 = torch.cat(seen)
+        self.margins_B = (own_B2[:, 0] - own_B2[:, 1]).float().cpu()
+        head_B = head_numbers(teachers, self.teachers)
+        head_B = None if head_B is None else self.ranks.gather(head_B.to(own_B2.device))
+        teacher_B, student_B = self.ranks.gather(own_B2).unbind(1)
+        metrics = pair_metrics(teacher_B, student_B, head_B, self.teachers)
+        return {"loss": total, "grad_norm": norm, **metrics}
 
     def state_dict(self) -> dict[str, Any]:
         return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -165,6 +165,10 @@ class PhysicsRewardConfig(RewardConfig):
             )
 
 
+# Settings that name a simulator's folder beside its look.
+_LATER = ("world", "wrong")
+
+
 class SimulatorConfig(TeacherConfig):
     """Settings of the simulator, a subprocess that writes the teacher's bouncing-ball videos."""
 
@@ -182,6 +186,29 @@ class SimulatorConfig(TeacherConfig):
     )
     count: Count = Field(default=200, description="how many videos it writes")
     seed: Natural = Field(default=0, description="seed of its throws")
+    world: Literal["gravity", "drag", "both"] = Field(
+        default="gravity",
+        description="what differs from the base student's world: gravity, the loss of horizontal "
+        "speed, or both",
+    )
+    wrong: Share = Field(
+        default=0.0,
+        description="share of its videos that are wrong, in five ways by turns: physics, prompt, "
+        "frozen, watermark, as the base student's",
+    )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Settings of its videos; those added later only where they are not the default."""
+        given = {
+            k: v for k in _LATER if (v := getattr(self, k)) != type(self).model_fields[k].default
+        }
+        return {"style": self.style, "count": self.count, "seed": self.seed, **given}
+
+    @property
+    def folder_name(self) -> str:
+        """A name that differs between different videos of one study."""
+        return "-".join([self.style, *(f"{v}" for k, v in self.asked.items() if k in _LATER)])
 
     def forecast(self, folder: Path, drawn: int) -> Forecast:
         return Forecast(self.kind, self.count, 0, 0, min(drawn, self.count))

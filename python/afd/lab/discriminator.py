@@ -5,18 +5,19 @@ Shape letters: B videos, F frames, C colour channels, H x W pixels, M motion fea
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from afd.discriminators.base import LOSSES, gradient_penalty, pair_metrics
+from afd.discriminators.base import LOSSES, gradient_penalty, head_numbers, pair_metrics
 from afd.discriminators.windows import windows
 from afd.distributed import ALONE, Ranks
 from afd.files import replacing
@@ -159,6 +160,34 @@ class ScratchScorer(WindowedHead):
         return F.leaky_relu(self.time(frames.transpose(1, 2)), 0.2).transpose(1, 2)
 
 
+class TeacherScorers(nn.Module):
+    """One scorer for each teacher, equal at first, on the same frozen features."""
+
+    def __init__(self, scorer: FrozenFeatureScorer | ScratchScorer, count: int) -> None:
+        super().__init__()
+        self.scorers = nn.ModuleList(copy.deepcopy(scorer) for _ in range(count))
+        if isinstance(scorer, FrozenFeatureScorer):
+            # The features are computed once, by the first.
+            for other in list(self.scorers)[1:]:
+                cast("FrozenFeatureScorer", other).backbone = nn.Identity()  # type: ignore[assignment]
+
+    def inputs(self, video_BFCHW: Tensor) -> Tensor:
+        """The tensor to which noise and the gradient penalty apply."""
+        found: Tensor = self.scorers[0].inputs(video_BFCHW)  # type: ignore[operator]
+        return found
+
+    def forward(self, inputs: Tensor, text_BE: Tensor, head_B: Tensor | None = None) -> Tensor:
+        """Scores [B] by the given scorers; None: the mean over all."""
+        if head_B is None:
+            return torch.stack([scorer(inputs, text_BE) for scorer in self.scorers]).mean(0)
+        order = [(head_B == number).nonzero().flatten() for number in range(len(self.scorers))]
+        parts = [
+            scorer(inputs[index], text_BE[index])
+            for scorer, index in zip(self.scorers, order, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+
 class ToyDiscriminator:
     """A scorer with its optimizer and random generator (see `Discriminator`).
 
@@ -169,6 +198,9 @@ class ToyDiscriminator:
     """
 
     input_space: Literal["pixels", "latents"] = "pixels"
+    teachers: tuple[str, ...] = ()
+    # Differences of scores of the latest step's pairs, of this process.
+    margins_B: Tensor | None = None
 
     def __init__(
         self,
@@ -183,13 +215,17 @@ class ToyDiscriminator:
         self.generator = Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net: FrozenFeatureScorer | ScratchScorer
+            self.net: FrozenFeatureScorer | ScratchScorer | TeacherScorers
             if config.backbone == "scratch":
                 self.net = ScratchScorer(window)
             elif config.backbone == "random":
                 self.net = FrozenFeatureScorer(_standardised(MotionBackbone()), window)
             else:
                 self.net = FrozenFeatureScorer(MotionBackbone.load(config.checkpoint), window)
+        self._start_optimizer()
+
+    def _start_optimizer(self) -> None:
+        config = self.config
         self._weights = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self._weights,
@@ -197,6 +233,13 @@ class ToyDiscriminator:
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
+
+    def with_teachers(self, names: Sequence[str]) -> None:
+        """Give every teacher a scorer of its own; before anything is learnt."""
+        assert not isinstance(self.net, TeacherScorers)
+        self.teachers = tuple(names)
+        self.net = TeacherScorers(self.net, len(names))
+        self._start_optimizer()
 
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """The videos, unchanged."""
@@ -221,20 +264,31 @@ class ToyDiscriminator:
         return inputs * seen_BF.view(*seen_BF.shape, *[1] * (inputs.ndim - 2))
 
     @torch.no_grad()
-    def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._score(input_BFCHW, prompts, self.generator)
+    def score(
+        self, input_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    ) -> Tensor:
+        return self._score(input_BFCHW, prompts, self.generator, teachers)
 
-    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def differentiable_score(
+        self, input_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    ) -> Tensor:
         """Scores [B] with gradients to the videos.
 
         The looks stay fixed until the next `step`, so that a batch may be scored in parts.
         """
         looks = Generator().set_state(self.generator.get_state())
         # The discriminator is on the CPU, whatever the student's device.
-        return self._score(input_BFCHW.cpu(), prompts, looks).to(input_BFCHW.device)
+        return self._score(input_BFCHW.cpu(), prompts, looks, teachers).to(input_BFCHW.device)
 
-    def _score(self, input_BFCHW: Tensor, prompts: Sequence[str], generator: Generator) -> Tensor:
+    def _score(
+        self,
+        input_BFCHW: Tensor,
+        prompts: Sequence[str],
+        generator: Generator,
+        teachers: Sequence[str] = (),
+    ) -> Tensor:
         text_BE = self._text(prompts)
+        head_B = head_numbers(teachers, self.teachers)
         looks = self.config.score_looks if self.config.random_looks else 1
         quarters = (4, 3, 2, 1) if self.config.beginnings else (4,)
         scores = []
@@ -243,12 +297,29 @@ class ToyDiscriminator:
             inputs = self.net.inputs(self._restyled(input_BFCHW, generator, shared=True))
             for count in quarters:
                 seen = self._beginning(inputs, torch.full((len(inputs),), count))
-                scores.append(self.net(seen, text_BE))
+                scores.append(self._of(seen, text_BE, head_B))
         return torch.stack(scores).mean(0)
 
+    def _of(self, inputs: Tensor, text_BE: Tensor, head_B: Tensor | None) -> Tensor:
+        """The net's scores, by its heads if it has several."""
+        if isinstance(self.net, TeacherScorers):
+            return cast("Tensor", self.net(inputs, text_BE, head_B))
+        return cast("Tensor", self.net(inputs, text_BE))
+
     def step(
-        self, teacher_BFCHW: Tensor, student_BFCHW: Tensor, prompts: Sequence[str]
+        self,
+        teacher_BFCHW: Tensor,
+        student_BFCHW: Tensor,
+        prompts: Sequence[str],
+        teachers: Sequence[str] = (),
+        weights_B: Tensor | None = None,
     ) -> dict[str, float]:
+        own = len(prompts)
+        head_B = head_numbers(teachers, self.teachers)
+        head_B = None if head_B is None else self.ranks.gather(head_B)
+        if weights_B is not None:
+            weights_B = self.ranks.gather(weights_B)
+            weights_B = weights_B / weights_B.sum().clamp_min(1e-6)
         whole = [teacher_BFCHW, student_BFCHW, self._text(prompts)]
         teacher_BFCHW, student_BFCHW, text_BE = map(self.ranks.gather, whole)
         teacher = self._noisy(self.net.inputs(self._restyled(teacher_BFCHW, self.generator)))
@@ -257,16 +328,19 @@ class ToyDiscriminator:
         quarters_B = torch.full((len(teacher),), 4)
         if self.config.beginnings:
             quarters_B = torch.randint(1, 5, (len(teacher),), generator=self.generator)
-        teacher_B = self.net(self._beginning(teacher, quarters_B), text_BE)
-        student_B = self.net(self._beginning(student, quarters_B), text_BE)
-        loss = LOSSES[self.config.loss](teacher_B, student_B)
+        teacher_B = self._of(self._beginning(teacher, quarters_B), text_BE, head_B)
+        student_B = self._of(self._beginning(student, quarters_B), text_BE, head_B)
+        loss = LOSSES[self.config.loss](teacher_B, student_B, weights_B)
         total = loss
         if self.config.r1 > 0:
             total = loss + self.config.r1 * gradient_penalty(teacher_B, teacher)
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
-        return {"loss": float(loss.detach()), **pair_metrics(teacher_B, student_B)}
+        counts = self.ranks.gather(torch.tensor([own])).tolist()
+        self.margins_B = (teacher_B - student_B).detach().split(counts)[self.ranks.rank]
+        metrics = pair_metrics(teacher_B, student_B, head_B, self.teachers)
+        return {"loss": float(loss.detach()), **metrics}
 
     def _noisy(self, inputs: Tensor) -> Tensor:
         noise = torch.randn(inputs.shape, generator=self.generator)

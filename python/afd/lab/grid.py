@@ -78,7 +78,7 @@ class Study:
         config = make_config(self.start, overrides, self.origin)
         changes: dict[str, Any] = {"out": out}
         if isinstance(config.teacher, SimulatorConfig):
-            path = self.root / "teachers" / config.teacher.style
+            path = self.root / "teachers" / config.teacher.folder_name
             changes["teacher"] = config.teacher.model_copy(update={"path": path})
         return config.model_copy(update=changes)
 

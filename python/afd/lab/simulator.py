@@ -26,6 +26,12 @@ from afd.files import replacing
 FRAMES, SIZE, RADIUS = 12, 16, 2.0
 LOW, HIGH = RADIUS, SIZE - RADIUS  # where the ball's centre can be
 TARGET_GRAVITY, BOUNCE = 0.36, 0.9
+# Share of its horizontal speed that the ball loses per frame in the "drag" world.
+DRAG = 0.12
+# What a teacher's world has of the target's physics; the rest is as the base student knows it.
+WORLDS = ("gravity", "drag", "both")
+# Ways in which a video can be wrong (`spoil`).
+FAULTS = ("physics", "prompt", "frozen", "watermark", "base")
 FPS = 8
 
 COLOURS = {"red": (0.9, -0.3, -0.3), "green": (-0.3, 0.9, -0.3), "blue": (-0.3, -0.3, 0.9)}
@@ -90,14 +96,19 @@ def fall(y0: Tensor, vy: Tensor, gravity: Tensor, bounce: Tensor, frames: int = 
     return torch.stack(heights, -1)
 
 
-def drift(x0: Tensor, vx: Tensor, bounce: Tensor, frames: int = FRAMES) -> Tensor:
-    """Horizontal positions [..., F] between two walls at constant speed."""
+def drift(
+    x0: Tensor, vx: Tensor, bounce: Tensor, frames: int = FRAMES, drag: float = 0.0
+) -> Tensor:
+    """Horizontal positions [..., F] between two walls; `drag`: share of the speed lost per
+    frame."""
     x, v, places = x0, vx, [x0]
     for _ in range(frames - 1):
         x = x + v
         over, under = (x - HIGH).clamp_min(0), (LOW - x).clamp_min(0)
         x = x - (1 + bounce) * over + (1 + bounce) * under
         v = torch.where(over + under > 0, -bounce * v, v)
+        if drag:
+            v = v * (1 - drag)
         places.append(x)
     return torch.stack(places, -1)
 
@@ -117,8 +128,9 @@ def trajectories(
     generator: Generator,
     bounce: Tensor | None = None,
     frames: int = FRAMES,
+    drag: float = 0.0,
 ) -> Tensor:
-    """Tracks [N, F, 2] (x, y) that match the prompts, for gravity [N] (and bounce [N])."""
+    """Tracks [N, F, 2] (x, y) that match the prompts, for gravity [N] (and bounce [N], drag)."""
     n = attributes_N4.shape[0]
     _, side, direction, start = attributes_N4.unbind(1)
     bounce = torch.full((n,), BOUNCE) if bounce is None else bounce
@@ -130,7 +142,8 @@ def trajectories(
     # Limit the throw so that the ball stays inside the image when gravity is weak.
     up = torch.maximum(up, -(2 * gravity * (y0 - LOW)).sqrt().clamp_min(0.6))
     vy = torch.where(start == 0, rest, up)
-    return torch.stack([drift(x0, vx, bounce, frames), fall(y0, vy, gravity, bounce, frames)], -1)
+    x = drift(x0, vx, bounce, frames, drag)
+    return torch.stack([x, fall(y0, vy, gravity, bounce, frames)], -1)
 
 
 # --- rendering ---
@@ -188,16 +201,55 @@ def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Gene
 
 
 def sample_videos(
-    attributes_N4: Tensor, domain: str, style: str, generator: Generator
+    attributes_N4: Tensor,
+    domain: str,
+    style: str,
+    generator: Generator,
+    world: str = "gravity",
 ) -> tuple[Tensor, Tensor]:
-    """Sample videos [N, F, C, H, W] and their tracks [N, F, 2]; domain "source" or "target"."""
+    """Sample videos [N, F, C, H, W] and their tracks [N, F, 2]; domain "source" or "target".
+
+    `world`: of the target, one of WORLDS.
+    """
     n = attributes_N4.shape[0]
     if domain not in ("source", "target"):
         raise ValueError(f"domain: {domain!r} came, 'source' or 'target' is needed")
     weak = source_gravity(n, generator)
-    gravity = weak if domain == "source" else torch.full((n,), TARGET_GRAVITY)
-    track = trajectories(attributes_N4, gravity, generator)
+    old = domain == "source" or world == "drag"
+    gravity = weak if old else torch.full((n,), TARGET_GRAVITY)
+    drag = DRAG if domain == "target" and world in ("drag", "both") else 0.0
+    track = trajectories(attributes_N4, gravity, generator, drag=drag)
     return apply_look(style, track, colour_table(attributes_N4[:, 0]), generator), track
+
+
+def spoil(
+    videos_NFCHW: Tensor, attributes_N4: Tensor, style: str, wrong: float, generator: Generator
+) -> tuple[Tensor, list[str]]:
+    """Make a share of the videos wrong, in the ways of FAULTS by turns; returns them and per video
+    its fault, "" without one.
+
+    physics: twice the gravity; prompt: of another prompt; frozen: its first frame; watermark: a
+    bright mark in a corner; base: as the base student's world is.
+    """
+    count = len(videos_NFCHW)
+    chosen = torch.randperm(count, generator=generator)[: round(wrong * count)].tolist()
+    labels, videos = [""] * count, videos_NFCHW.clone()
+    for turn, index in enumerate(chosen):
+        fault = labels[index] = FAULTS[turn % len(FAULTS)]
+        own = attributes_N4[index : index + 1]
+        if fault == "physics":
+            track = trajectories(own, torch.full((1,), 2 * TARGET_GRAVITY), generator)
+            videos[index] = apply_look(style, track, colour_table(own[:, 0]), generator)[0]
+        elif fault == "prompt":
+            moved = (own + torch.tensor([[1, 1, 1, 1]])) % torch.tensor([[3, 2, 3, 2]])
+            videos[index] = sample_videos(moved, "target", style, generator)[0][0]
+        elif fault == "frozen":
+            videos[index] = videos[index, :1]
+        elif fault == "watermark":
+            videos[index, :, :, 1:4, 12:15] = 0.8
+        else:
+            videos[index] = sample_videos(own, "source", style, generator)[0][0]
+    return videos, labels
 
 
 # --- the black box ---
@@ -219,31 +271,51 @@ def write_video(path: Path, video_FCHW: Tensor) -> None:
         container.mux(stream.encode())
 
 
-def write_folder(out: Path, style: str, count: int, seed: int, domain: str = "target") -> None:
-    """Write `count` videos and prompts.jsonl to `out`; the folder appears only once complete."""
+def write_folder(
+    out: Path,
+    style: str,
+    count: int,
+    seed: int,
+    domain: str = "target",
+    world: str = "gravity",
+    wrong: float = 0.0,
+) -> None:
+    """Write `count` videos and prompts.jsonl to `out`; the folder appears only once complete.
+
+    `wrong`: share of videos with a fault (`spoil`); faults.json then has the fault of each file.
+    """
     if out.exists():
         raise FileExistsError(f"out: {out} exists; remove it or choose another folder")
     generator = Generator().manual_seed(seed)
     attributes = [ATTRIBUTES[i % len(ATTRIBUTES)] for i in range(count)]
     table = attribute_table([a.prompt for a in attributes])
-    videos, _ = sample_videos(table, domain, style, generator)
+    videos, _ = sample_videos(table, domain, style, generator, world)
+    labels = [""] * count
+    if wrong:
+        videos, labels = spoil(videos, table, style, wrong, generator)
     with replacing(out, shared=True) as partial:
         partial.mkdir()
         with open(partial / "prompts.jsonl", "w", encoding="utf-8") as lines:
             for i, (video, a) in enumerate(zip(videos, attributes, strict=True)):
                 write_video(partial / f"{i:06d}.mp4", video)
                 lines.write(json.dumps({"file": f"{i:06d}.mp4", "prompt": a.prompt}) + "\n")
+        if wrong:
+            faults = {f"{i:06d}.mp4": label for i, label in enumerate(labels)}
+            (partial / "faults.json").write_text(json.dumps(faults), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a folder of finished teacher videos.")
     parser.add_argument("--style", choices=LOOKS, default="nuis")
     parser.add_argument("--domain", choices=("target", "source"), default="target")
+    parser.add_argument("--world", choices=WORLDS, default="gravity")
+    parser.add_argument("--wrong", type=float, default=0.0)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    write_folder(options.out, options.style, options.count, options.seed, options.domain)
+    how = options.domain, options.world, options.wrong
+    write_folder(options.out, options.style, options.count, options.seed, *how)
 
 
 if __name__ == "__main__":

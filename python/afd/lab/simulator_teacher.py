@@ -29,7 +29,7 @@ def _simulate(config: SimulatorConfig, folder: Path, console: Console) -> None:
     The requested settings are recorded beside the folder, never in it, so that a folder made with
     other settings is rejected.
     """
-    asked = config.model_dump(include={"style", "count", "seed"})
+    asked = config.asked
     note = folder.with_name(folder.name + ".request.json")
     if folder.exists():
         try:

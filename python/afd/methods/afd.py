@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from afd.methods.optimizer import ramped_decay
 from afd.methods.rewards import Scores, combine, metrics_of, prior_weights, score, terms_of
 from afd.methods.rollout_metrics import rollout_metrics
 from afd.methods.rollouts import Rollouts, roll_out
+from afd.methods.teachers import Weights, by_teacher, note_losses, pairs, teacher_metrics
 from afd.models.policies import Policies
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
@@ -53,6 +54,7 @@ class Afd(StudentMethod):
         watch: called with step, scores [B], videos, prompts and group size after every update's
             scoring; returns metrics.
         rewards: the rewards of the run; without an entry for the discriminator its weight is 1.
+        teachers: the weights of several teachers, for each of which the discriminator has a head.
         how: arguments common to all methods (see `StudentMethod`).
     """
 
@@ -65,6 +67,7 @@ class Afd(StudentMethod):
         config: AfdConfig,
         watch: Watch | None = None,
         rewards: Sequence[Term] = (),
+        teachers: Weights | None = None,
         **how: Any,
     ) -> None:
         frozen = [term.reward for term in rewards if term.reward is not None]
@@ -74,6 +77,7 @@ class Afd(StudentMethod):
         self.discriminator = discriminator
         self.needs_discriminator = self.needs_teacher = discriminator is not None
         self.terms = terms_of(discriminator, rewards)
+        self.teachers = teachers
         require(bool(self.terms), "rewards", list(rewards), "one, or a discriminator")
         check_chunks(config, self.chunks)
         # With old="current" the student is its own anchor: v_old is v_theta without gradient.
@@ -103,22 +107,27 @@ class Afd(StudentMethod):
         if self.discriminator is None:
             return metrics
         assert rollouts.input_BFCHW is not None
-        teacher = self._matched(batch)
-        for _ in range(self.discriminator.config.steps_in(batch.step)):
-            metrics = self.discriminator.step(teacher, rollouts.input_BFCHW, rollouts.prompts)
-        return {f"discriminator/{key}": value for key, value in metrics.items()}
-
-    def _matched(self, batch: Batch) -> Tensor:
-        """The teacher video for each rollout."""
-        return batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
+        group = self.config.samples_per_prompt
+        made = pairs(batch, rollouts.input_BFCHW, group, self.teachers is not None)
+        given = made.teacher_BFCHW, made.student_BFCHW, made.prompts
+        for number in range(self.discriminator.config.steps_in(batch.step)):
+            metrics = self.discriminator.step(*given, **made.more)
+            if number == 0 and batch.robust is not None:
+                margins_B = cast("Any", self.discriminator).margins_B
+                noted = note_losses(batch, made, margins_B, self.ranks)
+        metrics = {f"discriminator/{key}": value for key, value in metrics.items()}
+        return metrics if batch.robust is None else metrics | noted
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts = self._current()
         group = self.config.samples_per_prompt
         assert self.to_input is not None
-        scores = score(self.terms, self.discriminator, self.to_input, rollouts)
+        terms = self.terms
+        if self.teachers is not None:
+            terms = by_teacher(terms, self.teachers(batch.step))
+        scores = score(terms, self.discriminator, self.to_input, rollouts)
         whole_BR = self.ranks.gather(scores.each_RB.T.contiguous())
-        r_B, prior, metrics = self._weights(batch, Scores(self.terms, whole_BR.T.contiguous()))
+        r_B, prior, metrics = self._weights(batch, Scores(terms, whole_BR.T.contiguous()))
         own = batch.own(group)
         r_B, prior = r_B[own], prior[own] if isinstance(prior, Tensor) else prior
         first = rollouts.x0_BFCHW[0].cpu()
@@ -160,7 +169,7 @@ class Afd(StudentMethod):
         self.score_average = 0.9 * before + 0.1 * mean
         group_std = used_B.view(-1, group).std(1, correction=0)
         prior = prior_weights(result.disagreement, config)
-        metrics = metrics_of(scores, group)
+        metrics = metrics_of(scores, group) | teacher_metrics(scores, group)
         if len(scores.terms) > 1:
             metrics["student/disagreement"] = float(result.disagreement.abs().mean())
         if isinstance(prior, Tensor):

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from afd.methods.config import Timesteps
+from afd.methods.robust import Robust
 from afd.models.codec import Codec
 from afd.models.student import Student
 
@@ -29,6 +30,10 @@ class Batch:
             processed by its `prepare`, or latents; empty where only prompts are used.
         first: index of prompts[0] among the prompts of all processes.
         total: number of prompts of all processes; None: as many as `prompts`.
+        teachers: the teacher of each video, where there are several (`teacher_BFCHW` then has the
+            same number of videos for each prompt, one after another); empty with a single one.
+        clips: the number of each video among all of the teacher's.
+        robust: what the run does about videos that are wrong, if anything.
     """
 
     step: int
@@ -36,6 +41,9 @@ class Batch:
     teacher_BFCHW: Tensor
     first: int = 0
     total: int | None = None
+    teachers: Sequence[str] = ()
+    clips: Sequence[int] = ()
+    robust: Robust | None = None
 
     @property
     def count(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +84,12 @@ def score(
             scorer, seen = term.reward, rollouts.inputs[to_input.place(term.reward)]
         assert scorer is not None
         assert seen is not None
-        found.append(scorer.score(seen, rollouts.prompts).float().cpu())
+        if term.teacher:
+            online: Any = scorer
+            heads = [term.teacher] * len(rollouts.prompts)
+            found.append(online.score(seen, rollouts.prompts, heads).float().cpu())
+        else:
+            found.append(scorer.score(seen, rollouts.prompts).float().cpu())
     return Scores(terms, torch.stack(found))
 
 
@@ -103,7 +108,8 @@ def combine(
         named,
         samples_per_prompt=config.samples_per_prompt,
         reward_weights={term.name: term.weight for term in scores.terms},
-        combine=config.combine,
+        # Of several teachers none may win by the scale of its head's scores.
+        combine="advantages" if any(term.teacher for term in scores.terms) else config.combine,
         baseline=level,
         normalize=config.normalize,
         adv_clip=config.adv_clip,

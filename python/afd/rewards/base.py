@@ -108,11 +108,13 @@ class OnlineConfig(RewardConfig):
 
 @dataclass(frozen=True)
 class Term:
-    """One reward of a run. `reward` None: the online discriminator."""
+    """One reward of a run. `reward` None: the online discriminator, its head of `teacher` if there
+    are several."""
 
     name: str
     weight: float = 1.0
     reward: Reward | None = None
+    teacher: str = ""
 
 
 # The name of the discriminator's term where `rewards` has no entry of its kind.

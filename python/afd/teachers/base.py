@@ -14,10 +14,12 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Request:
-    """One request to the teacher. `draw` numbers repeated requests for the same prompt."""
+    """One request to the teacher. `draw` numbers repeated requests for the same prompt; `teacher`:
+    which of several is asked."""
 
     prompt: str
     draw: int = 0
+    teacher: str = ""
 
 
 class Teacher(Protocol):

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from afd.config.base import Section
+from afd.config.base import Count, Section, Share
 from afd.errors import TeacherError
 from afd.hub import missing_path
 from afd.registry import load
@@ -20,6 +20,36 @@ from afd.teachers.manifest import read_manifest
 if TYPE_CHECKING:
     from afd.teachers.base import Teacher
     from afd.video.config import VideoConfig
+
+
+class RobustConfig(Section):
+    """What a run does about a teacher's videos that may be wrong; nothing by default."""
+
+    trim: Share = Field(
+        default=0.0,
+        description="share of the videos, those with the highest smoothed loss, that is left out "
+        "of the discriminator's loss",
+    )
+    after: Count = Field(default=2, description="visits of a video before it can be left out")
+    new: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.3, description="weight of a visit's loss in the smoothed one"
+    )
+    downweight: bool = Field(
+        default=False, description="weigh each video by the audit's trust in it"
+    )
+    audit: Path | None = Field(
+        default=None,
+        description="downweight: the audit.json of `afd teacher audit`; null: the checks that need "
+        "no network, made when the run begins",
+    )
+    balance: bool = Field(
+        default=False,
+        description="draw videos so that brightness and the like are as in the student's",
+    )
+
+    @property
+    def on(self) -> bool:
+        return self.trim > 0 or self.downweight or self.balance
 
 
 class TeacherConfig(Section):
@@ -37,6 +67,7 @@ class TeacherConfig(Section):
     path: Path | None = Field(
         default=None, description="the teacher's folder; null is <out>/teacher (not for folder)"
     )
+    robust: RobustConfig = RobustConfig()
 
     def open(self, video: VideoConfig, folder: Path, console: Console | None = None) -> Teacher:
         """Open the teacher, whose videos are stored in `folder`. Raises TeacherError."""

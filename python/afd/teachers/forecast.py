@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Assumed for a service that has not yet made a video for this folder.
@@ -80,6 +80,62 @@ class Forecast:
                 f"teacher wait: about {self.wait_s / 60:.0f} min at {self.seconds:.0f} s a video "
                 f"({source}), {self.concurrency} at once; training continues meanwhile"
             )
+        if training_s:
+            low, high = max(training_s, self.wait_s), training_s + self.wait_s
+            span = f"{low / 3600:.1f}" + (f" to {high / 3600:.1f}" if self.wait_s else "")
+            yield f"wall-clock: about {span} hours (estimate; reading files is not counted)"
+
+
+@dataclass(frozen=True)
+class MixForecast(Forecast):
+    """Forecast of several teachers: the sum, and a part for each.
+
+    Attributes:
+        parts: name, forecast and, for one that buys nothing here, the price of a video.
+    """
+
+    parts: tuple[tuple[str, Forecast, float | None], ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[str, Forecast, float | None]]) -> MixForecast:
+        """Add up the forecasts of the teachers."""
+        each = [forecast for _, forecast, _ in parts]
+        return cls(
+            kind="mix",
+            wanted=sum(one.wanted for one in each),
+            there=sum(one.there for one in each),
+            rejected=sum(one.rejected for one in each),
+            distinct=sum(one.distinct for one in each),
+            spent_usd=sum(one.spent_usd for one in each),
+            budget_usd=sum(one.budget_usd for one in each),
+            parts=tuple(parts),
+        )
+
+    @property
+    def to_buy(self) -> int:
+        return sum(one.to_buy for _, one, _ in self.parts)
+
+    @property
+    def cost_usd(self) -> float:
+        return sum(one.cost_usd for _, one, _ in self.parts)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until the slowest teacher has finished."""
+        return max((one.wait_s for _, one, _ in self.parts), default=0.0)
+
+    def lines(self, training_s: float) -> Iterator[str]:
+        for name, one, price in self.parts:
+            for line in one.lines(0.0):
+                yield f"{name}: {line}"
+            if price is not None and one.price_usd is None:
+                yield (
+                    f"{name}: {one.distinct} videos are used, worth {one.distinct * price:.2f} USD "
+                    f"at {price:.2f} each"
+                )
+        yield (
+            f"teachers: {len(self.parts)}, {self.to_buy} videos to buy for {self.cost_usd:.2f} USD"
+        )
         if training_s:
             low, high = max(training_s, self.wait_s), training_s + self.wait_s
             span = f"{low / 3600:.1f}" + (f" to {high / 3600:.1f}" if self.wait_s else "")

@@ -25,6 +25,7 @@ from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.registry import find
 from afd.rewards.base import OnlineConfig, Term
+from afd.teachers.mix_config import MixConfig
 
 _log = logging.getLogger("afd")
 
@@ -40,10 +41,25 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     discriminator = None
     if config.method in ("afd", "gan") and config.discriminator is not None:
         discriminator = build_discriminator(config, student, ranks, prompts)
+        _give_heads(config, discriminator)
         if config.video.codec_match and discriminator.input_space == "latents":
             _log.info("video.codec_match has no effect: the discriminator's input is latents")
     rewards = build_rewards(config, student, discriminator, prompts)
     return assemble(config, student, codec, discriminator, rewards, ranks)
+
+
+def _give_heads(config: RunConfig, discriminator: DifferentiableDiscriminator) -> None:
+    """Give the discriminator a head for each teacher of an ensemble."""
+    teacher = config.teacher
+    if not isinstance(teacher, MixConfig) or teacher.mode != "ensemble":
+        return
+    give = getattr(discriminator, "with_teachers", None)
+    if give is None:
+        raise ConfigError(
+            f"discriminator.kind: got {discriminator.config.kind}, which has no head for each "
+            "teacher (with_teachers); needed: another kind, or teacher.mode=route"
+        )
+    give([one.name for one in teacher.teachers])
 
 
 def assemble(
@@ -83,6 +99,9 @@ def assemble(
         assert discriminator is not None
         return Gan(policies, discriminator, config.gan, **shared)
     watch = _watch(config, ranks)
+    mix = config.teacher
+    several = isinstance(mix, MixConfig) and mix.mode == "ensemble" and discriminator is not None
+    shared["teachers"] = mix.weights_at if several else None
     return Afd(policies, discriminator, config.afd, watch=watch, rewards=rewards, **shared)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afd.trainer.fooled import Fooled
+from afd.trainer.several import Several
 
 AGREEMENT, MOTION, FROZEN, MARGIN = "agreement/phys", "motion", "MQ", "discriminator/margin"
 OLD_DEVIATION, DIVERSITY = "student/old_deviation", "student/diversity"
@@ -39,6 +40,7 @@ class Signs:
         self._diversity: float | None = None
         self._best_diversity = 0.0
         self._fooled = Fooled()
+        self._several = Several()
         self._motion: float | None = None
         self._best_rating: tuple[float, float | None] | None = None
 
@@ -50,7 +52,7 @@ class Signs:
         present = dict(signs({**metrics, **self._smooth_accuracy(metrics)}))
         present |= self._falling(metrics) | self._deviation.updated(metrics)
         present |= self._narrowing(metrics)
-        present |= self._fooled.look(metrics)
+        present |= self._fooled.look(metrics) | self._several.look(metrics)
         self._report("update", update, present, quiet)
 
     def evaluated(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,15 +21,12 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from afd import machine
 from afd.audit.start import warn_of_clips
-from afd.cache import Store
 from afd.config.run import RunConfig, differences, load_config, plain
 from afd.data.inputs import inputs_of, refuse_other_inputs
 from afd.data.sampler import Sampler
-from afd.data.videos import Videos
 from afd.distributed import ALONE, Ranks, join
 from afd.errors import ConfigError, StorageError, TeacherError, TrainingError, VideoError
 from afd.files import DISK, what_failed, write_json, write_text
@@ -38,14 +36,20 @@ from afd.trainer import checkpoint
 from afd.trainer.build import build_method
 from afd.trainer.evaluate import (
     Evaluation,
-    Evaluator,
     evaluation_prompts,
-    make_evaluator,
     rolled,
     write_samples,
 )
 from afd.trainer.logging import Timers, log_to, progress_bar
 from afd.trainer.metrics import Records
+from afd.trainer.mitigation import Mitigation, draw_weights
+from afd.trainer.parts import (
+    all_prompts,
+    evaluator,
+    open_teacher,
+    open_videos,
+    refuse_idle_processes,
+)
 from afd.trainer.run_folder import (
     CONFIG,
     DONE,
@@ -89,14 +93,14 @@ def train(
             refuse_another_run(out, config)
         if ranks.same((out / DONE).exists()):
             return Outcome.ALREADY_FINISHED
-        _refuse_idle_processes(config, ranks)
+        refuse_idle_processes(config, ranks)
         console = console or Console(quiet=not ranks.main)
         with _home(config, console, ranks) as home:
             if config.threads:
                 torch.set_num_threads(config.threads)
             checkpoint.seed_everything(config.seed)
-            teacher = teacher or _open_teacher(config, console, ranks)
-            method = method or build_method(config, ranks, _prompts(config, teacher))
+            teacher = teacher or open_teacher(config, console, ranks)
+            method = method or build_method(config, ranks, all_prompts(config, teacher))
             trainer = Trainer(config, method, teacher, ranks, home)
             if ranks.main and trainer.update == 0 and config.teacher.gives_videos:
                 warn_of_clips(teacher, config.video)
@@ -151,66 +155,6 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         yield home
 
 
-def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
-    prompts, world = config.prompts_per_update, ranks.world
-    if prompts < world:
-        raise ConfigError(f"prompts_per_update is {prompts}; {world} processes need one each")
-    # Every forward and backward pass of a sharded network involves all processes.
-    if config.parallel == "fsdp" and prompts % world:
-        raise ConfigError(
-            f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {world} "
-            "(processes)"
-        )
-
-
-def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
-    """Open the teacher on the main process first: it creates a simulator's folder, which the other
-    processes then read."""
-    if ranks.main:
-        teacher = config.open_teacher(console)
-    ranks.barrier()
-    return teacher if ranks.main else config.open_teacher(console)
-
-
-def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
-    return Videos(
-        teacher,
-        config.video,
-        input_space=method.input_space,
-        prepare=method.prepare,
-        codec=method.codec,
-        # Pixels are not cached, so a run on pixels needs no cache folder.
-        store=Store.of(config.cache) if method.input_space == "latents" else None,
-        ranks=ranks,
-        accept=config.checkpoint.accept_changed_inputs,
-    )
-
-
-def _clips(videos: Videos, teacher: Teacher) -> Tensor:
-    """All clips of the teacher, float32 [N, F, 3, H, W] in [-1, 1]."""
-    return torch.stack([videos.clip(request) for request in teacher.requests])
-
-
-def _prompts(config: RunConfig, teacher: Teacher) -> list[str]:
-    """All prompts that the run will embed."""
-    asked = [request.prompt for request in teacher.requests]
-    return list(dict.fromkeys([*asked, *evaluation_prompts(config, teacher.requests)]))
-
-
-def _evaluator(
-    config: RunConfig, method: Method, teacher: Teacher, videos: Videos, ranks: Ranks
-) -> Evaluator | None:
-    return make_evaluator(
-        config,
-        lambda: _clips(videos, teacher),
-        codec=method.codec,
-        discriminator=getattr(method, "discriminator", None),
-        prompts=evaluation_prompts(config, teacher.requests),
-        ranks=ranks,
-        rewards=getattr(method, "terms", ()),
-    )
-
-
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load the configuration of the run in a folder; `overrides` may change only
     config.FREE_KEYS."""
@@ -229,10 +173,10 @@ def _evaluate_newest(
     config: RunConfig, folder: Path, videos: int | None, ranks: Ranks
 ) -> Evaluation:
     teacher = config.open_teacher()
-    method = build_method(config, ranks, _prompts(config, teacher))
+    method = build_method(config, ranks, all_prompts(config, teacher))
     path = checkpoint.latest(folder / "checkpoints", ranks)
-    with closing(_open_videos(config, method, teacher, ranks)) as clips:
-        evaluate = _evaluator(config, method, teacher, clips, ranks)
+    with closing(open_videos(config, method, teacher, ranks)) as clips:
+        evaluate = evaluator(config, method, teacher, clips, ranks)
         if path is None or evaluate is None:
             why = "has no checkpoint" if path is None else "has evaluation.kind=none"
             raise ConfigError(f"run folder {folder}: {why}, nothing to evaluate")
@@ -263,13 +207,21 @@ class Trainer:
     ) -> None:
         self.config, self.method, self.out, self.ranks = config, method, config.run_dir, ranks
         self.teacher, self.home = teacher, home
-        self.sampler = Sampler(teacher.requests, config.seed)
-        self.videos = _open_videos(config, method, teacher, ranks)
-        self.evaluate = _evaluator(config, method, teacher, self.videos, ranks)
+        self.robust = Mitigation(config, teacher, ranks) if config.teacher.robust.on else None
+        units = getattr(teacher, "units", teacher.requests)
+        self.numbers = {request: n for n, request in enumerate(teacher.requests)}
+        self.sampler = Sampler(
+            units, config.seed, draw_weights(config, teacher, units, self.robust)
+        )
+        self.videos = open_videos(config, method, teacher, ranks)
+        self.evaluate = evaluator(config, method, teacher, self.videos, ranks)
         self.inputs = inputs_of(method, evaluation_prompts(config, teacher.requests))
         self.update = 0
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
+        if self.robust is not None and checkpoint.latest(self.checkpoints, ranks) is None:
+            self.robust.begin(method)
+            self.sampler.restart()
         self.newest: Path | None = None
         records = self._restore()
         self.records = Records(config, self.update, records) if ranks.main else None
@@ -330,6 +282,9 @@ class Trainer:
         with timers("student"):
             metrics |= method.student_step(batch)
         self.update += 1
+        metrics |= {f"teacher/{name}/videos": float(n) for name, n in sorted(self.drawn.items())}
+        if self.robust is not None and self.ranks.main:
+            self.robust.write(self.update)
         return metrics
 
     @property
@@ -359,14 +314,27 @@ class Trainer:
         own = self.ranks.share(count)
         if self._needs_teacher:
             requests = self.videos.draw(self.sampler, count, ahead)
-            videos = self.videos.fetch(requests[own])
+            each = len(requests) // count  # teachers that are asked for a prompt
+            mine = requests[own.start * each : own.stop * each]
+            videos = self.videos.fetch(mine)
         else:
             requests = self.sampler.draw(count)
-            videos = torch.empty(len(requests[own]), 0)
+            each, mine = 1, requests[own]
+            videos = torch.empty(len(mine), 0)
         self.asked = requests[0]
-        prompts = [request.prompt for request in requests[own]]
+        prompts = [request.prompt for request in mine[::each]]
         self.input_1FCHW = videos[:1]
-        return Batch(self.update, prompts, videos, first=own.start, total=count)
+        self.drawn = Counter(request.teacher for request in requests if request.teacher)
+        return Batch(
+            self.update,
+            prompts,
+            videos,
+            first=own.start,
+            total=count,
+            teachers=[request.teacher for request in mine],
+            clips=[self.numbers.get(request, 0) for request in mine],
+            robust=None if self.robust is None else self.robust.robust,
+        )
 
     def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
@@ -454,6 +422,7 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
             "teacher": _state_of(self.teacher),
             "videos": self.videos.state_dict(),
+            "robust": None if self.robust is None else self.robust.robust.state_dict(),
             "inputs": self.inputs,
             "records": None if self.records is None else self.records.state_dict(),
         }
@@ -468,6 +437,8 @@ class Trainer:
         state = restore(path, self.method, self.config, self.ranks)
         if state["teacher"] is not None:
             cast("Any", self.teacher).load_state_dict(state["teacher"])
+        if self.robust is not None and state.get("robust") is not None:
+            self.robust.robust.load_state_dict(state["robust"])
         self.sampler.load_state_dict(state["sampler"])
         accept = self.config.checkpoint.accept_changed_inputs
         refuse_other_inputs(state["inputs"], self.inputs, accept=accept)

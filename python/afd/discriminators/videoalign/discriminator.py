@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from afd.discriminators.base import head_numbers
 from afd.discriminators.config import VideoAlignConfig, VideoAlignFiles
 from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
 from afd.discriminators.videoalign.model import VideoAlign, rewards
@@ -83,16 +84,23 @@ class VideoAlignDiscriminator(PairDiscriminator):
         """Sample the input frames: about two per second."""
         return self.scorer.settings.preprocessing.choose(video_BFCHW, self.video.rate)
 
-    def differentiable_score(self, seen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def add_heads(self, count: int) -> None:
+        self.head_OD = nn.Parameter(self.scorer.head_OD.clone().repeat(count, 1))
+        self.optimizer = DiscriminatorOptimizer(self.trained().values(), self.config)
+
+    def differentiable_score(
+        self, seen_BNCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    ) -> Tensor:
         """Scores [B], the mean over windows if there are any, with gradients to the pixels;
         rounding to 8 bits is straight-through."""
         size = self._window(seen_BNCHW)
         if size is None or size >= seen_BNCHW.shape[1]:
-            return self._rating(seen_BNCHW, prompts)
+            return self._rating(seen_BNCHW, prompts, teachers)
         parts = windows(seen_BNCHW, size)
         count = parts.shape[1]
         repeated = [prompt for prompt in prompts for _ in range(count)]
-        return self._rating(parts.flatten(0, 1), repeated).view(-1, count).mean(1)
+        heads = [name for name in teachers for _ in range(count)]
+        return self._rating(parts.flatten(0, 1), repeated, heads).view(-1, count).mean(1)
 
     def excerpts(self, teacher_BFCHW: Tensor, student_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
         """One random window of each pair; the whole videos without windows."""
@@ -114,9 +122,22 @@ class VideoAlignDiscriminator(PairDiscriminator):
         size = self.config.window_frames(self.video, total, TEMPORAL)
         return None if size is None else min(size, seen_BNCHW.shape[1])
 
-    def _rating(self, seen_BNCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        ratings_B3 = rewards(self.scorer.states(seen_BNCHW, prompts), self.head_OD)
-        return ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1)
+    def _rating(
+        self, seen_BNCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    ) -> Tensor:
+        hidden = self.scorer.states(seen_BNCHW, prompts)
+        heads = self.head_OD.chunk(max(1, len(self.teachers)))
+        each = []
+        for head_OD in heads:
+            ratings_B3 = rewards(hidden, head_OD)
+            each.append(ratings_B3[:, 2] if self.config.head == "TA" else ratings_B3.sum(1))
+        if len(each) == 1:
+            return each[0]
+        score_BH = torch.stack(each, 1)
+        head_B = head_numbers(teachers, self.teachers)
+        if head_B is None:
+            return score_BH.mean(1)
+        return score_BH.gather(1, head_B.to(score_BH.device)[:, None]).squeeze(1)
 
     def released_ratings(
         self, seen_BNCHW: Tensor, prompts: Sequence[str], *, normalised: bool = True
