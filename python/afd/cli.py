@@ -414,10 +414,16 @@ def _teacher(options: argparse.Namespace) -> int:
     from afd.teachers.paid import command
 
     config = load_config(options.config, options.overrides)
-    if options.verb == "status":
-        return command.status(config, _console(), as_json=options.json)
-    whole = command.fetch(config, _console())
-    return STOPPED if whole is None else DONE if whole else FAILED
+    codes = []
+    for one in command.paid_configs(config):
+        if options.verb == "status":
+            codes.append(command.status(one, _console(), as_json=options.json))
+            continue
+        whole = command.fetch(one, _console())
+        codes.append(STOPPED if whole is None else DONE if whole else FAILED)
+        if whole is None:
+            break
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Study:
         chosen: rows to run now; None: all.
         start: base settings of every run, as parsed from YAML.
         common: overrides of every run; a row's own take precedence.
+        columns: final metrics of the table.
         signs: keys of metrics.jsonl; the mean of each over the last eighth of a run is a column.
         origin: source of the settings, named in errors.
     """
@@ -47,6 +48,7 @@ class Study:
     start: dict[str, Any] = field(default_factory=dict)
     common: Sequence[str] = ()
     signs: Sequence[str] = SIGNS
+    columns: Sequence[str] = COLUMNS
     origin: str = "configuration"
 
     def run(self, console: Console) -> bool:
@@ -55,7 +57,10 @@ class Study:
         # Build every configuration first, so that an invalid row fails before anything runs.
         configs = [self.cell(row, seed) for row, seed in cells]
         for (row, seed), config in zip(cells, configs, strict=True):
-            if isinstance(config.teacher, SimulatorConfig) and config.student.kind == "toy":
+            # The base is measured with the look that the study begins with.
+            usual = (self.start.get("teacher") or {}).get("kind", "simulator") == "simulator"
+            simulated = isinstance(config.teacher, SimulatorConfig)
+            if usual and simulated and config.student.kind == "toy":
                 base(self.base_cell(config.teacher.style), console)
             console.rule(f"{row}, seed {seed}")
             if train(config, console=console) is Outcome.STOPPED:
@@ -146,14 +151,20 @@ class Study:
         return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
     def _header(self) -> list[str]:
-        return ["run", "seeds", "s", *COLUMNS, *(sign.replace("/", " ") for sign in self.signs)]
+        return [
+            "run",
+            "seeds",
+            "s",
+            *self.columns,
+            *(sign.replace("/", " ") for sign in self.signs),
+        ]
 
     def _printed(self, row: dict[str, Any]) -> list[str]:
         """A row's formatted values: mean ± standard deviation over seeds."""
         several = len(row["seeds"]) > 1
         seconds = [found["seconds"] for found in row["seeds"].values() if "seconds" in found]
         printed = [str(len(row["seeds"])), f"{statistics.fmean(seconds):.0f}" if seconds else ""]
-        for column in (*COLUMNS, *self.signs):
+        for column in (*self.columns, *self.signs):
             if column not in row["mean"]:
                 printed.append("")
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from afd.models.config import StudentConfig
 from afd.models.student import Student
 from afd.rollout import rollout
 from afd.trainer.evaluate import Evaluated, Evaluation, Metrics, finite, own_part
-from afd.video import to_uint8
+from afd.video import from_uint8, to_uint8
 
 # Updates between two logs of the score's agreement with the task's metrics.
 WATCH_EVERY = 10
@@ -73,6 +74,15 @@ class PhysicsMetrics(Metrics):
                 self.training_tracks.append(physics.track_ball(self.run.teacher_videos())[0])
             metrics = finite(physics.measure(videos_BFCHW, prompts, self.training_tracks[0]))
         return Evaluation(ranks.same(metrics), to_uint8(videos_BFCHW), prompts, seeds)
+
+
+class TwoLawsMetrics(PhysicsMetrics):
+    """The task's metrics and `phys_x`, the same for horizontal motion in the "drag" world."""
+
+    def __call__(self, policy: Student, count: int) -> Evaluation:
+        result = super().__call__(policy, count)
+        error = physics.slowing_error(from_uint8(result.videos))
+        return replace(result, metrics={**result.metrics, "phys_x": error})
 
 
 @torch.no_grad()

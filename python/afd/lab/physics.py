@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from afd.lab.simulator import (
     ATTRIBUTES,
     BOUNCE,
+    DRAG,
     SIZE,
     TARGET_GRAVITY,
     attribute_table,
@@ -93,6 +94,11 @@ def _target_fall(parameters: Tensor, frames: int) -> Tensor:
     return fall(y0, vy, torch.tensor(TARGET_GRAVITY), torch.tensor(BOUNCE), frames)
 
 
+def _slowing(parameters: Tensor, frames: int) -> Tensor:
+    x0, vx = parameters.unbind(-1)
+    return drift(x0, vx, torch.tensor(BOUNCE), frames, DRAG)
+
+
 def _sideways(parameters: Tensor, frames: int) -> Tensor:
     x0, vx = parameters.unbind(-1)
     return drift(x0, vx, torch.tensor(BOUNCE), frames)
@@ -101,6 +107,7 @@ def _sideways(parameters: Tensor, frames: int) -> Tensor:
 _GRIDS: dict[str, tuple[Callable[[Tensor, int], Tensor], list[tuple[float, float, int]]]] = {
     "free": (_free_fall, [(2, 14, 25), (-1.5, 1.0, 26), (0.0, 0.8, 33)]),
     "target": (_target_fall, [(2, 14, 49), (-1.5, 1.5, 61)]),
+    "slowing": (_slowing, [(2, 14, 49), (-1.5, 1.5, 61)]),
     "sideways": (_sideways, [(2, 14, 49), (-1.2, 1.2, 49)]),
 }
 
@@ -171,6 +178,13 @@ def measure_each(video_NFCHW: Tensor) -> Physics:
         rend=(video - clean).square().mean((1, 2, 3, 4)).sqrt() / 2,
         attributes=torch.stack([colour, side, direction, start], 1),
     )
+
+
+def slowing_error(video_NFCHW: Tensor) -> float:
+    """RMSE (px) of the ball's horizontal position to the best trajectory that loses speed as the
+    simulator's "drag" world does, over videos."""
+    track_NF2, _ = track_ball(video_NFCHW.detach().float())
+    return float(fit("slowing", track_NF2[..., 0])[1].mean())
 
 
 def seam_jerk(kink_NT: Tensor, chunk: int = CHUNK) -> float:

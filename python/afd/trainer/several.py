@@ -1,4 +1,4 @@
-"""Detection of teachers that do not go together: a head that says nothing, advantages that oppose."""
+"""Detection of teachers that do not go together: silent heads, advantages that oppose."""
 
 from __future__ import annotations
 

@@ -16,11 +16,29 @@ from rich.table import Table
 
 from afd.config.run import RunConfig
 from afd.errors import TeacherError, Unanswered
+from afd.teachers.mix_config import MixConfig
 from afd.teachers.paid.config import PaidConfig
 from afd.teachers.paid.ledger import NAME, Ledger, Row
 from afd.teachers.paid.teacher import open_teacher
 
 _log = logging.getLogger("afd")
+
+
+def paid_configs(config: RunConfig) -> list[RunConfig]:
+    """The configuration for each paid teacher: itself, or one for each of several."""
+    mix = config.teacher
+    if not isinstance(mix, MixConfig):
+        return [config]
+    paid = [one for one in mix.teachers if isinstance(one.source, PaidConfig)]
+    if not paid:
+        raise TeacherError("teacher.teachers: holds no paid teacher; nothing is bought")
+    folders = {one.name: mix.folder_of(one, config.teacher_dir) for one in paid}
+    return [
+        config.model_copy(
+            update={"teacher": one.source.model_copy(update={"path": folders[one.name]})}
+        )
+        for one in paid
+    ]
 
 
 def fetch(config: RunConfig, console: Console) -> bool | None:
