@@ -51,7 +51,8 @@ class LatentScorer(nn.Module):
         self.convs = nn.ModuleList(
             _bounded(nn.Conv3d(i, o, 3, stride=(time, 2, 2), padding=1)) for i, o, time in sizes
         )
-        self.heads, dim = heads, 4 * width
+        self.heads, self.dim = heads, 4 * width
+        dim = self.dim
         self.query = _bounded(nn.Linear(dim, dim))
         self.key = _bounded(nn.Linear(text_dim, dim))
         self.value = _bounded(nn.Linear(text_dim, dim))
@@ -75,8 +76,8 @@ class LatentScorer(nn.Module):
 
     def add_heads(self, count: int) -> None:
         """Replace the last layer by one with a row for each of `count` teachers."""
-        dim = self.out.in_features
-        self.out = _bounded(nn.Linear(dim, count)).to(self.query.weight.device)
+        device = next(self.parameters()).device
+        self.out = _bounded(nn.Linear(self.dim, count)).to(device)
 
     def forward(
         self, latent_BFCHW: Tensor, text_BLE: Tensor, head_B: Tensor | None = None

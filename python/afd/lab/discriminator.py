@@ -180,10 +180,12 @@ class TeacherScorers(nn.Module):
         """Scores [B] by the given scorers; None: the mean over all."""
         if head_B is None:
             return torch.stack([scorer(inputs, text_BE) for scorer in self.scorers]).mean(0)
-        order = [(head_B == number).nonzero().flatten() for number in range(len(self.scorers))]
+        # A scorer without a video gets no gradient, so that its weights do not decay either.
+        asked = head_B.unique().tolist()
+        order = [(head_B == number).nonzero().flatten() for number in asked]
         parts = [
-            scorer(inputs[index], text_BE[index])
-            for scorer, index in zip(self.scorers, order, strict=True)
+            self.scorers[number](inputs[index], text_BE[index])
+            for number, index in zip(asked, order, strict=True)
         ]
         return torch.cat(parts)[torch.cat(order).argsort()]
 

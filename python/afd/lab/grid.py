@@ -59,8 +59,8 @@ class Study:
         for (row, seed), config in zip(cells, configs, strict=True):
             # The base is measured with the look that the study begins with.
             usual = (self.start.get("teacher") or {}).get("kind", "simulator") == "simulator"
-            simulated = isinstance(config.teacher, SimulatorConfig)
-            if usual and simulated and config.student.kind == "toy":
+            toy = config.student.kind == "toy"
+            if usual and toy and isinstance(config.teacher, SimulatorConfig):
                 base(self.base_cell(config.teacher.style), console)
             console.rule(f"{row}, seed {seed}")
             if train(config, console=console) is Outcome.STOPPED:

@@ -100,8 +100,8 @@ def assemble(
         return Gan(policies, discriminator, config.gan, **shared)
     watch = _watch(config, ranks)
     mix = config.teacher
-    several = isinstance(mix, MixConfig) and mix.mode == "ensemble" and discriminator is not None
-    shared["teachers"] = mix.weights_at if several else None
+    if isinstance(mix, MixConfig) and mix.mode == "ensemble" and discriminator is not None:
+        shared["teachers"] = mix.weights_at
     return Afd(policies, discriminator, config.afd, watch=watch, rewards=rewards, **shared)
 
 

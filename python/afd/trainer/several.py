@@ -21,7 +21,7 @@ class Several:
 
     def look(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """The present signs, a sentence each, by name. Call it once per update."""
-        found = {}
+        found: dict[str, str] = {}
         for key, value in metrics.items():
             if key.startswith(HEAD):
                 found |= self._head(key.removeprefix(HEAD), key, value)
