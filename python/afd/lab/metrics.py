@@ -81,7 +81,7 @@ class TwoLawsMetrics(PhysicsMetrics):
 
     def __call__(self, policy: Student, count: int) -> Evaluation:
         result = super().__call__(policy, count)
-        error = physics.slowing_error(from_uint8(result.videos))
+        error = physics.slowing_error(from_uint8(result.pictures_BFHWC))
         return replace(result, metrics={**result.metrics, "phys_x": error})
 
 
