@@ -44,7 +44,7 @@ CHECKS = {
     "cut": Check(1.0, 0.25, "has a scene cut, {:.1f} times the size at which one is reported"),
     "letterbox": Check(0.04, 0.01, "has bars over {:.0%} of a side at each of two opposite edges"),
     "duplicate": Check(-0.006, 0.002, "is the same as another clip to within {:.3f} of the scale"),
-    "overlay": Check(3.5, 0.8, "shares a still mark of {:.0f} of 1024 cells with another clip"),
+    "overlay": Check(5.5, 1.0, "shares a still mark of {:.0f} of 1024 cells with another clip"),
 }
 
 

@@ -100,6 +100,8 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
+        if get_origin(field.annotation) is list:
+            continue  # no dotted key reaches into a list
         below = f"{prefix}{name}.{NAMED}." if _is_mapping(field) else f"{prefix}{name}."
         for one in sections_of(field):
             yield from _keys(one, below)
