@@ -35,6 +35,7 @@ FLOORS = (
     "afd.registry",
     "afd.config.base",
     "afd.config.yaml",
+    "afd.arguments",
     "afd.optimality",
     "afd.schedules",
     "afd.ops",
