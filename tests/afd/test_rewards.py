@@ -275,6 +275,8 @@ BRIGHT = "{kind: physics, measure: rend}"
         (["afd.combine=advantages", "afd.baseline=ema"], "afd.baseline: got ema; needed: group"),
         (["rewards.a={weight: 1}"], "rewards.a.kind: not given; needed: one of the rewards disc"),
         (["rewards.a={kind: nice}"], "rewards.a.kind: got 'nice'; needed: one of the rewards"),
+        (["rewards.a.kind=nice"], "override 'rewards.a.kind=nice': rewards.a.kind: got 'nice'"),
+        (["rewards.a.weight=2"], "override 'rewards.a.weight=2': rewards.a.kind: not given"),
         (["rewards.a=3"], "rewards.a is 3; needed: a section"),
         ([f"rewards.a={BRIGHT}", "rewards.a.wieght=1"], "did you mean rewards.a.weight?"),
         (["rewards.a={kind: discriminator, grey: true}"], "belongs to another rewards.a.kind"),
@@ -371,6 +373,9 @@ def test_a_run_on_rewards_alone_needs_prompts_and_no_videos(tmp_path: Path) -> N
     listed.write_text("\n")
     with pytest.raises(TeacherError, match="holds no prompt; needed: one a line"):
         config.open_teacher()
+    assert list(config.teacher.missing(tmp_path)) == [
+        f"teacher.path: got {tmp_path}, a directory; needed: a text file"
+    ]
     for override, needed in {
         "discriminator={kind: toy}": "teacher.kind: got prompts, which has no videos; needed",
         "evaluation.kind=physics": "evaluation.kind other than physics",

@@ -408,6 +408,14 @@ def _explain(
 ) -> str:
     """One line for one pydantic error."""
     key = ".".join(map(str, detail["loc"]))
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        # A check of several keys names one of them: whole, or within the section it is a check of.
+        named = message.partition(":")[0]
+        if key and with_named(f"{key}.{named}", kind) in known_keys(kind):
+            key, message = f"{key}.{named}", f"{key}.{message}"
+        elif with_named(named, kind) in known_keys(kind):
+            key = named
     source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
     if detail["type"] == "extra_forbidden":
         named = with_named(key, kind)
@@ -421,7 +429,9 @@ def _explain(
         suggestion = suggest(named[:200], kind).replace(NAMED, name)
         return f"{source}: unknown key {_shown(key)}; {suggestion}"
     if detail["type"] == "kind":
-        return f"{source}: {key}.{detail['msg']}"
+        # Its kind comes from where it is given, or is missing where its other keys are given.
+        given = [s for k, s in came_from.items() if k.startswith(f"{key}.")]
+        return f"{came_from.get(f'{key}.kind', (given or [source])[0])}: {key}.{detail['msg']}"
     if detail["type"] == "value_error":
-        return f"{source}: {detail['msg'].removeprefix('Value error, ')}"
+        return f"{source}: {message}"
     return f"{source}: {key} is {_shown(detail['input'])}; {detail['msg']}"
