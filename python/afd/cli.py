@@ -177,12 +177,6 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(quickstart)
     quickstart.set_defaults(run=_quickstart, lasts=True)
 
-    full = commands.add_parser(
-        "quickstart-full", help="the whole table: teachers x runs x seeds, with controls"
-    )
-    _takes_overrides(full, "also seeds=[0,1,2] and rows=[nuis-sft,...] choose a part")
-    full.set_defaults(run=_quickstart_full, lasts=True)
-
     ablation = commands.add_parser(
         "ablation", help="run a file of configs/ablations: its runs, a table, the r curves"
     )
@@ -342,12 +336,6 @@ def _quickstart(options: argparse.Namespace) -> int:
     from afd.lab.quickstart import quickstart
 
     return DONE if quickstart(options.overrides, _console()) else STOPPED
-
-
-def _quickstart_full(options: argparse.Namespace) -> int:
-    from afd.lab.quickstart_full import quickstart_full
-
-    return DONE if quickstart_full(options.overrides, _console()) else STOPPED
 
 
 def _ablation(options: argparse.Namespace) -> int:

@@ -79,7 +79,7 @@ def test_a_stopped_run_exits_130_and_is_resumed(
         (["sample", "{out}"], "cannot be read"),
         (["teacher"], "needs a subcommand: afd teacher simulate"),
         (["quickstart", "teacher.style=oil"], "teacher.style is 'oil'"),
-        (["quickstart-full", "rows=[none]"], "rows: got ['none']"),
+        (["ablation", "none.yaml"], "none.yaml: cannot be read"),
     ],
 )
 def test_a_mistake_exits_2_with_one_sentence(

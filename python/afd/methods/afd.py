@@ -19,13 +19,13 @@ from torch import Tensor
 from afd import ops
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch, Shown
-from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import ramped_decay
 from afd.methods.rewards import Scores, combine, metrics_of, prior_weights, score, terms_of
 from afd.methods.rollout_metrics import rollout_metrics
 from afd.methods.rollouts import Rollouts, roll_out
+from afd.methods.student_method import StudentMethod
 from afd.models.policies import Policies
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
@@ -71,7 +71,7 @@ class Afd(StudentMethod):
         super().__init__(policies, config, discriminator, rewards=frozen, **how)
         self.watch = watch
         self.config: AfdConfig = config
-        self.discriminator = discriminator
+        self.discriminator = self.stateful["discriminator"] = discriminator
         self.needs_discriminator = self.needs_teacher = discriminator is not None
         self.terms = terms_of(discriminator, rewards)
         require(bool(self.terms), "rewards", list(rewards), "one, or a discriminator")
@@ -318,22 +318,8 @@ class Afd(StudentMethod):
         return self.policies.using(self.old if self.config.ema_decay is None else "ema")
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, optimizer, discriminator and random numbers."""
-        return {
-            "policies": self.policies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "discriminator": None
-            if self.discriminator is None
-            else self.discriminator.state_dict(),
-            "generator": self.generator.get_state(),
-            "score_average": self.score_average,
-        }
+        return super().state_dict() | {"score_average": self.score_average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-        self.generator.set_state(state["generator"])
+        super().load_state_dict(state)
         self.score_average = state["score_average"]
-        self._rollouts = None

@@ -137,18 +137,10 @@ class Dmd(LastStepMethod):
         return (seen["fake"] - seen["real"]) / size_B[:, None, None, None, None]
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, their optimizers and random numbers."""
-        return {
-            "policies": self.policies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "fits": {name: fit.state_dict() for name, fit in self.fits.items()},
-            "generator": self.generator.get_state(),
-        }
+        fits = {name: fit.state_dict() for name, fit in self.fits.items()}
+        return super().state_dict() | {"fits": fits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         for name, fit in self.fits.items():
             fit.load_state_dict(state["fits"][name])
-        self.generator.set_state(state["generator"])
-        self._rollouts = None

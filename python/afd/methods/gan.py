@@ -39,7 +39,7 @@ class Gan(LastStepMethod):
         **how: Any,
     ) -> None:
         super().__init__(policies, config, discriminator, **how)
-        self.discriminator = discriminator
+        self.discriminator = self.stateful["discriminator"] = discriminator
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
         rollouts = self._current()
@@ -74,19 +74,3 @@ class Gan(LastStepMethod):
         assert self.shown is not None
         self.shown = replace(self.shown, score=float(scores[0][0]))
         return self._finish_update(score_mean=scores, prior=priors)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, optimizer, discriminator and random numbers."""
-        return {
-            "policies": self.policies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.discriminator.load_state_dict(state["discriminator"])
-        self.generator.set_state(state["generator"])
-        self._rollouts = None

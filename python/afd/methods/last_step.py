@@ -18,10 +18,10 @@ from torch import Tensor
 
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch, Shown
-from afd.methods.common import StudentMethod
 from afd.methods.config import LastStepConfig
 from afd.methods.optimizer import ramped_decay
 from afd.methods.rollouts import Rollouts, roll_out
+from afd.methods.student_method import StudentMethod
 from afd.models.policies import Policies
 from afd.models.student import Student
 

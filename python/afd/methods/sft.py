@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from afd.methods.base import Batch
-from afd.methods.common import StudentMethod
 from afd.methods.config import SftConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import ramped_decay
+from afd.methods.student_method import StudentMethod
 from afd.models.policies import Policies
 from afd.models.student import Student
 
@@ -106,15 +106,3 @@ class Sft(StudentMethod):
 
     def evaluation_policy(self) -> AbstractContextManager[Student]:
         return self.policies.using("ema")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "policies": self.policies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from torch import Generator, Tensor
 
@@ -19,8 +19,19 @@ from afd.rewards.base import Reward
 from afd.video.config import VideoConfig
 
 
+class Stateful(Protocol):
+    """A part of a method that a checkpoint holds."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> None: ...
+
+
 class StudentMethod:
     """State and behaviour common to every `Method`.
+
+    Attributes:
+        stateful: the parts a checkpoint holds, by key; a method adds its own. None: absent.
 
     Args:
         policies: the versions of the student's weights, including "theta".
@@ -68,6 +79,10 @@ class StudentMethod:
         self.first_times = student.times(first_chunk_steps) if first_chunk_steps else None
         self.generator = Generator().manual_seed(seed)
         self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
+        self.stateful: dict[str, Stateful | None] = {
+            "policies": policies,
+            "optimizer": self.optimizer,
+        }
         self.shown: Shown | None = None
         self._rollouts: Rollouts | None = None
 
@@ -84,3 +99,17 @@ class StudentMethod:
                 "no rollouts: call rollout(batch) before discriminator_step, student_step"
             )
         return self._rollouts
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every part, and of the random numbers."""
+        state = {
+            key: None if part is None else part.state_dict() for key, part in self.stateful.items()
+        }
+        return state | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, part in self.stateful.items():
+            if part is not None:
+                part.load_state_dict(state[key])
+        self.generator.set_state(state["generator"])
+        self._rollouts = None
