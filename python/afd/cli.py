@@ -158,8 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint again")
     _takes_run(evaluate)
     evaluate.add_argument("--videos", type=int, default=None, help="number of held-out videos")
-    # Rejected: a run is evaluated with its own config.yaml.
-    evaluate.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="k=v",
+        help="overrides of evaluation and of keys that change no update, such as evaluation.seed=7",
+    )
     evaluate.set_defaults(run=_evaluate, lasts=True)
 
     benchmark = commands.add_parser(
@@ -296,7 +300,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from afd.trainer.loop import load_run
+    from afd.trainer.run_folder import load_run
 
     return _run(load_run(options.folder, options.overrides))
 
@@ -306,22 +310,19 @@ def _run(config: RunConfig) -> int:
 
     outcome = train(config)
     if outcome is Outcome.ALREADY_FINISHED:
-        print(f"{config.run_dir} is finished; choose another out= for a new run")
+        print(f"{config.run_dir} is finished; choose another out= for a new run, or more updates=")
     return STOPPED if outcome is Outcome.STOPPED else DONE
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from afd.trainer.loop import evaluate_run
+    from afd.trainer.again import evaluate_run
 
     if options.folder.is_file():
         problem = f"eval: got {options.folder}, a file; needed: a RUN_DIR"
         return _fail(
             MISTAKE, f"{problem}; afd benchmark CONFIG.yaml generates a benchmark's videos"
         )
-    if options.overrides:
-        problem = f"eval: got {options.overrides[0]!r}; needed: RUN_DIR alone"
-        return _fail(MISTAKE, f"{problem}, which is evaluated with its own config.yaml")
-    result = evaluate_run(options.folder, options.videos)
+    result = evaluate_run(options.folder, options.videos, options.overrides)
     print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
     return DONE
 

@@ -36,7 +36,7 @@ from afd.models.wan.checkpoints import (
 )
 from afd.models.wan.network import CausalWan
 from afd.trainer import checkpoint
-from afd.trainer.loop import load_run
+from afd.trainer.run_folder import load_run
 
 # Order of preference if no version is named; the first is the one that is evaluated.
 PREFERRED = ("ema", "old", "theta")
