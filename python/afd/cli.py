@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="k=v",
         help="out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, weights=ema|old|theta, "
-        "dtype=",
+        "against=released|start, rank=, dtype=",
     )
     export.set_defaults(run=_export)
 
@@ -374,7 +374,15 @@ def _export(options: argparse.Namespace) -> int:
     from afd.config.run import make_config
     from afd.export import ExportConfig, export
 
-    print(export(options.folder, make_config({}, options.overrides, "command", ExportConfig)))
+    config = make_config({}, options.overrides, "command", ExportConfig)
+    out = export(options.folder, config)
+    note = json.loads((out / "afd.json").read_text(encoding="utf-8"))
+    if note.get("svd_error") is not None:
+        print(
+            f"rank {note['rank_before']} cut to {note['rank']}: relative error of the change "
+            f"{note['svd_error']:.2e}"
+        )
+    print(out)
     return DONE
 
 

@@ -382,10 +382,11 @@ class Trainer:
         if state["teacher"] is not None:
             cast("Any", self.teacher).load_state_dict(state["teacher"])
         self.sampler.load_state_dict(state["sampler"])
-        if self.replay is not None:
-            self.replay.load_state_dict(state["replay"])
         accept = self.config.checkpoint.accept_changed_inputs
         refuse_other_inputs(state["inputs"], self.inputs, accept=accept)
+        key = "replay.prompts"
+        if self.replay is not None and state["inputs"].get(key) == self.inputs[key]:
+            self.replay.load_state_dict(state["replay"])
         self.videos.load_state_dict(state["videos"])
         checkpoint.set_random_state(state["random"], self.ranks.rank)
         self.update, self.elapsed_s, self.newest = state["update"], state["elapsed_s"], path

@@ -98,6 +98,10 @@ def _start(
         section.require_weights()
         return Start(section.load_network())
     path = Path(init)
+    folders = {path.resolve(), path.resolve().parent.parent}
+    if folders & {other.resolve() for other in seen}:
+        circle = " from ".join(str(other) for other in (*seen, path))
+        raise ConfigError(f"student.init: a circle ({circle}); needed: a run with another start")
     if not path.exists():
         raise ConfigError(f"student.init: {init} does not exist; needed: {NEEDED}")
     saved = _checkpoint(path)
@@ -131,10 +135,6 @@ def _of_run(
     seen: tuple[Path, ...],
 ) -> Start:
     """The start of a run's parent: its own start, changed by what it has learned."""
-    folder = saved.parent.parent.resolve()
-    if folder in [other.resolve() for other in seen]:
-        circle = " from ".join(str(other) for other in (*seen, path))
-        raise ConfigError(f"student.init: a circle ({circle}); needed: a run with another start")
     meta = parse_json((saved / checkpoint.META).read_text(encoding="utf-8"))
     student = meta["config"]["student"]
     if student["kind"] != section.kind:
