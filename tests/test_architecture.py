@@ -58,6 +58,7 @@ FLOORS = (
     "afd.benchmarks",
     "afd.doctor",
     "afd.teachers.paid",
+    "afd.adapt",
     "afd.lab",
     "afd.testing",
     "afd.cli",

@@ -194,6 +194,24 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
     ablation.set_defaults(run=_ablation, lasts=True)
 
+    adapt = commands.add_parser(
+        "adapt", help="train on one domain after another, as a file of configs/continual has them"
+    )
+    _takes_config(adapt)
+    adapt.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print estimates of memory, hours and cost per domain; train nothing",
+    )
+    adapt.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="dry run: number of GPUs that torchrun will train on",
+    )
+    _takes_overrides(adapt, "those of all domains' runs; name= and out= are the sequence's")
+    adapt.set_defaults(run=_adapt, lasts=True)
+
     sample = commands.add_parser(
         "sample", help="stream videos of prompts from a student's checkpoint into mp4 files"
     )
@@ -355,6 +373,15 @@ def _ablation(options: argparse.Namespace) -> int:
     from afd.lab.ablation import ablation
 
     return DONE if ablation(options.config, options.overrides, _console()) else STOPPED
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from afd.adapt.run import adapt, dry_run
+
+    if options.dry_run:
+        dry_run(options.config, options.overrides, options.processes, _console())
+        return DONE
+    return DONE if adapt(options.config, options.overrides, _console()) else STOPPED
 
 
 def _sample(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.registry import find
 from afd.rewards.base import OnlineConfig, Term
-from afd.trainer.origin import Start, start_of
+from afd.trainer.origin import Start, carry_on, start_of
 
 _log = logging.getLogger("afd")
 
@@ -174,9 +174,12 @@ def build_discriminator(
     """Build the configured discriminator, able to encode `prompts`."""
     assert config.discriminator is not None
     with _config_errors("discriminator"):
-        return config.discriminator.build(
+        discriminator = config.discriminator.build(
             student, config.video, prompts, seed=config.seed, ranks=ranks
         )
+        if config.discriminator.init is not None:
+            carry_on(discriminator, config.discriminator.init)
+    return discriminator
 
 
 def build_rewards(

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afd.errors import ConfigError
+from afd.discriminators.base import Discriminator
+from afd.errors import AfdError, ConfigError
 from afd.files import parse_json
 from afd.hub import ADAPTERS, holds_adapters, named_errors
 from afd.models.config import DTYPES, LoraConfig, StudentConfig
@@ -31,6 +32,8 @@ from afd.trainer import checkpoint
 # Order of preference if no version of a run's weights is named; the first is the evaluated one.
 PREFERRED = ("ema", "old", "theta")
 NOTE = "afd.json"
+# A longer chain is a circle.
+MOST_PARENTS = 1000
 WHOLE = ("model.pt", "student.safetensors", "network.safetensors")
 NEEDED = (
     "a run folder, a checkpoint of one, or an exported LoRA (PEFT, diffusers) or whole weights "
@@ -172,6 +175,53 @@ def _of_run(
     start.fold(LowRank.of(weights, lora.alpha / lora.rank), parent)
     _log.info("student.init %s: %s, a LoRA of rank %d", path, found, lora.rank)
     return start
+
+
+def carry_on(discriminator: Discriminator, folder: Path) -> None:
+    """Give a discriminator the state that a run's ended with. Raises ConfigError if it has none, or
+    one of other settings."""
+    saved = _checkpoint(folder) if folder.exists() else None
+    if saved is None:
+        raise ConfigError(f"discriminator.init: {folder} is no run folder; needed: that of a run")
+    meta = parse_json((saved / checkpoint.META).read_text(encoding="utf-8"))
+    how: dict[str, Any] = {"method": meta["method"], "config": meta["config"]}
+    state = checkpoint.load(saved, **how, only="method_state/discriminator/")["method_state"]
+    if state.get("discriminator") is None:
+        raise ConfigError(f"discriminator.init: the run in {folder} has no discriminator")
+    try:
+        discriminator.load_state_dict(state["discriminator"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigError(
+            f"discriminator.init: that of {folder} has other settings ({reason})"
+        ) from error
+    _log.info("discriminator.init %s: after update %d", folder, meta["update"])
+
+
+def parent_ranks(section: StudentConfig) -> list[int] | None:
+    """Ranks of the adapters between the released weights and what a section starts from, without
+    loading any; None if weights were replaced. One that cannot be read yet counts as the run's."""
+    ranks: list[int] = []
+    init = section.init
+    while init is not None and len(ranks) < MOST_PARENTS:
+        own = section.lora.rank if section.lora is not None else 0
+        try:
+            saved, file = _checkpoint(Path(init)), _adapter_file(Path(init))
+            if saved is not None:
+                meta = parse_json((saved / checkpoint.META).read_text(encoding="utf-8"))
+                student = meta["config"]["student"]
+                if student["lora"] is None:
+                    return None
+                ranks.append(int(student["lora"]["rank"]))
+                init = student["init"]
+                continue
+            if file is None and Path(init).exists():
+                return None
+            ranks.append(own if file is None else read_adapter(file)[0].rank)
+        except (OSError, ValueError, KeyError, AfdError):
+            ranks.append(own)  # the run itself reports what is wrong
+        break
+    return ranks
 
 
 def refuse_other_base(what: str, network: CausalWan, base: Mapping[str, Any]) -> None:
