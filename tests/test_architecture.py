@@ -59,6 +59,7 @@ FLOORS = (
     "afd.benchmarks",
     "afd.doctor",
     "afd.teachers.paid",
+    "afd.adapt",
     "afd.lab",
     "afd.testing",
     "afd.cli",

@@ -83,7 +83,7 @@ def test_a_finished_run_is_never_run_again(tmp_path: Path, clips: Path) -> None:
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("override", ["seed=1", "afd.nft_beta=0.5", "updates=8"])
+@pytest.mark.parametrize("override", ["seed=1", "afd.nft_beta=0.5", "updates=5"])
 def test_a_finished_run_of_another_configuration_is_refused(
     tmp_path: Path, clips: Path, override: str
 ) -> None:

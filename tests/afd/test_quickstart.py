@@ -14,7 +14,8 @@ from afd.config.run import load_config
 from afd.errors import ConfigError
 from afd.lab.ablation import ablation
 from afd.lab.quickstart import final_evaluation, quickstart
-from afd.trainer.loop import Outcome, evaluate_run, train
+from afd.trainer.again import evaluate_run
+from afd.trainer.loop import Outcome, train
 from tests.afd.clips import make_clip_folder
 
 ROOT = Path(__file__).parents[2]

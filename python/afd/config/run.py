@@ -20,7 +20,7 @@ from afd.config.rewards import check_rewards, check_teacher
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
-from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
+from afd.methods.config import AfdConfig, DmdConfig, GanConfig, ReplayConfig, SftConfig
 from afd.models.config import StudentConfig
 from afd.registry import find
 from afd.rewards.base import RewardConfig
@@ -29,12 +29,21 @@ from afd.teachers.config import TeacherConfig
 from afd.video.config import VideoConfig
 
 Kind = TypeVar("Kind", bound=Section)
-# Names of rewards are parts of metric names and of dotted keys.
-RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+# Names of rewards and of held-out sets are parts of metric names and of dotted keys.
+EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
 # Updates of a run of the laptop task, by method (docs/ABLATIONS.md).
 UPDATES = {"afd": 200, "sft": 400, "gan": 400, "dmd": 400}
+
+
+class EvaluationSet(Section):
+    """One of several held-out sets; null: as `evaluation` has it."""
+
+    kind: str | None = Field(default=None, description="its metrics")
+    prompts: Path | None = Field(default=None, description="video: .txt file of its prompts")
+    domain: str | None = Field(default=None, description="physics: the domain that is measured")
+    seed: Natural | None = Field(default=None, description="seed of its noise")
 
 
 class EvaluationConfig(Section):
@@ -63,6 +72,23 @@ class EvaluationConfig(Section):
     samples: Natural = Field(
         default=36, description="videos of the final evaluation kept in samples.safetensors"
     )
+    domain: str | None = Field(
+        default=None,
+        description="physics: the toy domain whose prompts, physics and look are measured; null: "
+        "gravity, with the distance to the training videos",
+    )
+    sets: dict[EntryName, EvaluationSet] = Field(
+        default={},
+        description="several held-out sets by name, measured in the place of one; the name and a "
+        "slash begin the names of their metrics",
+    )
+
+    def each(self) -> dict[str, EvaluationConfig]:
+        """The settings of every set by name, or of the only one under an empty name."""
+        if not self.sets:
+            return {"": self}
+        own = {n: {k: v for k, v in s if v is not None} for n, s in self.sets.items()}
+        return {n: self.model_copy(update={**changed, "sets": {}}) for n, changed in own.items()}
 
 
 class LoggingConfig(Section):
@@ -142,7 +168,7 @@ class RunConfig(Section):
     discriminator: Annotated[
         DiscriminatorConfig | None, ByKind("discriminators", "toy", optional=True)
     ] = of_default_kind()
-    rewards: dict[RewardName, Annotated[RewardConfig, ByKind("rewards")]] = Field(
+    rewards: dict[EntryName, Annotated[RewardConfig, ByKind("rewards")]] = Field(
         default={},
         description="method=afd: frozen scores beside the discriminator, each a section by kind "
         "under a name of its own; kind=discriminator gives the discriminator's own weight",
@@ -151,6 +177,7 @@ class RunConfig(Section):
     sft: SftConfig = SftConfig()
     gan: GanConfig = GanConfig()
     dmd: DmdConfig = DmdConfig()
+    replay: ReplayConfig = ReplayConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -170,19 +197,36 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
         """Reject sections that are incompatible."""
-        if self.evaluation.kind != "none":
+        for name, evaluation in self.evaluation.each().items():
+            where = f"evaluation.sets.{name}" if name else "evaluation"
+            if evaluation.kind == "none":
+                continue
             try:
-                metrics = find("metrics", self.evaluation.kind)
+                metrics = find("metrics", evaluation.kind)
             except ConfigError as error:
-                raise ValueError(f"evaluation.kind: {error}, none") from None
+                raise ValueError(f"{where}.kind: {error}, none") from None
             metrics.check(self.student)
+            metrics.check_domain(where, evaluation.domain)
         if self.method in ("afd", "gan") and self.discriminator is not None:
             self.discriminator.check_student(self.student)
             self.discriminator.check_video(self.video)
         check_rewards(self.method, self.discriminator, self.rewards, self.afd, self.student)
         check_teacher(self.method, self.discriminator, self.teacher, self.evaluation.kind)
         self.student.check_video(self.video)
+        method = getattr(self, self.method)
+        weight = getattr(method, "prior_weight", 0.0)
+        self.replay.check(self.method, self.prompts_per_update, weight)
         return self
+
+    @property
+    def replayed(self) -> int:
+        """Number of an update's prompts that are replayed."""
+        return self.replay.count(self.prompts_per_update)
+
+    @property
+    def taught(self) -> int:
+        """Number of an update's prompts that have the teacher's video."""
+        return self.prompts_per_update - self.replayed
 
     @field_validator("rewards", mode="before")
     @classmethod

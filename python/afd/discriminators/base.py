@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -49,6 +50,11 @@ class DiscriminatorConfig(Section):
     warmup_steps_per_update: Natural | None = Field(
         default=None,
         description="its steps in each of those updates, on the same rollouts; null: as in others",
+    )
+    init: Path | None = Field(
+        default=None,
+        description="run folder whose discriminator, of the same settings, is carried on; null: a "
+        "fresh one",
     )
     steps_per_update: Natural = Field(default=1, description="its steps in one update of the run")
 

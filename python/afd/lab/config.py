@@ -180,6 +180,12 @@ class SimulatorConfig(TeacherConfig):
     style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
         default="nuis", description="the look of its renderings"
     )
+    domain: Literal["gravity", "style", "bounce", "all"] = Field(
+        default="gravity",
+        description="gravity: balls that fall faster than the student's; style: drawn in ink, in a "
+        "look to be taken over, with the student's own gravity; bounce: on sand, where they hardly "
+        "bounce; the last two have prompts of their own; all: a third of each",
+    )
     count: Count = Field(default=200, description="how many videos it writes")
     seed: Natural = Field(default=0, description="seed of its throws")
 

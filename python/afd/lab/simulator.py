@@ -35,6 +35,41 @@ LOOKS = ("clean", "nuis", "mark", "outline", "noise")
 
 
 @dataclass(frozen=True)
+class Domain:
+    """What the teacher of a domain shows.
+
+    Attributes:
+        gravity: px/frame²; None: of the source, different in every video.
+        bounce: restitution of floor and walls.
+        look: in which the student is measured, and which its videos always have; None: the clean
+            one, and the teacher's `style`.
+        words: end of its prompts, by which they differ from those of the other domains.
+    """
+
+    gravity: float | None
+    bounce: float = BOUNCE
+    look: str | None = None
+    words: str = ""
+
+    def prompt(self, attributes: Attributes) -> str:
+        """The prompt of a ball in this domain."""
+        return f"{attributes.prompt.removesuffix('.')}{self.words}."
+
+
+GRAVITY = Domain(TARGET_GRAVITY)
+DOMAINS = {
+    "gravity": GRAVITY,
+    # Its videos are wrong in gravity as the base student is.
+    "style": Domain(None, look="outline", words=", in ink"),
+    "bounce": Domain(TARGET_GRAVITY, bounce=0.3, words=", on sand"),
+    # Of no teacher: what a student does with prompts that it is never taught.
+    "neutral": Domain(None, words=", at night"),
+}
+# Domains whose teacher exists; "all" writes the videos of each in turn.
+TAUGHT = ("gravity", "style", "bounce")
+
+
+@dataclass(frozen=True)
 class Attributes:
     """A prompt's attributes, as indices into COLOURS, SIDES, DIRECTIONS and STARTS."""
 
@@ -52,16 +87,17 @@ class Attributes:
 
 ATTRIBUTES = [Attributes(*a) for a in product(range(3), range(2), range(3), range(2))]
 PROMPTS = {attributes.prompt: attributes for attributes in ATTRIBUTES}
+_ATTRIBUTES_OF = {domain.prompt(a): a for domain in DOMAINS.values() for a in ATTRIBUTES}
 
 
 def attribute_table(prompts: list[str]) -> Tensor:
     """Attributes of the prompts, int64 [N, 4]: (colour, side, direction, start)."""
     rows = []
     for prompt in prompts:
-        if prompt not in PROMPTS:
+        a = _ATTRIBUTES_OF.get(prompt)
+        if a is None:
             example = ATTRIBUTES[0].prompt
             raise ValueError(f"prompts: {prompt!r} is not one of the 36 sentences like {example!r}")
-        a = PROMPTS[prompt]
         rows.append((a.colour, a.side, a.direction, a.start))
     return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
 
@@ -190,14 +226,19 @@ def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Gene
 def sample_videos(
     attributes_N4: Tensor, domain: str, style: str, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Sample videos [N, F, C, H, W] and their tracks [N, F, 2]; domain "source" or "target"."""
+    """Sample videos [N, F, C, H, W] and their tracks [N, F, 2].
+
+    `domain`: a name in DOMAINS, or "target" for gravity, or "source": the base student's.
+    """
     n = attributes_N4.shape[0]
-    if domain not in ("source", "target"):
-        raise ValueError(f"domain: {domain!r} came, 'source' or 'target' is needed")
-    weak = source_gravity(n, generator)
-    gravity = weak if domain == "source" else torch.full((n,), TARGET_GRAVITY)
-    track = trajectories(attributes_N4, gravity, generator)
-    return apply_look(style, track, colour_table(attributes_N4[:, 0]), generator), track
+    known = {"source": Domain(None), "target": GRAVITY, **DOMAINS}
+    if domain not in known:
+        raise ValueError(f"domain: {domain!r} came, one of {', '.join(known)} is needed")
+    of, weak = known[domain], source_gravity(n, generator)
+    gravity = weak if of.gravity is None else torch.full((n,), of.gravity)
+    track = trajectories(attributes_N4, gravity, generator, torch.full((n,), of.bounce))
+    look = of.look or style
+    return apply_look(look, track, colour_table(attributes_N4[:, 0]), generator), track
 
 
 # --- the black box ---
@@ -224,21 +265,28 @@ def write_folder(out: Path, style: str, count: int, seed: int, domain: str = "ta
     if out.exists():
         raise FileExistsError(f"out: {out} exists; remove it or choose another folder")
     generator = Generator().manual_seed(seed)
-    attributes = [ATTRIBUTES[i % len(ATTRIBUTES)] for i in range(count)]
-    table = attribute_table([a.prompt for a in attributes])
-    videos, _ = sample_videos(table, domain, style, generator)
+    prompts: list[str] = []
+    parts: list[Tensor] = []
+    names = TAUGHT if domain == "all" else (domain,)
+    for i, name in enumerate(names):
+        share = len(range(i, count, len(names)))
+        words = DOMAINS.get(name, GRAVITY)
+        own = [words.prompt(ATTRIBUTES[k % len(ATTRIBUTES)]) for k in range(share)]
+        parts.append(sample_videos(attribute_table(own), name, style, generator)[0])
+        prompts += own
+    videos = torch.cat(parts)
     with replacing(out, shared=True) as partial:
         partial.mkdir()
         with open(partial / "prompts.jsonl", "w", encoding="utf-8") as lines:
-            for i, (video, a) in enumerate(zip(videos, attributes, strict=True)):
+            for i, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
                 write_video(partial / f"{i:06d}.mp4", video)
-                lines.write(json.dumps({"file": f"{i:06d}.mp4", "prompt": a.prompt}) + "\n")
+                lines.write(json.dumps({"file": f"{i:06d}.mp4", "prompt": prompt}) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a folder of finished teacher videos.")
     parser.add_argument("--style", choices=LOOKS, default="nuis")
-    parser.add_argument("--domain", choices=("target", "source"), default="target")
+    parser.add_argument("--domain", choices=("target", "source", *TAUGHT, "all"), default="target")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

@@ -30,6 +30,8 @@ def _simulate(config: SimulatorConfig, folder: Path, console: Console) -> None:
     other settings is rejected.
     """
     asked = config.model_dump(include={"style", "count", "seed"})
+    if config.domain != "gravity":
+        asked["domain"] = config.domain
     note = folder.with_name(folder.name + ".request.json")
     if folder.exists():
         try:

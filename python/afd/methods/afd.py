@@ -159,7 +159,7 @@ class Afd(StudentMethod):
         before = mean if self.score_average is None else self.score_average
         self.score_average = 0.9 * before + 0.1 * mean
         group_std = used_B.view(-1, group).std(1, correction=0)
-        prior = prior_weights(result.disagreement, config)
+        prior = prior_weights(result.disagreement, config) * sum(config.references.values())
         metrics = metrics_of(scores, group)
         if len(scores.terms) > 1:
             metrics["student/disagreement"] = float(result.disagreement.abs().mean())
@@ -204,12 +204,14 @@ class Afd(StudentMethod):
         self._v_square = torch.zeros((), device=rollouts.x0_BFCHW.device)
         for piece in copies.pieces(config.micro_batch):
             result = self._loss(rollouts, r_B, piece, prior)
-            self.optimizer.add(result.loss * piece.share)
+            self.optimizer.add(result.loss * (piece.share * batch.share))
             sums += torch.stack([getattr(result, key).sum() for key in MEASURED.values()]).cpu()
         sums = torch.cat([sums, self._v_square.double().cpu()[None]])
         self.ranks.sum_([sums])
         *means, square = (sums / copies.total).tolist()
         metrics = dict(zip(MEASURED, means, strict=True)) | {"student/v_rms": square**0.5}
+        keep = config.context == "shared_context" and config.keep_context
+        metrics |= self.add_replay(batch, self.old, config.samples_per_prompt, keep_context=keep)
         metrics |= self.optimizer.step()
         if self.old == "old":
             metrics["student/old_decay"] = decay = self._decay(self.optimizer.updates)
@@ -231,9 +233,9 @@ class Afd(StudentMethod):
         shared = self._shared_context(rollouts, copies)
         with torch.no_grad():
             v_old = self._velocity(self.old, x0, x_t, rollouts, copies, shared)
-            v_ref = None
-            if config.prior_weight > 0:
-                v_ref = self._velocity("ref", x0, x_t, rollouts, copies, shared)
+            v_ref = self.reference(
+                lambda name: self._velocity(name, x0, x_t, rollouts, copies, shared)
+            )
         # The trained policy comes last: its backward follows.
         v_theta = self._velocity("theta", x0, x_t, rollouts, copies, shared)
         mask_NF = copies.mask(x0.shape[1], self.policies.student.chunk)
@@ -258,6 +260,13 @@ class Afd(StudentMethod):
             frame_mask=None if mask_NF is None else mask_NF.to(x0.device),
             prior_by_r=config.prior_by_r,
         )
+
+    def replay_velocities(self, rollouts: Rollouts, copies: Copies) -> tuple[Tensor, Tensor]:
+        x0 = rollouts.x0_BFCHW[copies.video_N]
+        x_t, shared = copies.noise(x0), self._shared_context(rollouts, copies)
+        with torch.no_grad():
+            v_ref = self._velocity("ref", x0, x_t, rollouts, copies, shared)
+        return self._velocity("theta", x0, x_t, rollouts, copies, shared), v_ref
 
     def _velocity(
         self,

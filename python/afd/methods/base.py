@@ -29,6 +29,7 @@ class Batch:
             processed by its `prepare`, or latents; empty where only prompts are used.
         first: index of prompts[0] among the prompts of all processes.
         total: number of prompts of all processes; None: as many as `prompts`.
+        replay: prompts of earlier domains in the same update, without the teacher's videos.
     """
 
     step: int
@@ -36,6 +37,13 @@ class Batch:
     teacher_BFCHW: Tensor
     first: int = 0
     total: int | None = None
+    replay: Batch | None = None
+
+    @property
+    def share(self) -> float:
+        """The weight of these prompts beside the replayed ones: their share of all."""
+        replayed = 0 if self.replay is None else self.replay.count
+        return self.count / (self.count + replayed)
 
     @property
     def count(self) -> int:

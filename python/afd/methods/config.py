@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,8 +16,61 @@ Listed = Literal["student", "uniform", "shifted", "logit_normal", "list"]
 Level = Annotated[float, Field(gt=0, le=1)]
 
 
+# What a prior holds on to: the released weights, or those that the run started from. They are the
+# same without student.init.
+Reference = Literal["pretrained", "previous"]
+References = Reference | Annotated[dict[Reference, Positive], Field(min_length=1)]
+_REFERENCE = (
+    "what v_ref is of: the released weights, or the previous result, that student.init gave; or "
+    "both with weights that multiply prior_weight, such as {pretrained: 0.5, previous: 0.5}"
+)
+
+
 # DMD's velocity fields, fitted to the teacher's videos and to the student's videos.
 FIELDS = ("real", "fake")
+
+
+class ReplayConfig(Section):
+    """Prompts of earlier domains in every update, without a teacher: on the student's own rollouts
+    for them, the loss is the prior to what the run started from."""
+
+    fraction: Share = Field(
+        default=0.0, description="share of the prompts of an update that are replayed"
+    )
+    prompts: Path | None = Field(default=None, description="text file with a prompt on each line")
+    weight: Positive | None = Field(
+        default=None,
+        description="weight of |v_theta - v_ref|² on them; null: the method's prior_weight",
+    )
+
+    def count(self, prompts: int) -> int:
+        """Number of replayed prompts among the `prompts` of an update."""
+        return round(self.fraction * prompts)
+
+    def check(self, method: str, prompts: int, prior_weight: float) -> None:
+        """Raise ValueError if a run of this method, prior and update cannot replay."""
+        if self.fraction == 0:
+            return
+        if method not in ("afd", "sft"):
+            raise ValueError(
+                f"replay.fraction: got {self.fraction:g} with method={method}; needed: 0, or "
+                "method=afd or sft"
+            )
+        if self.prompts is None:
+            raise ValueError(
+                f"replay.fraction: got {self.fraction:g} without replay.prompts; needed: the file "
+                "with the prompts"
+            )
+        if not 0 < self.count(prompts) < prompts:
+            raise ValueError(
+                f"replay.fraction: got {self.fraction:g}, {self.count(prompts)} of the {prompts} "
+                "prompts of an update; needed: at least one, and at least one of the teacher's"
+            )
+        if self.weight is None and prior_weight == 0:
+            raise ValueError(
+                f"replay.weight: not given, and method={method} has no prior_weight; needed: the "
+                "weight of the prior on the replayed prompts"
+            )
 
 
 class StudentOptimizerConfig(Section):
@@ -47,6 +101,14 @@ class StudentOptimizerConfig(Section):
     def trained(self) -> tuple[str, ...]:
         """The versions that an optimizer updates."""
         return ("theta",)
+
+    @property
+    def references(self) -> dict[Reference, float]:
+        """The references of the prior with their weights; empty without a prior."""
+        given: Any = getattr(self, "prior_reference", None)
+        if given is None or getattr(self, "prior_weight", 0) == 0:
+            return {}
+        return dict(given) if isinstance(given, dict) else {given: 1.0}
 
 
 class TimesConfig(StudentOptimizerConfig):
@@ -119,6 +181,7 @@ class AfdConfig(TimesConfig):
     )
     nft_beta: Positive = Field(default=1.0, description="how far v± lie from v_old towards v_theta")
     prior_weight: float = Field(default=2.0, ge=0, description="weight of |v_theta - v_ref|²")
+    prior_reference: References = Field(default="pretrained", description=_REFERENCE)
     prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
     prior_space: Literal["velocity", "x0"] = Field(
         default="velocity", description="the prior compares velocities, or the clean videos x0"
@@ -228,6 +291,7 @@ class LastStepConfig(StudentOptimizerConfig):
         description="whether gradients stop at the clean context or go through it",
     )
     prior_weight: float = Field(default=0.0, ge=0, description="weight of |v_theta - v_ref|²")
+    prior_reference: References = Field(default="pretrained", description=_REFERENCE)
     ema_decay: float = Field(
         default=0.95,
         ge=0,

@@ -121,7 +121,7 @@ class Dmd(LastStepMethod):
             g_BFCHW = self._direction(*shown)
             x0_BFCHW, prior_B = self.predict(rollouts, part)
             moved = (x0_BFCHW - (x0_BFCHW - g_BFCHW).detach()).square().flatten(1).mean(1) / 2
-            self.optimizer.add((moved + config.prior_weight * prior_B).sum() / count)
+            self.optimizer.add((moved + self.prior_weight * prior_B).sum() / count)
             sizes.append(g_BFCHW.abs().flatten(1).mean(1))
             priors.append(prior_B.detach())
         return self._finish_update(direction=sizes, prior=priors)

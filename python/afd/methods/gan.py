@@ -67,7 +67,7 @@ class Gan(LastStepMethod):
             score_B = self.discriminator.differentiable_score(
                 self.to_input(x0_BFCHW), rollouts.prompts[part]
             )
-            loss = F.softplus(-score_B).sum() + self.config.prior_weight * prior_B.sum()
+            loss = F.softplus(-score_B).sum() + self.prior_weight * prior_B.sum()
             self.optimizer.add(loss / count)
             scores.append(score_B.detach())
             priors.append(prior_B.detach())

@@ -30,7 +30,7 @@ class LastStepMethod(StudentMethod):
     """The student's part of both methods.
 
     Args:
-        policies: versions "theta" and "ema", and "ref" if `prior_weight` > 0.
+        policies: versions "theta" and "ema", and the references of the prior.
         how: arguments common to all methods (see `StudentMethod`).
     """
 
@@ -75,10 +75,13 @@ class LastStepMethod(StudentMethod):
         assert rollouts.last_inputs_BFCHW is not None
         noisy = rollouts.last_inputs_BFCHW[part]
         prior_B = torch.zeros(len(noisy), device=noisy.device)
-        v_ref = None
-        if self.config.prior_weight > 0:
-            with torch.no_grad(), self.policies.using("ref") as student:
-                v_ref = self._velocity(student, noisy, rollouts, part)
+
+        def of(name: str) -> Tensor:
+            with self.policies.using(name) as student:
+                return self._velocity(student, noisy, rollouts, part)
+
+        with torch.no_grad():
+            v_ref = self.reference(of)
         with self.policies.using("theta") as student:
             v = self._velocity(student, noisy, rollouts, part)
         if v_ref is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Generator, Tensor
 
 from afd.discriminators.base import Discriminator
 from afd.distributed import ALONE, Ranks
-from afd.methods.base import Shown
-from afd.methods.config import StudentOptimizerConfig
+from afd.methods.base import Batch, Shown
+from afd.methods.config import ReplayConfig, StudentOptimizerConfig, TimesConfig
+from afd.methods.copies import Copies, draw_copies
 from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import InputPipeline, Rollouts, Streaming
+from afd.methods.rollouts import InputPipeline, Rollouts, Streaming, roll_out
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
 from afd.rewards.base import Reward
@@ -45,6 +47,7 @@ class StudentMethod:
             discriminator takes pixels.
         rollout_batch: videos streamed and decoded together; None: all.
         seed: seeds every random draw of the method.
+        replay: settings of replayed prompts.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class StudentMethod:
         context_noise: float = 0.0,
         rollout_batch: int | None = None,
         seed: int = 0,
+        replay: ReplayConfig | None = None,
     ) -> None:
         self.policies, self.ranks, self.codec = policies, ranks, codec or Pixels()
         self.config: StudentOptimizerConfig = config
@@ -78,6 +82,12 @@ class StudentMethod:
         self.times = student.times(denoising_steps)
         self.first_times = student.times(first_chunk_steps) if first_chunk_steps else None
         self.generator = Generator().manual_seed(seed)
+        # Of its own, so that other draws are those of a run without replay.
+        self._replay_generator: Generator | None = None
+        self._replay_weight = float(getattr(config, "prior_weight", 0.0))
+        if replay is not None and replay.fraction > 0:
+            self._replay_generator = Generator().manual_seed(seed ^ 0x5E91A7)
+            self._replay_weight = replay.weight or self._replay_weight
         self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
         self.stateful: dict[str, Stateful | None] = {
             "policies": policies,
@@ -86,11 +96,78 @@ class StudentMethod:
         self.shown: Shown | None = None
         self._rollouts: Rollouts | None = None
 
+    def reference(self, velocity: Callable[[str], Tensor]) -> Tensor | None:
+        """What the prior holds on to: the mean of its references' velocities by their weights; None
+        without a prior. Its gradient is that of one prior per reference.
+
+        `velocity`: that of a frozen version, without gradient.
+        """
+        shares: dict[str, float] = {}
+        for name, weight in self.config.references.items():
+            version = self.policies.reference(name)
+            shares[version] = shares.get(version, 0.0) + weight
+        if len(shares) == 1:
+            return velocity(*shares)
+        total = sum(shares.values())
+        parts = [velocity(version) * (weight / total) for version, weight in shares.items()]
+        return torch.stack(parts).sum(0) if parts else None
+
+    @property
+    def prior_weight(self) -> float:
+        """Weight of the prior to the mean of its references."""
+        weight = float(getattr(self.config, "prior_weight", 0.0))
+        return weight * sum(self.config.references.values())
+
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """Reduce a teacher's video [-1, 1] to what is stored when `input_space` is "pixels"."""
         return (
             video_BFCHW if self._discriminator is None else self._discriminator.prepare(video_BFCHW)
         )
+
+    # --- replay ---
+
+    def replay_velocities(self, rollouts: Rollouts, copies: Copies) -> tuple[Tensor, Tensor]:
+        """Velocities of theta, with gradients, and of the start at the copies of replayed rollouts,
+        [N, F, C, H, W]; 0 in chunks that were not drawn. Implemented by methods that replay."""
+        raise NotImplementedError
+
+    def add_replay(
+        self, batch: Batch, policy: str, per_prompt: int, *, keep_context: bool = False
+    ) -> dict[str, float]:
+        """Add the loss of an update's replayed prompts to the optimizer's gradients: the prior to
+        the start on `per_prompt` rollouts of each by a version of the student."""
+        replay, config = batch.replay, self.config
+        if replay is None:
+            return {}
+        assert self._replay_generator is not None
+        assert isinstance(config, TimesConfig)
+        with self.policies.using(policy) as student:
+            rollouts = roll_out(
+                student,
+                replay,
+                per_prompt,
+                self._replay_generator,
+                self.streaming,
+                keep_context=keep_context,
+            )
+        copies = draw_copies(
+            config,
+            replay.count * per_prompt,
+            self.chunks,
+            self.times,
+            self._replay_generator,
+            own=replay.own(per_prompt),
+            first_times=self.first_times,
+        )
+        drawn = self.chunks if copies.chunks_NM is None else copies.chunks_NM.shape[1]
+        prior = torch.zeros(())
+        for piece in copies.pieces(config.micro_batch):
+            v_theta, v_ref = self.replay_velocities(rollouts, piece)
+            loss = (v_theta - v_ref).float().square().mean() * (self.chunks / drawn)
+            self.optimizer.add(loss * (self._replay_weight * piece.share * (1 - batch.share)))
+            prior += loss.detach().cpu() * piece.share
+        self.ranks.sum_([prior])
+        return {"student/replay_prior": float(prior)}
 
     def _current(self) -> Rollouts:
         """This step's rollouts."""
@@ -105,11 +182,15 @@ class StudentMethod:
         state = {
             key: None if part is None else part.state_dict() for key, part in self.stateful.items()
         }
-        return state | {"generator": self.generator.get_state()}
+        replay = self._replay_generator
+        drawn = {} if replay is None else {"replay_generator": replay.get_state()}
+        return state | {"generator": self.generator.get_state()} | drawn
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, part in self.stateful.items():
             if part is not None:
                 part.load_state_dict(state[key])
         self.generator.set_state(state["generator"])
+        if self._replay_generator is not None:
+            self._replay_generator.set_state(state["replay_generator"])
         self._rollouts = None

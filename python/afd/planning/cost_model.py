@@ -184,10 +184,10 @@ def nft_flop(
     draws: int = 1,
     part: float = 1.0,
     kept: bool = False,
-    prior: bool = True,
+    prior: int = 1,
     checkpointed: bool = True,
 ) -> float:
-    """The AFD update of one video: old policy, reference and student on `draws` noised copies.
+    """The AFD update of one video: old policy, references and student on `draws` noised copies.
 
     Args:
         context: which network computes the clean context; noisy: there is none, and keys of
@@ -195,10 +195,10 @@ def nft_flop(
         draws: (t, noise) draws; they share one context pass.
         part: fraction of the chunks that is sampled.
         kept: the rollout's caches serve as the old policy's context.
-        prior: whether the reference is evaluated.
+        prior: number of references that are evaluated.
         checkpointed: whether blocks are recomputed in the backward.
     """
-    others = [True] + ([False] if prior else [])  # old has adapters, the reference none
+    others = [True] + [False] * prior  # old has adapters, the references none of this rank
     noisy = sum(noisy_flop(net, part, adapted) for adapted in others)
     contexts = sum(context_flop(net, adapted) for adapted in others)
     through = context in ("recompute", "noisy")
@@ -213,16 +213,42 @@ def nft_flop(
     return total + contexts + context_flop(net)
 
 
+def replay_flop(
+    net: Net,
+    context: Context,
+    *,
+    draws: int = 1,
+    part: float = 1.0,
+    kept: bool = False,
+    checkpointed: bool = True,
+) -> float:
+    """The update of one replayed video: its start and the student on `draws` noised copies.
+
+    Arguments as in `nft_flop`; an SFT run's context is "recompute", as gradients go through it.
+    """
+    through = context in ("recompute", "noisy")
+    ours = trained_flop(net, part, through_context=through, checkpointed=checkpointed)
+    total = draws * (noisy_flop(net, part, adapted=False) + ours)
+    if context == "noisy":
+        return total
+    start = context_flop(net, adapted=False)
+    if context == "recompute":
+        return total + draws * (start + trained_context_flop(net, checkpointed=checkpointed))
+    if context == "shared_context":
+        return total + (0.0 if kept else context_flop(net))
+    return total + start + context_flop(net)
+
+
 def last_step_flop(
-    net: Net, *, recompute: bool = False, prior: bool = False, checkpointed: bool = True
+    net: Net, *, recompute: bool = False, prior: int = 0, checkpointed: bool = True
 ) -> float:
     """A rollout's last denoising step with gradients, for methods that differentiate it."""
     own = trained_flop(net, through_context=recompute, checkpointed=checkpointed)
     context = (
         trained_context_flop(net, checkpointed=checkpointed) if recompute else context_flop(net)
     )
-    reference = noisy_flop(net, adapted=False) + context_flop(net, adapted=False) if prior else 0.0
-    return own + context + reference
+    reference = noisy_flop(net, adapted=False) + context_flop(net, adapted=False)
+    return own + context + prior * reference
 
 
 def sft_flop(net: Net, *, draws: int, part: float = 1.0, checkpointed: bool = True) -> float:

@@ -7,12 +7,11 @@ process computes its part of each update (afd.distributed); the main process wri
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -20,39 +19,44 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from afd import machine
-from afd.cache import Store
-from afd.config.run import RunConfig, differences, load_config, plain
+from afd.config.run import RunConfig, differences, plain
 from afd.data.inputs import inputs_of, refuse_other_inputs
 from afd.data.sampler import Sampler
-from afd.data.videos import Videos
 from afd.distributed import ALONE, Ranks, join
-from afd.errors import ConfigError, StorageError, TeacherError, TrainingError, VideoError
+from afd.errors import StorageError, TeacherError, TrainingError, VideoError
 from afd.files import DISK, what_failed, write_json, write_text
 from afd.methods.base import Batch, Method, Shown
-from afd.teachers.base import Teacher
+from afd.teachers.base import Request, Teacher
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method
 from afd.trainer.evaluate import (
     Evaluation,
-    Evaluator,
-    evaluation_prompts,
-    make_evaluator,
+    every_prompt,
     rolled,
     write_samples,
 )
 from afd.trainer.logging import Timers, log_to, progress_bar
 from afd.trainer.metrics import Records
+from afd.trainer.parts import (
+    build_evaluator,
+    open_teacher,
+    open_videos,
+    prompts_asked,
+    replayed_prompts,
+    restore,
+)
 from afd.trainer.run_folder import (
-    CONFIG,
     DONE,
     RunFolder,
+    finished,
+    lengthen,
     refuse_another_run,
+    refuse_idle_processes,
     run_folder,
-    written_config,
 )
+from afd.trainer.run_folder import load_run as load_run
 from afd.trainer.side_by_side import write_side_by_side
 from afd.trainer.stop import stop_request
 from afd.video import to_uint8
@@ -86,16 +90,17 @@ def train(
     with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
         if ranks.main:
             refuse_another_run(out, config)
-        if ranks.same((out / DONE).exists()):
+        if ranks.same(finished(out, config.updates)):
             return Outcome.ALREADY_FINISHED
-        _refuse_idle_processes(config, ranks)
+        refuse_idle_processes(config, ranks.world)
         console = console or Console(quiet=not ranks.main)
         with _home(config, console, ranks) as home:
+            lengthen(out, config.updates, ranks)
             if config.threads:
                 torch.set_num_threads(config.threads)
             checkpoint.seed_everything(config.seed)
-            teacher = teacher or _open_teacher(config, console, ranks)
-            method = method or build_method(config, ranks, _prompts(config, teacher))
+            teacher = teacher or open_teacher(config, console, ranks)
+            method = method or build_method(config, ranks, prompts_asked(config, teacher))
             trainer = Trainer(config, method, teacher, ranks, home)
             try:
                 return trainer.run(console)
@@ -148,105 +153,6 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         yield home
 
 
-def _refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
-    prompts, world = config.prompts_per_update, ranks.world
-    if prompts < world:
-        raise ConfigError(f"prompts_per_update is {prompts}; {world} processes need one each")
-    # Every forward and backward pass of a sharded network involves all processes.
-    if config.parallel == "fsdp" and prompts % world:
-        raise ConfigError(
-            f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {world} "
-            "(processes)"
-        )
-
-
-def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
-    """Open the teacher on the main process first: it creates a simulator's folder, which the other
-    processes then read."""
-    if ranks.main:
-        teacher = config.open_teacher(console)
-    ranks.barrier()
-    return teacher if ranks.main else config.open_teacher(console)
-
-
-def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
-    return Videos(
-        teacher,
-        config.video,
-        input_space=method.input_space,
-        prepare=method.prepare,
-        codec=method.codec,
-        # Pixels are not cached, so a run on pixels needs no cache folder.
-        store=Store.of(config.cache) if method.input_space == "latents" else None,
-        ranks=ranks,
-        accept=config.checkpoint.accept_changed_inputs,
-    )
-
-
-def _clips(videos: Videos, teacher: Teacher) -> Tensor:
-    """All clips of the teacher, float32 [N, F, 3, H, W] in [-1, 1]."""
-    return torch.stack([videos.clip(request) for request in teacher.requests])
-
-
-def _prompts(config: RunConfig, teacher: Teacher) -> list[str]:
-    """All prompts that the run will embed."""
-    asked = [request.prompt for request in teacher.requests]
-    return list(dict.fromkeys([*asked, *evaluation_prompts(config, teacher.requests)]))
-
-
-def _evaluator(
-    config: RunConfig, method: Method, teacher: Teacher, videos: Videos, ranks: Ranks
-) -> Evaluator | None:
-    return make_evaluator(
-        config,
-        lambda: _clips(videos, teacher),
-        codec=method.codec,
-        discriminator=getattr(method, "discriminator", None),
-        prompts=evaluation_prompts(config, teacher.requests),
-        ranks=ranks,
-        rewards=getattr(method, "terms", ()),
-    )
-
-
-def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load the configuration of the run in a folder; `overrides` may change only
-    config.FREE_KEYS."""
-    written_config(folder / CONFIG)
-    return load_config(folder / CONFIG, [*overrides, f"out={json.dumps(str(folder))}"])
-
-
-def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
-    """Evaluate the newest checkpoint of a run on held-out seeds, without changing the folder."""
-    config = load_run(folder)
-    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
-        return _evaluate_newest(config, folder, videos, ranks)
-
-
-def _evaluate_newest(
-    config: RunConfig, folder: Path, videos: int | None, ranks: Ranks
-) -> Evaluation:
-    teacher = config.open_teacher()
-    method = build_method(config, ranks, _prompts(config, teacher))
-    path = checkpoint.latest(folder / "checkpoints", ranks)
-    with closing(_open_videos(config, method, teacher, ranks)) as clips:
-        evaluate = _evaluator(config, method, teacher, clips, ranks)
-        if path is None or evaluate is None:
-            why = "has no checkpoint" if path is None else "has evaluation.kind=none"
-            raise ConfigError(f"run folder {folder}: {why}, nothing to evaluate")
-        _load(path, method, config, ranks)
-        with method.evaluation_policy() as policy:
-            return evaluate(policy, videos or config.evaluation.videos)
-
-
-def _load(path: Path, method: Method, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """Restore a method from a checkpoint; returns the whole state."""
-    into = {"method_state": method.state_dict()}
-    how: dict[str, Any] = {"config": plain(config), "into": into, "ranks": ranks}
-    state = checkpoint.load(path, method=method.name, **how)
-    method.load_state_dict(state["method_state"])
-    return state
-
-
 class Trainer:
     """Runs the updates of one run and holds its state between them."""
 
@@ -261,9 +167,11 @@ class Trainer:
         self.config, self.method, self.out, self.ranks = config, method, config.run_dir, ranks
         self.teacher, self.home = teacher, home
         self.sampler = Sampler(teacher.requests, config.seed)
-        self.videos = _open_videos(config, method, teacher, ranks)
-        self.evaluate = _evaluator(config, method, teacher, self.videos, ranks)
-        self.inputs = inputs_of(method, evaluation_prompts(config, teacher.requests))
+        self.videos = open_videos(config, method, teacher, ranks)
+        self.evaluate = build_evaluator(config, method, teacher, self.videos, ranks)
+        replayed = replayed_prompts(config)
+        self.replay = Sampler([Request(p) for p in replayed], config.seed) if replayed else None
+        self.inputs = inputs_of(method, every_prompt(config, teacher.requests), replayed)
         self.update = 0
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
@@ -351,7 +259,7 @@ class Trainer:
 
     def _next_batch(self) -> Batch:
         """This process's share of the update's prompts, with the teacher's videos."""
-        count = self.config.prompts_per_update
+        count = self.config.taught
         ahead = (self.config.updates - self.update - 1) * count
         own = self.ranks.share(count)
         if self._needs_teacher:
@@ -363,7 +271,14 @@ class Trainer:
         self.asked = requests[0]
         prompts = [request.prompt for request in requests[own]]
         self.input_1FCHW = videos[:1]
-        return Batch(self.update, prompts, videos, first=own.start, total=count)
+        batch = Batch(self.update, prompts, videos, first=own.start, total=count)
+        if self.replay is not None:
+            count = self.config.replayed
+            own = self.ranks.share(count)
+            prompts = [request.prompt for request in self.replay.draw(count)[own]]
+            nothing = torch.empty(len(prompts), 0)
+            batch.replay = Batch(self.update, prompts, nothing, first=own.start, total=count)
+        return batch
 
     def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
@@ -449,6 +364,7 @@ class Trainer:
             "method_state": self.method.state_dict(),
             "random": self.ranks.each(checkpoint.random_state()),
             "sampler": self.sampler.state_dict(),
+            "replay": None if self.replay is None else self.replay.state_dict(),
             "teacher": _state_of(self.teacher),
             "videos": self.videos.state_dict(),
             "inputs": self.inputs,
@@ -462,12 +378,15 @@ class Trainer:
         path = checkpoint.latest(self.checkpoints, self.ranks)
         if path is None:
             return None
-        state = _load(path, self.method, self.config, self.ranks)
+        state = restore(path, self.method, self.config, self.ranks)
         if state["teacher"] is not None:
             cast("Any", self.teacher).load_state_dict(state["teacher"])
         self.sampler.load_state_dict(state["sampler"])
         accept = self.config.checkpoint.accept_changed_inputs
         refuse_other_inputs(state["inputs"], self.inputs, accept=accept)
+        key = "replay.prompts"
+        if self.replay is not None and state["inputs"].get(key) == self.inputs[key]:
+            self.replay.load_state_dict(state["replay"])
         self.videos.load_state_dict(state["videos"])
         checkpoint.set_random_state(state["random"], self.ranks.rank)
         self.update, self.elapsed_s, self.newest = state["update"], state["elapsed_s"], path

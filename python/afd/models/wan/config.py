@@ -148,6 +148,6 @@ class WanStudentConfig(StudentConfig):
         return self.model_copy(update=update)
 
     def missing(self) -> Iterator[str]:
-        yield from self.missing_weights()
+        yield from super().missing()
         yield from missing_source("student.text_encoder", self.text_encoder or self.pretrained)
         yield from missing_source("student.vae", self.vae or self.pretrained)
