@@ -44,7 +44,7 @@ def measure(chain: Chain, domain: Domain | None, ranks: Ranks) -> None:
     result = evaluate_with(measured(run, missing), start=domain is None)
     if not ranks.main:
         return
-    for name, column in missing.items():
+    for name in missing:
         start = f"{name}/"
         found = {k.removeprefix(start): x for k, x in result.metrics.items() if k.startswith(start)}
         count = result.count // len(missing)

@@ -51,12 +51,10 @@ class Chain:
 
     Attributes:
         root: its folder.
-        origin: its file, whose folder the paths of its settings begin at.
     """
 
     config: SequenceConfig
     root: Path
-    origin: Path
     domains: list[Domain]
 
     @property
@@ -101,7 +99,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
         except ConfigError as error:
             raise ConfigError(f"domain {number} ({domain.name}): {error}") from None
         domains.append(Domain(number, domain, run))
-    chain = Chain(config, root, path, domains)
+    chain = Chain(config, root, domains)
     for other in domains[1:]:
         _refuse_unlike(domains[0], other)
     _check_columns(chain)
@@ -130,6 +128,10 @@ def _run(
             "where the sequence gives them"
         )
     settings.append(f"out={json.dumps(str(root / f'{number}_{domain.name}'))}")
+    if domain.evaluation is not None:
+        # On the way a run measures its own domain.
+        own = domain.evaluation.evaluated().model_dump(mode="json", exclude_none=True)
+        settings += [f"evaluation.{key}={json.dumps(value)}" for key, value in own.items()]
     if before is None:
         settings.append("replay.fraction=0")
     else:
@@ -251,7 +253,7 @@ def replayable(chain: Chain, domain: Domain, console: Console) -> list[str]:
     whole = [" ".join(prompt.split()) for prompt in _asked(domain.run, console)]
     if domain.settings.prompts is None:
         return whole
-    path = chain.origin.parent / domain.settings.prompts
+    path = domain.settings.prompts
     chosen = prompts_of(f"domain {domain.number} ({domain.name}): prompts", path)
     odd = [prompt for prompt in chosen if " ".join(prompt.split()) not in whole]
     if odd:

@@ -73,10 +73,10 @@ class StudentMethod:
         self.generator = Generator().manual_seed(seed)
         # Of its own, so that other draws are those of a run without replay.
         self._replay_generator: Generator | None = None
-        self._replay_weight = float(getattr(config, "prior_weight", 0.0))
+        self.replay_weight = float(getattr(config, "prior_weight", 0.0))
         if replay is not None and replay.fraction > 0:
             self._replay_generator = Generator().manual_seed(seed ^ 0x5E91A7)
-            self._replay_weight = replay.weight or self._replay_weight
+            self.replay_weight = replay.weight or self.replay_weight
         self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
         self.shown: Shown | None = None
         self._rollouts: Rollouts | None = None
@@ -124,17 +124,9 @@ class StudentMethod:
         replay, config = batch.replay, self.config
         if replay is None:
             return {}
-        assert self._replay_generator is not None
         assert isinstance(config, TimesConfig)
-        with self.policies.using(policy) as student:
-            rollouts = roll_out(
-                student,
-                replay,
-                per_prompt,
-                self._replay_generator,
-                self.streaming,
-                keep_context=keep_context,
-            )
+        rollouts = self.replayed(replay, policy, per_prompt, keep_context=keep_context)
+        assert self._replay_generator is not None
         copies = draw_copies(
             config,
             replay.count * per_prompt,
@@ -149,10 +141,19 @@ class StudentMethod:
         for piece in copies.pieces(config.micro_batch):
             v_theta, v_ref = self.replay_velocities(rollouts, piece)
             loss = (v_theta - v_ref).float().square().mean() * (self.chunks / drawn)
-            self.optimizer.add(loss * (self._replay_weight * piece.share * (1 - batch.share)))
+            self.optimizer.add(loss * (self.replay_weight * piece.share * (1 - batch.share)))
             prior += loss.detach().cpu() * piece.share
         self.ranks.sum_([prior])
         return {"student/replay_prior": float(prior)}
+
+    def replayed(self, replay: Batch, policy: str, per_prompt: int, **kept: Any) -> Rollouts:
+        """Rollouts of the replayed prompts by a version of the student, unscored. `kept`: see
+        `roll_out`."""
+        assert self._replay_generator is not None
+        with self.policies.using(policy) as student:
+            return roll_out(
+                student, replay, per_prompt, self._replay_generator, self.streaming, **kept
+            )
 
     def replay_state(self) -> dict[str, Any]:
         """The state of the replay's draws; empty without replay."""
