@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from afd.adapt import run as adapt_run
@@ -21,21 +22,34 @@ from afd.adapt.matrix import balance
 from afd.adapt.run import adapt
 from afd.adapt.sequence import load_chain
 from afd.cli import DONE, MISTAKE, main
-from afd.config.run import load_config
+from afd.config.run import load_config, plain
 from afd.config.yaml import yaml_text
 from afd.distributed import ALONE
 from afd.errors import AfdError, ConfigError
+from afd.lab.ablation import AblationConfig, ablation, sequence_study
 from afd.trainer import shards
 from tests.afd.test_origin import SMALL
 from tests.afd.test_resume import assert_same, numbers
+from tests.afd.tiny_methods import toy_student
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "continual"
 FILES = sorted(FOLDER.glob("*.yaml"))
 
 
-def simulator(domain: str, **more: Any) -> dict[str, Any]:
-    return {"kind": "simulator", "domain": domain, "count": 4, **more}
+SHARED: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Teachers and base student of all sequences."""
+    SHARED["folder"] = tmp_path_factory.mktemp("shared")
+    toy_student().save(SHARED["folder"] / "base.safetensors", torch.float32)
+
+
+def simulator(domain: str) -> dict[str, Any]:
+    path = SHARED.get("folder", Path()) / domain
+    return {"kind": "simulator", "domain": domain, "count": 4, "path": str(path)}
 
 
 def domains() -> list[dict[str, Any]]:
@@ -54,7 +68,9 @@ def domains() -> list[dict[str, Any]]:
 def written(folder: Path, changes: dict[str, Any] | None = None, **base: Any) -> Path:
     """A sequence of two short domains."""
     settings = {"kind": "physics", "every": 0, "videos": 2, "samples": 0}
-    data = {**SMALL, "method": "afd", "evaluation": settings, **base}
+    student = {"checkpoint": str(SHARED["folder"] / "base.safetensors")}
+    data = {**SMALL, "method": "afd", "evaluation": settings, "student": student, **base}
+    del data["teacher"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "base.yaml").write_text(yaml_text(data), encoding="utf-8")
     sequence: dict[str, Any] = {
@@ -155,13 +171,11 @@ if moment == "between":
     run.measure = before_the_second(run.measure)
 if moment == "within":
     Trainer._save = after_an_update(Trainer._save)
-if moment == "matrix":
-    run.write_matrix = die
 run.adapt(Path(sys.argv[1]), sys.argv[3:], Console(file=io.StringIO()))
 """
 
 
-@pytest.mark.parametrize("moment", ["between", "within", "matrix"])
+@pytest.mark.parametrize("moment", ["between", "within"])
 def test_a_sequence_killed_anywhere_ends_with_the_same_bits(
     straight: Path, tmp_path: Path, moment: str
 ) -> None:
@@ -320,3 +334,44 @@ def test_gain_and_forgetting_count_in_the_direction_of_the_metric() -> None:
     assert balance([1.0, 1.0, 1.0, 1.2], "lower", rows, "c")["lost"] is None
     assert balance([1.0, None, 1.0, 1.2], "lower", rows, "a")["gain"] is None
     assert balance([1.0], "lower", ["base"], "a")["gain"] is None
+
+
+ABLATION = ROOT / "configs" / "ablations" / "continual.yaml"
+
+
+def test_every_row_of_the_ablation_is_another_sequence(tmp_path: Path) -> None:
+    config = load_config(ABLATION, [], AblationConfig)
+    assert config.seeds == [0, 1, 2]
+    study = sequence_study(ABLATION, config, [f"out={tmp_path}", "seeds=[5]"])
+    made = []
+    for row in config.rows:
+        chain = load_chain(*study.cell(row, 5))
+        assert chain.root == tmp_path / row / "seed5"
+        assert [domain.run.seed for domain in chain.domains] == [5, 6, 7][: len(chain.domains)]
+        assert set(chain.columns) == {"gravity", "style", "bounce", "neutral"}
+        runs = [plain(domain.run) for domain in chain.domains]
+        for run in runs:
+            del run["name"], run["out"], run["student"]["init"], run["replay"]["prompts"]
+        made.append(runs)
+    assert all(made.count(one) == 1 for one in made)
+
+
+def test_an_ablation_of_sequences_is_tabulated(tmp_path: Path) -> None:
+    base = written(tmp_path, {"out": None})
+    path = tmp_path / "ablation.yaml"
+    rows = {"naive": ["replay.fraction=0"], "other": ["sequence=other.yaml", "updates=1"]}
+    shutil.copy(base, tmp_path / "other.yaml")
+    data = {"name": "tiny", "question": "why?", "base": base.name, "rows": rows, "seeds": [0]}
+    path.write_text(yaml_text(data), encoding="utf-8")
+    assert ablation(path, [f"out={tmp_path / 'study'}", "updates=1"], quiet())
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert list(results) == ["naive", "other"]
+    assert {"fall phys", "fall gain", "fall forgetting", "s"} <= results["naive"]["mean"].keys()
+    text = (tmp_path / "study" / "results.md").read_text()
+    assert text.startswith("## tiny\n\nwhy?")
+    assert "| naive | 1 |" in text
+    assert (tmp_path / "study" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    data["rows"] = {"odd": ["sequence=none.yaml"]}
+    path.write_text(yaml_text(data), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"row odd: .*none"):
+        ablation(path, [f"out={tmp_path / 'study'}"], quiet())
