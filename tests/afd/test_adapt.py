@@ -48,7 +48,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def simulator(domain: str) -> dict[str, Any]:
-    path = SHARED.get("folder", Path()) / domain
+    # Before the fixture, in parameters, the folder is a place to be filled.
+    path = SHARED.get("folder", Path("{shared}")) / domain
     return {"kind": "simulator", "domain": domain, "count": 4, "path": str(path)}
 
 
@@ -264,6 +265,7 @@ def test_a_sequence_that_cannot_be_is_one_sentence(
 ) -> None:
     (tmp_path / "odd.txt").write_text("no such ball\n", encoding="utf-8")
     places = {"{out}": str(tmp_path / "out"), "{folder}": str(tmp_path)}
+    places["{shared}"] = str(SHARED["folder"])
     text = json.dumps(changes)
     for name, place in places.items():
         text, words = text.replace(name, place), words.replace(name, place)
