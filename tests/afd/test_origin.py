@@ -20,10 +20,26 @@ from afd.errors import ConfigError
 from afd.export import ExportConfig, export
 from afd.lab.student import ToyStudent
 from afd.models.low_rank import LowRank, cut, folded, joined
+from afd.models.policies import make_policies
+from afd.models.wan.student import WanStudent
 from afd.trainer.build import build_method
 from afd.trainer.loop import Outcome, load_run, train
 from afd.trainer.origin import start_of
+from tests.afd.test_export import (
+    FRAMES,
+    RANK,
+    Run,
+    base,
+    diffusers_forward,
+    error,
+    forward,
+    pipeline,
+    policy_weights,
+    save_run,
+)
 from tests.afd.tiny_methods import toy_student
+from tests.afd.tiny_wan import HEIGHT, WIDTH
+from tests.tolerances import NETWORK_FORWARD
 
 # A run of the toy task that costs a second.
 SMALL: dict[str, Any] = {
@@ -290,6 +306,42 @@ def test_the_references_are_the_released_weights_and_the_start(
     mean = method.reference(lambda v: torch.tensor(1.0 if v == "ref" else 4.0))  # type: ignore[attr-defined]
     assert float(mean) == pytest.approx((1 * 4 + 2 * 1) / 3)
     assert method.prior_weight == pytest.approx(3 * config.afd.prior_weight)  # type: ignore[attr-defined]
+
+
+def test_a_chain_of_adapters_is_one_lora_in_diffusers(tmp_path: Path) -> None:
+    """Two runs of the released layout, the second on what the first has learned."""
+    first = Run(tmp_path)
+    student = first.config.student
+    section = student.model_copy(update={"init": str(first.folder)})
+    out = tmp_path / "second"
+    config = first.config.model_copy(update={"name": "second", "out": out, "student": section})
+    start = start_of(section)
+    assert distance(start.network.state_dict(), policy_weights(first, "old")) < 1e-6
+    net = WanStudent(start.network, height=HEIGHT, width=WIDTH, frames=FRAMES)
+    policies = make_policies(net, ("theta", "old"), lora=section.lora, seed=1)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for master in policies.weights("old").masters:
+            master.add_(torch.randn(master.shape, generator=draw), alpha=0.1)
+    save_run(config, {"policies": policies.state_dict()})
+    with policies.using("old") as version:
+        expected = forward(version.net)
+    lora = export(out, ExportConfig(out=tmp_path / "lora"))
+    pipe, released = pipeline(first, tmp_path), base(first)
+    pipe.load_lora_weights(str(lora))
+    found = diffusers_forward(pipe.transformer, released)
+    assert pipe.transformer.peft_config["default_0"].r == 2 * RANK
+    assert error(found, expected) <= NETWORK_FORWARD
+    assert error(first.output("old"), expected) > 0.01
+    # On the weights that it was trained on, the second adapter alone is the same.
+    own = export(out, ExportConfig(out=tmp_path / "own", against="start"))
+    again = student.model_copy(update={"init": str(lora)})
+    assert error(forward(start_of(again).network), expected) <= NETWORK_FORWARD
+    with pytest.raises(ConfigError, match="belongs on other weights"):
+        start_of(student.model_copy(update={"init": str(own)}))
+    whole = export(out, ExportConfig(out=tmp_path / "whole", kind="diffusers"))
+    load = student.model_copy(update={"init": str(whole)})
+    assert error(forward(start_of(load).network), expected) <= NETWORK_FORWARD
 
 
 def test_without_a_parent_both_references_are_one_pass(runs: Runs) -> None:

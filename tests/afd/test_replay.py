@@ -98,7 +98,7 @@ def config(out: Path, prompts: Path, *overrides: str) -> RunConfig:
     return make_config(data, [f"teacher.path={out.parent / 'teacher'}", *overrides])
 
 
-@pytest.mark.parametrize("method", ["afd", "sft"])
+@pytest.mark.parametrize("method", ["afd", "sft", "gan"])
 def test_a_stopped_run_with_replay_continues_bit_by_bit(tmp_path: Path, method: str) -> None:
     prompts = tmp_path / "earlier.txt"
     prompts.write_text("a ball\nanother ball\na third ball\n", encoding="utf-8")
@@ -120,7 +120,7 @@ def test_a_stopped_run_with_replay_continues_bit_by_bit(tmp_path: Path, method: 
         (["replay.fraction=0.9", "replay.prompts=x"], "2 of the 2 prompts of an update"),
         (["replay.fraction=1", "replay.prompts=x"], "replay.fraction is 1"),
         (["replay.fraction=0.5", "replay.prompts=x", "replay.weight=0"], "replay.weight is 0"),
-        (["replay.fraction=0.5", "replay.prompts=x", "method=gan"], "with method=gan; needed: 0"),
+        (["replay.fraction=0.5", "replay.prompts=x", "method=dmd"], "with method=dmd; needed: 0"),
         (["replay.fraction=0.5", "replay.prompts=x", "method=sft"], "replay.weight: not given"),
     ],
 )

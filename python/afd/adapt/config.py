@@ -35,8 +35,7 @@ class DomainConfig(Section):
     teacher: dict[str, Any] = Field(description="the teacher section of its run")
     prompts: Path | None = Field(
         default=None,
-        description="text file of the teacher's prompts that later domains replay; from this "
-        "file's folder; null: all of them",
+        description="text file of the teacher's prompts that later domains replay; null: all",
     )
     updates: Count | None = Field(default=None, description="updates of its run; null: the base's")
     overrides: list[str] = Field(default=[], description="k=v for its run alone")

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afd.adapt.config import Column
-from afd.adapt.sequence import Chain, Domain, measured
+from afd.adapt.sequence import Chain, Domain
 from afd.config.run import RunConfig
 from afd.distributed import Ranks
 from afd.files import parse_json, read_json_lines, write_json
@@ -33,7 +32,10 @@ def measure(chain: Chain, domain: Domain | None, ranks: Ranks) -> None:
     path = _row_file(chain, domain)
     held = ranks.same(_read(path) if ranks.main else None)
     state = "" if domain is None else _state(run)
-    of = {name: _identity(run, column, state) for name, column in chain.columns.items()}
+    of = {
+        name: _identity(chain.measured(run, {name: column}), name, state)
+        for name, column in chain.columns.items()
+    }
     missing = {
         name: column
         for name, column in chain.columns.items()
@@ -41,7 +43,7 @@ def measure(chain: Chain, domain: Domain | None, ranks: Ranks) -> None:
     }
     if not missing:
         return
-    result = evaluate_with(measured(run, missing), start=domain is None)
+    result = evaluate_with(chain.measured(run, missing), start=domain is None)
     if not ranks.main:
         return
     for name in missing:
@@ -76,9 +78,9 @@ def _state(run: RunConfig) -> str:
     return str(parse_json((newest / checkpoint.META).read_text(encoding="utf-8"))["sha256"])
 
 
-def _identity(run: RunConfig, column: Column, state: str) -> str:
+def _identity(run: RunConfig, name: str, state: str) -> str:
     """Hash of what a cell depends on: the held-out set and the state of the student."""
-    evaluation = measured(run, {"x": column}).evaluation.each()["x"]
+    evaluation = run.evaluation.each()[name]
     settings = [evaluation.model_dump(mode="json", exclude={"every", "samples"}), state]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -58,8 +58,11 @@ def adapt(path: Path, overrides: Sequence[str], console: Console) -> bool:
                 console.print("stopped, everything is saved; the same command continues")
                 return False
             measure(chain, domain, ranks)
+            if ranks.main:
+                matrix = write_matrix(chain)
         if ranks.main:
-            console.print(table(write_matrix(chain)))
+            console.print(table(matrix))
+            console.print(f"afd report {chain.root} draws it", soft_wrap=True)
     return True
 
 

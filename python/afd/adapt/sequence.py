@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from afd.adapt.config import Column, DomainConfig, SequenceConfig, split
-from afd.config.run import RunConfig, make_config, plain, read_yaml
+from afd.config.run import EvaluationConfig, RunConfig, make_config, plain, read_yaml
 from afd.data.prompts import prompts_of
 from afd.errors import ConfigError
 from afd.files import read_text, write_text
@@ -51,13 +51,20 @@ class Chain:
 
     Attributes:
         root: its folder.
-        origin: its file, whose folder the paths of its settings begin at.
+        evaluation: settings of every column, before those of its own.
     """
 
     config: SequenceConfig
     root: Path
-    origin: Path
+    evaluation: EvaluationConfig
     domains: list[Domain]
+
+    def measured(self, run: RunConfig, columns: dict[str, Column]) -> RunConfig:
+        """A run's configuration that measures these columns, as every run of the sequence does.
+        Raises ConfigError for unsuitable ones."""
+        sets = {n: c.evaluated().model_dump(mode="json") for n, c in columns.items()}
+        evaluation = self.evaluation.model_dump(mode="json") | {"sets": sets}
+        return make_config(plain(run) | {"evaluation": evaluation})
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -93,6 +100,8 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
     if "domains" in start:
         raise ConfigError(f"base: {base} is a sequence itself; needed: the configuration of a run")
     root = config.out if config.out is not None else Path("runs") / config.name
+    first = {**start, "teacher": config.domains[0].teacher}
+    shared = make_config(first, [*config.overrides, *common, "replay.fraction=0"], str(base))
     domains: list[Domain] = []
     for number, domain in enumerate(config.domains, 1):
         before = domains[-1] if domains else None
@@ -101,7 +110,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
         except ConfigError as error:
             raise ConfigError(f"domain {number} ({domain.name}): {error}") from None
         domains.append(Domain(number, domain, run))
-    chain = Chain(config, root, path, domains)
+    chain = Chain(config, root, shared.evaluation, domains)
     for other in domains[1:]:
         _refuse_unlike(domains[0], other)
     _check_columns(chain)
@@ -130,6 +139,10 @@ def _run(
             "where the sequence gives them"
         )
     settings.append(f"out={json.dumps(str(root / f'{number}_{domain.name}'))}")
+    if domain.evaluation is not None:
+        # On the way a run measures its own domain.
+        own = domain.evaluation.evaluated().model_dump(mode="json", exclude_none=True)
+        settings += [f"evaluation.{key}={json.dumps(value)}" for key, value in own.items()]
     if before is None:
         settings.append("replay.fraction=0")
     else:
@@ -180,22 +193,13 @@ def _refuse_unlike(first: Domain, other: Domain) -> None:
 
 def _check_columns(chain: Chain) -> None:
     for name, column in chain.columns.items():
-        one = measured(chain.domains[0].run, {name: column}).evaluation.each()[name]
+        one = chain.measured(chain.domains[0].run, {name: column}).evaluation.each()[name]
         metrics = find("metrics", one.kind)
         if metrics.needs_prompts and one.prompts is None:
             raise ConfigError(
                 f"{name}: evaluation.prompts is not given; needed: a file of held-out prompts, as "
                 f"every domain's student is measured on them by {one.kind}"
             )
-
-
-def measured(run: RunConfig, columns: dict[str, Column]) -> RunConfig:
-    """A run's configuration that measures these columns. Raises ConfigError for unsuitable ones."""
-    data = plain(run)
-    data["evaluation"] = data["evaluation"] | {
-        "sets": {n: c.evaluated().model_dump(mode="json") for n, c in columns.items()}
-    }
-    return make_config(data)
 
 
 # --- folders ---
@@ -251,7 +255,7 @@ def replayable(chain: Chain, domain: Domain, console: Console) -> list[str]:
     whole = [" ".join(prompt.split()) for prompt in _asked(domain.run, console)]
     if domain.settings.prompts is None:
         return whole
-    path = chain.origin.parent / domain.settings.prompts
+    path = domain.settings.prompts
     chosen = prompts_of(f"domain {domain.number} ({domain.name}): prompts", path)
     odd = [prompt for prompt in chosen if " ".join(prompt.split()) not in whole]
     if odd:

@@ -31,7 +31,8 @@ FPS = 8
 COLOURS = {"red": (0.9, -0.3, -0.3), "green": (-0.3, 0.9, -0.3), "blue": (-0.3, -0.3, 0.9)}
 BACKGROUND = -0.6
 SIDES, DIRECTIONS, STARTS = ("left", "right"), ("left", "straight", "right"), ("dropped", "thrown")
-LOOKS = ("clean", "nuis", "mark", "outline", "noise")
+LOOKS = ("clean", "nuis", "mark", "outline", "noise", "ink")
+PAPER = -0.2  # grey level behind balls drawn in ink
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ GRAVITY = Domain(TARGET_GRAVITY)
 DOMAINS = {
     "gravity": GRAVITY,
     # Its videos are wrong in gravity as the base student is.
-    "style": Domain(None, look="outline", words=", in ink"),
+    "style": Domain(None, look="ink", words=", in ink"),
     "bounce": Domain(TARGET_GRAVITY, bounce=0.3, words=", on sand"),
     # Of no teacher: what a student does with prompts that it is never taught.
     "neutral": Domain(None, words=", at night"),
@@ -208,6 +209,10 @@ def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Gene
     if style == "outline":
         ring = coverage(track_NF2, RADIUS + 0.3) - coverage(track_NF2, RADIUS - 0.9)
         return render(track_NF2, colour_N3, ring)
+    if style == "ink":
+        ring = coverage(track_NF2, RADIUS + 0.3) - coverage(track_NF2, RADIUS - 0.9)
+        paper = PAPER - BACKGROUND
+        return render(track_NF2, colour_N3 - paper, ring) + paper
     video = render(track_NF2, colour_N3)
     if style == "nuis":
         gain = uniform(n, 0.55, 0.75, generator).view(n, 1, 1, 1, 1)

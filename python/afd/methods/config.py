@@ -51,10 +51,10 @@ class ReplayConfig(Section):
         """Raise ValueError if a run of this method, prior and update cannot replay."""
         if self.fraction == 0:
             return
-        if method not in ("afd", "sft"):
+        if method == "dmd":
             raise ValueError(
-                f"replay.fraction: got {self.fraction:g} with method={method}; needed: 0, or "
-                "method=afd or sft"
+                f"replay.fraction: got {self.fraction:g} with method=dmd; needed: 0, or "
+                "method=afd, sft or gan"
             )
         if self.prompts is None:
             raise ValueError(

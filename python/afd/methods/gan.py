@@ -54,12 +54,12 @@ class Gan(LastStepMethod):
         rollouts, metrics = self._current(), {}
         if not self.discriminator.config.learns_alone(batch.step):
             with held(self.discriminator):
-                metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
+                metrics = self._update(rollouts, batch)
         self._rollouts = None
         return metrics
 
-    def _update(self, rollouts: Rollouts, count: int) -> dict[str, float]:
-        """Update the student; `count`: videos of all processes."""
+    def _update(self, rollouts: Rollouts, batch: Batch) -> dict[str, float]:
+        count = batch.count * self.config.samples_per_prompt
         assert self.to_input is not None
         scores, priors = [], []
         for part in self._parts(rollouts):
@@ -68,9 +68,10 @@ class Gan(LastStepMethod):
                 self.to_input(x0_BFCHW), rollouts.prompts[part]
             )
             loss = F.softplus(-score_B).sum() + self.prior_weight * prior_B.sum()
-            self.optimizer.add(loss / count)
+            self.optimizer.add(loss / count * batch.share)
             scores.append(score_B.detach())
             priors.append(prior_B.detach())
         assert self.shown is not None
         self.shown = replace(self.shown, score=float(scores[0][0]))
-        return self._finish_update(score_mean=scores, prior=priors)
+        replayed = self.add_last_step_replay(batch)
+        return replayed | self._finish_update(score_mean=scores, prior=priors)

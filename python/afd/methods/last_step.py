@@ -88,6 +88,28 @@ class LastStepMethod(StudentMethod):
             prior_B = (v - v_ref).square().flatten(1).mean(1)
         return clean(noisy, self.last_t_1K, v), prior_B
 
+    def add_last_step_replay(self, batch: Batch) -> dict[str, float]:
+        """`add_replay`, at the last denoising step."""
+        replay = batch.replay
+        if replay is None:
+            return {}
+        group = self.config.samples_per_prompt
+        rollouts = self.replayed(replay, "theta", group, keep_last_inputs=True)
+        assert rollouts.last_inputs_BFCHW is not None
+        weight = self.replay_weight * (1 - batch.share) / (replay.count * group)
+        prior = torch.zeros(())
+        for part in self._parts(rollouts):
+            noisy = rollouts.last_inputs_BFCHW[part]
+            with torch.no_grad(), self.policies.using("ref") as student:
+                v_ref = self._velocity(student, noisy, rollouts, part)
+            with self.policies.using("theta") as student:
+                v = self._velocity(student, noisy, rollouts, part)
+            loss_B = (v - v_ref).square().flatten(1).mean(1)
+            self.optimizer.add(loss_B.sum() * weight)
+            prior += loss_B.detach().sum().cpu() / (replay.count * group)
+        self.ranks.sum_([prior])
+        return {"student/replay_prior": float(prior)}
+
     def _velocity(self, student: Student, noisy: Tensor, rollouts: Rollouts, part: slice) -> Tensor:
         x0_BFCHW, text_BLE = rollouts.x0_BFCHW[part], rollouts.text_BLE[part]
         t_BK, noise = self.last_t_1K.expand(len(noisy), -1), self.streaming.context_noise

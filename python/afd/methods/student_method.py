@@ -84,10 +84,10 @@ class StudentMethod:
         self.generator = Generator().manual_seed(seed)
         # Of its own, so that other draws are those of a run without replay.
         self._replay_generator: Generator | None = None
-        self._replay_weight = float(getattr(config, "prior_weight", 0.0))
+        self.replay_weight = float(getattr(config, "prior_weight", 0.0))
         if replay is not None and replay.fraction > 0:
             self._replay_generator = Generator().manual_seed(seed ^ 0x5E91A7)
-            self._replay_weight = replay.weight or self._replay_weight
+            self.replay_weight = replay.weight or self.replay_weight
         self.optimizer = StudentOptimizer(policies.weights("theta"), config, ranks)
         self.stateful: dict[str, Stateful | None] = {
             "policies": policies,
@@ -139,17 +139,9 @@ class StudentMethod:
         replay, config = batch.replay, self.config
         if replay is None:
             return {}
-        assert self._replay_generator is not None
         assert isinstance(config, TimesConfig)
-        with self.policies.using(policy) as student:
-            rollouts = roll_out(
-                student,
-                replay,
-                per_prompt,
-                self._replay_generator,
-                self.streaming,
-                keep_context=keep_context,
-            )
+        rollouts = self.replayed(replay, policy, per_prompt, keep_context=keep_context)
+        assert self._replay_generator is not None
         copies = draw_copies(
             config,
             replay.count * per_prompt,
@@ -164,10 +156,19 @@ class StudentMethod:
         for piece in copies.pieces(config.micro_batch):
             v_theta, v_ref = self.replay_velocities(rollouts, piece)
             loss = (v_theta - v_ref).float().square().mean() * (self.chunks / drawn)
-            self.optimizer.add(loss * (self._replay_weight * piece.share * (1 - batch.share)))
+            self.optimizer.add(loss * (self.replay_weight * piece.share * (1 - batch.share)))
             prior += loss.detach().cpu() * piece.share
         self.ranks.sum_([prior])
         return {"student/replay_prior": float(prior)}
+
+    def replayed(self, replay: Batch, policy: str, per_prompt: int, **kept: Any) -> Rollouts:
+        """Rollouts of the replayed prompts by a version of the student, unscored. `kept`: see
+        `roll_out`."""
+        assert self._replay_generator is not None
+        with self.policies.using(policy) as student:
+            return roll_out(
+                student, replay, per_prompt, self._replay_generator, self.streaming, **kept
+            )
 
     def _current(self) -> Rollouts:
         """This step's rollouts."""

@@ -396,6 +396,10 @@ class Work:
     def _replay_flop(self) -> float:
         """The update of one replayed video, without its rollout."""
         config, net = self.config, self.net
+        if config.method == "gan":
+            recompute = config.gan.context == "recompute"
+            checkpointed = config.student.checkpoint_blocks
+            return cost.last_step_flop(net, recompute=recompute, prior=1, checkpointed=checkpointed)
         method = config.afd if config.method == "afd" else config.sft
         chunks = method.chunks_per_update
         return cost.replay_flop(

@@ -82,7 +82,7 @@ def assemble(
         "rollout_batch": section.rollout_batch,
         "seed": config.seed,
     }
-    if config.method in ("afd", "sft"):
+    if config.method != "dmd":
         shared["replay"] = config.replay
     if config.method == "sft":
         return Sft(policies, config.sft, **shared)
