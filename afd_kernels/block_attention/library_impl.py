@@ -416,13 +416,13 @@ def block_attention(
     inputs: AttentionInputs, intervals: Intervals, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, h, d] in q's dtype and lse fp32 [B, h, L]."""
-    q, *sources = inputs
+    q = inputs.q
     library: Any = _CPU
     if not q.is_cpu:
         library = pick(library_cuda.major(q.device), q.shape[-1], backward=False)
         if isinstance(library, ModuleType):
             return library.block_attention(inputs, intervals, scale)
-    return forward(library, q, _Keys(*sources), intervals, scale)
+    return forward(library, q, _Keys._make(inputs[1:]), intervals, scale)
 
 
 def block_attention_bwd(
@@ -435,7 +435,7 @@ def block_attention_bwd(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, dk_context, dv_context in q's dtype; None where not needed."""
-    q, sources = inputs.q, _Keys(*inputs[1:])
+    q, sources = inputs.q, _Keys._make(inputs[1:])
     if q.device.type != "cpu":
         keys = needs[1] or needs[2]
         library = pick(library_cuda.major(q.device), q.shape[-1], backward=True, keys=keys)
