@@ -98,7 +98,7 @@ def check_source(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> None:
 
 
 def frame_count(x0: Tensor, layout: str, why: str) -> int:
-    """How many frames x0 has, whose layout counts as `why` is given per frame or chunk."""
+    """Number of frames of x0; `why`: the argument, given per frame or chunk, that needs it."""
     if x0.ndim != len(layout):
         raise ValueError(
             f"x0: got {describe(x0)}; needed: {len(layout)} dimensions {layout}, because {why} is "

@@ -86,7 +86,7 @@ def measure(
     firsts: dict[int, Tensor],
     args: argparse.Namespace,
 ) -> tuple[list[Row], dict[str, str]]:
-    """The rows of one provider, or why there are none.
+    """The rows of one provider, or the reason why they are missing.
 
     `before`: rows to compare with, extended by the new ones; `firsts`: first chunks by batch.
     """

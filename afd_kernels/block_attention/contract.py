@@ -22,8 +22,8 @@ class AttentionInputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    k_context: Tensor | None
-    v_context: Tensor | None
+    k_context: Tensor | None = None
+    v_context: Tensor | None = None
 
 
 def plan_block_attention(

@@ -65,7 +65,8 @@ def _block_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
         _rowwise,
         _addresses(tensors),
     )
-    return run(*(tensors if as_is else _rowwise(tensors)), intervals, scale)
+    inputs = AttentionInputs._make(tensors if as_is else _rowwise(tensors))
+    return run(inputs, intervals, scale)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -88,10 +89,11 @@ def _block_attention_bwd(*arguments: Any) -> tuple[Tensor, ...]:
         _dense_bwd,
         _addresses(tensors),
     )
-    _, q, _, _, k_context, *_ = tensors
-    wanted = (needs[0], needs[1], needs[2] and k_context is not None)
-    grads = run(*(tensors if as_is else _dense_bwd(tensors)), intervals, scale, wanted)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+    grad_out, *rows, out, lse = tensors if as_is else _dense_bwd(tensors)
+    inputs = AttentionInputs._make(rows)
+    wanted = (needs[0], needs[1], needs[2] and inputs.k_context is not None)
+    grads = run(grad_out, inputs, out, lse, intervals, scale, wanted)
+    return tuple(inputs.q.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _fake_bwd(*arguments: Any) -> tuple[Tensor, ...]:

@@ -62,7 +62,7 @@ def draw_seeds(
     """One 64-bit noise seed per sample, int64 [batch].
 
     Either drawn from `generator` (None: torch's own) on its device; every process needs a generator
-    with a seed of its own. Or made from `base`, the run's seed, with the step and the rank, on the
+    with its own seed. Or made from `base`, the run's seed, with the step and the rank, on the
     CPU: no two (step, rank, sample) of one base have the same seed, and a repeated call has the
     same seeds.
 

@@ -44,7 +44,7 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
     """This process's part of a whole batch."""
     own = ranks.share(len(batch.prompts))
     return Batch(
-        batch.step,
+        batch.update,
         batch.prompts[own],
         batch.teacher_BFCHW[own],
         first=own.start,
@@ -144,14 +144,14 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
 
 
 def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:
-    """A run of a configuration in which one process is told to stop during an update."""
+    """A run of a configuration in which one process receives the stop request during an update."""
     config = make_config(data)
     with join(config.device) as ranks:
         method = build_method(config, ranks)
         rollout = method.rollout
 
         def told(batch: Batch) -> None:
-            if ranks.rank == rank and batch.step == after:
+            if ranks.rank == rank and batch.update == after:
                 os.kill(os.getpid(), signal.SIGINT)
             rollout(batch)
 
@@ -160,6 +160,6 @@ def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:
 
 
 def run(data: dict[str, Any]) -> None:
-    """A run of a configuration, to its end, in a process of its own."""
+    """A run of a configuration, to its end, in a separate process."""
     torch.set_num_threads(1)
     train(make_config(data), console=Console(quiet=True))

@@ -1,4 +1,4 @@
-"""The command line: exit codes, what it prints, and mistakes told without a traceback."""
+"""The command line: exit codes, what it prints, and mistakes reported without a traceback."""
 
 from __future__ import annotations
 

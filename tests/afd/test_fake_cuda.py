@@ -1,4 +1,4 @@
-"""Whole paths on a GPU that is none (tests/fake_cuda): nothing is on the wrong device, nothing
+"""Whole paths on a simulated CUDA device (tests/fake_cuda): nothing is on the wrong device, nothing
 waits where it must not, and the numbers are the CPU's."""
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_every_part_is_measured_on_the_same_held_out_seeds(finished: tuple[Path,
         assert line["videos"] == 36
         assert {"phys", "g_mae", "rend", "adh"} <= set(line["metrics"])
         assert f"│ {method}" in screen
-    # Before its first update a run is the base student, and says so in the same numbers.
+    # Before its first update a run is the base student, with the same numbers.
     base = final_evaluation(root / "base", "base")
     first = json.loads((root / "sft" / "evaluation.jsonl").read_text().splitlines()[0])
     assert base is not None
@@ -100,7 +100,7 @@ def test_a_second_quickstart_repeats_nothing(finished: tuple[Path, str]) -> None
     screen = console()
     assert quickstart([f"out={root}", *SMALL], screen)
     assert kept(root) == before
-    assert screen.file.getvalue().count("was finished before and stays as it is") == 3
+    assert screen.file.getvalue().count("is already finished; kept") == 3
 
 
 def test_a_quickstart_of_other_settings_does_not_touch_a_finished_one(

@@ -37,7 +37,7 @@ MAKE = {"afd": make_afd, "sft": make_sft}
 
 
 def replayed(batch: Batch, prompts: list[str]) -> Batch:
-    batch.replay = Batch(batch.step, prompts, torch.empty(len(prompts), 0))
+    batch.replay = Batch(batch.update, prompts, torch.empty(len(prompts), 0))
     return batch
 
 

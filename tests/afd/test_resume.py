@@ -362,7 +362,7 @@ class _Impatient(TinyMethod):
     """Ctrl-C twice in the middle of the fourth update."""
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
-        if batch.step == 3:
+        if batch.update == 3:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
         return super().discriminator_step(batch)

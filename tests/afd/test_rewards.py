@@ -298,7 +298,7 @@ def test_a_physics_reward_needs_the_toy() -> None:
         "evaluation": {"kind": "video"},
         "rewards": {"fall": {"kind": "physics"}},
     }
-    with pytest.raises(ConfigError, match=r"rewards\.fall\.kind: got physics, which measures"):
+    with pytest.raises(ConfigError, match=r"rewards\.fall\.kind: got physics, which only measures"):
         make_config(data)
 
 

@@ -171,7 +171,7 @@ class RunConfig(Section):
     rewards: dict[EntryName, Annotated[RewardConfig, ByKind("rewards")]] = Field(
         default={},
         description="method=afd: frozen scores beside the discriminator, each a section by kind "
-        "under a name of its own; kind=discriminator gives the discriminator's own weight",
+        "under its own name; kind=discriminator sets the discriminator's weight",
     )
     afd: AfdConfig = AfdConfig()
     sft: SftConfig = SftConfig()

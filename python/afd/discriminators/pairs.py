@@ -86,7 +86,7 @@ class PairDiscriminator(ABC):
         return video_BFCHW
 
     def excerpts(self, teacher_BFCHW: Tensor, student_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of each pair that one step ranks, the same of both its videos."""
+        """The part of each pair that one update ranks, the same of both videos."""
         return teacher_BFCHW, student_BFCHW
 
     @abstractmethod

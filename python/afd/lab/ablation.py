@@ -38,9 +38,10 @@ class AblationConfig(Section):
     """Settings of an ablation: its question and the runs that answer it."""
 
     name: str = Field(description="name of the folder and of the table")
-    question: str = Field(description="what the rows are compared for; stands above the table")
+    question: str = Field(description="what the rows are compared for; printed above the table")
     base: Path = Field(
-        description="what every run begins with, or a sequence of domains; from this file's folder"
+        description="base configuration of every run, or a sequence of domains; relative to this "
+        "file"
     )
     rows: dict[str, list[str]] = Field(min_length=1, description="per row its overrides")
     seeds: list[Natural] = Field(default=[0], min_length=1, description="seeds of every row")
@@ -103,7 +104,7 @@ def document(config: AblationConfig, table: Study, results: dict[str, Any]) -> s
     )
     updates = sorted({found["updates"] for row in results.values() for found in _updates(row)})
     rows = [
-        f"- `{row}`: {', '.join(own) or 'as the base is'}"
+        f"- `{row}`: {', '.join(own) or 'the base'}"
         for row, own in table.rows.items()
         if row in results
     ]

@@ -112,9 +112,12 @@ class ToyDiscriminatorConfig(WindowedConfig):
     )
     warmup_steps_per_update: Natural | None = Field(
         default=3,
-        description="its steps in each of those updates, on the same rollouts; null: as in others",
+        description="its steps in each of those updates, on the same rollouts; null: "
+        "steps_per_update",
     )
-    steps_per_update: Natural = Field(default=2, description="its steps in one update of the run")
+    steps_per_update: Natural = Field(
+        default=2, description="its optimizer steps in one update of the run"
+    )
     r1: float = Field(
         default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
     )
@@ -138,8 +141,8 @@ class ToyDiscriminatorConfig(WindowedConfig):
     def check_student(self, student: StudentConfig) -> None:
         if student.kind != "toy":
             raise ValueError(
-                "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
-                f"latent for student.kind={student.kind}"
+                "discriminator.kind: got toy, which only works for the toy task; needed: "
+                f"videoalign or latent for student.kind={student.kind}"
             )
 
 
@@ -160,7 +163,7 @@ class PhysicsRewardConfig(RewardConfig):
     def check_student(self, student: StudentConfig) -> None:
         if student.kind != "toy":
             raise ValueError(
-                "kind: got physics, which measures the toy task only; needed: videoalign, "
+                "kind: got physics, which only measures the toy task; needed: videoalign, "
                 f"discriminator or an installed package's for student.kind={student.kind}"
             )
 

@@ -57,9 +57,9 @@ class PhysicsMetrics(Metrics):
         """Log, every WATCH_EVERY updates, the score's agreement with the task's metrics."""
 
         def watch(
-            step: int, score_B: Tensor, video_BFCHW: Tensor, prompts: list[str], group: int
+            update: int, score_B: Tensor, video_BFCHW: Tensor, prompts: list[str], group: int
         ) -> dict[str, float]:
-            if step % WATCH_EVERY:
+            if update % WATCH_EVERY:
                 return {}
             return rank_agreement(score_B, video_BFCHW, prompts, group, ranks)
 

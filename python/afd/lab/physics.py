@@ -185,7 +185,7 @@ def measure_each(video_NFCHW: Tensor, domain: Domain = GRAVITY) -> Physics:
 
 
 def seam_jerk(kink_NT: Tensor, chunk: int = CHUNK) -> float:
-    """RMS of the kinks that span a boundary of chunks over that of the others; nan without either.
+    """RMS of the kinks across chunk boundaries over that of all other kinks; nan without either.
 
     The second difference at frame f + 1 spans the frames f to f + 2.
     """

@@ -32,7 +32,7 @@ from afd.models.wan.types import LayerKV
 from afd.rewards.base import Term
 from afd_kernels.contracts import require
 
-# Maps step, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
+# Maps update, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
 Watch = Callable[[int, Tensor, Tensor, list[str], int], dict[str, float]]
 # Metric names, and the per-copy outputs of the loss op that they report.
 MEASURED = {
@@ -50,7 +50,7 @@ class Afd(StudentMethod):
     Args:
         policies: the versions of the student required by the configuration.
         discriminator: learns from the teacher's videos; None: the frozen rewards alone score.
-        watch: called with step, scores [B], videos, prompts and group size after every update's
+        watch: called with update, scores [B], videos, prompts and group size after every update's
             scoring; returns metrics.
         rewards: the rewards of the run; without an entry for the discriminator its weight is 1.
         how: arguments common to all methods (see `StudentMethod`).
@@ -82,7 +82,7 @@ class Afd(StudentMethod):
         # Sum over an update's copies of the mean v_theta².
         self._v_square = torch.zeros(())
 
-    # --- one step ---
+    # --- one update ---
 
     def rollout(self, batch: Batch) -> None:
         """Generate `samples_per_prompt` videos for every prompt with the old policy."""
@@ -104,7 +104,7 @@ class Afd(StudentMethod):
             return metrics
         assert rollouts.input_BFCHW is not None
         teacher = self._matched(batch)
-        for _ in range(self.discriminator.config.steps_in(batch.step)):
+        for _ in range(self.discriminator.config.steps_in(batch.update)):
             metrics = self.discriminator.step(teacher, rollouts.input_BFCHW, rollouts.prompts)
         return {f"discriminator/{key}": value for key, value in metrics.items()}
 
@@ -126,18 +126,18 @@ class Afd(StudentMethod):
         metrics |= rollout_metrics(rollouts.x0_BFCHW, group, self.ranks)
         if self.watch is not None:
             given = scores.total_B, rollouts.x0_BFCHW, rollouts.prompts
-            metrics |= self.watch(batch.step, *given, group)
-        if not self._waits(batch.step):
+            metrics |= self.watch(batch.update, *given, group)
+        if not self._waits(batch.update):
             metrics |= self._update(batch, rollouts, r_B, prior)
         self._rollouts = None
         return metrics
 
-    def _waits(self, step: int) -> bool:
+    def _waits(self, update: int) -> bool:
         """Whether only the discriminator learns now; never if its score does not count."""
         counts = any(term.reward is None and term.weight > 0 for term in self.terms)
         if self.discriminator is None or not counts:
             return False
-        return self.discriminator.config.learns_alone(step)
+        return self.discriminator.config.learns_alone(update)
 
     def _weights(
         self, batch: Batch, scores: Scores
@@ -145,7 +145,7 @@ class Afd(StudentMethod):
         """Weights r [B] and of the prior from the scores of all processes, and metrics of all."""
         config, score_B = self.config, scores.total_B
         group = config.samples_per_prompt
-        scores.refuse_non_finite(batch.step)
+        scores.refuse_non_finite(batch.update)
         used = scores
         baseline: float | Tensor | None = self.score_average
         if config.advantage == "random":
@@ -189,7 +189,7 @@ class Afd(StudentMethod):
     def _update(
         self, batch: Batch, rollouts: Rollouts, r_B: Tensor, prior: float | Tensor
     ) -> dict[str, float]:
-        """One optimizer step on noised copies of the rollouts, then the EMA updates."""
+        """Update the student on noised copies of the rollouts, then the averages."""
         config = self.config
         copies = draw_copies(
             config,

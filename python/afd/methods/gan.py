@@ -46,13 +46,13 @@ class Gan(LastStepMethod):
         assert rollouts.input_BFCHW is not None
         teacher = batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
         metrics: dict[str, float] = {}
-        for _ in range(self.discriminator.config.steps_in(batch.step)):
+        for _ in range(self.discriminator.config.steps_in(batch.update)):
             metrics = self.discriminator.step(teacher, rollouts.input_BFCHW, rollouts.prompts)
         return {f"discriminator/{key}": value for key, value in metrics.items()}
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
-        if not self.discriminator.config.learns_alone(batch.step):
+        if not self.discriminator.config.learns_alone(batch.update):
             with held(self.discriminator):
                 metrics = self._update(rollouts, batch)
         self._rollouts = None

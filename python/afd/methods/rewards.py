@@ -1,4 +1,4 @@
-"""Rewards of a step's videos: scored on each process, combined over all of them.
+"""Rewards of an update's videos: scored on each process, combined over all of them.
 
 Shape letters: R rewards, B videos (group by group; of all processes unless noted), P prompts, G
 videos per prompt (B = P G).
@@ -58,13 +58,13 @@ class Scores:
                 return float(score_B[video])
         return float(self.total_B[video])
 
-    def refuse_non_finite(self, step: int) -> None:
-        """Raise TrainingError if a score is not finite; `step`: the update, from 0."""
+    def refuse_non_finite(self, update: int) -> None:
+        """Raise TrainingError if a score is not finite; `update`: its number, from 0."""
         for term, score_B in zip(self.terms, self.each_RB, strict=True):
             bad = score_B[~score_B.isfinite()]
             if len(bad):
                 raise TrainingError(
-                    f"update {step + 1}: reward {term.name} is {float(bad[0])} for {len(bad)} of "
+                    f"update {update + 1}: reward {term.name} is {float(bad[0])} for {len(bad)} of "
                     f"{len(score_B)} videos; needed: finite scores"
                 )
 

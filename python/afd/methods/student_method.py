@@ -171,7 +171,7 @@ class StudentMethod:
             )
 
     def _current(self) -> Rollouts:
-        """This step's rollouts."""
+        """This update's rollouts."""
         if self._rollouts is None:
             raise RuntimeError(
                 "no rollouts: call rollout(batch) before discriminator_step, student_step"

@@ -41,7 +41,7 @@ class StreamConfig(Section):
     )
 
     independent_first_frame: bool = Field(
-        default=False, description="the first latent frame is a chunk of its own"
+        default=False, description="the first latent frame is a separate chunk"
     )
     window: Count | None = Field(
         default=None,

@@ -57,7 +57,7 @@ class WanStudentConfig(StudentConfig):
         "generator_ema if present",
     )
     head_dim: Count | None = Field(
-        default=None, description="channels of a head; null: as config.json says, else 128"
+        default=None, description="channels of a head; null: from config.json, else 128"
     )
     pretrained: str = Field(
         default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
