@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from afd.config.base import Count, Positive
-from afd.hub import missing_source, pinned
+from afd.hub import fingerprint, missing_path, missing_source, pinned
 from afd.models.config import Dtype, LoraConfig, StudentConfig
 from afd.registry import load
 from afd.schedules import ShiftedFlow, check_steps
@@ -33,7 +33,7 @@ class WanStudentConfig(StudentConfig):
 
     scale: ClassVar[tuple[int, int]] = (4, 8)
 
-    kind: Literal["wan"] = Field(description="a Self-Forcing or Causal-Forcing student")
+    kind: Literal["wan"] = Field(description="a Self-Forcing, Causal-Forcing or LongLive student")
     checkpoint: str | None = Field(
         default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
     )
@@ -55,6 +55,14 @@ class WanStudentConfig(StudentConfig):
         default=None,
         description="weights of a .pt file; true: generator_ema, false: generator, null: "
         "generator_ema if present",
+    )
+    adapter: str | None = Field(
+        default=None,
+        description="low-rank adapter file or PEFT folder merged into the weights, as LongLive's",
+    )
+    adapter_alpha: Positive | None = Field(
+        default=None,
+        description="alpha of `adapter`; null: as its folder's adapter_config.json says",
     )
     head_dim: Count | None = Field(
         default=None, description="channels of a head; null: as config.json says, else 128"
@@ -132,7 +140,19 @@ class WanStudentConfig(StudentConfig):
 
     def with_weights(self, path: Path) -> Self:
         # A folder holds one network; `ema` only chooses between the two of a .pt file.
-        return self.model_copy(update={"checkpoint": str(path), "ema": None})
+        merged = {"adapter": None, "adapter_alpha": None}
+        return self.model_copy(update={"checkpoint": str(path), "ema": None, **merged})
+
+    def fingerprint(self) -> str:
+        parts = [super().fingerprint()]
+        if self.adapter is not None:
+            parts.append(fingerprint(Path(self.adapter)))
+        return "+".join(parts)
+
+    def missing_weights(self) -> Iterator[str]:
+        yield from super().missing_weights()
+        if self.adapter is not None:
+            yield from missing_path("student.adapter", self.adapter, "the adapter to merge")
 
     def pinned(self) -> Self:
         from_pipeline: tuple[str, ...] = ()

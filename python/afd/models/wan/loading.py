@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from afd.extras import need
 from afd.models.config import DTYPES
 from afd.models.wan.checkpoints import infer_config, load_checkpoint, read_weights, save_diffusers
 from afd.models.wan.config import WanStudentConfig
+from afd.models.wan.lora import merge_lora
 from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
 from afd.models.wan.text import TextEncoder
@@ -146,14 +148,7 @@ def build(
         texts.embed(prompts)
     ranks.barrier()
     texts.embed(prompts)
-    net = load_checkpoint(
-        path,
-        ema=config.ema,
-        dtype=DTYPES[config.dtype],
-        device=device,
-        head_dim=config.head_dim,
-        **config.network,
-    )
+    net = _load(config, path, DTYPES[config.dtype], device)
     height, width = config.latent_size(video.height, video.width)
     student = WanStudent(
         net.requires_grad_(False),
@@ -180,11 +175,22 @@ def sizes(config: WanStudentConfig) -> WanConfig:
 
 def load_network(config: WanStudentConfig) -> CausalWan:
     """Load the network with the start weights, in float32."""
+    return _load(config, _checkpoint(config), torch.float32, "cpu")
+
+
+def _load(
+    config: WanStudentConfig, path: Path, dtype: torch.dtype, device: torch.device | str
+) -> CausalWan:
+    """The network of a checkpoint, with the adapter file merged, if there is one."""
+    adapter, alpha = config.adapter, config.adapter_alpha
+    merge = None if adapter is None else partial(merge_lora, path=adapter, alpha=alpha)
     return load_checkpoint(
-        _checkpoint(config),
+        path,
         ema=config.ema,
-        dtype=torch.float32,
+        dtype=dtype,
+        device=device,
         head_dim=config.head_dim,
+        change=merge,
         **config.network,
     )
 
