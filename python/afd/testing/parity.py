@@ -6,8 +6,8 @@ an error is above float32's 1e-5 (values) or 1e-4 (gradients), where a file is o
 where weights do not fit; with 2 where there is nothing to run.
 
 A folder holds config.json, weights.safetensors and golden files, of Self-Forcing or (config.json
-with the parts network, stream and files) of LongLive; units.safetensors holds values of single
-functions.
+with the parts network, stream and files) of LongLive; or keys.json and golden files of the tiny
+autoencoder. units.safetensors holds values of single functions.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from afd.ops import use_backend
 from afd.testing.golden import Folder, compare
 from afd.testing.longlive import PARTS, LongLiveFolder
 from afd.testing.measure import Report
+from afd.testing.tiny_vae import compare_tiny
 from afd.testing.units import compare_units
 from afd_kernels.dispatch import BACKENDS, OPS
 
@@ -52,6 +53,9 @@ def run_folder(
         elif config.keys() >= PARTS and dtype != torch.bfloat16:
             folder = LongLiveFolder(file.parent, config, device, dtype)
             yield from folder.reports(_prefix(file.parent, path))
+    for keys in sorted(path.rglob("keys.json")):
+        if dtype != torch.bfloat16:
+            yield from compare_tiny(keys.parent, _prefix(keys.parent, path), device, dtype)
     for units in sorted(path.rglob("units.safetensors")):
         report = Report(units.relative_to(path).as_posix().removesuffix(".safetensors"))
         compare_units(report, load_file(units), device)
