@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from afd.models.noise import KEYS_AHEAD
+from afd.models.wan.graphs import FixedPasses
 from afd.models.wan.student import WanStudent
 from afd.rollout import (
     EndlessLayout,
@@ -20,7 +21,8 @@ from afd.rollout import (
     stream,
     stream_layout,
 )
-from tests.afd.test_rollout import TWO, make_student, noise_of, student, text, video
+from tests.afd.test_rollout import TWO, Watch, make_student, noise_of, student, text, video
+from tests.tolerances import NETWORK_REORDERED as SAME
 
 __all__ = ["student", "text"]
 
@@ -141,3 +143,40 @@ def test_mistakes_of_endless_streams_and_switches_are_named(
         student.net.recache(torch.zeros(2, 3, 4, 4, 6), torch.zeros(1, 1), cache)
     with pytest.raises(ValueError, match="recache: got 'an empty cache'"):
         student.new_cache(text, 6).recache()
+
+
+@pytest.mark.parametrize("mode", ["recache", "new_sink"])
+def test_recorded_passes_stream_on_after_a_recache(text: Tensor, mode: Any) -> None:
+    """Slots are counted anew after the sink is replaced; a replay reads where from the device."""
+    student = make_student(window=5, sink=1)
+    switches = {c: Switch(text.roll(c, 1), mode) for c in (1, 4, 6)}
+    expected = video(student, text, [1, 2], frames=18, switches=switches)
+    student._graphs = passes = FixedPasses(student.net)  # type: ignore[assignment]
+    cache = student.new_cache(text, 18)
+    for _ in range(2):
+        cache.reset(student.net.text_kv(text))
+        made = video(student, text, [1, 2], frames=18, switches=switches, cache=cache)
+        torch.testing.assert_close(made, expected, **SAME)
+    assert passes.count == 6  # two kinds of pass, at three lengths of the cache
+
+
+def test_no_value_is_read_back_at_a_recache(text: Tensor) -> None:
+    student = make_student(window=5, sink=1)
+    switches = {c: Switch(text.flip(0), "new_sink") for c in (2, 4)}
+    noise = noise_of(student, [1, 2], 12)
+    chunks = stream(student, text, noise, frames=12, denoising_steps=TWO, switches=switches)
+    next(chunks)
+    with Watch() as watch:
+        assert len(list(chunks)) == 5
+    assert watch.waits == []
+
+
+def test_a_new_video_in_the_same_cache_forgets_the_replaced_sink(text: Tensor) -> None:
+    student = make_student(window=5, sink=1)
+    cache = student.new_cache(text, 12)
+    video(student, text, [1, 2], frames=12, switches={4: Switch(text, "new_sink")}, cache=cache)
+    assert cache.held()[0] == 3
+    cache.reset(student.net.text_kv(text))
+    again = video(student, text, [1, 2], frames=12, cache=cache)
+    assert torch.equal(again, video(student, text, [1, 2], frames=12))
+    assert cache.held()[0] == 0

@@ -403,7 +403,8 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
     lines = [
         f"videos      {len(jobs)}, {config.batch} at a time",
         f"video       {config.frames} frames of {config.height}x{config.width}; "
-        f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes",
+        f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes"
+        + (f" and {len(job.recaches)} of a recache" if job.recaches else ""),
         f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB "
         f"{config.student.dtype}, {_sized_by(config)}",
         f"cache       {held.cache / gib:.3f} GiB: {held.kept_frames} frames and the prompt, "

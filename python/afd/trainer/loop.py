@@ -32,6 +32,7 @@ from afd.distributed import ALONE, Ranks, join
 from afd.errors import ConfigError, StorageError, TeacherError, TrainingError, VideoError
 from afd.files import DISK, what_failed, write_json, write_text
 from afd.methods.base import Batch, Method, Shown
+from afd.models.codec import redecodes
 from afd.teachers.base import Teacher
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method
@@ -170,6 +171,7 @@ def _open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
 
 
 def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
+    latents = method.input_space == "latents" or redecodes(method.codec)
     return Videos(
         teacher,
         config.video,
@@ -177,7 +179,7 @@ def _open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ran
         prepare=method.prepare,
         codec=method.codec,
         # Pixels are not cached, so a run on pixels needs no cache folder.
-        store=Store.of(config.cache) if method.input_space == "latents" else None,
+        store=Store.of(config.cache) if latents else None,
         ranks=ranks,
         accept=config.checkpoint.accept_changed_inputs,
     )

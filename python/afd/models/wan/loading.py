@@ -23,16 +23,19 @@ from afd.errors import ConfigError
 from afd.extras import need
 from afd.models.config import DTYPES
 from afd.models.wan.checkpoints import infer_config, load_checkpoint, read_weights, save_diffusers
-from afd.models.wan.config import WanStudentConfig
+from afd.models.wan.config import TINY, WanStudentConfig
 from afd.models.wan.lora import merge_lora
 from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
 from afd.models.wan.text import TextEncoder
+from afd.models.wan.tiny_vae import LAYOUTS as TINY_LAYOUTS
+from afd.models.wan.tiny_vae import TinyDecoded, TinyVAE
 from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
 from afd.schedules import ShiftedFlow
 
 if TYPE_CHECKING:
+    from afd.models.codec import Codec
     from afd.video.config import VideoConfig
 
 _log = logging.getLogger("afd")
@@ -127,7 +130,7 @@ def build(
     device: torch.device | str = "cpu",
     store: Store | None = None,
     ranks: Ranks = ALONE,
-) -> tuple[WanStudent, VideoVAE]:
+) -> tuple[WanStudent, Codec]:
     """Build the frozen student of a checkpoint and its autoencoder, with `prompts` embedded.
 
     Args:
@@ -158,10 +161,25 @@ def build(
         schedule=ShiftedFlow(config.shift),
         encoder=texts,
     )
-    codec = VideoVAE.load(
-        config.vae or config.pretrained, dtype=DTYPES[config.vae_dtype], device=device
-    )
-    return student, codec
+    return student, _codec(config, video, device)
+
+
+def _codec(config: WanStudentConfig, video: VideoConfig, device: torch.device | str) -> Codec:
+    """The autoencoder, or the tiny one, or both: the one's encoder and the other's decoder."""
+    dtype, tiny = DTYPES[config.vae_dtype], None
+    if TINY in (config.vae, video.decoder):
+        if config.tiny_vae is None:
+            raise ConfigError(f"student.tiny_vae: not given; needed: {TINY_LAYOUTS}")
+        tiny = TinyVAE.load(config.tiny_vae, dtype=dtype, device=device)
+        if tiny.scale != config.scale:
+            raise ConfigError(
+                f"student.tiny_vae: {config.tiny_vae} has {tiny.scale[0]} frames and "
+                f"{tiny.scale[1]} pixels a latent; needed: {config.scale[0]} and {config.scale[1]}"
+            )
+        if config.vae == TINY:
+            return tiny
+    vae = VideoVAE.load(config.vae or config.pretrained, dtype=dtype, device=device)
+    return vae if tiny is None else TinyDecoded(vae, tiny)
 
 
 def sizes(config: WanStudentConfig) -> WanConfig:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afd.hub import weights_digest
+from afd.models.codec import Codec
 from afd.models.wan.checkpoints import fill, read_pickle
 from afd_kernels.contracts import require
 
@@ -221,7 +222,10 @@ class TinyVAE:
     Attributes:
         network: its parameters have the file's names.
         scale: video frames per latent frame, pixels per latent row and column.
+        redecodes: see `afd.models.codec`.
     """
+
+    redecodes = True
 
     def __init__(self, network: _Network) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -323,6 +327,32 @@ class TinyVAE:
     def stream(self) -> TinyStream:
         """A chunk-by-chunk decoder for one batch of streams."""
         return TinyStream(self)
+
+
+class TinyDecoded:
+    """An autoencoder whose decoder is replaced by the tiny one, for training (`video.decoder`)."""
+
+    redecodes = True
+
+    def __init__(self, vae: Codec, tiny: TinyVAE) -> None:
+        self.vae, self.tiny = vae, tiny
+
+    @property
+    def identity(self) -> str:
+        """Of both: a resumed run compares it, and it keys the cached latents."""
+        return f"{self.vae.identity} {self.tiny.identity}"
+
+    def encode(self, video_BFCHW: Tensor) -> Tensor:
+        """As the full autoencoder."""
+        return self.vae.encode(video_BFCHW)
+
+    def decode(self, latent_BFCHW: Tensor) -> Tensor:
+        """As `TinyVAE.decode`."""
+        return self.tiny.decode(latent_BFCHW)
+
+    def stream(self) -> TinyStream:
+        """As `TinyVAE.stream`."""
+        return self.tiny.stream()
 
 
 class TinyStream:
