@@ -205,6 +205,24 @@ def test_an_adapter_is_merged_by_its_alpha_over_its_rank(longlive: Path, tmp_pat
         read_lora(_saved(tmp_path / "half.pt", only))
 
 
+def test_the_student_that_is_loaded_and_trained_has_the_adapter_merged(
+    models: Path, longlive: Path, tmp_path: Path
+) -> None:
+    files = {"checkpoint": str(longlive / "longlive_base.pt"), "adapter": str(longlive / "lora.pt")}
+    config = make(models, tmp_path, adapter_alpha=6, **files).student
+    weights = torch.load(longlive / "longlive_base.pt", weights_only=True)["generator"]
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    expected = merge_lora(weights, longlive / "lora.pt", alpha=6)
+    held = config.load_network().state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+    alone = config.model_copy(update={"adapter": None})
+    assert alone.fingerprint() != config.fingerprint()
+    # What a run saves holds the sum already.
+    assert config.with_weights(tmp_path).adapter is None  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"student\.adapter: /none\.pt is not there"):
+        config.model_copy(update={"adapter": "/none.pt"}).require_weights()
+
+
 def _saved(path: Path, held: dict[str, Any]) -> Path:
     torch.save(held, path)
     return path
