@@ -130,6 +130,11 @@ class StudentConfig(Section):
 
     def check_video(self, video: VideoConfig) -> None:
         """Raise ValueError if the student cannot generate videos of this size or length."""
+        if video.decoder is not None:
+            raise ValueError(
+                f"video.decoder: got {video.decoder}; needed: null, as student.kind={self.kind} "
+                "has no such decoder"
+            )
 
     def video_size(self) -> tuple[int, int, int] | None:
         """The only frames, rows and columns it can be trained on; None: any size."""

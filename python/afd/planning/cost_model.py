@@ -296,32 +296,48 @@ DECODE_BYTES, ENCODE_BYTES = 7.1, 4.0
 # Numbers per pixel that a decode with gradients saves for every latent frame (the convolutions'
 # state before it), and for the one frame that is recomputed in its backward.
 STATE_NUMBERS, FRAME_NUMBERS = 1.76 * 2**29 / (480 * 832), 15.6 * 2**29 / (480 * 832)
+# The tiny autoencoder (TAEHV), counted likewise: all its latent frames cost the same.
+TINY_PARAMETERS = 11_315_539
+TINY_DECODE_FLOP, TINY_ENCODE_FLOP = 544_151_961_600 / (480 * 832), 241_852_416_000 / (480 * 832)
+# Numbers per pixel: state and activations of a latent frame of three, one encoded, and with
+# gradients the state and what autograd keeps of one.
+TINY_DECODE_NUMBERS, TINY_ENCODE_NUMBERS = 900, 530
+TINY_STATE_NUMBERS, TINY_FRAME_NUMBERS = 84, 1460
 
 
-def decode_flop(latent_frames: int, pixels: int) -> float:
+def decode_flop(latent_frames: int, pixels: int, *, tiny: bool = False) -> float:
     """Decode one video of `pixels` pixels per frame from latents."""
+    if tiny:
+        return pixels * latent_frames * TINY_DECODE_FLOP
     return pixels * (DECODE_FLOP[0] + (latent_frames - 1) * DECODE_FLOP[1])
 
 
-def encode_flop(latent_frames: int, pixels: int) -> float:
+def encode_flop(latent_frames: int, pixels: int, *, tiny: bool = False) -> float:
     """Encode one video to latents."""
+    if tiny:
+        return pixels * latent_frames * TINY_ENCODE_FLOP
     return pixels * (ENCODE_FLOP[0] + (latent_frames - 1) * ENCODE_FLOP[1])
 
 
-def decode_bytes(videos: int, pixels: int, itemsize: int) -> int:
+def decode_bytes(videos: int, pixels: int, itemsize: int, *, tiny: bool = False) -> int:
     """Convolution state of a streamed decode and the current chunk, excluding weights."""
-    return int(1000 * DECODE_BYTES * videos * pixels * itemsize)
-
-
-def decode_gradient_bytes(latent_frames: int, videos: int, pixels: int, itemsize: int) -> int:
-    """A decode with gradients, one latent frame at a time, excluding weights."""
-    numbers = latent_frames * STATE_NUMBERS + FRAME_NUMBERS
+    numbers = TINY_DECODE_NUMBERS if tiny else 1000 * DECODE_BYTES
     return int(numbers * videos * pixels * itemsize)
 
 
-def encode_bytes(pixels: int, itemsize: int) -> int:
+def decode_gradient_bytes(
+    latent_frames: int, videos: int, pixels: int, itemsize: int, *, tiny: bool = False
+) -> int:
+    """A decode with gradients, one latent frame at a time, excluding weights."""
+    state, frame = STATE_NUMBERS, FRAME_NUMBERS
+    if tiny:
+        state, frame = TINY_STATE_NUMBERS, TINY_FRAME_NUMBERS
+    return int((latent_frames * state + frame) * videos * pixels * itemsize)
+
+
+def encode_bytes(pixels: int, itemsize: int, *, tiny: bool = False) -> int:
     """An encode of one video, excluding weights."""
-    return int(1000 * ENCODE_BYTES * pixels * itemsize)
+    return int((TINY_ENCODE_NUMBERS if tiny else 1000 * ENCODE_BYTES) * pixels * itemsize)
 
 
 # --- VideoAlign (Qwen2-VL-2B) ---

@@ -91,8 +91,12 @@ class Work:
         self.reads_pixels = isinstance(self.discriminator, VideoAlignConfig)
         self.rewards = frozen(config.rewards) if config.method == "afd" else {}
         self.decodes = self.reads_pixels or bool(self.rewards)
+        self.tiny_encodes = self.wan and getattr(student, "vae", None) == "tiny"
+        self.tiny_decodes = self.tiny_encodes or config.video.decoder == "tiny"
+        # The tiny decoder makes the teacher's pixels, too (`afd.models.codec`).
+        self.redecodes = self.reads_pixels and self.tiny_decodes
         # Rewards alone need no teacher's videos.
-        self.encodes = not self.reads_pixels and not (
+        self.encodes = (self.redecodes or not self.reads_pixels) and not (
             config.method == "afd" and self.discriminator is None
         )
 
@@ -167,18 +171,20 @@ class Work:
         yield Part(
             "text encoder", text, "start", "embeds prompts missing from the cache, then freed"
         )
-        weights = cost.VAE_PARAMETERS * self.vae_item
-        yield Part("autoencoder", weights, "always", "frozen weights")
+        numbers = 0 if self.tiny_encodes else cost.VAE_PARAMETERS
+        numbers += cost.TINY_PARAMETERS if self.tiny_decodes else 0
+        yield Part("autoencoder", numbers * self.vae_item, "always", "frozen weights")
+        tiny = self.tiny_decodes
         if self.decodes:
-            decode = cost.decode_bytes(1, self.pixels, self.vae_item)
+            decode = cost.decode_bytes(1, self.pixels, self.vae_item, tiny=tiny)
             yield Part("decode", decode, "rollout", "one video, streamed")
             if self.config.method == "gan":
                 sizes = self.net.frames, self.micro, self.pixels, self.vae_item
-                kept = cost.decode_gradient_bytes(*sizes)
+                kept = cost.decode_gradient_bytes(*sizes, tiny=tiny)
                 note = f"{self.micro} video(s) a pass, latent frames recomputed one by one"
                 yield Part("decode with gradients", kept, "student", note)
         if self.encodes:
-            encode = cost.encode_bytes(self.pixels, self.vae_item)
+            encode = cost.encode_bytes(self.pixels, self.vae_item, tiny=self.tiny_encodes)
             yield Part("encode", encode, "start", "one teacher video")
 
     def _discriminator(self) -> Iterator[Part]:
@@ -273,9 +279,9 @@ class Work:
         videos = config.taught * self.group
         steps, first = config.student.denoising_steps, config.student.first_chunk_steps
         rollout = cost.rollout_flop(net, len(steps), None if first is None else len(first))
-        decode = cost.decode_flop(net.frames, self.pixels)
+        decode = cost.decode_flop(net.frames, self.pixels, tiny=self.tiny_decodes)
         if self.encodes:
-            encode = cost.encode_flop(net.frames, self.pixels)
+            encode = cost.encode_flop(net.frames, self.pixels, tiny=self.tiny_encodes)
             yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
         if self.rolls:
             passes = f"{len(steps)} steps and a context pass a chunk"
@@ -283,7 +289,11 @@ class Work:
                 "rollout", videos * rollout, 0.0, config.updates, f"{videos} videos, {passes}"
             )
         if self.decodes:
-            yield Phase("decode", 0.0, videos * decode, config.updates, f"{videos} videos")
+            note = f"{videos} videos"
+            count = videos + config.prompts_per_update * self.redecodes
+            if self.redecodes:
+                note += f" and {config.prompts_per_update} of the teacher"
+            yield Phase("decode", 0.0, count * decode, config.updates, note)
         if self.discriminator is not None or config.method == "dmd":
             flop, note = self._critic_work(videos)
             yield Phase("discriminator", flop, 0.0, config.updates, note)

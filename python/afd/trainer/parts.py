@@ -16,6 +16,7 @@ from afd.data.prompts import prompts_of
 from afd.data.videos import Videos
 from afd.distributed import Ranks
 from afd.methods.base import Method
+from afd.models.codec import redecodes
 from afd.teachers.base import Teacher
 from afd.trainer import checkpoint
 from afd.trainer.evaluate import (
@@ -38,6 +39,7 @@ def open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
 
 
 def open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
+    latents = method.input_space == "latents" or redecodes(method.codec)
     return Videos(
         teacher,
         config.video,
@@ -45,7 +47,7 @@ def open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Rank
         prepare=method.prepare,
         codec=method.codec,
         # Pixels are not cached, so a run on pixels needs no cache folder.
-        store=Store.of(config.cache) if method.input_space == "latents" else None,
+        store=Store.of(config.cache) if latents else None,
         ranks=ranks,
         accept=config.checkpoint.accept_changed_inputs,
     )
