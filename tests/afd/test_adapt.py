@@ -247,7 +247,7 @@ def test_a_changed_list_is_refused_from_the_first_domain_that_differs(
         ),
         (
             {"overrides": ["afd.prior_reference={previous: 0}"]},
-            "domain 1 (fall): override",
+            "afd.prior_reference is {'previous': 0}; needed: pretrained, previous, or positive",
         ),
         (
             {"domains": [domains()[0] | {"prompts": "{folder}/odd.txt"}]},
@@ -268,6 +268,7 @@ def test_a_sequence_that_cannot_be_is_one_sentence(
     with pytest.raises(AfdError) as raised:
         adapt(path, [], quiet())
     assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert not list((tmp_path / "out").glob("*_*/metrics.jsonl"))
 
 
@@ -299,6 +300,7 @@ def test_ctrl_c_stops_a_sequence_and_the_command_continues(
     monkeypatch.setattr(adapt_run, "measure", interrupted)
     assert main(["adapt", str(path)]) == 130
     assert main(["adapt", str(path)]) == DONE
+    assert (tmp_path / "out" / "report.html").is_file()
     assert os.path.exists(tmp_path / "out" / "2_sand" / "DONE")
 
 
