@@ -369,7 +369,14 @@ def _adapt(options: argparse.Namespace) -> int:
     if options.dry_run:
         dry_run(options.config, options.overrides, options.processes, _console())
         return DONE
-    return DONE if adapt(options.config, options.overrides, _console()) else STOPPED
+    from afd.lab.report.page import write_report
+
+    console = _console()
+
+    def finish(root: Path) -> None:
+        console.print(f"open {write_report(root)}", soft_wrap=True)
+
+    return DONE if adapt(options.config, options.overrides, console, finish) else STOPPED
 
 
 def _sample(options: argparse.Namespace) -> int:

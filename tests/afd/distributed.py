@@ -18,7 +18,7 @@ from afd.discriminators.latent import LatentDiscriminator
 from afd.distributed import Ranks, join
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
-from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
+from afd.methods.config import AfdConfig, DmdConfig, GanConfig, ReplayConfig, SftConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.methods.sft import VERSIONS, Sft
@@ -49,16 +49,20 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
         batch.teacher_BFCHW[own],
         first=own.start,
         total=len(batch.prompts),
+        replay=None if batch.replay is None else sharing(batch.replay, ranks),
     )
 
 
 def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
-    """AFD with LoRA ("afd"), the others with all weights ("afd full", "afd rewards", "sft", "gan",
-    "dmd"); " bf16" behind the name: computed in bf16, at a small rate."""
+    """AFD with LoRA ("afd", "afd replay"), the others with all weights ("afd full", "afd rewards",
+    "sft", "gan", "dmd"); " bf16" behind the name: computed in bf16, at a small rate."""
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.world > 1 else None
-    lora = LoraConfig(rank=4, alpha=4.0) if name in ("afd", "afd bf16") else None
+    adapted = ("afd", "afd bf16", "afd replay")
+    lora = LoraConfig(rank=4, alpha=4.0) if name in adapted else None
     how: dict[str, Any] = {"denoising_steps": WAN_STEPS, "ranks": ranks}
+    if name == "afd replay":
+        how["replay"] = ReplayConfig(fraction=0.5, prompts=Path("x"), weight=2.0)
     student, rate = wan_student(dtype), 1e-5 if dtype == torch.bfloat16 else 1e-3
     if name.startswith("sft"):
         config = SftConfig(draws=2, learning_rate=rate)
@@ -125,7 +129,10 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
         method.load_state_dict(given["method"])
         first = given["updates"]
     for step in range(first, first + leg.updates):
-        batch = sharing(wan_batch(step), ranks)
+        whole = wan_batch(step)
+        if leg.method == "afd replay":
+            whole.replay = Batch(step, ["a", "bb", "ccc"], torch.empty(3, 0))
+        batch = sharing(whole, ranks)
         method.rollout(batch)
         said.append(method.discriminator_step(batch) | method.student_step(batch))
     state = method.state_dict()

@@ -27,6 +27,7 @@ METHODS = (
     ("sft", "fsdp"),
     ("afd full", "fsdp"),
     ("afd rewards", "ddp"),
+    ("afd replay", "ddp"),
     ("gan", "ddp"),
     ("dmd", "fsdp"),
 )

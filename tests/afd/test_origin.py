@@ -351,5 +351,7 @@ def test_without_a_parent_both_references_are_one_pass(runs: Runs) -> None:
     method.reference(lambda v: asked.append(v) or torch.zeros(()))  # type: ignore
     assert asked == ["ref"]
     for value in ("{pretrained: 0}", "{pretrained: -1}", "{}", "{next: 1}", "next"):
-        with pytest.raises(ConfigError, match=r"afd\.prior_reference"):
+        needed = r"afd\.prior_reference is .*; needed: pretrained, previous, or positive weights"
+        with pytest.raises(ConfigError, match=needed) as raised:
             runs.config("x", "method=afd", f"afd.prior_reference={value}")
+        assert "\n" not in str(raised.value)

@@ -7,7 +7,7 @@ where it stopped, also if it was killed between two domains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,16 @@ from afd.trainer.loop import Outcome, train
 MADE = ("student.init", "replay.prompts")
 
 
-def adapt(path: Path, overrides: Sequence[str], console: Console) -> bool:
-    """Run or resume every domain; False if Ctrl-C interrupted it (all progress saved)."""
+def adapt(
+    path: Path,
+    overrides: Sequence[str],
+    console: Console,
+    finish: Callable[[Path], None] = lambda root: None,
+) -> bool:
+    """Run or resume every domain; False if Ctrl-C interrupted it (all progress saved).
+
+    `finish`: called with the folder at the end, by the main process.
+    """
     chain = load_chain(path, overrides)
     first = chain.domains[0].run
     with join(first.device, patience_s=2 * first.teacher.patience_s) as ranks:
@@ -62,7 +70,7 @@ def adapt(path: Path, overrides: Sequence[str], console: Console) -> bool:
                 matrix = write_matrix(chain)
         if ranks.main:
             console.print(table(matrix))
-            console.print(f"afd report {chain.root} draws it", soft_wrap=True)
+            finish(chain.root)
     return True
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from afd.config.base import Count, Natural, Positive, Section, Share
 
@@ -19,7 +21,21 @@ Level = Annotated[float, Field(gt=0, le=1)]
 # What a prior holds on to: the released weights, or those that the run started from. They are the
 # same without student.init.
 Reference = Literal["pretrained", "previous"]
-References = Reference | Annotated[dict[Reference, Positive], Field(min_length=1)]
+
+
+def _references(value: Any) -> Any:
+    """Refuse what is no reference in one sentence, where a union would have one per branch."""
+    names = ("pretrained", "previous")
+    given = value if isinstance(value, dict) else {value: 1.0} if isinstance(value, str) else {}
+    weights = [w for w in given.values() if isinstance(w, int | float) and not isinstance(w, bool)]
+    good = all(0 < weight < math.inf for weight in weights) and len(weights) == len(given)
+    if not given or not good or any(name not in names for name in given):
+        needed = "pretrained, previous, or positive weights of one or both"
+        raise PydanticCustomError("references", "needed: {needed}", {"needed": needed})
+    return value
+
+
+References = Annotated[Reference | dict[Reference, Positive], BeforeValidator(_references)]
 _REFERENCE = (
     "what v_ref is of: the released weights, or the previous result, that student.init gave; or "
     "both with weights that multiply prior_weight, such as {pretrained: 0.5, previous: 0.5}"
