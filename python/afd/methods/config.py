@@ -90,9 +90,10 @@ class AfdConfig(TimesConfig):
         default=20, description="updates over which the rate rises linearly"
     )
     cosine_updates: Count | None = Field(
-        default=170,
+        default=130,
         description="updates over which the rate falls as a cosine to 5 %; null: it stays",
     )
+    draws: Count = Field(default=2, description="(t, noise) draws per rollout and update")
     samples_per_prompt: Count = Field(default=4, description="rollouts per prompt (G)")
     advantage: Literal["score", "random"] = Field(
         default="score", description="from the scores, or random numbers (a control)"
