@@ -125,7 +125,7 @@ def test_a_window_that_is_no_duration_is_refused(window: str) -> None:
 
 def test_methods_have_their_own_defaults_and_take_others() -> None:
     afd, gan, sft = (make_config({"method": method}) for method in ("afd", "gan", "sft"))
-    assert (afd.updates, gan.updates, sft.updates) == (200, 400, 400)
+    assert (afd.updates, gan.updates, sft.updates) == (160, 400, 400)
     assert (afd.discriminator.window, gan.discriminator.window) == (3 * FRAME, None)
     assert (afd.discriminator.warmup_updates, gan.discriminator.warmup_updates) == (10, 30)
     given = ["method=gan", "discriminator.window=0.25", "updates=7"]
@@ -139,4 +139,4 @@ def test_methods_have_their_own_defaults_and_take_others() -> None:
     from afd.config.run import plain
 
     assert make_config(plain(gan)) == gan
-    assert make_config({"updates": None}).updates == 200
+    assert make_config({"updates": None}).updates == 160

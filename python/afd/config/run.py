@@ -34,7 +34,7 @@ EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_len
 
 
 # Updates of a run of the laptop task, by method (docs/ABLATIONS.md).
-UPDATES = {"afd": 200, "sft": 400, "gan": 400, "dmd": 400}
+UPDATES = {"afd": 160, "sft": 400, "gan": 400, "dmd": 400}
 
 
 class EvaluationSet(Section):
@@ -145,7 +145,7 @@ class RunConfig(Section):
         default=None,
         validate_default=True,
         description="updates of the run, those of the discriminator alone included; null: the "
-        "method's own number on the laptop task (afd 200, others 400)",
+        "method's own number on the laptop task (afd 160, others 400)",
     )
     prompts_per_update: Count = Field(
         default=8, description="prompts, each with its teacher video, in one update"

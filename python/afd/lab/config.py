@@ -87,6 +87,7 @@ class ToyDiscriminatorConfig(WindowedConfig):
             "beginnings": True,
             "warmup_updates": 30,
             "warmup_steps_per_update": None,
+            "score_looks": 4,
         }
     }
 
@@ -130,7 +131,7 @@ class ToyDiscriminatorConfig(WindowedConfig):
         default=True, description="re-render both inputs under random contrast, tint and texture"
     )
     score_looks: Count = Field(
-        default=4, description="looks averaged in a score (1: the video as is)"
+        default=1, description="looks averaged in a score, the same for all videos"
     )
     beginnings: bool = Field(
         default=False,

@@ -22,7 +22,16 @@ from afd.methods.base import Batch, Shown
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import ramped_decay
-from afd.methods.rewards import Scores, combine, metrics_of, prior_weights, score, terms_of
+from afd.methods.rewards import (
+    Scores,
+    combine,
+    metrics_of,
+    novelty,
+    prior_weights,
+    score,
+    terms_of,
+    with_novelty,
+)
 from afd.methods.rollout_metrics import rollout_metrics
 from afd.methods.rollouts import Rollouts, roll_out
 from afd.methods.student_method import StudentMethod
@@ -118,7 +127,11 @@ class Afd(StudentMethod):
         assert self.to_input is not None
         scores = score(self.terms, self.discriminator, self.to_input, rollouts)
         whole_BR = self.ranks.gather(scores.each_RB.T.contiguous())
-        r_B, prior, metrics = self._weights(batch, Scores(self.terms, whole_BR.T.contiguous()))
+        novelty_B = None
+        if self.config.diversity_weight > 0:
+            novelty_B = self.ranks.gather(novelty(rollouts.x0_BFCHW, group))
+        whole = Scores(self.terms, whole_BR.T.contiguous())
+        r_B, prior, metrics = self._weights(batch, whole, novelty_B)
         own = batch.own(group)
         r_B, prior = r_B[own], prior[own] if isinstance(prior, Tensor) else prior
         first = rollouts.x0_BFCHW[0].cpu()
@@ -140,13 +153,16 @@ class Afd(StudentMethod):
         return self.discriminator.config.learns_alone(update)
 
     def _weights(
-        self, batch: Batch, scores: Scores
+        self, batch: Batch, scores: Scores, novelty_B: Tensor | None
     ) -> tuple[Tensor, float | Tensor, dict[str, float]]:
-        """Weights r [B] and of the prior from the scores of all processes, and metrics of all."""
+        """Weights r [B] and of the prior from the scores (and novelty) of all processes, and
+        metrics of all."""
         config, score_B = self.config, scores.total_B
         group = config.samples_per_prompt
         scores.refuse_non_finite(batch.update)
         used = scores
+        if novelty_B is not None:
+            used = with_novelty(scores, novelty_B, config.diversity_weight, group)
         baseline: float | Tensor | None = self.score_average
         if config.advantage == "random":
             random_1B = torch.randn(score_B.shape, generator=self.generator)[None]

@@ -168,7 +168,7 @@ class AfdConfig(TimesConfig):
         default=20, description="updates over which the rate rises linearly"
     )
     cosine_updates: Count | None = Field(
-        default=170,
+        default=130,
         description="updates over which the rate falls as a cosine to 5 %; null: constant",
     )
     draws: Count = Field(default=2, description="(t, noise) draws per rollout and update")
@@ -189,6 +189,12 @@ class AfdConfig(TimesConfig):
         default="rewards",
         description="several rewards: the advantage of their weighted sum, or the weighted sum of "
         "the advantages of each, which are independent of its units (GDPO)",
+    )
+    diversity_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of a video's distance to the mean video of its prompt, beside the sum "
+        "of the scores and in units of its standard deviation within prompts",
     )
     adv_clip: Positive = Field(default=2.0, description="advantages are clipped to ± this before r")
     adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = Field(
@@ -261,6 +267,11 @@ class AfdConfig(TimesConfig):
             raise ValueError(
                 "afd.samples_per_prompt: got 1; needed: 2 or more, or afd.baseline and "
                 "afd.normalize other than group and rank, which need several videos"
+            )
+        if self.diversity_weight > 0 and (self.samples_per_prompt == 1 or self.prior_share < 1):
+            raise ValueError(
+                f"afd.diversity_weight: got {self.diversity_weight}; needed: 0, or two or more "
+                "afd.samples_per_prompt and afd.prior_share=1, whose ranks compare rewards alone"
             )
         if self.combine == "advantages" and self.baseline in ("teacher", "ema"):
             raise ValueError(

@@ -111,6 +111,23 @@ def combine(
     )
 
 
+def novelty(x0_BFCHW: Tensor, group: int) -> Tensor:
+    """Mean squared distance [B] of each video to the mean video of its group, on the CPU."""
+    x0_PG = x0_BFCHW.unflatten(0, (-1, group))
+    return (x0_PG - x0_PG.mean(1, keepdim=True)).square().flatten(2).mean(2).flatten().float().cpu()
+
+
+def with_novelty(scores: Scores, novelty_B: Tensor, weight: float, group: int) -> Scores:
+    """The scores with the novelty as one more reward, which has the standard deviation within
+    groups of the scores' sum."""
+    novelty_PG, sum_PG = (x_B.view(-1, group) for x_B in (novelty_B, scores.total_B))
+    novelty_PG = novelty_PG - novelty_PG.mean(1, keepdim=True)
+    spread = (sum_PG - sum_PG.mean(1, keepdim=True)).std(correction=0)
+    unit = novelty_PG.std(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    each_RB = torch.cat([scores.each_RB, (novelty_PG * (spread / unit)).view(1, -1)])
+    return Scores((*scores.terms, Term("afd.diversity_weight", weight)), each_RB)
+
+
 def prior_weights(disagreement_B: Tensor, config: AfdConfig) -> float | Tensor:
     """The prior's weight: `prior_weight`, or float32 [B] with prior_share < 1, where only the
     videos on which the rewards disagree most have one (ties included), such that the prior is the
