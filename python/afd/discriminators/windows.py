@@ -27,13 +27,13 @@ class WindowedConfig(DiscriminatorConfig):
     )
 
     def check_video(self, video: VideoConfig) -> None:
-        """Raise ValueError if a window is longer than these videos or shorter than a frame."""
-        frame, seconds = 1 / video.rate, video.frames / video.rate
-        if self.window is not None and not frame <= self.window <= seconds:
+        """Raise ValueError if a window is longer than these videos. One shorter than a frame is one
+        frame."""
+        seconds = video.frames / video.rate
+        if self.window is not None and self.window > seconds:
             raise ValueError(
-                f"discriminator.window: got {self.window:g} s; needed: from {frame:g} s, one "
-                f"frame, to {seconds:g} s, the length of the videos ({video.frames} frames at "
-                f"{video.rate:g} per second)"
+                f"discriminator.window: got {self.window:g} s; needed: at most {seconds:g} s, the "
+                f"length of the videos ({video.frames} frames at {video.rate:g} per second)"
             )
 
     def window_frames(self, video: VideoConfig, frames: int, multiple: int = 1) -> int | None:
