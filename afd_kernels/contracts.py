@@ -98,7 +98,7 @@ def check_source(x0: Tensor, seed: Tensor | None, noise: Tensor | None) -> None:
 
 
 def frame_count(x0: Tensor, layout: str, why: str) -> int:
-    """How many frames x0 has, whose layout counts as `why` is given per frame or chunk."""
+    """Number of frames of x0; `why`: the argument, given per frame or chunk, that needs it."""
     if x0.ndim != len(layout):
         raise ValueError(
             f"x0: got {describe(x0)}; needed: {len(layout)} dimensions {layout}, because {why} is "
@@ -152,37 +152,6 @@ def check_schedule(schedule: str, args: Sequence[float]) -> None:
         return
     ok = len(args) == 2 and 0 < args[0] <= args[1]
     require(ok, "schedule_args", list(args), "(beta_min, beta_max) with 0 < beta_min <= beta_max")
-
-
-def plan_forward_noise(
-    x0: Tensor,
-    t: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    schedule: str,
-    schedule_args: Sequence[float],
-    layout: str,
-) -> Plan:
-    """Checks the metadata of forward_noise and returns its plan.
-
-    Raises:
-        ValueError: names the argument, its value and the requirement.
-    """
-    check_sample(x0)
-    check_one_of("layout", layout, LAYOUTS)
-    check_schedule(schedule, schedule_args)
-    check_source(x0, seed, noise)
-    t_chunks = check_per_frame(x0, "t", t, layout)
-    outer, frames, inner = rows(x0, layout, per_video=t_chunks == 1)
-    return Plan(
-        batch=x0.shape[0],
-        outer=outer,
-        frames=frames,
-        inner=inner,
-        t_chunks=t_chunks,
-        schedule=schedule,
-        schedule_args=tuple(map(float, schedule_args)),
-    )
 
 
 # Up to this many elements are faster to check one by one.

@@ -49,7 +49,7 @@ class Rule:
 class _Call(NamedTuple):
     """The extra last input of an op's autograd function, after its arguments."""
 
-    # None if the call took the fast path (short_way.py).
+    # None if the call took the fast path (bypass.py).
     keyset: Any
     # Whether one of the arguments has a tangent.
     tangent: bool

@@ -23,7 +23,7 @@ _READS = (
     *("data_ptr", "dim", "sizes", "strides"),
     *("dtype", "device_type", "device_index", "layout"),
 )
-# Predicates of tensors whose memory is not all there is to them: lazily negated ones and those of a
+# Predicates of tensors with state beyond their memory: lazily negated ones and those of a
 # vmapped backward (torch.autograd.grad with is_grads_batched) or a transform, which set no mode.
 UNUSUAL: tuple[Callable[[Tensor], bool], ...] = (
     Tensor.is_neg,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.library import Library
 
 from afd_kernels import derivatives
+from afd_kernels.bypass import bypass_dispatcher
 from afd_kernels.derivatives import Rule
-from afd_kernels.short_way import shorten
 
 LIBRARY = Library("afd", "DEF")
 
@@ -46,7 +46,7 @@ def define(
     """Registers `afd::<schema>` as an opaque op with `impl` on CPU and CUDA and `fake` on meta.
 
     Returns a function of the same arguments, all positional, that calls the op, by the fast path
-    (short_way.py) if that makes no observable difference.
+    (bypass.py) if that makes no observable difference.
 
     The backend is chosen inside `impl`, so a compiled graph holds one node per call. `rule` holds
     the derivatives; an op that mutates has none.
@@ -66,7 +66,7 @@ def define(
     op = getattr(torch.ops.afd, name).default
     place = [str(x.type) for x in op._schema.arguments].index("Tensor")
     run = derivatives.register(LIBRARY, name, anywhere, rule, mutates=mutates)
-    return shorten(op, run, place)
+    return bypass_dispatcher(op, run, place)
 
 
 def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:

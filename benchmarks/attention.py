@@ -48,7 +48,7 @@ OURS = {"ours": None, "library": "library", "triton": "triton"}
 # Relative L2 error against float64; bfloat16 rounds probabilities, outputs and their gradients.
 BOUND = {"fp32": 1e-5, "bf16": 2e-2}
 HOW = (
-    "ms: median of one call (forward and backward where the case says so), p20 and p80; TFLOP/s: "
+    "ms: median of one call (forward and backward for cases marked so), p20 and p80; TFLOP/s: "
     "2 d flop per head for every pair of a query and a key that the intervals name and every "
     "product of the pass (forward 2, backward 5, or 3 where only dq is needed), the same count for "
     "every provider; % floor: of the rate of a matrix product timed in the same run; peak: "

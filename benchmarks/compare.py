@@ -56,7 +56,7 @@ def ratios(old: Document, new: Document) -> dict[Key, float]:
     """New time over old time in units of each run's floor, for the rows of both.
 
     Raises:
-        NotComparable: where the shapes differ or no row stands in both.
+        NotComparable: where the shapes differ or no row is in both.
     """
     if old["shape"] != new["shape"]:
         raise NotComparable(f"shape: got {old['shape']} and {new['shape']}; needed: the same")

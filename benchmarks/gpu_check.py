@@ -95,6 +95,7 @@ LIMITS = {
     "offline": 300,
 }
 CORES = os.cpu_count() or 1
+FAULTS = Path("tests/native/test_faults.py")
 # Without the dense mask, which takes gigabytes at full size.
 PROVIDERS = ("ours", "library", "triton", "sdpa per block", "flash-attn per block", "flex")
 
@@ -124,6 +125,11 @@ def sections(
     quiet = ["--tb=no", "-rN"]
     early = [[*ahead, *_share(plain, i, shares, LIMITS["build"]), *quiet] for i in range(shares)]
     early += [[*ahead, "benchmarks.sanitize"]]
+    # Without the sanitizer builds of the thread pool, which no CPU's instructions change.
+    native = [*pytest, "-m", "not gpu and not slow", "tests/native", "--ignore", str(FAULTS)]
+    natives = [
+        [python, "-m", *_share(native, i, shares, LIMITS["tests-native"])] for i in range(shares)
+    ]
     early += [[*ahead, *command[2:]] for command in parities if golden.exists()]
     return [
         Section(
@@ -158,8 +164,9 @@ def sections(
         # Instruction sets that the development machine may lack.
         Section(
             "tests-native",
-            [[python, "-m", *pytest, "tests/native"]],
+            [natives[0]],
             LIMITS["tests-native"],
+            beside=natives[1:],
             needs_path=CORE,
         ),
         # Not covered by the whole videos: every provider's chunk, its launches and waits.

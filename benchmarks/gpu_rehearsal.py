@@ -106,15 +106,15 @@ def expected(row: list[float], beside: list[float], deadline_s: float) -> float:
     return max(sum(row), *beside, together, deadline_s)
 
 
-def need(section: Section, folder: Path, env: dict[str, str]) -> Need:
-    """Rehearses a section and returns its times."""
+def need(section: Section, folder: Path, build_dir: Path, env: dict[str, str]) -> Need:
+    """Rehearses a section and returns its times; `build_dir` is where `build` builds the core."""
     record, log = folder / f"{section.name}.jsonl", folder / "gpu-rehearsal.log"
     env = env | section.env
     whole = [spent(rehearsed(command, record), env, log) for command in section.commands]
     beside = [spent(rehearsed(command, record), env, log) for command in section.beside]
     row = list(whole)
     if section.name == "build":
-        row = [whole[0], whole[1] * max(longest_share(folder / "build"), 1 / CORES)]
+        row = [whole[0], whole[1] * max(longest_share(build_dir), 1 / CORES)]
     lines = record.read_text().splitlines() if record.exists() else []
     found = [json.loads(line) for line in lines]
     command, deadline = section.commands[-1], 0.0
@@ -148,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = (args.out or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         env = environment() | {"TRITON_CACHE_DIR": f"{temporary}/triton"}
-        check = sections(folder, Path(temporary, "build"), args.golden.resolve(), cores=CORES)
+        build_dir = Path(temporary, "build")
+        check = sections(folder, build_dir, args.golden.resolve(), cores=CORES)
         needs = []
         for section in check:
             if section.name not in wanted if wanted else section.asked_only:
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             changed = Section(
                 section.name, commands, section.limit_s, section.beside, env=section.env
             )
-            needs.append(need(changed, folder, env))
+            needs.append(need(changed, folder, build_dir, env))
             print(needs[-1].line(), flush=True)
     total = sum(one.expected_s for one in needs)
     limits = sum(one.limit_s for one in needs)

@@ -8,7 +8,7 @@ native: the compiled core on CPU tensors (attention: the CPU library). triton: t
 Triton backend on CPU tensors, with a no-op driver: Triton specialises, binds and looks up kernels
 as on a GPU, after compiling each once for sm_90. torch.add serves as a reference for the machine.
 
-Each checkout is measured in a process of its own, in one thread and in that thread's CPU time, so
+Each checkout is measured in its own process, in one thread and in that thread's CPU time, so
 other processes do not count. Rounds of calls are interleaved, within and across the processes.
 Both processes run this file; only `afd` and `afd_kernels` come from the checkout.
 """

@@ -40,7 +40,7 @@ def arguments(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--providers", nargs="+", choices=providers, default=list(providers))
-    parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--case", default="", help="only cases with this in their name")
     parser.add_argument("--reps", type=int, default=30, help="most repetitions per case")
     parser.add_argument("--budget", type=float, default=budget_s, help="seconds of timing per case")
     parser.add_argument(

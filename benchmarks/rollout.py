@@ -48,7 +48,7 @@ HOW = (
     "latent frame; floor: hardware.py's, from the copy bandwidth and the product rate measured in "
     "this run; GB: what the algorithm moves per chunk; traffic: what the provider's ops read and "
     "write, counted; syncs: calls that make the host wait for the device, per chunk; cache: bytes "
-    "held, and what the formula says; peak: allocated above that during a chunk; x released: "
+    "held, and the formula; peak: allocated above that during a chunk; x released: "
     "against eager+text, which runs the text MLP in every call as the released code does."
 )
 _SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")

@@ -86,7 +86,7 @@ def measure(
     firsts: dict[int, Tensor],
     args: argparse.Namespace,
 ) -> tuple[list[Row], dict[str, str]]:
-    """The rows of one provider, or why there are none.
+    """The rows of one provider, or the reason why they are missing.
 
     `before`: rows to compare with, extended by the new ones; `firsts`: first chunks by batch.
     """
@@ -203,7 +203,7 @@ def _floor(case: Case, frames: int, batch: int, machine: Machine) -> float:
 def decode(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     """Time decoding one video with the Wan2.1 autoencoder and random weights."""
     frames, size, width, dtype = (21, (60, 104), 96, "bf16")
-    if args.device != "cuda":
+    if args.quick or args.device != "cuda":
         frames, size, width, dtype = (3, (8, 8), 8, "fp32")
     if find_spec("diffusers") is None:
         print("absent: diffusers is not installed, so the autoencoder is not measured")

@@ -1,8 +1,8 @@
 """The tests of every dependency at the lowest version that pyproject.toml allows.
 
-`make lowest`, or `python -m tests.lowest`. A copy of the tree is installed into a virtual
-environment of its own, `.lowest/`, where every `package>=X` is `package==X`, with the build
-requirements at their bounds too; the development environment stays as it is. torch and triton are
+`make lowest`, or `python -m tests.lowest`. A copy of the tree is installed into its own virtual
+environment, `.lowest/`, where every `package>=X` is `package==X`, with the build
+requirements at their bounds too; the development environment is unchanged. torch and triton are
 taken from requirements.lock: their older builds are gigabytes for a GPU; `make gpu-check` tries
 what a GPU box has. What has no bound, and what only a GPU uses, is left out.
 """
@@ -49,7 +49,7 @@ TESTS = {
     "ftfy": ("test_text",),
     "huggingface_hub": ("test_sources", "test_text"),
     "accelerate": ("test_diffusers_equality", "test_export"),
-    # These run all the others.
+    # These run all other packages.
     "pytest": (),
     "pytest-benchmark": (),
     "pytest-timeout": (),
@@ -115,7 +115,7 @@ def locked() -> Iterator[tuple[str, str]]:
 
 
 def _copy(tree: Path) -> None:
-    """The files that git knows, changed ones as they are now."""
+    """The files that git tracks, with uncommitted changes."""
     shutil.rmtree(tree, ignore_errors=True)
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -6,11 +6,33 @@ Letters: B streams, L tokens, D width, F frames of a modulation (F divides L; 1 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from afd_kernels.contracts import FLOATS, expect, require
+
+
+class AdalnInputs(NamedTuple):
+    """The tensors of a call; afd.ops.adaln describes them."""
+
+    x: Tensor
+    branch: Tensor | None
+    gate: Tensor | None
+    scale: Tensor
+    shift: Tensor
+
+
+class AdalnBwdInputs(NamedTuple):
+    """The tensors of the backward; grad_x_out is None if there is no branch."""
+
+    grad_x_out: Tensor | None
+    grad_h: Tensor
+    x_out: Tensor
+    branch: Tensor | None
+    gate: Tensor | None
+    scale: Tensor
 
 
 def _check_modulation(name: str, value: Tensor, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -23,14 +45,18 @@ def _check_modulation(name: str, value: Tensor, x: Tensor, dtypes: Sequence[torc
         require(False, name, value, needed)
 
 
-def check(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None
-) -> None:
-    """Checks the metadata of adaln (the backward has no shift).
+def check(inputs: AdalnInputs) -> None:
+    """Checks the metadata of adaln.
 
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
+    x, branch, gate, scale, shift = inputs
+    _check_forward(x, branch, gate, scale)
+    expect("shift", shift, scale.shape, (scale.dtype,), x)
+
+
+def _check_forward(x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor) -> None:
     require(x.dtype in FLOATS, "x", x, "float32, bfloat16, float16 or float64")
     require(x.ndim == 3 and x.numel() > 0, "x", x, "[B, L, D] without empty dimensions")
     if branch is not None:
@@ -43,20 +69,12 @@ def check(
         expect("scale", scale, x.shape[2:], allowed, x)
     else:
         _check_modulation("scale", scale, x, allowed)
-    if shift is not None:
-        expect("shift", shift, scale.shape, (scale.dtype,), x)
 
 
-def check_bwd(
-    grad_x_out: Tensor | None,
-    grad_h: Tensor,
-    x_out: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-) -> None:
+def check_bwd(inputs: AdalnBwdInputs) -> None:
     """Checks the metadata of adaln_bwd."""
-    check(x_out, branch, gate, scale, None)
+    grad_x_out, grad_h, x_out, branch, gate, scale = inputs
+    _check_forward(x_out, branch, gate, scale)
     expect("grad_h", grad_h, x_out.shape, (x_out.dtype,), x_out)
     if grad_x_out is not None:
         expect("grad_x_out", grad_x_out, x_out.shape, (x_out.dtype,), x_out)

@@ -8,77 +8,61 @@ from typing import Any
 from torch import Tensor
 
 from afd_kernels import plans, registry
-from afd_kernels.adaln.contract import check, check_bwd, dense, per_frame
+from afd_kernels.adaln.contract import (
+    AdalnBwdInputs,
+    AdalnInputs,
+    check,
+    check_bwd,
+    dense,
+    per_frame,
+)
 from afd_kernels.derivatives import Rule
 
 
-def _adaln(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    scale_offset: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    tensors: Sequence[Any] = (x, branch, gate, scale, shift)
-    _, run, as_is = plans.prepared(
-        "adaln", "adaln", check, tensors, (), (0, 2, 3), dense, (scale_offset, eps)
-    )
+def _check(*tensors: Any) -> None:
+    check(AdalnInputs(*tensors))
+
+
+def _check_bwd(*tensors: Any) -> None:
+    check_bwd(AdalnBwdInputs(*tensors))
+
+
+def _adaln(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors: Sequence[Any] = arguments[:-2]
+    options = arguments[-2:]
+    _, run, as_is = plans.prepared("adaln", "adaln", _check, tensors, (), (0, 2, 3), dense, options)
     if not as_is:
         tensors = dense(tensors)
-    if scale.ndim == 1:
+    if tensors[3].ndim == 1:
         tensors = [*tensors[:3], *map(per_frame, tensors[3:])]
-    return run(*tensors, scale_offset, eps)
+    return run(*tensors, *options)
 
 
-def _fake(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    scale_offset: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    check(x, branch, gate, scale, shift)
-    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs = AdalnInputs(*arguments[:-2])
+    check(inputs)
+    x = inputs.x
+    return x.new_empty(0 if inputs.branch is None else x.shape), x.new_empty(x.shape)
 
 
-def _adaln_bwd(
-    grad_x_out: Tensor | None,
-    grad_h: Tensor,
-    x_out: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    scale_offset: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors: Sequence[Any] = (grad_x_out, grad_h, x_out, branch, gate, scale)
+def _adaln_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors: Sequence[Any] = arguments[:-2]
+    options, scale = arguments[-2:], tensors[-1]
     _, run, as_is = plans.prepared(
-        "adaln", "adaln_bwd", check_bwd, tensors, (), (2, 4, 5), dense, (scale_offset, eps)
+        "adaln", "adaln_bwd", _check_bwd, tensors, (), (2, 4, 5), dense, options
     )
     if not as_is:
         tensors = dense(tensors)
-    tensors = (*tensors[:5], per_frame(tensors[5]))
-    *grads, dscale, dshift = run(*tensors, scale_offset, eps)
+    *grads, dscale, dshift = run(*tensors[:5], per_frame(tensors[5]), *options)
     if scale.ndim == 3:
         return *grads, dscale, dshift
     return *grads, dscale.reshape(scale.shape), dshift.reshape(scale.shape)
 
 
-def _fake_bwd(
-    grad_x_out: Tensor | None,
-    grad_h: Tensor,
-    x_out: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    scale_offset: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_bwd(grad_x_out, grad_h, x_out, branch, gate, scale)
+def _fake_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = AdalnBwdInputs(*arguments[:-2])
+    check_bwd(inputs)
+    _, _, x_out, _, gate, scale = inputs
     return (
         x_out.new_empty(x_out.shape),
         x_out.new_empty(0 if gate is None else x_out.shape),
@@ -121,15 +105,14 @@ def _backward(
 
 _REFERENCE = "afd_kernels.adaln.reference.residual_norm"
 adaln = registry.define(
-    "adaln(Tensor x, Tensor? branch, Tensor? gate, Tensor scale, Tensor shift, "
-    "float scale_offset, float eps) -> (Tensor x_out, Tensor h)",
+    f"adaln({registry.schema(AdalnInputs)}, float scale_offset, float eps) "
+    "-> (Tensor x_out, Tensor h)",
     _adaln,
     _fake,
     Rule(_REFERENCE, _setup_context, _backward),
 )
 adaln_bwd = registry.define(
-    "adaln_bwd(Tensor? grad_x_out, Tensor grad_h, Tensor x_out, Tensor? branch, Tensor? gate, "
-    "Tensor scale, float scale_offset, float eps) "
+    f"adaln_bwd({registry.schema(AdalnBwdInputs)}, float scale_offset, float eps) "
     "-> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift)",
     _adaln_bwd,
     _fake_bwd,

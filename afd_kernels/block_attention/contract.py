@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,23 +16,27 @@ from afd_kernels.block_attention.intervals import Intervals
 from afd_kernels.contracts import FLOATS, require
 
 
+class AttentionInputs(NamedTuple):
+    """The tensors of a call; afd.ops.block_attention describes them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_context: Tensor | None = None
+    v_context: Tensor | None = None
+
+
 def plan_block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    flat: list[int],
-    streams: int,
-    scale: float,
+    inputs: AttentionInputs, flat: Sequence[int], streams: int, scale: float
 ) -> Intervals:
     """Checks the arguments of the op and returns its intervals.
 
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
-    _check_tensors(q, k, v, k_context, v_context, streams, scale)
-    intervals = Intervals.from_flat(flat, streams)
+    _check_tensors(inputs, streams, scale)
+    q, k, _, k_context, _ = inputs
+    intervals = Intervals.from_flat(list(flat), streams)
     queries = q.shape[1]
     if intervals.queries != queries:
         got = f"rows for {intervals.queries} queries"
@@ -41,41 +46,26 @@ def plan_block_attention(
     return intervals
 
 
-def check_traced(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    flat: Sequence[int],
-    streams: int,
-    scale: float,
-) -> None:
+def check_traced(inputs: AttentionInputs, flat: Sequence[int], streams: int, scale: float) -> None:
     """The checks of a fake: all of them, or only those of tensors if lengths are symbolic.
 
     Reading a symbolic number would specialise the graph to it; the op checks the numbers on every
     call.
     """
+    q, k, _, k_context, _ = inputs
     lengths = (q.shape[1], k.shape[1], 0 if k_context is None else k_context.shape[1])
     if all(type(x) is int for x in (*flat, *lengths)):
-        plan_block_attention(q, k, v, k_context, v_context, list(flat), streams, scale)
+        plan_block_attention(inputs, flat, streams, scale)
     else:
-        _check_tensors(q, k, v, k_context, v_context, streams, scale)
+        _check_tensors(inputs, streams, scale)
 
 
-def _check_tensors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    streams: int,
-    scale: float,
-) -> None:
+def _check_tensors(inputs: AttentionInputs, streams: int, scale: float) -> None:
+    q, k, v, k_context, v_context = inputs
     if (k_context is None) != (v_context is None) or not (
         _fits(q, k, v) and (k_context is None or _fits(q, k_context, v_context))
     ):
-        _explain(q, k, v, k_context, v_context)
+        _explain(inputs)
     require(
         math.isfinite(scale) and scale > 0, "scale", scale, "a finite number > 0 (or None: d^-1/2)"
     )
@@ -100,10 +90,9 @@ def _fits(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
     )
 
 
-def _explain(
-    q: Tensor, k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None
-) -> None:
+def _explain(inputs: AttentionInputs) -> None:
     """Raises for the first mismatched tensor."""
+    q, k, v, k_context, v_context = inputs
     require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
     require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d] without empty dimensions")
     batch, _, heads, width = q.shape

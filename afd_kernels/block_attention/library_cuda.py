@@ -219,7 +219,7 @@ class AtenFlash:
 
 
 class Xformers:
-    """xformers' memory-efficient attention, if PyTorch has none of its own; forward only."""
+    """xformers' memory-efficient attention, if PyTorch has none built in; forward only."""
 
     name = "xformers"
     module = "xformers.ops.fmha"
@@ -322,5 +322,5 @@ def unfit(tensors: Sequence[Tensor]) -> str | None:
         # The stride of a size-1 dimension is never used.
         apart = (s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)
         if x.data_ptr() % 16 or any(stride % step for stride in apart):
-            return "attention libraries read 16 bytes at once, and a tensor's rows begin elsewhere"
+            return "attention libraries need rows that begin at multiples of 16 bytes"
     return None

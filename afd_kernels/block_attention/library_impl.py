@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from afd_kernels.block_attention import library_cuda
+from afd_kernels.block_attention.contract import AttentionInputs
 from afd_kernels.block_attention.intervals import Intervals, Row
 from afd_kernels.block_attention.library_cpu import CpuFlash, attend_again
 
@@ -412,30 +413,21 @@ def _add(totals: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor], part: Par
 
 
 def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    intervals: Intervals,
-    scale: float,
+    inputs: AttentionInputs, intervals: Intervals, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, h, d] in q's dtype and lse fp32 [B, h, L]."""
+    q = inputs.q
     library: Any = _CPU
     if not q.is_cpu:
         library = pick(library_cuda.major(q.device), q.shape[-1], backward=False)
         if isinstance(library, ModuleType):
-            return library.block_attention(q, k, v, k_context, v_context, intervals, scale)
-    return forward(library, q, _Keys(k, v, k_context, v_context), intervals, scale)
+            return library.block_attention(inputs, intervals, scale)
+    return forward(library, q, _Keys._make(inputs[1:]), intervals, scale)
 
 
 def block_attention_bwd(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
+    inputs: AttentionInputs,
     out: Tensor,
     lse: Tensor,
     intervals: Intervals,
@@ -443,14 +435,12 @@ def block_attention_bwd(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, dk_context, dv_context in q's dtype; None where not needed."""
-    sources = _Keys(k, v, k_context, v_context)
+    q, sources = inputs.q, _Keys._make(inputs[1:])
     if q.device.type != "cpu":
         keys = needs[1] or needs[2]
         library = pick(library_cuda.major(q.device), q.shape[-1], backward=True, keys=keys)
         if isinstance(library, ModuleType):
-            return library.block_attention_bwd(
-                grad_out, q, *sources, out, lse, intervals, scale, needs
-            )
+            return library.block_attention_bwd(grad_out, inputs, out, lse, intervals, scale, needs)
         return backward(library, grad_out, q, sources, out, lse, intervals, scale, needs)
     if q.dtype in _HALF:
         # PyTorch's CPU kernel is an order of magnitude slower in half precision than in float32.

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from afd_kernels import plans, registry
-from afd_kernels.block_attention.contract import check_traced, plan_block_attention, rowwise
+from afd_kernels.block_attention.contract import (
+    AttentionInputs,
+    check_traced,
+    plan_block_attention,
+    rowwise,
+)
 from afd_kernels.block_attention.intervals import Intervals
 from afd_kernels.contracts import require
 from afd_kernels.derivatives import Rule
@@ -25,13 +30,14 @@ def _dense_bwd(tensors: Sequence[Any]) -> list[Tensor | None]:
 
 
 def _plan(*arguments: Any) -> Intervals:
-    return plan_block_attention(*arguments)
+    return plan_block_attention(AttentionInputs(*arguments[:-3]), *arguments[-3:])
 
 
 def _plan_bwd(*arguments: Any) -> Intervals:
-    grad_out, *tensors, out, lse = arguments[:8]
-    intervals = plan_block_attention(*tensors, *arguments[8:])
-    _check_saved(grad_out, tensors[0], out, lse)
+    grad_out, *tensors, out, lse = arguments[:-3]
+    inputs = AttentionInputs(*tensors)
+    intervals = plan_block_attention(inputs, *arguments[-3:])
+    _check_saved(grad_out, inputs.q, out, lse)
     return intervals
 
 
@@ -47,17 +53,8 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    flat: list[int],
-    streams: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    tensors: Sequence[Any] = (q, k, v, k_context, v_context)
+def _block_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors, (flat, streams, scale) = arguments[:-3], arguments[-3:]
     intervals, run, as_is = plans.prepared(
         "block_attention",
         "block_attention",
@@ -68,39 +65,20 @@ def _block_attention(
         _rowwise,
         _addresses(tensors),
     )
-    return run(*(tensors if as_is else _rowwise(tensors)), intervals, scale)
+    inputs = AttentionInputs._make(tensors if as_is else _rowwise(tensors))
+    return run(inputs, intervals, scale)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    flat: list[int],
-    streams: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    check_traced(q, k, v, k_context, v_context, flat, streams, scale)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs = AttentionInputs(*arguments[:-3])
+    check_traced(inputs, *arguments[-3:])
+    q = inputs.q
     batch, queries, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=_wide(q))
 
 
-def _block_attention_bwd(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    flat: list[int],
-    streams: int,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    tensors: Sequence[Any] = (grad_out, q, k, v, k_context, v_context, out, lse)
+def _block_attention_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, (flat, streams, scale, needs) = arguments[:-4], arguments[-4:]
     intervals, run, as_is = plans.prepared(
         "block_attention",
         "block_attention_bwd",
@@ -111,31 +89,22 @@ def _block_attention_bwd(
         _dense_bwd,
         _addresses(tensors),
     )
-    wanted = (needs[0], needs[1], needs[2] and k_context is not None)
-    grads = run(*(tensors if as_is else _dense_bwd(tensors)), intervals, scale, wanted)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+    grad_out, *rows, out, lse = tensors if as_is else _dense_bwd(tensors)
+    inputs = AttentionInputs._make(rows)
+    wanted = (needs[0], needs[1], needs[2] and inputs.k_context is not None)
+    grads = run(grad_out, inputs, out, lse, intervals, scale, wanted)
+    return tuple(inputs.q.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _fake_bwd(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    flat: list[int],
-    streams: int,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    check_traced(q, k, v, k_context, v_context, flat, streams, scale)
-    _check_saved(grad_out, q, out, lse)
+def _fake_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    grad_out, *tensors, out, lse, flat, streams, scale, needs = arguments
+    inputs = AttentionInputs(*tensors)
+    check_traced(inputs, flat, streams, scale)
+    _check_saved(grad_out, inputs.q, out, lse)
     wanted = (needs[0], needs[1], needs[1], needs[2], needs[2])
     return tuple(
-        x.new_empty(x.shape) if need and x is not None else q.new_empty(0)
-        for x, need in zip((q, k, v, k_context, v_context), wanted, strict=True)
+        x.new_empty(x.shape) if need and x is not None else inputs.q.new_empty(0)
+        for x, need in zip(inputs, wanted, strict=True)
     )
 
 
@@ -168,18 +137,18 @@ def _backward(ctx: Any, grad_out: Tensor | None, _lse: Tensor | None) -> tuple[T
     return *kept, None, None, None
 
 
+_INPUTS = registry.schema(AttentionInputs)
 _REFERENCE = "afd_kernels.block_attention.reference.block_attention"
 block_attention = registry.define(
-    "block_attention(Tensor q, Tensor k, Tensor v, Tensor? k_context, Tensor? v_context, "
-    "SymInt[] intervals, int streams, float scale) -> (Tensor out, Tensor lse)",
+    f"block_attention({_INPUTS}, SymInt[] intervals, int streams, float scale) "
+    "-> (Tensor out, Tensor lse)",
     _block_attention,
     _fake,
     Rule(_REFERENCE, _setup_context, _backward),
 )
 block_attention_bwd = registry.define(
-    "block_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? k_context, "
-    "Tensor? v_context, Tensor out, Tensor lse, SymInt[] intervals, int streams, float scale, "
-    "bool[3] needs) "
+    f"block_attention_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, SymInt[] intervals, "
+    "int streams, float scale, bool[3] needs) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_context, Tensor dv_context)",
     _block_attention_bwd,
     _fake_bwd,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from afd_kernels.block_attention.contract import AttentionInputs
 from afd_kernels.block_attention.intervals import Intervals, Row
 
 
@@ -58,15 +59,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    intervals: Intervals,
-    scale: float,
+    inputs: AttentionInputs, intervals: Intervals, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, h, d] in q's dtype and lse [B, h, L] in the wide dtype."""
+    q, k, v, k_context, v_context = inputs
     dtype = _wide(q)
     query = q.to(dtype)
     key, value = _all_keys(k, k_context, dtype), _all_keys(v, v_context, dtype)
@@ -83,11 +79,7 @@ def block_attention(
 
 def block_attention_bwd(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
+    inputs: AttentionInputs,
     out: Tensor,
     lse: Tensor,
     intervals: Intervals,
@@ -95,6 +87,7 @@ def block_attention_bwd(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, dk_context, dv_context in their tensors' dtypes; None where not needed."""
+    q, k, v, k_context, v_context = inputs
     dtype = _wide(q)
     query, grad, made = q.to(dtype), grad_out.to(dtype), out.to(dtype)
     key, value = _all_keys(k, k_context, dtype), _all_keys(v, v_context, dtype)

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from afd_kernels.block_attention.contract import AttentionInputs
 from afd_kernels.block_attention.intervals import Intervals
 from afd_kernels.block_attention.tiles import key_table, query_table
 from afd_kernels.block_attention.triton_bwd import (
@@ -77,14 +78,13 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
     return tuple(stride // unit for stride in strides), unit
 
 
-def _sources(
-    k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None
-) -> tuple[tuple[Tensor, ...], int]:
+def _sources(inputs: AttentionInputs) -> tuple[tuple[Tensor, ...], int]:
     """K, V and their context as the kernels take them, and the key index at which k begins.
 
     Without a context k begins at key 0; specialising the kernels to that would need more registers,
     because the compiler then hoists more out of their loops.
     """
+    _, k, v, k_context, v_context = inputs
     if k_context is None or v_context is None:
         return (k, v, k, v), 0
     return (k, v, k_context, v_context), k_context.shape[1]
@@ -96,18 +96,12 @@ def _copies(intervals: Intervals, batch: int) -> int:
 
 
 def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
-    intervals: Intervals,
-    scale: float,
-    kept: Kept | None = None,
+    inputs: AttentionInputs, intervals: Intervals, scale: float, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor]:
     """out like q and lse fp32 [B, h, L]; the last dimension of every tensor is contiguous."""
+    q = inputs.q
     batch, queries, heads, _ = q.shape
-    sources, border = _sources(k, v, k_context, v_context)
+    sources, border = _sources(inputs)
     config, constants = _config("fwd", q)
     table = query_table(intervals, config["block_m"], q.device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -131,11 +125,7 @@ def block_attention(
 
 def block_attention_bwd(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
+    inputs: AttentionInputs,
     out: Tensor,
     lse: Tensor,
     intervals: Intervals,
@@ -150,9 +140,10 @@ def block_attention_bwd(
         delta = torch.empty_like(lse)
     dq = None
     if needs[0]:
-        dq = _launch_dq(grad_out, q, k, v, k_context, v_context, out, lse, delta, intervals, scale)
+        dq = _launch_dq(grad_out, inputs, out, lse, delta, intervals, scale)
     elif delta is not None:
         torch.sum((grad_out.float() * out.float()).transpose(1, 2), -1, out=delta)
+    q, k, v, k_context, v_context = inputs
     border = 0 if k_context is None else k_context.shape[1]
     own = context = (None, None)
     if needs[1]:
@@ -164,11 +155,7 @@ def block_attention_bwd(
 
 def _launch_dq(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_context: Tensor | None,
-    v_context: Tensor | None,
+    inputs: AttentionInputs,
     out: Tensor,
     lse: Tensor,
     delta: Tensor | None,
@@ -176,8 +163,9 @@ def _launch_dq(
     scale: float,
 ) -> Tensor:
     """dQ; also fills delta [B, h, L], rowsum(grad_out out), if given."""
+    q = inputs.q
     batch, queries, heads, _ = q.shape
-    sources, border = _sources(k, v, k_context, v_context)
+    sources, border = _sources(inputs)
     config, constants = _config("dq", q)
     table = query_table(intervals, config["block_m"], q.device)
     dq = q.new_empty(q.shape)

@@ -8,52 +8,42 @@ import torch
 from torch import Tensor
 
 from afd_kernels import contracts, plans, registry
+from afd_kernels.contracts import Plan
 from afd_kernels.derivatives import Rule
+from afd_kernels.forward_noise.contract import NoiseInputs, NoiseOptions, plan_forward_noise
 
 
-def _forward_noise(
-    x0: Tensor,
-    t: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    schedule: str,
-    schedule_args: list[float],
-    layout: str,
-) -> Tensor:
-    tensors: tuple[Tensor | None, ...] = (x0, t, seed, noise)
+def _plan(*arguments: Any) -> Plan:
+    return plan_forward_noise(NoiseInputs(*arguments[:-3]), NoiseOptions(*arguments[-3:]))
+
+
+def _forward_noise(*arguments: Any) -> Tensor:
+    tensors, (schedule, schedule_args, layout) = arguments[:-3], arguments[-3:]
     plan, run, dense = plans.prepared(
         "forward_noise",
         "forward_noise",
-        contracts.plan_forward_noise,
+        _plan,
         tensors,
         (schedule, tuple(schedule_args), layout),
         (0, 3),
         contracts.contiguous,
     )
-    contracts.check_times(t, plan.schedule)
+    contracts.check_times(tensors[1], plan.schedule)
     return run(*(tensors if dense else contracts.contiguous(tensors)), plan)
 
 
-def _fake(
-    x0: Tensor,
-    t: Tensor,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    schedule: str,
-    schedule_args: list[float],
-    layout: str,
-) -> Tensor:
-    contracts.plan_forward_noise(x0, t, seed, noise, schedule, schedule_args, layout)
+def _fake(*arguments: Any) -> Tensor:
+    _plan(*arguments)
+    x0: Tensor = arguments[0]
     return x0.new_empty(x0.shape)
 
 
-def _plan_bwd(grad: Tensor, t: Tensor, *options: Any) -> contracts.Plan:
-    return contracts.plan_forward_noise(grad, t, None, grad, *options)
+def _plan_bwd(grad: Tensor, t: Tensor, *options: Any) -> Plan:
+    return plan_forward_noise(NoiseInputs(grad, t, noise=grad), NoiseOptions(*options))
 
 
-def _forward_noise_bwd(
-    grad: Tensor, t: Tensor, schedule: str, schedule_args: list[float], layout: str
-) -> Tensor:
+def _forward_noise_bwd(grad: Tensor, t: Tensor, *options: Any) -> Tensor:
+    schedule, schedule_args, layout = options
     plan, run, dense = plans.prepared(
         "forward_noise",
         "forward_noise_bwd",
@@ -66,9 +56,7 @@ def _forward_noise_bwd(
     return run(*((grad, t) if dense else contracts.contiguous((grad, t))), plan)
 
 
-def _fake_bwd(
-    grad: Tensor, t: Tensor, schedule: str, schedule_args: list[float], layout: str
-) -> Tensor:
+def _fake_bwd(grad: Tensor, t: Tensor, *options: Any) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
@@ -112,17 +100,16 @@ def _refuse_tangents(others: tuple[Tensor | None, ...]) -> None:
             raise RuntimeError(f"{name}: got a tensor with a tangent; needed: {name}.detach()")
 
 
+_OPTIONS = registry.schema(NoiseOptions)
 _REFERENCE = "afd_kernels.forward_noise.reference.forward_noise"
 forward_noise = registry.define(
-    "forward_noise(Tensor x0, Tensor t, Tensor? seed, Tensor? noise, str schedule, "
-    "float[] schedule_args, str layout) -> Tensor",
+    f"forward_noise({registry.schema(NoiseInputs)}, {_OPTIONS}) -> Tensor",
     _forward_noise,
     _fake,
     Rule(_REFERENCE, _setup_context, _backward, _jvp),
 )
 forward_noise_bwd = registry.define(
-    "forward_noise_bwd(Tensor grad, Tensor t, str schedule, float[] schedule_args, str layout) "
-    "-> Tensor",
+    f"forward_noise_bwd(Tensor grad, Tensor t, {_OPTIONS}) -> Tensor",
     _forward_noise_bwd,
     _fake_bwd,
     Rule(_REFERENCE, _setup_context_bwd, jvp=_jvp),

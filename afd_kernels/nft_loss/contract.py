@@ -258,7 +258,7 @@ def _groups(inputs: NftInputs, options: NftOptions, t_chunks: int, r_chunks: int
         raise ValueError(
             f"group: got 'chunk' with t {contracts.describe(inputs.t)} and r "
             f"{contracts.describe(inputs.r)}; needed: t or r of shape "
-            f"[{inputs.x0.shape[0]}, chunks], which says how many chunks there are"
+            f"[{inputs.x0.shape[0]}, chunks], which gives the number of chunks"
         )
     return groups
 

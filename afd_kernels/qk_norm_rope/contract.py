@@ -6,6 +6,8 @@ T tokens per frame.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,41 @@ from afd_kernels.aliasing import refuse_overlaps
 from afd_kernels.contracts import FLOATS, expect, require
 
 
-def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor) -> None:
+class QkInputs(NamedTuple):
+    """The tensors of qk_norm_rope; afd.ops.qk_norm_rope describes them."""
+
+    q: Tensor
+    k: Tensor
+    weight_q: Tensor
+    weight_k: Tensor
+    rope: Tensor
+
+
+class AppendInputs(NamedTuple):
+    """The tensors of qk_norm_rope_append_; afd.ops.qk_norm_rope_append_ describes them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weight_q: Tensor
+    weight_k: Tensor
+    rope: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    position: Tensor
+
+    def without_cache(self) -> QkInputs:
+        """The tensors that the op shares with qk_norm_rope."""
+        return QkInputs(self.q, self.k, self.weight_q, self.weight_k, self.rope)
+
+
+def check(inputs: QkInputs) -> None:
     """Checks the metadata of qk_norm_rope.
 
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
+    q, k, weight_q, weight_k, rope = inputs
     require(q.dtype in FLOATS, "q", q, "float32, bfloat16, float16 or float64")
     require(q.ndim == 4 and q.numel() > 0, "q", q, "[B, L, h, d] without empty dimensions")
     batch, tokens, heads, width = q.shape
@@ -31,37 +62,19 @@ def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor
     expect("rope", rope, (tables, tokens, width // 2, 2), (torch.float32, wide), q)
 
 
-def check_bwd(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor,
-) -> None:
+def check_bwd(grad_q: Tensor, grad_k: Tensor, inputs: QkInputs) -> None:
     """Checks the metadata of qk_norm_rope_bwd."""
-    check(q, k, weight_q, weight_k, rope)
+    check(inputs)
+    q = inputs.q
     expect("grad_q", grad_q, q.shape, (q.dtype,), q)
     expect("grad_k", grad_k, q.shape, (q.dtype,), q)
 
 
-def check_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    position: Tensor,
-    tokens_per_frame: int,
-    sink_frames: int,
-) -> None:
+def check_append(inputs: AppendInputs, tokens_per_frame: int, sink_frames: int) -> None:
     """Checks the metadata of qk_norm_rope_append_; the position's value is not read."""
-    check(q, k, weight_q, weight_k, rope)
-    expect("v", v, q.shape, (q.dtype,), q)
+    check(inputs.without_cache())
+    q, k_cache, v_cache, position = inputs.q, inputs.k_cache, inputs.v_cache, inputs.position
+    expect("v", inputs.v, q.shape, (q.dtype,), q)
     batch, tokens, heads, width = q.shape
     slots = k_cache.shape[1] if k_cache.ndim == 4 else 0
     expect("k_cache", k_cache, (batch, slots, heads, width), (q.dtype,), q)
@@ -80,33 +93,18 @@ def check_append(
         needed = f"between 0 and {free}: the ring behind the sink must hold the frames of one call"
         require(False, "sink_frames", sink_frames, needed)
     if torch.is_grad_enabled():
-        named = {"q": q, "k": k, "v": v, "weight_q": weight_q, "weight_k": weight_k}
-        for name, x in named.items():
+        for name in ("q", "k", "v", "weight_q", "weight_k"):
+            x = getattr(inputs, name)
             require(not x.requires_grad, name, x, "no gradient (torch.no_grad): a cache keeps none")
 
 
-def check_aliases(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    position: Tensor,
-) -> None:
+def check_aliases(inputs: AppendInputs) -> None:
     """Rejects caches of qk_norm_rope_append_ that share memory with another argument."""
-    read = (
-        ("q", q),
-        ("k", k),
-        ("v", v),
-        ("weight_q", weight_q),
-        ("weight_k", weight_k),
-        ("rope", rope),
-        ("position", position),
+    named = tuple(inputs._asdict().items())
+    written = ("k_cache", "v_cache")
+    refuse_overlaps(
+        tuple(x for x in named if x[0] in written), tuple(x for x in named if x[0] not in written)
     )
-    refuse_overlaps((("k_cache", k_cache), ("v_cache", v_cache)), read)
 
 
 def check_position(position: Tensor) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from afd_kernels import aliasing, contracts, metadata, plans, registry
 from afd_kernels.derivatives import Rule
 from afd_kernels.qk_norm_rope.contract import (
+    AppendInputs,
+    QkInputs,
     check,
     check_aliases,
     check_append,
@@ -35,75 +37,50 @@ def _dense_append(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*_dense(others), k_cache, v_cache, position.contiguous()]
 
 
+def _check(*tensors: Tensor) -> None:
+    check(QkInputs(*tensors))
+
+
+def _check_bwd(grad_q: Tensor, grad_k: Tensor, *tensors: Tensor) -> None:
+    check_bwd(grad_q, grad_k, QkInputs(*tensors))
+
+
 def _plan_append(*arguments: Any) -> tuple[int, ...]:
-    check_append(*arguments)
-    return tuple(aliasing.extent(x) for x in arguments if isinstance(x, Tensor))
+    tensors, options = arguments[:-2], arguments[-2:]
+    check_append(AppendInputs(*tensors), *options)
+    return tuple(map(aliasing.extent, tensors))
 
 
-def _qk_norm_rope(
-    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    tensors = (q, k, weight_q, weight_k, rope)
+def _qk_norm_rope(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors, eps = arguments[:-1], arguments[-1]
     _, run, as_is = plans.prepared(
-        "qk_norm_rope", "qk_norm_rope", check, tensors, (), (0, 2, 4), _dense, eps
+        "qk_norm_rope", "qk_norm_rope", _check, tensors, (), (0, 2, 4), _dense, eps
     )
     return run(*(tensors if as_is else _dense(tensors)), eps)
 
 
-def _fake(
-    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    check(q, k, weight_q, weight_k, rope)
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs = QkInputs(*arguments[:-1])
+    check(inputs)
+    return inputs.q.new_empty(inputs.q.shape), inputs.k.new_empty(inputs.k.shape)
 
 
-def _qk_norm_rope_bwd(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (grad_q, grad_k, q, k, weight_q, weight_k, rope)
+def _qk_norm_rope_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors, eps = arguments[:-1], arguments[-1]
     _, run, as_is = plans.prepared(
-        "qk_norm_rope", "qk_norm_rope_bwd", check_bwd, tensors, (), (2, 4, 6), _dense, eps
+        "qk_norm_rope", "qk_norm_rope_bwd", _check_bwd, tensors, (), (2, 4, 6), _dense, eps
     )
     return run(*(tensors if as_is else _dense(tensors)), eps)
 
 
-def _fake_bwd(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_bwd(grad_q, grad_k, q, k, weight_q, weight_k, rope)
-    return tuple(x.new_empty(x.shape) for x in (q, k, weight_q, weight_k))  # type: ignore[return-value]
+def _fake_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    grad_q, grad_k, *tensors = arguments[:-1]
+    check_bwd(grad_q, grad_k, QkInputs(*tensors))
+    return tuple(x.new_empty(x.shape) for x in tensors[:4])
 
 
-def _qk_norm_rope_append_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    position: Tensor,
-    tokens_per_frame: int,
-    sink_frames: int,
-    eps: float,
-) -> Tensor:
-    tensors = (q, k, v, weight_q, weight_k, rope, k_cache, v_cache, position)
-    options = (tokens_per_frame, sink_frames)
+def _qk_norm_rope_append_(*arguments: Any) -> Tensor:
+    tensors, options, eps = arguments[:-3], arguments[-3:-1], arguments[-1]
     extents, run, as_is = plans.prepared(
         "qk_norm_rope",
         "qk_norm_rope_append_",
@@ -115,17 +92,16 @@ def _qk_norm_rope_append_(
         eps,
     )
     if not metadata.apart(tensors, extents, (6, 7)):
-        check_aliases(*tensors)
-    check_position(position)
+        check_aliases(AppendInputs(*tensors))
+    check_position(tensors[8])
     return run(*(tensors if as_is else _dense_append(tensors)), *options, eps)
 
 
-def _fake_append_(
-    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, *rest: Any
-) -> Tensor:
-    check_append(q, k, v, weight_q, weight_k, *rest[:-1])
-    check_aliases(q, k, v, weight_q, weight_k, *rest[:4])
-    return q.new_empty(q.shape)
+def _fake_append_(*arguments: Any) -> Tensor:
+    inputs = AppendInputs(*arguments[:-3])
+    check_append(inputs, *arguments[-3:-1])
+    check_aliases(inputs)
+    return inputs.q.new_empty(inputs.q.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -141,7 +117,13 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
     return *grads, None, None
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor rope"
+_INPUTS = registry.schema(QkInputs)
+# The caches are written in place.
+_APPEND_INPUTS = (
+    registry.schema(AppendInputs)
+    .replace("Tensor k_cache", "Tensor(a!) k_cache")
+    .replace("Tensor v_cache", "Tensor(b!) v_cache")
+)
 _REFERENCE = "afd_kernels.qk_norm_rope.reference.norm_rope"
 qk_norm_rope = registry.define(
     f"qk_norm_rope({_INPUTS}, float eps) -> (Tensor q_out, Tensor k_out)",
@@ -157,9 +139,8 @@ qk_norm_rope_bwd = registry.define(
     Rule(_REFERENCE),
 )
 qk_norm_rope_append_ = registry.define(
-    "qk_norm_rope_append_(Tensor q, Tensor k, Tensor v, Tensor weight_q, Tensor weight_k, "
-    "Tensor rope, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, int tokens_per_frame, "
-    "int sink_frames, float eps) -> Tensor",
+    f"qk_norm_rope_append_({_APPEND_INPUTS}, int tokens_per_frame, int sink_frames, float eps) "
+    "-> Tensor",
     _qk_norm_rope_append_,
     _fake_append_,
     Rule("afd.ops.qk_norm_rope"),

@@ -131,7 +131,7 @@ void slice(const NftProblem& p, int64_t sample, int64_t begin, int64_t end,
   const int64_t base = element_offset(p.rows, sample, 0);
   const P* v_theta = static_cast<const P*>(p.v_theta) + base;
   const P* v_old = static_cast<const P*>(p.v_old) + base;
-  // Without a prior v_theta stands in: the difference is then zero, and the read costs nothing.
+  // Without a prior v_theta is read twice: the difference is then zero, at no cost.
   const P* v_ref = p.v_ref == nullptr ? v_theta : static_cast<const P*>(p.v_ref) + base;
   const X* x0 = static_cast<const X*>(p.x0) + base;
   // Half-precision noise is widened where it is used; the rest comes through the source.

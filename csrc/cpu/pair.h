@@ -47,7 +47,7 @@ AFD_INLINE FloatPair select_by_sign(WordPair sign, FloatPair x, FloatPair y) {
 }
 
 // 2 * kLanes words in 64-bit lanes, for 32 x 32 -> 64 bit products. Only the low half of a lane
-// means anything: the high half holds leftovers that no operation looks at.
+// means anything: no operation reads the high half.
 struct WideWords {
   WideLanes v[4];
   AFD_INLINE WideWords() = default;

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
   const PhiloxKey key = philox_key(p.seed == nullptr ? 0 : p.seed[sample]);
   const P* v_theta = static_cast<const P*>(p.v_theta);
   const P* v_old = static_cast<const P*>(p.v_old);
-  // Without a prior v_theta stands in: the difference is zero and the second read hits the cache.
+  // Without a prior v_theta is read twice: the difference is zero; the second read hits the cache.
   const P* v_ref = p.v_ref == nullptr ? v_theta : static_cast<const P*>(p.v_ref);
   float sum[kNftSums] = {};
   for_each_pack(at, [&](int64_t position, int count) {

@@ -66,7 +66,7 @@ __device__ __forceinline__ void unpack<bf16>(const int4& raw, float* x) {
 
 AFD_HD bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-// Where a pack is read from: memory that nobody writes meanwhile, or the memory it goes back to,
+// Where a pack is read from: memory that is not written meanwhile, or the memory it goes back to,
 // which the read-only cache must not hold.
 enum class Source { kReadOnly, kInPlace };
 

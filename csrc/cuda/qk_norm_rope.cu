@@ -37,7 +37,7 @@ __device__ __forceinline__ void turn(const float (&angles)[kPack], float (&x)[kP
   }
 }
 
-// Bits as they are.
+// Unchanged bits.
 template <bool kWhole, class T>
 __device__ __forceinline__ void copy(const T* from, int count, T* to) {
   if constexpr (kWhole) {

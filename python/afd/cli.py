@@ -158,8 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint again")
     _takes_run(evaluate)
     evaluate.add_argument("--videos", type=int, default=None, help="number of held-out videos")
-    # Rejected: a run is evaluated with its own config.yaml.
-    evaluate.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="k=v",
+        help="overrides of evaluation and of keys that change no update, such as evaluation.seed=7",
+    )
     evaluate.set_defaults(run=_evaluate, lasts=True)
 
     benchmark = commands.add_parser(
@@ -177,18 +181,30 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(quickstart)
     quickstart.set_defaults(run=_quickstart, lasts=True)
 
-    full = commands.add_parser(
-        "quickstart-full", help="the whole table: teachers x runs x seeds, with controls"
-    )
-    _takes_overrides(full, "also seeds=[0,1,2] and rows=[nuis-sft,...] choose a part")
-    full.set_defaults(run=_quickstart_full, lasts=True)
-
     ablation = commands.add_parser(
         "ablation", help="run a file of configs/ablations: its runs, a table, the r curves"
     )
     _takes_config(ablation)
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
     ablation.set_defaults(run=_ablation, lasts=True)
+
+    adapt = commands.add_parser(
+        "adapt", help="train on one domain after another, as a file of configs/continual has them"
+    )
+    _takes_config(adapt)
+    adapt.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print estimates of memory, hours and cost per domain; train nothing",
+    )
+    adapt.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="dry run: number of GPUs that torchrun will train on",
+    )
+    _takes_overrides(adapt, "those of all domains' runs; name= and out= are the sequence's")
+    adapt.set_defaults(run=_adapt, lasts=True)
 
     sample = commands.add_parser(
         "sample", help="stream videos of prompts from a student's checkpoint into mp4 files"
@@ -215,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="k=v",
         help="out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, weights=ema|old|theta, "
-        "dtype=",
+        "against=released|start, rank=, dtype=",
     )
     export.set_defaults(run=_export)
 
@@ -300,7 +316,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from afd.trainer.loop import load_run
+    from afd.trainer.run_folder import load_run
 
     return _run(load_run(options.folder, options.overrides))
 
@@ -310,22 +326,19 @@ def _run(config: RunConfig) -> int:
 
     outcome = train(config)
     if outcome is Outcome.ALREADY_FINISHED:
-        print(f"{config.run_dir} is finished; choose another out= for a new run")
+        print(f"{config.run_dir} is finished; choose another out= for a new run, or more updates=")
     return STOPPED if outcome is Outcome.STOPPED else DONE
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from afd.trainer.loop import evaluate_run
+    from afd.trainer.again import evaluate_run
 
     if options.folder.is_file():
         problem = f"eval: got {options.folder}, a file; needed: a RUN_DIR"
         return _fail(
             MISTAKE, f"{problem}; afd benchmark CONFIG.yaml generates a benchmark's videos"
         )
-    if options.overrides:
-        problem = f"eval: got {options.overrides[0]!r}; needed: RUN_DIR alone"
-        return _fail(MISTAKE, f"{problem}, which is evaluated with its own config.yaml")
-    result = evaluate_run(options.folder, options.videos)
+    result = evaluate_run(options.folder, options.videos, options.overrides)
     print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
     return DONE
 
@@ -348,16 +361,26 @@ def _quickstart(options: argparse.Namespace) -> int:
     return DONE if quickstart(options.overrides, _console()) else STOPPED
 
 
-def _quickstart_full(options: argparse.Namespace) -> int:
-    from afd.lab.quickstart_full import quickstart_full
-
-    return DONE if quickstart_full(options.overrides, _console()) else STOPPED
-
-
 def _ablation(options: argparse.Namespace) -> int:
     from afd.lab.ablation import ablation
 
     return DONE if ablation(options.config, options.overrides, _console()) else STOPPED
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from afd.adapt.run import adapt, dry_run
+
+    if options.dry_run:
+        dry_run(options.config, options.overrides, options.processes, _console())
+        return DONE
+    from afd.lab.report.page import write_report
+
+    console = _console()
+
+    def finish(root: Path) -> None:
+        console.print(f"open {write_report(root)}", soft_wrap=True)
+
+    return DONE if adapt(options.config, options.overrides, console, finish) else STOPPED
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -377,7 +400,15 @@ def _export(options: argparse.Namespace) -> int:
     from afd.config.run import make_config
     from afd.export import ExportConfig, export
 
-    print(export(options.folder, make_config({}, options.overrides, "command", ExportConfig)))
+    config = make_config({}, options.overrides, "command", ExportConfig)
+    out = export(options.folder, config)
+    note = json.loads((out / "afd.json").read_text(encoding="utf-8"))
+    if note.get("svd_error") is not None:
+        print(
+            f"rank {note['rank_before']} cut to {note['rank']}: relative error of the change "
+            f"{note['svd_error']:.2e}"
+        )
+    print(out)
     return DONE
 
 

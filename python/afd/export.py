@@ -20,14 +20,15 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afd.config.base import Folder, Section
+from afd.config.base import Count, Folder, Section
 from afd.config.run import FREE_KEYS, RunConfig, flatten, plain
 from afd.errors import ConfigError
 from afd.extras import need
 from afd.files import replacing
 from afd.hub import refuse_other_weights
 from afd.models.adapters import TARGETS
-from afd.models.config import DTYPES, LoraConfig
+from afd.models.config import DTYPES
+from afd.models.low_rank import LowRank, cut, folded, joined
 from afd.models.policies import start_digest
 from afd.models.wan.checkpoints import (
     save_diffusers,
@@ -36,10 +37,10 @@ from afd.models.wan.checkpoints import (
 )
 from afd.models.wan.network import CausalWan
 from afd.trainer import checkpoint
-from afd.trainer.loop import load_run
+from afd.trainer.origin import PREFERRED, Start, start_of
+from afd.trainer.run_folder import load_run
 
-# Order of preference if no version is named; the first is the one that is evaluated.
-PREFERRED = ("ema", "old", "theta")
+ADAPTER_KINDS = ("peft", "diffusers_lora")
 
 
 class ExportConfig(Section):
@@ -56,6 +57,15 @@ class ExportConfig(Section):
     weights: Literal["ema", "old", "theta"] | None = Field(
         default=None, description="version of the weights; null: ema if the run has it, else old"
     )
+    against: Literal["released", "start"] = Field(
+        default="released",
+        description="adapters: the change of the released weights, student.init included; or only "
+        "this run's own, which belongs on what it started from",
+    )
+    rank: Count | None = Field(
+        default=None,
+        description="adapters: cut them to this rank by SVD, and print the error; null: all",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="dtype of the written weights"
     )
@@ -67,6 +77,7 @@ def export(folder: Path, config: ExportConfig) -> Path:
     It is written under a temporary name and renamed, so it is complete or absent. Its `afd.json`
     and the header of its weights record their origin. A model.pt has the trained weights as
     `generator` and the requested version as `generator_ema`; Self-Forcing's inference loads either.
+    An adapter's `afd.json` has the SHA-256 of the weights it belongs on, and the run's parents.
     Raises ConfigError if the export is not possible, naming the alternatives.
     """
     out = config.out
@@ -82,8 +93,19 @@ def export(folder: Path, config: ExportConfig) -> Path:
     start = versions.pop("start")
     kind = config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")
     name = _choose(config, versions)
-    note = json.dumps(_provenance(run, path, state["update"], kind, name), indent=1)
-    learned = _Learned(run, versions, start, DTYPES[config.dtype], note)
+    if config.rank is not None and kind not in ADAPTER_KINDS:
+        raise ConfigError(f"rank: got {config.rank} with kind={kind}; needed: an adapter's kind")
+    origin = None if run.student.init is None else start_of(run.student, run.run_dir)
+    provenance = _provenance(run, path, state["update"], kind, name)
+    provenance["parents"] = [] if origin is None else origin.parents
+    provenance["base"] = _base(run, start, origin, config.against)
+    change = error = None
+    if kind in ADAPTER_KINDS:
+        whole = _change(run, versions[name], origin, kind, config.against)
+        change, error = _cut(whole, config.rank)
+        provenance |= {"rank": change.rank, "rank_before": whole.rank, "svd_error": error}
+    note = json.dumps(provenance, indent=1)
+    learned = _Learned(run, versions, start, DTYPES[config.dtype], note, change, origin)
     with replacing(out) as partial:
         partial.mkdir()
         (partial / "afd.json").write_text(note + "\n", encoding="utf-8")
@@ -91,28 +113,52 @@ def export(folder: Path, config: ExportConfig) -> Path:
     return out
 
 
-def start_network(run: RunConfig) -> CausalWan:
-    """Load the network that a run started from, in float32."""
-    run.student.require_weights()
-    try:
-        network: CausalWan = run.student.load_network()
-    except ValueError as error:
-        raise ConfigError(f"student.checkpoint: {error}") from error
-    return network
+def _base(
+    run: RunConfig, start: str | None, origin: Start | None, against: str
+) -> dict[str, Any] | None:
+    """Dtype and SHA-256 of the weights that an adapter belongs on; None if they are not known."""
+    dtype: str | None = run.student.dtype
+    digest = start
+    if origin is not None and against == "released":
+        first = origin.parents[0]
+        if origin.changes is None:
+            return None
+        base = first.get("base") or {}  # an exported LoRA has it so
+        dtype = base.get("dtype", first.get("dtype"))
+        digest = base.get("sha256", first.get("start_sha256"))
+    return None if digest is None else {"dtype": dtype, "sha256": digest}
 
 
-def merged(
-    network: CausalWan, adapters: Mapping[str, Tensor], lora: LoraConfig
-) -> dict[str, Tensor]:
-    """A network's weights with adapters merged: W + alpha / rank · B A, in the network's dtype."""
-    state = dict(network.state_dict())
-    for name, b_OR in adapters.items():
-        layer, adapter, _ = name.rpartition(".lora_B")
-        if not adapter:
-            continue
-        change = (b_OR @ adapters[f"{layer}.lora_A.weight"]) * (lora.alpha / lora.rank)
-        state[f"{layer}.weight"] = state[f"{layer}.weight"] + change
-    return state
+def _change(
+    run: RunConfig,
+    adapters: Mapping[str, Tensor],
+    origin: Start | None,
+    kind: str,
+    against: str,
+) -> LowRank:
+    """The change that an adapter stands for."""
+    lora = run.student.lora
+    if lora is None:
+        raise ConfigError(
+            f"kind: got {kind}; this run trained every weight (student.lora is null), and the "
+            "change of a whole weight is no low-rank product, so there is no adapter to write; "
+            "needed: self_forcing or diffusers"
+        )
+    change = LowRank.of(adapters, lora.alpha / lora.rank)
+    if origin is not None and against == "released":
+        if origin.changes is None:
+            raise ConfigError(
+                f"against: got released; {run.student.init}, from which the run started, has whole "
+                "weights, whose change is no low-rank product; needed: against=start, or "
+                "kind=self_forcing or diffusers"
+            )
+        change = joined([*origin.changes, change])
+    return change
+
+
+def _cut(change: LowRank, rank: int | None) -> tuple[LowRank, float | None]:
+    """A change of at most a rank, and the relative error if it was cut."""
+    return (change, None) if rank is None or rank >= change.rank else cut(change, rank)
 
 
 @dataclass(frozen=True)
@@ -124,16 +170,16 @@ class _Learned:
     start: str | None
     dtype: torch.dtype
     note: str
+    change: LowRank | None
+    origin: Start | None
 
     def peft(self, folder: Path, version: str) -> None:
         """Write a folder for `PeftModel.from_pretrained(net, folder)`."""
-        lora, adapters = self._adapters("peft", version)
+        rank, alpha, adapters = self._adapters()
         need("kind=peft", "peft")
         from peft import LoraConfig as PeftConfig
 
-        settings = PeftConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=TARGETS, inference_mode=True
-        )
+        settings = PeftConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, inference_mode=True)
         settings.save_pretrained(str(folder))
         state = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
         header = {"format": "pt", "afd": self.note}
@@ -141,48 +187,51 @@ class _Learned:
 
     def diffusers_lora(self, folder: Path, version: str) -> None:
         """Write the file for `WanPipeline.load_lora_weights(folder)`, with rank and alpha."""
-        lora, adapters = self._adapters("diffusers_lora", version)
+        rank, alpha, adapters = self._adapters()
         state, layers = {}, set()
         for name, tensor in adapters.items():
             layer, adapter, rest = name.partition(".lora_")
             layers.add(to_diffusers(layer))
             state[f"transformer.{to_diffusers(layer)}{adapter}{rest}"] = tensor
         settings = {
-            "transformer.r": lora.rank,
-            "transformer.lora_alpha": lora.alpha,
+            "transformer.r": rank,
+            "transformer.lora_alpha": alpha,
             "transformer.target_modules": sorted(layers),
         }
         header = {"format": "pt", "afd": self.note, "lora_adapter_metadata": json.dumps(settings)}
         save_file(state, folder / "pytorch_lora_weights.safetensors", metadata=header)
 
     def self_forcing(self, folder: Path, version: str) -> None:
-        network = start_network(self.run)
+        network = self._start()
         average = None if version == "theta" else self._whole(network, version)
         trained = self._whole(network, "theta")
         file = folder / "model.pt"
         save_self_forcing(file, generator=trained, generator_ema=average, note=self.note)
 
     def diffusers(self, folder: Path, version: str) -> None:
-        network = start_network(self.run)
+        network = self._start()
         whole = self._whole(network, version)
         network.to(self.dtype).load_state_dict(whole)
         save_diffusers(folder / "transformer", network, note=self.note)
 
     def student(self, folder: Path, version: str) -> None:
         """Write a file for `student.checkpoint`, for any kind of student."""
-        network = start_network(self.run)
+        network = self._start()
         network.load_state_dict(self._whole(network, version))
         self.run.student.save(network, folder, self.dtype, self.note)
 
-    def _adapters(self, kind: str, version: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-        lora = self.run.student.lora
-        if lora is None:
-            raise ConfigError(
-                f"kind: got {kind}; this run trained every weight (student.lora is null), and the "
-                "change of a whole weight is no low-rank product, so there is no adapter to write; "
-                "needed: self_forcing or diffusers"
-            )
-        return lora, {k: v.to(self.dtype) for k, v in self.versions[version].items()}
+    def _adapters(self) -> tuple[int, int, dict[str, Tensor]]:
+        """Rank, alpha and factors to write; alpha / rank is the scale."""
+        lora, change = self.run.student.lora, self.change
+        assert lora is not None
+        assert change is not None
+        plain = (change.rank, change.scale) == (lora.rank, lora.alpha / lora.rank)
+        rank, alpha = (lora.rank, lora.alpha) if plain else (change.rank, change.rank)
+        return rank, alpha, change.adapters(self.dtype)
+
+    def _start(self) -> CausalWan:
+        """The network that the run started from, in float32."""
+        return (self.origin or start_of(self.run.student, self.run.run_dir)).network
 
     def _whole(self, network: CausalWan, version: str) -> dict[str, Tensor]:
         student, weights = self.run.student, self.versions[version]
@@ -190,7 +239,8 @@ class _Learned:
         if student.lora is not None:
             digest = start_digest(network, student.torch_dtype)
             refuse_other_weights("student.checkpoint", self.start, digest)
-            state = merged(network, weights, student.lora)
+            scale = student.lora.alpha / student.lora.rank
+            state = folded(network.state_dict(), LowRank.of(weights, scale))
         return {name: tensor.to(self.dtype) for name, tensor in state.items()}
 
 

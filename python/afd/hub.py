@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,35 @@ def missing_path(key: str, path: str | Path | None, what: str) -> Iterator[str]:
         yield f"{key} is not given: {what}"
     elif not Path(path).exists():
         yield f"{key}: {path} is not there: {what}"
+
+
+# The files of an exported adapter, as PEFT and diffusers name them.
+ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def trained(path: Path) -> str | None:
+    """What a path is, if it is a run's folder, checkpoint or adapter instead of whole weights."""
+    with suppress(OSError, ValueError):  # the name is too long, or has a NUL character
+        if (path / "checkpoints").is_dir():
+            return "a run folder"
+        if (path / "meta.json").is_file():
+            return "a checkpoint of a run"
+        if any((path / name).is_file() for name in ADAPTERS):
+            return "an exported LoRA"
+        if path.suffix == ".safetensors" and path.is_file() and holds_adapters(path):
+            return "a LoRA"
+    return None
+
+
+def holds_adapters(path: Path) -> bool:
+    """Whether a safetensors file has LoRA factors, judging by its header; damaged ones do not."""
+    from safetensors import SafetensorError, safe_open  # not in the core installation
+
+    try:
+        with safe_open(path, "pt") as opened:
+            return any(".lora_A." in name for name in opened.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def missing_source(key: str, source: str) -> Iterator[str]:

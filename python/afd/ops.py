@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from afd.arguments import typed
 from afd.optimality import Optimality as Optimality
 from afd.optimality import optimality as optimality
 from afd.schedules import Schedule, resolve
@@ -49,6 +50,7 @@ __all__ = [
 Layout = Literal["BCFHW", "BFCHW", "BFLC"]
 
 
+@typed
 def draw_seeds(
     batch: int,
     generator: torch.Generator | None = None,
@@ -60,7 +62,7 @@ def draw_seeds(
     """One 64-bit noise seed per sample, int64 [batch].
 
     Either drawn from `generator` (None: torch's own) on its device; every process needs a generator
-    with a seed of its own. Or made from `base`, the run's seed, with the step and the rank, on the
+    with its own seed. Or made from `base`, the run's seed, with the step and the rank, on the
     CPU: no two (step, rank, sample) of one base have the same seed, and a repeated call has the
     same seeds.
 
@@ -101,6 +103,7 @@ def _mixed(x: Tensor) -> Tensor:
     return x
 
 
+@typed
 def forward_noise(
     x0: Tensor,
     t: Tensor,
@@ -159,6 +162,7 @@ class NftLoss:
     ref_deviation: Tensor
 
 
+@typed
 def nft_loss(
     *,
     v_theta: Tensor,
@@ -225,7 +229,8 @@ def nft_loss(
             sigma of x0 = x_t - sigma v where it is not the t at which x_t was noised, as in
             trainers that look sigma up in a table. Only for the rectified flow, and with the error
             or the prior in x0 space. None: t's own.
-        sample_weight: float32 [B], >= 0, of a sample's whole loss; the mean stays one over B.
+        sample_weight: float32 [B], >= 0, of a sample's whole loss; the mean stays one over B. In
+            float16 gradients above 65,504 overflow: keep it at B or below (docs/NUMERICS.md).
         group: w+- per "video" or per "chunk" (K then comes from r, else from t).
         schedule: a name or a Schedule.
         layout: which dimension holds the frames; ignored when everything is per video.
@@ -240,6 +245,7 @@ def nft_loss(
         ValueError: naming the argument, the value given and what is needed. On an accelerator t,
             r, sigma and weights are not range-checked, to avoid a synchronisation; the loss is then
             NaN.
+        RuntimeError: if another argument than v_theta requires a gradient.
     """
     how = resolve(schedule)
     require(isinstance(v_theta, Tensor), "v_theta", v_theta, "a tensor")
@@ -268,6 +274,7 @@ def nft_loss(
     return NftLoss(loss, *per_group.unbind(-1))
 
 
+@typed
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -319,6 +326,7 @@ def block_attention(
     )
 
 
+@typed
 def qk_norm_rope(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -347,6 +355,7 @@ def qk_norm_rope(
     return _qk_norm_rope.qk_norm_rope(q, k, weight_q, weight_k, rope, eps)
 
 
+@typed
 def qk_norm_rope_append_(
     q: Tensor,
     k: Tensor,
@@ -402,6 +411,7 @@ def qk_norm_rope_append_(
     )
 
 
+@typed
 def adaln(
     x: Tensor,
     branch: Tensor | None,

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from afd.arguments import typed
 from afd_kernels.contracts import require
 
 # Added to every standard deviation that divides.
@@ -39,6 +40,7 @@ class Optimality:
     disagreement: Tensor
 
 
+@typed
 def optimality(
     rewards: Tensor | Mapping[str, Tensor],
     *,
@@ -66,7 +68,7 @@ def optimality(
         combine: "rewards" takes the advantage of their weighted sum; "advantages" the weighted sum
             of each reward's own advantage (GDPO): no reward dominates by its units.
         baseline: what is subtracted: the mean of the prompt's samples ("group") or of all
-            ("batch"), a number, or a tensor [B].
+            ("batch"), a finite number, or a finite tensor [B].
         normalize: what divides the difference, + 1e-4: the standard deviation of the prompt's
             ("group") or of all rewards ("global"), or that of all differences ("batch"); "none": 1.
             "rank" instead takes ranks among the samples of a prompt, evenly from -1 to 1 (ties
@@ -165,6 +167,8 @@ def _checked(named: dict[str, Tensor], given: Mapping[str, float] | None) -> dic
         if not finite.all():
             at = finite.logical_not().nonzero().flatten().tolist()
             require(False, where, f"values that are not finite at {at[:8]}", "finite rewards")
+    mapped = given is None or isinstance(given, Mapping)
+    require(mapped, "reward_weights", given, "a number for each name, or None")
     weights = {name: 1.0 for name in named} if given is None else dict(given)
     require(weights.keys() == named.keys(), "reward_weights", sorted(weights), f"{sorted(named)}")
     for name, weight in weights.items():
@@ -213,6 +217,8 @@ def _advantage(
     if isinstance(baseline, Tensor):
         same = baseline.shape == reward_B.shape and baseline.dtype == reward_B.dtype
         require(same, "baseline", baseline, f"{reward_B.dtype} {list(reward_B.shape)}")
+        finite = bool(baseline.isfinite().all())
+        require(finite, "baseline", "values that are not finite", "finite values")
         level = baseline
     elif baseline == "group":
         level = samples.map(reward_B, _mean)
@@ -220,10 +226,10 @@ def _advantage(
         level = _mean(reward_B[None])[0]
     else:
         require(
-            isinstance(baseline, int | float),
+            isinstance(baseline, int | float) and abs(baseline) < float("inf"),
             "baseline",
             baseline,
-            "'group', 'batch', a number or a tensor [B]",
+            "'group', 'batch', a finite number or a tensor [B]",
         )
         level = torch.tensor(baseline, dtype=reward_B.dtype)
     difference = reward_B - level

@@ -51,7 +51,6 @@ BUILT_IN: dict[Group, dict[str, str]] = {
     },
     "metrics": {
         "physics": "afd.lab.metrics:PhysicsMetrics",
-        "physics_xy": "afd.lab.metrics:TwoLawsMetrics",
         "video": "afd.trainer.evaluate:VideoMetrics",
     },
 }

@@ -7,13 +7,16 @@ channels. Latents are [B, F, C, H, W].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Generator, Tensor
 
-from afd.models.noise import Layout, NoiseSource, counted_noise, seeded_noise
+from afd.models.noise import EndlessLayout, Layout, NoiseSource, counted_noise, seeded_noise
 from afd.models.student import Level, Student
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.self_forcing import self_forced
@@ -23,9 +26,12 @@ from afd_kernels.contracts import require
 
 __all__ = [
     "STEPS",
+    "EndlessLayout",
     "Layout",
     "NoiseSource",
     "SelfForced",
+    "Switch",
+    "SwitchMode",
     "check_steps",
     "chunk_layout",
     "counted_noise",
@@ -38,6 +44,28 @@ __all__ = [
     "stream_layout",
 ]
 STEPS = (1.0, 0.9375, 0.833, 0.625)
+# How the context follows a switch of the prompt.
+SwitchMode = Literal["plain", "recache", "new_sink"]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A change of prompt at the start of a chunk.
+
+    Attributes:
+        text_BLE: embeddings of the new prompts.
+        mode: "plain": cached frames keep the keys and values of the old prompts. "recache": the
+            frames in the window are encoded again under the new prompts; once the stream is longer
+            than the window, the sink keeps its own (LongLive's released setting). "new_sink": so is
+            the sink, which then holds the oldest frames of the window.
+    """
+
+    text_BLE: Tensor
+    mode: SwitchMode = "plain"
+
+
+# Prompts of later chunks: by chunk index, or asked for before every chunk (None: no change).
+Switches = Mapping[int, Tensor | Switch] | Callable[[int], Tensor | Switch | None]
 
 
 def chunk_layout(frames: int, chunk: int, *, first_alone: bool = False) -> Layout:
@@ -58,11 +86,11 @@ def stream(
     text_BLE: Tensor,
     noise: NoiseSource,
     *,
-    frames: int | None = None,
+    frames: int | Literal["trained"] | None = "trained",
     denoising_steps: Sequence[float] = STEPS,
     first_chunk_steps: Sequence[float] | None = None,
     prefix_BFCHW: Tensor | None = None,
-    switches: Mapping[int, Tensor] | None = None,
+    switches: Switches | None = None,
     context_noise: float = 0.0,
     remember_last: bool = False,
     cache: KVCache | None = None,
@@ -73,36 +101,45 @@ def stream(
     Each chunk starts as noise and is denoised at the times of `denoising_steps`: predict the clean
     chunk, mix it with fresh noise for the next time; the last prediction is the result. A context
     pass then writes the finished chunk to the cache, except for the last chunk, which nothing would
-    read. Only the cache is kept between chunks, and nothing in the loop synchronises.
+    read. Only the cache is kept between chunks (and, if a switch may recache, the latents of its
+    frames), and nothing in the loop synchronises.
 
     Args:
         text_BLE: embeddings of the prompts (`student.encode`).
         noise: the noise source; its chunks follow `stream_layout`.
         frames: length of the video, including the prefix; default the student's training length.
             With a window (in the student's configuration) only the sink and the newest frames are
-            kept.
+            kept, and None streams without end. `noise` then needs an endless layout, too.
         denoising_steps: denoising steps of every chunk, in the student's units (`student.levels`).
         first_chunk_steps: denoising steps of the first generated chunk, if different.
         prefix_BFCHW: finished latents that begin the video: they are cached at time 0 and yielded
             as its first chunks. Whole chunks, or a single frame.
-        switches: maps a chunk index to the prompt embeddings used from that chunk on.
-        context_noise: timestep of the context pass, on the 0-1000 scale; its latents stay clean.
+        switches: maps a chunk index to the prompt embeddings used from that chunk on, or to a
+            `Switch`. A callable is called with the index of each chunk before its first step, after
+            the context pass of the chunk before, and returns the same or None.
+        context_noise: timestep of the context pass and of a recache, on the 0-1000 scale; their
+            latents stay clean.
         remember_last: also run the context pass of the last chunk, to read the cache afterwards.
         cache: holds the context (`student.new_cache` of the same prompts, or one that was reset to
             them) and can be read afterwards. The prompts in the cache are the ones attended to.
         last_inputs: a list to which the input of each chunk's last denoising step is appended.
 
     Raises:
-        ValueError: naming the argument, the value given and what is needed; before the first chunk.
+        ValueError: naming the argument, the value given and what is needed; before the first chunk,
+            except for what a callable returns.
     """
-    frames = student.frames if frames is None else frames
+    if frames == "trained":
+        frames = student.frames
     given = 0 if prefix_BFCHW is None else prefix_BFCHW.shape[1]
     layout = stream_layout(student, frames, given)
     if prefix_BFCHW is not None:
         _check_prefix(student, prefix_BFCHW, len(text_BLE), layout)
-    for chunk, text in (switches or {}).items():
-        require(0 <= chunk < len(layout), "switches", chunk, f"a chunk in [0, {len(layout)})")
-        require(text.shape == text_BLE.shape, "switches", text, f"{list(text_BLE.shape)}")
+    if isinstance(switches, Mapping):
+        end = len(layout) if isinstance(layout, tuple) else None
+        for chunk, switch in switches.items():
+            inside = chunk >= 0 and (end is None or chunk < end)
+            require(inside, "switches", chunk, f"a chunk in [0, {'…' if end is None else end})")
+            _checked(switch, text_BLE.shape)
     levels = student.levels(denoising_steps)
     plan = _Plan(
         layout=layout,
@@ -110,7 +147,9 @@ def stream(
         levels=levels,
         clean=Level.at(0.0, 0.0, student.device),
         context=Level.at(context_noise, 0.0, student.device),
-        switches=dict(switches or {}),
+        switch=switches.get if isinstance(switches, Mapping) else switches,
+        recaches=callable(switches) or any(map(_recaches, (switches or {}).values())),
+        text_shape=text_BLE.shape,
         remember_last=remember_last,
         last_inputs=last_inputs,
     )
@@ -121,22 +160,51 @@ def stream(
     return _chunks(student, cache, noise, plan, prefix_BFCHW)
 
 
-def stream_layout(student: Student, frames: int, prefix_frames: int = 0) -> Layout:
+@overload
+def stream_layout(student: Student, frames: int, prefix_frames: int = 0) -> Layout: ...
+@overload
+def stream_layout(student: Student, frames: None, prefix_frames: int = 0) -> EndlessLayout: ...
+@overload
+def stream_layout(
+    student: Student, frames: int | None, prefix_frames: int = 0
+) -> Layout | EndlessLayout: ...
+def stream_layout(
+    student: Student, frames: int | None, prefix_frames: int = 0
+) -> Layout | EndlessLayout:
     """Chunks of a stream; a single prefix frame (an image) is a separate chunk."""
     alone = student.independent_first_frame or prefix_frames == 1
+    if frames is None:
+        return EndlessLayout(student.chunk, alone)
     return chunk_layout(frames, student.chunk, first_alone=alone)
+
+
+def _recaches(switch: Tensor | Switch) -> bool:
+    return isinstance(switch, Switch) and switch.mode != "plain"
+
+
+def _checked(switch: Tensor | Switch, shape: tuple[int, ...]) -> Switch:
+    """A switch whose mode and shape are right; embeddings alone are a plain one."""
+    if isinstance(switch, Tensor):
+        switch = Switch(switch)
+    require(isinstance(switch, Switch), "switches", switch, "embeddings or a Switch")
+    text_BLE, modes = switch.text_BLE, get_args(SwitchMode)
+    require(switch.mode in modes, "switches: mode", switch.mode, f"one of {', '.join(modes)}")
+    require(text_BLE.shape == shape, "switches", text_BLE, f"{list(shape)}")
+    return switch
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Settings of a stream, all known before its first chunk."""
 
-    layout: Layout
+    layout: Layout | EndlessLayout
     first: list[Level]
     levels: list[Level]
     clean: Level
     context: Level
-    switches: dict[int, Tensor]
+    switch: Callable[[int], Tensor | Switch | None] | None
+    recaches: bool
+    text_shape: tuple[int, ...]
     remember_last: bool
     last_inputs: list[Tensor] | None
 
@@ -146,9 +214,18 @@ def _chunks(
     student: Student, cache: KVCache, noise: NoiseSource, plan: _Plan, prefix: Tensor | None
 ) -> Iterator[Tensor]:
     given = 0 if prefix is None else prefix.shape[1]
+    end = len(plan.layout) if isinstance(plan.layout, tuple) else None
+    # The chunks of the cache's newest frames, and their frames, for a recache.
+    newest: deque[Tensor] = deque()
+    kept = 0
     for chunk, (start, count) in enumerate(plan.layout):
-        if chunk in plan.switches:
-            student.switch_text(cache, plan.switches[chunk])
+        found = None if plan.switch is None else plan.switch(chunk)
+        if found is not None:
+            switch = _checked(found, plan.text_shape)
+            student.switch_text(cache, switch.text_BLE)
+            if _recaches(switch) and newest:
+                replace = switch.mode == "new_sink"
+                student.recache(torch.cat(list(newest), 1), plan.context, cache, new_sink=replace)
         if prefix is not None and start < given:
             x0, level = prefix[:, start : start + count], plan.clean
         else:
@@ -157,8 +234,13 @@ def _chunks(
             require(x0.shape[1] == count, "noise", x0, f"{count} frames for chunk {chunk}")
             level = plan.context
         yield x0
-        if chunk + 1 < len(plan.layout) or plan.remember_last:
+        if chunk + 1 != end or plan.remember_last:
             student.remember(x0, level, cache, start)
+        if plan.recaches:
+            newest.append(x0)
+            kept += count
+            while kept - newest[0].shape[1] >= cache.frames:
+                kept -= newest.popleft().shape[1]
 
 
 @torch.no_grad()
@@ -186,8 +268,14 @@ def denoise_chunk(
     return x0
 
 
-def _check_prefix(student: Student, prefix: Tensor, batch: int, layout: Layout) -> None:
-    ends = [start + count for start, count in layout[:-1]]
+def _check_prefix(
+    student: Student, prefix: Tensor, batch: int, layout: Layout | EndlessLayout
+) -> None:
+    if isinstance(layout, tuple):
+        ends = [start + count for start, count in layout[:-1]]
+    else:
+        chunks = takewhile(lambda chunk: chunk[0] < max(1, prefix.shape[1]), layout)
+        ends = [start + count for start, count in chunks]
     shape = f"[{batch}, P, {', '.join(map(str, student.frame_shape))}]"
     require(
         prefix.shape == (batch, prefix.shape[1], *student.frame_shape)
@@ -212,11 +300,15 @@ def rollout(
     context_noise: float = 0.0,
     batch: int = 256,
 ) -> Tensor:
-    """Generate full videos [B, F, C, H, W], one per prompt and seed, `batch` at a time."""
+    """Generate full videos [B, F, C, H, W], one per prompt and seed, `batch` at a time.
+
+    `frames`: None takes the student's training length; other arguments are those of `stream`.
+    """
     require(bool(prompts), "prompts", prompts, "at least one prompt")
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds: got {len(seeds)}; needed: {len(prompts)}, one per prompt")
-    layout = stream_layout(student, student.frames if frames is None else frames)
+    frames = student.frames if frames is None else frames
+    layout = stream_layout(student, frames)
     draws = max(len(denoising_steps), len(first_chunk_steps or ()))
     videos = []
     for first in range(0, len(prompts), batch):

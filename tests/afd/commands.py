@@ -59,7 +59,7 @@ def begin(
     nohup: bool = False,
     file_bytes: int | None = None,
 ) -> Any:
-    """`afd WORDS` in a session of its own: with a terminal's path, or with a file (or pipe) for
+    """`afd WORDS` in its own session: with a terminal's path, or with a file (or pipe) for
     both output streams; `nohup`: started so; `file_bytes`: how large it may write a file."""
     process = SERVER.Process(target=_command, args=(words, tty, out, nohup, file_bytes))
     process.start()

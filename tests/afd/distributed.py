@@ -18,7 +18,7 @@ from afd.discriminators.latent import LatentDiscriminator
 from afd.distributed import Ranks, join
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
-from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
+from afd.methods.config import AfdConfig, DmdConfig, GanConfig, ReplayConfig, SftConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.methods.sft import VERSIONS, Sft
@@ -44,21 +44,25 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
     """This process's part of a whole batch."""
     own = ranks.share(len(batch.prompts))
     return Batch(
-        batch.step,
+        batch.update,
         batch.prompts[own],
         batch.teacher_BFCHW[own],
         first=own.start,
         total=len(batch.prompts),
+        replay=None if batch.replay is None else sharing(batch.replay, ranks),
     )
 
 
 def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
-    """AFD with LoRA ("afd"), the others with all weights ("afd full", "afd rewards", "sft", "gan",
-    "dmd"); " bf16" behind the name: computed in bf16, at a small rate."""
+    """AFD with LoRA ("afd", "afd replay"), the others with all weights ("afd full", "afd rewards",
+    "sft", "gan", "dmd"); " bf16" behind the name: computed in bf16, at a small rate."""
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.world > 1 else None
-    lora = LoraConfig(rank=4, alpha=4.0) if name in ("afd", "afd bf16") else None
+    adapted = ("afd", "afd bf16", "afd replay")
+    lora = LoraConfig(rank=4, alpha=4.0) if name in adapted else None
     how: dict[str, Any] = {"denoising_steps": WAN_STEPS, "ranks": ranks}
+    if name == "afd replay":
+        how["replay"] = ReplayConfig(fraction=0.5, prompts=Path("x"), weight=2.0)
     student, rate = wan_student(dtype), 1e-5 if dtype == torch.bfloat16 else 1e-3
     if name.startswith("sft"):
         config = SftConfig(draws=2, learning_rate=rate)
@@ -125,7 +129,10 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
         method.load_state_dict(given["method"])
         first = given["updates"]
     for step in range(first, first + leg.updates):
-        batch = sharing(wan_batch(step), ranks)
+        whole = wan_batch(step)
+        if leg.method == "afd replay":
+            whole.replay = Batch(step, ["a", "bb", "ccc"], torch.empty(3, 0))
+        batch = sharing(whole, ranks)
         method.rollout(batch)
         said.append(method.discriminator_step(batch) | method.student_step(batch))
     state = method.state_dict()
@@ -144,14 +151,14 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
 
 
 def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:
-    """A run of a configuration in which one process is told to stop during an update."""
+    """A run of a configuration in which one process receives the stop request during an update."""
     config = make_config(data)
     with join(config.device) as ranks:
         method = build_method(config, ranks)
         rollout = method.rollout
 
         def told(batch: Batch) -> None:
-            if ranks.rank == rank and batch.step == after:
+            if ranks.rank == rank and batch.update == after:
                 os.kill(os.getpid(), signal.SIGINT)
             rollout(batch)
 
@@ -160,6 +167,6 @@ def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:
 
 
 def run(data: dict[str, Any]) -> None:
-    """A run of a configuration, to its end, in a process of its own."""
+    """A run of a configuration, to its end, in a separate process."""
     torch.set_num_threads(1)
     train(make_config(data), console=Console(quiet=True))

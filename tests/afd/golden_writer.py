@@ -125,9 +125,13 @@ class Oracle:
         frame_mask: Tensor | None = None,
         past: list[KV] | None = None,
         keep: list[KV] | None = None,
+        seen: Callable[[int, Tensor, Tensor], KV] | None = None,
         taps: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Flow of all frames [B, F, 16, H, W]; `keep` receives the pass's own keys and values."""
+        """Flow of all frames [B, F, 16, H, W]; `keep` receives the pass's own keys and values.
+
+        `seen` maps a layer and its own keys and values to those that are attended.
+        """
         taps = {} if taps is None else taps
         B, frames = x.shape[:2]
         half = self.config["freq_dim"] // 2
@@ -167,6 +171,8 @@ class Oracle:
             v = self.heads(self.linear(f"{name}self_attn.v", h))
             if keep is not None:
                 keep.append((k, v))
+            if seen is not None:
+                k, v = seen(i, k, v)
             if past is not None:
                 k, v = torch.cat([past[i][0], k], 2), torch.cat([past[i][1], v], 2)
             y = self.linear(f"{name}self_attn.o", self.attend(q, k, v, mask))

@@ -20,7 +20,7 @@ def _oid(content: bytes) -> str:
 
 
 class Hub:
-    """`revisions`: commit by its names; `files`: content by path; `said`: sizes told instead."""
+    """`revisions`: commit by its names; `files`: content by path; `said`: sizes it reports."""
 
     def __init__(self, files: dict[str, bytes], revisions: dict[str, str]) -> None:
         self.files, self.revisions = files, revisions

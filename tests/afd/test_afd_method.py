@@ -188,6 +188,7 @@ def test_a_resumed_run_continues_with_the_same_bits(student: ToyStudent) -> None
     [
         {"advantage": "random"},
         {"old": "current"},
+        {"diversity_weight": 0.5},
         {"timesteps": "uniform", "timestep_per": "video", "weighting": "velocity"},
         {"baseline": "teacher", "normalize": "group", "prior_by_r": True},
         {"context": "noisy", "timesteps": "list", "timestep_list": [1, 0.5], "keep_context": True},

@@ -1,4 +1,4 @@
-"""Every option of AFD does what it says: each test fails where its option is not read."""
+"""Every option of AFD takes effect: each test fails if its option is not read."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_an_average_of_its_own_is_evaluated_where_asked() -> None:
         assert policy is not None
 
 
-# --- rollouts and what is seen of them ---
+# --- rollouts and the discriminator's input ---
 
 
 def test_rollouts_in_pieces_are_the_rollouts() -> None:

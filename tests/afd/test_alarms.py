@@ -170,4 +170,4 @@ def test_the_alarms_state_is_rebuilt_from_the_lines_of_a_run(
     watch = Signs()
     watch.replay(lines, [])
     watch.updated(30, together(-0.5, 1.0, 1.0))
-    assert said(log) == []  # it was told before
+    assert said(log) == []  # already reported

@@ -81,7 +81,7 @@ def test_a_folder_of_any_name_will_do(
     every_command(f"./{name}", f"./{name}/{name}")
     said = capsys.readouterr()
     assert "Traceback" not in said.err
-    # The name is printed as it is: neither markup nor an emoji's code.
+    # The name is printed verbatim: neither markup nor an emoji's code.
     assert name != ODD or ":smile:" in said.out
     assert name != ODD or "[red]" in said.out
 
@@ -104,7 +104,7 @@ def test_a_teacher_may_have_names_that_are_not_utf8(
 
 @pytest.mark.parametrize(
     "umask",
-    # At 022 what is made for its owner only is seen; afd.files is tested at all three.
+    # umask 022 reveals files made for their owner only; afd.files is tested at all three.
     [0o022, *(pytest.param(umask, marks=pytest.mark.soak) for umask in (0o002, 0o077))],
     ids=oct,
 )

@@ -387,7 +387,7 @@ def test_a_run_is_evaluated_by_its_exported_weights_and_its_own_settings(
         folder = out / "mine" / step
         (line, _) = manifest(folder)
         made_of = json.loads(read_comment(folder / line["file"]) or "")["settings"]
-        # What the configuration says stays; the rest is the run's.
+        # Configured values stay; all others are the run's.
         assert (made_of["student"]["denoising_steps"], made_of["window"]) == ([1.0], None)
         assert line["student"] == made_of["student"]["checkpoint"]
         assert line["student"].startswith(f"mine update_000001 {version} ")
@@ -417,7 +417,7 @@ def test_a_wan_run_brings_its_own_size_files_and_rater(tmp_path: Path) -> None:
     scorer = models / "checkpoints" / "VideoReward"
     words = [f"student.checkpoint={models}/checkpoints/self_forcing_dmd.pt", "updates=1"]
     words += ["evaluation.kind=none", "logging.tensorboard=false", "logging.videos_every=0"]
-    # Unused by this method, but the run says it.
+    # Unused by this method, but set by the run.
     words += ["discriminator={kind: videoalign}", f"discriminator.checkpoint={scorer}"]
     words += [f"discriminator.base={models}/videoalign/base", f"out={tmp_path / 'run'}"]
     small = overrides(models, "sft")
@@ -432,7 +432,7 @@ def test_a_wan_run_brings_its_own_size_files_and_rater(tmp_path: Path) -> None:
     folder = tmp_path / "samples" / "sft_self_forcing_480x832" / "update_000001"
     (video,) = (folder / "videos").iterdir()
     check_video(video, frames=21)
-    # Where the rater is gone, that is said before the next video is made.
+    # A missing rater is reported before the next video is generated.
     shutil.rmtree(scorer)
     (tmp_path / "prompts.txt").write_text("the ball\na table\n")
     with pytest.raises(FileNotFoundError, match="VideoReward"):

@@ -207,7 +207,7 @@ def test_fused_projections_are_the_same_parameters() -> None:
     torch.testing.assert_close(streamed(net, x, t.expand(2, 3), [3])[0], plain, **SAME)
     for a, b in zip(gradients(net, net(x, t, text(net)).sum()), gradient, strict=True):
         assert torch.equal(a, b)
-    # An update in place is seen; a copy and a moved network have memory of their own.
+    # An update in place is picked up; a copy and a moved network have memory of their own.
     twin = copy.deepcopy(net)
     with torch.no_grad():
         net.blocks[0].self_attn.q.weight.mul_(2.0)  # type: ignore[union-attr]

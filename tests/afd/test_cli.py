@@ -1,4 +1,4 @@
-"""The command line: exit codes, what it prints, and mistakes told without a traceback."""
+"""The command line: exit codes, what it prints, and mistakes reported without a traceback."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_stopped_run_exits_130_and_is_resumed(
         (["report", "/none"], "report: /none is not a directory"),
         (["eval", "{out}/none"], "config.yaml: cannot be read"),
         (["eval", "{path}", "run=x"], "tiny.yaml, a file; needed: a RUN_DIR; afd benchmark"),
-        (["eval", "{path.parent}", "run=x"], "eval: got 'run=x'; needed: RUN_DIR alone"),
+        (["eval", "{path.parent}", "run=x"], "config.yaml: cannot be read"),
         (["benchmark", "{path.parent}"], "a directory; needed: CONFIG.yaml; afd eval RUN_DIR"),
         (["benchmark", "none.yaml"], "none.yaml: cannot be read"),
         (["sample", "--config", "{path}"], "got --config; needed: afd sample CONFIG.yaml"),
@@ -79,7 +79,7 @@ def test_a_stopped_run_exits_130_and_is_resumed(
         (["sample", "{out}"], "cannot be read"),
         (["teacher"], "needs a subcommand: afd teacher simulate"),
         (["quickstart", "teacher.style=oil"], "teacher.style is 'oil'"),
-        (["quickstart-full", "rows=[none]"], "rows: got ['none']"),
+        (["ablation", "none.yaml"], "none.yaml: cannot be read"),
     ],
 )
 def test_a_mistake_exits_2_with_one_sentence(

@@ -60,7 +60,7 @@ def test_the_codec_in_memory_is_a_file_written_and_read(tmp_path: Path, crf: int
 
 
 def test_a_teacher_file_and_a_student_video_of_one_content_look_the_same(tmp_path: Path) -> None:
-    """What a discriminator input_space: the bits are equal, so no container can be told."""
+    """What a discriminator reads: the bits are equal, so the container cannot be recognised."""
     content = moving(frames=81)
     teacher = clip_folder(tmp_path / "clips", same=content)
     video = VideoConfig(frames=81, height=48, width=64, fps=16, codec_match=True)
@@ -73,7 +73,7 @@ def test_a_teacher_file_and_a_student_video_of_one_content_look_the_same(tmp_pat
     ours = prepare(through_codec(content[None], fps=video.fps, crf=video.crf))
     assert theirs.shape == (1, 10, 3, 48, 64)
     assert torch.equal(preprocessing.patches(theirs)[0], preprocessing.patches(ours)[0])
-    # Without the codec they would be told apart.
+    # Without the codec they would be distinguishable.
     raw = preprocessing.patches(prepare(content[None]))[0]
     assert not torch.equal(preprocessing.patches(theirs)[0], raw)
 

@@ -1,4 +1,4 @@
-"""The configuration: what a YAML file and overrides become, and how mistakes are told."""
+"""The configuration: what a YAML file and overrides become, and how mistakes are reported."""
 
 from __future__ import annotations
 

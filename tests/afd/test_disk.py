@@ -76,7 +76,7 @@ def fill(disk: Path) -> Path:
 
 
 def sentence(said: Path) -> str:
-    """The one line on the standard streams that says what is wrong."""
+    """The one line on the standard streams that names the problem."""
     text = said.read_text()
     assert "Traceback" not in text
     (found,) = [line for line in text.splitlines() if "afd: error:" in line]
@@ -97,7 +97,7 @@ def test_a_disk_that_gets_full_ends_a_run_that_then_continues_to_the_same_bits(
     assert f"the newest checkpoint is {out}/checkpoints/update_000004" in error
     assert str(out) in error.split("afd: error:")[1].split(":")[0]
     assert saved(out) == 4
-    # Still full: it says so again, and breaks nothing.
+    # Still full: reported again, without damage.
     assert ended(begin(["resume", str(out)], out=said)) == 3
     filler.unlink()
     assert ended(begin(["resume", str(out)], out=said)) == 0
@@ -136,7 +136,7 @@ def test_a_run_whose_folder_goes_away_saves_itself_there_again(
     assert f"run folder {out}: was moved or removed while the run wrote there" in error
     assert f"its state after update {step} was written to the old path" in error
     assert ended(begin(["resume", str(out)])) == 0
-    # The numbers until then went with the folder, and the log says so.
+    # The numbers until then went with the folder, which the log reports.
     kept = numbers(out)
     assert kept == numbers(straight)[step:]
     assert (

@@ -27,6 +27,7 @@ METHODS = (
     ("sft", "fsdp"),
     ("afd full", "fsdp"),
     ("afd rewards", "ddp"),
+    ("afd replay", "ddp"),
     ("gan", "ddp"),
     ("dmd", "fsdp"),
 )
@@ -196,7 +197,7 @@ def test_a_sharded_run_that_one_process_is_told_to_stop_ends_in_one_process(
 
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    # Standalone: a port of its own.
+    # Standalone: its own port.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [sys.executable, *launcher, "-m", "afd", *words],

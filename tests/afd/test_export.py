@@ -64,7 +64,7 @@ def save_run(config: RunConfig, method_state: dict[str, Any]) -> None:
     checkpoint.save(config.run_dir / "checkpoints", state, keep=1)
 
 
-# What else a Wan student's run says, as the defaults are the toy's.
+# Other keys of a Wan student's run, as the defaults are the toy's.
 REST = {
     "video": {"frames": 9},
     "discriminator": {"kind": "latent"},

@@ -1,10 +1,11 @@
-"""Whole paths on a GPU that is none (tests/fake_cuda): nothing is on the wrong device, nothing
+"""Whole paths on a simulated CUDA device (tests/fake_cuda): nothing is on the wrong device, nothing
 waits where it must not, and the numbers are the CPU's."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,15 +27,19 @@ from afd.methods.config import DmdConfig, GanConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.models.config import LoraConfig
+from afd.models.noise import EndlessLayout, counted_noise
 from afd.models.policies import make_policies
 from afd.models.student import Student
+from afd.models.wan.tiny_vae import TinyVAE
 from afd.models.wan.vae import VideoVAE
-from afd.rollout import stream, stream_layout
+from afd.rollout import Switch, stream, stream_layout
+from afd.testing.tiny_vae import drawn_weights
 from afd.trainer.loop import _home
 from afd.video.recorder import Recorder
 from afd_kernels import dispatch, native
 from afd_kernels.block_attention import library_cuda, library_impl
 from tests.afd import test_text, test_vae, tiny_methods, tiny_videoalign, tiny_wan
+from tests.afd.test_tiny_vae import keys
 from tests.afd.tiny_methods import WAN_STEPS, make_afd, make_sft, toy_batch, wan_batch
 from tests.fake_cuda import FakeCuda, fake_cuda
 from tests.tolerances import ACCUMULATED
@@ -243,6 +248,8 @@ STREAMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fused": ({"fuse": True}, {}),
     "window and sink": ({"window": 9, "sink": 3}, {"frames": 18}),
     "other prompts": ({}, {"switch": 2, "first_chunk_steps": WAN_STEPS[::2]}),
+    "recache": ({"window": 9, "sink": 3}, {"frames": 18, "switch": 4, "mode": "recache"}),
+    "new sink": ({"window": 8, "sink": 2}, {"frames": 18, "switch": 4, "mode": "new_sink"}),
     "picture": ({}, {"frames": 7, "prefix_BFCHW": torch.linspace(-1, 1, 96).view(1, 1, 4, 6, 4)}),
 }
 
@@ -255,7 +262,8 @@ def streamed(name: str, device: str, machine: FakeCuda | None = None) -> Tensor:
     if prefix is not None:
         (settings["prefix_BFCHW"],) = on(device, prefix)
     if "switch" in settings:
-        settings["switches"] = {settings.pop("switch"): student.encode(["another one"])}
+        text_BLE, mode = student.encode(["another one"]), settings.pop("mode", "plain")
+        settings["switches"] = {settings.pop("switch"): Switch(text_BLE, mode)}
     layout = stream_layout(student, settings.get("frames", student.frames), int(name == "picture"))
     noise = student.noise_source([7], layout, len(WAN_STEPS))
     chunks = stream(
@@ -275,6 +283,22 @@ def test_a_stream_never_waits_for_the_device(name: str) -> None:
         same(streamed(name, "cuda", machine), expected)
     assert machine.launches["_block_attention_fwd_kernel"] > 0
     assert machine.launches["_qk_norm_rope_fwd_kernel"] > 0
+
+
+def test_a_tiny_decode_and_an_endless_streams_noise_never_wait() -> None:
+    weights, latent = drawn_weights(keys()), torch.linspace(-1, 1, 3 * 16 * 6).view(1, 3, 16, 3, 2)
+    layout = EndlessLayout(2)
+
+    def run(device: str) -> Tensor:
+        vae = TinyVAE.of(weights, device=device)
+        noise = counted_noise([3], layout, 2, (16, 3, 2), device=device)
+        decode, held = vae.stream(), latent.to(device)
+        with machine.no_waits() if device == "cuda" else nullcontext():
+            return decode(torch.cat([held, noise(0, 1), noise(7, 0)], 1))
+
+    expected = run("cpu")
+    with fake_cuda() as machine:
+        same(run("cuda"), expected)
 
 
 # --- training ---

@@ -69,7 +69,7 @@ def test_an_encoding_that_nobody_asked_for_is_refused_undecoded(
     assert all(h["accept-encoding"] == "identity" for _, _, h in service.requests)
     service.faults.clear()
     service.script("poll", answer(200, b"", content_encoding="identity"))
-    # A submit that was answered is not repeated by itself.
+    # A submit that was answered is not repeated automatically.
     again = {"resubmit_in_doubt": point == "submit"}
     (got,) = asked("ark", service, tmp_path, deadline_s=4.0, **again)
     assert isinstance(got, Path)

@@ -55,7 +55,7 @@ def half_written(out: Path) -> set[int]:
 
 
 def begin(data: dict[str, Any]) -> Any:
-    """Start or continue a run in a process of its own."""
+    """Start or continue a run in a separate process."""
     process = SERVER.Process(target=run, args=(data,))
     process.start()
     return process

@@ -33,7 +33,7 @@ def encode(prompts: Sequence[str]) -> Tensor:
 
 
 def moving(prompts: Sequence[str], seed: int, *, wrong: bool) -> Tensor:
-    """A bar in noise [B, 4, C, 8, 8] that moves as its prompt says, or the other way.
+    """A bar in noise [B, 4, C, 8, 8] that moves in its prompt's direction, or the opposite one.
 
     Right and wrong videos of both prompts together are the same videos.
     """

@@ -176,7 +176,7 @@ def test_the_manifest_keeps_what_others_wrote(ledger: Ledger, tmp_path: Path) ->
 def test_killed_at_any_event_nothing_is_paid_twice_and_no_video_is_lost(
     tmp_path: Path, wire: str, first: int, step: int
 ) -> None:
-    """Each event has a prompt and a folder of its own, so the service tells their books apart."""
+    """Each event has its own prompt and folder, so the service distinguishes their ledgers."""
     service = Service(video_bytes())
     with service.running():
         config = paid_config(wire, service, tmp_path, deadline_s=2.0)

@@ -39,7 +39,7 @@ TINY = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("teachers")
     write_folder(root / "a", "nuis", 36, 0)
-    write_folder(root / "b", "nuis", 36, 1, world="drag")
+    write_folder(root / "b", "nuis", 36, 1, domain="drag")
     for name, side in (("left", 0), ("right", 1)):
         lines = [a.prompt for a in ATTRIBUTES if a.side == side]
         (root / f"{name}.txt").write_text("\n".join(lines))

@@ -100,9 +100,12 @@ def test_listed_levels_are_drawn_alike_per_video_and_per_chunk() -> None:
 @pytest.mark.parametrize(
     ("override", "needed"),
     [
-        ("afd.timesteps=list", "needed: timesteps=list with a timestep_list"),
-        ("afd.timestep_list=[0.5]", "timesteps: got student with timestep_list=[0.5]; needed"),
-        ("sft.timestep_list=[0.5]", "timesteps: got shifted with timestep_list=[0.5]; needed"),
+        (
+            "afd.timesteps=list",
+            "'afd.timesteps=list': afd.timesteps: got list with timestep_list=None; needed",
+        ),
+        ("afd.timestep_list=[0.5]", "afd.timesteps: got student with timestep_list=[0.5]; needed"),
+        ("sft.timestep_list=[0.5]", "sft.timesteps: got shifted with timestep_list=[0.5]; needed"),
         ("dmd.timesteps=list", "dmd.timesteps is 'list'"),
     ],
 )

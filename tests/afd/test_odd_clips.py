@@ -1,4 +1,4 @@
-"""Clips of every kind: what is seen of them, and that the check and the reader agree."""
+"""Clips of every kind: the decoded frames, and that the check and the reader agree."""
 
 from __future__ import annotations
 

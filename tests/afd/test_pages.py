@@ -24,6 +24,7 @@ PAGES = (
     "EVALUATION.md",
     "TEACHERS.md",
     "ABLATIONS.md",
+    "CONTINUAL.md",
 )
 KINDS = {
     "train": RunConfig,

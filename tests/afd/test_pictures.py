@@ -216,7 +216,7 @@ def test_interlaced_clips_are_deinterlaced_frame_by_frame(tmp_path: Path, first:
     check_video(path, frames=8, fps=RATE)
     read = to_uint8(read_video(path, frames=8, fps=RATE, **SIZE)).numpy().astype(int)
     comb = np.abs(2 * read[:, 1:-1] - read[:, :-2] - read[:, 2:]).mean()
-    assert comb < 1  # 42 in the clip as it is
+    assert comb < 1  # 42 in the clip itself
     bar = [np.flatnonzero(row > 127).mean() for row in read[1:, HEIGHT // 2, :, 1]]
     assert np.abs(np.diff(bar) - 8).max() <= 1, "frames stay in order, in their own times"
     refused(path, "has 8 of the requested 9 frames", frames=9)

@@ -82,7 +82,7 @@ ADAPTED = {"lora": {"rank": 32, "alpha": 32}, "checkpoint_blocks": True}
 def test_an_update_at_the_released_size_takes_the_planned_operations(
     method: str, settings: dict[str, Any], student: dict[str, Any]
 ) -> None:
-    """Two layers, of which the last is special; the others only repeat the first."""
+    """Two layers, of which the last is special; all others repeat the first."""
     config = make(method, settings, **student)
     plan = planned(config, 2)
     run = simulated_method(config, WanConfig(num_layers=2), SIZE)

@@ -12,12 +12,14 @@ from safetensors import safe_open
 
 from afd.config.run import load_config
 from afd.errors import ConfigError
+from afd.lab.ablation import ablation
 from afd.lab.quickstart import final_evaluation, quickstart
-from afd.lab.quickstart_full import ROWS, quickstart_full, study
-from afd.trainer.loop import Outcome, evaluate_run, train
+from afd.trainer.again import evaluate_run
+from afd.trainer.loop import Outcome, train
 from tests.afd.clips import make_clip_folder
 
 ROOT = Path(__file__).parents[2]
+FULL_TABLE = ROOT / "configs" / "ablations" / "quickstart_full.yaml"
 SMALL = [
     "updates=2",
     "prompts_per_update=2",
@@ -76,7 +78,7 @@ def test_every_part_is_measured_on_the_same_held_out_seeds(finished: tuple[Path,
         assert line["videos"] == 36
         assert {"phys", "g_mae", "rend", "adh"} <= set(line["metrics"])
         assert f"│ {method}" in screen
-    # Before its first update a run is the base student, and says so in the same numbers.
+    # Before its first update a run is the base student, with the same numbers.
     base = final_evaluation(root / "base", "base")
     first = json.loads((root / "sft" / "evaluation.jsonl").read_text().splitlines()[0])
     assert base is not None
@@ -98,7 +100,7 @@ def test_a_second_quickstart_repeats_nothing(finished: tuple[Path, str]) -> None
     screen = console()
     assert quickstart([f"out={root}", *SMALL], screen)
     assert kept(root) == before
-    assert screen.file.getvalue().count("was finished before and stays as it is") == 3
+    assert screen.file.getvalue().count("is already finished; kept") == 3
 
 
 def test_a_quickstart_of_other_settings_does_not_touch_a_finished_one(
@@ -120,31 +122,24 @@ def test_a_finished_run_is_evaluated_again_to_the_same_numbers(finished: tuple[P
 
 def test_the_full_table_runs_chosen_cells_and_skips_finished_ones(tmp_path: Path) -> None:
     arguments = [f"out={tmp_path}", *SMALL, "seeds=[0,1]", "rows=[clean-sft]"]
-    assert quickstart_full(arguments, console())
+    assert ablation(FULL_TABLE, arguments, console())
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["clean-teacher", "base", "clean-sft"]
     assert set(results["clean-sft"]["seeds"]) == {"0", "1"}
     assert results["clean-sft"]["std"]["phys"] > 0
-    table = (tmp_path / "results.md").read_text().splitlines()
+    document = (tmp_path / "results.md").read_text().splitlines()
+    table = [line for line in document if line.startswith("|")]
     assert table[0].startswith("| run | seeds | s | phys |")
     assert len(table) == 5
     before = kept(tmp_path / "clean-sft")
-    assert quickstart_full(arguments, console())
+    assert ablation(FULL_TABLE, arguments, console())
     assert kept(tmp_path / "clean-sft") == before
 
 
 @pytest.mark.parametrize("choice", ["rows=[nuis-gan]", "rows=nuis-sft", "seeds=3", "seeds=[a]"])
 def test_a_choice_of_cells_that_do_not_exist_is_refused(tmp_path: Path, choice: str) -> None:
     with pytest.raises(ConfigError, match="needs a list of"):
-        quickstart_full([f"out={tmp_path}", choice], console())
-
-
-def test_every_row_of_the_full_table_is_a_valid_configuration(tmp_path: Path) -> None:
-    table = study([f"out={tmp_path}"])
-    for row in ROWS:
-        config = table.cell(row, 1)
-        assert config.method == ("sft" if row.endswith("sft") else "afd")
-        assert config.run_dir == tmp_path / row / "seed1"
+        ablation(FULL_TABLE, [f"out={tmp_path}", choice], console())
 
 
 def test_the_quickstart_file_trains(tmp_path: Path) -> None:

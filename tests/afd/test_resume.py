@@ -140,6 +140,36 @@ def test_a_resumed_run_may_save_at_other_times_and_go_on_longer(
     assert len(numbers(out)) == 8
 
 
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """Six updates, finished, then nine."""
+    out = tmp_path_factory.mktemp("longer") / "run"
+    assert train(tiny_config(out, clips), method=TinyMethod()) is Outcome.FINISHED
+    assert train(load_run(out, ["updates=9"]), method=TinyMethod(seed=5)) is Outcome.FINISHED
+    return out
+
+
+def test_a_finished_run_is_lengthened_to_the_bits_of_a_longer_run(
+    tmp_path: Path, clips: Path, longer: Path
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_config(out, clips, "updates=9"), method=TinyMethod())
+    assert numbers(longer) == numbers(out)
+    ours, theirs = (
+        shards.read(folder / "checkpoints" / "update_000009", ALONE) for folder in (longer, out)
+    )
+    for key in ("method_state", "random", "sampler", "update"):
+        assert_same(ours[key], theirs[key], key)
+    assert (longer / "DONE").read_text().startswith("9 updates")
+    assert "lengthened: 6 updates are done, 9 now" in (longer / "train.log").read_text()
+
+
+def test_a_finished_run_is_never_shortened(clips: Path, longer: Path) -> None:
+    with pytest.raises(ConfigError, match=r"updates: 9 there \(finished\), 4 now"):
+        train(load_run(longer, ["updates=4"]), method=TinyMethod())
+    assert train(load_run(longer), method=TinyMethod()) is Outcome.ALREADY_FINISHED
+
+
 def test_a_resumed_run_may_not_change_what_it_learns(tmp_path: Path, clips: Path) -> None:
     out = tmp_path / "run"
     train(tiny_config(out, clips), method=Interrupted(2, signal.SIGINT))
@@ -332,7 +362,7 @@ class _Impatient(TinyMethod):
     """Ctrl-C twice in the middle of the fourth update."""
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
-        if batch.step == 3:
+        if batch.update == 3:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
         return super().discriminator_step(batch)

@@ -21,7 +21,15 @@ from afd.lab.simulator import attribute_table
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.config import AfdConfig
-from afd.methods.rewards import Scores, combine, metrics_of, prior_weights, terms_of
+from afd.methods.rewards import (
+    Scores,
+    combine,
+    metrics_of,
+    novelty,
+    prior_weights,
+    terms_of,
+    with_novelty,
+)
 from afd.rewards.base import Reward, Term
 from afd.trainer.build import build_method
 from afd.trainer.loop import load_run, train
@@ -155,6 +163,37 @@ def test_the_weights_are_those_of_the_public_op() -> None:
     assert by_each[4:].tolist() != by_sum[4:].tolist()
 
 
+@pytest.mark.parametrize("how", ["rewards", "advantages"])
+def test_novelty_is_weighed_in_units_of_the_scores(how: str) -> None:
+    torch.manual_seed(0)
+    video_BFCHW = torch.randn(8, 2, 1, 2, 2).cumsum(0)
+    novelty_B = novelty(video_BFCHW, 4)
+    expected = [
+        (video - prompt.mean(0)).square().mean()
+        for prompt in video_BFCHW.split(4)
+        for video in prompt
+    ]
+    assert torch.allclose(novelty_B, torch.stack(expected))
+    score_B, config = torch.randn(8), AfdConfig(combine=how)
+    plain = Scores((Term("a"),), score_B[None])
+    r_of = {}
+    for unit in (1e3, 1e6):
+        for weight in (0.0, 0.5, 1e6):
+            scaled = Scores((Term("a"),), unit * score_B[None])
+            given = with_novelty(scaled, novelty_B, weight, 4)
+            r_of[unit, weight] = combine(given, config).r
+    for weight in (0.0, 0.5, 1e6):
+        assert torch.allclose(r_of[1e3, weight], r_of[1e6, weight], atol=1e-5)
+    assert torch.allclose(r_of[1e3, 0.0], combine(plain, config).r, atol=1e-3)
+    for order in (slice(0, 4), slice(4, 8)):
+        by_novelty = r_of[1e3, 1e6][order][novelty_B[order].argsort()]
+        assert (by_novelty.diff() >= 0).all()
+        assert by_novelty[0] < by_novelty[-1]
+    # Equal videos have no novelty, whatever the scores are.
+    same = with_novelty(plain, novelty(torch.ones(8, 2, 1, 2, 2), 4), 0.5, 4)
+    assert torch.allclose(combine(same, config).r, combine(plain, config).r, atol=1e-6)
+
+
 def test_rewards_that_count_come_first_and_a_discriminator_joins_them() -> None:
     frozen = [Term("a", 0.0, Brightness()), Term("b", 1.0, Brightness())]
     online = make_afd(toy_student()).discriminator
@@ -273,8 +312,14 @@ BRIGHT = "{kind: physics, measure: rend}"
         ([f"rewards.a={BRIGHT}", "afd.baseline=teacher"], "afd.baseline: got teacher with rewards"),
         (["afd.prior_share=0.5"], "afd.prior_share: got 0.5 with a single reward; needed"),
         (["afd.combine=advantages", "afd.baseline=ema"], "afd.baseline: got ema; needed: group"),
+        (
+            ["afd.diversity_weight=1", f"rewards.a={BRIGHT}", "afd.prior_share=0.5"],
+            "afd.diversity_weight: got 1.0; needed",
+        ),
         (["rewards.a={weight: 1}"], "rewards.a.kind: not given; needed: one of the rewards disc"),
         (["rewards.a={kind: nice}"], "rewards.a.kind: got 'nice'; needed: one of the rewards"),
+        (["rewards.a.kind=nice"], "override 'rewards.a.kind=nice': rewards.a.kind: got 'nice'"),
+        (["rewards.a.weight=2"], "override 'rewards.a.weight=2': rewards.a.kind: not given"),
         (["rewards.a=3"], "rewards.a is 3; needed: a section"),
         ([f"rewards.a={BRIGHT}", "rewards.a.wieght=1"], "did you mean rewards.a.weight?"),
         (["rewards.a={kind: discriminator, grey: true}"], "belongs to another rewards.a.kind"),
@@ -296,7 +341,7 @@ def test_a_physics_reward_needs_the_toy() -> None:
         "evaluation": {"kind": "video"},
         "rewards": {"fall": {"kind": "physics"}},
     }
-    with pytest.raises(ConfigError, match=r"rewards\.fall\.kind: got physics, which measures"):
+    with pytest.raises(ConfigError, match=r"rewards\.fall\.kind: got physics, which only measures"):
         make_config(data)
 
 
@@ -371,6 +416,9 @@ def test_a_run_on_rewards_alone_needs_prompts_and_no_videos(tmp_path: Path) -> N
     listed.write_text("\n")
     with pytest.raises(TeacherError, match="holds no prompt; needed: one a line"):
         config.open_teacher()
+    assert list(config.teacher.missing(tmp_path)) == [
+        f"teacher.path: got {tmp_path}, a directory; needed: a text file"
+    ]
     for override, needed in {
         "discriminator={kind: toy}": "teacher.kind: got prompts, which has no videos; needed",
         "evaluation.kind=physics": "evaluation.kind other than physics",

@@ -240,7 +240,7 @@ def test_prompts_seeds_switches_and_prefixes_come_from_a_jsonl(
     ]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    # An image is a frame of its own before whole chunks: 1 + 3 + 3 latent frames.
+    # An image is a separate frame before whole chunks: 1 + 3 + 3 latent frames.
     with pytest.raises(ConfigError, match=r"got 33, which is 9 .*one frame and chunks of 3"):
         sample(make(models, tmp_path / "out", prompts=str(path)), quiet())
     path.write_text("\n".join(map(json.dumps, lines[:2])), encoding="utf-8")

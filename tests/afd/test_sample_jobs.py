@@ -1,4 +1,4 @@
-"""Prompts as they are given: files, lists, or one itself."""
+"""Forms of prompts: files, lists, or a single prompt."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ def failed_later(exchange: Exchange) -> bool:
 
 
 def test_a_video_that_was_finished_once_stays_paid(service: Service, tmp_path: Path) -> None:
-    """Its file is deleted, and then the service says that the task had failed."""
+    """Its file is deleted, and then the service reports that the task had failed."""
     asked("ark", service, tmp_path, deadline_s=4.0).unlink()
     service.script("poll", failed_later)
     (again,) = [asked("ark", service, tmp_path, budget_usd=1.0)]

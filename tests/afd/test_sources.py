@@ -1,4 +1,4 @@
-"""Parts from the hub: which commit a name stands for, and that videos say it."""
+"""Parts from the hub: which commit a name resolves to, and that videos record it."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_signals_save_and_end_a_run_once(tmp_path: Path, config: Path, straight:
             os.kill(process.pid, number)
         assert ended(process) == 130
 
-    # As a service manager does, both at once; they end a run once.
+    # Both signals together, as a service manager sends them; they end a run once.
     run = begin(["train", str(config), f"out={out}"])
     signalled(run, signal.SIGTERM, signal.SIGHUP)
     assert saved(out) == lines(out) < UPDATES

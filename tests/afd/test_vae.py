@@ -134,7 +134,7 @@ def test_the_gradient_of_a_decode_is_that_of_diffusers_and_keeps_little() -> Non
     ours, kept = gradient(decoder)
     theirs, all_of_it = gradient(lambda x: whole_decode.__wrapped__(vae.model, x).clamp(-1, 1))
     assert (ours - theirs).norm() <= NETWORK_GRADIENT * theirs.norm()
-    # Of a frame the state is kept that goes in, and nothing else.
+    # Of a frame only the state of its input is kept.
     assert kept < 4 * decoder.cache_bytes < all_of_it / 2
 
 

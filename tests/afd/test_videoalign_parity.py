@@ -114,7 +114,7 @@ def test_the_default_rotary_tables_are_the_nearest_to_the_original_s_bfloat16_ru
 
 
 def test_other_positions_are_seen(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stretched positions stand for M-RoPE's: what the network is told must be the plain count."""
+    """Stretched positions replace M-RoPE's: the network must receive the plain count."""
     plain: Callable[..., torch.Tensor] = torch.arange
 
     def stretched(*arguments: Any, **settings: Any) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """A real but tiny method, and a program that trains with it, is killed, and continues.
 
-The method fits one number per prompt and pixel to the teacher's videos with noise of its own, so a
+The method fits one number per prompt and pixel to the teacher's videos with its own noise, so a
 wrong weight, optimizer moment, random state or cursor after a resume changes every later number.
 """
 
@@ -119,7 +119,7 @@ class Interrupted(TinyMethod):
         self.after, self.number = after, number
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
-        if batch.step == self.after:
+        if batch.update == self.after:
             os.kill(os.getpid(), self.number)
         return super().discriminator_step(batch)
 
@@ -159,7 +159,7 @@ def die_at(event: int) -> None:
 
 def main() -> None:
     """tiny.py OUT CLIPS EVENT...: for every event a run OUT/<event> that is killed there, then
-    continued to its end. Every attempt is a process of its own, forked from this one."""
+    continued to its end. Every attempt is a separate process, forked from this one."""
     out, clips = Path(sys.argv[1]), Path(sys.argv[2])
     # Imports everything that a run imports on the way, and starts no thread that a fork would lose.
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What the benchmarks do on a GPU, on one that is none (tests/fake_cuda): all but the times."""
+"""The benchmarks' CUDA paths on a simulated device (tests/fake_cuda): all but the times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gpu-check tells the truth: it goes on after a failure, says what it skipped, fits ten minutes."""
+"""gpu-check continues after a failure, reports what it skipped and fits ten minutes."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_every_target_finds_its_numbers_in_what_a_gpu_run_writes(tmp_path: Path)
     # Ratios of equal numbers are 1: what asks for more is not met, what asks for at most 1.02 is.
     assert any("| ≥ 25 | 1 | **no** |" in line for line in lines)
     assert any("| ≤ 1.02 | 1 | yes |" in line for line in lines)
-    # A benchmark that was cut short leaves its targets open and the others as they are.
+    # A benchmark that was cut short leaves its targets open and all others unchanged.
     del documents["videos"]
     short = gpu_check_targets.table(documents)
     assert len(short) == len(lines)

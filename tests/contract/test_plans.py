@@ -1,4 +1,4 @@
-"""What is kept between calls changes nothing: plans, problems of the core, and the short way."""
+"""What is kept between calls changes nothing: plans, problems of the core, the bypass."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from afd import ops
 from afd_kernels.adaln import reference as adaln_reference
 from afd_kernels.block_attention import reference as attention_reference
+from afd_kernels.block_attention.contract import AttentionInputs
 from afd_kernels.qk_norm_rope import reference as rope_reference
 from tests.cases import BASE
 from tests.contract import test_attention, test_every_op, test_row_ops
@@ -179,7 +180,7 @@ def test_what_the_refusals_name_has_a_tangent() -> None:
         ),
         (
             lambda x: attention_reference.block_attention(
-                x, k, v, None, None, test_attention.ALIKE, 0.2
+                AttentionInputs(x, k, v), test_attention.ALIKE, 0.2
             )[0],
             q,
         ),

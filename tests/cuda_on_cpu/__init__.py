@@ -1,6 +1,6 @@
 """The CUDA kernels on a CPU: the unchanged sources of csrc/cuda, compiled by a host compiler.
 
-`shim/` stands in for CUDA's headers and runs the threads of a block as fibers, first to last or
+`shim/` replaces CUDA's headers and runs the threads of a block as fibers, first to last or
 last to first. It refuses what a GPU refuses or leaves undefined: misaligned accesses, memory
 outside a tensor, barriers and shuffles that not all threads reach, lanes that a mask does not name,
 writes to what was read through the read-only cache, launches beyond the limits. `rewrite.py` spells

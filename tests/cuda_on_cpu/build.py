@@ -65,7 +65,7 @@ def compiler() -> str | None:
 def build(
     folder: Path, variant: str = "plain", changes: Mapping[str, Mapping[str, str]] | None = None
 ) -> Path:
-    """The extension module `_native` of one variant, in a folder of its own.
+    """The extension module `_native` of one variant, in its own folder.
 
     Args:
         folder: where to; objects that variants share are made once per folder.
@@ -155,7 +155,7 @@ def _command(source: Path, target: Path, flags: list[str]) -> list[str]:
 
 
 def _compile(objects: Mapping[Path, tuple[Path, list[str]]]) -> None:
-    """Every object that is not there yet, as many at once as there are processors."""
+    """Build every missing object, one per processor in parallel."""
 
     def one(target: Path) -> None:
         source, flags = objects[target]

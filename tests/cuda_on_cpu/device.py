@@ -1,7 +1,7 @@
 """Our ops on the simulated device: where the compiled core would loop on the CPU, a kernel runs.
 
-Every tensor made meanwhile, and every one that is `placed`, ends at a page that nobody may touch,
-and begins after bytes that nobody may write.
+Every tensor made meanwhile, and every one that is `placed`, ends at an inaccessible page,
+and begins after bytes that must not be written.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to get a kernel wrong: `right` stands once in `file`; where the fault is switched
+    """One way to get a kernel wrong: `right` occurs once in `file`; where the fault is switched
     on, `wrong` holds in its place. `{on}` is that condition."""
 
     name: str
@@ -140,7 +140,7 @@ FAULTS = (
         "const float* at = stream + ({on} ? 0 : s * p.stream_rows * p.stride);",
     ),
     Fault(
-        "a run of tokens that goes on into the next segment",
+        "a run of tokens that continues into the next segment",
         "adaln.cu",
         "min(begin + kRowTokens, start + cut.segment)",
         "min(begin + kRowTokens, {on} ? p.tokens : start + cut.segment)",

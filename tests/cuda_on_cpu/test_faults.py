@@ -15,7 +15,7 @@ from tests.cuda_on_cpu.test_rows import assert_same_rows
 _LOSSES = [case for case in LOSSES if case.name in ("row", "row_bf16", "odd_sizes", "frames_first")]
 _NOISES = [NOISES[i] for i in (0, 2, 6, 7)]
 _ROWS: list[AdalnCase | RopeCase] = [ADALNS[4], ADALNS[2], ADALNS[1], ROPES[1], APPENDS[1]]
-# The sources of the ops on token rows; the others are reached by the other calls.
+# The sources of the ops on token rows; all other calls reach the rest.
 _OF_ROWS = ("rows.cuh", "adaln.cu", "qk_norm_rope.cu")
 
 

@@ -121,7 +121,7 @@ def test_what_is_wrong_is_reported(kernels: ctypes.CDLL, name: str, wrong: int) 
     *_, words = run(kernels, name, wrong, shared=4 * THREADS if name == "dynamic" else 0)
     assert WRONG[name, wrong] in words
     assert words.startswith("kernel") or name in words
-    # The device goes on afterwards.
+    # The device continues afterwards.
     x, y, words = run(kernels, "reduce")
     assert words == ""
     torch.testing.assert_close(y[0], x.sum())

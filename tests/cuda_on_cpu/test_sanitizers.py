@@ -1,4 +1,4 @@
-"""The kernels under the compiler's sanitizers (`make soak`): a process of its own runs the tests
+"""The kernels under the compiler's sanitizers (`make soak`): a separate process runs the tests
 of the values on a build with AddressSanitizer and UBSan, and one with ThreadSanitizer, in which
 the threads of a block are threads of the CPU."""
 

@@ -1,4 +1,4 @@
-"""A GPU that is none: tensors that say cuda:0, with real values, for a torch that has no CUDA.
+"""A simulated CUDA device: tensors on cuda:0 with real values, for a torch that has no CUDA.
 
 `fake_cuda()` makes `device="cuda"`, `.to("cuda")`, `Module.to` and `torch.cuda` work. Values are
 computed on the CPU, so whole paths run and their numbers can be compared with the CPU's; but as on

@@ -1,4 +1,4 @@
-"""torch.cuda and everything else that is replaced while there is a GPU that is none."""
+"""torch.cuda and everything else that is replaced for the simulated device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.fake_cuda.machine import GPU, HIGH, FakeCuda, OnGpu, device_of, inner
 def fake_cuda(compiles: bool = False) -> Iterator[FakeCuda]:
     """A machine with one GPU, and nothing left of it afterwards.
 
-    With `compiles` every launch goes on to Triton, whose active driver must be a simulated one
+    With `compiles` every launch is passed on to Triton, whose active driver must be a simulated one
     (tests/fake_cuda/compiling.py): kernels are compiled as on the device, and launch nothing.
     """
     machine = FakeCuda()
@@ -105,7 +105,7 @@ class _NoGraph:
 
 
 class _Core:
-    """The compiled core with launches of CUDA kernels that only look at the addresses."""
+    """The compiled core with launches of CUDA kernels that only check the addresses."""
 
     def __init__(self, machine: FakeCuda, core: Any) -> None:
         self._machine, self._core = machine, core

@@ -25,7 +25,7 @@ OURS = tuple(str(ROOT / folder) for folder in ("python", "afd_kernels", "benchma
 # Where the device's addresses begin; those of the host lie below.
 HIGH = 2**62
 aten = torch.ops.aten
-# What makes the host wait, besides copies: the size or the value of the result is needed at once.
+# What makes the host wait, besides copies: it needs the size or value of the result now.
 WAITING = {
     aten._local_scalar_dense,
     aten.allclose,
@@ -46,7 +46,7 @@ STRICT = {aten.cat, aten.stack, aten.mm, aten.bmm, aten.addmm, aten.gather, aten
 
 
 class OnGpu(Tensor):
-    """A tensor that says cuda:0; `inner` holds its values on the CPU."""
+    """A tensor that reports cuda:0; `inner` holds its values on the CPU."""
 
     inner: Tensor
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd_kernels import contracts, native
+from afd_kernels import native
 from afd_kernels.forward_noise import native_impl as forward_noise
 from afd_kernels.forward_noise import reference as forward_noise_reference
+from afd_kernels.forward_noise.contract import NoiseInputs, NoiseOptions, plan_forward_noise
 from afd_kernels.nft_loss import native_impl as nft_loss
 from afd_kernels.nft_loss.contract import (
     WEIGHTINGS,
@@ -26,6 +27,7 @@ from tests.tolerances import assert_elementwise
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STRAIGHT = NoiseOptions("rectified_flow", (), "BCFHW")
 
 
 @contextmanager
@@ -163,7 +165,7 @@ def test_every_tail_length_is_complete_and_touches_nothing_beyond(isa, dtype):
     t, seed = torch.tensor([0.3]), torch.tensor([9])
     for size in range(1, 68):
         x0 = torch.randn(1, size).to(dtype)
-        plan = contracts.plan_forward_noise(x0, t, seed, None, "rectified_flow", [], "BCFHW")
+        plan = plan_forward_noise(NoiseInputs(x0, t, seed=seed), STRAIGHT)
         expected = forward_noise_reference.forward_noise(x0, t, seed, None, plan)
         with native.use_isa(isa):
             assert_elementwise(forward_noise.forward_noise(x0, t, seed, None, plan), expected)
@@ -186,12 +188,12 @@ def test_outputs_round_to_nearest_even_as_pytorch_does(isa, dtype):
     noise = values[None]
     x0 = torch.zeros_like(noise).to(dtype)
     t = torch.ones(1)
-    plan = contracts.plan_forward_noise(x0, t, None, noise, "rectified_flow", [], "BCFHW")
+    plan = plan_forward_noise(NoiseInputs(x0, t, noise=noise), STRAIGHT)
     with native.use_isa(isa):
         got = forward_noise.forward_noise(x0, t, None, noise, plan)
     assert torch.equal(got, noise.to(dtype))
     nan = torch.full((1, 5), float("nan"))
-    plan = contracts.plan_forward_noise(x0[:, :5], t, None, nan, "rectified_flow", [], "BCFHW")
+    plan = plan_forward_noise(NoiseInputs(x0[:, :5], t, noise=nan), STRAIGHT)
     with native.use_isa(isa):
         assert bool(forward_noise.forward_noise(x0[:, :5], t, None, nan, plan).isnan().all())
 

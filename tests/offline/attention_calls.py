@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from afd_kernels.block_attention import intervals
+from afd_kernels.block_attention.contract import AttentionInputs
 from afd_kernels.block_attention.intervals import Intervals
 from tests.offline.launches import ARCHS, ONE_EACH, Call, Launch, empty
 
@@ -48,12 +49,12 @@ class AttentionCall(Call):
         queries, keys = self.rows.queries, self.rows.keys
         q, k = heads(queries), heads(keys - self.context)
         context = heads(self.context) if self.context else None
-        tensors = (q, k, k, context, context)
+        inputs = AttentionInputs(q, k, k, context, context)
         if self.op == "block_attention":
-            module.block_attention(*tensors, self.rows, 0.1)
+            module.block_attention(inputs, self.rows, 0.1)
             return
         lse = empty(torch.float32, 1, HEADS, queries)
-        module.block_attention_bwd(q, *tensors, q, lse, self.rows, 0.1, self.needs)
+        module.block_attention_bwd(q, inputs, q, lse, self.rows, 0.1, self.needs)
 
 
 _BACKWARD = ("dq", "dkdv")

@@ -41,7 +41,7 @@ PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v
 
 @dataclass(frozen=True)
 class Result:
-    """A measured kernel and what its launch says about it; `streamed` bytes are per thread."""
+    """A measured kernel and the facts of its launch; `streamed` bytes are per thread."""
 
     kernel: str  # "nft_loss.bf16.partials"
     arch: str
@@ -112,7 +112,7 @@ def assert_inside(results: Sequence[Result], arch: str) -> None:
 
 
 def start(folder: str) -> None:
-    """Prepares a worker: the real compiler instead of the interpreter, and a cache of its own."""
+    """Prepares a worker: the real compiler instead of the interpreter, and its own cache."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = folder
 
@@ -178,7 +178,7 @@ def compile_launch(launch: Launch, name: str, arch: str) -> Result:
 
 
 def resident_programs(measured: Measured, arch: str, warps: int) -> int:
-    """Programs that one multiprocessor holds at once; 0 where not even one fits."""
+    """Programs that one multiprocessor holds simultaneously; 0 where not even one fits."""
     registers = max(8, -(-measured.registers // 8) * 8)
     if arch.startswith("sm_"):
         by_registers = 65536 // (registers * 32) // 4 * 4 // warps

@@ -110,7 +110,7 @@ def short_name(mangled: str) -> str:
 
 
 def streams_of(kernel: str) -> tuple[Streams, int]:
-    """What STREAMS says of a kernel, by its short name, and the bytes of its type.
+    """The entry of STREAMS of a kernel, by its short name, and the bytes of its type.
 
     Raises:
         KeyError: for a kernel that STREAMS does not know.

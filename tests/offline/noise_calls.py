@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from afd_kernels import contracts
+from afd_kernels.forward_noise.contract import NoiseInputs, NoiseOptions, plan_forward_noise
 from afd_kernels.nft_loss.contract import NftInputs, NftOptions, plan_nft_loss
 from tests.offline.launches import ONE_EACH, Call, Launch, empty
 
@@ -59,11 +59,10 @@ class NoiseCall(Call):
             getattr(module, self.op)(pred, empty(torch.float32))
             return
         if self.op != "nft_loss":
-            plan = contracts.plan_forward_noise(
-                x0, times, seed, noise, self.schedule, args, "BCFHW"
-            )
+            inputs = NoiseInputs(x0, times, seed, noise)
+            plan = plan_forward_noise(inputs, NoiseOptions(self.schedule, args, "BCFHW"))
             if self.op == "forward_noise":
-                module.forward_noise(x0, times, seed, noise, plan)
+                module.forward_noise(*inputs, plan)
             else:
                 module.forward_noise_bwd(x0, times, plan)
             return
@@ -71,7 +70,7 @@ class NoiseCall(Call):
         mask = empty(torch.bool, batch, self.shape[2]) if self.masked else None
         weights = empty(torch.float32, batch) if self.weights else None
         sigma = times if self.weights else None
-        inputs = NftInputs(
+        tensors = NftInputs(
             *(pred, pred, ref, x0, times, times, seed, noise, mask, sigma, weights, weights)
         )
         options = NftOptions(
@@ -84,7 +83,7 @@ class NoiseCall(Call):
             schedule=self.schedule,
             schedule_args=args,
         )
-        module.nft_loss(inputs, plan_nft_loss(inputs, options))
+        module.nft_loss(tensors, plan_nft_loss(tensors, options))
 
 
 _FP32 = {"pred": torch.float32, "latent": torch.float32}

@@ -184,7 +184,7 @@ def check_gradients(
     names, leaves = asking(i)
     incoming = [layouts(shape, place[1])[n].to(dtype) for n in (layout, "sliced")]
     x_out, h = run(i, kind)
-    # Without a branch x_out is x: autograd adds that gradient itself, with a rounding of its own.
+    # Without a branch x_out is x: autograd adds that gradient itself, with its own rounding.
     first = 1 if kind == "norm" else 0
     got = torch.autograd.grad((x_out, h)[first:], leaves, incoming[first:])
 

@@ -138,7 +138,7 @@ def test_views_that_do_not_begin_at_16_bytes_are_not_given_to_a_library(
         assert library_cuda.unfit([whole, fits]) is None
     odd_rows = torch.zeros(2, 9, 3, 67, dtype=torch.bfloat16)[..., :64]
     for misfit in (room[..., 4:68], odd_rows):
-        assert "16 bytes at once" in str(library_cuda.unfit([whole, misfit]))
+        assert "multiples of 16 bytes" in str(library_cuda.unfit([whole, misfit]))
     assert "heads of 36 channels" in str(library_cuda.unfit([whole[..., :36]]))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from afd import ops
 from afd.ops import Intervals, intervals, use_backend
 from afd_kernels.block_attention import reference
-from afd_kernels.block_attention.contract import rowwise
+from afd_kernels.block_attention.contract import AttentionInputs, rowwise
 from tests.tolerances import ATTENTION_FLOOR, ATTENTION_LSE, assert_attention
 
 Place = tuple[str, str]
@@ -34,7 +34,7 @@ class Case:
     heads: int = 2
     batch: int = 1
     context: int = 0
-    spare: int = 0  # keys that nobody attends
+    spare: int = 0  # keys that are not attended
 
     def tensors(
         self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
@@ -313,7 +313,7 @@ def test_the_reference_is_twice_differentiable() -> None:
     rows = Intervals((((0, 2, 0, 1, 2, 3), (2, 3, 0, 0, 0, 0)),))
 
     def out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.block_attention(q, k, v, None, None, rows, 0.7)[0]
+        return reference.block_attention(AttentionInputs(q, k, v), rows, 0.7)[0]
 
     assert torch.autograd.gradgradcheck(out, tensors)
 

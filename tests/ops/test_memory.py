@@ -1,4 +1,4 @@
-"""A training step of nft_loss allocates the gradient and O(B) scalars, nothing else."""
+"""A training step of nft_loss allocates only the gradient and O(B) scalars."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_cpu_step_allocates_one_gradient(dtype: str, use: str, noise: str) -> 
 
 
 def test_a_kept_graph_may_allocate_another_gradient() -> None:
-    """The opposite case, which shows that retain_graph is what the donation looks at."""
+    """The opposite case, which shows that the donation depends on retain_graph."""
     inputs = BASE.inputs()
     loss = ops.nft_loss(**inputs).loss
     (first,) = torch.autograd.grad(loss, inputs["v_theta"], retain_graph=True)

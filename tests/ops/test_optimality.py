@@ -187,6 +187,8 @@ BAD = [
     bad("combine: got 'gdpo'", combine="gdpo"),
     bad("baseline: got 'mean'", baseline="mean"),
     bad("baseline: got float32 [4, 1]", baseline=SCORE[:, None]),
+    bad("baseline: got nan; needed: 'group', 'batch', a finite number", baseline=float("nan")),
+    bad("baseline: got 'values that are not finite'", baseline=SCORE / 0),
     bad("adv_clip: got 0.0", adv_clip=0.0),
     bad("adv_clip: got (1.0, 2.0)", adv_clip=(1.0, 2.0)),
     bad("best: got 3; needed: from 0 to 2", best=3),
@@ -231,5 +233,5 @@ def test_seeds_of_any_integer_are_those_of_pythons(kind: Any) -> None:
     )
     theirs = ops.draw_seeds(3, base=1, step=1000, rank=40_000 if kind is not np.int32 else 7)
     assert torch.equal(ours, theirs)
-    with pytest.raises(TypeError):
-        ops.draw_seeds(3, base=1, step=1.5, rank=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"step: got 1\.5; needed: an integer or None"):
+        ops.draw_seeds(3, base=1, step=1.5, rank=kind(0))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from afd import ops
 from afd_kernels import dispatch
 from afd_kernels.adaln import reference as adaln_reference
 from afd_kernels.block_attention import reference as attention_reference
+from afd_kernels.block_attention.contract import AttentionInputs
 from afd_kernels.qk_norm_rope import reference as rope_reference
 
 NAN, INF = float("nan"), float("inf")
@@ -118,12 +119,10 @@ def test_a_special_value_in_attention(backend: str, which: int, keys: int) -> No
             with ops.use_backend(backend, "block_attention"):
                 out, lse = ops.block_attention(*inputs, intervals)
             grads = torch.autograd.grad(out, inputs, grad)
-            wide = [x.detach().double() for x in tensors]
-            expected, expected_lse = attention_reference.block_attention(
-                *wide, None, None, intervals, 16**-0.5
-            )
+            wide = AttentionInputs(*(x.detach().double() for x in tensors))
+            expected, expected_lse = attention_reference.block_attention(wide, intervals, 16**-0.5)
             expected_grads = attention_reference.block_attention_bwd(
-                grad.double(), *wide, None, None, expected, expected_lse, intervals, 16**-0.5,
+                grad.double(), wide, expected, expected_lse, intervals, 16**-0.5,
                 (True, True, False),
             )  # fmt: skip
             where = f"{value} at {at}"
@@ -169,7 +168,7 @@ def test_what_frame_mask_leaves_out_may_hold_anything(backend: str, weighting: A
             assert torch.equal(grad, expected_grad), (name, value)
             for metric in ("loss_pos", "loss_neg", "prior", "w_pos", "old_deviation"):
                 assert torch.equal(getattr(result, metric), getattr(expected, metric)), metric
-            # What counts and is no number makes none.
+            # NaN in an element that counts gives NaN.
             used = {key: x.clone() for key, x in clean.items()}
             used[name][0, 0, 0, 0, 0] = NAN
             assert run(used)[0].loss.isnan(), name

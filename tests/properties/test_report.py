@@ -96,7 +96,7 @@ CONTENTS = lines() | mappings() | mappings(**VIDEO) | st.binary(max_size=40)
 def test_any_folder_gives_a_page(
     part: str, files: dict[str, bytes | None], single: bool, whole: Path, tmp_path: Path
 ) -> None:
-    """`None` stands for a folder in the file's place."""
+    """`None`: a folder in the file's place."""
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
     source = whole / part if single else whole
     copy = shutil.copytree(source, tmp_path / "copy", ignore=shutil.ignore_patterns("*.mp4"))

@@ -113,7 +113,7 @@ def test_a_damaged_run_folder_gives_the_same_bits_or_a_sentence(
     ended = resumed(out)
     if isinstance(ended, Exception):
         assert str(out) in str(ended), ended
-    elif "config.yaml" not in hurt:  # which may ask for more updates, and the log says so
+    elif "config.yaml" not in hurt:  # which may request more updates, as the log reports
         ours, theirs = final_state(out), final_state(straight)
         for key in ("update", "method_state", "random", "sampler"):
             assert_same(ours[key], theirs[key], key)
@@ -126,7 +126,7 @@ def test_a_damaged_run_folder_gives_the_same_bits_or_a_sentence(
 
 
 def resumed(out: Path) -> Outcome | Exception:
-    """How the run ends that goes on in a folder."""
+    """How a run that continues in a folder ends."""
     try:
         return train(load_run(out), method=TinyMethod(seed=7))
     except DOCUMENTED as error:

@@ -109,7 +109,7 @@ ODD += [KEY, KEY[::-1], KEY.encode().hex(), f"key {KEY[:20]}", "http://[::1", "/
 
 @dataclass(frozen=True)
 class Mutated:
-    """An answer as it is sent."""
+    """A raw response."""
 
     status: int
     body: bytes
@@ -273,7 +273,7 @@ def test_a_verb_gives_a_typed_value_or_a_failure(
 def test_a_purchase_ends_in_a_video_or_its_own_error(
     service: Service, wire: str, at: str, data: st.DataObject
 ) -> None:
-    """Whatever one answer was: the folder goes on, no video is paid twice, money never shrinks."""
+    """Whatever the answer, the folder continues, no video is paid twice, money never shrinks."""
     sent = data.draw(mutated(at))
     service.faults.clear()
     service.jobs.clear()

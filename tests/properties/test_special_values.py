@@ -14,6 +14,7 @@ from afd import ops
 from afd_kernels import dispatch
 from afd_kernels.adaln import reference as adaln_reference
 from afd_kernels.block_attention import reference as attention_reference
+from afd_kernels.block_attention.contract import AttentionInputs
 from afd_kernels.block_attention.intervals import Intervals
 from afd_kernels.qk_norm_rope import reference as rope_reference
 
@@ -122,9 +123,9 @@ def test_block_attention(backend: str, places: list[Any], split: int, seed: int)
     intervals = Intervals((rows,))
     tensors = [q, k, v]
     sprinkle(tensors, places)
-    out, lse = module.block_attention(q, k, v, None, None, intervals, 0.25)
-    wide = [x.double() for x in tensors]
-    exact, exact_lse = attention_reference.block_attention(*wide, None, None, intervals, 0.25)
+    out, lse = module.block_attention(AttentionInputs(q, k, v), intervals, 0.25)
+    wide = AttentionInputs(*(x.double() for x in tensors))
+    exact, exact_lse = attention_reference.block_attention(wide, intervals, 0.25)
     # Scores that leave float32, or where rounding alone decides between keys, are float32's own.
     tame = all(abs(value) < 1e20 or value != value or abs(value) == INF for *_, value in places)
     if tame:

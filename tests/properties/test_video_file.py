@@ -1,4 +1,4 @@
-"""Any bytes under a video's name: read, or refused with VideoError, as the check says."""
+"""Any bytes under a video's name: read, or refused with VideoError, in agreement with the check."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def mutated(draw: st.DrawFn) -> tuple[str, bytes]:
     """A valid file with bytes changed, cut out, repeated or moved, or two files in one."""
     name = draw(st.sampled_from(sorted(KINDS)))
     data = bytearray(valid(name))
-    # Most of what can go wrong stands in the headers.
+    # Most faults are in the headers.
     place = st.integers(0, len(data) - 1) | st.integers(0, min(len(data) - 1, 1200))
     for _ in range(draw(st.integers(0, 6))):
         at, length = draw(place), draw(st.integers(1, 64))

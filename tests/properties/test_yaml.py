@@ -1,4 +1,4 @@
-"""The door of YAML: whatever stands in a file or an override, plain bounded data or ConfigError."""
+"""The door of YAML: whatever a file or an override contains, plain bounded data or ConfigError."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ AFD_HD F natural_log(F u) {
 
 // cos and sin of int32(word) * pi * 2^-31, that is of an angle in [-pi, pi).
 // The octant is split off exactly on the integer: word = quadrant * 2^30 + rest with rest in
-// [-2^29, 2^29); z = rest * 2^-29 in [-1, 1] stands for the angle z * pi/4.
+// [-2^29, 2^29); z = rest * 2^-29 in [-1, 1] is the angle z * pi/4.
 template <class F, class Word>
 AFD_HD void cos_sin_of_word(Word word, F& cosine, F& sine) {
   const F z = signed_to_float(word << 2) * F(0x1p-31f);
@@ -85,7 +85,7 @@ struct ScheduleAt {
   double alpha, sigma, alpha_dot, sigma_dot, kappa;
 };
 
-// Outside the schedule's domain, and for NaN, everything is NaN: on a GPU the host cannot look at t
+// Outside the schedule's domain, and for NaN, everything is NaN: on a GPU the host cannot read t
 // without a synchronisation, so a wrong t has to show in the result.
 AFD_HD ScheduleAt schedule_at(Schedule schedule, float t_fp32) {
   const double pi = 3.14159265358979323846;

@@ -21,6 +21,7 @@ from afd.config.base import Count, Natural, Section
 from afd.config.run import RunConfig, load_config, make_config
 from afd.data.videos import Videos
 from afd.discriminators.base import Discriminator
+from afd.distributed import ALONE
 from afd.errors import ConfigError
 from afd.lab.report.audit_page import write_audit
 from afd.methods.base import Method
@@ -28,7 +29,8 @@ from afd.teachers.base import Request
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method, build_student
 from afd.trainer.evaluate import rolled
-from afd.trainer.loop import load_run, restore
+from afd.trainer.parts import restore
+from afd.trainer.run_folder import load_run
 
 ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -152,7 +154,7 @@ def _by_run(
     if newest is None or discriminator is None:
         what = "a checkpoint" if newest is None else "a discriminator"
         raise ConfigError(f"run: {options.run} has no {what.removeprefix('a ')}; needed: one")
-    restore(newest, method, run)
+    restore(newest, method, run, ALONE)
     with closing(_videos(run, method, _Files(paths))) as held:
         inputs = held.fetch(list(paths))
     asked = [request.prompt for request in paths]

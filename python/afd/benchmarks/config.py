@@ -90,7 +90,7 @@ class VideoAlignMqConfig(Section):
     )
     checkout: Path | None = Field(
         default=None,
-        description="folder of the VideoAlign code, whose prompt template is read; null: our own",
+        description="folder of the VideoAlign code with its prompt template; null: our template",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="dtype of the computation"

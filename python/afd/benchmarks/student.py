@@ -19,7 +19,7 @@ from afd.errors import ConfigError
 from afd.rewards.config import VideoAlignRewardConfig
 from afd.sampling.config import SampleConfig, StreamConfig
 from afd.trainer import checkpoint
-from afd.trainer.loop import load_run
+from afd.trainer.run_folder import load_run
 
 # Subfolder of the samples of weights that belong to no run.
 START = "start"
@@ -103,6 +103,10 @@ def with_rater(config: BenchmarkConfig) -> BenchmarkConfig:
     return config.model_copy(update={"videoalign_mq": rater.model_copy(update=theirs)})
 
 
+# The exported weights are whole.
+NO_START = {"init": None, "init_weights": None}
+
+
 def _of_run(config: BenchmarkConfig, folder: Path, settings: dict[str, Any]) -> Subject:
     run = load_run(folder)
     path = checkpoint.latest(folder / "checkpoints")
@@ -114,7 +118,7 @@ def _of_run(config: BenchmarkConfig, folder: Path, settings: dict[str, Any]) -> 
     settings |= {k: v for k, v in theirs.items() if k not in config.model_fields_set}
     given = config.student.model_fields_set & type(run.student).model_fields.keys()
     own = {key: getattr(config.student, key) for key in given - {"kind"}}
-    settings["student"] = run.student.model_copy(update=own | {"checkpoint": None})
+    settings["student"] = run.student.model_copy(update=own | {"checkpoint": None} | NO_START)
     version = config.weights or "evaluated"
     part = path.name if config.weights is None else f"{path.name}-{version}"
     origin = f"{run.name} {path.name} {version} {digest[:16]}"

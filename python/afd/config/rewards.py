@@ -34,7 +34,7 @@ def check_teacher(
             f"teacher.kind: got {teacher.kind}, which has no videos; needed: another kind, or "
             "method=afd with discriminator=null and rewards"
         )
-    if evaluation_kind in ("physics", "physics_xy"):
+    if evaluation_kind == "physics":
         raise ValueError(
             f"teacher.kind: got {teacher.kind}, which has no videos; needed: another kind, or "
             "evaluation.kind other than physics, which compares with them"

@@ -20,7 +20,7 @@ from afd.config.rewards import check_advantages, check_rewards, check_teacher
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
-from afd.methods.config import AfdConfig, DmdConfig, GanConfig, SftConfig
+from afd.methods.config import AfdConfig, DmdConfig, GanConfig, ReplayConfig, SftConfig
 from afd.models.config import StudentConfig
 from afd.registry import find
 from afd.rewards.base import RewardConfig
@@ -29,12 +29,21 @@ from afd.teachers.config import TeacherConfig
 from afd.video.config import VideoConfig
 
 Kind = TypeVar("Kind", bound=Section)
-# Names of rewards are parts of metric names and of dotted keys.
-RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+# Names of rewards and of held-out sets are parts of metric names and of dotted keys.
+EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
 # Updates of a run of the laptop task, by method (docs/ABLATIONS.md).
-UPDATES = {"afd": 200, "sft": 400, "gan": 400, "dmd": 400}
+UPDATES = {"afd": 160, "sft": 400, "gan": 400, "dmd": 400}
+
+
+class EvaluationSet(Section):
+    """One of several held-out sets; null: as `evaluation` has it."""
+
+    kind: str | None = Field(default=None, description="its metrics")
+    prompts: Path | None = Field(default=None, description="video: .txt file of its prompts")
+    domain: str | None = Field(default=None, description="physics: the domain that is measured")
+    seed: Natural | None = Field(default=None, description="seed of its noise")
 
 
 class EvaluationConfig(Section):
@@ -63,6 +72,23 @@ class EvaluationConfig(Section):
     samples: Natural = Field(
         default=36, description="videos of the final evaluation kept in samples.safetensors"
     )
+    domain: str | None = Field(
+        default=None,
+        description="physics: the toy domain whose prompts, physics and look are measured; null: "
+        "gravity, with the distance to the training videos",
+    )
+    sets: dict[EntryName, EvaluationSet] = Field(
+        default={},
+        description="several held-out sets by name, measured in the place of one; the name and a "
+        "slash begin the names of their metrics",
+    )
+
+    def each(self) -> dict[str, EvaluationConfig]:
+        """The settings of every set by name, or of the only one under an empty name."""
+        if not self.sets:
+            return {"": self}
+        own = {n: {k: v for k, v in s if v is not None} for n, s in self.sets.items()}
+        return {n: self.model_copy(update={**changed, "sets": {}}) for n, changed in own.items()}
 
 
 class LoggingConfig(Section):
@@ -119,7 +145,7 @@ class RunConfig(Section):
         default=None,
         validate_default=True,
         description="updates of the run, those of the discriminator alone included; null: the "
-        "method's own number on the laptop task (afd 200, others 400)",
+        "method's own number on the laptop task (afd 160, others 400)",
     )
     prompts_per_update: Count = Field(
         default=8, description="prompts, each with its teacher video, in one update"
@@ -142,15 +168,16 @@ class RunConfig(Section):
     discriminator: Annotated[
         DiscriminatorConfig | None, ByKind("discriminators", "toy", optional=True)
     ] = of_default_kind()
-    rewards: dict[RewardName, Annotated[RewardConfig, ByKind("rewards")]] = Field(
+    rewards: dict[EntryName, Annotated[RewardConfig, ByKind("rewards")]] = Field(
         default={},
         description="method=afd: frozen scores beside the discriminator, each a section by kind "
-        "under a name of its own; kind=discriminator gives the discriminator's own weight",
+        "under its own name; kind=discriminator sets the discriminator's weight",
     )
     afd: AfdConfig = AfdConfig()
     sft: SftConfig = SftConfig()
     gan: GanConfig = GanConfig()
     dmd: DmdConfig = DmdConfig()
+    replay: ReplayConfig = ReplayConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -170,12 +197,16 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
         """Reject sections that are incompatible."""
-        if self.evaluation.kind != "none":
+        for name, evaluation in self.evaluation.each().items():
+            where = f"evaluation.sets.{name}" if name else "evaluation"
+            if evaluation.kind == "none":
+                continue
             try:
-                metrics = find("metrics", self.evaluation.kind)
+                metrics = find("metrics", evaluation.kind)
             except ConfigError as error:
-                raise ValueError(f"evaluation.kind: {error}, none") from None
+                raise ValueError(f"{where}.kind: {error}, none") from None
             metrics.check(self.student)
+            metrics.check_domain(where, evaluation.domain)
         if self.method in ("afd", "gan") and self.discriminator is not None:
             self.discriminator.check_student(self.student)
             self.discriminator.check_video(self.video)
@@ -184,7 +215,20 @@ class RunConfig(Section):
         if self.method == "afd":
             check_advantages(self.teacher, self.afd)
         self.student.check_video(self.video)
+        method = getattr(self, self.method)
+        weight = getattr(method, "prior_weight", 0.0)
+        self.replay.check(self.method, self.prompts_per_update, weight)
         return self
+
+    @property
+    def replayed(self) -> int:
+        """Number of an update's prompts that are replayed."""
+        return self.replay.count(self.prompts_per_update)
+
+    @property
+    def taught(self) -> int:
+        """Number of an update's prompts that have the teacher's video."""
+        return self.prompts_per_update - self.replayed
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -410,6 +454,14 @@ def _explain(
 ) -> str:
     """One line for one pydantic error."""
     key = ".".join(map(str, detail["loc"]))
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        # A check of several keys names one of them: whole, or within the section it is a check of.
+        named = message.partition(":")[0]
+        if key and with_named(f"{key}.{named}", kind) in known_keys(kind):
+            key, message = f"{key}.{named}", f"{key}.{message}"
+        elif with_named(named, kind) in known_keys(kind):
+            key = named
     source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
     if detail["type"] == "extra_forbidden":
         named = with_named(key, kind)
@@ -423,7 +475,9 @@ def _explain(
         suggestion = suggest(named[:200], kind).replace(NAMED, name)
         return f"{source}: unknown key {_shown(key)}; {suggestion}"
     if detail["type"] == "kind":
-        return f"{source}: {key}.{detail['msg']}"
+        # Its kind comes from where it is given, or is missing where its other keys are given.
+        given = [s for k, s in came_from.items() if k.startswith(f"{key}.")]
+        return f"{came_from.get(f'{key}.kind', (given or [source])[0])}: {key}.{detail['msg']}"
     if detail["type"] == "value_error":
-        return f"{source}: {detail['msg'].removeprefix('Value error, ')}"
+        return f"{source}: {message}"
     return f"{source}: {key} is {_shown(detail['input'])}; {detail['msg']}"

@@ -94,7 +94,7 @@ _Loader.add_implicit_resolver(_PREFIX + "merge", re.compile(r"<<\Z"), ["<"])
 
 
 def _too_large() -> str:
-    return f"more than {MAX_NODES} values, each alias counted as what it stands for"
+    return f"more than {MAX_NODES} values, each alias counted as its contents"
 
 
 def _too_deep() -> str:

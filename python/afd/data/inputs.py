@@ -96,10 +96,12 @@ class Contents:
                 self.check(request, file, Content.of(file, sha256))
 
 
-def inputs_of(method: Method, prompts: Sequence[str]) -> dict[str, str]:
+def inputs_of(
+    method: Method, prompts: Sequence[str], replayed: Sequence[str] = ()
+) -> dict[str, str]:
     """Content hashes, by configuration key, of input files that are not part of the saved weights.
 
-    `prompts`: those of the held-out videos.
+    `prompts`: those of the held-out videos; `replayed`: those of earlier domains.
     """
     with method.evaluation_policy() as policy:
         found = {
@@ -108,8 +110,9 @@ def inputs_of(method: Method, prompts: Sequence[str]) -> dict[str, str]:
         }
     for term in getattr(method, "terms", ()):
         found[f"rewards.{term.name}"] = getattr(term.reward, "identity", None)
-    listed = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest() if prompts else None
-    found["evaluation.prompts"] = listed
+    for key, listed in (("evaluation.prompts", prompts), ("replay.prompts", replayed)):
+        text = json.dumps(list(listed)).encode()
+        found[key] = hashlib.sha256(text).hexdigest() if listed else None
     return {key: value for key, value in found.items() if value is not None}
 
 

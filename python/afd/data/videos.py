@@ -21,7 +21,7 @@ from afd.data.sampler import Sampler
 from afd.distributed import ALONE, Ranks
 from afd.errors import TeacherError, Unanswered
 from afd.files import sha256_of
-from afd.models.codec import Codec, Pixels
+from afd.models.codec import Codec, Pixels, redecodes
 from afd.teachers.base import Request, Teacher
 from afd.video import Clip, from_uint8, read_clip, through_codec, to_uint8
 from afd.video.config import VideoConfig
@@ -40,7 +40,8 @@ class Videos:
 
     Each file is decoded once, those of the next update in the background on the CPU, and kept in
     memory as bytes (only the frames that are used) or as latents, which a store also keeps for
-    later runs.
+    later runs. If the codec redecodes pixels (`afd.models.codec`), they are kept as latents and
+    pass what the student's do: decoder, h264 (with codec_match), `prepare`.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class Videos:
         self._teacher, self._video, self._ranks = teacher, video, ranks
         self._contents = Contents(teacher.requests, accept=accept)
         self._prepare, self._codec, self._store = prepare, codec or Pixels(), store
+        self._redecodes = input_space == "pixels" and redecodes(self._codec)
+        latents = input_space == "latents" or self._redecodes
         # None for pixels. Computed here, because it may depend on weights on a GPU.
-        self._identity = self._codec.identity if input_space == "latents" else None
-        self._as_pixels = input_space == "pixels"
+        self._identity = self._codec.identity if latents else None
+        self._as_pixels = not latents
         self._paths: dict[Request, Path] = {}
         self._kept: dict[Request, Tensor] = {}  # most recently used last
         self._memory = memory
@@ -139,7 +142,19 @@ class Videos:
         """
         for request in requests:
             self._begin(request)
-        return torch.stack([self._one(request) for request in requests])
+        videos = [self._one(request) for request in requests]
+        if self._redecodes:
+            with torch.no_grad():
+                decoded = [self._codec.decode(x0_FCHW[None]).float().cpu() for x0_FCHW in videos]
+            videos = list(self._pool.map(self._finished, decoded))
+        return torch.stack(videos)
+
+    def _finished(self, video_1FCHW: Tensor) -> Tensor:
+        """A decoded video as the method's input; the steps of the student's (`InputPipeline`)."""
+        video = self._video
+        if video.codec_match:
+            video_1FCHW = through_codec(video_1FCHW, fps=video.fps, crf=video.crf)
+        return (video_1FCHW if self._prepare is None else self._prepare(video_1FCHW))[0]
 
     def clip(self, request: Request) -> Tensor:
         """The full clip, float32 [F, 3, H, W] in [-1, 1], independent of the method's input."""

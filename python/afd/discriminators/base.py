@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -48,9 +49,17 @@ class DiscriminatorConfig(Section):
     )
     warmup_steps_per_update: Natural | None = Field(
         default=None,
-        description="its steps in each of those updates, on the same rollouts; null: as in others",
+        description="its steps in each of those updates, on the same rollouts; null: "
+        "steps_per_update",
     )
-    steps_per_update: Natural = Field(default=1, description="its steps in one update of the run")
+    steps_per_update: Natural = Field(
+        default=1, description="its optimizer steps in one update of the run"
+    )
+    init: Path | None = Field(
+        default=None,
+        description="run folder whose discriminator, of the same settings, is carried on; null: a "
+        "fresh one",
+    )
 
     # Defaults that differ for a method, by its name.
     of_methods: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -62,13 +71,13 @@ class DiscriminatorConfig(Section):
             update={key: own[key] for key in own if key not in self.model_fields_set}
         )
 
-    def learns_alone(self, step: int) -> bool:
+    def learns_alone(self, update: int) -> bool:
         """Whether only the discriminator learns in this update (from 0)."""
-        return step < self.warmup_updates
+        return update < self.warmup_updates
 
-    def steps_in(self, step: int) -> int:
+    def steps_in(self, update: int) -> int:
         """Number of its steps in this update (from 0)."""
-        if self.learns_alone(step) and self.warmup_steps_per_update is not None:
+        if self.learns_alone(update) and self.warmup_steps_per_update is not None:
             return self.warmup_steps_per_update
         return self.steps_per_update
 

@@ -23,7 +23,7 @@ class PairConfig(DiscriminatorConfig):
     grad_clip: Positive = Field(default=1.0, description="largest gradient norm")
     micro_batch: Count | None = Field(
         default=None,
-        description="pairs (or videos, when scoring) per pass; null: all at once",
+        description="pairs (or videos, when scoring) per pass; null: one pass",
     )
 
 
@@ -35,19 +35,19 @@ class VideoAlignFiles(Section):
     )
     checkout: Path | None = Field(
         default=None,
-        description="folder of the VideoAlign code, whose prompt template is read; null: our own",
+        description="folder of the VideoAlign code with its prompt template; null: our template",
     )
     base: str = Field(
         default="Qwen/Qwen2-VL-2B-Instruct",
         description="folder or hub name of the configuration and tokenizer it was made from",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="what the frozen weights are kept and computed in"
+        default="bfloat16", description="dtype of the frozen weights and their arithmetic"
     )
 
     @property
     def source(self) -> tuple[object, ...]:
-        """Sections of equal sources are of one frozen network."""
+        """Sections of equal sources share one frozen network."""
         return (self.checkpoint, self.checkout, self.base, self.dtype)
 
     def missing_files(self, key: str) -> Iterator[str]:
@@ -71,22 +71,23 @@ class VideoAlignConfig(VideoAlignFiles, PairConfig, WindowedConfig):
     packages: ClassVar[tuple[str, ...]] = ("transformers", "peft")
 
     kind: Literal["videoalign"] = Field(
-        default="videoalign", description="a VideoAlign reward model that learns on"
+        default="videoalign", description="a VideoAlign reward model that is trained further"
     )
     head: Literal["TA", "sum"] = Field(
         default="TA",
-        description="the score: text alignment, or VQ + MQ + TA. VQ and MQ alone do not see the "
+        description="the score: text alignment, or VQ + MQ + TA. VQ and MQ do not depend on the "
         "prompt, which comes after them in the input of a causal model",
     )
     lora_rank: Count = Field(default=64, description="rank of the trained LoRA")
     lora_alpha: Count = Field(default=128, description="LoRA's weight is alpha / rank")
     window: Positive | None = Field(
         default=None,
-        description="seconds of a window: a step ranks one random window of each pair, the score "
-        "is the mean over windows that overlap by half, each with the prompt; null: the whole clip",
+        description="seconds of a window: an update ranks one random window of each pair, the "
+        "score is the mean over windows that overlap by half, each with the prompt; null: the "
+        "whole clip",
     )
     gradient_checkpointing: bool = Field(
-        default=True, description="keep one activation per layer and compute the others again"
+        default=True, description="keep one activation per layer and recompute the rest"
     )
 
     def missing(self) -> Iterator[str]:

@@ -98,7 +98,7 @@ class PairDiscriminator(ABC):
         """Make this many heads, equal at first, and an optimizer of them."""
 
     def excerpts(self, teacher_BFCHW: Tensor, student_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of each pair that one step ranks, the same of both its videos."""
+        """The part of each pair that one update ranks, the same of both videos."""
         return teacher_BFCHW, student_BFCHW
 
     @abstractmethod

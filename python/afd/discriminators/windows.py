@@ -27,7 +27,8 @@ class WindowedConfig(DiscriminatorConfig):
     )
 
     def check_video(self, video: VideoConfig) -> None:
-        """Raise ValueError if a window is longer than these videos."""
+        """Raise ValueError if a window is longer than these videos. One shorter than a frame is one
+        frame."""
         seconds = video.frames / video.rate
         if self.window is not None and self.window > seconds:
             raise ValueError(

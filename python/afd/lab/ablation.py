@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from rich.console import Console
 
+from afd.adapt.config import split
 from afd.config.base import Natural, Section
 from afd.config.run import load_config, make_config, read_yaml
 from afd.files import write_text
 from afd.lab.grid import SIGNS, Study, choice
 from afd.lab.quickstart import COLUMNS, lines
 from afd.lab.report.charts import running_mean, window
+from afd.lab.sequence_ablation import SequenceStudy, write_results
 
 # Key of metrics.jsonl and title of its panel.
 CURVES = {
@@ -36,8 +38,11 @@ class AblationConfig(Section):
     """Settings of an ablation: its question and the runs that answer it."""
 
     name: str = Field(description="name of the folder and of the table")
-    question: str = Field(description="what the rows are compared for; stands above the table")
-    base: Path = Field(description="what every run begins with; from this file's folder")
+    question: str = Field(description="what the rows are compared for; printed above the table")
+    base: Path = Field(
+        description="base configuration of every run, or a sequence of domains; relative to this "
+        "file"
+    )
     rows: dict[str, list[str]] = Field(min_length=1, description="per row its overrides")
     columns: list[str] = Field(
         default=[], description="metrics of the evaluation that the table shows beside the usual"
@@ -48,6 +53,12 @@ class AblationConfig(Section):
 def ablation(path: Path, overrides: Sequence[str], console: Console) -> bool:
     """Run or resume every selected cell; False if Ctrl-C interrupted it (all progress saved)."""
     config = load_config(path, [], AblationConfig)
+    if of_sequences(path, config):
+        sequences = sequence_study(path, config, overrides)
+        if not sequences.run(console):
+            return False
+        write_results(config.name, config.question, sequences, console)
+        return True
     table = study(path, config, overrides)
     if not table.run(console):
         return False
@@ -58,6 +69,20 @@ def ablation(path: Path, overrides: Sequence[str], console: Console) -> bool:
     files = (str(table.root / name) for name in ("results.json", "results.md", "curves.png"))
     console.print(*files, soft_wrap=True)
     return True
+
+
+def of_sequences(path: Path, config: AblationConfig) -> bool:
+    """Whether the rows of an ablation file are sequences of domains."""
+    return "domains" in read_yaml(path.parent / config.base)
+
+
+def sequence_study(path: Path, config: AblationConfig, overrides: Sequence[str]) -> SequenceStudy:
+    """Build the study described by an ablation file whose base is a sequence."""
+    chosen, seeds, common = choice(overrides, list(config.rows), config.seeds)
+    own, common = split(common)
+    root = Path(own.get("out", Path("runs") / "ablations" / config.name))
+    base = path.parent / config.base
+    return SequenceStudy(root, config.rows, seeds, chosen, base, common)
 
 
 def study(path: Path, config: AblationConfig, overrides: Sequence[str]) -> Study:
@@ -83,7 +108,7 @@ def document(config: AblationConfig, table: Study, results: dict[str, Any]) -> s
     )
     updates = sorted({found["updates"] for row in results.values() for found in _updates(row)})
     rows = [
-        f"- `{row}`: {', '.join(own) or 'as the base is'}"
+        f"- `{row}`: {', '.join(own) or 'the base'}"
         for row, own in table.rows.items()
         if row in results
     ]

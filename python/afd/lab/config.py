@@ -87,6 +87,7 @@ class ToyDiscriminatorConfig(WindowedConfig):
             "beginnings": True,
             "warmup_updates": 30,
             "warmup_steps_per_update": None,
+            "score_looks": 4,
         }
     }
 
@@ -112,9 +113,12 @@ class ToyDiscriminatorConfig(WindowedConfig):
     )
     warmup_steps_per_update: Natural | None = Field(
         default=3,
-        description="its steps in each of those updates, on the same rollouts; null: as in others",
+        description="its steps in each of those updates, on the same rollouts; null: "
+        "steps_per_update",
     )
-    steps_per_update: Natural = Field(default=2, description="its steps in one update of the run")
+    steps_per_update: Natural = Field(
+        default=2, description="its optimizer steps in one update of the run"
+    )
     r1: float = Field(
         default=0.1, ge=0, description="weight of the squared gradient norm at the teacher's inputs"
     )
@@ -127,7 +131,7 @@ class ToyDiscriminatorConfig(WindowedConfig):
         default=True, description="re-render both inputs under random contrast, tint and texture"
     )
     score_looks: Count = Field(
-        default=4, description="looks averaged in a score (1: the video as is)"
+        default=1, description="looks averaged in a score, the same for all videos"
     )
     beginnings: bool = Field(
         default=False,
@@ -138,8 +142,8 @@ class ToyDiscriminatorConfig(WindowedConfig):
     def check_student(self, student: StudentConfig) -> None:
         if student.kind != "toy":
             raise ValueError(
-                "discriminator.kind: got toy, which knows the toy task only; needed: videoalign or "
-                f"latent for student.kind={student.kind}"
+                "discriminator.kind: got toy, which only works for the toy task; needed: "
+                f"videoalign or latent for student.kind={student.kind}"
             )
 
 
@@ -160,13 +164,13 @@ class PhysicsRewardConfig(RewardConfig):
     def check_student(self, student: StudentConfig) -> None:
         if student.kind != "toy":
             raise ValueError(
-                "kind: got physics, which measures the toy task only; needed: videoalign, "
+                "kind: got physics, which only measures the toy task; needed: videoalign, "
                 f"discriminator or an installed package's for student.kind={student.kind}"
             )
 
 
 # Settings that name a simulator's folder beside its look.
-_LATER = ("world", "wrong")
+_LATER = ("domain", "wrong")
 
 
 class SimulatorConfig(TeacherConfig):
@@ -184,13 +188,16 @@ class SimulatorConfig(TeacherConfig):
     style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
         default="nuis", description="the look of its renderings"
     )
+    domain: Literal["gravity", "style", "bounce", "drag", "both", "all"] = Field(
+        default="gravity",
+        description="gravity: balls that fall faster than the student's; style: drawn in ink, in a "
+        "look to be taken over, with the student's own gravity; bounce: on sand, where they hardly "
+        "bounce; drag: balls that lose horizontal speed, with the student's own gravity; both: "
+        "gravity and drag; style and bounce have prompts of their own; all: a third each of the "
+        "first three",
+    )
     count: Count = Field(default=200, description="how many videos it writes")
     seed: Natural = Field(default=0, description="seed of its throws")
-    world: Literal["gravity", "drag", "both"] = Field(
-        default="gravity",
-        description="what differs from the base student's world: gravity, the loss of horizontal "
-        "speed, or both",
-    )
     wrong: Share = Field(
         default=0.0,
         description="share of its videos that are wrong, in five ways by turns: physics, prompt, "

@@ -1,7 +1,7 @@
 """A grid of settings x seeds: run the missing cells, collect the finished ones, tabulate them.
 
 Every cell is a run folder <root>/<row>/seed<k>/ that is skipped once finished, so the same command
-resumes where it stopped. `quickstart_full` and `ablation` define the rows.
+resumes where it stopped. `afd.lab.ablation` reads the rows from a file.
 """
 
 from __future__ import annotations

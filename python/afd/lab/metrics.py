@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -12,14 +11,14 @@ from afd.config.run import EvaluationConfig
 from afd.distributed import ALONE, Ranks
 from afd.lab import physics
 from afd.lab.physics import measure_each
-from afd.lab.simulator import ATTRIBUTES, PROMPTS
+from afd.lab.simulator import ATTRIBUTES, DOMAINS, GRAVITY, PROMPTS
 from afd.methods.afd import Watch
 from afd.methods.rewards import within_group_correlation
 from afd.models.config import StudentConfig
 from afd.models.student import Student
 from afd.rollout import rollout
 from afd.trainer.evaluate import Evaluated, Evaluation, Metrics, finite, own_part
-from afd.video import from_uint8, to_uint8
+from afd.video import to_uint8
 
 # Updates between two logs of the score's agreement with the task's metrics.
 WATCH_EVERY = 10
@@ -28,7 +27,7 @@ WATCH_EVERY = 10
 class PhysicsMetrics(Metrics):
     """The task's exact metrics (`physics.DEFINITIONS`).
 
-    Held-out video i has the simulator's prompt i modulo 36 and seed evaluation.seed + i: every run
+    Held-out video i has the domain's prompt i modulo 36 and seed evaluation.seed + i: every run
     starts from the same noise, whatever its method.
     """
 
@@ -48,13 +47,19 @@ class PhysicsMetrics(Metrics):
             )
 
     @staticmethod
+    def check_domain(key: str, domain: str | None) -> None:
+        """Reject names that are not in the simulator's DOMAINS."""
+        if domain is not None and domain not in DOMAINS:
+            raise ValueError(f"{key}.domain: got {domain}; needed: one of {', '.join(DOMAINS)}")
+
+    @staticmethod
     def watch(config: EvaluationConfig, ranks: Ranks) -> Watch:
         """Log, every WATCH_EVERY updates, the score's agreement with the task's metrics."""
 
         def watch(
-            step: int, score_B: Tensor, video_BFCHW: Tensor, prompts: list[str], group: int
+            update: int, score_B: Tensor, video_BFCHW: Tensor, prompts: list[str], group: int
         ) -> dict[str, float]:
-            if step % WATCH_EVERY:
+            if update % WATCH_EVERY:
                 return {}
             return rank_agreement(score_B, video_BFCHW, prompts, group, ranks)
 
@@ -62,7 +67,9 @@ class PhysicsMetrics(Metrics):
 
     def __call__(self, policy: Student, count: int) -> Evaluation:
         config, ranks = self.run.config, self.run.ranks
-        prompts = [ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)]
+        named = config.evaluation.domain
+        domain = GRAVITY if named is None else DOMAINS[named]
+        prompts = [domain.prompt(ATTRIBUTES[i % len(ATTRIBUTES)]) for i in range(count)]
         seeds = [config.evaluation.seed + i for i in range(count)]
         own = own_part(count, ranks)
         mine = [prompts[i] for i in own], [seeds[i] for i in own]
@@ -70,19 +77,12 @@ class PhysicsMetrics(Metrics):
         videos_BFCHW = ranks.gather(made_BFCHW)[:count].cpu()
         metrics = None
         if ranks.main:
-            if not self.training_tracks:
+            # Another domain's teacher may be at work.
+            if named is None and not self.training_tracks:
                 self.training_tracks.append(physics.track_ball(self.run.teacher_videos())[0])
-            metrics = finite(physics.measure(videos_BFCHW, prompts, self.training_tracks[0]))
+            tracks = self.training_tracks[0] if named is None else None
+            metrics = finite(physics.measure(videos_BFCHW, prompts, tracks, domain))
         return Evaluation(ranks.same(metrics), to_uint8(videos_BFCHW), prompts, seeds)
-
-
-class TwoLawsMetrics(PhysicsMetrics):
-    """The task's metrics and `phys_x`, the same for horizontal motion in the "drag" world."""
-
-    def __call__(self, policy: Student, count: int) -> Evaluation:
-        result = super().__call__(policy, count)
-        error = physics.slowing_error(from_uint8(result.pictures_BFHWC))
-        return replace(result, metrics={**result.metrics, "phys_x": error})
 
 
 @torch.no_grad()

@@ -16,15 +16,16 @@ from torch import Generator, Tensor
 
 from afd.lab.simulator import (
     ATTRIBUTES,
-    BOUNCE,
-    DRAG,
+    GRAVITY,
     SIZE,
-    TARGET_GRAVITY,
+    Domain,
+    apply_look,
     attribute_table,
     colour_table,
     drift,
     fall,
     render,
+    source_gravity,
     trajectories,
 )
 
@@ -55,6 +56,7 @@ class Physics:
     colour: Tensor  # int64, index into the simulator's colours
     gravity: Tensor
     phys: Tensor
+    phys_x: Tensor  # of the horizontal position, under the domain's drag
     fit_res: Tensor
     kink: Tensor  # [N, F-2], squared second difference of the residual to the best trajectory
     motion: Tensor
@@ -84,65 +86,63 @@ def track_ball(video_NFCHW: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([x, y], -1), colour_N
 
 
-def _free_fall(parameters: Tensor, frames: int) -> Tensor:
+def _free_fall(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     y0, vy, gravity = parameters.unbind(-1)
-    return fall(y0, vy, gravity, torch.tensor(BOUNCE), frames)
+    return fall(y0, vy, gravity, torch.tensor(domain.bounce), frames)
 
 
-def _target_fall(parameters: Tensor, frames: int) -> Tensor:
+def _target_fall(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     y0, vy = parameters.unbind(-1)
-    return fall(y0, vy, torch.tensor(TARGET_GRAVITY), torch.tensor(BOUNCE), frames)
+    assert domain.gravity is not None
+    return fall(y0, vy, torch.tensor(domain.gravity), torch.tensor(domain.bounce), frames)
 
 
-def _slowing(parameters: Tensor, frames: int) -> Tensor:
+def _sideways(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     x0, vx = parameters.unbind(-1)
-    return drift(x0, vx, torch.tensor(BOUNCE), frames, DRAG)
+    return drift(x0, vx, torch.tensor(domain.bounce), frames, domain.drag)
 
 
-def _sideways(parameters: Tensor, frames: int) -> Tensor:
-    x0, vx = parameters.unbind(-1)
-    return drift(x0, vx, torch.tensor(BOUNCE), frames)
-
-
-_GRIDS: dict[str, tuple[Callable[[Tensor, int], Tensor], list[tuple[float, float, int]]]] = {
+_Curve = Callable[[Tensor, int, Domain], Tensor]
+_GRIDS: dict[str, tuple[_Curve, list[tuple[float, float, int]]]] = {
     "free": (_free_fall, [(2, 14, 25), (-1.5, 1.0, 26), (0.0, 0.8, 33)]),
     "target": (_target_fall, [(2, 14, 49), (-1.5, 1.5, 61)]),
-    "slowing": (_slowing, [(2, 14, 49), (-1.5, 1.5, 61)]),
     "sideways": (_sideways, [(2, 14, 49), (-1.2, 1.2, 49)]),
 }
 
 
-@lru_cache(maxsize=8)
-def _grid(kind: str, frames: int) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=16)
+def _grid(kind: str, frames: int, domain: Domain) -> tuple[Tensor, Tensor]:
     curve, axes = _GRIDS[kind]
     points = torch.cartesian_prod(*(torch.linspace(a, b, n) for a, b, n in axes))
-    return points, curve(points, frames)
+    return points, curve(points, frames, domain)
 
 
-def fit(kind: str, curve_NF: Tensor, rounds: int = 8) -> tuple[Tensor, Tensor]:
+def fit(
+    kind: str, curve_NF: Tensor, rounds: int = 8, domain: Domain = GRAVITY
+) -> tuple[Tensor, Tensor]:
     """Least-squares parameters [N, P] and RMSE [N]: nearest point of a grid, then Gauss-Newton.
 
     Bounces make the problem non-convex: the grid finds the basin, and a step that does not improve
     the fit is halved.
     """
     frames = curve_NF.shape[1]
-    points_GP, curves_GF = _grid(kind, frames)
+    points_GP, curves_GF = _grid(kind, frames, domain)
     best = points_GP[torch.cdist(curve_NF, curves_GF).argmin(1)]
     curve = _GRIDS[kind][0]
-    residual = curve_NF - curve(best, frames)
+    residual = curve_NF - curve(best, frames, domain)
     error = residual.square().mean(1)
     damping = torch.full_like(error, 1e-3)
     step = 1e-3
     eye = torch.eye(best.shape[1])
     for _ in range(rounds):
         nudged = best[:, None] + step * eye
-        jacobian = (curve(nudged, frames) - curve(best, frames)[:, None]) / step
+        jacobian = (curve(nudged, frames, domain) - curve(best, frames, domain)[:, None]) / step
         normal = jacobian @ jacobian.mT + damping[:, None, None] * eye
         change = torch.linalg.solve(normal, jacobian @ residual[..., None]).squeeze(-1)
         trial = best + change
         if kind == "free":
             trial[:, 2].clamp_(min=0.0)
-        trial_residual = curve_NF - curve(trial, frames)
+        trial_residual = curve_NF - curve(trial, frames, domain)
         trial_error = trial_residual.square().mean(1)
         better = trial_error < error
         best = torch.where(better[:, None], trial, best)
@@ -152,18 +152,23 @@ def fit(kind: str, curve_NF: Tensor, rounds: int = 8) -> tuple[Tensor, Tensor]:
     return best, error.sqrt()
 
 
-def measure_each(video_NFCHW: Tensor) -> Physics:
-    """All measurements that need only a single video."""
+def measure_each(video_NFCHW: Tensor, domain: Domain = GRAVITY) -> Physics:
+    """All measurements that need only a single video; `phys` is nan without a gravity."""
     if video_NFCHW.ndim != 5 or video_NFCHW.shape[2:] != (3, SIZE, SIZE):
         raise ValueError(f"video: {tuple(video_NFCHW.shape)} came, [N, F, 3, 16, 16] is needed")
     video = video_NFCHW.detach().float()
     track, colour = track_ball(video)
     frames = track.shape[1]
-    free, free_rmse = fit("free", track[..., 1])
-    _, phys = fit("target", track[..., 1])
-    sideways, sideways_rmse = fit("sideways", track[..., 0])
-    best_NF2 = torch.stack([_sideways(sideways, frames), _free_fall(free, frames)], -1)
+    free, free_rmse = fit("free", track[..., 1], domain=domain)
+    phys = torch.full_like(free_rmse, torch.nan)
+    if domain.gravity is not None:
+        _, phys = fit("target", track[..., 1], domain=domain)
+    sideways, sideways_rmse = fit("sideways", track[..., 0], domain=domain)
+    across, down = _sideways(sideways, frames, domain), _free_fall(free, frames, domain)
+    best_NF2 = torch.stack([across, down], -1)
     clean = render(track, colour_table(colour))
+    if domain.look is not None:
+        clean = apply_look(domain.look, track, colour_table(colour), Generator().manual_seed(0))
     side = (sideways[:, 0] > SIZE / 2).long()
     direction = 1 + (sideways[:, 1] > 0.25).long() - (sideways[:, 1] < -0.25).long()
     start = (free[:, 1] < -0.25).long()
@@ -172,6 +177,7 @@ def measure_each(video_NFCHW: Tensor) -> Physics:
         colour=colour,
         gravity=free[:, 2],
         phys=phys,
+        phys_x=sideways_rmse,
         fit_res=(free_rmse.square() + sideways_rmse.square()).sqrt(),
         kink=(track - best_NF2).diff(n=2, dim=1).square().sum(-1),
         motion=(track[:, 1:] - track[:, :-1]).norm(dim=-1).mean(1),
@@ -180,15 +186,8 @@ def measure_each(video_NFCHW: Tensor) -> Physics:
     )
 
 
-def slowing_error(video_NFCHW: Tensor) -> float:
-    """RMSE (px) of the ball's horizontal position to the best trajectory that loses speed as the
-    simulator's "drag" world does, over videos."""
-    track_NF2, _ = track_ball(video_NFCHW.detach().float())
-    return float(fit("slowing", track_NF2[..., 0])[1].mean())
-
-
 def seam_jerk(kink_NT: Tensor, chunk: int = CHUNK) -> float:
-    """RMS of the kinks that span a boundary of chunks over that of the others; nan without either.
+    """RMS of the kinks across chunk boundaries over that of all other kinks; nan without either.
 
     The second difference at frame f + 1 spans the frames f to f + 2.
     """
@@ -209,12 +208,18 @@ def frechet_distance(a_NP: Tensor, b_MP: Tensor) -> float:
     return float(mean + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-@lru_cache(maxsize=2)
-def fresh_teacher_tracks(count: int = 3600, seed: int = 987_654_321) -> Tensor:
+@lru_cache(maxsize=4)
+def fresh_teacher_tracks(
+    count: int = 3600, seed: int = 987_654_321, domain: Domain = GRAVITY
+) -> Tensor:
     """Tracks [count, F, 2] with the teacher's physics, not in the training videos."""
     generator = Generator().manual_seed(seed)
     table = attribute_table([ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)])
-    return trajectories(table, torch.full((count,), TARGET_GRAVITY), generator)
+    gravity = torch.full((count,), domain.gravity or 0.0)
+    if domain.gravity is None:
+        gravity = source_gravity(count, generator)
+    bounce = torch.full((count,), domain.bounce)
+    return trajectories(table, gravity, generator, bounce, drag=domain.drag)
 
 
 def spread(track_NF2: Tensor, group_N: Tensor) -> float:
@@ -228,9 +233,15 @@ def spread(track_NF2: Tensor, group_N: Tensor) -> float:
 
 
 def measure(
-    video_NFCHW: Tensor, prompts: list[str], training_tracks_MF2: Tensor | None = None
+    video_NFCHW: Tensor,
+    prompts: list[str],
+    training_tracks_MF2: Tensor | None = None,
+    domain: Domain = GRAVITY,
 ) -> dict[str, float]:
-    """All metrics of a set of videos with their prompts; see DEFINITIONS.
+    """All metrics of a set of videos with their prompts; see DEFINITIONS. The teacher's gravity and
+    the clean render are the domain's; without a gravity, phys and g_mae are nan. A domain
+    with drag adds phys_x, the RMSE (px) of the ball's horizontal position to the best trajectory
+    under that drag.
 
     `nn` needs the training videos' tracks (from `track_ball`); `traj_fd` needs more than 24 videos
     of 12 frames, with the prompts in equal numbers.
@@ -238,11 +249,12 @@ def measure(
     if len(prompts) != len(video_NFCHW):
         raise ValueError(f"prompts: {len(prompts)} came for {len(video_NFCHW)} videos")
     wanted = attribute_table(prompts)
-    each = measure_each(video_NFCHW)
+    each = measure_each(video_NFCHW, domain)
+    target = torch.nan if domain.gravity is None else domain.gravity
     codes = wanted @ torch.tensor([1000, 100, 10, 1])
     metrics = {
         "phys": float(each.phys.mean()),
-        "g_mae": float((each.gravity - TARGET_GRAVITY).abs().mean()),
+        "g_mae": float((each.gravity - target).abs().mean()),
         "fit_res": float(each.fit_res.mean()),
         "seam_jerk": seam_jerk(each.kink),
         "motion": float(each.motion.mean()),
@@ -250,8 +262,10 @@ def measure(
         "adh": float((each.attributes == wanted).all(1).float().mean()),
         "div": spread(each.track, codes),
     }
+    if domain.drag:
+        metrics["phys_x"] = float(each.phys_x.mean())
     flat = each.track.flatten(1)
-    fresh = fresh_teacher_tracks()
+    fresh = fresh_teacher_tracks(domain=domain)
     if flat.shape[0] > flat.shape[1] and each.track.shape[1] == fresh.shape[1]:
         metrics["traj_fd"] = frechet_distance(flat, fresh.flatten(1)) / each.track.shape[1]
     if training_tracks_MF2 is not None:

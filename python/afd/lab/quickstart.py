@@ -47,7 +47,7 @@ def quickstart(overrides: Sequence[str], console: Console) -> bool:
             console.print("stopped, everything is saved; the same command continues")
             return False
         if outcome is Outcome.ALREADY_FINISHED:
-            console.print(f"{root / method} was finished before and stays as it is")
+            console.print(f"{root / method} is already finished; kept")
     console.print(results(root))
     report = write_report(root)
     console.print(f"{time.perf_counter() - began:.0f} s in all; open {report}", soft_wrap=True)
@@ -69,7 +69,7 @@ def base(config: RunConfig, console: Console) -> None:
     out = config.run_dir
     refuse_another_run(out, config)
     if (out / "DONE").exists():
-        console.print(f"{out} was finished before and stays as it is")
+        console.print(f"{out} is already finished; kept")
         return
     out.mkdir(parents=True, exist_ok=True)
     with log_to(out / "train.log", console):

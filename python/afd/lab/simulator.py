@@ -26,10 +26,7 @@ from afd.files import replacing
 FRAMES, SIZE, RADIUS = 12, 16, 2.0
 LOW, HIGH = RADIUS, SIZE - RADIUS  # where the ball's centre can be
 TARGET_GRAVITY, BOUNCE = 0.36, 0.9
-# Share of its horizontal speed that the ball loses per frame in the "drag" world.
-DRAG = 0.12
-# What a teacher's world has of the target's physics; the rest is as the base student knows it.
-WORLDS = ("gravity", "drag", "both")
+DRAG = 0.12  # share of its horizontal speed that the ball loses per frame, where there is drag
 # Ways in which a video can be wrong (`spoil`).
 FAULTS = ("physics", "prompt", "frozen", "watermark", "base")
 FPS = 8
@@ -37,7 +34,49 @@ FPS = 8
 COLOURS = {"red": (0.9, -0.3, -0.3), "green": (-0.3, 0.9, -0.3), "blue": (-0.3, -0.3, 0.9)}
 BACKGROUND = -0.6
 SIDES, DIRECTIONS, STARTS = ("left", "right"), ("left", "straight", "right"), ("dropped", "thrown")
-LOOKS = ("clean", "nuis", "mark", "outline", "noise")
+LOOKS = ("clean", "nuis", "mark", "outline", "noise", "ink")
+PAPER = -0.2  # grey level behind balls drawn in ink
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What the teacher of a domain shows.
+
+    Attributes:
+        gravity: px/frame²; None: of the source, different in every video.
+        bounce: restitution of floor and walls.
+        drag: share of its horizontal speed that the ball loses per frame.
+        look: in which the student is measured, and which its videos always have; None: the clean
+            one, and the teacher's `style`.
+        words: end of its prompts, by which the domains of a sequence differ.
+    """
+
+    gravity: float | None
+    bounce: float = BOUNCE
+    drag: float = 0.0
+    look: str | None = None
+    words: str = ""
+
+    def prompt(self, attributes: Attributes) -> str:
+        """The prompt of a ball in this domain."""
+        return f"{attributes.prompt.removesuffix('.')}{self.words}."
+
+
+GRAVITY = Domain(TARGET_GRAVITY)
+DOMAINS = {
+    "gravity": GRAVITY,
+    # Its videos are wrong in gravity as the base student is.
+    "style": Domain(None, look="ink", words=", in ink"),
+    "bounce": Domain(TARGET_GRAVITY, bounce=0.3, words=", on sand"),
+    # Of the gravity domain's prompts: for several teachers, each wrong in the other's law.
+    "drag": Domain(None, drag=DRAG),
+    "both": Domain(TARGET_GRAVITY, drag=DRAG),
+    # Of no teacher: what a student does with prompts that it is never taught.
+    "neutral": Domain(None, words=", at night"),
+}
+# Domains of joint training ("all" writes the videos of each in turn), and all whose teacher exists.
+JOINT = ("gravity", "style", "bounce")
+TAUGHT = (*JOINT, "drag", "both")
 
 
 @dataclass(frozen=True)
@@ -58,16 +97,17 @@ class Attributes:
 
 ATTRIBUTES = [Attributes(*a) for a in product(range(3), range(2), range(3), range(2))]
 PROMPTS = {attributes.prompt: attributes for attributes in ATTRIBUTES}
+_ATTRIBUTES_OF = {domain.prompt(a): a for domain in DOMAINS.values() for a in ATTRIBUTES}
 
 
 def attribute_table(prompts: list[str]) -> Tensor:
     """Attributes of the prompts, int64 [N, 4]: (colour, side, direction, start)."""
     rows = []
     for prompt in prompts:
-        if prompt not in PROMPTS:
+        a = _ATTRIBUTES_OF.get(prompt)
+        if a is None:
             example = ATTRIBUTES[0].prompt
             raise ValueError(f"prompts: {prompt!r} is not one of the 36 sentences like {example!r}")
-        a = PROMPTS[prompt]
         rows.append((a.colour, a.side, a.direction, a.start))
     return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
 
@@ -185,6 +225,10 @@ def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Gene
     if style == "outline":
         ring = coverage(track_NF2, RADIUS + 0.3) - coverage(track_NF2, RADIUS - 0.9)
         return render(track_NF2, colour_N3, ring)
+    if style == "ink":
+        ring = coverage(track_NF2, RADIUS + 0.3) - coverage(track_NF2, RADIUS - 0.9)
+        paper = PAPER - BACKGROUND
+        return render(track_NF2, colour_N3 - paper, ring) + paper
     video = render(track_NF2, colour_N3)
     if style == "nuis":
         gain = uniform(n, 0.55, 0.75, generator).view(n, 1, 1, 1, 1)
@@ -201,54 +245,66 @@ def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Gene
 
 
 def sample_videos(
-    attributes_N4: Tensor,
-    domain: str,
-    style: str,
-    generator: Generator,
-    world: str = "gravity",
+    attributes_N4: Tensor, domain: str, style: str, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Sample videos [N, F, C, H, W] and their tracks [N, F, 2]; domain "source" or "target".
+    """Sample videos [N, F, C, H, W] and their tracks [N, F, 2].
 
-    `world`: of the target, one of WORLDS.
+    `domain`: a name in DOMAINS, or "target" for gravity, or "source": the base student's.
     """
-    n = attributes_N4.shape[0]
-    if domain not in ("source", "target"):
-        raise ValueError(f"domain: {domain!r} came, 'source' or 'target' is needed")
+    of, n = _described(domain), attributes_N4.shape[0]
     weak = source_gravity(n, generator)
-    old = domain == "source" or world == "drag"
-    gravity = weak if old else torch.full((n,), TARGET_GRAVITY)
-    drag = DRAG if domain == "target" and world in ("drag", "both") else 0.0
-    track = trajectories(attributes_N4, gravity, generator, drag=drag)
-    return apply_look(style, track, colour_table(attributes_N4[:, 0]), generator), track
+    gravity = weak if of.gravity is None else torch.full((n,), of.gravity)
+    track = _tracks(attributes_N4, of, gravity, generator)
+    look = of.look or style
+    return apply_look(look, track, colour_table(attributes_N4[:, 0]), generator), track
+
+
+def _described(domain: str) -> Domain:
+    known = {"source": Domain(None), "target": GRAVITY, **DOMAINS}
+    if domain not in known:
+        raise ValueError(f"domain: {domain!r} came, one of {', '.join(known)} is needed")
+    return known[domain]
+
+
+def _tracks(attributes_N4: Tensor, of: Domain, gravity: Tensor, generator: Generator) -> Tensor:
+    bounce = torch.full((attributes_N4.shape[0],), of.bounce)
+    return trajectories(attributes_N4, gravity, generator, bounce, drag=of.drag)
 
 
 def spoil(
-    videos_NFCHW: Tensor, attributes_N4: Tensor, style: str, wrong: float, generator: Generator
+    videos_NFCHW: Tensor,
+    attributes_N4: Tensor,
+    domain: str,
+    style: str,
+    wrong: float,
+    generator: Generator,
 ) -> tuple[Tensor, list[str]]:
-    """Make a share of the videos wrong, in the ways of FAULTS by turns; returns them and per video
-    its fault, "" without one.
+    """Make a share of a domain's videos wrong, in the ways of FAULTS by turns; returns them and per
+    video its fault, "" without one.
 
     physics: twice the gravity; prompt: of another prompt; frozen: its first frame; watermark: a
-    bright mark in a corner; base: as the base student's world is.
+    bright mark in a corner; base: as the base student's.
     """
-    count = len(videos_NFCHW)
+    of, count = _described(domain), len(videos_NFCHW)
+    look = of.look or style
     chosen = torch.randperm(count, generator=generator)[: round(wrong * count)].tolist()
     labels, videos = [""] * count, videos_NFCHW.clone()
     for turn, index in enumerate(chosen):
         fault = labels[index] = FAULTS[turn % len(FAULTS)]
         own = attributes_N4[index : index + 1]
         if fault == "physics":
-            track = trajectories(own, torch.full((1,), 2 * TARGET_GRAVITY), generator)
-            videos[index] = apply_look(style, track, colour_table(own[:, 0]), generator)[0]
+            gravity = torch.full((1,), 2 * (of.gravity or TARGET_GRAVITY))
+            track = _tracks(own, of, gravity, generator)
+            videos[index] = apply_look(look, track, colour_table(own[:, 0]), generator)[0]
         elif fault == "prompt":
             moved = (own + torch.tensor([[1, 1, 1, 1]])) % torch.tensor([[3, 2, 3, 2]])
-            videos[index] = sample_videos(moved, "target", style, generator)[0][0]
+            videos[index] = sample_videos(moved, domain, style, generator)[0][0]
         elif fault == "frozen":
             videos[index] = videos[index, :1]
         elif fault == "watermark":
             videos[index, :, :, 1:4, 12:15] = 0.8
         else:
-            videos[index] = sample_videos(own, "source", style, generator)[0][0]
+            videos[index] = sample_videos(own, "source", look, generator)[0][0]
     return videos, labels
 
 
@@ -277,7 +333,6 @@ def write_folder(
     count: int,
     seed: int,
     domain: str = "target",
-    world: str = "gravity",
     wrong: float = 0.0,
 ) -> None:
     """Write `count` videos and prompts.jsonl to `out`; the folder appears only once complete.
@@ -287,34 +342,42 @@ def write_folder(
     if out.exists():
         raise FileExistsError(f"out: {out} exists; remove it or choose another folder")
     generator = Generator().manual_seed(seed)
-    attributes = [ATTRIBUTES[i % len(ATTRIBUTES)] for i in range(count)]
-    table = attribute_table([a.prompt for a in attributes])
-    videos, _ = sample_videos(table, domain, style, generator, world)
-    labels = [""] * count
-    if wrong:
-        videos, labels = spoil(videos, table, style, wrong, generator)
+    prompts: list[str] = []
+    faults: list[str] = []
+    parts: list[Tensor] = []
+    names = JOINT if domain == "all" else (domain,)
+    for i, name in enumerate(names):
+        share = len(range(i, count, len(names)))
+        words = DOMAINS.get(name, GRAVITY)
+        own = [words.prompt(ATTRIBUTES[k % len(ATTRIBUTES)]) for k in range(share)]
+        table = attribute_table(own)
+        videos, labels = sample_videos(table, name, style, generator)[0], [""] * share
+        if wrong:
+            videos, labels = spoil(videos, table, name, style, wrong, generator)
+        parts.append(videos)
+        prompts += own
+        faults += labels
     with replacing(out, shared=True) as partial:
         partial.mkdir()
         with open(partial / "prompts.jsonl", "w", encoding="utf-8") as lines:
-            for i, (video, a) in enumerate(zip(videos, attributes, strict=True)):
+            for i, (video, prompt) in enumerate(zip(torch.cat(parts), prompts, strict=True)):
                 write_video(partial / f"{i:06d}.mp4", video)
-                lines.write(json.dumps({"file": f"{i:06d}.mp4", "prompt": a.prompt}) + "\n")
+                lines.write(json.dumps({"file": f"{i:06d}.mp4", "prompt": prompt}) + "\n")
         if wrong:
-            faults = {f"{i:06d}.mp4": label for i, label in enumerate(labels)}
-            (partial / "faults.json").write_text(json.dumps(faults), encoding="utf-8")
+            named = {f"{i:06d}.mp4": fault for i, fault in enumerate(faults)}
+            (partial / "faults.json").write_text(json.dumps(named), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a folder of finished teacher videos.")
     parser.add_argument("--style", choices=LOOKS, default="nuis")
-    parser.add_argument("--domain", choices=("target", "source"), default="target")
-    parser.add_argument("--world", choices=WORLDS, default="gravity")
+    parser.add_argument("--domain", choices=("target", "source", *TAUGHT, "all"), default="target")
     parser.add_argument("--wrong", type=float, default=0.0)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    how = options.domain, options.world, options.wrong
+    how = options.domain, options.wrong
     write_folder(options.out, options.style, options.count, options.seed, *how)
 
 

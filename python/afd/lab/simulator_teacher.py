@@ -42,7 +42,7 @@ def _simulate(config: SimulatorConfig, folder: Path, console: Console) -> None:
         if made != asked:
             raise TeacherError(
                 f"teacher folder {folder}: was made for {made}, this run asks for {asked}; "
-                "choose another teacher.path= or out=, or teacher.kind=folder to use it as it is"
+                "choose another teacher.path= or out=, or teacher.kind=folder to use it unchanged"
             )
         return
     write_json(note, asked)

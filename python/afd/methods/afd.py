@@ -19,13 +19,22 @@ from torch import Tensor
 from afd import ops
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch, Shown
-from afd.methods.common import StudentMethod
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import ramped_decay
-from afd.methods.rewards import Scores, combine, metrics_of, prior_weights, score, terms_of
+from afd.methods.rewards import (
+    Scores,
+    combine,
+    metrics_of,
+    novelty,
+    prior_weights,
+    score,
+    terms_of,
+    with_novelty,
+)
 from afd.methods.rollout_metrics import rollout_metrics
 from afd.methods.rollouts import Rollouts, roll_out
+from afd.methods.student_method import StudentMethod
 from afd.methods.teachers import Weights, by_teacher, note_losses, pairs, teacher_metrics
 from afd.models.policies import Policies
 from afd.models.student import Student
@@ -33,7 +42,7 @@ from afd.models.wan.types import LayerKV
 from afd.rewards.base import Term
 from afd_kernels.contracts import require
 
-# Maps step, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
+# Maps update, scores [B], videos [B, F, C, H, W], prompts and rollouts per prompt to metrics.
 Watch = Callable[[int, Tensor, Tensor, list[str], int], dict[str, float]]
 # Metric names, and the per-copy outputs of the loss op that they report.
 MEASURED = {
@@ -51,7 +60,7 @@ class Afd(StudentMethod):
     Args:
         policies: the versions of the student required by the configuration.
         discriminator: learns from the teacher's videos; None: the frozen rewards alone score.
-        watch: called with step, scores [B], videos, prompts and group size after every update's
+        watch: called with update, scores [B], videos, prompts and group size after every update's
             scoring; returns metrics.
         rewards: the rewards of the run; without an entry for the discriminator its weight is 1.
         teachers: the weights of several teachers, for each of which the discriminator has a head.
@@ -74,7 +83,7 @@ class Afd(StudentMethod):
         super().__init__(policies, config, discriminator, rewards=frozen, **how)
         self.watch = watch
         self.config: AfdConfig = config
-        self.discriminator = discriminator
+        self.discriminator = self.stateful["discriminator"] = discriminator
         self.needs_discriminator = self.needs_teacher = discriminator is not None
         self.terms = terms_of(discriminator, rewards)
         self.teachers = teachers
@@ -86,7 +95,7 @@ class Afd(StudentMethod):
         # Sum over an update's copies of the mean v_theta².
         self._v_square = torch.zeros(())
 
-    # --- one step ---
+    # --- one update ---
 
     def rollout(self, batch: Batch) -> None:
         """Generate `samples_per_prompt` videos for every prompt with the old policy."""
@@ -110,7 +119,7 @@ class Afd(StudentMethod):
         group = self.config.samples_per_prompt
         made = pairs(batch, rollouts.input_BFCHW, group, self.teachers is not None)
         given = made.teacher_BFCHW, made.student_BFCHW, made.prompts
-        for number in range(self.discriminator.config.steps_in(batch.step)):
+        for number in range(self.discriminator.config.steps_in(batch.update)):
             metrics = self.discriminator.step(*given, **made.more)
             if number == 0 and batch.robust is not None:
                 margins_B = cast("Any", self.discriminator).margins_B
@@ -124,10 +133,14 @@ class Afd(StudentMethod):
         assert self.to_input is not None
         terms = self.terms
         if self.teachers is not None:
-            terms = by_teacher(terms, self.teachers(batch.step))
+            terms = by_teacher(terms, self.teachers(batch.update))
         scores = score(terms, self.discriminator, self.to_input, rollouts)
         whole_BR = self.ranks.gather(scores.each_RB.T.contiguous())
-        r_B, prior, metrics = self._weights(batch, Scores(terms, whole_BR.T.contiguous()))
+        novelty_B = None
+        if self.config.diversity_weight > 0:
+            novelty_B = self.ranks.gather(novelty(rollouts.x0_BFCHW, group))
+        whole = Scores(terms, whole_BR.T.contiguous())
+        r_B, prior, metrics = self._weights(batch, whole, novelty_B)
         own = batch.own(group)
         r_B, prior = r_B[own], prior[own] if isinstance(prior, Tensor) else prior
         first = rollouts.x0_BFCHW[0].cpu()
@@ -135,27 +148,30 @@ class Afd(StudentMethod):
         metrics |= rollout_metrics(rollouts.x0_BFCHW, group, self.ranks)
         if self.watch is not None:
             given = scores.total_B, rollouts.x0_BFCHW, rollouts.prompts
-            metrics |= self.watch(batch.step, *given, group)
-        if not self._waits(batch.step):
+            metrics |= self.watch(batch.update, *given, group)
+        if not self._waits(batch.update):
             metrics |= self._update(batch, rollouts, r_B, prior)
         self._rollouts = None
         return metrics
 
-    def _waits(self, step: int) -> bool:
+    def _waits(self, update: int) -> bool:
         """Whether only the discriminator learns now; never if its score does not count."""
         counts = any(term.reward is None and term.weight > 0 for term in self.terms)
         if self.discriminator is None or not counts:
             return False
-        return self.discriminator.config.learns_alone(step)
+        return self.discriminator.config.learns_alone(update)
 
     def _weights(
-        self, batch: Batch, scores: Scores
+        self, batch: Batch, scores: Scores, novelty_B: Tensor | None
     ) -> tuple[Tensor, float | Tensor, dict[str, float]]:
-        """Weights r [B] and of the prior from the scores of all processes, and metrics of all."""
+        """Weights r [B] and of the prior from the scores (and novelty) of all processes, and
+        metrics of all."""
         config, score_B = self.config, scores.total_B
         group = config.samples_per_prompt
-        scores.refuse_non_finite(batch.step)
+        scores.refuse_non_finite(batch.update)
         used = scores
+        if novelty_B is not None:
+            used = with_novelty(scores, novelty_B, config.diversity_weight, group)
         baseline: float | Tensor | None = self.score_average
         if config.advantage == "random":
             random_1B = torch.randn(score_B.shape, generator=self.generator)[None]
@@ -168,7 +184,7 @@ class Afd(StudentMethod):
         before = mean if self.score_average is None else self.score_average
         self.score_average = 0.9 * before + 0.1 * mean
         group_std = used_B.view(-1, group).std(1, correction=0)
-        prior = prior_weights(result.disagreement, config)
+        prior = prior_weights(result.disagreement, config) * sum(config.references.values())
         metrics = metrics_of(scores, group) | teacher_metrics(scores, group)
         if len(scores.terms) > 1:
             metrics["student/disagreement"] = float(result.disagreement.abs().mean())
@@ -198,7 +214,7 @@ class Afd(StudentMethod):
     def _update(
         self, batch: Batch, rollouts: Rollouts, r_B: Tensor, prior: float | Tensor
     ) -> dict[str, float]:
-        """One optimizer step on noised copies of the rollouts, then the EMA updates."""
+        """Update the student on noised copies of the rollouts, then the averages."""
         config = self.config
         copies = draw_copies(
             config,
@@ -213,12 +229,14 @@ class Afd(StudentMethod):
         self._v_square = torch.zeros((), device=rollouts.x0_BFCHW.device)
         for piece in copies.pieces(config.micro_batch):
             result = self._loss(rollouts, r_B, piece, prior)
-            self.optimizer.add(result.loss * piece.share)
+            self.optimizer.add(result.loss * (piece.share * batch.share))
             sums += torch.stack([getattr(result, key).sum() for key in MEASURED.values()]).cpu()
         sums = torch.cat([sums, self._v_square.double().cpu()[None]])
         self.ranks.sum_([sums])
         *means, square = (sums / copies.total).tolist()
         metrics = dict(zip(MEASURED, means, strict=True)) | {"student/v_rms": square**0.5}
+        keep = config.context == "shared_context" and config.keep_context
+        metrics |= self.add_replay(batch, self.old, config.samples_per_prompt, keep_context=keep)
         metrics |= self.optimizer.step()
         if self.old == "old":
             metrics["student/old_decay"] = decay = self._decay(self.optimizer.updates)
@@ -240,9 +258,9 @@ class Afd(StudentMethod):
         shared = self._shared_context(rollouts, copies)
         with torch.no_grad():
             v_old = self._velocity(self.old, x0, x_t, rollouts, copies, shared)
-            v_ref = None
-            if config.prior_weight > 0:
-                v_ref = self._velocity("ref", x0, x_t, rollouts, copies, shared)
+            v_ref = self.reference(
+                lambda name: self._velocity(name, x0, x_t, rollouts, copies, shared)
+            )
         # The trained policy comes last: its backward follows.
         v_theta = self._velocity("theta", x0, x_t, rollouts, copies, shared)
         mask_NF = copies.mask(x0.shape[1], self.policies.student.chunk)
@@ -267,6 +285,13 @@ class Afd(StudentMethod):
             frame_mask=None if mask_NF is None else mask_NF.to(x0.device),
             prior_by_r=config.prior_by_r,
         )
+
+    def replay_velocities(self, rollouts: Rollouts, copies: Copies) -> tuple[Tensor, Tensor]:
+        x0 = rollouts.x0_BFCHW[copies.video_N]
+        x_t, shared = copies.noise(x0), self._shared_context(rollouts, copies)
+        with torch.no_grad():
+            v_ref = self._velocity("ref", x0, x_t, rollouts, copies, shared)
+        return self._velocity("theta", x0, x_t, rollouts, copies, shared), v_ref
 
     def _velocity(
         self,
@@ -327,22 +352,8 @@ class Afd(StudentMethod):
         return self.policies.using(self.old if self.config.ema_decay is None else "ema")
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, optimizer, discriminator and random numbers."""
-        return {
-            "policies": self.policies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "discriminator": None
-            if self.discriminator is None
-            else self.discriminator.state_dict(),
-            "generator": self.generator.get_state(),
-            "score_average": self.score_average,
-        }
+        return super().state_dict() | {"score_average": self.score_average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-        self.generator.set_state(state["generator"])
+        super().load_state_dict(state)
         self.score_average = state["score_average"]
-        self._rollouts = None

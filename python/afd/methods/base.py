@@ -21,10 +21,10 @@ from afd.models.student import Student
 
 @dataclass
 class Batch:
-    """Inputs of one optimizer step: this process's part of the prompts.
+    """Inputs of one update: this process's part of the prompts.
 
     Attributes:
-        step: optimizer step, from 0.
+        update: number of the update, from 0.
         prompts: this process's prompts.
         teacher_BFCHW: one finished teacher video per prompt in the method's `input_space`: pixels
             processed by its `prepare`, or latents; empty where only prompts are used.
@@ -34,9 +34,10 @@ class Batch:
             same number of videos for each prompt, one after another); empty with a single one.
         clips: the number of each video among all of the teacher's.
         robust: what the run does about videos that are wrong, if anything.
+        replay: prompts of earlier domains in the same update, without the teacher's videos.
     """
 
-    step: int
+    update: int
     prompts: list[str]
     teacher_BFCHW: Tensor
     first: int = 0
@@ -44,6 +45,13 @@ class Batch:
     teachers: Sequence[str] = ()
     clips: Sequence[int] = ()
     robust: Robust | None = None
+    replay: Batch | None = None
+
+    @property
+    def share(self) -> float:
+        """The weight of these prompts beside the replayed ones: their share of all."""
+        replayed = 0 if self.replay is None else self.replay.count
+        return self.count / (self.count + replayed)
 
     @property
     def count(self) -> int:
@@ -51,13 +59,13 @@ class Batch:
         return len(self.prompts) if self.total is None else self.total
 
     def own(self, copies: int = 1) -> slice:
-        """This process's slice of a list with `copies` entries for each prompt of the step."""
+        """This process's slice of a list with `copies` entries for each prompt of the update."""
         return slice(self.first * copies, (self.first + len(self.prompts)) * copies)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One of a step's videos, for visual inspection.
+    """One of an update's videos, for visual inspection.
 
     Attributes:
         x0_FCHW: in the student's space, on the CPU.
@@ -73,14 +81,14 @@ class Shown:
 
 
 class Method(Protocol):
-    """A way to train the student; the trainer calls the three parts of a step in this order."""
+    """A way to train the student; the trainer calls the three parts of an update in this order."""
 
     name: str
     needs_rollout: bool
     needs_discriminator: bool
     input_space: Literal["pixels", "latents"]
     codec: Codec
-    shown: Shown | None  # the first video of the last step, if the method generates any
+    shown: Shown | None  # the first video of the last update, if the method generates any
 
     def prepare(self, video_BFCHW: Tensor) -> Tensor:
         """Reduce a teacher's video [-1, 1] to what is stored when `input_space` is "pixels"."""

@@ -2,21 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from afd.config.base import Count, Natural, Positive, Section, Share
 
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
 # The level of a noisy copy may also come from a list in the configuration.
 Listed = Literal["student", "uniform", "shifted", "logit_normal", "list"]
-# A noise level from which a copy can be made: at 0 there is nothing to denoise.
+# Noise level of a copy: at 0 there is nothing to denoise.
 Level = Annotated[float, Field(gt=0, le=1)]
+
+
+# What a prior holds on to: the released weights, or those that the run started from. They are the
+# same without student.init.
+Reference = Literal["pretrained", "previous"]
+
+
+def _references(value: Any) -> Any:
+    """Refuse what is no reference in one sentence, where a union would have one per branch."""
+    names = ("pretrained", "previous")
+    given = value if isinstance(value, dict) else {value: 1.0} if isinstance(value, str) else {}
+    weights = [w for w in given.values() if isinstance(w, int | float) and not isinstance(w, bool)]
+    good = all(0 < weight < math.inf for weight in weights) and len(weights) == len(given)
+    if not given or not good or any(name not in names for name in given):
+        needed = "pretrained, previous, or positive weights of one or both"
+        raise PydanticCustomError("references", "needed: {needed}", {"needed": needed})
+    return value
+
+
+References = Annotated[Reference | dict[Reference, Positive], BeforeValidator(_references)]
+_REFERENCE = (
+    "what v_ref is of: the released weights, or the previous result, that student.init gave; or "
+    "both with weights that multiply prior_weight, such as {pretrained: 0.5, previous: 0.5}"
+)
 
 
 # DMD's velocity fields, fitted to the teacher's videos and to the student's videos.
 FIELDS = ("real", "fake")
+
+
+class ReplayConfig(Section):
+    """Prompts of earlier domains in every update, without a teacher: on the student's own rollouts
+    for them, the loss is the prior to what the run started from."""
+
+    fraction: Share = Field(
+        default=0.0, description="share of the prompts of an update that are replayed"
+    )
+    prompts: Path | None = Field(default=None, description="text file with a prompt on each line")
+    weight: Positive | None = Field(
+        default=None,
+        description="weight of |v_theta - v_ref|² on them; null: the method's prior_weight",
+    )
+
+    def count(self, prompts: int) -> int:
+        """Number of replayed prompts among the `prompts` of an update."""
+        return round(self.fraction * prompts)
+
+    def check(self, method: str, prompts: int, prior_weight: float) -> None:
+        """Raise ValueError if a run of this method, prior and update cannot replay."""
+        if self.fraction == 0:
+            return
+        if method == "dmd":
+            raise ValueError(
+                f"replay.fraction: got {self.fraction:g} with method=dmd; needed: 0, or "
+                "method=afd, sft or gan"
+            )
+        if self.prompts is None:
+            raise ValueError(
+                f"replay.fraction: got {self.fraction:g} without replay.prompts; needed: the file "
+                "with the prompts"
+            )
+        if not 0 < self.count(prompts) < prompts:
+            raise ValueError(
+                f"replay.fraction: got {self.fraction:g}, {self.count(prompts)} of the {prompts} "
+                "prompts of an update; needed: at least one, and at least one of the teacher's"
+            )
+        if self.weight is None and prior_weight == 0:
+            raise ValueError(
+                f"replay.weight: not given, and method={method} has no prior_weight; needed: the "
+                "weight of the prior on the replayed prompts"
+            )
 
 
 class StudentOptimizerConfig(Section):
@@ -30,12 +100,12 @@ class StudentOptimizerConfig(Section):
     )
     cosine_updates: Count | None = Field(
         default=700,
-        description="updates over which the rate falls as a cosine to 5 %; null: it stays",
+        description="updates over which the rate falls as a cosine to 5 %; null: constant",
     )
     grad_clip: Positive = Field(default=1.0, description="largest gradient norm")
     micro_batch: Count | None = Field(
         default=None,
-        description="videos per pass; gradients add up over the passes; null: all at once",
+        description="videos per pass; gradients are accumulated over the passes; null: one pass",
     )
 
     @property
@@ -48,6 +118,14 @@ class StudentOptimizerConfig(Section):
         """The versions that an optimizer updates."""
         return ("theta",)
 
+    @property
+    def references(self) -> dict[Reference, float]:
+        """The references of the prior with their weights; empty without a prior."""
+        given: Any = getattr(self, "prior_reference", None)
+        if given is None or getattr(self, "prior_weight", 0) == 0:
+            return {}
+        return dict(given) if isinstance(given, dict) else {given: 1.0}
+
 
 class TimesConfig(StudentOptimizerConfig):
     """Settings for drawing noise levels."""
@@ -55,13 +133,13 @@ class TimesConfig(StudentOptimizerConfig):
     draws: Count = Field(default=1, description="(t, noise) draws per video and update")
     timesteps: Listed = Field(
         default="student",
-        description="t from the student's own steps, uniform, shifted towards noise (5u / (1 + "
-        "4u)), logit-normal (sigmoid of a normal number), or from timestep_list",
+        description="t from the student's denoising steps, uniform, shifted towards noise (5u / "
+        "(1 + 4u)), logit-normal (sigmoid of a normal number), or from timestep_list",
     )
     timestep_list: list[Level] | None = Field(
         default=None,
         min_length=1,
-        description="timesteps=list: noise levels in (0, 1], each drawn as often as the others",
+        description="timesteps=list: noise levels in (0, 1], drawn uniformly",
     )
     logit_mean: float = Field(default=0.0, description="logit_normal: mean of the normal number")
     logit_std: Positive = Field(default=1.0, description="logit_normal: its standard deviation")
@@ -83,15 +161,15 @@ class TimesConfig(StudentOptimizerConfig):
 
 
 class AfdConfig(TimesConfig):
-    """On-policy adversarial flow distillation: advantage, NFT step, old policy, optimizer."""
+    """On-policy adversarial flow distillation: advantage, NFT loss, old policy, optimizer."""
 
     learning_rate: float = Field(default=3e-4, ge=0, description="AdamW learning rate")
     warmup_updates: Natural = Field(
         default=20, description="updates over which the rate rises linearly"
     )
     cosine_updates: Count | None = Field(
-        default=170,
-        description="updates over which the rate falls as a cosine to 5 %; null: it stays",
+        default=130,
+        description="updates over which the rate falls as a cosine to 5 %; null: constant",
     )
     draws: Count = Field(default=2, description="(t, noise) draws per rollout and update")
     samples_per_prompt: Count = Field(default=4, description="rollouts per prompt (G)")
@@ -103,23 +181,31 @@ class AfdConfig(TimesConfig):
     )
     normalize: Literal["batch", "group", "global", "rank", "none"] = Field(
         default="batch",
-        description="whose standard deviation divides the advantage: of all differences to the "
-        "baseline (batch), of the prompt's (group), of all scores (global); or ranks in the group",
+        description="advantages are divided by the standard deviation of the differences to the "
+        "baseline, over the batch or the prompt's group, or of all scores (global); rank: ranks "
+        "within the group replace the scores; none: not divided",
     )
     combine: Literal["rewards", "advantages"] = Field(
         default="rewards",
         description="several rewards: the advantage of their weighted sum, or the weighted sum of "
-        "each one's own advantage, where none dominates by its units (GDPO)",
+        "the advantages of each, which are independent of its units (GDPO)",
+    )
+    diversity_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of a video's distance to the mean video of its prompt, beside the sum "
+        "of the scores and in units of its standard deviation within prompts",
     )
     adv_clip: Positive = Field(default=2.0, description="advantages are clipped to ± this before r")
     adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = Field(
         default="all",
-        description="advantages as they are; negative or positive ones set to 0; positive ones set "
-        "to 1 and the others to 0; or only their sign",
+        description="all: advantages unchanged; positive_only, negative_only: all others set to 0; "
+        "one_only: positive ones set to 1, all others to 0; binary: only their sign",
     )
     nft_beta: Positive = Field(default=1.0, description="how far v± lie from v_old towards v_theta")
     prior_weight: float = Field(default=2.0, ge=0, description="weight of |v_theta - v_ref|²")
-    prior_by_r: bool = Field(default=False, description="weigh the prior of a video by its r")
+    prior_reference: References = Field(default="pretrained", description=_REFERENCE)
+    prior_by_r: bool = Field(default=False, description="weight the prior of a video by its r")
     prior_space: Literal["velocity", "x0"] = Field(
         default="velocity", description="the prior compares velocities, or the clean videos x0"
     )
@@ -128,7 +214,8 @@ class AfdConfig(TimesConfig):
         gt=0,
         le=1,
         description="largest share of the videos that have a prior: those that the first reward "
-        "ranks highest above the others' ranks; their priors' mean has prior_weight; 1: all",
+        "ranks highest relative to the other rewards; prior_weight applies to the mean of their "
+        "priors; 1: all",
     )
     weighting: Literal["x0_adaptive", "x0", "velocity"] = Field(
         default="x0_adaptive",
@@ -142,7 +229,7 @@ class AfdConfig(TimesConfig):
     keep_context: bool = Field(
         default=True,
         description="shared_context: keep the rollouts' caches for the update; false: the old "
-        "policy makes the context again, a micro-batch at a time",
+        "policy recomputes the context, a micro-batch at a time",
     )
     old: Literal["ema", "current"] = Field(
         default="ema", description="the policy that rolls out and anchors the NFT branches"
@@ -153,15 +240,15 @@ class AfdConfig(TimesConfig):
     old_decay_slope: float = Field(
         default=0.01,
         ge=0,
-        description="decay at step s is min(old_decay, slope · (s - old_decay_start))",
+        description="decay at update s is min(old_decay, slope · (s - old_decay_start))",
     )
-    old_decay_start: Natural = Field(default=0, description="decay is 0 up to this step")
+    old_decay_start: Natural = Field(default=0, description="decay is 0 up to this update")
     ema_decay: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="largest decay (0.02 s at update s before that) of the EMA of the student that "
-        "is evaluated and exported; null: the old policy is",
+        description="largest decay (at update s at most 0.02 s) of the EMA of the student that is "
+        "evaluated and exported; null: the old policy is evaluated",
     )
 
     @property
@@ -179,17 +266,22 @@ class AfdConfig(TimesConfig):
         if self.samples_per_prompt == 1 and {"group", "rank"} & {self.baseline, self.normalize}:
             raise ValueError(
                 "afd.samples_per_prompt: got 1; needed: 2 or more, or afd.baseline and "
-                "afd.normalize other than group and rank, which say nothing of a single video"
+                "afd.normalize other than group and rank, which need several videos"
+            )
+        if self.diversity_weight > 0 and (self.samples_per_prompt == 1 or self.prior_share < 1):
+            raise ValueError(
+                f"afd.diversity_weight: got {self.diversity_weight}; needed: 0, or two or more "
+                "afd.samples_per_prompt and afd.prior_share=1, whose ranks compare rewards alone"
             )
         if self.combine == "advantages" and self.baseline in ("teacher", "ema"):
             raise ValueError(
                 f"afd.baseline: got {self.baseline}; needed: group or batch with "
-                "afd.combine=advantages, where every reward has a baseline of its own"
+                "afd.combine=advantages, where every reward has its own baseline"
             )
         if self.context == "noisy" and self.chunks_per_update is not None:
             raise ValueError(
                 f"afd.chunks_per_update: got {self.chunks_per_update}; needed: null with "
-                "afd.context=noisy, where every chunk attends to all earlier ones of its pass"
+                "afd.context=noisy, where every chunk attends to all earlier chunks of its pass"
             )
         return self
 
@@ -200,13 +292,13 @@ class SftConfig(TimesConfig):
     draws: Count = Field(default=4, description="(t, noise) draws per teacher video and update")
     timesteps: Listed = Field(
         default="shifted",
-        description="t from the student's own steps, uniform, shifted towards noise (5u / (1 + "
-        "4u)), logit-normal (sigmoid of a normal number), or from timestep_list",
+        description="t from the student's denoising steps, uniform, shifted towards noise (5u / "
+        "(1 + 4u)), logit-normal (sigmoid of a normal number), or from timestep_list",
     )
     loss: Literal["x0", "velocity"] = Field(
         default="x0",
         description="x0: squared error of the clean video over max(t, 0.1); velocity: of the "
-        "velocity, as flow matching has it",
+        "velocity, as in flow matching",
     )
     context_noise: float = Field(
         default=0.1, ge=0, description="largest noise level of the clean context"
@@ -215,7 +307,7 @@ class SftConfig(TimesConfig):
         default=0.95,
         ge=0,
         lt=1,
-        description="largest decay of the evaluated EMA of the student; 0.02 s at update s before",
+        description="largest decay of the evaluated EMA of the student; at update s at most 0.02 s",
     )
 
 
@@ -228,11 +320,12 @@ class LastStepConfig(StudentOptimizerConfig):
         description="whether gradients stop at the clean context or go through it",
     )
     prior_weight: float = Field(default=0.0, ge=0, description="weight of |v_theta - v_ref|²")
+    prior_reference: References = Field(default="pretrained", description=_REFERENCE)
     ema_decay: float = Field(
         default=0.95,
         ge=0,
         lt=1,
-        description="largest decay of the evaluated EMA of the student; 0.02 s at update s before",
+        description="largest decay of the evaluated EMA of the student; at update s at most 0.02 s",
     )
 
     @property
@@ -259,12 +352,12 @@ class DmdConfig(LastStepConfig):
     )
     score_loss: Literal["x0", "velocity"] = Field(
         default="x0",
-        description="what fits them: x0: squared error of the clean video over max(t, 0.1); "
-        "velocity: of the velocity, as flow matching has it",
+        description="loss that fits them: x0: squared error of the clean video over max(t, 0.1); "
+        "velocity: of the velocity, as in flow matching",
     )
-    score_updates: Count = Field(default=3, description="updates of both per student step")
+    score_updates: Count = Field(default=3, description="updates of both per update of the student")
     score_warmup_updates: Natural = Field(
-        default=20, description="their updates before the first student step"
+        default=20, description="their updates before the first update of the student"
     )
     timesteps: Timesteps = Field(
         default="shifted", description="noise levels at which real and fake are fitted and compared"

@@ -1,7 +1,7 @@
-"""Noised copies of a step's videos: their videos, noise seeds, times and selected chunks.
+"""Noised copies of an update's videos: their videos, noise seeds, times and selected chunks.
 
 All random numbers of an update are drawn for the whole batch before the first pass; a process takes
-those of its own videos and a micro-batch a part of these, so neither affects the result.
+the copies of its own videos, and a micro-batch a part of them, so neither affects the result.
 Shape letters: N copies, B videos, F frames, C channels, H x W, K chunks, M drawn chunks.
 """
 

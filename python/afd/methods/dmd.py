@@ -121,7 +121,7 @@ class Dmd(LastStepMethod):
             g_BFCHW = self._direction(*shown)
             x0_BFCHW, prior_B = self.predict(rollouts, part)
             moved = (x0_BFCHW - (x0_BFCHW - g_BFCHW).detach()).square().flatten(1).mean(1) / 2
-            self.optimizer.add((moved + config.prior_weight * prior_B).sum() / count)
+            self.optimizer.add((moved + self.prior_weight * prior_B).sum() / count)
             sizes.append(g_BFCHW.abs().flatten(1).mean(1))
             priors.append(prior_B.detach())
         return self._finish_update(direction=sizes, prior=priors)
@@ -137,18 +137,10 @@ class Dmd(LastStepMethod):
         return (seen["fake"] - seen["real"]) / size_B[:, None, None, None, None]
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, their optimizers and random numbers."""
-        return {
-            "policies": self.policies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "fits": {name: fit.state_dict() for name, fit in self.fits.items()},
-            "generator": self.generator.get_state(),
-        }
+        fits = {name: fit.state_dict() for name, fit in self.fits.items()}
+        return super().state_dict() | {"fits": fits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         for name, fit in self.fits.items():
             fit.load_state_dict(state["fits"][name])
-        self.generator.set_state(state["generator"])
-        self._rollouts = None

@@ -39,27 +39,27 @@ class Gan(LastStepMethod):
         **how: Any,
     ) -> None:
         super().__init__(policies, config, discriminator, **how)
-        self.discriminator = discriminator
+        self.discriminator = self.stateful["discriminator"] = discriminator
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
         rollouts = self._current()
         assert rollouts.input_BFCHW is not None
         teacher = batch.teacher_BFCHW.repeat_interleave(self.config.samples_per_prompt, 0)
         metrics: dict[str, float] = {}
-        for _ in range(self.discriminator.config.steps_in(batch.step)):
+        for _ in range(self.discriminator.config.steps_in(batch.update)):
             metrics = self.discriminator.step(teacher, rollouts.input_BFCHW, rollouts.prompts)
         return {f"discriminator/{key}": value for key, value in metrics.items()}
 
     def student_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), {}
-        if not self.discriminator.config.learns_alone(batch.step):
+        if not self.discriminator.config.learns_alone(batch.update):
             with held(self.discriminator):
-                metrics = self._update(rollouts, batch.count * self.config.samples_per_prompt)
+                metrics = self._update(rollouts, batch)
         self._rollouts = None
         return metrics
 
-    def _update(self, rollouts: Rollouts, count: int) -> dict[str, float]:
-        """Update the student; `count`: videos of all processes."""
+    def _update(self, rollouts: Rollouts, batch: Batch) -> dict[str, float]:
+        count = batch.count * self.config.samples_per_prompt
         assert self.to_input is not None
         scores, priors = [], []
         for part in self._parts(rollouts):
@@ -67,26 +67,11 @@ class Gan(LastStepMethod):
             score_B = self.discriminator.differentiable_score(
                 self.to_input(x0_BFCHW), rollouts.prompts[part]
             )
-            loss = F.softplus(-score_B).sum() + self.config.prior_weight * prior_B.sum()
-            self.optimizer.add(loss / count)
+            loss = F.softplus(-score_B).sum() + self.prior_weight * prior_B.sum()
+            self.optimizer.add(loss / count * batch.share)
             scores.append(score_B.detach())
             priors.append(prior_B.detach())
         assert self.shown is not None
         self.shown = replace(self.shown, score=float(scores[0][0]))
-        return self._finish_update(score_mean=scores, prior=priors)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights of all versions, optimizer, discriminator and random numbers."""
-        return {
-            "policies": self.policies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.discriminator.load_state_dict(state["discriminator"])
-        self.generator.set_state(state["generator"])
-        self._rollouts = None
+        replayed = self.add_last_step_replay(batch)
+        return replayed | self._finish_update(score_mean=scores, prior=priors)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch, Shown
-from afd.methods.common import StudentMethod
 from afd.methods.config import LastStepConfig
 from afd.methods.optimizer import ramped_decay
 from afd.methods.rollouts import Rollouts, roll_out
+from afd.methods.student_method import StudentMethod
 from afd.models.policies import Policies
 from afd.models.student import Student
 
@@ -30,7 +30,7 @@ class LastStepMethod(StudentMethod):
     """The student's part of both methods.
 
     Args:
-        policies: versions "theta" and "ema", and "ref" if `prior_weight` > 0.
+        policies: versions "theta" and "ema", and the references of the prior.
         how: arguments common to all methods (see `StudentMethod`).
     """
 
@@ -75,15 +75,40 @@ class LastStepMethod(StudentMethod):
         assert rollouts.last_inputs_BFCHW is not None
         noisy = rollouts.last_inputs_BFCHW[part]
         prior_B = torch.zeros(len(noisy), device=noisy.device)
-        v_ref = None
-        if self.config.prior_weight > 0:
-            with torch.no_grad(), self.policies.using("ref") as student:
-                v_ref = self._velocity(student, noisy, rollouts, part)
+
+        def of(name: str) -> Tensor:
+            with self.policies.using(name) as student:
+                return self._velocity(student, noisy, rollouts, part)
+
+        with torch.no_grad():
+            v_ref = self.reference(of)
         with self.policies.using("theta") as student:
             v = self._velocity(student, noisy, rollouts, part)
         if v_ref is not None:
             prior_B = (v - v_ref).square().flatten(1).mean(1)
         return clean(noisy, self.last_t_1K, v), prior_B
+
+    def add_last_step_replay(self, batch: Batch) -> dict[str, float]:
+        """`add_replay`, at the last denoising step."""
+        replay = batch.replay
+        if replay is None:
+            return {}
+        group = self.config.samples_per_prompt
+        rollouts = self.replayed(replay, "theta", group, keep_last_inputs=True)
+        assert rollouts.last_inputs_BFCHW is not None
+        weight = self.replay_weight * (1 - batch.share) / (replay.count * group)
+        prior = torch.zeros(())
+        for part in self._parts(rollouts):
+            noisy = rollouts.last_inputs_BFCHW[part]
+            with torch.no_grad(), self.policies.using("ref") as student:
+                v_ref = self._velocity(student, noisy, rollouts, part)
+            with self.policies.using("theta") as student:
+                v = self._velocity(student, noisy, rollouts, part)
+            loss_B = (v - v_ref).square().flatten(1).mean(1)
+            self.optimizer.add(loss_B.sum() * weight)
+            prior += loss_B.detach().sum().cpu() / (replay.count * group)
+        self.ranks.sum_([prior])
+        return {"student/replay_prior": float(prior)}
 
     def _velocity(self, student: Student, noisy: Tensor, rollouts: Rollouts, part: slice) -> Tensor:
         x0_BFCHW, text_BLE = rollouts.x0_BFCHW[part], rollouts.text_BLE[part]

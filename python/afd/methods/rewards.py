@@ -1,4 +1,4 @@
-"""Rewards of a step's videos: scored on each process, combined over all of them.
+"""Rewards of an update's videos: scored on each process, combined over all of them.
 
 Shape letters: R rewards, B videos (group by group; of all processes unless noted), P prompts, G
 videos per prompt (B = P G).
@@ -58,13 +58,13 @@ class Scores:
                 return float(score_B[video])
         return float(self.total_B[video])
 
-    def refuse_non_finite(self, step: int) -> None:
-        """Raise TrainingError if a score is not finite; `step`: the update, from 0."""
+    def refuse_non_finite(self, update: int) -> None:
+        """Raise TrainingError if a score is not finite; `update`: its number, from 0."""
         for term, score_B in zip(self.terms, self.each_RB, strict=True):
             bad = score_B[~score_B.isfinite()]
             if len(bad):
                 raise TrainingError(
-                    f"update {step + 1}: reward {term.name} is {float(bad[0])} for {len(bad)} of "
+                    f"update {update + 1}: reward {term.name} is {float(bad[0])} for {len(bad)} of "
                     f"{len(score_B)} videos; needed: finite scores"
                 )
 
@@ -115,6 +115,23 @@ def combine(
         adv_clip=config.adv_clip,
         adv_mode=config.adv_mode,
     )
+
+
+def novelty(x0_BFCHW: Tensor, group: int) -> Tensor:
+    """Mean squared distance [B] of each video to the mean video of its group, on the CPU."""
+    x0_PG = x0_BFCHW.unflatten(0, (-1, group))
+    return (x0_PG - x0_PG.mean(1, keepdim=True)).square().flatten(2).mean(2).flatten().float().cpu()
+
+
+def with_novelty(scores: Scores, novelty_B: Tensor, weight: float, group: int) -> Scores:
+    """The scores with the novelty as one more reward, which has the standard deviation within
+    groups of the scores' sum."""
+    novelty_PG, sum_PG = (x_B.view(-1, group) for x_B in (novelty_B, scores.total_B))
+    novelty_PG = novelty_PG - novelty_PG.mean(1, keepdim=True)
+    spread = (sum_PG - sum_PG.mean(1, keepdim=True)).std(correction=0)
+    unit = novelty_PG.std(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    each_RB = torch.cat([scores.each_RB, (novelty_PG * (spread / unit)).view(1, -1)])
+    return Scores((*scores.terms, Term("afd.diversity_weight", weight)), each_RB)
 
 
 def prior_weights(disagreement_B: Tensor, config: AfdConfig) -> float | Tensor:

@@ -20,8 +20,10 @@ def rollout_metrics(x0_BFCHW: Tensor, group: int, ranks: Ranks = ALONE) -> dict[
     found = {"student/x0_rms": _rms(square_B, ranks)}
     if group > 1:
         x0_PG = x0_BFCHW.unflatten(0, (-1, group))
-        # The mean squared difference of two different videos of a group.
-        spread_P = 2 * x0_PG.var(1, correction=1).flatten(1).mean(1)
+        # The mean squared difference of two different videos of a group: twice the variance. On the
+        # CPU `var` over this dimension takes many times as long.
+        deviation_PG = x0_PG - x0_PG.mean(1, keepdim=True)
+        spread_P = 2 * deviation_PG.square().flatten(1).mean(1) * (group / (group - 1))
         found["student/diversity"] = _rms(spread_P, ranks)
     return found
 

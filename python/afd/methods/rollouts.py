@@ -38,7 +38,7 @@ class Streaming:
 
 @dataclass
 class Rollouts:
-    """This process's videos of one step, group by group.
+    """This process's videos of one update, group by group.
 
     Attributes:
         x0_BFCHW: in the student's space, float32 on its device.

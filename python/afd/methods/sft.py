@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from afd.methods.base import Batch
-from afd.methods.common import StudentMethod
 from afd.methods.config import SftConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies
 from afd.methods.optimizer import ramped_decay
+from afd.methods.rollouts import Rollouts
+from afd.methods.student_method import StudentMethod
 from afd.models.policies import Policies
 from afd.models.student import Student
 
@@ -97,24 +98,31 @@ class Sft(StudentMethod):
             x0, text = x0_BFCHW[piece.video_N], text_BLE[piece.video_N]
             noise = self.streaming.context_noise
             loss = denoising_loss(student, x0, text, piece, config.loss, noise)
-            self.optimizer.add(loss * piece.share)
-        metrics = self.optimizer.step()
+            self.optimizer.add(loss * (piece.share * batch.share))
+        metrics = self.add_replay(batch, "theta", 1)
+        metrics |= self.optimizer.step()
         self.policies.average(
             "ema", "theta", ramped_decay(config.ema_decay, self.optimizer.updates - 1)
         )
         return metrics
 
+    def replay_velocities(self, rollouts: Rollouts, copies: Copies) -> tuple[Tensor, Tensor]:
+        x0, text = rollouts.x0_BFCHW[copies.video_N], rollouts.text_BLE[copies.video_N]
+        x_t = copies.noise(x0)
+
+        def velocity(name: str) -> Tensor:
+            with self.policies.using(name) as student:
+                noise = self.streaming.context_noise
+                context = student.clean_context(x0, text, context_noise=noise)
+                t_NK = copies.drawn_t.to(x0.device)
+                drawn = copies.drawn(x_t, student.chunk)
+                which = copies.chunks_NM
+                v_NFCHW = student.velocity(drawn, t_NK, text, context, chunks_BN=which)
+                return copies.whole(v_NFCHW, x0.shape[1], student.chunk)
+
+        with torch.no_grad():
+            v_ref = velocity("ref")
+        return velocity("theta"), v_ref
+
     def evaluation_policy(self) -> AbstractContextManager[Student]:
         return self.policies.using("ema")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "policies": self.policies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])

@@ -63,7 +63,7 @@ def note_losses(batch: Batch, made: Pairs, margins_B: Tensor, ranks: Ranks) -> d
     for clip, out in robust.update(clips_B, loss_B):
         _log.info(
             "update %d: teacher clip %d %s (smoothed loss %.3f)",
-            batch.step + 1,
+            batch.update + 1,
             clip,
             "is left out of the discriminator's loss" if out else "counts again",
             float(robust.loss_N[clip]),

@@ -6,7 +6,7 @@ The base weights are frozen and shared; a version is the base plus its adapter.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from afd.extras import need
+from afd.models.low_rank import LowRank
 from afd.models.wan.network import CausalWan
 
 if TYPE_CHECKING:
@@ -34,12 +35,20 @@ class Adapters:
 
     All start as a zero update: B = 0, and the same A for all, drawn from `seed`.
 
+    Args:
+        frozen: adapters that are never trained, by name, as changes of layers that match TARGETS.
+
     Raises:
         ConfigError: if peft is not installed.
     """
 
     def __init__(
-        self, net: CausalWan, versions: tuple[str, ...], config: LoraConfig, seed: int
+        self,
+        net: CausalWan,
+        versions: tuple[str, ...],
+        config: LoraConfig,
+        seed: int,
+        frozen: Mapping[str, LowRank] | None = None,
     ) -> None:
         need("student.lora", "peft")
         from peft import LoraConfig as PeftConfig
@@ -47,25 +56,28 @@ class Adapters:
         from peft.tuners.lora import LoraLayer
 
         self.net, self.versions = net, versions
-        settings = PeftConfig(
-            r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=TARGETS
-        )
-        for version in versions:
+        frozen = frozen or {}
+        wanted = {adapter_name(version): (config.rank, config.alpha) for version in versions}
+        wanted |= {name: (change.rank, change.rank) for name, change in frozen.items()}
+        for name, (rank, alpha) in wanted.items():
+            settings = PeftConfig(
+                r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=TARGETS
+            )
             with warnings.catch_warnings():
                 # PEFT warns about every adapter but the first.
                 warnings.simplefilter("ignore", UserWarning)
                 # On the meta device: PEFT would initialise all adapters twice, a minute at full
                 # size.
-                inject_adapter_in_model(
-                    settings, net, adapter_name(version), low_cpu_mem_usage=True
-                )
+                inject_adapter_in_model(settings, net, name, low_cpu_mem_usage=True)
         # All layers share this list, so switching does not iterate over them.
         self._on: list[str] = [adapter_name(versions[0])]
         generator = torch.Generator().manual_seed(seed)
-        for module in net.modules():
+        for layer, module in net.named_modules():
             if isinstance(module, LoraLayer):
                 module._active_adapter = self._on
-                _fill(module, generator)
+                _fill(module, [adapter_name(version) for version in versions], generator)
+                for name, change in frozen.items():
+                    _fill_frozen(module, name, change, layer)
         net.requires_grad_(False)
         net.adapters = self
 
@@ -103,13 +115,28 @@ class Adapters:
         }
 
 
-def _fill(layer: Any, generator: torch.Generator) -> None:
-    """Materialise a `LoraLayer`'s adapters: B = 0, one shared A, uniform as in PEFT."""
+def _fill(layer: Any, names: Sequence[str], generator: torch.Generator) -> None:
+    """Materialise a `LoraLayer`'s trained adapters: B = 0, one shared A, uniform as in PEFT."""
     like = layer.get_base_layer().weight
     bound = layer.in_features**-0.5
-    a_RI = torch.empty(next(iter(layer.lora_A.values())).weight.shape)
+    a_RI = torch.empty(layer.lora_A[names[0]].weight.shape)
     a_RI.uniform_(-bound, bound, generator=generator)
     for parts, value in ((layer.lora_A, a_RI), (layer.lora_B, None)):
-        for linear in parts.values():
+        for linear in (parts[name] for name in names):
             weight = torch.zeros(linear.weight.shape, dtype=like.dtype, device=like.device)
             linear.weight = nn.Parameter(weight if value is None else weight.copy_(value))
+
+
+def _fill_frozen(layer: Any, name: str, change: LowRank, which: str) -> None:
+    """Materialise a frozen adapter; a layer that its change lacks, or a smaller rank, is zero."""
+    like = layer.get_base_layer().weight
+    for parts, factors, scale in (
+        (layer.lora_A, change.a_RI, 1.0),
+        (layer.lora_B, change.b_OR, change.scale),
+    ):
+        linear = parts[name]
+        weight = torch.zeros(linear.weight.shape, dtype=like.dtype, device=like.device)
+        if which in factors:
+            rows, columns = factors[which].shape
+            weight[:rows, :columns] = factors[which] * scale
+        linear.weight = nn.Parameter(weight)

@@ -32,6 +32,12 @@ class Codec(Protocol):
         ...
 
 
+def redecodes(codec: Codec) -> bool:
+    """Whether the teacher's pixels pass encoder and decoder too, so that they differ from the
+    student's in content only; so if the codec's attribute `redecodes` is true."""
+    return bool(getattr(codec, "redecodes", False))
+
+
 class Pixels:
     """Identity codec of the toy student, whose latents are the pixels."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from safetensors.torch import save_file
 from typing_extensions import Self
 
@@ -16,7 +16,7 @@ from afd.config.base import Count, Section
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
 from afd.files import replacing
-from afd.hub import fingerprint, missing_path
+from afd.hub import fingerprint, missing_path, trained
 
 if TYPE_CHECKING:
     from afd.models.codec import Codec
@@ -47,6 +47,16 @@ class StudentConfig(Section):
 
     kind: str = Field(description="name of the student in the registry")
     checkpoint: str | None = Field(default=None, description="file or folder of the start weights")
+    init: str | None = Field(
+        default=None,
+        description="what the run starts from instead of the checkpoint alone: a run folder, a "
+        "checkpoint folder, or an exported LoRA (folded into the frozen weights) or whole weights",
+    )
+    init_weights: Literal["ema", "old", "theta"] | None = Field(
+        default=None,
+        description="init of a run: which version; null: ema if the run has it, else old, else "
+        "theta",
+    )
     dtype: Dtype = Field(
         default="float32",
         description="dtype of the computation; trained weights are kept in float32",
@@ -68,6 +78,25 @@ class StudentConfig(Section):
     rollout_batch: Count | None = Field(
         default=None, description="videos per rollout batch; null: all"
     )
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _whole_weights(cls, path: str | None) -> str | None:
+        found = None if path is None else trained(Path(path))
+        if found is not None:
+            raise ValueError(
+                f"student.checkpoint: {path} is {found}; needed: whole weights of the student, and "
+                "student.init for what begins from a run or its export"
+            )
+        return path
+
+    @model_validator(mode="after")
+    def _start(self) -> Self:
+        if self.init is None and self.init_weights is not None:
+            raise ValueError(
+                f"student.init_weights: got {self.init_weights} without student.init; needed: both"
+            )
+        return self
 
     def build(
         self,
@@ -101,6 +130,11 @@ class StudentConfig(Section):
 
     def check_video(self, video: VideoConfig) -> None:
         """Raise ValueError if the student cannot generate videos of this size or length."""
+        if video.decoder is not None:
+            raise ValueError(
+                f"video.decoder: got {video.decoder}; needed: null, as student.kind={self.kind} "
+                "has no such decoder"
+            )
 
     def video_size(self) -> tuple[int, int, int] | None:
         """The only frames, rows and columns it can be trained on; None: any size."""
@@ -118,6 +152,8 @@ class StudentConfig(Section):
     def missing(self) -> Iterator[str]:
         """Yield a sentence for each file that a run would not find or would have to download."""
         yield from self.missing_weights()
+        if self.init is not None:
+            yield from missing_path("student.init", self.init, "what the run starts from")
 
     def latent_frames(self, frames: int) -> int:
         """Number of latent frames of a video with `frames` frames."""

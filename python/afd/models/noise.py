@@ -5,7 +5,9 @@ Shape letters: B videos, c frames of one chunk, C channels, H x W latent size; K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Generator, Tensor
@@ -16,6 +18,29 @@ from afd import ops
 NoiseSource = Callable[[int, int], Tensor]
 # First frame and number of frames of every chunk.
 Layout = tuple[tuple[int, int], ...]
+# Chunks whose keys an endless stream of `counted_noise` moves to the device together.
+KEYS_AHEAD = 256
+
+
+@dataclass(frozen=True)
+class EndlessLayout:
+    """The layout of a stream without end: indexed and iterated like a `Layout`.
+
+    Attributes:
+        chunk: frames of a chunk.
+        first_alone: the first frame is its own chunk.
+    """
+
+    chunk: int
+    first_alone: bool = False
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        if not self.first_alone or self.chunk == 1:
+            return index * self.chunk, self.chunk
+        return (0, 1) if index == 0 else (1 + (index - 1) * self.chunk, self.chunk)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (self[index] for index in count())
 
 
 def seeded_noise(seeds: Sequence[int] | Tensor, shape: tuple[int, ...]) -> NoiseSource:
@@ -30,7 +55,7 @@ def seeded_noise(seeds: Sequence[int] | Tensor, shape: tuple[int, ...]) -> Noise
 
 def counted_noise(
     seeds: Sequence[int],
-    layout: Layout,
+    layout: Layout | EndlessLayout,
     draws: int,
     frame_shape: tuple[int, int, int],
     *,
@@ -41,24 +66,31 @@ def counted_noise(
 
     It is independent of the batch, the device and earlier draws: every draw is a separate Philox
     stream (`afd.ops.forward_noise`). All keys are on the device before the first draw, so drawing
-    never synchronises. `draws` is the largest number of draws of a chunk, one per step.
+    never synchronises; those of an endless layout are moved there `KEYS_AHEAD` chunks at a time,
+    and only the newest are kept. `draws` is the largest number of draws of a chunk, one per step.
     """
-    keys_KSB = torch.tensor(
-        [
-            [[_key(seed, chunk, step) for seed in seeds] for step in range(draws)]
-            for chunk in range(len(layout))
-        ],
-        dtype=torch.int64,
-    ).to(device)
+    ahead = len(layout) if isinstance(layout, tuple) else KEYS_AHEAD
+
+    def keys(block: int) -> Tensor:
+        chunks = range(block * ahead, (block + 1) * ahead)
+        listed = [[[_key(seed, c, s) for seed in seeds] for s in range(draws)] for c in chunks]
+        return torch.tensor(listed, dtype=torch.int64).to(device)
+
     pure_B = torch.ones(len(seeds), device=device)
-    blanks = {
-        count: torch.zeros(len(seeds), count, *frame_shape, device=device, dtype=dtype)
-        for count in {count for _, count in layout}
-    }
+    kept = {0: keys(0)}
+    blanks: dict[int, Tensor] = {}
 
     def draw(chunk: int, step: int) -> Tensor:
-        blank = blanks[layout[chunk][1]]
-        return ops.forward_noise(blank, pure_B, seed=keys_KSB[chunk, step], layout="BFCHW")
+        block, place = divmod(chunk, ahead)
+        if block not in kept:
+            kept.clear()
+            kept[block] = keys(block)
+        frames = layout[chunk][1]
+        if frames not in blanks:
+            shape = (len(seeds), frames, *frame_shape)
+            blanks[frames] = torch.zeros(shape, device=device, dtype=dtype)
+        seed_B = kept[block][place, step]
+        return ops.forward_noise(blanks[frames], pure_B, seed=seed_B, layout="BFCHW")
 
     return draw
 

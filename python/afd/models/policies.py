@@ -6,15 +6,18 @@ They are either full copies, or one network with a LoRA adapter per version.
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from afd.hub import refuse_other_weights, weights_digest
-from afd.models.adapters import Adapters
+from afd.models.adapters import TARGETS, Adapters
+from afd.models.low_rank import LowRank, folded
 from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.models.weights import Weights
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
     from afd.models.config import LoraConfig
 
 REFERENCE = "ref"
+PRETRAINED = "pretrained"
+ADAPTED = re.compile(TARGETS)
+# What leads from a run's start back to the released weights: a low-rank change, or these weights.
+Released = LowRank | Mapping[str, Tensor]
 
 
 class Policies(ABC):
@@ -32,23 +39,31 @@ class Policies(ABC):
 
     Attributes:
         student: the student outside `using`, with version names[0] active.
-        names: the versions that have their own weights, excluding "ref", the frozen start.
+        names: the versions that have their own weights, excluding the frozen "ref", the start, and
+            "pretrained", the released weights.
         start: digest of the start weights if a state depends on them; else None.
     """
 
     def __init__(
         self, student: Student, names: tuple[str, ...], trained: tuple[str, ...], frozen: bool
     ) -> None:
-        own = tuple(name for name in names if name != REFERENCE)
+        own = tuple(name for name in names if name not in (REFERENCE, PRETRAINED))
         require(len(own) > 0 and len(set(own)) == len(own), "names", names, "different versions")
         require(set(trained) <= set(own), "trained", trained, f"some of {own}")
         self.student, self.names, self.trained = student, own, trained
         self.start = start_digest(student.net) if frozen else None
         self._weights: dict[str, Weights] = {}
+        # Whether the student starts from other weights than the released ones.
+        self._continued = PRETRAINED in names
 
     @abstractmethod
     def using(self, name: str) -> AbstractContextManager[Student]:
-        """Context in which the student is a version from `names` or "ref"; restored on exit."""
+        """Context in which the student is a version from `names`, "ref", or "pretrained" if that
+        was asked for; restored on exit."""
+
+    def reference(self, name: str) -> str:
+        """The frozen version that a prior's reference, "pretrained" or "previous", is."""
+        return PRETRAINED if name == PRETRAINED and self._continued else REFERENCE
 
     def weights(self, name: str) -> Weights:
         """Master weights of a version in `names`."""
@@ -91,10 +106,13 @@ class FullPolicies(Policies):
         names: tuple[str, ...],
         trained: tuple[str, ...],
         shard: Callable[[CausalWan], object],
+        released: Released | None = None,
     ) -> None:
-        super().__init__(student, names, trained, frozen=REFERENCE in names)
+        super().__init__(student, names, trained, bool({REFERENCE, PRETRAINED} & {*names}))
         others = [name for name in names if name != self.names[0]]
         self._students = {self.names[0]: student} | {name: _copy(student) for name in others}
+        if PRETRAINED in names:
+            _load(self._students[PRETRAINED], released)
         for version in self._students.values():
             version.net.requires_grad_(False)
             shard(version.net)
@@ -111,7 +129,11 @@ class FullPolicies(Policies):
 
 
 class LoraPolicies(Policies):
-    """One network with an adapter per version; "ref" is the network with adapters disabled."""
+    """One network with an adapter per version; "ref" is the network with adapters disabled.
+
+    "pretrained" is an adapter that takes back what the start has learned, or a copy of the network
+    if that is no low-rank change of the adapted layers.
+    """
 
     def __init__(
         self,
@@ -121,9 +143,20 @@ class LoraPolicies(Policies):
         shard: Callable[[CausalWan], object],
         lora: LoraConfig,
         seed: int,
+        released: Released | None = None,
     ) -> None:
         super().__init__(student, names, trained, frozen=True)
-        self.adapters = Adapters(student.net, self.names, lora, seed)
+        frozen: dict[str, LowRank] = {}
+        self._copy: Student | None = None
+        if PRETRAINED in names:
+            if isinstance(released, LowRank) and all(map(ADAPTED.fullmatch, released.a_RI)):
+                frozen[PRETRAINED] = released
+            else:
+                self._copy = _copy(student)
+                _load(self._copy, released)
+                self._copy.net.requires_grad_(False)
+                shard(self._copy.net)
+        self.adapters = Adapters(student.net, self.names, lora, seed, frozen)
         for name in trained:
             for parameter in self.adapters.parameters(name).values():
                 parameter.requires_grad_(True)
@@ -134,7 +167,11 @@ class LoraPolicies(Policies):
 
     @contextmanager
     def using(self, name: str) -> Iterator[Student]:
-        require(name in (*self.names, REFERENCE), "name", name, f"one of {self.names} or 'ref'")
+        others = (REFERENCE, PRETRAINED) if self._continued else (REFERENCE,)
+        require(name in (*self.names, *others), "name", name, f"one of {self.names} or {others}")
+        if name == PRETRAINED and self._copy is not None:
+            yield self._copy
+            return
         with self.adapters.using(None if name == REFERENCE else name):
             yield self.student
 
@@ -147,21 +184,34 @@ def make_policies(
     lora: LoraConfig | None = None,
     seed: int = 0,
     shard: Callable[[CausalWan], object] | None = None,
+    released: Released | None = None,
 ) -> Policies:
     """Create versions of a student, all initially equal to it.
 
     Args:
         student: becomes `Policies.student`.
-        names: the versions; "ref" keeps a copy of the start of a fully trained student.
+        names: the versions; "ref" keeps a copy of the start of a fully trained student,
+            "pretrained" makes the released weights.
         trained: those that take gradients.
         lora: use adapters instead of full copies.
         seed: seeds the adapters' A.
         shard: called with every network, adapters in place, before its masters are created.
+        released: for "pretrained": what leads from the student back to the released weights.
     """
     shard = shard or (lambda net: None)
+    require((released is not None) == (PRETRAINED in names), "released", names, "with pretrained")
     if lora is None:
-        return FullPolicies(student, names, trained, shard)
-    return LoraPolicies(student, names, trained, shard, lora, seed)
+        return FullPolicies(student, names, trained, shard, released)
+    return LoraPolicies(student, names, trained, shard, lora, seed, released)
+
+
+def _load(student: Student, released: Released | None) -> None:
+    """Give a copy of the student the released weights."""
+    assert released is not None
+    state: Mapping[str, Tensor] = released if not isinstance(released, LowRank) else {}
+    if isinstance(released, LowRank):
+        state = folded(student.net.state_dict(), released)
+    student.net.load_state_dict(state)
 
 
 def _copy(student: Student) -> Student:

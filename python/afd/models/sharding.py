@@ -12,7 +12,7 @@ from afd.models.wan.network import CausalWan
 
 # Forward methods of a network besides `forward`. They must not call each other: the end of the
 # inner one would free the gathered weights that the outer one computes with.
-PASSES = ("clean_context", "forward_over", "forward_cached", "new_cache")
+PASSES = ("clean_context", "forward_over", "forward_cached", "recache", "new_cache")
 
 
 def shard_over(ranks: Ranks, compute_dtype: torch.dtype) -> Callable[[CausalWan], object]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.models.noise import Layout, NoiseSource, seeded_noise
+from afd.models.noise import EndlessLayout, Layout, NoiseSource, seeded_noise
 from afd.models.wan.graphs import GraphedPasses
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.network import CausalWan
@@ -95,7 +95,7 @@ class Student(nn.Module, ABC):
         return x0_from_flow(out_BFCHW, x_t_BFCHW, sigma)
 
     def noise_source(
-        self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
+        self, seeds: Sequence[int] | Tensor, layout: Layout | EndlessLayout, draws: int
     ) -> NoiseSource:
         """Noise source of videos with these seeds, with at most `draws` draws per chunk.
 
@@ -199,8 +199,11 @@ class Student(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         return self.net.compute_dtype or self.net.patch_embedding.weight.dtype
 
-    def new_cache(self, text_BLE: Tensor, frames: int) -> KVCache:
-        """An empty cache for streams of up to `frames` frames with these prompts."""
+    def new_cache(self, text_BLE: Tensor, frames: int | None) -> KVCache:
+        """An empty cache for streams of up to `frames` frames with these prompts.
+
+        None: a stream without end, which needs a window in the network's configuration.
+        """
         return self.net.new_cache(text_BLE, frames, *self.frame_shape[1:])
 
     def switch_text(self, cache: KVCache, text_BLE: Tensor) -> None:
@@ -221,6 +224,16 @@ class Student(nn.Module, ABC):
     def remember(self, x0_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> None:
         """The context pass: cache this chunk, at the level's timestep, for later chunks."""
         self._pass(x0_BFCHW, level, cache, start_frame, context=True)
+
+    def recache(
+        self, x0_BFCHW: Tensor, level: Level, cache: KVCache, *, new_sink: bool = False
+    ) -> None:
+        """Encode cached frames again under the cache's present prompt (`CausalWan.recache`).
+
+        `x0_BFCHW`: the newest finished frames, a window of them or the whole video so far.
+        """
+        # Never replayed as a graph: it is rare, and longer than a chunk.
+        self.net.recache(x0_BFCHW, level.t_11, cache, new_sink=new_sink)
 
     def _pass(
         self, x_BFCHW: Tensor, level: Level, cache: KVCache, start: int, context: bool

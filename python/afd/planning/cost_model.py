@@ -184,10 +184,10 @@ def nft_flop(
     draws: int = 1,
     part: float = 1.0,
     kept: bool = False,
-    prior: bool = True,
+    prior: int = 1,
     checkpointed: bool = True,
 ) -> float:
-    """The AFD update of one video: old policy, reference and student on `draws` noised copies.
+    """The AFD update of one video: old policy, references and student on `draws` noised copies.
 
     Args:
         context: which network computes the clean context; noisy: there is none, and keys of
@@ -195,10 +195,10 @@ def nft_flop(
         draws: (t, noise) draws; they share one context pass.
         part: fraction of the chunks that is sampled.
         kept: the rollout's caches serve as the old policy's context.
-        prior: whether the reference is evaluated.
+        prior: number of references that are evaluated.
         checkpointed: whether blocks are recomputed in the backward.
     """
-    others = [True] + ([False] if prior else [])  # old has adapters, the reference none
+    others = [True] + [False] * prior  # old has adapters, the references none of this rank
     noisy = sum(noisy_flop(net, part, adapted) for adapted in others)
     contexts = sum(context_flop(net, adapted) for adapted in others)
     through = context in ("recompute", "noisy")
@@ -213,16 +213,42 @@ def nft_flop(
     return total + contexts + context_flop(net)
 
 
+def replay_flop(
+    net: Net,
+    context: Context,
+    *,
+    draws: int = 1,
+    part: float = 1.0,
+    kept: bool = False,
+    checkpointed: bool = True,
+) -> float:
+    """The update of one replayed video: its start and the student on `draws` noised copies.
+
+    Arguments as in `nft_flop`; an SFT run's context is "recompute", as gradients go through it.
+    """
+    through = context in ("recompute", "noisy")
+    ours = trained_flop(net, part, through_context=through, checkpointed=checkpointed)
+    total = draws * (noisy_flop(net, part, adapted=False) + ours)
+    if context == "noisy":
+        return total
+    start = context_flop(net, adapted=False)
+    if context == "recompute":
+        return total + draws * (start + trained_context_flop(net, checkpointed=checkpointed))
+    if context == "shared_context":
+        return total + (0.0 if kept else context_flop(net))
+    return total + start + context_flop(net)
+
+
 def last_step_flop(
-    net: Net, *, recompute: bool = False, prior: bool = False, checkpointed: bool = True
+    net: Net, *, recompute: bool = False, prior: int = 0, checkpointed: bool = True
 ) -> float:
     """A rollout's last denoising step with gradients, for methods that differentiate it."""
     own = trained_flop(net, through_context=recompute, checkpointed=checkpointed)
     context = (
         trained_context_flop(net, checkpointed=checkpointed) if recompute else context_flop(net)
     )
-    reference = noisy_flop(net, adapted=False) + context_flop(net, adapted=False) if prior else 0.0
-    return own + context + reference
+    reference = noisy_flop(net, adapted=False) + context_flop(net, adapted=False)
+    return own + context + prior * reference
 
 
 def sft_flop(net: Net, *, draws: int, part: float = 1.0, checkpointed: bool = True) -> float:
@@ -270,32 +296,48 @@ DECODE_BYTES, ENCODE_BYTES = 7.1, 4.0
 # Numbers per pixel that a decode with gradients saves for every latent frame (the convolutions'
 # state before it), and for the one frame that is recomputed in its backward.
 STATE_NUMBERS, FRAME_NUMBERS = 1.76 * 2**29 / (480 * 832), 15.6 * 2**29 / (480 * 832)
+# The tiny autoencoder (TAEHV), counted likewise: all its latent frames cost the same.
+TINY_PARAMETERS = 11_315_539
+TINY_DECODE_FLOP, TINY_ENCODE_FLOP = 544_151_961_600 / (480 * 832), 241_852_416_000 / (480 * 832)
+# Numbers per pixel: state and activations of a latent frame of three, one encoded, and with
+# gradients the state and what autograd keeps of one.
+TINY_DECODE_NUMBERS, TINY_ENCODE_NUMBERS = 900, 530
+TINY_STATE_NUMBERS, TINY_FRAME_NUMBERS = 84, 1460
 
 
-def decode_flop(latent_frames: int, pixels: int) -> float:
+def decode_flop(latent_frames: int, pixels: int, *, tiny: bool = False) -> float:
     """Decode one video of `pixels` pixels per frame from latents."""
+    if tiny:
+        return pixels * latent_frames * TINY_DECODE_FLOP
     return pixels * (DECODE_FLOP[0] + (latent_frames - 1) * DECODE_FLOP[1])
 
 
-def encode_flop(latent_frames: int, pixels: int) -> float:
+def encode_flop(latent_frames: int, pixels: int, *, tiny: bool = False) -> float:
     """Encode one video to latents."""
+    if tiny:
+        return pixels * latent_frames * TINY_ENCODE_FLOP
     return pixels * (ENCODE_FLOP[0] + (latent_frames - 1) * ENCODE_FLOP[1])
 
 
-def decode_bytes(videos: int, pixels: int, itemsize: int) -> int:
+def decode_bytes(videos: int, pixels: int, itemsize: int, *, tiny: bool = False) -> int:
     """Convolution state of a streamed decode and the current chunk, excluding weights."""
-    return int(1000 * DECODE_BYTES * videos * pixels * itemsize)
-
-
-def decode_gradient_bytes(latent_frames: int, videos: int, pixels: int, itemsize: int) -> int:
-    """A decode with gradients, one latent frame at a time, excluding weights."""
-    numbers = latent_frames * STATE_NUMBERS + FRAME_NUMBERS
+    numbers = TINY_DECODE_NUMBERS if tiny else 1000 * DECODE_BYTES
     return int(numbers * videos * pixels * itemsize)
 
 
-def encode_bytes(pixels: int, itemsize: int) -> int:
+def decode_gradient_bytes(
+    latent_frames: int, videos: int, pixels: int, itemsize: int, *, tiny: bool = False
+) -> int:
+    """A decode with gradients, one latent frame at a time, excluding weights."""
+    state, frame = STATE_NUMBERS, FRAME_NUMBERS
+    if tiny:
+        state, frame = TINY_STATE_NUMBERS, TINY_FRAME_NUMBERS
+    return int((latent_frames * state + frame) * videos * pixels * itemsize)
+
+
+def encode_bytes(pixels: int, itemsize: int, *, tiny: bool = False) -> int:
     """An encode of one video, excluding weights."""
-    return int(1000 * ENCODE_BYTES * pixels * itemsize)
+    return int((TINY_ENCODE_NUMBERS if tiny else 1000 * ENCODE_BYTES) * pixels * itemsize)
 
 
 # --- VideoAlign (Qwen2-VL-2B) ---

@@ -26,6 +26,7 @@ from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
 from afd.teachers.forecast import Forecast
 from afd.trainer.build import check_size
+from afd.trainer.run_folder import refuse_idle_processes
 
 # When a part of the memory is in use; "always" counts towards each of these.
 MOMENTS = ("rollout", "discriminator", "student")
@@ -67,11 +68,7 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
     prompts = config.prompts_per_update
     if not 1 <= processes <= prompts:
         raise ConfigError(f"processes is {processes}; needed: 1 to prompts_per_update, {prompts}")
-    if config.parallel == "fsdp" and prompts % processes:
-        raise ConfigError(
-            f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {processes} "
-            "(processes)"
-        )
+    refuse_idle_processes(config, processes)
     method = getattr(config, config.method)
     try:
         check_size(config)
@@ -81,7 +78,7 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
     except ValueError as error:  # the checkpoint does not fit the configuration
         raise ConfigError(str(error)) from error
     work = Work(config, net, processes)
-    drawn = config.updates * config.prompts_per_update
+    drawn = config.updates * config.taught
     teacher = config.teacher.forecast(config.teacher_dir, drawn)
     return Plan(
         config=config,
@@ -103,8 +100,12 @@ def _missing(config: RunConfig) -> Iterator[str]:
     for name, reward in config.rewards.items():
         yield from reward.missing(f"rewards.{name}")
     yield from config.teacher.missing(config.teacher_dir)
-    if config.evaluation.prompts is not None:
-        yield from missing_path("evaluation.prompts", config.evaluation.prompts, "held-out prompts")
+    for name, one in config.evaluation.each().items():
+        if one.prompts is not None:
+            key = f"evaluation.sets.{name}.prompts" if name else "evaluation.prompts"
+            yield from missing_path(key, one.prompts, "held-out prompts")
+    if config.replay.fraction:
+        yield from missing_path("replay.prompts", config.replay.prompts, "the replayed prompts")
 
 
 def student_net(config: RunConfig) -> Net:

@@ -23,10 +23,13 @@ from afd.discriminators.videoalign.preprocess import (
 from afd.discriminators.windows import window_starts
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
+from afd.models.policies import PRETRAINED, REFERENCE
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.rewards import frozen, networks, shared_passes
 from afd.rewards.base import online
+from afd.trainer.build import frozen_versions
+from afd.trainer.origin import parent_ranks
 
 SIZES = cost.VideoAlignSizes()
 GIB = 2**30
@@ -88,8 +91,12 @@ class Work:
         self.reads_pixels = isinstance(self.discriminator, VideoAlignConfig)
         self.rewards = frozen(config.rewards) if config.method == "afd" else {}
         self.decodes = self.reads_pixels or bool(self.rewards)
+        self.tiny_encodes = self.wan and getattr(student, "vae", None) == "tiny"
+        self.tiny_decodes = self.tiny_encodes or config.video.decoder == "tiny"
+        # The tiny decoder makes the teacher's pixels, too (`afd.models.codec`).
+        self.redecodes = self.reads_pixels and self.tiny_decodes
         # Rewards alone need no teacher's videos.
-        self.encodes = not self.reads_pixels and not (
+        self.encodes = (self.redecodes or not self.reads_pixels) and not (
             config.method == "afd" and self.discriminator is None
         )
 
@@ -121,7 +128,6 @@ class Work:
         # FSDP shards are the fp32 masters; without FSDP, the network holds copies in its own dtype.
         held = cost.FLOAT if sharded else self.item
         master = 0 if held == cost.FLOAT else cost.FLOAT
-        prior = getattr(self.method, "prior_weight", 0) > 0
         if lora:
             yield Part("network", net.parameters * held // parts, "always", "frozen weights")
             one = net.lora_parameters * (held + master) // parts
@@ -131,15 +137,32 @@ class Work:
             one = net.parameters * (held + master) // parts
             size = f"{net.parameters:,} numbers each"
             yield Part("network", len(names) * one, "always", f"{', '.join(names)}: {size}")
-            if prior:
-                reference = net.parameters * held // parts
-                yield Part("reference", reference, "always", "frozen copy for the prior")
+        yield from self._references(net.parameters * held // parts)
         if sharded:
             note = "all shards, gathered for a pass"
             yield Part("gathered", net.parameters * self.item, "always", note)
         numbers = len(trained) * net.trained // parts
         yield Part("optimizer", 2 * cost.FLOAT * numbers, "always", "Adam's two moments, fp32")
         yield Part("gradients", cost.FLOAT * numbers, "always", "fp32")
+
+    def _references(self, whole: int) -> Iterator[Part]:
+        """The frozen versions that the prior and the replay need. `whole`: bytes of a network."""
+        names = frozen_versions(self.config)
+        student = self.config.student
+        if student.lora is None:
+            for name in names:
+                what = "the start" if name == REFERENCE else "the released weights"
+                yield Part("reference", whole, "always", f"frozen copy of {what}")
+            return
+        if PRETRAINED not in names:
+            return  # the start is the network with its adapters off
+        ranks = parent_ranks(student)
+        if ranks is None:
+            yield Part("reference", whole, "always", "frozen copy of the released weights")
+            return
+        one = self.net.lora_parameters * self.item // student.lora.rank
+        note = f"takes back parents of rank {sum(ranks)}, for the released weights"
+        yield Part("reference", sum(ranks) * one, "always", note)
 
     def _codec(self) -> Iterator[Part]:
         if not self.wan:
@@ -148,18 +171,20 @@ class Work:
         yield Part(
             "text encoder", text, "start", "embeds prompts missing from the cache, then freed"
         )
-        weights = cost.VAE_PARAMETERS * self.vae_item
-        yield Part("autoencoder", weights, "always", "frozen weights")
+        numbers = 0 if self.tiny_encodes else cost.VAE_PARAMETERS
+        numbers += cost.TINY_PARAMETERS if self.tiny_decodes else 0
+        yield Part("autoencoder", numbers * self.vae_item, "always", "frozen weights")
+        tiny = self.tiny_decodes
         if self.decodes:
-            decode = cost.decode_bytes(1, self.pixels, self.vae_item)
+            decode = cost.decode_bytes(1, self.pixels, self.vae_item, tiny=tiny)
             yield Part("decode", decode, "rollout", "one video, streamed")
             if self.config.method == "gan":
                 sizes = self.net.frames, self.micro, self.pixels, self.vae_item
-                kept = cost.decode_gradient_bytes(*sizes)
+                kept = cost.decode_gradient_bytes(*sizes, tiny=tiny)
                 note = f"{self.micro} video(s) a pass, latent frames recomputed one by one"
                 yield Part("decode with gradients", kept, "student", note)
         if self.encodes:
-            encode = cost.encode_bytes(self.pixels, self.vae_item)
+            encode = cost.encode_bytes(self.pixels, self.vae_item, tiny=self.tiny_encodes)
             yield Part("encode", encode, "start", "one teacher video")
 
     def _discriminator(self) -> Iterator[Part]:
@@ -251,12 +276,12 @@ class Work:
         """The phases of one update. `distinct`: number of distinct teacher videos."""
         config, net = self.config, self.net
         assert config.student.kind == "wan"
-        videos = config.prompts_per_update * self.group
+        videos = config.taught * self.group
         steps, first = config.student.denoising_steps, config.student.first_chunk_steps
         rollout = cost.rollout_flop(net, len(steps), None if first is None else len(first))
-        decode = cost.decode_flop(net.frames, self.pixels)
+        decode = cost.decode_flop(net.frames, self.pixels, tiny=self.tiny_decodes)
         if self.encodes:
-            encode = cost.encode_flop(net.frames, self.pixels)
+            encode = cost.encode_flop(net.frames, self.pixels, tiny=self.tiny_encodes)
             yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
         if self.rolls:
             passes = f"{len(steps)} steps and a context pass a chunk"
@@ -264,7 +289,11 @@ class Work:
                 "rollout", videos * rollout, 0.0, config.updates, f"{videos} videos, {passes}"
             )
         if self.decodes:
-            yield Phase("decode", 0.0, videos * decode, config.updates, f"{videos} videos")
+            note = f"{videos} videos"
+            count = videos + config.prompts_per_update * self.redecodes
+            if self.redecodes:
+                note += f" and {config.prompts_per_update} of the teacher"
+            yield Phase("decode", 0.0, count * decode, config.updates, note)
         if self.discriminator is not None or config.method == "dmd":
             flop, note = self._critic_work(videos)
             yield Phase("discriminator", flop, 0.0, config.updates, note)
@@ -277,6 +306,11 @@ class Work:
         flop, convolutions, note = self._student_work(videos, decode)
         updates = max(0, config.updates - self._waits())
         yield Phase("student", flop, convolutions, updates, note)
+        if config.replayed:
+            replayed = config.replayed * self.group
+            one = rollout + self._replay_flop()
+            note = f"{replayed} videos of earlier prompts: rollout, start and student"
+            yield Phase("replay", replayed * one, 0.0, updates, note)
         measured = self._evaluated()
         if measured:
             # The discriminator, and its frozen original model on the whole video.
@@ -290,7 +324,7 @@ class Work:
         if config.method == "dmd":
             fits, checkpointed = config.dmd.score_updates, config.student.checkpoint_blocks
             flop = cost.sft_flop(self.net, draws=1, checkpointed=checkpointed)
-            teachers = config.prompts_per_update
+            teachers = config.taught
             note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
             return fits * (teachers + videos) * flop, note
         if isinstance(discriminator, VideoAlignConfig):
@@ -305,7 +339,7 @@ class Work:
             if config.method == "gan":
                 scored = 0  # scored in the student's update
             elif config.afd.baseline == "teacher":
-                scored += config.prompts_per_update
+                scored += config.taught
             # The mean over the run: updates of the discriminator alone may have more.
             steps = sum(map(discriminator.steps_in, range(config.updates))) / config.updates
             total = 2 * videos * one * steps + scored * self._score_flop()
@@ -339,10 +373,11 @@ class Work:
                 draws=afd.draws,
                 part=part,
                 kept=self._keeps_context(),
-                prior=afd.prior_weight > 0,
+                prior=len(self._priors()),
                 checkpointed=checkpointed,
             )
-            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s); {blocks}"
+            prior = f", prior to {' and '.join(self._priors())}" if self._priors() else ""
+            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s){prior}; {blocks}"
         if config.method == "sft":
             sft = config.sft
             flop = cost.sft_flop(net, draws=sft.draws, part=part, checkpointed=checkpointed)
@@ -351,7 +386,7 @@ class Work:
         flop = cost.last_step_flop(
             net,
             recompute=last.context == "recompute",
-            prior=last.prior_weight > 0,
+            prior=len(self._priors()),
             checkpointed=checkpointed,
         )
         if config.method == "dmd":
@@ -362,6 +397,29 @@ class Work:
         # Forward, recomputation and input gradients, of the discriminator and the decode.
         flop += 3 * self._score_flop()
         return videos * flop, videos * 3 * decode, f"through the last step and the decode; {blocks}"
+
+    def _priors(self) -> list[str]:
+        """The references of the prior that cost a pass each."""
+        names: list[str] = [*self.method.references]
+        return names if self.config.student.init is not None else names[:1]
+
+    def _replay_flop(self) -> float:
+        """The update of one replayed video, without its rollout."""
+        config, net = self.config, self.net
+        if config.method == "gan":
+            recompute = config.gan.context == "recompute"
+            checkpointed = config.student.checkpoint_blocks
+            return cost.last_step_flop(net, recompute=recompute, prior=1, checkpointed=checkpointed)
+        method = config.afd if config.method == "afd" else config.sft
+        chunks = method.chunks_per_update
+        return cost.replay_flop(
+            net,
+            config.afd.context if config.method == "afd" else "recompute",
+            draws=method.draws,
+            part=min(1.0, chunks / net.chunks) if chunks else 1.0,
+            kept=self._keeps_context(),
+            checkpointed=config.student.checkpoint_blocks,
+        )
 
     def _waits(self) -> int:
         """Number of updates before the student's first."""
@@ -376,10 +434,9 @@ class Work:
     def _evaluated(self) -> int:
         """Number of held-out videos over all evaluations of the run."""
         evaluation, steps = self.config.evaluation, self.config.updates
-        if evaluation.kind == "none":
-            return 0
         on_the_way = len(range(0, steps, evaluation.every)) if evaluation.every else 0
-        return on_the_way * evaluation.curve_videos + evaluation.videos
+        each = on_the_way * evaluation.curve_videos + evaluation.videos
+        return each * sum(one.kind != "none" for one in evaluation.each().values())
 
     def _looked(self) -> int:
         """Number of frames of a video that VideoAlign reads."""

@@ -29,7 +29,7 @@ class Reward(ABC):
     Attributes:
         input_space: pixels in [-1, 1], or the student's latents.
         identity: digest of everything that its scores depend on besides its section, such as the
-            weights it read; a resumed run is refused if it changed. None: nothing else.
+            weights it read; a resumed run is refused if it changed. None: no files.
     """
 
     input_space: Literal["pixels", "latents"] = "pixels"
@@ -51,7 +51,7 @@ class Reward(ABC):
 
 
 class RewardConfig(Section):
-    """Base class of every reward's section: an entry of `rewards`, under a name of its own.
+    """Base class of every reward's section: a named entry of `rewards`.
 
     A subclass implements `build` (docs/EXTENDING.md); a built-in one sets `builder` to the
     function, as "module:name".

@@ -35,7 +35,7 @@ class VideoAlignRewardConfig(VideoAlignFiles, RewardConfig):
     )
     micro_batch: Count | None = Field(
         default=None,
-        description="videos per pass; null: all at once. A shared network has the first one's, or "
+        description="videos per pass; null: one pass. A shared network uses the first reward's, or "
         "the discriminator's",
     )
 

@@ -40,7 +40,7 @@ class Frozen(Protocol):
 
 
 class FrozenVideoAlign:
-    """A VideoAlign of its own (see `Frozen`)."""
+    """A separately loaded VideoAlign (see `Frozen`)."""
 
     def __init__(
         self, scorer: VideoAlign, *, video_fps: float = 16.0, micro_batch: int | None = None
@@ -139,7 +139,7 @@ def _network(
     prompts: Sequence[str],
     beside: Sequence[object],
 ) -> Frozen:
-    """The released network of the discriminator if it is of the same files, else one of its own."""
+    """The discriminator's released network if it has the same files, else a separate one."""
     for other in beside:
         if isinstance(other, VideoAlignDiscriminator) and _same(other, config):
             return other

@@ -15,7 +15,7 @@ from afd.models.config import StudentConfig
 # Settings that do not affect a video; they may differ when `afd sample` resumes in a folder.
 FREE = ("prompts", "out", "samples", "batch", "device", "compile", "cuda_graphs", "threads")
 # The same for the student's section.
-FREE_STUDENT = ("lora", "checkpoint_blocks", "rollout_batch")
+FREE_STUDENT = ("lora", "checkpoint_blocks", "rollout_batch", "init", "init_weights")
 
 
 class StreamConfig(Section):
@@ -41,7 +41,7 @@ class StreamConfig(Section):
     )
 
     independent_first_frame: bool = Field(
-        default=False, description="the first latent frame is a chunk of its own"
+        default=False, description="the first latent frame is a separate chunk"
     )
     window: Count | None = Field(
         default=None,
@@ -60,6 +60,11 @@ class StreamConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> StreamConfig:
+        if self.student.init is not None:
+            raise ValueError(
+                f"student.init: got {self.student.init}, for training runs alone; needed: "
+                "student.checkpoint, such as afd export kind=student writes"
+            )
         time, space = self.student.scale
         if (self.frames - 1) % time:
             raise ValueError(f"frames: got {self.frames}; needed: 1 + a multiple of {time}")

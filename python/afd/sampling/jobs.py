@@ -7,16 +7,58 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, cast, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from afd.config.base import Natural, Section
+from afd.config.base import Section
 from afd.errors import ConfigError
 from afd.files import json_rows, read_text
+from afd.rollout import SwitchMode
 from afd.sampling.config import SampleConfig
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class PromptSwitch(NamedTuple):
+    """A change of prompt at a chunk of a video; modes as in `afd.rollout.Switch`."""
+
+    chunk: int
+    prompt: str
+    mode: SwitchMode = "plain"
+
+    def record(self) -> list[Any]:
+        """Plain data, as in a prompt file."""
+        return [self.chunk, self.prompt, *([] if self.mode == "plain" else [self.mode])]
+
+
+def _switches(given: object) -> tuple[PromptSwitch, ...]:
+    """The switches of a line; raises ValueError in one sentence."""
+    modes = get_args(SwitchMode)
+    form = f"[chunk, prompt] or [chunk, prompt, mode] with mode one of {', '.join(modes)}"
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"got {_short(given)}; needed: a list of {form}")
+    switches: dict[int, PromptSwitch] = {}
+    for entry in given:
+        match entry:
+            case [int(chunk), str(prompt)] | [int(chunk), str(prompt), "plain"]:
+                switch = PromptSwitch(chunk, prompt)
+            case [int(chunk), str(prompt), str(mode)] if mode in modes:
+                switch = PromptSwitch(chunk, prompt, cast("SwitchMode", mode))
+            case _:
+                raise ValueError(f"got {_short(entry)}; needed: {form}")
+        if isinstance(switch.chunk, bool) or not 0 <= switch.chunk < 2**31:
+            raise ValueError(f"got {_short(entry)}; needed: a chunk that counts from 0")
+        if not switch.prompt.strip():
+            raise ValueError(f"got {_short(entry)}; needed: a prompt that is not blank")
+        if switch.chunk in switches:
+            raise ValueError(f"got two switches at chunk {switch.chunk}; needed: at most one")
+        switches[switch.chunk] = switch
+    return tuple(switches.values())
+
+
+def _short(given: object) -> str:
+    return ascii(given)[:80]
 
 
 class Line(Section):
@@ -28,14 +70,13 @@ class Line(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     image: Path | None = None
     video: Path | None = None
-    # (first chunk, prompt) pairs.
-    switches: tuple[tuple[Natural, str], ...] = ()
+    switches: Annotated[tuple[PromptSwitch, ...], BeforeValidator(_switches)] = ()
 
     @model_validator(mode="after")
     def _text(self) -> Line:
         if not self.prompt.strip():
             raise ValueError("the prompt is blank")
-        for prompt in (self.prompt, *(prompt for _, prompt in self.switches)):
+        for prompt in (self.prompt, *(switch.prompt for switch in self.switches)):
             # Text that no tokenizer accepts, such as undecodable bytes from a command line.
             if "\0" in prompt or not _encodable(prompt):
                 raise ValueError("the prompt contains a zero byte, or bytes that are not UTF-8")
@@ -51,16 +92,21 @@ class Job:
     seed: int
     image: Path | None = None
     video: Path | None = None
-    switches: tuple[tuple[int, str], ...] = ()
+    switches: tuple[PromptSwitch, ...] = ()
 
     @property
     def prompts(self) -> list[str]:
         """All prompts of the video."""
-        return [self.prompt, *(prompt for _, prompt in self.switches)]
+        return [self.prompt, *(switch.prompt for switch in self.switches)]
+
+    @property
+    def recaches(self) -> dict[int, SwitchMode]:
+        """The modes of the switches that recache, by chunk."""
+        return {s.chunk: s.mode for s in sorted(self.switches) if s.mode != "plain"}
 
     def prompt_at(self, chunk: int) -> str:
         """The prompt of a chunk."""
-        before = [text for first, text in sorted(self.switches) if first <= chunk]
+        before = [switch.prompt for switch in sorted(self.switches) if switch.chunk <= chunk]
         return before[-1] if before else self.prompt
 
     def record(self, config: SampleConfig) -> dict[str, Any]:
@@ -68,7 +114,7 @@ class Job:
         return {
             "prompt": self.prompt,
             "seed": self.seed,
-            "switches": [list(switch) for switch in self.switches],
+            "switches": [switch.record() for switch in self.switches],
             "prefix": None if self.prefix is None else str(self.prefix),
             "settings": config.settings(),
         }

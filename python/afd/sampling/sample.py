@@ -27,7 +27,7 @@ from afd.models.codec import Codec
 from afd.models.student import Student
 from afd.models.wan.kv_cache import KVCache, cache_bytes
 from afd.models.wan.network import CausalWan
-from afd.rollout import Layout, chunk_layout, counted_noise, stream, stream_layout
+from afd.rollout import Layout, Switch, chunk_layout, counted_noise, stream, stream_layout
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import Job, read_jobs
 from afd.video import read_comment, read_video
@@ -110,10 +110,11 @@ def make_videos(config: SampleConfig, jobs: list[Job], console: Console) -> Samp
         if job.prefix is not None and not job.prefix.is_file():
             named = "image" if job.image is not None else "video"
             raise ConfigError(f"{named}: got {job.prefix} for {job.name}; needed: a file")
-        for chunk, _ in job.switches:
-            if chunk >= len(layout(job)):
+        for switch in job.switches:
+            if switch.chunk >= len(layout(job)):
                 raise ConfigError(
-                    f"prompts: {job.name} switches at chunk {chunk}; it has {len(layout(job))}"
+                    f"prompts: {job.name} switches at chunk {switch.chunk}; it has "
+                    f"{len(layout(job))}"
                 )
     config = config.model_copy(update={"student": config.student.pinned()})
     todo = [job for job in jobs if not _finished(job, config)]
@@ -157,7 +158,13 @@ def _record(
         device=student.device,
         dtype=student.dtype,
     )
-    changes = sorted({chunk for job in batch for chunk, _ in job.switches})
+    changes = sorted({switch.chunk for job in batch for switch in job.switches})
+    switches = {
+        c: Switch(
+            pipeline.text([job.prompt_at(c) for job in batch]), batch[0].recaches.get(c, "plain")
+        )
+        for c in changes
+    }
     text_BLE = pipeline.text([job.prompt_at(0) for job in batch])
     chunks = stream(
         student,
@@ -167,7 +174,7 @@ def _record(
         denoising_steps=config.student.denoising_steps,
         first_chunk_steps=config.student.first_chunk_steps,
         prefix_BFCHW=prefix,
-        switches={c: pipeline.text([job.prompt_at(c) for job in batch]) for c in changes},
+        switches=switches,
         context_noise=config.student.context_noise,
         cache=pipeline.cache(text_BLE, frames),
     )
@@ -251,10 +258,11 @@ def _layout(config: SampleConfig, jobs: list[Job]) -> Callable[[Job], Layout]:
 
 
 def _batches(jobs: list[Job], config: SampleConfig) -> Iterator[list[Job]]:
-    """Batches of jobs with equal prefix lengths, which can be streamed together."""
-    groups: dict[int, list[Job]] = {}
+    """Batches of jobs that can be streamed together: equal prefix lengths and recaches."""
+    groups: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
-        groups.setdefault(_prefix_frames(config, job), []).append(job)
+        alike = _prefix_frames(config, job), *job.recaches.items()
+        groups.setdefault(alike, []).append(job)
     for group in groups.values():
         for first in range(0, len(group), config.batch):
             yield group[first : first + config.batch]
@@ -395,7 +403,8 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
     lines = [
         f"videos      {len(jobs)}, {config.batch} at a time",
         f"video       {config.frames} frames of {config.height}x{config.width}; "
-        f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes",
+        f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes"
+        + (f" and {len(job.recaches)} of a recache" if job.recaches else ""),
         f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB "
         f"{config.student.dtype}, {_sized_by(config)}",
         f"cache       {held.cache / gib:.3f} GiB: {held.kept_frames} frames and the prompt, "

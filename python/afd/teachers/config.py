@@ -145,6 +145,8 @@ class PromptsConfig(TeacherConfig):
 
     def missing(self, folder: Path) -> Iterator[str]:
         yield from missing_path("teacher.path", folder, "the file with a prompt on each line")
+        if folder.is_dir():
+            yield f"teacher.path: got {folder}, a directory; needed: a text file"
 
 
 def _is_file(folder: Path, name: str) -> bool:

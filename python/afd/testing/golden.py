@@ -279,7 +279,7 @@ def _compare_cache(report: Report, cache: KVCache, golden: Golden, tokens: int) 
 
 def _self_forcing(report: Report, golden: Golden, folder: Folder, name: str) -> None:
     if ("reference" in name) == ("detached" in name):
-        report.wrong.append("unknown: its name says neither 'reference' nor 'detached'")
+        report.wrong.append("unknown: its name contains neither 'reference' nor 'detached'")
         return
     net = folder.network()
     net.checkpoint_blocks = True

@@ -5,8 +5,9 @@ one line per file with the worst relative error and the tensor it was seen in. E
 an error is above float32's 1e-5 (values) or 1e-4 (gradients), where a file is of no known kind, or
 where weights do not fit; with 2 where there is nothing to run.
 
-A folder holds config.json, weights.safetensors and golden files; units.safetensors holds values of
-single functions.
+A folder holds config.json, weights.safetensors and golden files, of Self-Forcing or (config.json
+with the parts network, stream and files) of LongLive; or keys.json and golden files of the tiny
+autoencoder. units.safetensors holds values of single functions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from safetensors.torch import load_file
 
 from afd.ops import use_backend
 from afd.testing.golden import Folder, compare
+from afd.testing.longlive import PARTS, LongLiveFolder
 from afd.testing.measure import Report
+from afd.testing.tiny_vae import compare_tiny
 from afd.testing.units import compare_units
 from afd_kernels.dispatch import BACKENDS, OPS
 
@@ -47,16 +50,26 @@ def run_folder(
         # Other models have a config.json, too.
         if {"num_heads", "chunk", "text_len"} <= config.keys():
             yield from _student_folder(file.parent, path, config, device, dtype)
+        elif config.keys() >= PARTS and dtype != torch.bfloat16:
+            folder = LongLiveFolder(file.parent, config, device, dtype)
+            yield from folder.reports(_prefix(file.parent, path))
+    for keys in sorted(path.rglob("keys.json")):
+        if dtype != torch.bfloat16:
+            yield from compare_tiny(keys.parent, _prefix(keys.parent, path), device, dtype)
     for units in sorted(path.rglob("units.safetensors")):
         report = Report(units.relative_to(path).as_posix().removesuffix(".safetensors"))
         compare_units(report, load_file(units), device)
         yield report
 
 
+def _prefix(where: Path, root: Path) -> str:
+    return "" if where == root else f"{where.relative_to(root).as_posix()}/"
+
+
 def _student_folder(
     where: Path, root: Path, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Report]:
-    prefix = "" if where == root else f"{where.relative_to(root).as_posix()}/"
+    prefix = _prefix(where, root)
     if not (where / "weights.safetensors").is_file():
         yield Report(f"{prefix}weights", wrong=["no weights.safetensors beside config.json"])
         return

@@ -109,7 +109,7 @@ class Folder:
                     part.replace("{", "{{").replace("}", "}}") for part in text.split(prompt)
                 )
                 return f"{before}{{{FIELD}}}{after}"
-        raise ValueError("prompts.json: no prompt that stands once in its request")
+        raise ValueError("prompts.json: no prompt that occurs once in its request")
 
     def model(self, mode: str, lora: bool = True) -> VideoAlign:
         if (mode, lora) not in self._models:

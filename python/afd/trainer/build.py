@@ -19,13 +19,15 @@ from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.methods.sft import Sft
 from afd.models.codec import Codec
-from afd.models.policies import make_policies
+from afd.models.low_rank import joined, negated
+from afd.models.policies import PRETRAINED, REFERENCE, Released, make_policies
 from afd.models.sharding import shard_over
 from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.registry import find
 from afd.rewards.base import OnlineConfig, Term
 from afd.teachers.mix_config import MixConfig
+from afd.trainer.origin import Start, carry_on, start_of
 
 _log = logging.getLogger("afd")
 
@@ -37,7 +39,8 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     Raises ConfigError, naming the key, for incompatible parts, unsuitable files and missing
     packages.
     """
-    student, codec = build_student(config, ranks, prompts)
+    start = None if config.student.init is None else start_of(config.student, config.run_dir)
+    student, codec = build_student(config, ranks, prompts, start)
     discriminator = None
     if config.method in ("afd", "gan") and config.discriminator is not None:
         discriminator = build_discriminator(config, student, ranks, prompts)
@@ -45,7 +48,7 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
         if config.video.codec_match and discriminator.input_space == "latents":
             _log.info("video.codec_match has no effect: the discriminator's input is latents")
     rewards = build_rewards(config, student, discriminator, prompts)
-    return assemble(config, student, codec, discriminator, rewards, ranks)
+    return assemble(config, student, codec, discriminator, rewards, ranks, start)
 
 
 def _give_heads(config: RunConfig, discriminator: DifferentiableDiscriminator) -> None:
@@ -69,17 +72,21 @@ def assemble(
     discriminator: DifferentiableDiscriminator | None,
     rewards: Sequence[Term] = (),
     ranks: Ranks = ALONE,
+    start: Start | None = None,
 ) -> Method:
-    """Build the method of a run from its parts; `discriminator` is None if the method has none."""
+    """Build the method of a run from its parts; `discriminator` is None if the method has none, and
+    `start` if the student starts from its checkpoint alone."""
     section = config.student
     method: StudentOptimizerConfig = getattr(config, config.method)
+    names = frozen_versions(config)
     policies = make_policies(
         student,
-        method.versions,
+        (*(name for name in method.versions if name != REFERENCE), *names),
         trained=method.trained,
         lora=section.lora,
         seed=config.seed,
         shard=_sharding(config, student, ranks),
+        released=None if PRETRAINED not in names or start is None else _released(config, start),
     )
     shared: dict[str, Any] = {
         "denoising_steps": section.denoising_steps,
@@ -91,6 +98,8 @@ def assemble(
         "rollout_batch": section.rollout_batch,
         "seed": config.seed,
     }
+    if config.method != "dmd":
+        shared["replay"] = config.replay
     if config.method == "sft":
         return Sft(policies, config.sft, **shared)
     if config.method == "dmd":
@@ -103,6 +112,25 @@ def assemble(
     if isinstance(mix, MixConfig) and mix.mode == "ensemble" and discriminator is not None:
         shared["teachers"] = mix.weights_at
     return Afd(policies, discriminator, config.afd, watch=watch, rewards=rewards, **shared)
+
+
+def frozen_versions(config: RunConfig) -> list[str]:
+    """The frozen versions of the student that its prior and its replay need."""
+    method: StudentOptimizerConfig = getattr(config, config.method)
+    wanted = set(method.references) | ({"previous"} if config.replay.fraction else set())
+    found = []
+    if "previous" in wanted or (wanted and config.student.init is None):
+        found.append(REFERENCE)
+    if "pretrained" in wanted and config.student.init is not None:
+        found.append(PRETRAINED)
+    return found
+
+
+def _released(config: RunConfig, start: Start) -> Released:
+    """What leads from the start of a run back to the released weights."""
+    if start.changes is not None and config.student.lora is not None:
+        return negated(joined(start.changes))
+    return config.student.load_network().state_dict()
 
 
 def _watch(config: RunConfig, ranks: Ranks) -> Watch | None:
@@ -122,9 +150,15 @@ def _sharding(
 
 
 def build_student(
-    config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str] = ()
+    config: RunConfig,
+    ranks: Ranks = ALONE,
+    prompts: Sequence[str] = (),
+    start: Start | None = None,
 ) -> tuple[Student, Codec]:
-    """Build the student, able to encode `prompts`, and its codec to pixels."""
+    """Build the student, able to encode `prompts`, and its codec to pixels.
+
+    `start`: that of `student.init`, if it is loaded already.
+    """
     section = config.student
     with _config_errors("student"):
         check_size(config)
@@ -135,6 +169,9 @@ def build_student(
             store=Store.of(config.cache),
             ranks=ranks,
         )
+    if section.init is not None:
+        start = start or start_of(section, config.run_dir)
+        student.net.load_state_dict(start.network.state_dict())
     student.net.checkpoint_blocks = section.checkpoint_blocks
     return student.to(ranks.device), codec
 
@@ -156,9 +193,12 @@ def build_discriminator(
     """Build the configured discriminator, able to encode `prompts`."""
     assert config.discriminator is not None
     with _config_errors("discriminator"):
-        return config.discriminator.build(
+        discriminator = config.discriminator.build(
             student, config.video, prompts, seed=config.seed, ranks=ranks
         )
+        if config.discriminator.init is not None:
+            carry_on(discriminator, config.discriminator.init)
+    return discriminator
 
 
 def build_rewards(

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import afd
-from afd.config.run import differences
+from afd.config.run import FREE_KEYS, differences
 from afd.distributed import ALONE, Ranks
 from afd.errors import CheckpointError, ConfigError
 from afd.files import PARTIAL, naming, parse_json, remove, sha256_of, sync
@@ -131,8 +131,9 @@ def load(
     into: dict[str, Any] | None = None,
     only: str = "",
     ranks: Ranks = ALONE,
+    free_keys: Sequence[str] = FREE_KEYS,
 ) -> dict[str, Any]:
-    """Load the state in a checkpoint folder.
+    """Load the state in a checkpoint folder, of a configuration that may differ in `free_keys`.
 
     Tensors are read into the matching ones of `into`, and only those selected by `only`: see
     `shards.read`. Raises CheckpointError if the checkpoint is damaged or has another format,
@@ -148,7 +149,7 @@ def load(
             f"{FORMAT}; continue with the version that wrote it "
             f"({meta.get('written_by', 'unknown')}), or train again"
         )
-    wrong = differences(meta["config"], config)
+    wrong = differences(meta["config"], config, free_keys)
     if meta["method"] != method:
         wrong.insert(0, f"method: {meta['method']!r} there, {method!r} now")
     if wrong:

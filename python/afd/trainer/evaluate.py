@@ -18,9 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from afd.config.run import EvaluationConfig, RunConfig
+from afd.data.prompts import prompts_of
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
-from afd.files import read_text, write_bytes, write_text
+from afd.files import write_bytes, write_text
 from afd.methods.afd import Watch
 from afd.models.codec import Codec, Pixels
 from afd.models.config import StudentConfig
@@ -73,6 +74,13 @@ class Metrics(ABC):
     @staticmethod  # noqa: B027 - the default accepts any student
     def check(student: StudentConfig) -> None:
         """Raise ValueError if this student's videos cannot be measured."""
+
+    @staticmethod
+    def check_domain(key: str, domain: str | None) -> None:
+        """Raise ValueError, naming the section, for a domain that it does not have. Default: it has
+        none."""
+        if domain is not None:
+            raise ValueError(f"{key}.domain: got {domain}; needed: null, with this kind")
 
     @staticmethod
     def watch(config: EvaluationConfig, ranks: Ranks) -> Watch | None:
@@ -136,14 +144,38 @@ def evaluation_prompts(config: RunConfig, requests: Sequence[Request]) -> list[s
     if evaluation.prompts is None:
         found = list(dict.fromkeys(request.prompt for request in requests))
     else:
-        try:
-            text = read_text(evaluation.prompts)
-        except ValueError as error:
-            raise ConfigError(f"evaluation.prompts {evaluation.prompts}: {error}") from None
-        found = [line.strip() for line in text.split("\n") if line.strip()]
-    if not found:
-        raise ConfigError("evaluation.prompts: contains no prompt; needed: one a line")
+        found = prompts_of("evaluation.prompts", evaluation.prompts)
     return found[: max(evaluation.videos, evaluation.curve_videos)]
+
+
+def every_prompt(config: RunConfig, requests: Sequence[Request]) -> list[str]:
+    """The prompts of all held-out sets, in order, with those of a set once."""
+    each = [evaluation_prompts(one, requests) for one in each_set(config).values()]
+    return list(dict.fromkeys(prompt for prompts in each for prompt in prompts))
+
+
+def each_set(config: RunConfig) -> dict[str, RunConfig]:
+    """The configuration with each held-out set's settings by name (`EvaluationConfig.each`)."""
+    sets = config.evaluation.each()
+    return {name: config.model_copy(update={"evaluation": one}) for name, one in sets.items()}
+
+
+class Sets:
+    """Measures several held-out sets one after another; their metrics are named "set/metric"."""
+
+    def __init__(self, evaluators: dict[str, Evaluator]) -> None:
+        self._evaluators = evaluators
+
+    def __call__(self, policy: Student, count: int) -> Evaluation:
+        """Measure `count` videos of each set."""
+        found = {name: measure(policy, count) for name, measure in self._evaluators.items()}
+        return Evaluation(
+            {f"{name}/{key}": x for name, one in found.items() for key, x in one.metrics.items()},
+            torch.cat([one.pictures_BFHWC for one in found.values()]),
+            [prompt for one in found.values() for prompt in one.prompts],
+            [seed for one in found.values() for seed in one.seeds],
+            next(iter(found.values())).fps,
+        )
 
 
 def own_part(count: int, ranks: Ranks) -> list[int]:

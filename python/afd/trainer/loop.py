@@ -7,13 +7,12 @@ process computes its part of each update (afd.distributed); the main process wri
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -24,19 +23,19 @@ from rich.console import Console
 
 from afd import machine
 from afd.audit.start import warn_of_clips
-from afd.config.run import RunConfig, differences, load_config, plain
+from afd.config.run import RunConfig, differences, plain
 from afd.data.inputs import inputs_of, refuse_other_inputs
 from afd.data.sampler import Sampler
 from afd.distributed import ALONE, Ranks, join
-from afd.errors import ConfigError, StorageError, TeacherError, TrainingError, VideoError
+from afd.errors import StorageError, TeacherError, TrainingError, VideoError
 from afd.files import DISK, what_failed, write_json, write_text
 from afd.methods.base import Batch, Method, Shown
-from afd.teachers.base import Teacher
+from afd.teachers.base import Request, Teacher
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method
 from afd.trainer.evaluate import (
     Evaluation,
-    evaluation_prompts,
+    every_prompt,
     rolled,
     write_samples,
 )
@@ -44,20 +43,23 @@ from afd.trainer.logging import Timers, log_to, progress_bar
 from afd.trainer.metrics import Records
 from afd.trainer.mitigation import Mitigation, draw_weights
 from afd.trainer.parts import (
-    all_prompts,
-    evaluator,
+    build_evaluator,
     open_teacher,
     open_videos,
-    refuse_idle_processes,
+    prompts_asked,
+    replayed_prompts,
+    restore,
 )
 from afd.trainer.run_folder import (
-    CONFIG,
     DONE,
     RunFolder,
+    finished,
+    lengthen,
     refuse_another_run,
+    refuse_idle_processes,
     run_folder,
-    written_config,
 )
+from afd.trainer.run_folder import load_run as load_run
 from afd.trainer.side_by_side import write_side_by_side
 from afd.trainer.stop import stop_request
 from afd.video import to_uint8
@@ -91,16 +93,17 @@ def train(
     with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
         if ranks.main:
             refuse_another_run(out, config)
-        if ranks.same((out / DONE).exists()):
+        if ranks.same(finished(out, config.updates)):
             return Outcome.ALREADY_FINISHED
-        refuse_idle_processes(config, ranks)
+        refuse_idle_processes(config, ranks.world)
         console = console or Console(quiet=not ranks.main)
         with _home(config, console, ranks) as home:
+            lengthen(out, config.updates, ranks)
             if config.threads:
                 torch.set_num_threads(config.threads)
             checkpoint.seed_everything(config.seed)
             teacher = teacher or open_teacher(config, console, ranks)
-            method = method or build_method(config, ranks, all_prompts(config, teacher))
+            method = method or build_method(config, ranks, prompts_asked(config, teacher))
             trainer = Trainer(config, method, teacher, ranks, home)
             if ranks.main and trainer.update == 0 and config.teacher.gives_videos:
                 warn_of_clips(teacher, config.video)
@@ -155,45 +158,6 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         yield home
 
 
-def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load the configuration of the run in a folder; `overrides` may change only
-    config.FREE_KEYS."""
-    written_config(folder / CONFIG)
-    return load_config(folder / CONFIG, [*overrides, f"out={json.dumps(str(folder))}"])
-
-
-def evaluate_run(folder: Path, videos: int | None = None) -> Evaluation:
-    """Evaluate the newest checkpoint of a run on held-out seeds, without changing the folder."""
-    config = load_run(folder)
-    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
-        return _evaluate_newest(config, folder, videos, ranks)
-
-
-def _evaluate_newest(
-    config: RunConfig, folder: Path, videos: int | None, ranks: Ranks
-) -> Evaluation:
-    teacher = config.open_teacher()
-    method = build_method(config, ranks, all_prompts(config, teacher))
-    path = checkpoint.latest(folder / "checkpoints", ranks)
-    with closing(open_videos(config, method, teacher, ranks)) as clips:
-        evaluate = evaluator(config, method, teacher, clips, ranks)
-        if path is None or evaluate is None:
-            why = "has no checkpoint" if path is None else "has evaluation.kind=none"
-            raise ConfigError(f"run folder {folder}: {why}, nothing to evaluate")
-        restore(path, method, config, ranks)
-        with method.evaluation_policy() as policy:
-            return evaluate(policy, videos or config.evaluation.videos)
-
-
-def restore(path: Path, method: Method, config: RunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Restore a method from a checkpoint; returns the whole state."""
-    into = {"method_state": method.state_dict()}
-    how: dict[str, Any] = {"config": plain(config), "into": into, "ranks": ranks}
-    state = checkpoint.load(path, method=method.name, **how)
-    method.load_state_dict(state["method_state"])
-    return state
-
-
 class Trainer:
     """Runs the updates of one run and holds its state between them."""
 
@@ -214,8 +178,10 @@ class Trainer:
             units, config.seed, draw_weights(config, teacher, units, self.robust)
         )
         self.videos = open_videos(config, method, teacher, ranks)
-        self.evaluate = evaluator(config, method, teacher, self.videos, ranks)
-        self.inputs = inputs_of(method, evaluation_prompts(config, teacher.requests))
+        self.evaluate = build_evaluator(config, method, teacher, self.videos, ranks)
+        replayed = replayed_prompts(config)
+        self.replay = Sampler([Request(p) for p in replayed], config.seed) if replayed else None
+        self.inputs = inputs_of(method, every_prompt(config, teacher.requests), replayed)
         self.update = 0
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
@@ -309,7 +275,7 @@ class Trainer:
 
     def _next_batch(self) -> Batch:
         """This process's share of the update's prompts, with the teacher's videos."""
-        count = self.config.prompts_per_update
+        count = self.config.taught
         ahead = (self.config.updates - self.update - 1) * count
         own = self.ranks.share(count)
         if self._needs_teacher:
@@ -325,7 +291,7 @@ class Trainer:
         prompts = [request.prompt for request in mine[::each]]
         self.input_1FCHW = videos[:1]
         self.drawn = Counter(request.teacher for request in requests if request.teacher)
-        return Batch(
+        batch = Batch(
             self.update,
             prompts,
             videos,
@@ -335,6 +301,13 @@ class Trainer:
             clips=[self.numbers.get(request, 0) for request in mine],
             robust=None if self.robust is None else self.robust.robust,
         )
+        if self.replay is not None:
+            count = self.config.replayed
+            own = self.ranks.share(count)
+            prompts = [request.prompt for request in self.replay.draw(count)[own]]
+            nothing = torch.empty(len(prompts), 0)
+            batch.replay = Batch(self.update, prompts, nothing, first=own.start, total=count)
+        return batch
 
     def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
@@ -420,6 +393,7 @@ class Trainer:
             "method_state": self.method.state_dict(),
             "random": self.ranks.each(checkpoint.random_state()),
             "sampler": self.sampler.state_dict(),
+            "replay": None if self.replay is None else self.replay.state_dict(),
             "teacher": _state_of(self.teacher),
             "videos": self.videos.state_dict(),
             "robust": None if self.robust is None else self.robust.robust.state_dict(),
@@ -442,6 +416,9 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         accept = self.config.checkpoint.accept_changed_inputs
         refuse_other_inputs(state["inputs"], self.inputs, accept=accept)
+        key = "replay.prompts"
+        if self.replay is not None and state["inputs"].get(key) == self.inputs[key]:
+            self.replay.load_state_dict(state["replay"])
         self.videos.load_state_dict(state["videos"])
         checkpoint.set_random_state(state["random"], self.ranks.rank)
         self.update, self.elapsed_s, self.newest = state["update"], state["elapsed_s"], path

@@ -40,7 +40,7 @@ class Records:
 
     @property
     def evaluated(self) -> set[int]:
-        """Steps whose evaluation is already recorded."""
+        """Updates with a recorded evaluation."""
         return self._evaluations.updates
 
     def update(

@@ -133,7 +133,7 @@ def draw_weights(
         return None
 
     def weights(drawn: int) -> Sequence[float]:
-        update = drawn // config.prompts_per_update
+        update = drawn // config.taught
         usual = of_mix(update) if of_mix is not None else [1.0] * len(units)
         return usual if mitigation is None else mitigation.drawn(usual, units)
 

@@ -1,31 +1,32 @@
-"""Opens the parts of a run on its processes: teacher, videos, evaluation."""
+"""The parts that training and a later evaluation of a run share: teacher, prompts, metrics."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from afd.cache import Store
-from afd.config.run import RunConfig
+from afd.config.run import FREE_KEYS, RunConfig, plain
+from afd.data.prompts import prompts_of
 from afd.data.videos import Videos
 from afd.distributed import Ranks
-from afd.errors import ConfigError
 from afd.methods.base import Method
+from afd.models.codec import redecodes
 from afd.teachers.base import Teacher
-from afd.trainer.evaluate import Evaluator, evaluation_prompts, make_evaluator
-
-
-def refuse_idle_processes(config: RunConfig, ranks: Ranks) -> None:
-    prompts, world = config.prompts_per_update, ranks.world
-    if prompts < world:
-        raise ConfigError(f"prompts_per_update is {prompts}; {world} processes need one each")
-    # Every forward and backward pass of a sharded network involves all processes.
-    if config.parallel == "fsdp" and prompts % world:
-        raise ConfigError(
-            f"prompts_per_update is {prompts}; parallel=fsdp needs a multiple of {world} "
-            "(processes)"
-        )
+from afd.trainer import checkpoint
+from afd.trainer.evaluate import (
+    Evaluator,
+    Sets,
+    each_set,
+    evaluation_prompts,
+    every_prompt,
+    make_evaluator,
+)
 
 
 def open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
@@ -38,6 +39,7 @@ def open_teacher(config: RunConfig, console: Console, ranks: Ranks) -> Teacher:
 
 
 def open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Ranks) -> Videos:
+    latents = method.input_space == "latents" or redecodes(method.codec)
     return Videos(
         teacher,
         config.video,
@@ -45,7 +47,7 @@ def open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Rank
         prepare=method.prepare,
         codec=method.codec,
         # Pixels are not cached, so a run on pixels needs no cache folder.
-        store=Store.of(config.cache) if method.input_space == "latents" else None,
+        store=Store.of(config.cache) if latents else None,
         ranks=ranks,
         accept=config.checkpoint.accept_changed_inputs,
     )
@@ -56,21 +58,49 @@ def _clips(videos: Videos, teacher: Teacher) -> Tensor:
     return torch.stack([videos.clip(request) for request in teacher.requests])
 
 
-def all_prompts(config: RunConfig, teacher: Teacher) -> list[str]:
+def prompts_asked(config: RunConfig, teacher: Teacher) -> list[str]:
     """All prompts that the run will embed."""
     asked = [request.prompt for request in teacher.requests]
-    return list(dict.fromkeys([*asked, *evaluation_prompts(config, teacher.requests)]))
+    held_out = every_prompt(config, teacher.requests)
+    return list(dict.fromkeys([*asked, *held_out, *replayed_prompts(config)]))
 
 
-def evaluator(
+def replayed_prompts(config: RunConfig) -> list[str]:
+    """The prompts that a run replays; empty without replay."""
+    path = config.replay.prompts
+    return prompts_of("replay.prompts", path) if config.replay.fraction and path else []
+
+
+def build_evaluator(
     config: RunConfig, method: Method, teacher: Teacher, videos: Videos, ranks: Ranks
 ) -> Evaluator | None:
-    return make_evaluator(
-        config,
-        lambda: _clips(videos, teacher),
-        codec=method.codec,
-        discriminator=getattr(method, "discriminator", None),
-        prompts=evaluation_prompts(config, teacher.requests),
-        ranks=ranks,
-        rewards=getattr(method, "terms", ()),
-    )
+    found: dict[str, Evaluator] = {}
+    for name, one in each_set(config).items():
+        evaluator = make_evaluator(
+            one,
+            lambda: _clips(videos, teacher),
+            codec=method.codec,
+            discriminator=getattr(method, "discriminator", None),
+            prompts=evaluation_prompts(one, teacher.requests),
+            ranks=ranks,
+            rewards=getattr(method, "terms", ()),
+        )
+        if evaluator is not None:
+            found[name] = evaluator
+    return Sets(found) if found.keys() - {""} else found.get("")
+
+
+def restore(
+    path: Path,
+    method: Method,
+    config: RunConfig,
+    ranks: Ranks,
+    free_keys: Sequence[str] = FREE_KEYS,
+) -> dict[str, Any]:
+    """Restore a method from a checkpoint; returns the whole state."""
+    into = {"method_state": method.state_dict()}
+    how: dict[str, Any] = {"config": plain(config), "into": into, "ranks": ranks}
+    how["free_keys"] = free_keys
+    state = checkpoint.load(path, method=method.name, **how)
+    method.load_state_dict(state["method_state"])
+    return state

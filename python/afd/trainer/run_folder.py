@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -9,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from afd.config.run import RunConfig, differences, plain, read_yaml, to_yaml
+from afd.config.run import RunConfig, differences, load_config, plain, read_yaml, to_yaml
+from afd.distributed import Ranks
 from afd.errors import ConfigError, LockedError, StorageError, TrainingError
-from afd.files import locked, refuse_odd, write_text
+from afd.files import locked, refuse_odd, remove, write_text
 
 CONFIG, DONE, LOCK = "config.yaml", "DONE", ".lock"
 _log = logging.getLogger("afd")
@@ -84,8 +86,8 @@ def run_folder(config: RunConfig) -> Iterator[RunFolder]:
 
 
 def refuse_another_run(out: Path, config: RunConfig) -> None:
-    """Raise ConfigError if the folder holds a run of another configuration, or a finished run with
-    another number of updates.
+    """Raise ConfigError if the folder holds a run of another configuration, or a finished run of
+    more updates.
 
     A folder without any metrics or checkpoint is free to use. If config.yaml is damaged, the
     configuration in the checkpoint is compared instead, when the checkpoint is loaded.
@@ -103,11 +105,61 @@ def refuse_another_run(out: Path, config: RunConfig) -> None:
         return
     now = plain(config)
     wrong = differences(there, now)
-    if (out / DONE).exists() and there["updates"] != now["updates"]:
-        wrong.append(f"updates: {there['updates']} there (finished), {now['updates']} now")
+    done = _done(out)
+    if done is not None and done > now["updates"]:
+        wrong.append(f"updates: {done} there (finished), {now['updates']} now")
     if wrong:
         listed = "\n".join(f"  {line}" for line in wrong)
         raise ConfigError(f"run folder {out}: contains another run:\n{listed}\nchoose another out=")
+
+
+def finished(out: Path, updates: int) -> bool:
+    """Whether the folder's run has finished with at least this many updates. One with fewer is
+    lengthened."""
+    if not (out / DONE).exists():
+        return False
+    done = _done(out)
+    return done is None or done >= updates
+
+
+def lengthen(out: Path, updates: int, ranks: Ranks) -> None:
+    """Make a finished run of fewer updates an unfinished one. Every process must call this."""
+    if ranks.main and (out / DONE).exists():
+        _log.info("lengthened: %s updates are done, %d now", _done(out), updates)
+        remove(out / DONE)
+    ranks.barrier()
+
+
+def _done(out: Path) -> int | None:
+    """Updates of a finished run; None if it is unfinished, or no run of updates."""
+    try:
+        count = (out / DONE).read_text(encoding="utf-8").partition(" updates")[0]
+    except (OSError, ValueError):
+        return None
+    return int(count) if count.isdecimal() else None
+
+
+def refuse_idle_processes(config: RunConfig, world: int) -> None:
+    """Raise ConfigError if `world` processes cannot share the prompts of an update."""
+    counts = {"prompts_per_update is": config.taught}
+    if config.replayed:
+        counts = {"replay.fraction: prompts with a teacher are": config.taught}
+        counts["replay.fraction: replayed prompts are"] = config.replayed
+    for what, prompts in counts.items():
+        if prompts < world:
+            raise ConfigError(f"{what} {prompts}; {world} processes need one each")
+        # Every forward and backward pass of a sharded network involves all processes.
+        if config.parallel == "fsdp" and prompts % world:
+            raise ConfigError(
+                f"{what} {prompts}; parallel=fsdp needs a multiple of {world} (processes)"
+            )
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load the configuration of the run in a folder; `overrides` may change only
+    config.FREE_KEYS."""
+    written_config(folder / CONFIG)
+    return load_config(folder / CONFIG, [*overrides, f"out={json.dumps(str(folder))}"])
 
 
 def written_config(path: Path) -> dict[str, Any]:

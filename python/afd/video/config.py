@@ -41,6 +41,12 @@ class VideoConfig(Section):
         default=14_400.0, description="a clip that is read to beyond this time is refused"
     )
 
+    decoder: Literal["tiny"] | None = Field(
+        default=None,
+        description="tiny: what scores pixels sees the student's and the teacher's latents, both "
+        "decoded by student.tiny_vae; null: the student's, decoded by its autoencoder, and the "
+        "teacher's clips",
+    )
     codec_match: bool = Field(
         default=False,
         description="if the discriminator reads pixels: encode the student's videos with the h264 "

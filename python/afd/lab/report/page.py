@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from afd.config.run import flatten
 from afd.files import write_bytes
-from afd.lab.report import charts, headline, metrics, phase_times, video_page
+from afd.lab.report import charts, headline, metrics, phase_times, sequence_page, video_page
 from afd.lab.report.clips import clip_table
 from afd.lab.report.run_files import LABELS, Part, read_parts, runs
 
@@ -39,8 +39,12 @@ def write_report(run_dir: Path) -> Path:
     )
     environment.filters |= {"number": metrics.number, "duration": phase_times.duration}
     environment.filters["phase_color"] = phase_times.phase_color
-    template = "video.html" if video_page.is_video_run(run_dir) else "toy.html"
-    html = environment.get_template(template).render(_page(run_dir, template))
+    if sequence_page.is_sequence(run_dir):
+        page = sequence_page.sequence_page(run_dir)
+        html = environment.get_template("sequence.html").render(page)
+    else:
+        template = "video.html" if video_page.is_video_run(run_dir) else "toy.html"
+        html = environment.get_template(template).render(_page(run_dir, template))
     path = run_dir / "report.html"
     # File names may contain bytes that do not decode.
     write_bytes(path, html.encode("utf-8", "backslashreplace"))

@@ -1,6 +1,6 @@
 """One transformer block of the causal Wan network, and the head, on the fused ops.
 
-The residual addition is deferred: (x, branch, gate) stands for x + gate·branch, so that the
+The residual addition is deferred: (x, branch, gate) represents x + gate·branch, so that the
 addition, the next norm and its modulation are one fused pass (`ops.adaln`).
 Shape letters: B batch, F frames, L tokens, D model width, h heads, d head channels.
 """

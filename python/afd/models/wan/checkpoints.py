@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -109,20 +109,24 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     head_dim: int | None = None,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     **settings: Any,
 ) -> CausalWan:
     """Load a network from a checkpoint, with its sizes inferred from the weights.
 
     `ema`: from a `.pt` file, True takes generator_ema, False generator (or model); None prefers the
     average. `dtype`: None keeps the file's. `head_dim`: None takes that of config.json, or 128 if
-    absent. `settings`: fields of WanConfig that files do not store (chunk, window, sink,
-    independent_first_frame, text_len). Weights are read from disk once, directly into the network:
-    there is never a second copy in memory, and the file may be replaced afterwards.
+    absent. `change`: applied to the weights read, to merge adapters. `settings`: fields of
+    WanConfig that files do not store (chunk, window, sink, independent_first_frame, text_len).
+    Weights are read from disk once, directly into the network: there is never a second copy in
+    memory, and the file may be replaced afterwards.
 
     Raises FileNotFoundError for an unknown path, ValueError for an unsuitable file; names and
     shapes must match exactly, and the error lists what is missing, extra or misshaped.
     """
     weights, written = read_weights(path, ema=ema)
+    if change is not None:
+        weights = change(weights)
     config = replace(infer_config(weights, written, head_dim=head_dim), **settings)
     with torch.device("meta"):
         network = CausalWan(config)

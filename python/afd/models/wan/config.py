@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from afd.config.base import Count, Positive
-from afd.hub import missing_source, pinned
+from afd.hub import fingerprint, missing_path, missing_source, pinned
 from afd.models.config import Dtype, LoraConfig, StudentConfig
 from afd.registry import load
 from afd.schedules import ShiftedFlow, check_steps
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from afd.video.config import VideoConfig
 
 
+# `vae` for the tiny autoencoder.
+TINY = "tiny"
 # Parts that may come from a source other than `pretrained`, and their folders in it.
 PARTS = {"text_encoder": ("text_encoder", "tokenizer"), "vae": ("vae",)}
 
@@ -33,7 +35,7 @@ class WanStudentConfig(StudentConfig):
 
     scale: ClassVar[tuple[int, int]] = (4, 8)
 
-    kind: Literal["wan"] = Field(description="a Self-Forcing or Causal-Forcing student")
+    kind: Literal["wan"] = Field(description="a Self-Forcing, Causal-Forcing or LongLive student")
     checkpoint: str | None = Field(
         default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
     )
@@ -56,8 +58,16 @@ class WanStudentConfig(StudentConfig):
         description="weights of a .pt file; true: generator_ema, false: generator, null: "
         "generator_ema if present",
     )
+    adapter: str | None = Field(
+        default=None,
+        description="low-rank adapter file or PEFT folder merged into the weights, as LongLive's",
+    )
+    adapter_alpha: Positive | None = Field(
+        default=None,
+        description="alpha of `adapter`; null: as its folder's adapter_config.json says",
+    )
     head_dim: Count | None = Field(
-        default=None, description="channels of a head; null: as config.json says, else 128"
+        default=None, description="channels of a head; null: from config.json, else 128"
     )
     pretrained: str = Field(
         default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -67,7 +77,14 @@ class WanStudentConfig(StudentConfig):
     tokenizer: str | None = Field(
         default=None, description="folder of the tokenizer; null: that of the text encoder"
     )
-    vae: str | None = Field(default=None, description="another source; null: pretrained")
+    vae: str | None = Field(
+        default=None, description="another source; tiny: tiny_vae; null: pretrained"
+    )
+    tiny_vae: str | None = Field(
+        default=None,
+        description="TAEHV's file for Wan2.1 (taew2_1.safetensors or .pth), for vae=tiny and "
+        "video.decoder=tiny",
+    )
     text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
     chunk: Count = Field(default=3, description="latent frames denoised together; 1: framewise")
     denoising_steps: list[float] = Field(
@@ -85,6 +102,8 @@ class WanStudentConfig(StudentConfig):
             if steps is not None:
                 check_steps(steps, first=1000)
                 ShiftedFlow(self.shift).warp(steps)
+        if self.vae == TINY and self.tiny_vae is None:
+            raise ValueError("tiny_vae: got null; needed: TAEHV's file, as vae=tiny")
         return self
 
     def build(self, *given: Any, **options: Any) -> tuple[Student, Codec]:
@@ -112,6 +131,8 @@ class WanStudentConfig(StudentConfig):
     def check_video(self, video: VideoConfig) -> None:
         time, space = self.scale
         height, width, frames = video.height, video.width, video.frames
+        if video.decoder == TINY and self.tiny_vae is None:
+            raise ValueError("video.decoder: got tiny; needed with it: student.tiny_vae")
         # A token spans two latent pixels per side.
         if height % (2 * space) or width % (2 * space):
             raise ValueError(
@@ -132,7 +153,20 @@ class WanStudentConfig(StudentConfig):
 
     def with_weights(self, path: Path) -> Self:
         # A folder holds one network; `ema` only chooses between the two of a .pt file.
-        return self.model_copy(update={"checkpoint": str(path), "ema": None})
+        merged = {"adapter": None, "adapter_alpha": None}
+        return self.model_copy(update={"checkpoint": str(path), "ema": None, **merged})
+
+    def fingerprint(self) -> str:
+        """Changes with any file of weights: checkpoint, adapter, tiny autoencoder."""
+        parts = [super().fingerprint()]
+        files = [self.adapter, self.tiny_vae if self.vae == TINY else None]
+        parts += [fingerprint(Path(file)) for file in files if file is not None]
+        return "+".join(parts)
+
+    def missing_weights(self) -> Iterator[str]:
+        yield from super().missing_weights()
+        if self.adapter is not None:
+            yield from missing_path("student.adapter", self.adapter, "the adapter to merge")
 
     def pinned(self) -> Self:
         from_pipeline: tuple[str, ...] = ()
@@ -148,6 +182,9 @@ class WanStudentConfig(StudentConfig):
         return self.model_copy(update=update)
 
     def missing(self) -> Iterator[str]:
-        yield from self.missing_weights()
+        yield from super().missing()
         yield from missing_source("student.text_encoder", self.text_encoder or self.pretrained)
-        yield from missing_source("student.vae", self.vae or self.pretrained)
+        if self.tiny_vae is not None:
+            yield from missing_path("student.tiny_vae", self.tiny_vae, "the tiny autoencoder")
+        if self.vae != TINY:
+            yield from missing_source("student.vae", self.vae or self.pretrained)

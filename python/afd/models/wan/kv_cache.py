@@ -33,7 +33,8 @@ class KVCache:
     already rotated to their absolute position and softmax ignores order, so nothing is ever moved.
     A chunk's denoising steps and its context pass write the same slots; later chunks attend to the
     last write. Slots are host integers and the position is also a device tensor: a stream never
-    synchronises, and a captured graph replays at any position.
+    synchronises, and a captured graph replays at any position. When a switch of the prompt replaces
+    the sink, slots are counted from its first frame, `base`.
 
     Attributes:
         self_kv: per layer keys and values, each [B, S, h, d].
@@ -43,8 +44,9 @@ class KVCache:
         limit: most frames the stream may have; None if the ring overwrites old frames and the
             stream may continue.
         sink: initial frames that are always kept.
-        position: int64 [1] on the device, the absolute frame at which the current chunk starts.
-        start, end: the current chunk's frames [start, end) as host integers.
+        base: absolute frame held by slot 0: 0 until `recache` replaces the sink.
+        position: int64 [1] on the device, the frame after `base` at which the current pass starts.
+        start, end: the current pass's frames [start, end) as host integers, absolute.
     """
 
     def __init__(
@@ -93,9 +95,9 @@ class KVCache:
         ]
         self.cross_kv = cross_kv
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
-        self.start = self.end = 0
+        self.start = self.end = self.base = 0
         self._ropes: dict[int, Tensor] = {}
-        self._roped: tuple[int, int] | None = None
+        self._roped: tuple[int, int, int] | None = None
         self._times: dict[int, tuple[Tensor, int, TimeTable]] = {}
 
     # --- slots ---
@@ -108,7 +110,7 @@ class KVCache:
     @property
     def valid_frames(self) -> int:
         """Frames held, including the current chunk; they fill the slots from 0."""
-        return min(self.end, self.frames)
+        return min(self.end - self.base, self.frames)
 
     @property
     def valid(self) -> int:
@@ -117,12 +119,13 @@ class KVCache:
 
     def slot(self, frame: int) -> int:
         """Frame slot of an absolute frame index."""
-        return frame if frame < self.sink else self.sink + (frame - self.sink) % self.ring
+        after = frame - self.base
+        return after if after < self.sink else self.sink + (after - self.sink) % self.ring
 
     def held(self) -> list[int]:
         """Absolute indices of the frames held, ascending: the sink and the most recent ones."""
-        sunk = list(range(min(self.sink, self.end)))
-        return sunk + list(range(max(len(sunk), self.end - self.ring), self.end))
+        sunk = list(range(self.base, min(self.base + self.sink, self.end)))
+        return sunk + list(range(max(self.base + len(sunk), self.end - self.ring), self.end))
 
     @property
     def bytes(self) -> int:
@@ -165,14 +168,45 @@ class KVCache:
             start,
             f"the current chunk or the next one: the ring of {self.ring} frames has turned",
         )
-        self.start, self.end = start, end
-        if self._roped != (start, frames):
-            self.position.fill_(start)
+        self._move(start, end, 0 if start == 0 else self.base)
+
+    def recache(self, *, new_sink: bool = False) -> range:
+        """Begin the pass that encodes cached frames again after a switch; returns those frames.
+
+        The pass takes their clean latents, at their absolute positions, and overwrites their slots.
+        While the stream fits the window these are all frames. Later they are the frames behind the
+        sink, which is kept and attended to; with `new_sink` they are the newest `frames` frames, of
+        which the first `sink` ones become the sink.
+
+        Raises:
+            ValueError: if the cache is empty.
+        """
+        end = self.end
+        require(end > 0, "recache", "an empty cache", "at least one finished chunk")
+        whole = new_sink or end <= self.frames
+        first = max(0, end - self.frames) if whole else end - self.ring
+        self._move(first, end, first if whole else self.base)
+        return range(first, end)
+
+    @property
+    def append_sink(self) -> int:
+        """The sink that the current pass writes with.
+
+        A pass longer than the ring begins at slot 0 and fits the window: frame i goes to slot i,
+        as without a sink.
+        """
+        return self.sink if self.end - self.start <= self.ring else 0
+
+    def _move(self, start: int, end: int, base: int) -> None:
+        self.start, self.end, self.base = start, end, base
+        frames = end - start
+        if self._roped != (start, frames, base):
+            self.position.fill_(start - base)
             table = self._rope_table(frames)
             kept = self._ropes.setdefault(frames, table)
             if kept is not table:
                 kept.copy_(table)
-            self._roped = (start, frames)
+            self._roped = (start, frames, base)
 
     def rope(self, frames: int) -> Tensor:
         """Rotary table of the current chunk, fp32 [1, frames·T, d/2, 2], at a fixed address.
@@ -182,7 +216,9 @@ class KVCache:
         return self._ropes[frames]
 
     def _rope_table(self, frames: int) -> Tensor:
-        frame_F = self.position + torch.arange(frames, device=self.position.device)
+        frame_F = self.position + torch.arange(
+            self.base, self.base + frames, device=self.position.device
+        )
         return rope_table(self.self_kv[0][0].shape[-1], frame_F, self.rows, self.cols)
 
     def view(self, layer: int) -> LayerKV:
@@ -215,7 +251,7 @@ class KVCache:
 
         Also drops cached values that depend on the weights: call it when they have changed.
         """
-        self.start = self.end = 0
+        self.start = self.end = self.base = 0
         self._roped = None
         self._times.clear()
         if cross_kv is not None:

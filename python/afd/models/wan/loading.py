@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +23,19 @@ from afd.errors import ConfigError
 from afd.extras import need
 from afd.models.config import DTYPES
 from afd.models.wan.checkpoints import infer_config, load_checkpoint, read_weights, save_diffusers
-from afd.models.wan.config import WanStudentConfig
+from afd.models.wan.config import TINY, WanStudentConfig
+from afd.models.wan.lora import merge_lora
 from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
 from afd.models.wan.text import TextEncoder
+from afd.models.wan.tiny_vae import LAYOUTS as TINY_LAYOUTS
+from afd.models.wan.tiny_vae import TinyDecoded, TinyVAE
 from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
 from afd.schedules import ShiftedFlow
 
 if TYPE_CHECKING:
+    from afd.models.codec import Codec
     from afd.video.config import VideoConfig
 
 _log = logging.getLogger("afd")
@@ -125,7 +130,7 @@ def build(
     device: torch.device | str = "cpu",
     store: Store | None = None,
     ranks: Ranks = ALONE,
-) -> tuple[WanStudent, VideoVAE]:
+) -> tuple[WanStudent, Codec]:
     """Build the frozen student of a checkpoint and its autoencoder, with `prompts` embedded.
 
     Args:
@@ -146,14 +151,7 @@ def build(
         texts.embed(prompts)
     ranks.barrier()
     texts.embed(prompts)
-    net = load_checkpoint(
-        path,
-        ema=config.ema,
-        dtype=DTYPES[config.dtype],
-        device=device,
-        head_dim=config.head_dim,
-        **config.network,
-    )
+    net = _load(config, path, DTYPES[config.dtype], device)
     height, width = config.latent_size(video.height, video.width)
     student = WanStudent(
         net.requires_grad_(False),
@@ -163,10 +161,25 @@ def build(
         schedule=ShiftedFlow(config.shift),
         encoder=texts,
     )
-    codec = VideoVAE.load(
-        config.vae or config.pretrained, dtype=DTYPES[config.vae_dtype], device=device
-    )
-    return student, codec
+    return student, _codec(config, video, device)
+
+
+def _codec(config: WanStudentConfig, video: VideoConfig, device: torch.device | str) -> Codec:
+    """The autoencoder, or the tiny one, or both: the one's encoder and the other's decoder."""
+    dtype, tiny = DTYPES[config.vae_dtype], None
+    if TINY in (config.vae, video.decoder):
+        if config.tiny_vae is None:
+            raise ConfigError(f"student.tiny_vae: not given; needed: {TINY_LAYOUTS}")
+        tiny = TinyVAE.load(config.tiny_vae, dtype=dtype, device=device)
+        if tiny.scale != config.scale:
+            raise ConfigError(
+                f"student.tiny_vae: {config.tiny_vae} has {tiny.scale[0]} frames and "
+                f"{tiny.scale[1]} pixels a latent; needed: {config.scale[0]} and {config.scale[1]}"
+            )
+        if config.vae == TINY:
+            return tiny
+    vae = VideoVAE.load(config.vae or config.pretrained, dtype=dtype, device=device)
+    return vae if tiny is None else TinyDecoded(vae, tiny)
 
 
 def sizes(config: WanStudentConfig) -> WanConfig:
@@ -180,11 +193,22 @@ def sizes(config: WanStudentConfig) -> WanConfig:
 
 def load_network(config: WanStudentConfig) -> CausalWan:
     """Load the network with the start weights, in float32."""
+    return _load(config, _checkpoint(config), torch.float32, "cpu")
+
+
+def _load(
+    config: WanStudentConfig, path: Path, dtype: torch.dtype, device: torch.device | str
+) -> CausalWan:
+    """The network of a checkpoint, with the adapter file merged, if there is one."""
+    adapter, alpha = config.adapter, config.adapter_alpha
+    merge = None if adapter is None else partial(merge_lora, path=adapter, alpha=alpha)
     return load_checkpoint(
-        _checkpoint(config),
+        path,
         ema=config.ema,
-        dtype=torch.float32,
+        dtype=dtype,
+        device=device,
         head_dim=config.head_dim,
+        change=merge,
         **config.network,
     )
 

@@ -209,7 +209,7 @@ class CausalWan(nn.Module):
                 *how.cache.self_kv[i],
                 how.cache.position,
                 tokens_per_frame=how.cache.tokens_per_frame,
-                sink_frames=how.cache.sink,
+                sink_frames=how.cache.append_sink,
                 eps=EPS,
             )
             k, v = how.cache.view(i)
@@ -399,6 +399,36 @@ class CausalWan(nn.Module):
         """
         cache.seek(start_frame, x_BFCHW.shape[1])
         return self.streamed(x_BFCHW, self.streaming_times(t_BF, cache), cache, context_only)
+
+    def recache(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        cache: KVCache,
+        *,
+        new_sink: bool = False,
+        context_only: bool = True,
+    ) -> Tensor | None:
+        """Encode cached frames again under the cache's present prompt (LongLive's KV recache).
+
+        One pass over the frames that `KVCache.recache` returns, at their absolute positions, with
+        full attention among them and to the kept sink. Source: LongLive (arXiv 2509.22622) and its
+        released code.
+
+        Args:
+            x_BFCHW: the newest clean frames; the last ones are taken, as many as the pass needs.
+            t_BF: the context's time, [1, 1].
+            new_sink: replace the sink too, by the oldest frames of the window.
+            context_only: only update the cache; otherwise also return the prediction.
+
+        Raises:
+            ValueError: if `x_BFCHW` holds too few frames or the cache is empty.
+        """
+        frames = cache.recache(new_sink=new_sink)
+        first = x_BFCHW.shape[1] - len(frames)
+        require(first >= 0, "x", x_BFCHW, f"the newest {len(frames)} frames")
+        times = self.streaming_times(t_BF, cache)
+        return self.streamed(x_BFCHW[:, first:], times, cache, context_only)
 
     @torch.no_grad()
     def streaming_times(self, t_BF: Tensor, cache: KVCache) -> TimeTable:

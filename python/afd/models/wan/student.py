@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from afd.models.noise import Layout, NoiseSource, counted_noise
+from afd.models.noise import EndlessLayout, Layout, NoiseSource, counted_noise
 from afd.models.student import Level, Student
 from afd.models.wan.network import CausalWan
 from afd.schedules import ShiftedFlow, check_steps
@@ -78,7 +78,7 @@ class WanStudent(Student):
         return [level.sigma for level in self.levels(steps)]
 
     def noise_source(
-        self, seeds: Sequence[int] | Tensor, layout: Layout, draws: int
+        self, seeds: Sequence[int] | Tensor, layout: Layout | EndlessLayout, draws: int
     ) -> NoiseSource:
         """Counter-based noise of (seed, chunk, step), generated on the student's device."""
         return counted_noise(

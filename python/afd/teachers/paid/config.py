@@ -28,7 +28,7 @@ class ApiConfig(Section):
         default=None,
         description="file of prompts: .txt one a line, .jsonl or .csv with the field prompt",
     )
-    draws: Count = Field(default=1, description="videos per prompt, each with a seed of its own")
+    draws: Count = Field(default=1, description="videos per prompt, each with its own seed")
     options: dict[str, Any] = Field(
         default={},
         description="further fields of the request, with the provider's names, such as "

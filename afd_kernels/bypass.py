@@ -38,7 +38,7 @@ _trace = torch._C._get_tracing_state
 _profiles = torch._C._autograd._profiler_enabled
 
 
-def shorten(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
+def bypass_dispatcher(op: Any, run: Callable[..., Any], place: int) -> Callable[..., Any]:
     """Wrap `op` so that plain calls use `run`. Argument `place` is a tensor in every call."""
     allowed = [_TYPES[str(x.type)] for x in op._schema.arguments]
     # The tensors come first in every schema.
