@@ -445,11 +445,11 @@ def _teacher(options: argparse.Namespace) -> int:
     from afd.teachers.paid import command
 
     config = load_config(options.config, options.overrides)
+    teachers = command.buyers(config)
+    if options.verb == "status":
+        return command.status(teachers, _console(), as_json=options.json)
     codes = []
-    for one in command.paid_configs(config):
-        if options.verb == "status":
-            codes.append(command.status(one, _console(), as_json=options.json))
-            continue
+    for one in teachers:
         whole = command.fetch(one, _console())
         codes.append(STOPPED if whole is None else DONE if whole else FAILED)
         if whole is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from afd.audit import checks
-from afd.audit.audit import Audit, audit, read_trust
+from afd.audit.audit import SCORED, Audit, audit, read_trust
 from afd.audit.clip import Clip, of_tensor, read
 from afd.audit.probe import auc, balance, separability, statistics
 from afd.audit.scored import prompt_mismatch, worse_than_student
 from afd.cli import MISTAKE, main
 from afd.errors import ConfigError
-from afd.lab.simulator import ATTRIBUTES, attribute_table, sample_videos
+from afd.lab.detection import detection
+from afd.lab.physics import measure_each
+from afd.lab.simulator import ATTRIBUTES, Attributes, attribute_table, sample_videos
 from afd.video import write_video
 
 CLIPS = 40
@@ -31,12 +33,12 @@ def ball(seed: int = 0, style: str = "nuis", count: int = CLIPS) -> Tensor:
     return sample_videos(attribute_table(prompts), "target", style, generator)[0]
 
 
-def clips(videos: Tensor) -> list[Clip]:
+def clips(videos: Iterable[Tensor]) -> list[Clip]:
     return [of_tensor(video, str(i % 36), f"{i}.mp4", 8.0) for i, video in enumerate(videos)]
 
 
 def faulty(number: int, make: Callable[[Tensor], Tensor]) -> Audit:
-    videos = ball()
+    videos = list(ball())
     videos[number] = make(videos[number].clone())
     return audit(clips(videos))
 
@@ -72,6 +74,7 @@ def dark(frames: int) -> Callable[[Tensor], Tensor]:
 
 
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "short": lambda video: video[:9],
     "frozen": still_share(12),
     "black": dark(12),
     "cut": cut_to_white,
@@ -98,6 +101,7 @@ def test_a_fault_is_found_in_the_clip_that_has_it_alone(name: str) -> None:
         ("black", dark(2)),  # fades in
         ("cut", lambda video: video + torch.linspace(-0.4, 0.4, 12).view(12, 1, 1, 1)),
         ("letterbox", lambda video: video.clamp_min(-0.5)),
+        ("short", lambda video: video[:11]),
     ],
 )
 def test_a_clean_clip_near_the_limit_is_not_reported(
@@ -135,6 +139,30 @@ def test_a_mark_is_found_in_few_clips_and_in_all(style: str) -> None:
     assert everywhere.common > 1
     assert any("in most clips" in line for line in everywhere.sentences())
     assert audit(clips(ball(style=style))).common == 0
+
+
+@pytest.mark.parametrize("style", ["clean", "nuis"])
+def test_a_mark_of_four_cells_is_not_reported(style: str) -> None:
+    videos = ball(style=style)
+    videos[[5, 17], :, :, 1:3, 12:14] = 0.8
+    found = audit(clips(videos))
+    assert min(found.values["overlay"][i] for i in (5, 17)) >= 3
+    assert not any(name == "overlay" for i in range(CLIPS) for name, _ in found.findings(i))
+
+
+def test_black_clips_and_duplicates_are_told_from_the_others() -> None:
+    videos, draw = ball(count=72), torch.Generator().manual_seed(5)
+    faults = dict.fromkeys((f"{i}.mp4" for i in range(72)), "")
+    for i in range(0, 12, 2):  # dim sensor noise instead of a picture
+        videos[i] = (-1 + 0.02 * torch.randn(videos[i].shape, generator=draw)).clamp_min(-1)
+        faults[f"{i}.mp4"] = "black"
+    for i in range(20, 32, 2):  # the same clip, encoded once more
+        videos[i + 1] = videos[i] + 0.004 * torch.randn(videos[i].shape, generator=draw)
+        faults[f"{i}.mp4"] = faults[f"{i + 1}.mp4"] = "duplicate"
+    found = detection(audit(clips(videos)).plain(), faults)
+    assert found["black"]["black"] >= 0.99
+    assert found["duplicate"]["duplicate"] >= 0.99
+    assert min(found[fault]["trust"] for fault in found) >= 0.9
 
 
 def test_files_that_cannot_be_read_or_are_short_are_found(tmp_path: Path) -> None:
@@ -183,33 +211,99 @@ def test_auc_counts_ties_half() -> None:
 
 # --- by a discriminator ---
 
-
-def by_colour(videos: Tensor, prompts: list[str]) -> Tensor:
-    """A score that knows what "red" and "green" mean."""
-    channel = torch.tensor([0 if prompt == "red" else 1 for prompt in prompts])
-    mean = videos.mean((1, 3, 4))
-    return mean[torch.arange(len(mean)), channel] - mean.mean(1)
+# Clips whose prompt is another one's.
+SWAPPED = [3, 17, 30, 44, 58, 71]
 
 
-def test_a_clip_of_another_prompt_has_a_negative_margin() -> None:
-    videos = torch.full((6, 2, 3, 4, 4), -0.5)
-    videos[:3, :, 0], videos[3:, :, 1] = 0.5, 0.5
-    prompts = ["red", "red", "green", "green", "green", "red"]
-    mismatch = prompt_mismatch(by_colour, videos, prompts)
-    assert [value > 0 for value in mismatch] == [False, False, True, False, False, True]
-    assert prompt_mismatch(by_colour, videos, ["red"] * 6) == [0.0] * 6
+def judge(videos: Tensor, knows: float, seed: int = 0) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """A score of these videos, all at once: `knows` for each attribute of the prompt that the video
+    shows, with offsets of clips and prompts and with noise."""
+    shown_N4 = measure_each(videos).attributes
+    draw = torch.Generator().manual_seed(seed)
+    clip_N, prompt_M = torch.randn(len(videos), generator=draw), torch.randn(36, generator=draw)
+    noise_NM = torch.randn(len(videos), 36, generator=draw)
+    names = [a.prompt for a in ATTRIBUTES]
+
+    def score(given: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert len(given) == len(videos)
+        column_N = torch.tensor([names.index(prompt) for prompt in prompts])
+        fits_N = (shown_N4 == attribute_table(list(prompts))).float().sum(1)
+        noise_N = noise_NM[torch.arange(len(given)), column_N]
+        return knows * fits_N + 3 * clip_N + 2 * prompt_M[column_N] + noise_N
+
+    return score
 
 
-def test_a_clip_below_the_students_videos_is_found() -> None:
-    videos = torch.zeros(2, 2, 3, 4, 4)
-    videos[0, :, 0] = 1
-    worse = worse_than_student(
-        by_colour, videos, ["red", "red"], lambda prompts: [torch.full_like(videos, 0.0)] * 2
-    )
-    assert worse == [0.0, 0.0]
-    better = torch.zeros_like(videos)
-    better[:, :, 0] = 0.5
-    assert worse_than_student(by_colour, videos, ["red", "red"], lambda p: [better]) == [0, 1]
+def prompts_of_72(swapped: Sequence[int] = ()) -> list[str]:
+    """The prompts of ball(count=72); for those in `swapped`, ones with other attributes."""
+    prompts = []
+    for i in range(72):
+        a = ATTRIBUTES[i % len(ATTRIBUTES)]
+        if i in swapped:
+            a = Attributes((a.colour + 1) % 3, 1 - a.side, (a.direction + 1) % 3, 1 - a.start)
+        prompts.append(a.prompt)
+    return prompts
+
+
+@pytest.mark.parametrize("knows", [0.0, 0.5, 2.0])
+def test_a_set_without_swapped_prompts_is_clean_whatever_the_discriminator_knows(
+    knows: float,
+) -> None:
+    videos, limit = ball(count=72), SCORED["prompt"].limit
+    for seed in range(5):
+        values = prompt_mismatch(judge(videos, knows, seed), videos, prompts_of_72())
+        assert max(values) < limit
+        assert min(checks.trust({"prompt": values}, SCORED)) > 0.9
+
+
+def test_swapped_prompts_are_found_by_a_discriminator_that_reads_them() -> None:
+    videos = ball(count=72)
+    values = prompt_mismatch(judge(videos, 2.0), videos, prompts_of_72(SWAPPED))
+    assert [i for i, value in enumerate(values) if value > SCORED["prompt"].limit] == SWAPPED
+    trusted = checks.trust({"prompt": values}, SCORED)
+    assert max(trusted[i] for i in SWAPPED) < 0.1
+    # One that knows little finds few for sure, and still ranks them first.
+    weak = prompt_mismatch(judge(videos, 0.7), videos, prompts_of_72(SWAPPED))
+    rest = [value for i, value in enumerate(weak) if i not in SWAPPED]
+    assert auc([weak[i] for i in SWAPPED], rest) > 0.9
+    assert max(rest) < SCORED["prompt"].limit
+
+
+def test_two_prompts_are_enough_and_one_says_nothing() -> None:
+    videos = ball(count=72)
+    left, right = ATTRIBUTES[0].prompt, ATTRIBUTES[35].prompt
+    shown = [left if a % 36 < 18 else right for a in range(72)]
+    told = [right if i in SWAPPED and shown[i] == left else shown[i] for i in range(72)]
+
+    def score(given: Tensor, prompts: Sequence[str]) -> Tensor:
+        fits = [1.0 if a == b else 0.0 for a, b in zip(prompts, shown, strict=True)]
+        return torch.tensor(fits) + 0.05 * torch.arange(72).sin()
+
+    values = prompt_mismatch(score, videos, told)
+    wrong = [i for i in range(72) if told[i] != shown[i]]
+    assert [i for i, value in enumerate(values) if value > SCORED["prompt"].limit] == wrong
+    assert prompt_mismatch(score, videos, [left] * 72) == [0.0] * 72
+
+
+@pytest.mark.parametrize("lead", [0.0, 3.0])
+def test_only_clips_unlike_the_others_are_worse_than_the_student(lead: float) -> None:
+    """`lead`: how far the discriminator has the teacher above the student; 0 once both are equal,
+    where half of all clips score below the student's."""
+    draw = torch.Generator().manual_seed(0)
+    videos, prompts, limit = torch.zeros(72, 1), prompts_of_72(), SCORED["worse"].limit
+    own = lead + torch.randn(72, generator=draw)
+    made = [torch.randn(72, generator=draw) for _ in range(4)]
+
+    def values() -> list[float]:
+        def score(given: Tensor, prompts: Sequence[str]) -> Tensor:
+            return own if given is videos else given
+
+        return worse_than_student(score, videos, prompts, lambda prompts: made)
+
+    assert max(values()) < limit
+    own[SWAPPED] -= 2 * lead + 5
+    assert [i for i, value in enumerate(values()) if value > limit] == SWAPPED
+    assert worse_than_student(lambda v, p: own, videos, prompts, lambda prompts: []) == [0.0] * 72
 
 
 # --- the command and the start of a run ---

@@ -151,6 +151,33 @@ def test_a_saved_discriminator_continues_with_the_same_bits() -> None:
     assert torch.equal(first.score(video, PAIRS), second.score(video, PAIRS))
 
 
+def test_each_teacher_has_a_head_with_a_taste_of_its_own() -> None:
+    discriminator, names = make(), ["right"] * 8 + ["wrong"] * 8
+    discriminator.with_teachers(["right", "wrong"])
+    for seed in range(60):
+        right, wrong = (moving(PAIRS, seed + 1000 * w, wrong=bool(w)) for w in (0, 1))
+        # What one teacher shows is what the other does not.
+        first = torch.cat([right[:8], wrong[8:]])
+        metrics = discriminator.step(first, torch.cat([wrong[:8], right[8:]]), PAIRS, names)
+    assert {"accuracy/right", "margin/wrong"} <= metrics.keys()
+    right, wrong = moving(PAIRS, 7777, wrong=False), moving(PAIRS, 8888, wrong=True)
+
+    def margin(name: str) -> Tensor:
+        heads = [name] * len(PAIRS)
+        return discriminator.score(right, PAIRS, heads) - discriminator.score(wrong, PAIRS, heads)
+
+    assert (margin("right") > 0).float().mean() > 0.9
+    assert (margin("wrong") < 0).float().mean() > 0.9
+    both = [discriminator.score(right, PAIRS, [name] * len(PAIRS)) for name in ("right", "wrong")]
+    torch.testing.assert_close(discriminator.score(right, PAIRS), torch.stack(both).mean(0))
+    again = make(seed=1)
+    again.with_teachers(["right", "wrong"])
+    again.load_state_dict(copy.deepcopy(discriminator.state_dict()))
+    assert torch.equal(again.score(right, PAIRS, names), discriminator.score(right, PAIRS, names))
+    with pytest.raises(ValueError, match="teachers: got 'other'"):
+        discriminator.score(right, PAIRS, ["other"] * len(PAIRS))
+
+
 def test_scoring_between_steps_changes_nothing() -> None:
     plain, asked = make(), make()
     for discriminator in (plain, asked):

@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from afd.audit.audit import audit
+from afd.audit.collect import listed, read_all
+from afd.cli import main
 from afd.config.run import RunConfig, make_config
 from afd.data.sampler import Sampler
 from afd.errors import ConfigError, TeacherError
@@ -22,6 +26,9 @@ from afd.teachers.base import Request
 from afd.teachers.config import RobustConfig
 from afd.trainer.loop import train
 from afd.trainer.several import AFTER, Several
+from tests.afd.distributed import run
+from tests.afd.together import together
+from tests.tolerances import DISTRIBUTED
 
 PROMPTS = [a.prompt for a in ATTRIBUTES]
 TINY = {
@@ -198,6 +205,40 @@ def test_a_stopped_run_of_several_teachers_continues_to_the_same_bits(
         assert {"discriminator/accuracy/a", "teachers/a~b/correlation"} <= last.keys()
 
 
+def test_two_processes_learn_from_several_teachers_as_one_does(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    robust = {"trim": 0.3, "after": 1, "balance": True}
+    given = {**TINY, "teacher": mixed(folders, robust=robust), "updates": 2}
+    train(make_config({**given, "out": str(tmp_path / "one")}))
+    together(2, run, {**given, "out": str(tmp_path / "two")})
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        assert {"teacher/a/videos", "discriminator/accuracy/b", "robust/left_out"} <= one.keys()
+        for key in one.keys() - {"time_s", "phase_s"}:
+            np.testing.assert_allclose(two[key], one[key], **DISTRIBUTED, err_msg=key)
+    ours, theirs = (
+        json.loads((tmp_path / name / "teacher_clips.json").read_text())["clips"]
+        for name in ("one", "two")
+    )
+    assert [clip["left_out"] for clip in ours] == [clip["left_out"] for clip in theirs]
+    assert [clip["drawn"] for clip in ours] == pytest.approx([c["drawn"] for c in theirs])
+
+
+def test_a_clean_toy_run_warns_of_nothing_and_its_clips_pass_its_own_audit(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(config({"kind": "folder", "path": str(folders["a"])}, out, updates=2))
+    assert "WARNING" not in (out / "train.log").read_text()
+    words = ["teacher", "audit", str(folders["a"]), f"run={out}", f"out={tmp_path / 'page'}"]
+    assert main([*words, "videos=36"]) == 0
+    found = json.loads((tmp_path / "page" / "audit.json").read_text())
+    assert {"prompt", "worse"} <= found["clips"][0]["values"].keys()
+    # The discriminator has learnt next to nothing.
+    assert not [clip for clip in found["clips"] if {"prompt", "worse"} & clip["findings"].keys()]
+
+
 def test_the_dry_run_names_every_teacher(folders: dict[str, Path], tmp_path: Path) -> None:
     given = mixed(folders)
     given["teachers"][0]["price_usd"] = 0.5
@@ -273,9 +314,6 @@ def test_alarms_name_the_silent_head_and_the_opposed_teachers() -> None:
 
 
 def test_wrong_videos_are_detected(tmp_path: Path) -> None:
-    from afd.audit.audit import audit
-    from afd.audit.collect import listed, read_all
-
     write_folder(tmp_path / "t", "nuis", 200, 0, wrong=0.2)
     faults = json.loads((tmp_path / "t" / "faults.json").read_text())
     assert sum(map(bool, faults.values())) == 40

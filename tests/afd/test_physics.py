@@ -19,6 +19,7 @@ from afd.lab.physics import (
 )
 from afd.lab.simulator import (
     BOUNCE,
+    DOMAINS,
     PROMPTS,
     attribute_table,
     colour_table,
@@ -73,6 +74,21 @@ def test_the_source_world_is_far_from_the_target() -> None:
     assert metrics["traj_fd"] > 4
     assert metrics["fit_res"] < 0.05
     assert metrics["adh"] == 1.0
+
+
+def test_drag_is_a_law_beside_gravity() -> None:
+    found = {
+        name: measure(world(name, "clean")[0], PROMPTS_4, domain=DOMAINS["both"])
+        for name in ("gravity", "drag", "both")
+    }
+    assert found["both"]["phys"] < 0.03
+    assert found["both"]["phys_x"] < 0.03
+    assert found["both"]["traj_fd"] < 0.2
+    assert found["both"]["adh"] == 1.0
+    assert found["gravity"]["phys"] < 0.03
+    assert found["gravity"]["phys_x"] > 0.2
+    assert found["drag"]["phys"] > 0.7
+    assert found["drag"]["phys_x"] < 0.03
 
 
 @pytest.mark.parametrize("gravity", [0.0, 0.1, 0.36, 0.55])

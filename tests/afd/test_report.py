@@ -86,6 +86,20 @@ def test_a_finished_quickstart_has_every_section_and_number(folder: Path) -> Non
     assert "start from the same noise" in page.text
 
 
+def test_several_teachers_have_a_row_each(folder: Path) -> None:
+    assert "teachers" not in page_of(folder).ids()
+    path = folder / "afd" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line |= {"teacher/a/videos": 3, "teacher/b/videos": 1, "teachers/a~b/correlation": -0.125}
+        line |= {"teacher/a/weight": 0.75, "discriminator/accuracy/a": 0.875}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(folder)
+    assert "teachers" in page.ids()
+    assert f"AFD a {3 * len(lines)} 0.750 0.875 – – -0.125 with b" in page.text
+    assert f"AFD b {len(lines)} – – – – -0.125 with a" in page.text
+
+
 def test_the_report_needs_no_other_file_and_no_network(folder: Path) -> None:
     html = write_report(folder).read_text(encoding="utf-8")
     assert not re.search(r"https?:|file:|@import", html)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Generator
 
+from afd.lab.config import SimulatorConfig
 from afd.lab.simulator import (
     ATTRIBUTES,
+    FAULTS,
     LOOKS,
     PROMPTS,
     attribute_table,
@@ -66,6 +68,45 @@ def test_every_look_shows_the_same_motion(look: str) -> None:
     assert videos.abs().max() <= 1
     assert torch.equal(tracks, same)
     assert torch.equal(videos, clean) == (look == "clean")
+
+
+def test_drag_slows_a_ball_and_leaves_the_domain_s_gravity() -> None:
+    start, table = torch.tensor([3.0]), attribute_table(list(PROMPTS))
+    steps = drift(start, torch.tensor([0.5]), torch.tensor([0.9]), drag=0.1).diff()
+    torch.testing.assert_close(steps[..., 1:] / steps[..., :-1], torch.full((1, 10), 0.9))
+    tracks = {
+        name: sample_videos(table, name, "clean", Generator().manual_seed(0))[1]
+        for name in ("source", "gravity", "drag", "both")
+    }
+    assert torch.equal(tracks["drag"][..., 1], tracks["source"][..., 1])
+    assert torch.equal(tracks["both"][..., 1], tracks["gravity"][..., 1])
+    assert torch.equal(tracks["both"][..., 0], tracks["drag"][..., 0])
+    assert not torch.equal(tracks["drag"][..., 0], tracks["source"][..., 0])
+
+
+def test_wrong_videos_are_of_the_domain_and_noted_apart(tmp_path: Path) -> None:
+    options = ["--domain", "all", "--count", "30", "--style", "clean"]
+    main([*options, "--out", str(tmp_path / "sound")])
+    main([*options, "--wrong", "0.5", "--out", str(tmp_path / "wrong")])
+    assert not (tmp_path / "sound" / "faults.json").exists()
+    faults = json.loads((tmp_path / "wrong" / "faults.json").read_text())
+    assert {fault: list(faults.values()).count(fault) for fault in FAULTS} == dict.fromkeys(
+        FAULTS, 3
+    )
+    prompts = [(tmp_path / name / "prompts.jsonl").read_text() for name in ("sound", "wrong")]
+    assert prompts[0] == prompts[1]
+    # The first domain's sound videos are the same; later ones come after other random numbers.
+    for name in list(faults)[:10]:
+        pictures = [decode(tmp_path / folder / name) for folder in ("sound", "wrong")]
+        assert np.array_equal(*pictures) == (not faults[name])
+
+
+def test_a_teacher_s_folder_is_named_and_asked_for_by_what_is_not_usual() -> None:
+    usual, other = SimulatorConfig(), SimulatorConfig(domain="drag", wrong=0.2, seed=1)
+    assert usual.asked == {"style": "nuis", "count": 200, "seed": 0}
+    assert usual.folder_name == "nuis"
+    assert other.asked == usual.asked | {"seed": 1, "domain": "drag", "wrong": 0.2}
+    assert other.folder_name == "nuis-drag-0.2"
 
 
 def test_an_unknown_look_or_domain_is_refused() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 import afd.trainer.loop
 from afd.cli import main
-from afd.config.run import RunConfig, to_yaml
+from afd.config.run import RunConfig, make_config, plain, to_yaml
 from afd.data.sampler import Sampler
 from afd.data.videos import Videos
 from afd.errors import TeacherError
@@ -63,6 +63,36 @@ def test_fetch_fills_the_folder_and_status_tells_it(
     before = len(service.requests)
     assert main(["teacher", "fetch", path]) == 0
     assert len(service.requests) == before
+
+
+def test_several_teachers_are_bought_and_counted_each_in_its_own_folder(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used = tmp_path / "used.txt"
+    used.write_text("prompt 0\nprompt 2\n")
+    teachers = []
+    for name, wire in (("first", "ark"), ("second", "fal")):
+        paid = paid_config(wire, service, tmp_path / name, prompts=3)
+        source = plain(paid)["teacher"] | {"path": None}
+        teachers.append({"name": name, "source": source})
+    teachers[1]["prompts"] = str(used)
+    teachers.append({"name": "own", "source": {"kind": "folder", "path": str(tmp_path)}})
+    teacher = {"kind": "mix", "path": str(tmp_path / "videos"), "teachers": teachers}
+    path = written(make_config({"out": str(tmp_path / "run"), "teacher": teacher}), tmp_path)
+    assert main(["teacher", "status", path]) != 0
+    assert "has no ledger" in capsys.readouterr().err
+    assert main(["teacher", "fetch", path]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 videos, 0 rejected, 0 missing; 3.00 of 100.00 USD spent" in said
+    assert "2 videos, 0 rejected, 0 missing; 2.00 of 100.00 USD spent" in said
+    assert len(FolderTeacher(tmp_path / "videos" / "first").requests) == 3
+    bought = FolderTeacher(tmp_path / "videos" / "second").requests
+    assert {request.prompt for request in bought} == {"prompt 0", "prompt 2"}
+    assert main(["teacher", "status", path, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {name: one["spent_usd"] for name, one in facts.items()} == {"first": 3, "second": 2}
+    assert main(["teacher", "status", path]) == 0
+    assert capsys.readouterr().out.count("USD spent or reserved") == 2
 
 
 def test_status_speaks_to_programs_and_needs_no_key(

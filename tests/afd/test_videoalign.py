@@ -379,6 +379,34 @@ def test_pixels_get_the_gradient_that_raises_the_score(released: Path) -> None:
     assert ((ratio_B > 0.5) & (ratio_B < 1.5)).all()
 
 
+def test_each_teacher_has_a_reward_head_that_begins_as_the_released_one(released: Path) -> None:
+    plain, discriminator = (make(released, weight_decay=0.0) for _ in range(2))
+    discriminator.with_teachers(["a", "b"])
+    video, other = seen(), seen(seed=1)
+    for name in ("a", "b"):
+        same = discriminator.score(video, PROMPTS, [name] * 2)
+        torch.testing.assert_close(same, plain.score(video, PROMPTS), **VIDEOALIGN_SAME)
+    before = discriminator.head_OD.detach().clone()
+    metrics = discriminator.step(video, other, PROMPTS, ["a", "a"])
+    rows = len(before) // 2
+    assert torch.equal(discriminator.head_OD[rows:], before[rows:])
+    assert not torch.equal(discriminator.head_OD[:rows], before[:rows])
+    assert "accuracy/a" in metrics
+    assert "accuracy/b" not in metrics
+    discriminator.step(video, other, PROMPTS, ["a", "b"])
+    each = [discriminator.score(video, PROMPTS, [name] * 2) for name in ("a", "b")]
+    assert not torch.equal(*each)
+    torch.testing.assert_close(discriminator.score(video, PROMPTS), (each[0] + each[1]) / 2)
+    again = make(released, seed=3, weight_decay=0.0)
+    again.with_teachers(["a", "b"])
+    again.load_state_dict(copy.deepcopy(discriminator.state_dict()))
+    assert torch.equal(
+        again.score(video, PROMPTS, ["b", "a"]), torch.stack([each[1][0], each[0][1]])
+    )
+    with pytest.raises(ValueError, match="state"):
+        make(released).load_state_dict(discriminator.state_dict())
+
+
 def test_a_saved_discriminator_continues_with_the_same_bits(released: Path) -> None:
     first, second = make(released, seed=1), make(released, seed=2)
     assert not torch.equal(*(next(iter(c.trained().values())) for c in (first, second)))

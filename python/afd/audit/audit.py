@@ -16,11 +16,16 @@ from afd.audit.probe import STATISTICS, separability, statistics
 from afd.errors import ConfigError
 from afd.files import parse_json, read_text
 
-# Checks that need a discriminator; "loss" is known only in training.
+# Checks that need a discriminator. A normal set has one of 30 000 clips above 4 deviations.
 SCORED = {
-    "prompt": Check(0.0, 1.0, "fits another prompt of the set better, by {:.1f} deviations"),
-    "worse": Check(0.9, 0.2, "scores below {:.0%} of the student's own videos of its prompt"),
-    "loss": Check(1.0, 0.5, "is ranked wrongly again and again (smoothed loss {:.2f})"),
+    "prompt": Check(
+        4.0, 1.0, "fits other prompts better than its own, {:.1f} deviations from what is usual"
+    ),
+    "worse": Check(
+        4.0,
+        1.0,
+        "scores below the student's own videos of its prompt, {:.1f} deviations from what is usual",
+    ),
 }
 # Above this AUC the probe's finding is reported; the share of a set that makes it inconsistent.
 CHEATING = 0.75

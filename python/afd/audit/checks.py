@@ -43,7 +43,7 @@ CHECKS = {
     "black": Check(0.3, 0.05, "is black or of one colour in {:.0%} of its frames"),
     "cut": Check(1.0, 0.25, "has a scene cut, {:.1f} times the size at which one is reported"),
     "letterbox": Check(0.04, 0.01, "has bars over {:.0%} of a side at each of two opposite edges"),
-    "duplicate": Check(-0.006, 0.002, "is the same as another clip to within {:.3f} of the scale"),
+    "duplicate": Check(-0.004, 0.0015, "is the same as another clip to within {:.3f} of the scale"),
     "overlay": Check(5.5, 1.0, "shares a still mark of {:.0f} of 1024 cells with another clip"),
 }
 

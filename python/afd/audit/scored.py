@@ -1,6 +1,10 @@
 """Checks of a teacher's clips by a discriminator that has learnt.
 
-Shape letters: N clips, M prompts, F frames, C channels, H x W pixels.
+The scale of a discriminator's scores means nothing, and one that ignores the prompt or cannot tell
+teacher from student knows nothing about a clip. Each check therefore compares a clip with the set:
+its number is how far the clip is from the median of all, in robust standard deviations. Without
+wrong clips it is distributed alike whatever the discriminator has learnt; up to half of the clips
+may be wrong. Shape letters: N clips, M prompts, A attempts, F frames, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -12,30 +16,49 @@ from torch import Tensor
 
 # Scores [N] of inputs [N, F, C, H, W] for their prompts.
 Score = Callable[[Tensor, Sequence[str]], Tensor]
+# The least deviation that counts, in that of the compared scores: equal clips have outliers, too.
+LEAST = 0.25
+# The weight of the usual variance of a clip's scores in its own, in prompts.
+PRIOR = 4
 
 
 def prompt_mismatch(
-    score: Score, input_NFCHW: Tensor, prompts: Sequence[str], others: int = 8
+    score: Score, input_NFCHW: Tensor, prompts: Sequence[str], others: int = 16
 ) -> list[float]:
-    """Minus the clip's margin [N]: its score for its own prompt over the best of other prompts of
-    the set, in standard deviations of such differences over the set.
+    """How much worse each clip fits its own prompt than the other clips fit theirs [N].
 
-    `others`: at most this many other prompts per clip, evenly spaced in the set's order. Above 0:
-    the clip fits another prompt better. 0 for all with a single prompt.
+    A clip's margin is the score for its prompt above the mean of those for other prompts, in the
+    deviations of the clip's scores, each relative to the prompt's mean over clips of others. The
+    number is the margin's
+    distance below the median, in robust deviations; at most 0 for a clip with a positive margin,
+    which fits its prompt better than others. 0 for all with a single prompt.
+
+    `others`: at most this many other prompts per clip, evenly spaced in the set's order.
     """
     known = list(dict.fromkeys(prompts))
     if len(known) < 2:
         return [0.0] * len(prompts)
-    own_N = score(input_NFCHW, list(prompts)).float().cpu()
+    number = {prompt: place for place, prompt in enumerate(known)}
+    own_N = torch.tensor([number[prompt] for prompt in prompts])
     count = min(others, len(known) - 1)
-    rows = []
-    for place in range(count):
-        step = 1 + place * (len(known) - 1) // count
-        asked = [known[(known.index(prompt) + step) % len(known)] for prompt in prompts]
-        rows.append(score(input_NFCHW, asked).float().cpu())
-    away_NM = own_N[:, None] - torch.stack(rows, 1)
-    spread = float(away_NM.std(correction=0)) or 1.0
-    return (-away_NM.amin(1) / spread).tolist()
+    steps = [1 + place * (len(known) - 1) // count for place in range(count)]
+    asked_NM = torch.stack([(own_N + step) % len(known) for step in steps], 1)
+    rows = [
+        score(input_NFCHW, [known[i] for i in asked]).double().cpu()
+        for asked in (own_N.tolist(), *asked_NM.T.tolist())
+    ]
+    own_score_N, other_NM = rows[0], torch.stack(rows[1:], 1)
+    # Some prompts score higher than others whatever the video.
+    flat, sums = asked_NM.flatten(), torch.zeros(len(known), dtype=torch.float64)
+    usual = sums.index_add(0, flat, other_NM.flatten())
+    usual = usual / torch.bincount(flat, minlength=len(known)).clamp_min(1)
+    other_NM = other_NM - usual[asked_NM]
+    margin_N = own_score_N - usual[own_N] - other_NM.mean(1)
+    # Clips differ in how much a prompt changes their scores; few prompts tell little of it.
+    square_N = other_NM.var(1, correction=0) + margin_N.square() / (count + 1)
+    square_N = (count * square_N + PRIOR * square_N.median()) / (count + PRIOR)
+    margin_N = margin_N / square_N.sqrt().clamp_min(1e-12)
+    return _below(margin_N, 1.0, margin_N < 0)
 
 
 def worse_than_student(
@@ -44,10 +67,22 @@ def worse_than_student(
     prompts: Sequence[str],
     student: Callable[[Sequence[str]], list[Tensor]],
 ) -> list[float]:
-    """Share of the student's rollouts of the clip's prompt that score above it, [N].
+    """How much worse each clip compares with the student's rollouts of its prompt than the other
+    clips do with theirs, [N], in robust deviations; at most 0 for a clip above their mean.
 
     `student`: inputs [N, F, C, H, W] of rollouts of these prompts, once per attempt.
     """
-    own_N = score(input_NFCHW, list(prompts)).float().cpu()
-    above = [score(made, list(prompts)).float().cpu() > own_N for made in student(prompts)]
-    return torch.stack(above).float().mean(0).tolist() if above else [0.0] * len(prompts)
+    made = [score(one, list(prompts)).double().cpu() for one in student(prompts)]
+    if not made:
+        return [0.0] * len(prompts)
+    made_NA = torch.stack(made, 1)
+    margin_N = score(input_NFCHW, list(prompts)).double().cpu() - made_NA.mean(1)
+    return _below(margin_N, float(made_NA.std(correction=0)), margin_N < 0)
+
+
+def _below(margin_N: Tensor, scale: float, suspect_N: Tensor) -> list[float]:
+    """Distances below the median in robust standard deviations, for the others at most 0."""
+    away_N = margin_N.median() - margin_N
+    deviation = max(1.4826 * float(away_N.abs().median()), LEAST * scale, 1e-12)
+    away_N = away_N / deviation
+    return torch.where(suspect_N, away_N, away_N.clamp_max(0)).tolist()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from afd.errors import TeacherError
 from afd.teachers.base import Request, Teacher
-from afd.teachers.mix_config import MixConfig
+from afd.teachers.mix_config import MixConfig, MixedConfig
 from afd.teachers.prompts import PromptsTeacher
 from afd.video.config import VideoConfig
 from afd.video.source import opened
@@ -90,9 +90,9 @@ class MixTeacher:
         """A teacher's requests, as far as their prompts are used."""
         (config,) = (one for one in self.config.teachers if one.name == name)
         given = self.teachers[name].requests
-        if config.prompts is None:
+        wanted = used_prompts(config)
+        if wanted is None:
             return [Request(r.prompt, r.draw, name) for r in given]
-        wanted = dict.fromkeys(r.prompt for r in PromptsTeacher(config.prompts).requests)
         unknown = [prompt for prompt in wanted if prompt not in {r.prompt for r in given}]
         if unknown:
             raise TeacherError(
@@ -136,6 +136,14 @@ class MixTeacher:
                     videos[name][draw % len(videos[name])] for name in chosen
                 ]
         return units
+
+
+def used_prompts(config: MixedConfig) -> list[str] | None:
+    """The prompts of a teacher that are used; None: all. Raises TeacherError."""
+    if config.prompts is None:
+        return None
+    key = f"teacher.teachers.{config.name}.prompts"
+    return list(dict.fromkeys(r.prompt for r in PromptsTeacher(config.prompts, key).requests))
 
 
 def _plain(request: Request) -> Request:

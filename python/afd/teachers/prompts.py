@@ -16,12 +16,13 @@ from afd.video.config import VideoConfig
 class PromptsTeacher:
     """Requests without answers: one per line of a text file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str = "teacher.path") -> None:
+        """`key`: the configuration's, for errors."""
         self.path = path
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise TeacherError(f"teacher.path {path}: cannot be read ({error})") from None
+            raise TeacherError(f"{key} {path}: cannot be read ({error})") from None
         lines = [line.strip() for line in text.split("\n")]
         # A prompt that is listed twice is drawn twice as often.
         draws: dict[str, int] = {}
@@ -30,7 +31,7 @@ class PromptsTeacher:
             draws[prompt] = draws.get(prompt, -1) + 1
             self._requests.append(Request(prompt, draws[prompt]))
         if not self._requests:
-            raise TeacherError(f"teacher.path {path}: holds no prompt; needed: one a line")
+            raise TeacherError(f"{key} {path}: holds no prompt; needed: one a line")
 
     @property
     def requests(self) -> Sequence[Request]:

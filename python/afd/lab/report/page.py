@@ -16,6 +16,7 @@ from afd.files import write_bytes
 from afd.lab.report import charts, headline, metrics, phase_times, sequence_page, video_page
 from afd.lab.report.clips import clip_table
 from afd.lab.report.run_files import LABELS, Part, read_parts, runs
+from afd.lab.report.teachers import COLUMNS, teacher_rows
 
 # Metrics with their own chart; all other metrics are under "all other values".
 CURVES = {"toy.html": ("phys", "g_mae", "rend", "traj_fd"), "video.html": ("motion",)}
@@ -89,6 +90,8 @@ def _page(run_dir: Path, template: str) -> dict[str, Any]:
         "other_charts": [chart for chart in others if chart],
         "window": charts.window(max(len(run.updates) for run in runs(parts))),
         "evaluated_videos": sorted({count for count in counts if type(count) is int}),
+        "teachers": teacher_rows(runs(parts)),
+        "teacher_columns": list(COLUMNS),
         "times": times,
         "phases": dict.fromkeys(phase for seconds in times.values() for phase in seconds),
         "training_s": sum(sum(seconds.values()) for seconds in times.values()),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -16,6 +19,7 @@ from rich.table import Table
 
 from afd.config.run import RunConfig
 from afd.errors import TeacherError, Unanswered
+from afd.teachers.mix import used_prompts
 from afd.teachers.mix_config import MixConfig
 from afd.teachers.paid.config import PaidConfig
 from afd.teachers.paid.ledger import NAME, Ledger, Row
@@ -24,28 +28,41 @@ from afd.teachers.paid.teacher import open_teacher
 _log = logging.getLogger("afd")
 
 
-def paid_configs(config: RunConfig) -> list[RunConfig]:
-    """The configuration for each paid teacher: itself, or one for each of several."""
+@dataclass(frozen=True)
+class Buyer:
+    """A paid teacher: its name among several, its configuration, and the prompts that are used;
+    None: all."""
+
+    name: str
+    config: RunConfig
+    prompts: list[str] | None = None
+
+
+def buyers(config: RunConfig) -> list[Buyer]:
+    """The paid teachers of a configuration: its own, or those among several."""
     mix = config.teacher
     if not isinstance(mix, MixConfig):
-        return [config]
+        return [Buyer("", config)]
     paid = [one for one in mix.teachers if isinstance(one.source, PaidConfig)]
     if not paid:
         raise TeacherError("teacher.teachers: holds no paid teacher; nothing is bought")
     folders = {one.name: mix.folder_of(one, config.teacher_dir) for one in paid}
-    return [
-        config.model_copy(
-            update={"teacher": one.source.model_copy(update={"path": folders[one.name]})}
-        )
-        for one in paid
-    ]
+    found = []
+    for one in paid:
+        source = one.source.model_copy(update={"path": folders[one.name]})
+        own = config.model_copy(update={"teacher": source})
+        found.append(Buyer(one.name, own, used_prompts(one)))
+    return found
 
 
-def fetch(config: RunConfig, console: Console) -> bool | None:
+def fetch(buyer: Buyer, console: Console) -> bool | None:
     """Buy the missing videos. Returns True if every video is present or rejected, False if some are
     not, None if stopped by Ctrl-C. Raises TeacherError if nothing more can be bought."""
+    config = buyer.config
     section = _paid(config)
     teacher = open_teacher(section, config.video, config.teacher_dir)
+    used = buyer.prompts
+    requests = [r for r in teacher.requests if used is None or r.prompt in used]
     missing, skipped, there = 0, 0, 0
     failure: TeacherError | None = None
     screen = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
@@ -54,9 +71,9 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
     _log.setLevel(logging.INFO)
     try:
         with _bar(console) as bar:
-            line = bar.add_task("videos", total=len(teacher.requests), cost="")
+            line = bar.add_task("videos", total=len(requests), cost="")
             pending: set[Future[Path]] = set()
-            for request in teacher.requests:
+            for request in requests:
                 pending.add(teacher.start(request))
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -104,15 +121,37 @@ def fetch(config: RunConfig, console: Console) -> bool | None:
     return missing == 0
 
 
-def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int:
-    """Print the state of the folder's ledger; works offline and without a key."""
+def status(teachers: Sequence[Buyer], console: Console, *, as_json: bool = False) -> int:
+    """Print the state of the ledgers; works offline and without a key. The JSON of several teachers
+    is an object by name.
+
+    Raises TeacherError for a folder without a ledger, after those that have one were printed.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    failure: TeacherError | None = None
+    for one in teachers:
+        try:
+            found[one.name] = _facts(one.config)
+        except TeacherError as error:
+            failure = failure or error
+    if as_json and found:
+        print(json.dumps(found.get("", found), indent=1, ensure_ascii=False))
+    else:
+        for facts in found.values():
+            _show(facts, console)
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def _facts(config: RunConfig) -> dict[str, Any]:
     section = _paid(config)
     folder = config.teacher_dir
     if not (folder / NAME).is_file():
         raise TeacherError(f"teacher folder {folder}: has no ledger; afd teacher fetch makes one")
     ledger = Ledger.snapshot(folder)
     try:
-        facts = {
+        return {
             "folder": str(folder),
             "about": ledger.about(),
             "videos": ledger.counts(),
@@ -122,11 +161,6 @@ def status(config: RunConfig, console: Console, *, as_json: bool = False) -> int
         }
     finally:
         ledger.close()
-    if as_json:
-        print(json.dumps(facts, indent=1, ensure_ascii=False))
-    else:
-        _show(facts, console)
-    return 0
 
 
 def _open(prompt: str, row: Row) -> dict[str, object]:
