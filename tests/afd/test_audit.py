@@ -301,7 +301,7 @@ def test_only_clips_unlike_the_others_are_worse_than_the_student(lead: float) ->
         return worse_than_student(score, videos, prompts, lambda prompts: made)
 
     assert max(values()) < limit
-    own[SWAPPED] -= 2 * lead + 5
+    own[SWAPPED] -= 2 * lead + 8
     assert [i for i, value in enumerate(values()) if value > limit] == SWAPPED
     assert worse_than_student(lambda v, p: own, videos, prompts, lambda prompts: []) == [0.0] * 72
 

@@ -16,20 +16,19 @@ from torch import Tensor
 from afd.audit.audit import Audit, audit
 from afd.audit.clip import Clip, of_tensor, read
 from afd.audit.collect import listed, of_config, read_all
-from afd.audit.scored import prompt_mismatch, worse_than_student
+from afd.audit.scored import Score, prompt_mismatch, worse_than_student
 from afd.config.base import Count, Natural, Section
 from afd.config.run import RunConfig, load_config, make_config
-from afd.data.videos import Videos
-from afd.discriminators.base import Discriminator
-from afd.distributed import ALONE
+from afd.discriminators.base import DifferentiableDiscriminator
+from afd.discriminators.pairs import matched_pieces
+from afd.distributed import Ranks, join
 from afd.errors import ConfigError
 from afd.lab.report.audit_page import write_audit
-from afd.methods.base import Method
 from afd.teachers.base import Request
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method, build_student
 from afd.trainer.evaluate import rolled
-from afd.trainer.parts import restore
+from afd.trainer.parts import open_videos, restore
 from afd.trainer.run_folder import load_run
 
 ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -105,7 +104,8 @@ def _checked(
     run: RunConfig | None,
 ) -> Audit:
     if run is not None and options.run is not None:
-        return _by_run(clips, needed, options, run)
+        with join(run.device) as ranks:
+            return _by_run(clips, needed, options, run, ranks)
     student: list[Clip] = []
     if options.student is not None:
         paths = [p for _, _, p in _in_folder(options.student)]
@@ -138,7 +138,11 @@ class _Files:
 
 
 def _by_run(
-    clips: list[Clip], needed: float | None, options: AuditOptions, run: RunConfig
+    clips: list[Clip],
+    needed: float | None,
+    options: AuditOptions,
+    run: RunConfig,
+    ranks: Ranks,
 ) -> Audit:
     """Also score the clips with a run's discriminator against its student's rollouts."""
     assert options.run is not None
@@ -147,15 +151,17 @@ def _by_run(
         for i, clip in enumerate(clips)
         if clip.problem is None and clip.path is not None
     }
+    if not paths:
+        return audit(clips, needed_s=needed)
     prompts = list(dict.fromkeys(request.prompt for request in paths))
-    method = build_method(run, prompts=prompts)
-    discriminator: Discriminator | None = getattr(method, "discriminator", None)
+    method = build_method(run, ranks, prompts)
+    discriminator: DifferentiableDiscriminator | None = getattr(method, "discriminator", None)
     newest = checkpoint.latest(options.run / "checkpoints")
     if newest is None or discriminator is None:
         what = "a checkpoint" if newest is None else "a discriminator"
         raise ConfigError(f"run: {options.run} has no {what.removeprefix('a ')}; needed: one")
-    restore(newest, method, run, ALONE)
-    with closing(_videos(run, method, _Files(paths))) as held:
+    restore(newest, method, run, ranks)
+    with closing(open_videos(run, method, _Files(paths), ranks)) as held:
         inputs = held.fetch(list(paths))
     asked = [request.prompt for request in paths]
     to_input = getattr(method, "to_input", None)
@@ -176,8 +182,9 @@ def _by_run(
         return made
 
     with torch.no_grad():
-        mismatch = prompt_mismatch(discriminator.score, inputs, asked)
-        worse = worse_than_student(discriminator.score, inputs, asked, student)
+        score = _steady(discriminator)
+        mismatch = prompt_mismatch(score, inputs, asked)
+        worse = worse_than_student(score, inputs, asked, student)
     shown = torch.cat(rollouts)[: options.videos]
     names = (asked * len(rollouts))[: len(shown)]
     found = audit(clips, needed_s=needed, student=_as_clips(shown, names, run.video.rate))
@@ -190,11 +197,13 @@ def _by_run(
     return found
 
 
-def _videos(run: RunConfig, method: Method, teacher: _Files) -> Videos:
-    return Videos(
-        teacher,
-        run.video,
-        input_space=method.input_space,
-        prepare=method.prepare,
-        codec=method.codec,
-    )
+def _steady(discriminator: DifferentiableDiscriminator) -> Score:
+    """Scores that can be compared between calls: `score` may draw random looks in each."""
+    size: int | None = getattr(discriminator.config, "micro_batch", None)
+
+    def score(input_NFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        pieces = matched_pieces(input_NFCHW, prompts, size)
+        found = [discriminator.differentiable_score(input_NFCHW[p], prompts[p]) for p in pieces]
+        return torch.cat(found).float().cpu()
+
+    return score
