@@ -385,7 +385,7 @@ def test_each_teacher_has_a_reward_head_that_begins_as_the_released_one(released
     video, other = seen(), seen(seed=1)
     for name in ("a", "b"):
         same = discriminator.score(video, PROMPTS, [name] * 2)
-        torch.testing.assert_close(same, plain.score(video, PROMPTS), **VIDEOALIGN_SAME)
+        torch.testing.assert_close(same, plain.score(video, PROMPTS), **NETWORK_REORDERED)
     before = discriminator.head_OD.detach().clone()
     metrics = discriminator.step(video, other, PROMPTS, ["a", "a"])
     rows = len(before) // 2
