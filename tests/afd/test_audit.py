@@ -253,7 +253,7 @@ def test_a_set_without_swapped_prompts_is_clean_whatever_the_discriminator_knows
     for seed in range(5):
         values = prompt_mismatch(judge(videos, knows, seed), videos, prompts_of_72())
         assert max(values) < limit
-        assert min(checks.trust({"prompt": values}, SCORED)) > 0.9
+        assert np.mean(checks.trust({"prompt": values}, SCORED)) > 0.995
 
 
 def test_swapped_prompts_are_found_by_a_discriminator_that_reads_them() -> None:

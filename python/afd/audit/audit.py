@@ -16,10 +16,10 @@ from afd.audit.probe import STATISTICS, separability, statistics
 from afd.errors import ConfigError
 from afd.files import parse_json, read_text
 
-# Checks that need a discriminator. A normal set has one of 30 000 clips above 4 deviations.
+# Checks that need a discriminator. A normal set has one of 15 000 clips above 4 deviations.
 SCORED = {
     "prompt": Check(
-        4.0, 1.0, "fits other prompts better than its own, {:.1f} deviations from what is usual"
+        4.0, 1.0, "fits its prompt unlike the others fit theirs, {:.1f} deviations from the usual"
     ),
     "worse": Check(
         4.0,

@@ -25,13 +25,13 @@ PRIOR = 4
 def prompt_mismatch(
     score: Score, input_NFCHW: Tensor, prompts: Sequence[str], others: int = 16
 ) -> list[float]:
-    """How much worse each clip fits its own prompt than the other clips fit theirs [N].
+    """How unlike the other clips each clip fits its own prompt [N], in robust deviations.
 
     A clip's margin is the score for its prompt above the mean of those for other prompts, in the
     deviations of the clip's scores, each relative to the prompt's mean over clips of others. The
-    number is the margin's
-    distance below the median, in robust deviations; at most 0 for a clip with a positive margin,
-    which fits its prompt better than others. 0 for all with a single prompt.
+    number is the margin's distance from the median, on either side: a discriminator that learnt
+    from clips of other prompts knows them as the teacher's by their misfit, and scores them high.
+    0 for all with a single prompt.
 
     `others`: at most this many other prompts per clip, evenly spaced in the set's order.
     """
@@ -58,7 +58,7 @@ def prompt_mismatch(
     square_N = other_NM.var(1, correction=0) + margin_N.square() / (count + 1)
     square_N = (count * square_N + PRIOR * square_N.median()) / (count + PRIOR)
     margin_N = margin_N / square_N.sqrt().clamp_min(1e-12)
-    return _below(margin_N, 1.0, margin_N < 0)
+    return _below(margin_N, 1.0).abs().tolist()
 
 
 def worse_than_student(
@@ -77,12 +77,12 @@ def worse_than_student(
         return [0.0] * len(prompts)
     made_NA = torch.stack(made, 1)
     margin_N = score(input_NFCHW, list(prompts)).double().cpu() - made_NA.mean(1)
-    return _below(margin_N, float(made_NA.std(correction=0)), margin_N < 0)
+    away_N = _below(margin_N, float(made_NA.std(correction=0)))
+    return torch.where(margin_N < 0, away_N, away_N.clamp_max(0)).tolist()
 
 
-def _below(margin_N: Tensor, scale: float, suspect_N: Tensor) -> list[float]:
-    """Distances below the median in robust standard deviations, for the others at most 0."""
+def _below(margin_N: Tensor, scale: float) -> Tensor:
+    """Distances below the median in robust standard deviations."""
     away_N = margin_N.median() - margin_N
     deviation = max(1.4826 * float(away_N.abs().median()), LEAST * scale, 1e-12)
-    away_N = away_N / deviation
-    return torch.where(suspect_N, away_N, away_N.clamp_max(0)).tolist()
+    return away_N / deviation
