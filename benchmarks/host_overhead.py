@@ -49,7 +49,6 @@ from afd_kernels import dispatch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
-from benchmarks.nft_case import Nft
 from benchmarks.row_ops import Case as RowCase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,8 +87,10 @@ class Row:
 def calls(op: str) -> tuple[Call, Call | None]:
     """Forward without gradients, and forward with backward if the op has one."""
     if op == "nft_loss":
-        i = Nft("x0_adaptive", "fp32", 1, (4, 2, 4, 4)).inputs("cpu", 0)
-        i.pop("seed")
+        names = ("v_theta", "v_old", "v_ref", "x0", "noise")
+        i = dict(zip(names, torch.randn(5, 1, 4, 2, 4, 4).unbind(), strict=True))
+        i |= {"t": torch.full((1,), 0.5), "r": torch.full((1,), 0.5)}
+        i["v_theta"].requires_grad_()
         options = {"nft_beta": 0.1, "prior_weight": 1e-4}
         return _pair(lambda: ops.nft_loss(**i, **options).loss, [i["v_theta"]])
     if op == "forward_noise":

@@ -34,13 +34,11 @@ def typed(function: Callable[P, T]) -> Callable[P, T]:
 
     A call that fails with another error than ValueError is checked against the annotations, and
     raises ValueError for the first argument that does not fit. A call that succeeds costs nothing
-    more, and a traced one is not checked.
+    more.
     """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
         except (TypeError, RuntimeError, AttributeError):

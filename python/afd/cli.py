@@ -134,17 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train with a YAML configuration, or continue such a run"
     )
     _takes_config(train)
-    train.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print estimates of memory, hours and cost; train nothing",
-    )
-    train.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        help="dry run: number of GPUs that torchrun will train on",
-    )
+    _takes_plan(train, "memory, hours and cost")
     _takes_overrides(train)
     train.set_defaults(run=_train, lasts=True)
 
@@ -192,17 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "adapt", help="train on one domain after another, as a file of configs/continual has them"
     )
     _takes_config(adapt)
-    adapt.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print estimates of memory, hours and cost per domain; train nothing",
-    )
-    adapt.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        help="dry run: number of GPUs that torchrun will train on",
-    )
+    _takes_plan(adapt, "memory, hours and cost per domain")
     _takes_overrides(adapt, "those of all domains' runs; name= and out= are the sequence's")
     adapt.set_defaults(run=_adapt, lasts=True)
 
@@ -296,6 +276,18 @@ def _takes_config(parser: argparse.ArgumentParser) -> None:
 def _takes_run(parser: argparse.ArgumentParser) -> None:
     action = parser.add_argument("folder", type=Path, metavar="RUN_DIR")
     action.complete = FOLDERS  # type: ignore[attr-defined]
+
+
+def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help=f"print estimates of {estimates}; train nothing"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="dry run: number of GPUs that torchrun will train on",
+    )
 
 
 def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:

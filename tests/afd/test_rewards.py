@@ -321,7 +321,11 @@ BRIGHT = "{kind: physics, measure: rend}"
         (["rewards.a.kind=nice"], "override 'rewards.a.kind=nice': rewards.a.kind: got 'nice'"),
         (["rewards.a.weight=2"], "override 'rewards.a.weight=2': rewards.a.kind: not given"),
         (["rewards.a=3"], "rewards.a is 3; needed: a section"),
-        ([f"rewards.a={BRIGHT}", "rewards.a.wieght=1"], "did you mean rewards.a.weight?"),
+        (
+            [f"rewards.a={BRIGHT}", "rewards.a.wieght=1"],
+            "override 'rewards.a.wieght=1': unknown key 'rewards.a.wieght'; did you mean "
+            "rewards.a.weight?",
+        ),
         (["rewards.a={kind: discriminator, grey: true}"], "belongs to another rewards.a.kind"),
         ([f"rewards.a={BRIGHT}", "rewards.a.weight=-1"], "rewards.a.weight is -1"),
         (["rewards={a b: {kind: physics}}"], "rewards.a b.[key] is 'a b'"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def _state(run: RunConfig) -> str:
     newest = checkpoint.latest(run.run_dir / "checkpoints")
     if newest is None:
         return ""
-    return str(parse_json((newest / checkpoint.META).read_text(encoding="utf-8"))["sha256"])
+    return str(checkpoint.read_meta(newest)["sha256"])
 
 
 def _identity(run: RunConfig, name: str, state: str) -> str:
@@ -146,8 +146,7 @@ def cost(domain: Domain) -> dict[str, Any]:
     processes = 1
     newest = checkpoint.latest(domain.folder / "checkpoints")
     if newest is not None:
-        meta: Mapping[str, Any] = parse_json((newest / checkpoint.META).read_text("utf-8"))
-        processes = int(meta["written_by"].get("processes", 1))
+        processes = int(checkpoint.read_meta(newest)["written_by"].get("processes", 1))
     forecast = domain.run.teacher.forecast(domain.run.teacher_dir, 0)
     return {
         "domain": domain.name,

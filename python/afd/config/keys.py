@@ -40,7 +40,7 @@ def suggest(key: str, kind: type[BaseModel]) -> str:
     def closeness(candidate: str) -> float:
         other_section, _, other_end = candidate.rpartition(".")
         near = difflib.SequenceMatcher(None, end, other_end).ratio()
-        return near + 0.05 * (section == other_section)
+        return near + 0.15 * (section == other_section)
 
     ranked = sorted(known, key=closeness, reverse=True)
     best = closeness(ranked[0])

@@ -462,7 +462,9 @@ def _explain(
             key, message = f"{key}.{named}", f"{key}.{message}"
         elif with_named(named, kind) in known_keys(kind):
             key = named
-    source = next((s for k, s in came_from.items() if k == key or key.startswith(k + ".")), origin)
+    # The most specific of what was given: a key itself before a section that holds it.
+    held = [k for k in came_from if k == key or key.startswith(k + ".")]
+    source = came_from[max(held, key=len)] if held else origin
     if detail["type"] == "extra_forbidden":
         named = with_named(key, kind)
         if named in known_keys(kind):

@@ -7,7 +7,6 @@ curves.png. Every cell runs once; rerunning the command resumes where it stopped
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from afd.adapt.config import split
 from afd.config.base import Natural, Section
 from afd.config.run import load_config, make_config, read_yaml
 from afd.files import write_text
-from afd.lab.grid import SIGNS, Study, choice
+from afd.lab.grid import SIGNS, Study, choice, machines
 from afd.lab.quickstart import COLUMNS, lines
 from afd.lab.report.charts import running_mean, window
 from afd.lab.sequence_ablation import SequenceStudy, write_results
@@ -101,11 +100,6 @@ def document(config: AblationConfig, table: Study, results: dict[str, Any]) -> s
     folders = [folder for row in table.rows for folder in table.finished(row)]
     made = max((folder / "DONE").stat().st_mtime for folder in folders)
     day = datetime.datetime.fromtimestamp(made, datetime.timezone.utc).date()
-    facts = [json.loads((folder / "doctor.json").read_text("utf-8")) for folder in folders]
-    places = dict.fromkeys(
-        f"{fact['cpu']['model']}, Python {fact['python']}, torch {fact['packages']['torch']}"
-        for fact in facts
-    )
     updates = sorted({found["updates"] for row in results.values() for found in _updates(row)})
     rows = [
         f"- `{row}`: {', '.join(own) or 'the base'}"
@@ -122,7 +116,7 @@ def document(config: AblationConfig, table: Study, results: dict[str, Any]) -> s
             "",
             table.markdown(results),
             f"{' and '.join(map(str, updates))} updates of `{config.base.name}`; discriminator, "
-            f"agreement and r: means over the last eighth. {'; '.join(places)}, {day}.",
+            f"agreement and r: means over the last eighth. {machines(folders)}, {day}.",
             "",
         ]
     )

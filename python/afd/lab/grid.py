@@ -6,8 +6,9 @@ resumes where it stopped. `afd.lab.ablation` reads the rows from a file.
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,9 @@ class Study:
 
     def markdown(self, results: dict[str, Any]) -> str:
         """The results as a Markdown table."""
-        rows = [self._header(), ["---"] * len(self._header())]
-        rows += [[name, *self._printed(row)] for name, row in results.items()]
-        return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        return markdown_table(
+            self._header(), [[n, *self._printed(row)] for n, row in results.items()]
+        )
 
     def _header(self) -> list[str]:
         return [
@@ -161,29 +162,48 @@ class Study:
 
     def _printed(self, row: dict[str, Any]) -> list[str]:
         """A row's formatted values: mean ± standard deviation over seeds."""
-        several = len(row["seeds"]) > 1
         seconds = [found["seconds"] for found in row["seeds"].values() if "seconds" in found]
         printed = [str(len(row["seeds"])), f"{statistics.fmean(seconds):.0f}" if seconds else ""]
-        for column in (*self.columns, *self.signs):
-            if column not in row["mean"]:
-                printed.append("")
-            else:
-                spread = f" ± {row['std'][column]:.3f}" if several else ""
-                printed.append(f"{row['mean'][column]:.3f}{spread}")
-        return printed
+        return printed + [printed_mean(row, column) for column in (*self.columns, *self.signs)]
 
 
 def _row(cells: dict[str, Any]) -> dict[str, Any]:
-    names = dict.fromkeys(name for found in cells.values() for name in found["metrics"])
-    values = {
-        name: [found["metrics"][name] for found in cells.values() if name in found["metrics"]]
-        for name in names
-    }
+    return {"seeds": cells, **mean_and_std([found["metrics"] for found in cells.values()])}
+
+
+def mean_and_std(seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """`mean` and `std` over seeds by metric, of the seeds that have it."""
+    names = dict.fromkeys(name for found in seeds for name in found)
+    values = {name: [found[name] for found in seeds if name in found] for name in names}
     return {
-        "seeds": cells,
         "mean": {name: statistics.fmean(v) for name, v in values.items()},
         "std": {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()},
     }
+
+
+def printed_mean(row: Mapping[str, Any], name: str) -> str:
+    """A row's metric: mean ± standard deviation over seeds; empty if it has none."""
+    if name not in row["mean"]:
+        return ""
+    spread = f" ± {row['std'][name]:.3f}" if len(row["seeds"]) > 1 else ""
+    return f"{row['mean'][name]:.3f}{spread}"
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *body]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def machines(folders: Sequence[Path]) -> str:
+    """Where the runs in these folders were made: CPUs and versions, each once."""
+    facts = [json.loads((folder / "doctor.json").read_text("utf-8")) for folder in folders]
+    return "; ".join(
+        dict.fromkeys(
+            f"{fact['cpu']['model']}, Python {fact['python']}, torch {fact['packages']['torch']}"
+            for fact in facts
+        )
+    )
 
 
 def choice(

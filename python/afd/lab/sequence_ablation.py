@@ -7,8 +7,6 @@ does. A row's overrides are those of `afd adapt`; `sequence=FILE` names another 
 from __future__ import annotations
 
 import datetime
-import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from afd.adapt.run import adapt
 from afd.adapt.sequence import load_chain
 from afd.errors import ConfigError
 from afd.files import parse_json, write_json, write_text
+from afd.lab.grid import machines, markdown_table, mean_and_std, printed_mean
 
 SEQUENCE = "sequence="
 
@@ -81,7 +80,7 @@ class SequenceStudy:
             }
             cells = {seed: values for seed, values in found.items() if values is not None}
             if cells:
-                results[row] = _row(cells)
+                results[row] = {"seeds": cells, **mean_and_std(list(cells.values()))}
         return results
 
 
@@ -100,16 +99,6 @@ def _finals(path: Path) -> dict[str, float] | None:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _row(cells: dict[str, dict[str, float]]) -> dict[str, Any]:
-    names = dict.fromkeys(name for cell in cells.values() for name in cell)
-    values = {name: [cell[name] for cell in cells.values() if name in cell] for name in names}
-    return {
-        "seeds": cells,
-        "mean": {name: statistics.fmean(v) for name, v in values.items()},
-        "std": {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()},
-    }
-
-
 def document(name: str, question: str, study: SequenceStudy, results: dict[str, Any]) -> str:
     """results.md: the question, the rows and the table."""
     rows = [
@@ -118,14 +107,8 @@ def document(name: str, question: str, study: SequenceStudy, results: dict[str, 
         if row in results
     ]
     folders = [p.parent for row in results for p in (study.root / row).glob("seed*/*/doctor.json")]
-    facts = [json.loads((folder / "doctor.json").read_text("utf-8")) for folder in folders]
-    places = dict.fromkeys(
-        f"{fact['cpu']['model']}, Python {fact['python']}, torch {fact['packages']['torch']}"
-        for fact in facts
-    )
     day = datetime.datetime.now(datetime.timezone.utc).date()
     header, body = _table(results)
-    lines = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *body]]
     return "\n".join(
         [
             f"## {name}",
@@ -134,10 +117,9 @@ def document(name: str, question: str, study: SequenceStudy, results: dict[str, 
             "",
             *rows,
             "",
-            *lines,
-            "",
+            markdown_table(header, body),
             "Held-out values at the end; forgetting: the best value from a domain's own run on "
-            f"against the end; lost: its share of the gain. {'; '.join(places)}, {day}.",
+            f"against the end; lost: its share of the gain. {machines(folders)}, {day}.",
             "",
         ]
     )
@@ -147,12 +129,8 @@ def _table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(name for row in results.values() for name in row["mean"]))
     body = []
     for row, found in results.items():
-        cells = [row, str(len(found["seeds"]))]
-        for name in names:
-            spread = f" ± {found['std'][name]:.3f}" if len(found["seeds"]) > 1 else ""
-            known = name in found["mean"]
-            cells.append(f"{found['mean'][name]:.3f}{spread}" if known else "")
-        body.append(cells)
+        values = [printed_mean(found, name) for name in names]
+        body.append([row, str(len(found["seeds"])), *values])
     return ["run", "seeds", *names], body
 
 

@@ -142,7 +142,7 @@ def load(
     problem = _problem(path, ranks)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path}: {problem}")
-    meta = ranks.same(_meta(path) if ranks.main else None)
+    meta = ranks.same(read_meta(path) if ranks.main else None)
     if meta["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint {path}: has format {meta['format']}, this version of afd reads "
@@ -245,7 +245,7 @@ def _problem(path: Path, ranks: Ranks = ALONE) -> str | None:
 def _promised(path: Path) -> tuple[dict[str, str] | None, str | None]:
     """The files listed in meta.json with their SHA-256; or None and why they are unknown."""
     try:
-        meta = _meta(path)
+        meta = read_meta(path)
         bound = meta.pop("sha256") == _bound(meta)
         if meta["format"] != FORMAT:
             problem = f"has format {meta['format']!r}, this version of afd reads {FORMAT}"
@@ -259,7 +259,8 @@ def _promised(path: Path) -> tuple[dict[str, str] | None, str | None]:
         return None, f"{META} {_unreadable(path / META) or f'cannot be read ({error!r})'}"
 
 
-def _meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint's meta.json, unverified. Raises OSError or ValueError."""
     if _unreadable(path / META):
         raise FileNotFoundError(path / META)
     meta = parse_json((path / META).read_text(encoding="utf-8"))

@@ -138,7 +138,7 @@ def _of_run(
     seen: tuple[Path, ...],
 ) -> Start:
     """The start of a run's parent: its own start, changed by what it has learned."""
-    meta = parse_json((saved / checkpoint.META).read_text(encoding="utf-8"))
+    meta = checkpoint.read_meta(saved)
     student = meta["config"]["student"]
     if student["kind"] != section.kind:
         raise ConfigError(
@@ -183,7 +183,7 @@ def carry_on(discriminator: Discriminator, folder: Path) -> None:
     saved = _checkpoint(folder) if folder.exists() else None
     if saved is None:
         raise ConfigError(f"discriminator.init: {folder} is no run folder; needed: that of a run")
-    meta = parse_json((saved / checkpoint.META).read_text(encoding="utf-8"))
+    meta = checkpoint.read_meta(saved)
     how: dict[str, Any] = {"method": meta["method"], "config": meta["config"]}
     state = checkpoint.load(saved, **how, only="method_state/discriminator/")["method_state"]
     if state.get("discriminator") is None:
@@ -208,7 +208,7 @@ def parent_ranks(section: StudentConfig) -> list[int] | None:
         try:
             saved, file = _checkpoint(Path(init)), _adapter_file(Path(init))
             if saved is not None:
-                meta = parse_json((saved / checkpoint.META).read_text(encoding="utf-8"))
+                meta = checkpoint.read_meta(saved)
                 student = meta["config"]["student"]
                 if student["lora"] is None:
                     return None
