@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from afd.benchmarks.config import BenchmarkConfig
+from afd.audit.command import AuditOptions, split
 from afd.cli import _parser, main
 from afd.config.run import RunConfig, load_config, make_config
 from afd.export import ExportConfig
@@ -53,10 +54,14 @@ def test_a_command_and_its_keys_exist(words: list[str]) -> None:
     options = _parser().parse_args(words)
     path = getattr(options, "config", None)
     kind = KINDS.get(options.command)
+    overrides = getattr(options, "overrides", [])
+    if getattr(options, "verb", None) == "audit":
+        own, overrides = split(overrides)
+        make_config({}, own, "page", AuditOptions)
     if options.command == "export":
-        make_config({}, options.overrides, "page", ExportConfig)
+        make_config({}, overrides, "page", ExportConfig)
     elif path is not None and path.suffix == ".yaml" and kind is not None:
-        load_config(ROOT / path, options.overrides, kind)
+        load_config(ROOT / path, overrides, kind)
 
 
 def test_the_page_names_every_configuration_that_trains_at_this_size() -> None:

@@ -52,8 +52,7 @@ def command(source: Path, overrides: Sequence[str], console: Console) -> Path:
 
     Overrides of AuditOptions are the audit's own; all others belong to the configuration.
     """
-    own = [o for o in overrides if o.partition("=")[0] in AuditOptions.model_fields]
-    others = [o for o in overrides if o not in own]
+    own, others = split(overrides)
     options = make_config({}, own, "afd teacher audit", AuditOptions)
     config = None
     if not source.is_dir():
@@ -80,6 +79,12 @@ def command(source: Path, overrides: Sequence[str], console: Console) -> Path:
         console.print(sentence, soft_wrap=True, highlight=False)
     console.print(str(page), soft_wrap=True, highlight=False)
     return page
+
+
+def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The audit's own overrides, and those of the configuration."""
+    own = [o for o in overrides if o.partition("=")[0] in AuditOptions.model_fields]
+    return own, [o for o in overrides if o not in own]
 
 
 def needed_seconds(config: RunConfig) -> float | None:
