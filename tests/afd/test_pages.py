@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from afd.benchmarks.config import BenchmarkConfig
 from afd.audit.command import AuditOptions, split
+from afd.benchmarks.config import BenchmarkConfig
 from afd.cli import _parser, main
 from afd.config.run import RunConfig, load_config, make_config
 from afd.export import ExportConfig
