@@ -4,6 +4,7 @@ VENV ?= .venv
 OUT ?=
 SECTIONS ?=
 MINUTES ?= 10
+JOBS ?= 2
 WHEELS ?= .wheels
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -25,8 +26,8 @@ quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report
 quickstart-full: setup ## the whole table: every teacher, run and control, three seeds
 	$(BIN)/afd ablation configs/ablations/quickstart_full.yaml $(ARGS)
 
-test: setup ## every test that needs no GPU; ARGS goes to pytest
-	$(BIN)/python -m pytest tests --ignore tests/offline $(ARGS)
+test: setup ## every test that needs no GPU, in JOBS processes; ARGS goes to pytest
+	$(BIN)/python -m pytest tests --ignore tests/offline -n $(JOBS) --dist worksteal $(ARGS)
 
 test-fast: setup ## a part of the tests that takes a minute
 	$(BIN)/python -m pytest $(FAST) -m "not slow and not soak" -k "not triton" $(ARGS)

@@ -88,8 +88,9 @@ def spent(command: list[str], env: dict[str, str], log: Path) -> float:
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        output.write(f"ended with {process.returncode}\n")
-    return usage.ru_utime + usage.ru_stime
+        seconds = usage.ru_utime + usage.ru_stime
+        output.write(f"ended with {process.returncode} after {seconds:.1f} s of processor time\n")
+    return seconds
 
 
 def longest_share(build: Path) -> float:

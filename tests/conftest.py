@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
 from afd_kernels import plans
 from afd_kernels.dispatch import OPS, explain, use_backend
 
+# Processes that share the tests (make test) share the cores, too.
+torch.set_num_threads(
+    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 # How a backend refuses what it runs on no machine; what is only missing here must fail.

@@ -53,6 +53,7 @@ TESTS = {
     "pytest": (),
     "pytest-benchmark": (),
     "pytest-timeout": (),
+    "pytest-xdist": (),
     "hypothesis": (),
     # These build the core.
     "setuptools": (),
