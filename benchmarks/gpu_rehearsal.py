@@ -3,10 +3,10 @@
     make gpu-rehearsal
     make gpu-rehearsal SECTIONS=build,tests
 
-Commands run sequentially on the simulated GPU, sharing an initially empty Triton cache: builds are
-real, kernels are compiled for sm_90 with the installed Triton, values come from the CPU, and
-benchmarks run at small sizes. Times are processor time, which other load on the machine does not
-affect. Expected time on a machine with CORES cores as fast as this one's:
+Sections run one after another on the simulated GPU, sharing an initially empty Triton cache: builds
+are real, kernels are compiled for sm_90 with the installed Triton, values come from the CPU, and
+benchmarks run at small sizes. Times are processor time, which other load on the machine affects
+little. Expected time on a machine with CORES cores as fast as this one's:
 
     sequential commands: the sum of their times
     parallel processes: the longest, or their sum over CORES if that is more
@@ -70,7 +70,7 @@ def rehearsed(command: list[str], record: Path) -> list[str]:
         return command
     if command[1] == "-m":
         rest = command[2:] if command[2] != "benchmarks.compile_ahead" else command[3:]
-        # Processes run sequentially here, beside other load on the machine.
+        # Processes get a fraction of a core each here.
         until = rest.index("--until") if "--until" in rest else len(rest)
         return [*ahead, *rest[:until], *rest[until + 2 :]]
     options = command[2:]
@@ -78,18 +78,25 @@ def rehearsed(command: list[str], record: Path) -> list[str]:
     return [*ahead, f"benchmarks.{Path(command[1]).stem}", *options, "--quick"]
 
 
-def spent(command: list[str], env: dict[str, str], log: Path) -> float:
-    """Runs a command; returns the processor time of it and its children, in seconds."""
+def spent(commands: list[list[str]], env: dict[str, str], log: Path) -> list[float]:
+    """Runs commands side by side; returns the processor time of each and its children, in seconds.
+
+    They progress alike, as on a machine with a core for each, and so share the compilation alike.
+    """
     with log.open("a") as output:
-        output.write(f"$ {' '.join(command)}\n")
-        output.flush()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = usage.ru_utime + usage.ru_stime
-        output.write(f"ended with {process.returncode} after {seconds:.1f} s of processor time\n")
+        processes = [
+            subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+            for command in commands
+        ]
+        seconds = []
+        for command, process in zip(commands, processes, strict=True):
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            seconds.append(usage.ru_utime + usage.ru_stime)
+            output.write(
+                f"$ {' '.join(command)}\nended with {process.returncode} "
+                f"after {seconds[-1]:.1f} s of processor time\n"
+            )
     return seconds
 
 
@@ -111,8 +118,8 @@ def need(section: Section, folder: Path, build_dir: Path, env: dict[str, str]) -
     """Rehearses a section and returns its times; `build_dir` is where `build` builds the core."""
     record, log = folder / f"{section.name}.jsonl", folder / "gpu-rehearsal.log"
     env = env | section.env
-    whole = [spent(rehearsed(command, record), env, log) for command in section.commands]
-    beside = [spent(rehearsed(command, record), env, log) for command in section.beside]
+    whole = [spent([rehearsed(command, record)], env, log)[0] for command in section.commands]
+    beside = spent([rehearsed(command, record) for command in section.beside], env, log)
     row = list(whole)
     if section.name == "build":
         row = [whole[0], whole[1] * max(longest_share(build_dir), 1 / CORES)]

@@ -3,9 +3,10 @@
     python -m pytest -p benchmarks.shard --shard 2/8 --until 90 tests/ops
 
 Test i of the collection runs in shard i modulo the number of shards, so that the parameters of a
-slow test are spread over all shards. A test that would start `--until` seconds or more after the
-process started is not run; the process then ends with a line that counts these tests, and a special
-exit code.
+slow test are spread over all shards. Each shard begins at another place of the collection, so that
+they compile different kernels and find each other's in the cache. A test that would start `--until`
+seconds or more after the process started is not run; the process then ends with a line that counts
+these tests, and a special exit code.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class Shard:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: Any, items: list[pytest.Item]) -> None:
-        items[:], rest = items[self.index :: self.count], items
-        mine = set(map(id, items))
-        config.hook.pytest_deselected(items=[item for item in rest if id(item) not in mine])
+        own = items[self.index :: self.count]
+        mine = set(map(id, own))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in mine])
+        first = len(own) * self.index // self.count
+        items[:] = own[first:] + own[:first]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
