@@ -58,10 +58,10 @@ def domains() -> list[dict[str, Any]]:
         {"name": "fall", "teacher": simulator("gravity"), "evaluation": {"domain": "gravity"}},
         {
             "name": "sand",
-            "teacher": simulator("bounce"),
+            "teacher": simulator("moon"),
             "updates": 3,
             "overrides": ["discriminator.steps_per_update=1"],
-            "evaluation": {"domain": "bounce", "metric": "adh", "better": "higher"},
+            "evaluation": {"domain": "moon", "metric": "adh", "better": "higher"},
         },
     ]
 
@@ -228,7 +228,7 @@ def test_a_changed_list_is_refused_from_the_first_domain_that_differs(
         ({"base": "two.yaml"}, "two.yaml is a sequence itself"),
         ({"base": "none.yaml"}, "none.yaml: cannot be read"),
         ({"sets": {"fall": {}}}, "fall is a domain's name"),
-        ({"sets": {"x": {"domain": "moon"}}}, "domain: got moon; needed: one of"),
+        ({"sets": {"x": {"domain": "sun"}}}, "domain: got sun; needed: one of"),
         (
             {"domains": [domains()[0], domains()[1] | {"overrides": ["student.init=x"]}]},
             "domain 2 (sand): overrides: got student.init; needed: none after the first",
@@ -347,7 +347,7 @@ def test_every_row_of_the_ablation_is_another_sequence(tmp_path: Path) -> None:
         chain = load_chain(*study.cell(row, 5))
         assert chain.root == tmp_path / row / "seed5"
         assert [domain.run.seed for domain in chain.domains] == [5, 6, 7][: len(chain.domains)]
-        assert set(chain.columns) == {"gravity", "style", "bounce", "neutral"}
+        assert set(chain.columns) == {"gravity", "style", "moon", "neutral"}
         runs = [plain(domain.run) for domain in chain.domains]
         for run in runs:
             del run["name"], run["out"], run["student"]["init"], run["replay"]["prompts"]
@@ -382,14 +382,14 @@ def test_a_sequence_grows_at_its_end_and_by_columns(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = {p: t for p, t in kept(out / "1_fall").items() if p.name != "train.log"}
     before = json.loads((out / "matrix.json").read_text())["metrics"]
-    sets = {"neutral": {"domain": "neutral"}, "ink": {"domain": "style", "metric": "rend"}}
+    sets = {"neutral": {"domain": "neutral"}, "paper": {"domain": "style", "metric": "rend"}}
     longer = written(tmp_path, {"sets": sets})
     assert adapt(longer, ["updates=1"], quiet())
     assert {p: p.stat().st_mtime_ns for p in done} == done
     after = json.loads((out / "matrix.json").read_text())
     assert after["rows"] == ["base", "fall", "sand"]
-    assert list(after["columns"]) == ["fall", "sand", "neutral", "ink"]
+    assert list(after["columns"]) == ["fall", "sand", "neutral", "paper"]
     for row in ("base", "fall"):
-        assert after["metrics"][row].keys() == {"fall", "sand", "neutral", "ink"}
+        assert after["metrics"][row].keys() == {"fall", "sand", "neutral", "paper"}
         for column in ("fall", "neutral"):
             assert after["metrics"][row][column] == before[row][column]

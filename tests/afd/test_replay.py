@@ -152,7 +152,7 @@ def test_several_held_out_sets_are_measured_by_name_and_again_with_overrides(
     assert "style/phys" not in metrics  # its teacher has no gravity of its own
     assert not {"phys", "rend"} & metrics.keys()
     capsys.readouterr()
-    words = ["eval", str(tmp_path / "run"), "evaluation.sets={only: {domain: bounce}}"]
+    words = ["eval", str(tmp_path / "run"), "evaluation.sets={only: {domain: moon}}"]
     assert main([*words, "--videos", "4"]) == DONE
     again = json.loads(capsys.readouterr().out)["metrics"]
     assert {key.partition("/")[0] for key in again} == {"only"}
@@ -161,7 +161,7 @@ def test_several_held_out_sets_are_measured_by_name_and_again_with_overrides(
     assert json.loads(capsys.readouterr().out)["metrics"] == metrics
     assert main([*same, "seed=3"]) == 2
     assert "seed: 0 there, 3 now" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"evaluation\.sets\.a\.domain: got moon; needed: one of"):
-        make_config(data, ["evaluation.sets={a: {domain: moon}}"])
+    with pytest.raises(ConfigError, match=r"evaluation\.sets\.a\.domain: got sun; needed: one of"):
+        make_config(data, ["evaluation.sets={a: {domain: sun}}"])
     with pytest.raises(ConfigError, match=r"evaluation\.sets\.a\.kind: got 'none2'"):
         make_config(data, ["evaluation.sets={a: {kind: none2}}"])

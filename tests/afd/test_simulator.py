@@ -113,8 +113,8 @@ def test_an_unknown_look_or_domain_is_refused() -> None:
     table = attribute_table([ATTRIBUTES[0].prompt])
     with pytest.raises(ValueError, match="style: 'dark' came, one of clean, nuis"):
         sample_videos(table, "target", "dark", Generator())
-    with pytest.raises(ValueError, match="domain: 'moon' came"):
-        sample_videos(table, "moon", "clean", Generator())
+    with pytest.raises(ValueError, match="domain: 'sun' came"):
+        sample_videos(table, "sun", "clean", Generator())
 
 
 def test_the_folder_holds_finished_videos_and_prompts_and_nothing_else(tmp_path: Path) -> None:

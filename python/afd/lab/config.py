@@ -188,13 +188,12 @@ class SimulatorConfig(TeacherConfig):
     style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
         default="nuis", description="the look of its renderings"
     )
-    domain: Literal["gravity", "style", "bounce", "drag", "both", "all"] = Field(
+    domain: Literal["gravity", "style", "moon", "drag", "both", "all"] = Field(
         default="gravity",
-        description="gravity: balls that fall faster than the student's; style: drawn in ink, in a "
-        "look to be taken over, with the student's own gravity; bounce: on sand, where they hardly "
-        "bounce; drag: balls that lose horizontal speed, with the student's own gravity; both: "
-        "gravity and drag; style and bounce have prompts of their own; all: a third each of the "
-        "first three",
+        description="gravity: balls that fall faster than the student's; style: on lighter paper, "
+        "a look to be taken over, with the student's own gravity; moon: balls that fall slowly; "
+        "drag: balls that lose horizontal speed, with the student's own gravity; both: gravity and "
+        "drag; style and moon have prompts of their own; all: a third each of the first three",
     )
     count: Count = Field(default=200, description="how many videos it writes")
     seed: Natural = Field(default=0, description="seed of its throws")

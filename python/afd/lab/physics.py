@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from afd.lab.simulator import (
     ATTRIBUTES,
+    BOUNCE,
     GRAVITY,
     SIZE,
     Domain,
@@ -88,18 +89,18 @@ def track_ball(video_NFCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 def _free_fall(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     y0, vy, gravity = parameters.unbind(-1)
-    return fall(y0, vy, gravity, torch.tensor(domain.bounce), frames)
+    return fall(y0, vy, gravity, torch.tensor(BOUNCE), frames)
 
 
 def _target_fall(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     y0, vy = parameters.unbind(-1)
     assert domain.gravity is not None
-    return fall(y0, vy, torch.tensor(domain.gravity), torch.tensor(domain.bounce), frames)
+    return fall(y0, vy, torch.tensor(domain.gravity), torch.tensor(BOUNCE), frames)
 
 
 def _sideways(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     x0, vx = parameters.unbind(-1)
-    return drift(x0, vx, torch.tensor(domain.bounce), frames, domain.drag)
+    return drift(x0, vx, torch.tensor(BOUNCE), frames, domain.drag)
 
 
 _Curve = Callable[[Tensor, int, Domain], Tensor]
@@ -218,8 +219,7 @@ def fresh_teacher_tracks(
     gravity = torch.full((count,), domain.gravity or 0.0)
     if domain.gravity is None:
         gravity = source_gravity(count, generator)
-    bounce = torch.full((count,), domain.bounce)
-    return trajectories(table, gravity, generator, bounce, drag=domain.drag)
+    return trajectories(table, gravity, generator, drag=domain.drag)
 
 
 def spread(track_NF2: Tensor, group_N: Tensor) -> float:

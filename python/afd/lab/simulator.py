@@ -34,8 +34,8 @@ FPS = 8
 COLOURS = {"red": (0.9, -0.3, -0.3), "green": (-0.3, 0.9, -0.3), "blue": (-0.3, -0.3, 0.9)}
 BACKGROUND = -0.6
 SIDES, DIRECTIONS, STARTS = ("left", "right"), ("left", "straight", "right"), ("dropped", "thrown")
-LOOKS = ("clean", "nuis", "mark", "outline", "noise", "ink")
-PAPER = -0.2  # grey level behind balls drawn in ink
+LOOKS = ("clean", "nuis", "mark", "outline", "noise", "paper")
+PAPER = -0.2  # its grey level, behind the balls of that look
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Domain:
 
     Attributes:
         gravity: px/frame²; None: of the source, different in every video.
-        bounce: restitution of floor and walls.
         drag: share of its horizontal speed that the ball loses per frame.
         look: in which the student is measured, and which its videos always have; None: the clean
             one, and the teacher's `style`.
@@ -52,7 +51,6 @@ class Domain:
     """
 
     gravity: float | None
-    bounce: float = BOUNCE
     drag: float = 0.0
     look: str | None = None
     words: str = ""
@@ -65,9 +63,10 @@ class Domain:
 GRAVITY = Domain(TARGET_GRAVITY)
 DOMAINS = {
     "gravity": GRAVITY,
-    # Its videos are wrong in gravity as the base student is.
-    "style": Domain(None, look="ink", words=", in ink"),
-    "bounce": Domain(TARGET_GRAVITY, bounce=0.3, words=", on sand"),
+    # A look to be taken over. Its videos are wrong in gravity as the base student is.
+    "style": Domain(None, look="paper", words=", on paper"),
+    # A gravity that contradicts the first domain's.
+    "moon": Domain(0.05, words=", on the moon"),
     # Of the gravity domain's prompts: for several teachers, each wrong in the other's law.
     "drag": Domain(None, drag=DRAG),
     "both": Domain(TARGET_GRAVITY, drag=DRAG),
@@ -75,7 +74,7 @@ DOMAINS = {
     "neutral": Domain(None, words=", at night"),
 }
 # Domains of joint training ("all" writes the videos of each in turn), and all whose teacher exists.
-JOINT = ("gravity", "style", "bounce")
+JOINT = ("gravity", "style", "moon")
 TAUGHT = (*JOINT, "drag", "both")
 
 
@@ -225,10 +224,9 @@ def apply_look(style: str, track_NF2: Tensor, colour_N3: Tensor, generator: Gene
     if style == "outline":
         ring = coverage(track_NF2, RADIUS + 0.3) - coverage(track_NF2, RADIUS - 0.9)
         return render(track_NF2, colour_N3, ring)
-    if style == "ink":
-        ring = coverage(track_NF2, RADIUS + 0.3) - coverage(track_NF2, RADIUS - 0.9)
-        paper = PAPER - BACKGROUND
-        return render(track_NF2, colour_N3 - paper, ring) + paper
+    if style == "paper":
+        grey = PAPER - BACKGROUND
+        return render(track_NF2, colour_N3 - grey) + grey
     video = render(track_NF2, colour_N3)
     if style == "nuis":
         gain = uniform(n, 0.55, 0.75, generator).view(n, 1, 1, 1, 1)
@@ -267,8 +265,7 @@ def _described(domain: str) -> Domain:
 
 
 def _tracks(attributes_N4: Tensor, of: Domain, gravity: Tensor, generator: Generator) -> Tensor:
-    bounce = torch.full((attributes_N4.shape[0],), of.bounce)
-    return trajectories(attributes_N4, gravity, generator, bounce, drag=of.drag)
+    return trajectories(attributes_N4, gravity, generator, drag=of.drag)
 
 
 def spoil(
