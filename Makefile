@@ -23,7 +23,7 @@ quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report
 	$(BIN)/afd quickstart $(ARGS)
 
 quickstart-full: setup ## the whole table: every teacher, run and control, three seeds
-	$(BIN)/afd ablation configs/ablations/quickstart_full.yaml $(ARGS)
+	$(BIN)/afd ablation ablations/quickstart_full $(ARGS)
 
 test: setup ## every test that needs no GPU; ARGS goes to pytest
 	$(BIN)/python -m pytest tests --ignore tests/offline $(ARGS)

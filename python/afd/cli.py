@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from io import TextIOWrapper
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,15 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.set_defaults(run=_quickstart, lasts=True)
 
     ablation = commands.add_parser(
-        "ablation", help="run a file of configs/ablations: its runs, a table, the r curves"
+        "ablation", help="run an ablation: its runs, a table, the r curves"
     )
     _takes_config(ablation)
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
     ablation.set_defaults(run=_ablation, lasts=True)
 
-    adapt = commands.add_parser(
-        "adapt", help="train on one domain after another, as a file of configs/continual has them"
-    )
+    adapt = commands.add_parser("adapt", help="train on one domain after another")
     _takes_config(adapt)
     _takes_plan(adapt, "memory, hours and cost per domain")
     _takes_overrides(adapt, "those of all domains' runs; name= and out= are the sequence's")
@@ -214,6 +213,14 @@ def _parser() -> argparse.ArgumentParser:
         "against=released|start, rank=, dtype=",
     )
     export.set_defaults(run=_export)
+
+    configs = commands.add_parser("configs", help="list the shipped configurations, or copy one")
+    configs.set_defaults(run=_configs)
+    actions = configs.add_subparsers(dest="action", metavar="ACTION")
+    copy = actions.add_parser("copy", help="copy a shipped configuration, to be edited")
+    copy.add_argument("name", metavar="NAME")
+    to = copy.add_argument("to", type=Path, nargs="?", metavar="DEST", help="file or folder")
+    to.complete = FILES  # type: ignore[attr-defined]
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
     _takes_run(report)
@@ -265,7 +272,8 @@ def _console() -> Console:
 
 
 def _takes_config(parser: argparse.ArgumentParser) -> None:
-    action = parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    text = "a YAML file, or a name that `afd configs` lists"
+    action = parser.add_argument("config", type=Path, metavar="CONFIG", help=text)
     action.complete = FILES  # type: ignore[attr-defined]
 
 
@@ -397,6 +405,21 @@ def _export(options: argparse.Namespace) -> int:
             f"{note['svd_error']:.2e}"
         )
     print(out)
+    return DONE
+
+
+def _configs(options: argparse.Namespace) -> int:
+    from afd.config.shipped import copy_config, shipped
+
+    if options.action == "copy":
+        print(copy_config(options.name, options.to))
+        return DONE
+    found = sorted(shipped(), key=lambda one: one.command)
+    width = max(len(one.name) for one in found)
+    for command, group in groupby(found, key=lambda one: one.command):
+        print(f"afd {command}")
+        for one in group:
+            print(f"  {one.name:{width}} {one.purpose}")
     return DONE
 
 

@@ -103,3 +103,9 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
         below = f"{prefix}{name}.{NAMED}." if _is_mapping(field) else f"{prefix}{name}."
         for one in sections_of(field):
             yield from _keys(one, below)
+
+
+def shown(value: object, width: int = 120) -> str:
+    """A value's repr, truncated to `width`; with a large `width` printable text is not quoted."""
+    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
+    return text if len(text) <= width else f"{text[:width]}…"

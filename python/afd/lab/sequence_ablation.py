@@ -1,7 +1,8 @@
 """An ablation whose base is a sequence of domains: its rows are sequences (`afd ablation`).
 
 The folder holds <row>/seed<k>/, results.json, results.md and curves.png, as an ablation of runs
-does. A row's overrides are those of `afd adapt`; `sequence=FILE` names another file than the base.
+does. A row's overrides are those of `afd adapt`; `sequence=FILE` names another
+sequence than the base.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.table import Table
 from afd.adapt.matrix import MATRIX
 from afd.adapt.run import adapt
 from afd.adapt.sequence import load_chain
+from afd.config.shipped import find_config
 from afd.errors import ConfigError
 from afd.files import parse_json, write_json, write_text
 from afd.lab.grid import machines, markdown_table, mean_and_std, printed_mean
@@ -48,7 +50,7 @@ class SequenceStudy:
         """The file and the overrides of one cell."""
         own = self.rows[row]
         named = [x.removeprefix(SEQUENCE) for x in own if x.startswith(SEQUENCE)]
-        path = self.base.parent / named[-1] if named else self.base
+        path = find_config(named[-1], self.base) if named else self.base
         rest = [override for override in own if not override.startswith(SEQUENCE)]
         place = [f"seed={seed}", f"name={row}", f"out={self.folder(row, seed)}"]
         return path, [*self.common, *rest, *place]
