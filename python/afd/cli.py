@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from io import TextIOWrapper
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint again")
     _takes_run(evaluate)
-    evaluate.add_argument("--videos", type=int, default=None, help="number of held-out videos")
+    evaluate.add_argument("--videos", type=_count, default=None, help="number of held-out videos")
     evaluate.add_argument(
         "overrides",
         nargs="*",
@@ -282,6 +281,13 @@ def _takes_run(parser: argparse.ArgumentParser) -> None:
     action.complete = FOLDERS  # type: ignore[attr-defined]
 
 
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; needed: a whole number of at least 1")
+    return int(text)
+
+
 def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help=f"print estimates of {estimates}; train nothing"
@@ -289,7 +295,7 @@ def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        default=1,
+        default=None,
         help="dry run: number of GPUs that torchrun will train on",
     )
 
@@ -300,15 +306,28 @@ def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from afd.config.run import load_config
+    from afd.config.keys import refuse_idle
+    from afd.config.run import UPDATES, load_config
 
+    processes = _processes(options)
     config = load_config(options.config, options.overrides)
+    refuse_idle(options.overrides, config.method, UPDATES)
     if options.dry_run:
-        from afd.planning.plan import make_plan, show
+        from afd.planning.plan import dry_run
 
-        show(make_plan(config, options.processes), _console())
+        dry_run(config, processes, _console())
         return DONE
     return _run(config)
+
+
+def _processes(options: argparse.Namespace) -> int:
+    """The processes of a dry run. Raises ConfigError for a number without a dry run."""
+    if options.processes is not None and not options.dry_run:
+        raise ConfigError(
+            f"--processes: got {options.processes} without --dry-run; needed: torchrun "
+            f"--nproc-per-node {options.processes} -m afd {options.command} … to train on as many"
+        )
+    return 1 if options.processes is None else int(options.processes)
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -366,8 +385,9 @@ def _ablation(options: argparse.Namespace) -> int:
 def _adapt(options: argparse.Namespace) -> int:
     from afd.adapt.run import adapt, dry_run
 
+    processes = _processes(options)
     if options.dry_run:
-        dry_run(options.config, options.overrides, options.processes, _console())
+        dry_run(options.config, options.overrides, processes, _console())
         return DONE
     from afd.lab.report.page import write_report
 
@@ -409,17 +429,12 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _configs(options: argparse.Namespace) -> int:
-    from afd.config.shipped import copy_config, shipped
+    from afd.config.shipped import copy_config, listing
 
     if options.action == "copy":
         print(copy_config(options.name, options.to))
         return DONE
-    found = sorted(shipped(), key=lambda one: one.command)
-    width = max(len(one.name) for one in found)
-    for command, group in groupby(found, key=lambda one: one.command):
-        print(f"afd {command}")
-        for one in group:
-            print(f"  {one.name:{width}} {one.purpose}")
+    print(listing())
     return DONE
 
 

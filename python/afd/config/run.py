@@ -475,4 +475,6 @@ def _explain(
         return f"{came_from.get(f'{key}.kind', (given or [source])[0])}: {key}.{detail['msg']}"
     if detail["type"] == "value_error":
         return f"{source}: {message}"
+    if detail["type"] == "missing":
+        return f"{source}: {key} is missing; needed: a value"
     return f"{source}: {key} is {shown(detail['input'])}; {detail['msg']}"

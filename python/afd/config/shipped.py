@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Iterator
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,16 @@ def shipped() -> Iterator[Shipped]:
         purpose = text.partition("\n")[0].removeprefix("# ").removesuffix(".")
         command = re.search(rf"^# afd ([a-z ]+) {re.escape(name)}\b", text, re.M)
         yield Shipped(name, path, purpose, command[1] if command else "")
+
+
+def listing() -> str:
+    """The shipped configurations by command, one line each."""
+    found = sorted(shipped(), key=lambda one: one.command)
+    width = max(len(one.name) for one in found)
+    lines = []
+    for command, group in groupby(found, key=lambda one: one.command):
+        lines += [f"afd {command}", *(f"  {one.name:{width}} {one.purpose}" for one in group)]
+    return "\n".join(lines)
 
 
 def find_config(named: Path | str, beside: Path | None = None) -> Path:
