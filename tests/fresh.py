@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -81,20 +80,30 @@ def main() -> int:
 
 def build(home: Path) -> Path:
     """A wheel without the core, from a source distribution made outside any repository."""
-    tree = home / "tree"
-    names = _lines("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
-    for name in names:
-        if (ROOT / name).is_file():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
-    hook = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
-    archive = home / _lines(sys.executable, "-c", hook, cwd=tree, PATH=_without("git"))[-1]
+    archive = build_sdist(tracked_copy(home / "tree"))
     no_compiler = {"CXX": "/nonexistent/c++", "CUDACXX": "/nonexistent/nvcc"}
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index")
     words = ("--no-build-isolation", "--wheel-dir", str(home), str(archive))
-    _lines(*pip, *words, cwd=home, **no_compiler)
+    run_lines(*pip, *words, cwd=home, **no_compiler)
     (wheel,) = home.glob("*.whl")
     return wheel
+
+
+def tracked_copy(tree: Path) -> Path:
+    """A copy of what git tracks, with uncommitted changes and without the repository."""
+    for name in run_lines(
+        "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT
+    ):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+def build_sdist(tree: Path) -> Path:
+    """The source distribution of a tree, made beside it and without git on the PATH."""
+    hook = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
+    return tree.parent / run_lines(sys.executable, "-c", hook, cwd=tree, PATH=_without("git"))[-1]
 
 
 def try_extra(extra: str, wheel: Path, home: Path) -> list[str]:
@@ -110,9 +119,9 @@ def try_extra(extra: str, wheel: Path, home: Path) -> list[str]:
         link(distribution(name), site)
     target = str(wheel) if extra == "bare" else f"{wheel}[{extra}]"
     pip = (sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet")
-    _lines(*pip, *(["--no-index"] if extra == "bare" else []), target, cwd=home)
+    run_lines(*pip, *(["--no-index"] if extra == "bare" else []), target, cwd=home)
     if extra in MODULES:
-        _lines(str(python), "-c", f"import {MODULES[extra]}", cwd=home)
+        run_lines(str(python), "-c", f"import {MODULES[extra]}", cwd=home)
     words, code, text = PROBES[extra]
     command = [str(home / "bin" / "afd"), *words]
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
@@ -120,9 +129,9 @@ def try_extra(extra: str, wheel: Path, home: Path) -> list[str]:
     if done.returncode != code or not re.search(text, said):
         raise SystemExit(f"{extra}: {' '.join(words)} ended with {done.returncode}:\n{said}")
     if extra == "bare":
-        found: list[str] = json.loads(_lines(str(python), "-c", IMPORTED, cwd=home)[-1])
+        found: list[str] = json.loads(run_lines(str(python), "-c", IMPORTED, cwd=home)[-1])
         return found
-    return _lines(*pip[:5], "list", "--format", "freeze", cwd=home)
+    return run_lines(*pip[:5], "list", "--format", "freeze", cwd=home)
 
 
 def needed(names: tuple[str, ...]) -> set[str]:
@@ -162,18 +171,13 @@ def _without(tool: str) -> str:
     return os.pathsep.join(f for f in folders if not (Path(f) / tool).exists())
 
 
-def _lines(*command: str, cwd: Path, **environment: str) -> list[str]:
+def run_lines(*command: str, cwd: Path, **environment: str) -> list[str]:
     """The lines that a command prints; ends this program with its output if it fails."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return list(iterate(done.stdout))
-
-
-def iterate(text: str) -> Iterator[str]:
-    """The lines of a text that are not blank."""
-    return (line for line in text.splitlines() if line.strip())
+    return [line for line in done.stdout.splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

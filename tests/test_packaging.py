@@ -11,7 +11,9 @@ from email.policy import default
 from pathlib import Path
 
 import pytest
+import yaml
 
+from docs.release_notes import notes
 from tests.fresh import ROOT, build, needed, try_extra
 
 
@@ -41,6 +43,25 @@ def test_the_metadata_names_licence_version_and_needs(wheel: Path) -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {facts['Version']}\n" in citation
     assert f"## {facts['Version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_release_notes_are_the_section_of_the_version() -> None:
+    newest = "## 0.2.0 (unreleased)\n\n- new\n\n### Decisions\n\n- a\n\n"
+    text = f"# Changelog\n\n{newest}## 0.1.0\n\n- old\n"
+    assert notes(text, "0.2.0") == "- new\n\n### Decisions\n\n- a\n"
+    assert notes(text, "0.1.0") == "- old\n"
+    for version in ("0.2", "1.0.0"):
+        with pytest.raises(ValueError, match=r"no section .*; it has 0\.2\.0, 0\.1\.0"):
+            notes(text, version)
+
+
+def test_every_command_of_the_workflow_is_one_of_make() -> None:
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    runs = [step["run"] for job in flow["jobs"].values() for step in job["steps"] if "run" in step]
+    made = {match[1] for run in runs for match in re.finditer(r"^make ([a-z-]+)", run, re.M)}
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert {"check", "test", "extras"} <= made <= set(targets)
+    assert flow["jobs"]["publish"]["needs"] == [job for job in flow["jobs"] if job != "publish"]
 
 
 @pytest.mark.slow

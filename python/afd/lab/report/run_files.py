@@ -95,7 +95,7 @@ def holds_run(run_dir: Path) -> bool:
     """Whether a folder holds files of a run, itself or in one of a quickstart's folders."""
     places = (run_dir, *(run_dir / name for name in COLUMNS if name != "teacher"))
     names = ("config.yaml", "metrics.jsonl", "evaluation.jsonl")
-    return any(os.path.isfile(place / name) for place in places for name in names)
+    return any(os.path.lexists(place / name) for place in places for name in names)
 
 
 def read_parts(run_dir: Path) -> dict[str, Part]:
