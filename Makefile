@@ -5,6 +5,7 @@ OUT ?=
 SECTIONS ?=
 MINUTES ?= 10
 JOBS ?= 2
+VERSION ?=
 WHEELS ?= .wheels
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,13 +19,14 @@ FAST := tests/test_architecture.py tests/contract/test_plans.py tests/contract/t
         discriminators files folder kv_cache ledger optimizer policies rollout schedules)
 
 .PHONY: quickstart quickstart-full test test-fast soak lowest check format bench offline gpu-check gpu-rehearsal \
-        gpu-wheels base motion-backbone screenshot readme lock setup clean
+        gpu-wheels wheels extras release-notes base motion-backbone screenshot readme lock setup \
+        clean
 
 quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
 	$(BIN)/afd quickstart $(ARGS)
 
 quickstart-full: setup ## the whole table: every teacher, run and control, three seeds
-	$(BIN)/afd ablation configs/ablations/quickstart_full.yaml $(ARGS)
+	$(BIN)/afd ablation ablations/quickstart_full $(ARGS)
 
 test: setup ## every test that needs no GPU, in JOBS processes; ARGS goes to pytest
 	$(BIN)/python -m pytest tests --ignore tests/offline -n $(JOBS) --dist worksteal $(ARGS)
@@ -40,6 +42,15 @@ soak: setup ## the long tests: sanitizers, then property tests with new seeds fo
 
 lowest: setup ## the tests of every dependency at its lower bound, in an environment of their own
 	$(BIN)/python -m tests.lowest $(ARGS)
+
+extras: setup ## every extra in an environment of its own; ARGS chooses, such as "bare train"
+	$(BIN)/python -m tests.fresh $(ARGS)
+
+wheels: setup ## release wheels of the Pythons that are here, and the source distribution, in dist/
+	$(BIN)/python -m tests.wheels
+
+release-notes: setup ## the section of CHANGELOG.md for VERSION, by default this one
+	$(BIN)/python -m docs.release_notes $(VERSION)
 
 check: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

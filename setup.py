@@ -1,4 +1,7 @@
-"""Maps the two import packages and drives CMake; without a compiler the rest still installs."""
+"""Maps the two import packages and drives CMake; without a compiler the rest still installs.
+
+With AFD_REQUIRE_CORE=1, as for a release, a core that cannot be built is an error instead.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,8 @@ class BuildCore(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)
             reason = said.strip()[-2000:]
+            if os.environ.get("AFD_REQUIRE_CORE") == "1":
+                sys.exit(f"AFD_REQUIRE_CORE=1: the compiled core cannot be built: {reason}")
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(reason, encoding="utf-8")
             self.warn(f"afd is installed without its compiled core, because: {reason}")

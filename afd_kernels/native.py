@@ -41,7 +41,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         reason = " ".join(note.read_text(encoding="utf-8").split()) if note.is_file() else ""
         return (
             None,
-            f"the compiled core was not built ({reason or 'build it with: pip install -e .'})",
+            f"the compiled core was not built ({reason or 'it is not part of this installation'})",
         )
     except ImportError as error:
         return None, f"the compiled core cannot be loaded ({error})"

@@ -1,7 +1,7 @@
 """On-Policy Adversarial Flow Distillation: ops, causal video student, trainer.
 
 `afd.ops` and `afd.rollout` are imported when they are first asked for: the former needs the core
-alone, the latter the extra `afd[train]`.
+alone, the latter the extra `train`.
 """
 
 from importlib import import_module

@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint again")
     _takes_run(evaluate)
-    evaluate.add_argument("--videos", type=int, default=None, help="number of held-out videos")
+    evaluate.add_argument("--videos", type=_count, default=None, help="number of held-out videos")
     evaluate.add_argument(
         "overrides",
         nargs="*",
@@ -172,15 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.set_defaults(run=_quickstart, lasts=True)
 
     ablation = commands.add_parser(
-        "ablation", help="run a file of configs/ablations: its runs, a table, the r curves"
+        "ablation", help="run an ablation: its runs, a table, the r curves"
     )
     _takes_config(ablation)
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
     ablation.set_defaults(run=_ablation, lasts=True)
 
-    adapt = commands.add_parser(
-        "adapt", help="train on one domain after another, as a file of configs/continual has them"
-    )
+    adapt = commands.add_parser("adapt", help="train on one domain after another")
     _takes_config(adapt)
     _takes_plan(adapt, "memory, hours and cost per domain")
     _takes_overrides(adapt, "those of all domains' runs; name= and out= are the sequence's")
@@ -214,6 +212,14 @@ def _parser() -> argparse.ArgumentParser:
         "against=released|start, rank=, dtype=",
     )
     export.set_defaults(run=_export)
+
+    configs = commands.add_parser("configs", help="list the shipped configurations, or copy one")
+    configs.set_defaults(run=_configs)
+    actions = configs.add_subparsers(dest="action", metavar="ACTION")
+    copy = actions.add_parser("copy", help="copy a shipped configuration, to be edited")
+    copy.add_argument("name", metavar="NAME")
+    to = copy.add_argument("to", type=Path, nargs="?", metavar="DEST", help="file or folder")
+    to.complete = FILES  # type: ignore[attr-defined]
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
     _takes_run(report)
@@ -269,13 +275,21 @@ def _console() -> Console:
 
 
 def _takes_config(parser: argparse.ArgumentParser) -> None:
-    action = parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    text = "a YAML file, or a name that `afd configs` lists"
+    action = parser.add_argument("config", type=Path, metavar="CONFIG", help=text)
     action.complete = FILES  # type: ignore[attr-defined]
 
 
 def _takes_run(parser: argparse.ArgumentParser) -> None:
     action = parser.add_argument("folder", type=Path, metavar="RUN_DIR")
     action.complete = FOLDERS  # type: ignore[attr-defined]
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; needed: a whole number of at least 1")
+    return int(text)
 
 
 def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
@@ -285,7 +299,7 @@ def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        default=1,
+        default=None,
         help="dry run: number of GPUs that torchrun will train on",
     )
 
@@ -296,15 +310,28 @@ def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from afd.config.run import load_config
+    from afd.config.keys import refuse_idle
+    from afd.config.run import UPDATES, load_config
 
+    processes = _processes(options)
     config = load_config(options.config, options.overrides)
+    refuse_idle(options.overrides, config.method, UPDATES)
     if options.dry_run:
-        from afd.planning.plan import make_plan, show
+        from afd.planning.plan import dry_run
 
-        show(make_plan(config, options.processes), _console())
+        dry_run(config, processes, _console())
         return DONE
     return _run(config)
+
+
+def _processes(options: argparse.Namespace) -> int:
+    """The processes of a dry run. Raises ConfigError for a number without a dry run."""
+    if options.processes is not None and not options.dry_run:
+        raise ConfigError(
+            f"--processes: got {options.processes} without --dry-run; needed: torchrun "
+            f"--nproc-per-node {options.processes} -m afd {options.command} … to train on as many"
+        )
+    return 1 if options.processes is None else int(options.processes)
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -362,8 +389,9 @@ def _ablation(options: argparse.Namespace) -> int:
 def _adapt(options: argparse.Namespace) -> int:
     from afd.adapt.run import adapt, dry_run
 
+    processes = _processes(options)
     if options.dry_run:
-        dry_run(options.config, options.overrides, options.processes, _console())
+        dry_run(options.config, options.overrides, processes, _console())
         return DONE
     from afd.lab.report.page import write_report
 
@@ -401,6 +429,16 @@ def _export(options: argparse.Namespace) -> int:
             f"{note['svd_error']:.2e}"
         )
     print(out)
+    return DONE
+
+
+def _configs(options: argparse.Namespace) -> int:
+    from afd.config.shipped import copy_config, listing
+
+    if options.action == "copy":
+        print(copy_config(options.name, options.to))
+        return DONE
+    print(listing())
     return DONE
 
 

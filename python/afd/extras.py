@@ -5,10 +5,20 @@ The core, `afd.ops` and `afd.schedules`, needs only torch, triton and numpy.
 
 from __future__ import annotations
 
+import json
+import shlex
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from afd.errors import ConfigError
+
+# The name on the package index. `afd` there belongs to another project, which has a package `afd`
+# and a command `afd` too: both cannot be installed in one environment.
+DISTRIBUTION = "afd-video"
+_STRANGER = "afd"
 
 
 class Package(NamedTuple):
@@ -79,7 +89,50 @@ def absent_module(key: str, error: ModuleNotFoundError) -> ConfigError | None:
 
 
 def command(*packages: Package) -> str:
-    """The pip command that installs packages through their extras."""
+    """The pip command that installs packages through their extras.
+
+    It is the same for every kind of installation: pip finds the installed distribution, from an
+    index, a wheel or a checkout, and adds what the extra lacks.
+    """
     extras = ",".join(dict.fromkeys(p.extra for p in packages if p.extra is not None))
-    wanted = [f"'afd[{extras}]'"] if extras else []
+    wanted = [f"'{DISTRIBUTION}[{extras}]'"] if extras else []
     return " ".join(["pip install", *wanted, *(p.name for p in packages if p.extra is None)])
+
+
+def reinstall(*options: str) -> str:
+    """The pip command that installs this package again, from where it came.
+
+    `options` apply to the package index alone: a checkout is built in any case.
+    """
+    try:
+        text = distribution(DISTRIBUTION).read_text("direct_url.json")
+    except PackageNotFoundError:
+        text = None
+    origin = json.loads(text) if text else {}
+    folder = unquote(urlsplit(origin.get("url", "")).path)
+    if "dir_info" in origin and Path(folder, "pyproject.toml").is_file():
+        editable = "--editable " if origin["dir_info"].get("editable") else ""
+        return f"pip install --no-deps {editable}{shlex.quote(folder)}"
+    return " ".join(["pip install --force-reinstall --no-deps", *options, DISTRIBUTION])
+
+
+def build_core() -> str:
+    """The pip command that builds the compiled core."""
+    return reinstall(f"--no-binary {DISTRIBUTION}")
+
+
+def stranger() -> str | None:
+    """One sentence if the other project's distribution is in this environment; else None.
+
+    An installation of this project under its former name has no files in a folder of its own.
+    """
+    try:
+        other = distribution(_STRANGER)
+    except PackageNotFoundError:
+        return None
+    if not any(file.parts[0] == "afd" for file in other.files or ()):
+        return None
+    return (
+        f"another distribution, {_STRANGER} {other.version}, is installed, whose packages replace "
+        f"parts of {DISTRIBUTION}; pip uninstall --yes {_STRANGER}, then {reinstall()}"
+    )

@@ -64,7 +64,7 @@ def _compiled_core() -> dict[str, Any]:
     if why is not None:
         return {
             "present": False,
-            "why": f"{why}; with a C++20 compiler, pip install -e . builds it",
+            "why": f"{why}; with a C++20 compiler, {extras.build_core()} builds it",
         }
     return {
         "present": True,

@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from afd.config.run import load_config, plain
+from afd.config.shipped import find_config
 from afd.errors import ConfigError
 from afd.lab.ablation import AblationConfig, ablation, study
 from tests.afd.test_quickstart import SMALL as QUICKSTART
 
-FOLDER = Path(__file__).parents[2] / "configs" / "ablations"
+FOLDER = Path(__file__).parents[2] / "python" / "afd" / "configs" / "ablations"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "continual")
 SMALL = [*QUICKSTART, "evaluation.every=0"]
 
@@ -33,7 +34,7 @@ def test_every_row_of_every_file_is_another_run_of_its_base(path: Path, tmp_path
         cell = table.cell(row, 3)
         assert cell.run_dir == tmp_path / row / "seed3"
         assert (cell.seed, cell.name) == (3, row)
-        usual = load_config(path.parent / config.base, [f"method={cell.method}"])
+        usual = load_config(find_config(config.base, path), [f"method={cell.method}"])
         assert cell.updates == usual.updates
         made.append(plain(cell.model_copy(update={"name": "", "out": None})))
     assert all(made.count(one) == 1 for one in made)
@@ -70,7 +71,7 @@ def test_an_ablation_draws_its_table_and_curves_and_runs_nothing_twice(tmp_path:
     assert text.startswith(f"## methods\n\n{question}")
     assert "- `gan`: method=gan, discriminator.loss=gan" in text
     assert "| gan | 1 |" in text
-    assert "2 updates of `quickstart.yaml`" in text
+    assert "2 updates of `quickstart`" in text
     assert "torch" in text.splitlines()[-1]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "curves.png" in screen.file.getvalue()

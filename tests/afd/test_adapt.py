@@ -33,7 +33,7 @@ from tests.afd.test_resume import assert_same, numbers
 from tests.afd.tiny_methods import toy_student
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "configs" / "continual"
+FOLDER = ROOT / "python" / "afd" / "configs" / "continual"
 FILES = sorted(FOLDER.glob("*.yaml"))
 
 
@@ -335,7 +335,7 @@ def test_gain_and_forgetting_count_in_the_direction_of_the_metric() -> None:
     assert balance([1.0], "lower", ["base"], "a")["gain"] is None
 
 
-ABLATION = ROOT / "configs" / "ablations" / "continual.yaml"
+ABLATION = ROOT / "python" / "afd" / "configs" / "ablations" / "continual.yaml"
 
 
 def test_every_row_of_the_ablation_is_another_sequence(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from tests.afd.released_models import overrides, write_models
 from tests.afd.tiny_videoalign import write_released
 from tests.afd.together import together
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "python" / "afd" / "configs"
 ENTRIES = [
     {"prompt_en": "a red ball, falling", "dimension": ["scene", "background_consistency"]},
     {"prompt_en": "In a still frame, a ball", "dimension": ["temporal_flickering"]},

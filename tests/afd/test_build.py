@@ -233,15 +233,15 @@ def test_the_toys_size_and_checkpoint_are_the_toys() -> None:
 @pytest.mark.parametrize(
     ("missing", "told"),
     [
-        ("diffusers", r"a wan student: needs diffusers, .*; pip install 'afd\[wan\]'"),
-        ("ftfy", r"a wan student: needs ftfy, .*; pip install 'afd\[wan\]'"),
+        ("diffusers", r"a wan student: needs diffusers, .*; pip install 'afd-video\[wan\]'"),
+        ("ftfy", r"a wan student: needs ftfy, .*; pip install 'afd-video\[wan\]'"),
         (
             "peft",
             r"(student.lora|discriminator.kind=videoalign): needs peft, .* 'afd\[wan\]'",
         ),
         (
             "transformers",
-            r"needs transformers, which is not installed; pip install 'afd\[wan\]'",
+            r"needs transformers, which is not installed; pip install 'afd-video\[wan\]'",
         ),
     ],
 )

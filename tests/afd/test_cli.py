@@ -214,4 +214,4 @@ def test_a_missing_package_is_one_sentence_with_its_extra(
     monkeypatch.setattr("afd.extras.find_spec", lambda name: None)
     assert main(["--print-completion", "bash"]) == 2
     said = capsys.readouterr().err
-    assert "shtab, which is not installed; pip install 'afd[completion]'" in said
+    assert "shtab, which is not installed; pip install 'afd-video[completion]'" in said

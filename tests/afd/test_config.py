@@ -24,7 +24,7 @@ from afd.discriminators.config import LatentConfig
 from afd.errors import ConfigError
 from afd.sampling.config import SampleConfig
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "python" / "afd" / "configs"
 
 
 def written(folder: Path, text: str) -> Path:

@@ -1,4 +1,4 @@
-"""The core needs none of the packages of the extra `afd[wan]`."""
+"""The core needs none of the packages of the extra `wan`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 
 def test_the_laptop_task_trains_without_the_packages_of_wan(tmp_path: Path) -> None:
-    config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    config = Path(__file__).parents[2] / "python" / "afd" / "configs" / "quickstart.yaml"
     small = [
         "updates=1",
         "prompts_per_update=1",

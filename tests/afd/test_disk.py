@@ -245,7 +245,7 @@ def test_sampling_that_is_ended_or_has_no_room_leaves_no_half_video(
     tmp_path: Path, small_disk: Path
 ) -> None:
     said, out = tmp_path / "said", small_disk / "videos"
-    words = ["sample", "configs/sample_toy.yaml", f"out={out}", "device=cpu"]
+    words = ["sample", "sample_toy", f"out={out}", "device=cpu"]
     filler = fill(small_disk)
     assert ended(begin(words, out=said)) == 3
     assert "No space left on device; free some space there" in sentence(said)

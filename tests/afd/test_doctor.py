@@ -61,12 +61,12 @@ def test_every_op_has_a_backend_and_every_other_backend_its_reason(facts: dict[s
 
 def test_what_is_missing_is_told_with_the_command_that_brings_it() -> None:
     facts = doctor.inspect() | {
-        "missing_optional": [{"package": "x", "for": "y", "install": "pip install 'afd[x]'"}],
+        "missing_optional": [{"package": "x", "for": "y", "install": "pip install 'afd-video[x]'"}],
         "compilers": {"c++": None},
         "compiled_core": {"present": False, "why": "absent (no compiler)"},
     }
     text = shown(facts)
-    assert "optional: x (y): pip install 'afd[x]'" in text
+    assert "optional: x (y): pip install 'afd-video[x]'" in text
     assert "c++: not found" in text
     assert "compiled core: absent (no compiler)" in text
 
@@ -79,7 +79,7 @@ def test_what_training_at_video_size_needs_is_told_beside_what_is_here() -> None
     assert needs["missing_packages"] == []
     assert f"{needs['gpu_gb']} GB of GPU memory" in shown(facts)
     lacking = facts | {"training": needs | {"missing_packages": ["peft", "ftfy"]}}
-    assert "lacks ftfy, peft: pip install 'afd[wan]'" in shown(lacking)
+    assert "lacks ftfy, peft: pip install 'afd-video[wan]'" in shown(lacking)
 
 
 def test_a_program_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from afd.audit.command import AuditOptions, split
 from afd.benchmarks.config import BenchmarkConfig
 from afd.cli import _parser, main
 from afd.config.run import RunConfig, load_config, make_config
+from afd.config.shipped import FOLDER
 from afd.export import ExportConfig
+from afd.lab.physics import DEFINITIONS
+from afd.lab.quickstart import COLUMNS
+from afd.lab.shipped import checkpoint_path
 from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
@@ -60,24 +66,35 @@ def test_a_command_and_its_keys_exist(words: list[str]) -> None:
         make_config({}, own, "page", AuditOptions)
     if options.command == "export":
         make_config({}, overrides, "page", ExportConfig)
-    elif path is not None and path.suffix == ".yaml" and kind is not None:
-        load_config(ROOT / path, overrides, kind)
+    elif path is not None and kind is not None:
+        load_config(path, overrides, kind)
+
+
+def test_the_readme_explains_every_metric_that_is_printed() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(rows) == sorted(DEFINITIONS)
+    assert set(COLUMNS) <= set(rows)
 
 
 def test_the_page_names_every_configuration_that_trains_at_this_size() -> None:
     page = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
-    for path in (ROOT / "configs").glob("*_480x832.yaml"):
+    for path in FOLDER.glob("*_480x832.yaml"):
         if "\nmethod: " in path.read_text(encoding="utf-8"):
-            assert path.name in page, path
+            assert path.stem in page, path
 
 
 def test_the_laptop_commands_run_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     for words in commands("TRAINING.md", "On a laptop first"):
         assert main(words) == 0, words
     assert "metrics" in capsys.readouterr().out
     assert (tmp_path / "runs" / "try" / "report.html").is_file()
+    # The few updates are not all the discriminator's.
+    lines = (tmp_path / "runs" / "try" / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert all(json.loads(line)["student/grad_norm"] > 0 for line in lines)
+    base = load_file(checkpoint_path("base"))
+    trained = load_file(tmp_path / "exported" / "try" / "student.safetensors")
+    assert any(not torch.equal(trained[name], weights) for name, weights in base.items())
     assert len(list((tmp_path / "videos" / "try").glob("*.mp4"))) == 1

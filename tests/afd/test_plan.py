@@ -34,7 +34,7 @@ from benchmarks.hardware import pass_work
 from tests import tolerances
 from tests.afd.tiny_wan import HEIGHT, WIDTH, tiny
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "python" / "afd" / "configs"
 RELEASED = Net(1536, 8960, 30, 512, 1_418_996_800, 21, 3, 1560)
 
 

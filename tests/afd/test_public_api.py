@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -78,7 +79,7 @@ def test_an_op_needs_the_core_alone() -> None:
 
 
 def test_the_command_names_the_extra_that_is_missing() -> None:
-    lacks = "which is not installed; pip install 'afd"
+    lacks = "which is not installed; pip install 'afd-video"
     cases: dict[str, tuple[int, str]] = {
         "--version": (0, re.escape(f"afd {afd.__version__}")),
         "--help": (0, "evaluate a run's newest checkpoint again"),
@@ -101,7 +102,7 @@ def test_python_m_afd_says_its_version() -> None:
     words = [sys.executable, "-m", "afd", "--version"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == f"afd {afd.__version__}\n"
-    assert afd.__version__ == PROJECT["version"]
+    assert afd.__version__ == importlib.metadata.version(extras.DISTRIBUTION)
 
 
 def test_the_lazy_modules_are_attributes_and_nothing_else_is() -> None:
@@ -119,8 +120,9 @@ def test_every_package_of_an_extra_is_named_with_it() -> None:
     for extra, listed in PROJECT["optional-dependencies"].items():
         for text in listed:
             name = re.split(r"[><=\[ ]", text)[0]
-            if name != "afd" and (extra != "dev" or name in named):
+            if name != extras.DISTRIBUTION and (extra != "dev" or name in named):
                 assert named[name] == extra, text
+    assert PROJECT["name"] == extras.DISTRIBUTION
     assert set(named.values()) - {None} <= PROJECT["optional-dependencies"].keys()
     core = {re.split(r"[><=\[ ;]", text)[0] for text in PROJECT["dependencies"]}
     assert core == {"torch", "triton", "numpy"}
@@ -129,7 +131,7 @@ def test_every_package_of_an_extra_is_named_with_it() -> None:
 def test_a_command_names_the_extras_of_all_that_is_missing() -> None:
     by_name = {package.name: package for package in extras.PACKAGES}
     chosen = [by_name[name] for name in ("peft", "jinja2", "ftfy", "wandb")]
-    assert extras.command(*chosen) == "pip install 'afd[wan,lab]' wandb"
+    assert extras.command(*chosen) == "pip install 'afd-video[wan,lab]' wandb"
 
 
 @pytest.mark.slow

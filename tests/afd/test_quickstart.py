@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from afd.config.run import load_config
+from afd.config.shipped import FOLDER
 from afd.errors import ConfigError
 from afd.lab.ablation import ablation
 from afd.lab.quickstart import final_evaluation, quickstart
@@ -19,7 +20,7 @@ from afd.trainer.loop import Outcome, train
 from tests.afd.clips import make_clip_folder
 
 ROOT = Path(__file__).parents[2]
-FULL_TABLE = ROOT / "configs" / "ablations" / "quickstart_full.yaml"
+FULL_TABLE = FOLDER / "ablations" / "quickstart_full.yaml"
 SMALL = [
     "updates=2",
     "prompts_per_update=2",
@@ -143,7 +144,7 @@ def test_a_choice_of_cells_that_do_not_exist_is_refused(tmp_path: Path, choice: 
 
 
 def test_the_quickstart_file_trains(tmp_path: Path) -> None:
-    config = load_config(ROOT / "configs" / "quickstart.yaml", [f"out={tmp_path / 'run'}", *SMALL])
+    config = load_config("quickstart", [f"out={tmp_path / 'run'}", *SMALL])
     assert train(config, console=console()) is Outcome.FINISHED
 
 
@@ -152,9 +153,7 @@ def test_the_folder_file_trains_on_real_clips(
 ) -> None:
     monkeypatch.chdir(ROOT)
     clips = make_clip_folder(shared, tmp_path / "clips")
-    config = load_config(
-        "configs/folder.yaml", [f"out={tmp_path / 'run'}", f"teacher.path={clips}"]
-    )
+    config = load_config("folder", [f"out={tmp_path / 'run'}", f"teacher.path={clips}"])
     assert train(config, console=console()) is Outcome.FINISHED
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == config.updates

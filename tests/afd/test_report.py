@@ -196,7 +196,9 @@ def test_the_folder_of_one_run_has_a_report_too(finished: Path, tmp_path: Path) 
     assert number(BASE["phys"]) in page.text  # the run before its first update
 
 
-def test_an_empty_folder_gives_an_honest_page(tmp_path: Path) -> None:
+def test_a_run_without_results_gives_an_honest_page(tmp_path: Path) -> None:
+    (tmp_path / "afd").mkdir()
+    (tmp_path / "afd" / "metrics.jsonl").touch()
     page = page_of(tmp_path)
     assert "No trained student has been evaluated" in page.text
     assert "videos" not in page.ids()

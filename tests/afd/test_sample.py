@@ -34,7 +34,7 @@ from tests.afd.released_models import STUDENT
 from tests.afd.test_text import LENGTH, diffusers_folder
 from tests.afd.test_vae import model as vae_model
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "python" / "afd" / "configs"
 # Nine latent frames; a chunk is three of them, twelve video frames.
 FRAMES, SIZE = 33, {"height": 32, "width": 48}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -316,7 +315,6 @@ def test_the_commands_of_the_page_work(
         for line in block.splitlines()
     ]
     assert [words[0] for words in commands] == ["teacher", "teacher", "train"]
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "prompts.txt").write_text("a cat jumps\na dog runs\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     loopback = [

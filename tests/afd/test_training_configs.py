@@ -20,7 +20,7 @@ from tests.afd.test_text import LENGTH
 
 CONFIGS = sorted(
     path
-    for path in (Path(__file__).parents[2] / "configs").glob("*480x832.yaml")
+    for path in (Path(__file__).parents[2] / "python" / "afd" / "configs").glob("*480x832.yaml")
     if "method:" in path.read_text(encoding="utf-8")
 )
 

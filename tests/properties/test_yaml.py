@@ -19,7 +19,7 @@ from afd.lab.ablation import AblationConfig
 from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+FILES = sorted((ROOT / "python" / "afd" / "configs").rglob("*.yaml"))
 ROOTS: tuple[type[Section], ...] = (RunConfig, SampleConfig, BenchmarkConfig, AblationConfig)
 ODD = [
     *("&a ", "*a", "<<: *a", "<<: [*a, *a]", "!!python/object:os.system ", "!!binary ", "!!set "),

@@ -51,7 +51,9 @@ class SequenceConfig(Section):
         description="name of the sequence"
     )
     out: Folder | None = Field(default=None, description="its folder; null is runs/<name>")
-    base: Path = Field(description="what every run begins with; from this file's folder")
+    base: Path = Field(
+        description="what every run begins with: a path from this file's folder, or a shipped name"
+    )
     overrides: list[str] = Field(default=[], description="k=v for the runs of all domains")
     discriminator: Literal["fresh", "carried"] = Field(
         default="fresh", description="a new discriminator per domain, or that of the one before"

@@ -28,6 +28,7 @@ from afd.files import write_json
 from afd.planning.plan import make_plan, show
 from afd.planning.work import gib
 from afd.trainer.loop import Outcome, train
+from afd.trainer.run_folder import refuse_another_run, with_commits
 
 # What a sequence itself will make before the run that asks for it.
 MADE = ("student.init", "replay.prompts")
@@ -103,6 +104,7 @@ def dry_run(path: Path, overrides: Sequence[str], processes: int, console: Conso
     peak = 0
     for domain in chain.domains:
         console.rule(f"{domain.number}: {domain.name}")
+        refuse_another_run(domain.run.run_dir, with_commits(domain.run, ask=False))
         plan = make_plan(domain.run, processes)
         if domain.number > 1:
             plan.missing[:] = [line for line in plan.missing if not line.startswith(MADE)]

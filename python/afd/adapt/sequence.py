@@ -14,6 +14,7 @@ from rich.console import Console
 
 from afd.adapt.config import Column, DomainConfig, SequenceConfig, split
 from afd.config.run import EvaluationConfig, RunConfig, make_config, plain, read_yaml
+from afd.config.shipped import find_config
 from afd.data.prompts import prompts_of
 from afd.errors import ConfigError
 from afd.files import read_text, write_text
@@ -92,10 +93,11 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
     sequence's. Raises ConfigError, naming the domain, for anything that no run could be made of.
     """
     own, common = split(overrides)
+    path = find_config(path)
     data = read_yaml(path)
     given = [f"{key}={value}" for key, value in own.items()]
     config = make_config(data, given, str(path), SequenceConfig)
-    base = path.parent / config.base
+    base = find_config(config.base, path)
     start = read_yaml(base)
     if "domains" in start:
         raise ConfigError(f"base: {base} is a sequence itself; needed: the configuration of a run")

@@ -77,7 +77,10 @@ def find_subject(config: BenchmarkConfig) -> Subject:
         raise ConfigError("run, student.checkpoint: got neither; needed: a run folder, or weights")
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(weights).stem).lstrip("._-")
     name = config.name or stem or "student"
-    return Subject(name, START, weights, settings, lambda folder: None)
+    config.student.require_weights()
+    # Another file may lie at the same path later.
+    origin = f"{weights} {config.student.fingerprint()}"
+    return Subject(name, START, origin, settings, lambda folder: None)
 
 
 def with_rater(config: BenchmarkConfig) -> BenchmarkConfig:

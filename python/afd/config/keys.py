@@ -6,7 +6,7 @@ The names of a mapping's entries, which the user chooses, are NAMED in these key
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from afd.config.base import ByKind
+from afd.errors import ConfigError
 
 NAMED = "<name>"
 
@@ -105,3 +106,17 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
         below = f"{prefix}{name}.{NAMED}." if _is_mapping(field) else f"{prefix}{name}."
         for one in sections_of(field):
             yield from _keys(one, below)
+
+
+def shown(value: object, width: int = 120) -> str:
+    """A value's repr, truncated to `width`; with a large `width` printable text is not quoted."""
+    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
+    return text if len(text) <= width else f"{text[:width]}…"
+
+
+def refuse_idle(overrides: Iterable[str], method: str, methods: Iterable[str]) -> None:
+    """Raise ConfigError for an override of another method's section: the run never reads it."""
+    for override in overrides:
+        section = override.partition("=")[0].strip().partition(".")[0]
+        if section in methods and section != method:
+            raise ConfigError(f"override {shown(override)}: has no effect with method={method}")

@@ -14,9 +14,10 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from rich.console import Console
 
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
-from afd.config.keys import NAMED, known_keys, parts_of, suggest, types_of, with_named
+from afd.config.keys import NAMED, known_keys, parts_of, shown, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
 from afd.config.rewards import check_advantages, check_rewards, check_teacher
+from afd.config.shipped import find_config
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
@@ -288,18 +289,18 @@ def load_config(
 ) -> Section:
     """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate.
 
+    `path` is a file or the name of a shipped configuration (`afd configs`).
     `kind` is the root section, by default RunConfig.
 
     Raises ConfigError naming the key, the value given, what is needed and the origin.
     """
-    path = Path(path)
-    data = read_yaml(path)
-    return make_config(data, overrides, str(path), kind)
+    found = find_config(path)
+    return make_config(read_yaml(found), overrides, str(found), kind)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the keys and values of a YAML file; ConfigError if it contains anything else."""
-    where = f"config {_shown(str(path), 400)}"
+    where = f"config {shown(str(path), 400)}"
     try:
         with path.open("rb") as file:
             # One byte more than allowed; a device or pipe may be endless.
@@ -401,13 +402,7 @@ def _copy(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named(override: str) -> str:
-    return f"override {_shown(override)}"
-
-
-def _shown(value: object, width: int = 120) -> str:
-    """A value's repr, truncated to `width`; with a large `width` printable text is not quoted."""
-    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
-    return text if len(text) <= width else f"{text[:width]}…"
+    return f"override {shown(override)}"
 
 
 def _apply(data: dict[str, Any], override: str, kind: type[Section]) -> str:
@@ -442,7 +437,7 @@ def _value(text: str, override: str, annotations: Sequence[Any]) -> Any:
     if literal and not (quoted or listed or text in ("", "~", "null")):
         return text
     try:
-        return parse_value(text, f"{_named(override)}: {_shown(text)}")
+        return parse_value(text, f"{_named(override)}: {shown(text)}")
     except ConfigError:
         if literal and quoted:
             return text  # a literal name that begins and ends with a quote
@@ -475,11 +470,13 @@ def _explain(
                 return f"{source}: unknown key {key!r}; it is {new} now"
         name = str(detail["loc"][1]) if named != key else NAMED
         suggestion = suggest(named[:200], kind).replace(NAMED, name)
-        return f"{source}: unknown key {_shown(key)}; {suggestion}"
+        return f"{source}: unknown key {shown(key)}; {suggestion}"
     if detail["type"] == "kind":
         # Its kind comes from where it is given, or is missing where its other keys are given.
         given = [s for k, s in came_from.items() if k.startswith(f"{key}.")]
         return f"{came_from.get(f'{key}.kind', (given or [source])[0])}: {key}.{detail['msg']}"
     if detail["type"] == "value_error":
         return f"{source}: {message}"
-    return f"{source}: {key} is {_shown(detail['input'])}; {detail['msg']}"
+    if detail["type"] == "missing":
+        return f"{source}: {key} is missing; needed: a value"
+    return f"{source}: {key} is {shown(detail['input'])}; {detail['msg']}"

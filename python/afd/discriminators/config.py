@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import Self
 
 from afd.config.base import Count, Natural, Positive, Section, Share
 from afd.discriminators.base import DiscriminatorConfig
 from afd.discriminators.windows import WindowedConfig
-from afd.hub import missing_path, missing_source
+from afd.hub import missing_path, missing_source, pinned
+
+# What is read of a hub's model: of a released VideoAlign, and of the model that it was made from.
+CHECKPOINT_FILES = ("model_config.json", "checkpoint-*")
+BASE_FILES = ("config.json", "tokenizer*", "vocab.json", "merges.txt")
 
 
 class PairConfig(DiscriminatorConfig):
@@ -44,6 +49,12 @@ class VideoAlignFiles(Section):
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="dtype of the frozen weights and their arithmetic"
     )
+
+    def pinned(self) -> Self:
+        update: dict[str, object] = {"base": pinned(self.base, BASE_FILES)}
+        if self.checkpoint is not None:
+            update["checkpoint"] = Path(pinned(str(self.checkpoint), CHECKPOINT_FILES))
+        return self.model_copy(update=update)
 
     @property
     def source(self) -> tuple[object, ...]:

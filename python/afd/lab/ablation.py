@@ -19,6 +19,7 @@ from rich.console import Console
 from afd.adapt.config import split
 from afd.config.base import Natural, Section
 from afd.config.run import load_config, make_config, read_yaml
+from afd.config.shipped import find_config
 from afd.files import write_text
 from afd.lab.grid import SIGNS, Study, choice, machines
 from afd.lab.quickstart import COLUMNS, lines
@@ -39,8 +40,8 @@ class AblationConfig(Section):
     name: str = Field(description="name of the folder and of the table")
     question: str = Field(description="what the rows are compared for; printed above the table")
     base: Path = Field(
-        description="base configuration of every run, or a sequence of domains; relative to this "
-        "file"
+        description="base configuration of every run, or a sequence of domains: a path from this "
+        "file's folder, or a shipped name"
     )
     rows: dict[str, list[str]] = Field(min_length=1, description="per row its overrides")
     columns: list[str] = Field(
@@ -51,6 +52,7 @@ class AblationConfig(Section):
 
 def ablation(path: Path, overrides: Sequence[str], console: Console) -> bool:
     """Run or resume every selected cell; False if Ctrl-C interrupted it (all progress saved)."""
+    path = find_config(path)
     config = load_config(path, [], AblationConfig)
     if of_sequences(path, config):
         sequences = sequence_study(path, config, overrides)
@@ -72,7 +74,7 @@ def ablation(path: Path, overrides: Sequence[str], console: Console) -> bool:
 
 def of_sequences(path: Path, config: AblationConfig) -> bool:
     """Whether the rows of an ablation file are sequences of domains."""
-    return "domains" in read_yaml(path.parent / config.base)
+    return "domains" in read_yaml(find_config(config.base, path))
 
 
 def sequence_study(path: Path, config: AblationConfig, overrides: Sequence[str]) -> SequenceStudy:
@@ -80,14 +82,14 @@ def sequence_study(path: Path, config: AblationConfig, overrides: Sequence[str])
     chosen, seeds, common = choice(overrides, list(config.rows), config.seeds)
     own, common = split(common)
     root = Path(own.get("out", Path("runs") / "ablations" / config.name))
-    base = path.parent / config.base
+    base = find_config(config.base, path)
     return SequenceStudy(root, config.rows, seeds, chosen, base, common)
 
 
 def study(path: Path, config: AblationConfig, overrides: Sequence[str]) -> Study:
     """Build the study described by an ablation file."""
     chosen, seeds, common = choice(overrides, list(config.rows), config.seeds)
-    start = read_yaml(path.parent / config.base)
+    start = read_yaml(find_config(config.base, path))
     where = {"name": config.name, "out": str(Path("runs") / "ablations" / config.name)}
     root = make_config({**start, **where}, common, str(path)).run_dir
     signs = (*SIGNS, *CURVES)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from afd.config.run import RunConfig, make_config, parse_value
 from afd.errors import ConfigError
 from afd.files import write_json
 from afd.lab.config import SimulatorConfig
 from afd.lab.quickstart import COLUMNS, base, final_evaluation, lines
+from afd.lab.tables import markdown_table, print_table
 from afd.trainer.loop import Outcome, train
 
 SIGNS = ("discriminator/margin", "discriminator/accuracy", "agreement/phys")
@@ -139,26 +139,22 @@ class Study:
         """Write results.json and print the table; returns the result of `collect`."""
         results = self.collect()
         write_json(self.root / "results.json", results)
-        table = Table(*self._header())
-        for name, row in results.items():
-            table.add_row(name, *self._printed(row))
-        console.print(table)
+        print_table(*self._table(results), console)
         return results
 
     def markdown(self, results: dict[str, Any]) -> str:
         """The results as a Markdown table."""
-        return markdown_table(
-            self._header(), [[n, *self._printed(row)] for n, row in results.items()]
-        )
+        return markdown_table(*self._table(results))
 
-    def _header(self) -> list[str]:
-        return [
+    def _table(self, results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+        header = [
             "run",
             "seeds",
             "s",
             *self.columns,
             *(sign.replace("/", " ") for sign in self.signs),
         ]
+        return header, [[name, *self._printed(row)] for name, row in results.items()]
 
     def _printed(self, row: dict[str, Any]) -> list[str]:
         """A row's formatted values: mean ± standard deviation over seeds."""
@@ -187,12 +183,6 @@ def printed_mean(row: Mapping[str, Any], name: str) -> str:
         return ""
     spread = f" ± {row['std'][name]:.3f}" if len(row["seeds"]) > 1 else ""
     return f"{row['mean'][name]:.3f}{spread}"
-
-
-def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rows = [header, ["---"] * len(header), *body]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def machines(folders: Sequence[Path]) -> str:

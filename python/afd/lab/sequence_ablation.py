@@ -1,7 +1,8 @@
 """An ablation whose base is a sequence of domains: its rows are sequences (`afd ablation`).
 
 The folder holds <row>/seed<k>/, results.json, results.md and curves.png, as an ablation of runs
-does. A row's overrides are those of `afd adapt`; `sequence=FILE` names another file than the base.
+does. A row's overrides are those of `afd adapt`; `sequence=FILE` names another
+sequence than the base.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from afd.adapt.matrix import MATRIX
 from afd.adapt.run import adapt
 from afd.adapt.sequence import load_chain
+from afd.config.shipped import find_config
 from afd.errors import ConfigError
 from afd.files import parse_json, write_json, write_text
-from afd.lab.grid import machines, markdown_table, mean_and_std, printed_mean
+from afd.lab.grid import machines, mean_and_std, printed_mean
+from afd.lab.tables import markdown_table, print_table
 
 SEQUENCE = "sequence="
 
@@ -48,7 +50,7 @@ class SequenceStudy:
         """The file and the overrides of one cell."""
         own = self.rows[row]
         named = [x.removeprefix(SEQUENCE) for x in own if x.startswith(SEQUENCE)]
-        path = self.base.parent / named[-1] if named else self.base
+        path = find_config(named[-1], self.base) if named else self.base
         rest = [override for override in own if not override.startswith(SEQUENCE)]
         place = [f"seed={seed}", f"name={row}", f"out={self.folder(row, seed)}"]
         return path, [*self.common, *rest, *place]
@@ -108,7 +110,6 @@ def document(name: str, question: str, study: SequenceStudy, results: dict[str, 
     ]
     folders = [p.parent for row in results for p in (study.root / row).glob("seed*/*/doctor.json")]
     day = datetime.datetime.now(datetime.timezone.utc).date()
-    header, body = _table(results)
     return "\n".join(
         [
             f"## {name}",
@@ -117,7 +118,7 @@ def document(name: str, question: str, study: SequenceStudy, results: dict[str, 
             "",
             *rows,
             "",
-            markdown_table(header, body),
+            markdown_table(*_table(results)),
             "Held-out values at the end; forgetting: the best value from a domain's own run on "
             f"against the end; lost: its share of the gain. {machines(folders)}, {day}.",
             "",
@@ -168,9 +169,5 @@ def write_results(
     write_json(study.root / "results.json", results)
     draw(study, study.root / "curves.png")
     write_text(study.root / "results.md", document(name, question, study, results))
-    header, body = _table(results)
-    table = Table(*header)
-    for row in body:
-        table.add_row(*row)
-    console.print(table)
+    print_table(*_table(results), console)
     return results

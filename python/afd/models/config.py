@@ -185,10 +185,6 @@ class StudentConfig(Section):
         """Latent frames denoised together."""
         return self.sizes().chunk
 
-    def pinned(self) -> Self:
-        """A copy whose hub names are pinned to their current commits."""
-        return self
-
     def with_weights(self, path: Path) -> Self:
         """A copy that starts from weights written by `save`."""
         return self.model_copy(update={"checkpoint": str(path)})

@@ -25,8 +25,8 @@ from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
 from afd.teachers.forecast import Forecast
-from afd.trainer.build import check_size
-from afd.trainer.run_folder import refuse_idle_processes
+from afd.trainer.build import check_size, not_training
+from afd.trainer.run_folder import refuse_another_run, refuse_idle_processes, with_commits
 
 # When a part of the memory is in use; "always" counts towards each of these.
 MOMENTS = ("rollout", "discriminator", "student")
@@ -133,6 +133,12 @@ def student_net(config: RunConfig) -> Net:
 # --- display ---
 
 
+def dry_run(config: RunConfig, processes: int, console: Console) -> None:
+    """Print the plan of a run. Raises ConfigError if the run would, also for its folder."""
+    refuse_another_run(config.run_dir, with_commits(config, ask=False))
+    show(make_plan(config, processes), console)
+
+
 def show(plan: Plan, console: Console) -> None:
     """Print the plan as tables and sentences, with the assumptions of its estimates."""
     config, net = plan.config, plan.net
@@ -144,6 +150,8 @@ def show(plan: Plan, console: Console) -> None:
         f"{net.frames} latent frames in {net.chunks} chunks, {net.tokens} tokens a frame",
     ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if (sentence := not_training(config)) is not None:
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
     _show_memory(plan, console)
     if plan.phases:
         _show_time(plan, console)

@@ -27,8 +27,7 @@ from afd.models.policies import PRETRAINED, REFERENCE
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.rewards import frozen, networks, shared_passes
-from afd.rewards.base import online
-from afd.trainer.build import frozen_versions
+from afd.trainer.build import frozen_versions, student_waits
 from afd.trainer.origin import parent_ranks
 
 SIZES = cost.VideoAlignSizes()
@@ -304,7 +303,7 @@ class Work:
             note = f"{len(each)} pass(es) on {videos} videos: {note}" if each else "not counted"
             yield Phase("rewards", flop, 0.0, config.updates, note)
         flop, convolutions, note = self._student_work(videos, decode)
-        updates = max(0, config.updates - self._waits())
+        updates = max(0, config.updates - student_waits(self.config))
         yield Phase("student", flop, convolutions, updates, note)
         if config.replayed:
             replayed = config.replayed * self.group
@@ -420,16 +419,6 @@ class Work:
             kept=self._keeps_context(),
             checkpointed=config.student.checkpoint_blocks,
         )
-
-    def _waits(self) -> int:
-        """Number of updates before the student's first."""
-        if self.config.method == "dmd":
-            dmd = self.config.dmd
-            return max(0, -(-dmd.score_warmup_updates // dmd.score_updates) - 1)
-        weights = [self.config.rewards[name].weight for name in online(self.config.rewards)]
-        if self.discriminator is None or 0 in weights:
-            return 0
-        return self.discriminator.warmup_updates
 
     def _evaluated(self) -> int:
         """Number of held-out videos over all evaluations of the run."""

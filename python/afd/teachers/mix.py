@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from afd.config.shipped import find_text
 from afd.errors import TeacherError
 from afd.teachers.base import Request, Teacher
 from afd.teachers.mix_config import MixConfig, MixedConfig
@@ -143,7 +144,9 @@ def used_prompts(config: MixedConfig) -> list[str] | None:
     if config.prompts is None:
         return None
     key = f"teacher.teachers.{config.name}.prompts"
-    return list(dict.fromkeys(r.prompt for r in PromptsTeacher(config.prompts, key).requests))
+    return list(
+        dict.fromkeys(r.prompt for r in PromptsTeacher(find_text(config.prompts), key).requests)
+    )
 
 
 def _plain(request: Request) -> Request:

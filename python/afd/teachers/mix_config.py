@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from afd.config.base import ByKind, Count, Natural, Positive, Section
+from afd.config.shipped import find_text
 from afd.hub import missing_path
 from afd.teachers.config import TeacherConfig
 from afd.teachers.forecast import Forecast, MixForecast
@@ -117,7 +118,7 @@ class MixConfig(TeacherConfig):
             yield from one.source.missing(self.folder_of(one, folder))
             if one.prompts is not None:
                 key = f"teacher.teachers.{one.name}.prompts"
-                yield from missing_path(key, one.prompts, "the prompts that are used")
+                yield from missing_path(key, find_text(one.prompts), "the prompts that are used")
 
     @property
     def patience_s(self) -> float:

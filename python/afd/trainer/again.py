@@ -16,7 +16,7 @@ from afd.trainer import checkpoint
 from afd.trainer.build import build_method
 from afd.trainer.evaluate import Evaluation
 from afd.trainer.parts import build_evaluator, open_teacher, open_videos, prompts_asked, restore
-from afd.trainer.run_folder import load_run
+from afd.trainer.run_folder import load_run, with_commits
 
 
 def evaluate_run(
@@ -38,7 +38,7 @@ def evaluate_with(
     if config.threads:
         torch.set_num_threads(config.threads)
     with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
-        return _evaluate(config, videos, ranks, start)
+        return _evaluate(with_commits(config, ranks), videos, ranks, start)
 
 
 def _evaluate(config: RunConfig, videos: int | None, ranks: Ranks, start: bool) -> Evaluation:

@@ -12,6 +12,7 @@ from afd.config.run import RunConfig
 from afd.discriminators.base import DifferentiableDiscriminator
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
+from afd.hub import missing_path
 from afd.methods.afd import Afd, Watch
 from afd.methods.base import Method
 from afd.methods.config import StudentOptimizerConfig
@@ -25,7 +26,7 @@ from afd.models.sharding import shard_over
 from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.registry import find
-from afd.rewards.base import OnlineConfig, Term
+from afd.rewards.base import OnlineConfig, Term, online
 from afd.teachers.mix_config import MixConfig
 from afd.trainer.origin import Start, carry_on, start_of
 
@@ -174,6 +175,47 @@ def build_student(
         student.net.load_state_dict(start.network.state_dict())
     student.net.checkpoint_blocks = section.checkpoint_blocks
     return student.to(ranks.device), codec
+
+
+def check_student(config: RunConfig) -> None:
+    """Check the student's files by their headers, before anything that costs hours or money.
+
+    Raises ConfigError for one that is missing or unreadable, or does not fit the configuration.
+    """
+    section = config.student
+    if section.init is None:
+        section.require_weights()
+    else:
+        for sentence in missing_path("student.init", section.init, "what the run starts from"):
+            raise ConfigError(sentence)
+    check_size(config)
+    try:
+        section.sizes()
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith("student.") else f"student: {text}") from error
+
+
+def student_waits(config: RunConfig) -> int:
+    """Number of updates before the student's first."""
+    if config.method == "dmd":
+        dmd = config.dmd
+        return max(0, -(-dmd.score_warmup_updates // dmd.score_updates) - 1)
+    found = config.discriminator if config.method in ("afd", "gan") else None
+    weights = [config.rewards[name].weight for name in online(config.rewards)]
+    return 0 if found is None or 0 in weights else found.warmup_updates
+
+
+def not_training(config: RunConfig) -> str | None:
+    """One sentence if every update of the run comes before the student's first; else None."""
+    waits = student_waits(config)
+    if config.updates > waits:
+        return None
+    key = "dmd.score_warmup_updates" if config.method == "dmd" else "discriminator.warmup_updates"
+    return (
+        f"updates: got {config.updates}, and the student's first is update {waits + 1}: it will "
+        f"not learn; needed: more updates, or a smaller {key}"
+    )
 
 
 def check_size(config: RunConfig) -> None:

@@ -32,7 +32,7 @@ from afd.files import DISK, what_failed, write_json, write_text
 from afd.methods.base import Batch, Method, Shown
 from afd.teachers.base import Request, Teacher
 from afd.trainer import checkpoint
-from afd.trainer.build import build_method
+from afd.trainer.build import build_method, check_student, not_training
 from afd.trainer.evaluate import (
     Evaluation,
     every_prompt,
@@ -58,6 +58,7 @@ from afd.trainer.run_folder import (
     refuse_another_run,
     refuse_idle_processes,
     run_folder,
+    with_commits,
 )
 from afd.trainer.run_folder import load_run as load_run
 from afd.trainer.side_by_side import write_side_by_side
@@ -91,6 +92,7 @@ def train(
     """
     out = config.run_dir
     with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
+        config = with_commits(config, ranks)
         if ranks.main:
             refuse_another_run(out, config)
         if ranks.same(finished(out, config.updates)):
@@ -98,6 +100,8 @@ def train(
         refuse_idle_processes(config, ranks.world)
         console = console or Console(quiet=not ranks.main)
         with _home(config, console, ranks) as home:
+            if method is None:
+                check_student(config)
             lengthen(out, config.updates, ranks)
             if config.threads:
                 torch.set_num_threads(config.threads)
@@ -143,14 +147,8 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         facts = machine.inspect()
         write_json(out / "doctor.json", facts)
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.updates, config.seed)
-        alone = getattr(config.discriminator, "warmup_updates", 0)
-        if config.method in ("afd", "gan") and config.updates <= alone:
-            _log.warning(
-                "updates: got %d, all within discriminator.warmup_updates=%d: the student will not "
-                "learn",
-                config.updates,
-                alone,
-            )
+        if (sentence := not_training(config)) is not None:
+            _log.warning("%s", sentence)
         if ranks.world > 1:
             _log.info("%d processes, %s", ranks.world, config.parallel)
         for op, state in facts["ops_by_device"][ranks.device.type].items():

@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from afd.config.run import RunConfig, differences, load_config, plain, read_yaml, to_yaml
-from afd.distributed import Ranks
+from afd.config.base import Section
+from afd.config.run import (
+    RunConfig,
+    differences,
+    load_config,
+    make_config,
+    plain,
+    read_yaml,
+    to_yaml,
+)
+from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError, LockedError, StorageError, TrainingError
 from afd.files import locked, refuse_odd, remove, write_text
 
 CONFIG, DONE, LOCK = "config.yaml", "DONE", ".lock"
+# What a hub name ends with when it is pinned.
+_COMMIT = re.compile(r"@[0-9a-f]{40}\Z")
+Kind = TypeVar("Kind", bound=Section)
 _log = logging.getLogger("afd")
 
 
@@ -83,6 +96,52 @@ def run_folder(config: RunConfig) -> Iterator[RunFolder]:
                 os.close(descriptor)
     except LockedError:
         raise TrainingError(f"run folder {out}: another process is training here") from None
+
+
+def with_commits(config: RunConfig, ranks: Ranks = ALONE, *, ask: bool = True) -> RunConfig:
+    """The configuration with hub names pinned to commits, which its config.yaml then records.
+
+    A run that continues keeps its commits; the hub is asked for the others if `ask`. Every process
+    must call this.
+    """
+    found = None
+    if ranks.main:
+        there: dict[str, Any] = {}
+        with suppress(ConfigError):  # absent, or damaged: it is written again
+            there = read_yaml(config.run_dir / CONFIG)
+        update: dict[str, Any] = {"student": _pinned(config.student, there.get("student"), ask)}
+        if config.method in ("afd", "gan") and config.discriminator is not None:
+            of_run = there.get("discriminator")
+            update["discriminator"] = _pinned(config.discriminator, of_run, ask)
+        rewards = there.get("rewards")
+        before = rewards if isinstance(rewards, dict) else {}
+        update["rewards"] = {
+            name: _pinned(one, before.get(name), ask) for name, one in config.rewards.items()
+        }
+        pinned = config.model_copy(update=update)
+        found = None if pinned == config else plain(pinned)
+    data = ranks.same(found)
+    return config if data is None else make_config(data)
+
+
+def _pinned(section: Kind, there: Any, ask: bool) -> Kind:
+    """A section with its hub names pinned, to the commits of `there`, the run's own section, first.
+
+    Names that `there` has without a commit, from an earlier version of afd, stay as they are.
+    """
+    given = {k: v for k, v in section if isinstance(v, str | Path)}
+    before = there if isinstance(there, dict) else {}
+    kept = {
+        key: type(value)(before[key])
+        for key, value in given.items()
+        if isinstance(before.get(key), str) and str(value) in (before[key], _bare(before[key]))
+    }
+    return (section.pinned() if ask else section).model_copy(update=kept)
+
+
+def _bare(name: str) -> str:
+    """A hub name without the commit that it is pinned to."""
+    return _COMMIT.sub("", name)
 
 
 def refuse_another_run(out: Path, config: RunConfig) -> None:

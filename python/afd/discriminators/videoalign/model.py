@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from afd.discriminators.config import BASE_FILES, CHECKPOINT_FILES
 from afd.discriminators.pairs import matched_pieces
 from afd.discriminators.videoalign.preprocess import MERGE, PATCH, TEMPORAL, Preprocessing
 from afd.discriminators.videoalign.prompt import REWARDS, PromptEncoder, Tokens, read_template
@@ -34,7 +35,6 @@ LAYOUTS = (
     "checkpoint-*/model.pth"
 )
 BASE = "a folder or hub name of the base model: Qwen2-VL's config.json and its tokenizer"
-_BASE_FILES = ("config.json", "tokenizer*", "vocab.json", "merges.txt")
 _PREFIX = "base_model.model."
 # The released model's mean and standard deviation of each rating over its authors' videos.
 NORMS = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
@@ -105,7 +105,7 @@ class Settings:
 
 def find_files(checkpoint: str | Path) -> tuple[Path, Path]:
     """Find model.pth and model_config.json from a released or checkpoint folder, or a model.pth."""
-    path = local_copy(checkpoint, ("model_config.json", "checkpoint-*"), LAYOUTS)
+    path = local_copy(checkpoint, CHECKPOINT_FILES, LAYOUTS)
     if path.is_dir():
         found = sorted([*path.glob("model.pth"), *path.glob("checkpoint-*/model.pth")])
         if not found and [*path.rglob("adapter_model.safetensors")]:
@@ -309,7 +309,7 @@ class VideoAlign(nn.Module):
 
         weights_file, settings_file = find_files(checkpoint)
         settings = Settings.read(settings_file)
-        folder = local_copy(settings.base if base is None else base, _BASE_FILES, BASE)
+        folder = local_copy(settings.base if base is None else base, BASE_FILES, BASE)
         if template is None:
             template = read_template(videoalign, settings.template)
         prompts = PromptEncoder.load(folder, template)

@@ -12,10 +12,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from afd.config.run import flatten
+from afd.errors import ConfigError
 from afd.files import write_bytes
 from afd.lab.report import charts, headline, metrics, phase_times, sequence_page, video_page
 from afd.lab.report.clips import clip_table
-from afd.lab.report.run_files import LABELS, Part, read_parts, runs
+from afd.lab.report.run_files import LABELS, Part, holds_run, read_parts, runs
 from afd.lab.report.teachers import COLUMNS, teacher_rows
 
 # Metrics with their own chart; all other metrics are under "all other values".
@@ -25,8 +26,8 @@ CURVES = {"toy.html": ("phys", "g_mae", "rend", "traj_fd"), "video.html": ("moti
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html (atomically) and return its path.
 
-    Raises FileNotFoundError if `run_dir` is not a directory. The report lists parts that are
-    missing, unfinished or unreadable.
+    Raises FileNotFoundError if `run_dir` is not a directory, ConfigError if it holds no run. The
+    report lists parts that are missing, unfinished or unreadable.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -43,6 +44,11 @@ def write_report(run_dir: Path) -> Path:
     if sequence_page.is_sequence(run_dir):
         page = sequence_page.sequence_page(run_dir)
         html = environment.get_template("sequence.html").render(page)
+    elif not holds_run(run_dir):
+        raise ConfigError(
+            f"report: got {run_dir}, which holds no run; needed: the folder of a run, of afd "
+            "quickstart or of afd adapt"
+        )
     else:
         template = "video.html" if video_page.is_video_run(run_dir) else "toy.html"
         html = environment.get_template(template).render(_page(run_dir, template))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -88,6 +89,13 @@ class Part:
             except (OSError, ValueError, OverflowError):  # absent, or an invalid timestamp
                 continue
         return None
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a folder holds files of a run, itself or in one of a quickstart's folders."""
+    places = (run_dir, *(run_dir / name for name in COLUMNS if name != "teacher"))
+    names = ("config.yaml", "metrics.jsonl", "evaluation.jsonl")
+    return any(os.path.lexists(place / name) for place in places for name in names)
 
 
 def read_parts(run_dir: Path) -> dict[str, Part]:
