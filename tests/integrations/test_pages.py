@@ -259,16 +259,28 @@ def test_an_adapter_is_at_most_twenty_lines(name: str) -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"advantages: got float32 \[4, 1\]"):
-        nft.r_from_advantages(torch.zeros(4, 1))
+    for bad, got in ((torch.zeros(4, 1), r"float32 \[4, 1\]"), ([1.0], r"\[1.0\]"), (None, "None")):
+        with pytest.raises(ValueError, match=f"advantages: got .*{got}"):
+            nft.r_from_advantages(bad)  # type: ignore[arg-type]
     x = CASES["worldcompass"].inputs()
     tensors = {k: x[k] for k in ("v_theta", "v_old", "x0", "t", "noise")}
     for frames in (0, 5):
         with pytest.raises(ValueError, match=f"target_frames: got {frames}; needed: from 1 to 4"):
             nft.worldcompass(**tensors, r=torch.ones(4), target_frames=frames)
+    with pytest.raises(ValueError, match="layout: got 'FBCHW'; needed: one of 'BCFHW'"):
+        nft.worldcompass(**tensors, r=torch.ones(4), target_frames=1, layout="FBCHW")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x0: got .*; needed: 4 dimensions, BFLC"):
+        nft.worldcompass(**tensors, r=torch.ones(4), target_frames=1, layout="BFLC")
+    with pytest.raises(ValueError, match="accumulation: got 0"):
+        nft.worldcompass(**tensors, r=torch.ones(4), target_frames=1, accumulation=0)
+    with pytest.raises(ValueError, match=r"nft_beta: got 0.0; needed: a number > 0"):
+        nft.unirl(**tensors, r=torch.ones(4), nft_beta=0.0)
     nothing = torch.zeros(4, dtype=torch.bool)
     x = CASES["astrolabe"].inputs()
     tensors = {k: x[k] for k in ("v_theta", "v_old", "v_ref", "x0", "t", "sigma", "noise")}
     tensors |= {"r": torch.ones(4)}
+    for wrong in (nothing.float(), nothing[:, None]):
+        with pytest.raises(ValueError, match=r"selected: got .*; needed: bool \[B\], or None"):
+            nft.astrolabe(**tensors, nft_beta=0.1, kl_weight=1.0, selected=wrong)
     without = nft.astrolabe(**tensors, nft_beta=0.1, kl_weight=1.0, selected=nothing)
     assert torch.equal(without.loss, nft.astrolabe(**tensors, nft_beta=0.1, kl_weight=0.0).loss)

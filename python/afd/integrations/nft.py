@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from afd import ops
+from afd.arguments import typed
 from afd_kernels.contracts import require
 
 __all__ = ["astrolabe", "r_from_advantages", "unirl", "worldcompass"]
 
 
+@typed
 def r_from_advantages(
     advantages: Tensor,
     *,
@@ -63,6 +65,8 @@ def astrolabe(
     """
     weight: float | Tensor = kl_weight
     if selected is not None:
+        ok = isinstance(selected, Tensor) and selected.dtype == torch.bool and selected.ndim == 1
+        require(ok, "selected", selected, "bool [B], or None")
         share = selected.float()
         # The op averages over the batch, the trainer over the selected samples.
         weight = kl_weight * len(share) / share.sum().clamp(min=1) * share
@@ -71,24 +75,34 @@ def astrolabe(
 
 
 def worldcompass(
-    *, target_frames: int, accumulation: int = 1, layout: ops.Layout = "BCFHW", **tensors: Any
+    *,
+    x0: Tensor,
+    target_frames: int,
+    accumulation: int = 1,
+    layout: ops.Layout = "BCFHW",
+    **tensors: Any,
 ) -> ops.NftLoss:
     """WorldCompass's loss: adaptive errors of the last chunk's x0, neither clip factor nor prior.
 
     Args:
+        x0: clean latents, five-dimensional, or [B, F, L, C].
         target_frames: number of last frames that the update is about; those before are context.
-        accumulation: number of micro-batches whose gradients are added.
+        accumulation: number of micro-batches whose gradients are added, >= 1.
         layout: which dimension of the tensors holds the frames.
-        tensors: v_theta, v_old, x0, t, r, and seed or noise. As released, the trainer overwrites
+        tensors: v_theta, v_old, t, r, and seed or noise. As released, the trainer overwrites
             the old prediction with the trained one: v_old = v_theta.detach() reproduces that.
     """
-    x0 = tensors["x0"]
-    frames = x0.shape[{"BCFHW": 2, "BFCHW": 1, "BFLC": 1}[layout]]
+    known = layout in ("BCFHW", "BFCHW", "BFLC")
+    require(known, "layout", layout, "one of 'BCFHW', 'BFCHW', 'BFLC'")
+    require(x0.ndim == len(layout), "x0", x0, f"{len(layout)} dimensions, {layout}")
+    frames = x0.shape[layout.index("F")]
     ok = 0 < target_frames <= frames
     require(ok, "target_frames", target_frames, f"from 1 to {frames}, the frames of x0")
+    require(accumulation >= 1, "accumulation", accumulation, "an integer >= 1")
     kept = torch.arange(frames, device=x0.device) >= frames - target_frames
+    mask = kept.expand(len(x0), -1).contiguous()
     options: Any = {"nft_beta": 1.0, "scale": 1 / accumulation, "layout": layout}
-    return ops.nft_loss(frame_mask=kept.expand(len(x0), -1).contiguous(), **options, **tensors)
+    return ops.nft_loss(x0=x0, frame_mask=mask, **options, **tensors)
 
 
 def unirl(
@@ -103,6 +117,8 @@ def unirl(
         tensors: v_theta, v_old, v_ref and prior_weight (its `ref_deviation_coef`) if there is a
             reference, x0, t, r, and seed or noise.
     """
+    for name, value in (("nft_beta", nft_beta), ("adv_sat_std", adv_sat_std)):
+        require(value > 0, name, value, "a number > 0")
     weighting: Any = "x0_adaptive" if adaptive else "x0"
     scale = adv_sat_std / nft_beta
     return ops.nft_loss(weighting=weighting, scale=scale, nft_beta=nft_beta, **tensors)
