@@ -148,6 +148,12 @@ def test_mistakes_are_named(student: WanStudent) -> None:
         generate(pipeline(student, FlowMatchLCMScheduler()), num_inference_steps=4)
     with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs: got 'nothing'"):
         generate(pipeline(student), callback_on_step_end_tensor_inputs=["nothing"])
+    with pytest.raises(
+        ValueError, match="prompt_switch: got 'fade'; needed: one of plain, recache"
+    ):
+        generate(pipeline(student), prompt_switch="fade")
+    with pytest.raises(ValueError, match="kv_cache: got 'an empty cache'; needed: one with"):
+        model.rewrite_kv_cache(x, embeds, RollingKVCache(FRAMES))
 
 
 # --- files ---

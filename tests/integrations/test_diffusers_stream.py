@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from afd.models.student import Level
 from afd.models.wan.checkpoints import save_diffusers
 from afd.models.wan.student import WanStudent
 from afd.models.wan.text import TextEncoder
-from afd.rollout import Switch, rollout
+from afd.rollout import Switch, SwitchMode, rollout
 from tests.afd import tiny_wan
 from tests.afd.test_rollout import FOUR, TWO, make_student
 from tests.afd.test_text import LENGTH, diffusers_folder
@@ -79,10 +79,13 @@ def test_other_steps_and_a_noised_context_are_the_rollouts(student: WanStudent) 
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_callback_switches_the_prompt_as_a_stream_does(window: int | None) -> None:
+@pytest.mark.parametrize("mode", get_args(SwitchMode))
+def test_a_callback_switches_the_prompt_as_a_stream_does(
+    mode: SwitchMode, window: int | None
+) -> None:
     student = make_student(window=window, sink=0 if window is None else 1)
     other, third = text(seed=9), text(seed=10)
-    expected = streamed(student, 12, switches={1: Switch(other), 4: Switch(third)})
+    expected = streamed(student, 12, switches={1: Switch(other, mode), 4: Switch(third, mode)})
     seen = []
 
     def callback(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,9 +94,8 @@ def test_a_callback_switches_the_prompt_as_a_stream_does(window: int | None) -> 
         return {3: {"prompt_embeds": other}, 15: {"prompt_embeds": third}}.get(step, {})
 
     pipe = pipeline(student)
-    made = generate(
-        pipe, 12, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents"]
-    )
+    asked = {"callback_on_step_end_tensor_inputs": ["latents"], "prompt_switch": mode}
+    made = generate(pipe, 12, callback_on_step_end=callback, **asked)
     assert torch.equal(made, expected)
     assert not torch.equal(made, streamed(student, 12))
     assert seen == [(step // 4, step, ["latents"]) for step in range(24)]

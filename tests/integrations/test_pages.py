@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afd import ops
 from afd.integrations import nft
-from tests.conftest import ROOT, SHARED
+from tests.conftest import DEVICES, ROOT, SHARED
 from tests.integrations.formulas import CASES, GOLDENS, PREDICTIONS, Case, Inputs
 from tests.tolerances import ELEMENTWISE_RTOL, REDUCTION_RTOL
 
@@ -128,9 +128,10 @@ def run_page(case: Case, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pages_code_computes_the_trainers_loss(place: Place, name: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pages_code_computes_the_trainers_loss(name: str, device: str) -> None:
     case = CASES[name]
-    x = placed(case, place[1], torch.float32)
+    x = placed(case, device, torch.float32)
     loss, grad, noise = run_page(case, x)
     right_loss, right_grad = case.value(case.inputs(), noise.cpu())
     assert relative(loss, right_loss) <= BOUND

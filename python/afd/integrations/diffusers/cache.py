@@ -77,12 +77,25 @@ class RollingKVCache:
             fits = not self._unfit(ring, net, x_BFCHW)
             kept = f"the batch, size and device of the cached frames ({ring.self_kv[0][0].device})"
             require(fits, "hidden_states", f"{list(x_BFCHW.shape)} on {device}", kept)
-            text, version = self._text or (None, 0)
-            if text is not text_BLE or version != _at(text_BLE):
-                ring.switch_text(net.text_kv(text_BLE))
+            self.switch_text(net, text_BLE)
         # The tensor is kept, so that no other one can be taken for it.
         self._text = (text_BLE, _at(text_BLE))
         return ring
+
+    @torch.no_grad()
+    def switch_text(self, net: CausalWan, text_BLE: Tensor) -> KVCache:
+        """The ring, with the keys and values of this prompt for the passes that follow.
+
+        Raises:
+            ValueError: if nothing is cached yet.
+        """
+        require(self.ring is not None, "kv_cache", "an empty cache", "one with finished frames")
+        assert self.ring is not None
+        text, version = self._text or (None, 0)
+        if text is not text_BLE or version != _at(text_BLE):
+            self.ring.switch_text(net.text_kv(text_BLE))
+        self._text = (text_BLE, _at(text_BLE))
+        return self.ring
 
     @staticmethod
     def _unfit(ring: KVCache, net: CausalWan, x_BFCHW: Tensor) -> bool:

@@ -223,6 +223,26 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):  # type: ignore[misc
             kv_cache.overwrite_newest = mode
         self.net.forward_cached(x_BFCHW, t_11, ring, frame_offset, context_only=True)
 
+    def rewrite_kv_cache(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        kv_cache: RollingKVCache,
+        *,
+        new_sink: bool = False,
+        timestep: float = 0.0,
+    ) -> None:
+        """Encode the cached frames again under another prompt (LongLive's KV recache).
+
+        Args:
+            hidden_states: the newest finished frames, [B, C, F, H, W], or the whole video so far.
+            new_sink: replace the sink, too, by the oldest frames of the window.
+        """
+        x_BFCHW = hidden_states.transpose(1, 2).contiguous()
+        t_11 = torch.full((1, 1), timestep, dtype=torch.float32, device=x_BFCHW.device)
+        ring = kv_cache.switch_text(self.net, encoder_hidden_states)
+        self.net.recache(x_BFCHW, t_11, ring, new_sink=new_sink)
+
 
 def _settings(config: WanConfig) -> dict[str, Any]:
     """The model's configuration for a network's."""

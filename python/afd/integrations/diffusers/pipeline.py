@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from afd.integrations.diffusers.cache import RollingKVCache
 from afd.integrations.diffusers.model import CausalWanTransformer3DModel
 from afd.integrations.diffusers.scheduler import draw
-from afd.rollout import NoiseSource, chunk_layout, counted_noise
+from afd.rollout import NoiseSource, SwitchMode, chunk_layout, counted_noise
 from afd_kernels.contracts import require
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
@@ -47,6 +47,7 @@ class CausalWanPipeline(WanPipeline):
         seeds: Sequence[int] | None = None,
         prompt_embeds: Tensor | None = None,
         context_noise: float = 0.0,
+        prompt_switch: SwitchMode = "plain",
         kv_cache: RollingKVCache | None = None,
         output_type: str = "np",
         return_dict: bool = True,
@@ -65,6 +66,9 @@ class CausalWanPipeline(WanPipeline):
                 a function of seed, chunk and step, on every device. The scheduler's step has to
                 take `variance_noise`, as `SelfForcingScheduler`'s does.
             context_noise: time of the pass that caches a finished chunk, on the 0-1000 scale.
+            prompt_switch: what becomes of the cached frames when a chunk begins with other
+                prompt_embeds than the last one had: "plain", "recache" or "new_sink", as in
+                `afd.rollout.Switch`.
             kv_cache: holds the context and can be read afterwards; None: a new one.
             output_type: "np", "pt" or "pil", or "latent" for latents [B, C, F, H, W].
             callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after every
@@ -82,6 +86,9 @@ class CausalWanPipeline(WanPipeline):
             known = ", ".join(self._callback_tensor_inputs)
             ok = name in self._callback_tensor_inputs
             require(ok, "callback_on_step_end_tensor_inputs", name, f"some of {known}")
+        modes = get_args(SwitchMode)
+        known_mode = prompt_switch in modes
+        require(known_mode, "prompt_switch", prompt_switch, f"one of {', '.join(modes)}")
         causal = isinstance(self.transformer, CausalWanTransformer3DModel)
         kind = type(self.transformer).__name__
         require(causal, "transformer", kind, "a CausalWanTransformer3DModel")
@@ -105,11 +112,20 @@ class CausalWanPipeline(WanPipeline):
             source = counted_noise(seeds, layout, per_chunk, shape, device=device, dtype=text.dtype)
         noise = _Noise(self.scheduler, generator, source)
         chunks: list[Tensor] = []
+        used = text
         for self.current_chunk, (start, count) in enumerate(layout):
             self.scheduler.set_timesteps(device=device, **steps)
             latents = noise.first(
                 self.current_chunk, text.new_empty(len(text), net.config.in_dim, count, *size)
             )
+            if chunks and text is not used and prompt_switch != "plain":
+                self.transformer.rewrite_kv_cache(
+                    torch.cat(chunks, 2),
+                    text,
+                    cache,
+                    new_sink=prompt_switch == "new_sink",
+                    timestep=context_noise,
+                )
             used = text
             for i, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
