@@ -31,6 +31,8 @@ from afd import ops
 from benchmarks import harness, official
 
 NFT_BETA, PRIOR_WEIGHT = 0.1, 1e-4
+# Calls of each side before the first timed one, and timed calls of each side.
+WARM_UP, ROUNDS = 3, 20
 CHANNELS, PATCH, WIDTH, HEADS = 16, 2, 64, 4
 
 
@@ -183,10 +185,18 @@ def loss_costs(
         return torch.autograd.grad(ops.nft_loss(**shared, seed=seed).loss, v_theta)
 
     runs: dict[str, harness.Run] = {"before": old_loss, "after": new_loss}
-    timings = harness.timed(runs, device, sets=1, reps=10, budget_s=5.0)
+    timings = timed_alike(runs, device)
     return {
         name: (timings[name].median_ms, harness.peak_mib(run, device)) for name, run in runs.items()
     }
+
+
+def timed_alike(runs: dict[str, harness.Run], device: str) -> dict[str, harness.Timing]:
+    """Every run warmed up, then timed in the same rounds, which take turns in who is first."""
+    for _ in range(WARM_UP):
+        for run in runs.values():
+            run(0)
+    return harness.timed(runs, device, sets=1, reps=ROUNDS, budget_s=float("inf"))
 
 
 def print_table(

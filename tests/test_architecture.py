@@ -55,6 +55,7 @@ FLOORS = (
     "afd.audit",
     "afd.trainer",
     "afd.export",
+    "afd.integrations",
     "afd.sampling",
     "afd.planning",
     "afd.benchmarks",
@@ -128,7 +129,10 @@ def test_kernels_import_nothing_of_afd(path: Path) -> None:
     assert "afd" not in imports(path)
 
 
-@pytest.mark.parametrize("path", under("afd_kernels/", "python/afd/ops.py"), ids=str)
+BARE = ("afd_kernels/", "python/afd/ops.py", "python/afd/integrations/nft.py")
+
+
+@pytest.mark.parametrize("path", under(*BARE), ids=str)
 def test_kernels_and_ops_run_on_a_bare_gpu_box(path: Path) -> None:
     """Nothing beyond torch, triton, numpy and the standard library: the core's dependencies."""
     third_party = {

@@ -49,6 +49,8 @@ sys.meta_path[:] = [Core(finder) for finder in sys.meta_path]
 ONE_OP = """
 import afd
 assert "afd.ops" not in sys.modules
+from afd.integrations import nft
+assert not nft.r_from_advantages(torch.zeros(2)).sub(0.5).any()
 x0 = torch.randn(2, 3, 4, 4, 4)
 x_t = afd.ops.forward_noise(x0, torch.zeros(2), seed=torch.arange(2))
 assert torch.equal(x_t, x0)

@@ -42,6 +42,8 @@ PARTS: dict[bool | None, tuple[str, ...]] = {
 }
 # Prefixes added to names by FSDP, activation checkpointing and torch.compile.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# Settings of the causal network that diffusers' WanTransformer3DModel does not have.
+CAUSAL = ("text_len", "chunk", "window", "sink", "independent_first_frame")
 # Network files do not store the head width; every released Wan model has this one.
 HEAD_DIM = 128
 
@@ -385,8 +387,8 @@ def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None =
     """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` loads.
 
     It corresponds to `transformer/` of a pipeline. The folder must be new or empty. Settings that
-    diffusers does not have (chunk, window, sink, text_len) are not stored; `note` is stored in the
-    weights' header under "afd".
+    diffusers does not have (`CAUSAL`) are stored in config.json under "_afd", which diffusers
+    ignores; `note` is stored in the weights' header under "afd".
     """
     folder, config = Path(folder), network.config
     filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -405,6 +407,7 @@ def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None =
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": EPS,
+        "_afd": {name: getattr(config, name) for name in CAUSAL},
     }
     state = {to_diffusers(name): tensor for name, tensor in _state(network).items()}
     with replacing(folder) as partial:
