@@ -87,6 +87,7 @@ def main() -> int:
     names = dict.fromkeys(name for key in asked.only or TESTS for name in TESTS[key])
     # What an editable install of the tree imports is the copy.
     files = [f"tests/afd/{name}.py" for name in sorted(names)] + [
+        "tests/integrations",
         "tests/properties",
         "tests/native",
     ]

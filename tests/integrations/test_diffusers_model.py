@@ -21,7 +21,7 @@ from afd.integrations.diffusers import (
 from afd.models.wan.checkpoints import load_checkpoint, save_diffusers, save_self_forcing
 from afd.models.wan.student import WanStudent
 from afd.rollout import stream_layout
-from tests.afd.test_rollout import make_student
+from tests.afd.test_rollout import TWO, make_student
 from tests.integrations.streams import (
     FRAMES,
     SEEDS,
@@ -176,7 +176,7 @@ def test_a_saved_model_is_loaded_bit_for_bit(student: WanStudent, tmp_path: Path
     assert half.net.config.window is None
     with pytest.raises(ValueError, match=r"folder: .*needed: a new or empty folder"):
         model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="variant: got 'fp16'; needed: none, or one of text_len"):
+    with pytest.raises(ValueError, match="variant: got 'fp16'; needed: nothing; the settings are"):
         CausalWanTransformer3DModel.from_pretrained(tmp_path / "model", variant="fp16")
     with pytest.raises(ValueError, match="safe_serialization: got False"):
         model.save_pretrained(tmp_path / "other", safe_serialization=False)
@@ -251,6 +251,21 @@ def test_the_pipeline_is_loaded_around_a_wan_pipelines_folder(
     assert torch.equal(generate(pipe), streamed(student))
     with pytest.raises(ValueError, match="transformer: got 'WanTransformer3DModel'"):
         CausalWanPipeline(**theirs.components)(prompt_embeds=text())
+
+
+def test_a_saved_pipeline_is_loaded_whole(
+    student: WanStudent, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline(student, steps=TWO).save_pretrained(tmp_path)
+    caplog.clear()
+    none = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    pipe = CausalWanPipeline.from_pretrained(tmp_path, **none)
+    assert torch.equal(generate(pipe), streamed(student, steps=TWO))
+    half = CausalWanPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, **none)
+    assert half.transformer.dtype == torch.bfloat16
+    given = {"transformer": pipe.transformer, "scheduler": pipe.scheduler}
+    CausalWanPipeline.from_pretrained(tmp_path, **given, **none)
+    assert not caplog.records
 
 
 def test_a_scheduler_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from afd.models.wan.network import CausalWan
 from afd.models.wan.types import WanConfig
 from afd_kernels.contracts import require
 
-# Options of diffusers' `from_pretrained` that change how, not what, is loaded.
+# Options of diffusers' `from_pretrained` that change how, not what, is loaded. Its pipelines pass
+# others, too, as None or False where they are not in use.
 _LOADING = {"low_cpu_mem_usage", "use_safetensors", "cache_dir", "local_files_only", "token"}
 
 
@@ -94,6 +95,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):  # type: ignore[misc
         pretrained_model_name_or_path: str | Path,
         *,
         subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         **settings: Any,
@@ -104,21 +106,25 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):  # type: ignore[misc
             pretrained_model_name_or_path: a folder or a hub name; also a Self-Forcing or
                 Causal-Forcing `.pt` file.
             subfolder: the folder in it, "transformer" of a pipeline.
-            torch_dtype: None keeps the file's.
+            dtype: None keeps the file's.
+            torch_dtype: the same, by its name in earlier releases of diffusers.
             settings: text_len, chunk, window, sink, independent_first_frame, where the folder was
-                not written by afd or others are wanted; options of diffusers that only concern how
-                files are read are accepted and not needed.
+                not written by afd or others are wanted. Options of diffusers that only concern how
+                files are read, and unused ones (None, False), are accepted.
 
         Raises:
             FileNotFoundError, ValueError: as `afd.models.wan.checkpoints.load_checkpoint`.
         """
-        settings = {k: v for k, v in settings.items() if k not in _LOADING}
+        causal = {name: settings.pop(name) for name in CAUSAL if name in settings}
         for name, value in settings.items():
-            require(name in CAUSAL, name, value, f"none, or one of {', '.join(CAUSAL)}")
+            unused = name in _LOADING or value is None or value is False
+            require(unused, name, value, f"nothing; the settings are {', '.join(CAUSAL)}")
+        both = dtype is not None and torch_dtype not in (None, dtype)
+        require(not both, "torch_dtype", torch_dtype, "nothing where dtype is given")
         path = local_copy(pretrained_model_name_or_path, (subfolder or "transformer",), LAYOUTS)
         path = path / subfolder if subfolder else path
-        settings = _written(path) | settings
-        net = load_checkpoint(path, dtype=torch_dtype, device=device, **settings)
+        causal = _written(path) | causal
+        net = load_checkpoint(path, dtype=dtype or torch_dtype, device=device, **causal)
         return cls.from_network(net).eval()
 
     def save_pretrained(  # type: ignore[override]

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
+from transformers import AutoTokenizer, UMT5EncoderModel
 
 from afd.integrations.diffusers.cache import RollingKVCache
 from afd.integrations.diffusers.model import CausalWanTransformer3DModel
@@ -33,6 +36,21 @@ class CausalWanPipeline(WanPipeline):
     """
 
     _callback_tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: SchedulerMixin,
+        transformer: CausalWanTransformer3DModel | None = None,
+        transformer_2: None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        # The last three belong to Wan2.2; diffusers requires them of a subclass.
+        others: Any = (vae, scheduler, transformer)
+        super().__init__(tokenizer, text_encoder, *others)
 
     @torch.no_grad()
     def __call__(
