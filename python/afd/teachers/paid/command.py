@@ -19,17 +19,17 @@ from afd.errors import TeacherError, Unanswered
 from afd.teachers.paid.config import PaidConfig
 from afd.teachers.paid.ledger import NAME, Ledger, Row
 from afd.teachers.paid.teacher import open_teacher
-from afd.trainer.build import check_student
+from afd.trainer.build import check_files
 
 _log = logging.getLogger("afd")
 
 
 def fetch(config: RunConfig, console: Console) -> bool | None:
     """Buy the missing videos. Returns True if every video is present or rejected, False if some are
-    not, None if stopped by Ctrl-C. Raises ConfigError if the student cannot learn from them, its
-    files being missing or unfit, and TeacherError if nothing more can be bought."""
+    not, None if stopped by Ctrl-C. Raises ConfigError if files of the student that they are for are
+    missing or damaged, and TeacherError if nothing more can be bought."""
     section = _paid(config)
-    check_student(config)
+    check_files(config)
     teacher = open_teacher(section, config.video, config.teacher_dir)
     missing, skipped, there = 0, 0, 0
     failure: TeacherError | None = None
