@@ -67,7 +67,8 @@ def main() -> int:
 
 def _tools(home: Path) -> Path:
     """The folder of an environment with the tools, and a C++ compiler for glibc 2.28 in it."""
-    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+    if not (home / "bin" / "python").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     run_lines(str(home / "bin" / "pip"), "install", "--quiet", *TOOLS, cwd=home)
     compiler = home / "bin" / "afd-c++"
     compiler.write_text(
