@@ -47,7 +47,7 @@ extras: setup ## every extra in an environment of its own; ARGS chooses, such as
 	$(BIN)/python -m tests.fresh $(ARGS)
 
 wheels: setup ## release wheels of the Pythons that are here, and the source distribution, in dist/
-	$(BIN)/python -m tests.wheels
+	$(BIN)/python -m tests.wheels $(ARGS)
 
 release-notes: setup ## the section of CHANGELOG.md for VERSION, by default this one
 	$(BIN)/python -m docs.release_notes $(VERSION)

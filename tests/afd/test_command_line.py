@@ -16,7 +16,7 @@ from afd.errors import ConfigError
 from afd.lab.report.page import write_report
 from afd.lab.tables import print_table
 from afd.planning.plan import dry_run
-from afd.trainer.build import check_student, not_training
+from afd.trainer.build import check_files, not_training
 
 
 def screen(width: int = 80) -> Console:
@@ -160,5 +160,5 @@ def test_a_damaged_checkpoint_is_found_by_its_header(tmp_path: Path) -> None:
     odd = tmp_path / "odd.safetensors"
     odd.write_bytes(b"no tensors")
     with pytest.raises(ConfigError, match="odd"):
-        check_student(make_config({}, [f"student.checkpoint={odd}"]))
-    check_student(make_config({}))
+        check_files(make_config({}, [f"student.checkpoint={odd}"]))
+    check_files(make_config({}))

@@ -177,10 +177,10 @@ def build_student(
     return student.to(ranks.device), codec
 
 
-def check_student(config: RunConfig) -> None:
+def check_files(config: RunConfig) -> None:
     """Check the student's files by their headers, before anything that costs hours or money.
 
-    Raises ConfigError for one that is missing or unreadable, or does not fit the configuration.
+    Raises ConfigError for one that is missing or unreadable.
     """
     section = config.student
     if section.init is None:
@@ -188,7 +188,6 @@ def check_student(config: RunConfig) -> None:
     else:
         for sentence in missing_path("student.init", section.init, "what the run starts from"):
             raise ConfigError(sentence)
-    check_size(config)
     try:
         section.sizes()
     except (ValueError, FileNotFoundError) as error:

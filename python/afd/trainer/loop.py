@@ -32,7 +32,7 @@ from afd.files import DISK, what_failed, write_json, write_text
 from afd.methods.base import Batch, Method, Shown
 from afd.teachers.base import Request, Teacher
 from afd.trainer import checkpoint
-from afd.trainer.build import build_method, check_student, not_training
+from afd.trainer.build import build_method, check_files, check_size, not_training
 from afd.trainer.evaluate import (
     Evaluation,
     every_prompt,
@@ -101,7 +101,8 @@ def train(
         console = console or Console(quiet=not ranks.main)
         with _home(config, console, ranks) as home:
             if method is None:
-                check_student(config)
+                check_size(config)
+                check_files(config)
             lengthen(out, config.updates, ranks)
             if config.threads:
                 torch.set_num_threads(config.threads)

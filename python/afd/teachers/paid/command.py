@@ -24,7 +24,7 @@ from afd.teachers.mix_config import MixConfig
 from afd.teachers.paid.config import PaidConfig
 from afd.teachers.paid.ledger import NAME, Ledger, Row
 from afd.teachers.paid.teacher import open_teacher
-from afd.trainer.build import check_student
+from afd.trainer.build import check_files
 
 _log = logging.getLogger("afd")
 
@@ -58,11 +58,11 @@ def buyers(config: RunConfig) -> list[Buyer]:
 
 def fetch(buyer: Buyer, console: Console) -> bool | None:
     """Buy the missing videos. Returns True if every video is present or rejected, False if some are
-    not, None if stopped by Ctrl-C. Raises ConfigError if the student cannot learn from them, its
-    files being missing or unfit, and TeacherError if nothing more can be bought."""
+    not, None if stopped by Ctrl-C. Raises ConfigError if files of the student that they are for are
+    missing or damaged, and TeacherError if nothing more can be bought."""
     config = buyer.config
     section = _paid(config)
-    check_student(config)
+    check_files(config)
     teacher = open_teacher(section, config.video, config.teacher_dir)
     used = buyer.prompts
     requests = [r for r in teacher.requests if used is None or r.prompt in used]
