@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_BYTES = 64 * 2**30
 # Bytes read from either end of a file for its fingerprint.
 ENDS = 2**20
+# Configurations of the package, and the text files that they name.
+CONFIGS = Path(str(files("afd") / "configs"))
 
 
 def local_copy(source: str | Path, parts: tuple[str, ...], needed: str) -> Path:
@@ -82,6 +85,12 @@ def named_errors(what: str, path: Path) -> Iterator[None]:
     except Exception as error:  # damaged files make parsers raise anything
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"{what} {path}: it cannot be read ({reason})") from error
+
+
+def shipped_text(path: Path) -> Path:
+    """The text file at a path; if none is there, the package's own of that name."""
+    known = CONFIGS / path.as_posix().removeprefix("configs/")
+    return known if not path.exists() and known.is_file() else path
 
 
 def missing_path(key: str, path: str | Path | None, what: str) -> Iterator[str]:

@@ -11,8 +11,8 @@ from rich.console import Console
 from safetensors import safe_open
 
 from afd.config.run import load_config
-from afd.config.shipped import FOLDER
 from afd.errors import ConfigError
+from afd.hub import CONFIGS
 from afd.lab.ablation import ablation
 from afd.lab.quickstart import final_evaluation, quickstart
 from afd.trainer.again import evaluate_run
@@ -20,7 +20,7 @@ from afd.trainer.loop import Outcome, train
 from tests.afd.clips import make_clip_folder
 
 ROOT = Path(__file__).parents[2]
-FULL_TABLE = FOLDER / "ablations" / "quickstart_full.yaml"
+FULL_TABLE = CONFIGS / "ablations" / "quickstart_full.yaml"
 SMALL = [
     "updates=2",
     "prompts_per_update=2",

@@ -13,8 +13,9 @@ import pytest
 from afd import extras
 from afd.cli import _parser, main
 from afd.config.run import load_config, read_yaml
-from afd.config.shipped import FOLDER, Shipped, find_config, shipped
+from afd.config.shipped import Shipped, find_config, shipped
 from afd.errors import ConfigError
+from afd.hub import CONFIGS
 from afd.lab.ablation import AblationConfig
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def test_the_list_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     listed = [line.split()[0] for line in lines if line.startswith("  ")]
-    names = [p.relative_to(FOLDER).with_suffix("").as_posix() for p in FOLDER.rglob("*.yaml")]
+    names = [p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.yaml")]
     assert sorted(listed) == sorted(names)
 
 
@@ -42,7 +43,7 @@ def test_a_name_is_found_from_any_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()
-    assert find_config(named) == FOLDER / "quickstart.yaml"
+    assert find_config(named) == CONFIGS / "quickstart.yaml"
     (tmp_path / named).parent.mkdir(exist_ok=True)
     if not (tmp_path / named).exists():
         (tmp_path / named).write_text("name: own\n")
@@ -63,7 +64,7 @@ def test_a_copy_works_where_it_lies(
     for one in shipped():
         words = ["configs", "copy", one.name]
         assert main(words if one.name == "folder" else [*words, f"{len(one.name)}.yaml"]) in (0, 2)
-    assert (tmp_path / "folder.yaml").read_bytes() == (FOLDER / "folder.yaml").read_bytes()
+    assert (tmp_path / "folder.yaml").read_bytes() == (CONFIGS / "folder.yaml").read_bytes()
     capsys.readouterr()
     assert main(["configs", "copy", "ablations/bt_vs_gan", str(tmp_path)]) == 0
     copied = Path(capsys.readouterr().out.strip())
@@ -81,7 +82,7 @@ def test_a_copy_works_where_it_lies(
 def test_a_base_beside_the_file_wins_over_a_shipped_name(tmp_path: Path) -> None:
     (tmp_path / "quickstart").write_text("name: own\n")
     assert find_config("quickstart", tmp_path / "study.yaml") == tmp_path / "quickstart"
-    assert find_config("folder", tmp_path / "study.yaml") == FOLDER / "folder.yaml"
+    assert find_config("folder", tmp_path / "study.yaml") == CONFIGS / "folder.yaml"
 
 
 @pytest.mark.parametrize("files", [["afd/__init__.py", "afd/cli/main.py"], []])

@@ -6,7 +6,6 @@ import difflib
 import re
 import stat
 from collections.abc import Iterator
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -14,15 +13,14 @@ from typing import NamedTuple
 from afd.config.keys import shown
 from afd.errors import ConfigError
 from afd.files import write_text
-
-FOLDER = Path(str(files("afd") / "configs"))
+from afd.hub import CONFIGS
 
 
 class Shipped(NamedTuple):
     """A configuration of the package.
 
     Attributes:
-        name: path below `FOLDER` without its suffix, as commands take it.
+        name: path below `CONFIGS` without its suffix, as commands take it.
         path: its file.
         purpose: the first line of its comment, without the full stop.
         command: the verb that takes it: train, adapt, ablation, sample, teacher fetch, benchmark.
@@ -36,8 +34,8 @@ class Shipped(NamedTuple):
 
 def shipped() -> Iterator[Shipped]:
     """Every configuration of the package, by name."""
-    for path in sorted(FOLDER.rglob("*.yaml")):
-        name = path.relative_to(FOLDER).with_suffix("").as_posix()
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        name = path.relative_to(CONFIGS).with_suffix("").as_posix()
         text = path.read_text(encoding="utf-8")
         purpose = text.partition("\n")[0].removeprefix("# ").removesuffix(".")
         command = re.search(rf"^# afd ([a-z ]+) {re.escape(name)}\b", text, re.M)
@@ -76,12 +74,6 @@ def find_config(named: Path | str, beside: Path | None = None) -> Path:
     return _by_name().get(_name(named), path)
 
 
-def find_text(path: Path) -> Path:
-    """A text file that a configuration names: if none is there, the shipped one of that name."""
-    known = FOLDER / path.as_posix().removeprefix("configs/")
-    return known if not path.exists() and known.is_file() else path
-
-
 def _unknown(named: Path | str) -> str:
     close = difflib.get_close_matches(_name(named), _by_name(), 2)
     closest = f"closest: {', '.join(close)}; " if close else ""
@@ -105,7 +97,8 @@ def copy_config(name: str, to: Path | None = None) -> Path:
 
 def _by_name() -> dict[str, Path]:
     return {
-        path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in FOLDER.rglob("*.yaml")
+        path.relative_to(CONFIGS).with_suffix("").as_posix(): path
+        for path in CONFIGS.rglob("*.yaml")
     }
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from afd.discriminators.base import head_numbers
 from afd.discriminators.config import LatentConfig
-from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
+from afd.discriminators.pairs import DiscriminatorOptimizer, TeacherHeads
 from afd.discriminators.windows import windows
 from afd.distributed import ALONE, Ranks
 from afd.models.student import Student
@@ -110,7 +110,7 @@ class LatentScorer(nn.Module):
         return rearrange(heard, "B heads N d -> B N (heads d)")
 
 
-class LatentDiscriminator(PairDiscriminator):
+class LatentDiscriminator(TeacherHeads):
     """A `LatentScorer` with its optimizer (see `Discriminator`).
 
     Its inputs are latents [B, F, C, H, W].

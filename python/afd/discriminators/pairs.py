@@ -88,25 +88,19 @@ class PairDiscriminator(ABC):
         """The part of the videos that it uses as input; only this needs to be stored."""
         return video_BFCHW
 
-    def with_teachers(self, names: Sequence[str]) -> None:
-        """Give every teacher a head of its own; before anything is learnt."""
-        self.teachers = tuple(names)
-        self.add_heads(len(names))
-
-    @abstractmethod
-    def add_heads(self, count: int) -> None:
-        """Make this many heads, equal at first, and an optimizer of them."""
-
     def excerpts(self, teacher_BFCHW: Tensor, student_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The part of each pair that one update ranks, the same of both videos."""
         return teacher_BFCHW, student_BFCHW
 
     @abstractmethod
-    def differentiable_score(
-        self, input_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    def differentiable_score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] with gradients to the input and to the weights."""
+
+    def _scores(
+        self, input_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str]
     ) -> Tensor:
-        """Scores [B] with gradients to the input and to the weights, each by the head of its
-        teacher; without `teachers` the mean over the heads."""
+        """As `differentiable_score`; without heads of their own, all teachers have one score."""
+        return self.differentiable_score(input_BFCHW, prompts)
 
     def weights(self) -> Iterable[Tensor]:
         """The trained weights."""
@@ -120,7 +114,7 @@ class PairDiscriminator(ABC):
         size = self.config.micro_batch
         return torch.cat(
             [
-                self.differentiable_score(input_BFCHW[part], prompts[part], teachers[part])
+                self._scores(input_BFCHW[part], prompts[part], teachers[part])
                 for part in matched_pieces(input_BFCHW, prompts, size)
             ]
         )
@@ -149,7 +143,7 @@ class PairDiscriminator(ABC):
         for part in matched_pieces(teacher_BFCHW, prompts, self.config.micro_batch):
             # Both in one pass, so that padding and rounding are the same.
             both = torch.cat([teacher_BFCHW[part], student_BFCHW[part].to(teacher_BFCHW)]).detach()
-            scores = self.differentiable_score(both, [*prompts[part]] * 2, [*teachers[part]] * 2)
+            scores = self._scores(both, [*prompts[part]] * 2, [*teachers[part]] * 2)
             teacher_B, student_B = scores.chunk(2)
             if weights_B is None:
                 loss = LOSSES[self.config.loss](teacher_B, student_B) * len(teacher_B) / count
@@ -174,3 +168,28 @@ class PairDiscriminator(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+class TeacherHeads(PairDiscriminator):
+    """A discriminator that can have a head for each of several teachers."""
+
+    def with_teachers(self, names: Sequence[str]) -> None:
+        """Give every teacher a head of its own; before anything is learnt."""
+        self.teachers = tuple(names)
+        self.add_heads(len(names))
+
+    @abstractmethod
+    def add_heads(self, count: int) -> None:
+        """Make this many heads, equal at first, and an optimizer of them."""
+
+    @abstractmethod
+    def differentiable_score(
+        self, input_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str] = ()
+    ) -> Tensor:
+        """Scores [B] with gradients to the input and to the weights, each by the head of its
+        teacher; without `teachers` the mean over the heads."""
+
+    def _scores(
+        self, input_BFCHW: Tensor, prompts: Sequence[str], teachers: Sequence[str]
+    ) -> Tensor:
+        return self.differentiable_score(input_BFCHW, prompts, teachers)

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from afd.config.shipped import find_text
 from afd.errors import TeacherError
+from afd.hub import shipped_text
 from afd.teachers.base import Request, Teacher
 from afd.teachers.mix_config import MixConfig, MixedConfig
 from afd.teachers.prompts import PromptsTeacher
@@ -145,7 +145,7 @@ def used_prompts(config: MixedConfig) -> list[str] | None:
         return None
     key = f"teacher.teachers.{config.name}.prompts"
     return list(
-        dict.fromkeys(r.prompt for r in PromptsTeacher(find_text(config.prompts), key).requests)
+        dict.fromkeys(r.prompt for r in PromptsTeacher(shipped_text(config.prompts), key).requests)
     )
 
 

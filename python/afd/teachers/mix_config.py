@@ -9,8 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from afd.config.base import ByKind, Count, Natural, Positive, Section
-from afd.config.shipped import find_text
-from afd.hub import missing_path
+from afd.hub import missing_path, shipped_text
 from afd.teachers.config import TeacherConfig
 from afd.teachers.forecast import Forecast, MixForecast
 
@@ -118,7 +117,7 @@ class MixConfig(TeacherConfig):
             yield from one.source.missing(self.folder_of(one, folder))
             if one.prompts is not None:
                 key = f"teacher.teachers.{one.name}.prompts"
-                yield from missing_path(key, find_text(one.prompts), "the prompts that are used")
+                yield from missing_path(key, shipped_text(one.prompts), "the prompts that are used")
 
     @property
     def patience_s(self) -> float:

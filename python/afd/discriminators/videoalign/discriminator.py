@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from afd.discriminators.base import head_numbers
 from afd.discriminators.config import VideoAlignConfig, VideoAlignFiles
-from afd.discriminators.pairs import DiscriminatorOptimizer, PairDiscriminator
+from afd.discriminators.pairs import DiscriminatorOptimizer, TeacherHeads
 from afd.discriminators.videoalign.model import VideoAlign, rewards
 from afd.discriminators.videoalign.preprocess import TEMPORAL
 from afd.discriminators.windows import windows
@@ -32,7 +32,7 @@ from afd_kernels.contracts import require
 TARGETS = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
-class VideoAlignDiscriminator(PairDiscriminator):
+class VideoAlignDiscriminator(TeacherHeads):
     """A VideoAlign that learns to rank the teacher's videos above the student's.
 
     Videos are pixels in [-1, 1]; teacher's and student's are preprocessed identically.
