@@ -35,6 +35,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("gan", {"context": "own_context"}),
     ("gan", {"context": "recompute", "prior_weight": 0.0}),
     ("dmd", {"score_updates": 1, "score_warmup_updates": 0}),
+    ("afd", {"context": "shared_context", "group_from_chunk": "last"}),
+    ("afd", {"context": "own_context", "group_from_chunk": 1, "chunks_per_update": 1}),
 ]
 
 

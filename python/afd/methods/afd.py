@@ -20,7 +20,7 @@ from afd import ops
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch, Shown
 from afd.methods.config import AfdConfig
-from afd.methods.copies import Copies, check_chunks, draw_copies
+from afd.methods.copies import Copies, check_chunks, draw_copies, draw_fork
 from afd.methods.optimizer import ramped_decay
 from afd.methods.rewards import (
     Scores,
@@ -96,6 +96,7 @@ class Afd(StudentMethod):
     def rollout(self, batch: Batch) -> None:
         """Generate `samples_per_prompt` videos for every prompt with the old policy."""
         config = self.config
+        from_chunk = draw_fork(config.group_from_chunk, self.chunks, self.generator)
         with self.policies.using(self.old) as student:
             self._rollouts = roll_out(
                 student,
@@ -105,6 +106,7 @@ class Afd(StudentMethod):
                 self.streaming,
                 to_input=self.to_input,
                 keep_context=config.context == "shared_context" and config.keep_context,
+                from_chunk=from_chunk,
             )
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
@@ -136,7 +138,10 @@ class Afd(StudentMethod):
         r_B, prior = r_B[own], prior[own] if isinstance(prior, Tensor) else prior
         first = rollouts.x0_BFCHW[0].cpu()
         self.shown = Shown(rollouts.prompts[0], first, scores.shown(0), float(r_B[0]))
-        metrics |= rollout_metrics(rollouts.x0_BFCHW, group, self.ranks)
+        own_BFCHW = rollouts.x0_BFCHW[:, rollouts.from_chunk * self.policies.student.chunk :]
+        metrics |= rollout_metrics(own_BFCHW, group, self.ranks)
+        if self.config.group_from_chunk is not None:
+            metrics["student/from_chunk"] = float(rollouts.from_chunk)
         if self.watch is not None:
             given = scores.total_B, rollouts.x0_BFCHW, rollouts.prompts
             metrics |= self.watch(batch.update, *given, group)
@@ -215,6 +220,7 @@ class Afd(StudentMethod):
             self.generator,
             own=batch.own(config.samples_per_prompt),
             first_times=self.first_times,
+            from_chunk=rollouts.from_chunk,
         )
         sums = torch.zeros(len(MEASURED), dtype=torch.float64)
         self._v_square = torch.zeros((), device=rollouts.x0_BFCHW.device)

@@ -8,32 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch
+from afd.methods.generation import Generated, Streaming, generate, generate_groups
 from afd.models.codec import Codec
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
 from afd.rewards.base import Reward
-from afd.rollout import stream, stream_layout
 from afd.video.config import VideoConfig
 
 # Parts of a rollout that are encoded concurrently.
 ENCODERS = 4
-
-
-@dataclass(frozen=True)
-class Streaming:
-    """Generation settings of the student (see `afd.rollout.stream`), `batch` videos at a time."""
-
-    denoising_steps: Sequence[float]
-    first_chunk_steps: Sequence[float] | None = None
-    context_noise: float = 0.0
-    batch: int | None = None
 
 
 @dataclass
@@ -43,16 +33,19 @@ class Rollouts:
     Attributes:
         x0_BFCHW: in the student's space, float32 on its device.
         inputs: inputs of the scorers, on the CPU (`InputPipeline.place`); empty without one.
-        contexts: the clean context of each video separately, as it was during generation.
+        contexts: the clean context of each video separately, as it was during generation, in the
+            parts of `KVCache.parts`.
         last_inputs_BFCHW: input of the last denoising step of each chunk; None unless kept.
+        from_chunk: the first chunk in which the videos of a prompt differ.
     """
 
     x0_BFCHW: Tensor
     prompts: list[str]
     text_BLE: Tensor
     inputs: list[Tensor]
-    contexts: list[list[LayerKV]]
+    contexts: list[list[list[LayerKV]]]
     last_inputs_BFCHW: Tensor | None = None
+    from_chunk: int = 0
 
     @property
     def input_BFCHW(self) -> Tensor | None:
@@ -61,15 +54,23 @@ class Rollouts:
 
     def context(self, video_N: Tensor) -> list[LayerKV]:
         """Batch of the kept contexts of some of the videos."""
-        held = [self.contexts[video] for video in video_N.tolist()]
-        layers = list(zip(*held, strict=True))
+        held = [_whole(self.contexts[video]) for video in video_N.tolist()]
         return [
-            (_joined([k for k, _ in layer]), _joined([v for _, v in layer])) for layer in layers
+            (_joined([k for k, _ in layer]), _joined([v for _, v in layer]))
+            for layer in zip(*held, strict=True)
         ]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _whole(parts: list[list[LayerKV]]) -> list[LayerKV]:
+    """A video's context, of all its frames."""
+    return [
+        (_joined([k for k, _ in layer], 1), _joined([v for _, v in layer], 1))
+        for layer in zip(*parts, strict=True)
+    ]
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 # The student's videos by input space, "latents" and "pixels", as far as a scorer takes them.
@@ -142,58 +143,44 @@ def roll_out(
     to_input: InputPipeline | None = None,
     keep_context: bool = False,
     keep_last_inputs: bool = False,
+    from_chunk: int = 0,
 ) -> Rollouts:
-    """Generate `per_prompt` videos of the training length for each prompt of this process.
+    """Generate `per_prompt` videos of the training length for each prompt of this process; those
+    of a prompt share the chunks before `from_chunk`.
 
     Encoding a video for `codec_match` takes about as long as generating it, so threads encode while
     the accelerator continues with the next ones.
     """
-    prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
-    layout = stream_layout(student, student.frames)
-    draws = max(len(streaming.denoising_steps), len(streaming.first_chunk_steps or ()))
-    width = streaming.batch or len(prompts)
-    videos, texts, contexts = [], [], []
-    given: list[Tensor] = []
+    prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
+    if from_chunk:
+        made = generate_groups(student, batch.prompts, seed_B, streaming, from_chunk)
+    else:
+        kept = keep_last_inputs
+        made = generate(student, prompts, seed_B, streaming, keep_last_inputs=kept)
+    parts: list[Generated] = []
+    contexts: list[list[list[LayerKV]]] = []
     seen: list[Future[list[Tensor]]] = []
     with ThreadPoolExecutor(ENCODERS) as pool:
-        for part in (slice(at, at + width) for at in range(0, len(prompts), width)):
-            text_BLE = student.encode(prompts[part])
-            cache = student.new_cache(text_BLE, student.frames)
-            inputs: list[Tensor] | None = [] if keep_last_inputs else None
-            chunks = stream(
-                student,
-                text_BLE,
-                student.noise_source(seed_B[part], layout, draws),
-                denoising_steps=streaming.denoising_steps,
-                first_chunk_steps=streaming.first_chunk_steps,
-                context_noise=streaming.context_noise,
-                cache=cache,
-                last_inputs=inputs,
-            )
-            x0_BFCHW = torch.cat(list(chunks), 1).float()
-            if inputs is not None:
-                given.append(torch.cat(inputs, 1).float())
-            videos.append(x0_BFCHW)
-            texts.append(text_BLE)
+        for one in made:
             if to_input is not None:
                 if len(seen) >= ENCODERS:
                     # Queued videos take memory: no more may wait than are being encoded.
                     seen[-ENCODERS].result()
-                decoded = {k: x.cpu() for k, x in to_input.decode(x0_BFCHW).items()}
+                decoded = {k: x.cpu() for k, x in to_input.decode(one.x0_BFCHW).items()}
                 seen.append(pool.submit(to_input.finish, decoded))
             if keep_context:
-                # The last chunk's slots hold a denoising step, not its context; nothing reads them.
-                contexts += [
-                    [(k[i : i + 1], v[i : i + 1]) for k, v in cache.self_kv]
-                    for i in range(len(x0_BFCHW))
-                ]
+                contexts += one.contexts()
+            # Without its cache, which only contexts keep.
+            parts.append(replace(one, cache=None))
+    given = [one.last_inputs_BFCHW for one in parts if one.last_inputs_BFCHW is not None]
     return Rollouts(
-        torch.cat(videos),
+        torch.cat([one.x0_BFCHW for one in parts]),
         prompts,
-        torch.cat(texts),
-        [torch.cat(parts) for parts in zip(*(part.result() for part in seen), strict=True)],
+        torch.cat([one.text_BLE for one in parts]),
+        [torch.cat(of) for of in zip(*(part.result() for part in seen), strict=True)],
         contexts,
         torch.cat(given) if given else None,
+        from_chunk,
     )

@@ -10,6 +10,7 @@ Letters: D width, T tokens of a frame, K chunks, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +68,14 @@ class Net:
     def chunks(self) -> int:
         return self.frames // self.chunk
 
+    def seen(self, chunk: int) -> float:
+        """Number of chunks that a chunk attends to, itself included."""
+        return chunk + 1.0
+
+    def pairs(self, first: int) -> float:
+        """Sum of `seen` over the chunks of a video from `first` on."""
+        return sum(map(self.seen, range(first, self.chunks)))
+
     @property
     def lora_parameters(self) -> int:
         """Parameters of A and B on q, k, v, o of both attentions and on the feed-forward."""
@@ -117,25 +126,42 @@ class Net:
 # --- the student ---
 
 
-def rollout_flop(net: Net, steps: int, first_steps: int | None = None) -> float:
-    """One video: each chunk's denoising steps, and a context pass for all but the last chunk."""
+def rollout_flop(
+    net: Net, steps: int, first_steps: int | None = None, chunks: range | None = None
+) -> float:
+    """One video, or these chunks of it: each chunk's denoising steps, and a context pass for all
+    but the last chunk of the video."""
     total = 0.0
-    for chunk in range(1, net.chunks + 1):
-        denoising = first_steps if chunk == 1 and first_steps is not None else steps
-        total += denoising * net.whole(1, chunk)
-        total += net.context(1, chunk) if chunk < net.chunks else 0.0
+    for chunk in range(net.chunks) if chunks is None else chunks:
+        denoising = first_steps if chunk == 0 and first_steps is not None else steps
+        total += denoising * net.whole(1, net.seen(chunk))
+        total += net.context(1, net.seen(chunk)) if chunk + 1 < net.chunks else 0.0
     return total
+
+
+def shared_rollout_flop(
+    net: Net, steps: int, first_steps: int | None, forks: Sequence[int], group: int
+) -> float:
+    """The mean over `forks` of a group of videos that share the chunks before one."""
+    whole = net.chunks
+    each = [
+        rollout_flop(net, steps, first_steps, range(fork))
+        + group * rollout_flop(net, steps, first_steps, range(fork, whole))
+        for fork in forks
+    ]
+    return sum(each) / len(each)
 
 
 def context_flop(net: Net, adapted: bool = True) -> float:
     """The clean pass that produces a video's context. It includes the last chunk, which the
     roofline does not count, since nothing attends to it: 5 % of an update."""
-    return net.context(net.chunks, net.chunks * (net.chunks + 1) / 2, adapted)
+    return net.context(net.chunks, net.pairs(0), adapted)
 
 
-def noisy_flop(net: Net, part: float = 1.0, adapted: bool = True) -> float:
-    """A forward of the noisy half; `part`: the fraction of the chunks that is sampled."""
-    return part * net.whole(net.chunks, net.chunks * (net.chunks + 1) / 2, adapted)
+def noisy_flop(net: Net, part: float = 1.0, adapted: bool = True, first: int = 0) -> float:
+    """A forward of the noisy half; `part`: the fraction of the chunks from `first` on that is
+    sampled."""
+    return part * net.whole(net.chunks - first, net.pairs(first), adapted)
 
 
 def linear_backward(net: Net, tokens: float) -> float:
@@ -148,24 +174,33 @@ def _backward(net: Net, plain: float, adapted: float) -> float:
     return 2 * plain if net.lora is None else plain + 2 * (adapted - plain)
 
 
-def noisy_backward(net: Net, part: float = 1.0, *, through_context: bool = False) -> float:
+def noisy_backward(
+    net: Net, part: float = 1.0, *, through_context: bool = False, first: int = 0
+) -> float:
     """Backward of `noisy_flop`; unless `through_context`, context keys need no gradient."""
-    size = net.chunk * net.tokens
-    own = part * net.chunks * net.attention(size, size)
-    past = part * net.chunks * (net.chunks - 1) / 2 * net.attention(size, size)
-    prompt = part * net.attention(net.chunks * size, net.text_len)
+    size, chunks = net.chunk * net.tokens, part * (net.chunks - first)
+    own = chunks * net.attention(size, size)
+    past = (part * net.pairs(first) - chunks) * net.attention(size, size)
+    prompt = net.attention(chunks * size, net.text_len)
     to_past = FULL_BACKWARD if through_context else QUERY_BACKWARD
-    products = linear_backward(net, part * net.chunks * size)
+    products = linear_backward(net, chunks * size)
     return products + FULL_BACKWARD * (own + prompt) + to_past * past
 
 
 def trained_flop(
-    net: Net, part: float = 1.0, *, through_context: bool = False, checkpointed: bool = True
+    net: Net,
+    part: float = 1.0,
+    *,
+    through_context: bool = False,
+    checkpointed: bool = True,
+    first: int = 0,
 ) -> float:
     """`noisy_flop` with its backward, in which checkpointed blocks are recomputed."""
-    forward, tokens = noisy_flop(net, part), part * net.frames * net.tokens
+    forward = noisy_flop(net, part, first=first)
+    tokens = part * (net.chunks - first) * net.chunk * net.tokens
     again = net.recomputed(forward, tokens) if checkpointed else 0.0
-    return forward + again + noisy_backward(net, part, through_context=through_context)
+    backward = noisy_backward(net, part, through_context=through_context, first=first)
+    return forward + again + backward
 
 
 def trained_context_flop(net: Net, *, checkpointed: bool = True) -> float:
@@ -186,6 +221,7 @@ def nft_flop(
     kept: bool = False,
     prior: int = 1,
     checkpointed: bool = True,
+    first: int = 0,
 ) -> float:
     """The AFD update of one video: old policy, references and student on `draws` noised copies.
 
@@ -197,12 +233,13 @@ def nft_flop(
         kept: the rollout's caches serve as the old policy's context.
         prior: number of references that are evaluated.
         checkpointed: whether blocks are recomputed in the backward.
+        first: the first chunk that the update is about.
     """
     others = [True] + [False] * prior  # old has adapters, the references none of this rank
-    noisy = sum(noisy_flop(net, part, adapted) for adapted in others)
+    noisy = sum(noisy_flop(net, part, adapted, first) for adapted in others)
     contexts = sum(context_flop(net, adapted) for adapted in others)
     through = context in ("recompute", "noisy")
-    ours = trained_flop(net, part, through_context=through, checkpointed=checkpointed)
+    ours = trained_flop(net, part, through_context=through, checkpointed=checkpointed, first=first)
     total = draws * (noisy + ours)
     if context == "noisy":
         return total
@@ -260,10 +297,18 @@ def sft_flop(net: Net, *, draws: int, part: float = 1.0, checkpointed: bool = Tr
 # --- memory of the student ---
 
 
-def kv_bytes(net: Net, videos: int, itemsize: int) -> int:
-    """Keys and values of whole videos and their prompts, counted as in `kv_cache.cache_bytes`."""
-    slots = net.frames * net.tokens + net.text_len
+def kv_bytes(net: Net, videos: int, itemsize: int, frames: int | None = None) -> int:
+    """Keys and values of whole videos, or of these frames of them, and of their prompts, counted as
+    in `kv_cache.cache_bytes`."""
+    slots = (net.frames if frames is None else frames) * net.tokens + net.text_len
     return 2 * net.layers * videos * slots * net.dim * itemsize
+
+
+def shared_kv_bytes(net: Net, groups: int, videos: int, itemsize: int, fork: int) -> int:
+    """Caches of videos of these groups that share the chunks before `fork` and the prompt."""
+    past = fork * net.chunk
+    own = videos * (net.frames - past) * net.tokens
+    return kv_bytes(net, groups, itemsize, past) + 2 * net.layers * own * net.dim * itemsize
 
 
 def activation_bytes(net: Net, videos: int, itemsize: int, *, checkpointed: bool) -> int:

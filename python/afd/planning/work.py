@@ -82,6 +82,7 @@ class Work:
         self.group = getattr(self.method, "samples_per_prompt", 1)
         self.rolls = config.method != "sft"
         self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
+        self.forks = self._forks()
         # Prompts of the process that has the most.
         self.prompts = -(-config.prompts_per_update // processes)
         self.videos = self.prompts * self.group
@@ -99,6 +100,13 @@ class Work:
         self.encodes = (self.redecodes or not self.reads_pixels) and not (
             config.method == "afd" and self.discriminator is None
         )
+
+    def _forks(self) -> list[int]:
+        """The chunks from which the videos of a prompt may differ, all equally likely."""
+        shared = self.config.afd.group_from_chunk if self.config.method == "afd" else None
+        if shared == "random":
+            return [*range(self.net.chunks)]
+        return [self.net.chunks - 1 if shared == "last" else int(shared or 0)]
 
     # --- memory ---
 
@@ -231,11 +239,17 @@ class Work:
             return
         net, batch = self.net, min(self.config.student.rollout_batch or self.videos, self.videos)
         note = f"{batch} video(s) streamed together"
-        yield Part("cache", cost.kv_bytes(net, batch, self.item), "rollout", note)
+        groups, least = -(-batch // self.group), min(self.forks)
+        cache = cost.shared_kv_bytes(net, groups, batch, self.item, least)
+        if not least:
+            cache = cost.kv_bytes(net, batch, self.item)
+        yield Part("cache", cache, "rollout", note)
         numbers = 16 * net.frames * self.pixels // 64 if self.wan else net.frames * 3 * self.pixels
         yield Part("rollouts", self.videos * numbers * cost.FLOAT, "kept", "latents, fp32")
         if self._keeps_context():
             kept = cost.kv_bytes(net, self.videos, self.item)
+            if least:
+                kept = cost.shared_kv_bytes(net, self.prompts, self.videos, self.item, least)
             note = f"{self.videos} rollouts' caches (afd.keep_context)"
             yield Part("kept contexts", kept, "kept", note)
 
@@ -256,7 +270,8 @@ class Work:
         held, other = both if checkpointed else reversed(both)
         note = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
         yield Part("activations", held, "student", note + str(not checkpointed).lower())
-        if context not in ("recompute", "noisy") and not self._keeps_context():
+        kept = self._keeps_context() and not max(self.forks)
+        if context not in ("recompute", "noisy") and not kept:
             one = cost.kv_bytes(net, self.micro, self.item)
             yield Part("context", one, "student", "keys and values of a pass's clean videos")
 
@@ -278,16 +293,21 @@ class Work:
         assert config.student.kind == "wan"
         videos = config.taught * self.group
         steps, first = config.student.denoising_steps, config.student.first_chunk_steps
-        rollout = cost.rollout_flop(net, len(steps), None if first is None else len(first))
+        sizes = len(steps), None if first is None else len(first)
+        rollout = cost.rollout_flop(net, *sizes)
+        rolled = videos * rollout
+        if max(self.forks):
+            rolled = config.taught * cost.shared_rollout_flop(net, *sizes, self.forks, self.group)
         decode = cost.decode_flop(net.frames, self.pixels, tiny=self.tiny_decodes)
         if self.encodes:
             encode = cost.encode_flop(net.frames, self.pixels, tiny=self.tiny_encodes)
             yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
         if self.rolls:
-            passes = f"{len(steps)} steps and a context pass a chunk"
-            yield Phase(
-                "rollout", videos * rollout, 0.0, config.updates, f"{videos} videos, {passes}"
-            )
+            note = f"{videos} videos, {len(steps)} steps and a context pass a chunk"
+            if max(self.forks):
+                part = rolled / (videos * rollout)
+                note += f"; {part:.0%} of whole videos (afd.group_from_chunk)"
+            yield Phase("rollout", rolled, 0.0, config.updates, note)
         if self.decodes:
             note = f"{videos} videos"
             count = videos + config.prompts_per_update * self.redecodes
@@ -367,15 +387,20 @@ class Work:
         part = min(1.0, chunks / net.chunks) if chunks else 1.0
         if config.method == "afd":
             afd = config.afd
-            flop = cost.nft_flop(
-                net,
-                afd.context,
-                draws=afd.draws,
-                part=part,
-                kept=self._keeps_context(),
-                prior=len(self._priors()),
-                checkpointed=checkpointed,
-            )
+            each = [
+                cost.nft_flop(
+                    net,
+                    afd.context,
+                    draws=afd.draws,
+                    part=min(1.0, chunks / (net.chunks - fork)) if chunks else 1.0,
+                    kept=self._keeps_context(),
+                    prior=len(self._priors()),
+                    checkpointed=checkpointed,
+                    first=fork,
+                )
+                for fork in self.forks
+            ]
+            flop = sum(each) / len(each)
             prior = f", prior to {' and '.join(self._priors())}" if self._priors() else ""
             return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s){prior}; {blocks}"
         if config.method == "sft":
