@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 from afd.lab.simulator import PROMPTS
 from afd.lab.student import ToyConfig, ToyStudent
 from afd.methods.base import Batch
-from afd.methods.copies import draw_fork
+from afd.methods.copies import Place, draw_fork
 from afd.methods.generation import Streaming
 from afd.methods.rollouts import roll_out
 from afd.models.student import Student
@@ -89,7 +89,9 @@ def measure(
         shared: Any = {"off": None, "last": "last"}.get(provider, provider)
         fork = draw_fork(shared, chunks, Generator())
         generator = Generator().manual_seed(0)
-        return roll_out(student, batch, group, generator, Streaming(STEPS), from_chunk=fork)
+        return roll_out(
+            student, batch, group, generator, Streaming(STEPS), place=Place(fork=fork or None)
+        )
 
     runs = {name: partial(roll, name) for name in args.providers}
     timings = harness.timed(runs, "cpu", 1, args.reps, args.budget)

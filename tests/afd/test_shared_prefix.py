@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from afd.methods.afd import Afd
 from afd.methods.config import AfdConfig
-from afd.methods.copies import draw_copies, draw_fork
+from afd.methods.copies import Place, draw_copies, draw_fork
 from afd.methods.generation import Streaming
 from afd.methods.rollouts import roll_out
 from afd.models.student import Student
@@ -266,11 +266,10 @@ def test_a_group_has_the_videos_that_it_has_without_sharing(
         Generator().manual_seed(5),
         Streaming(steps, batch=width),
         keep_context=True,
-        from_chunk=fork,
+        place=Place(fork=fork, first=fork),
     )
     seeds = torch.randint(2**62, (2 * GROUP,), generator=Generator().manual_seed(5))
     expected = unshared(student, batch, seeds, steps, fork)
-    assert found.from_chunk == fork
     for i, (video_FCHW, one_1FCHW) in enumerate(zip(found.x0_BFCHW, expected, strict=True)):
         begins = one_1FCHW[0, : fork * CHUNK]
         if width == 1:  # the same passes over one video
@@ -311,7 +310,7 @@ def test_a_group_takes_the_passes_of_the_prefix_once(
     student, batch, group = wan_student(), wan_batch(), 4
     rows = counted(student, monkeypatch)
     how = Streaming(WAN_STEPS, batch=width)
-    roll_out(student, batch, group, Generator().manual_seed(0), how, from_chunk=fork)
+    roll_out(student, batch, group, Generator().manual_seed(0), how, place=Place(fork=fork or None))
     denoising = len(WAN_STEPS) * 2 * (fork + group * (CHUNKS - fork))
     contexts = 2 * (fork + group * (CHUNKS - fork - 1))
     assert sum(rows) == denoising + contexts

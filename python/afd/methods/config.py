@@ -189,6 +189,17 @@ class AfdConfig(TimesConfig):
         "and the update is about the rest; random: another one in every update, 0 included; last: "
         "only the last chunk differs; null: whole videos",
     )
+    stream_frames: Count | None = Field(
+        default=None,
+        description="latent frames of a stream that the rollouts roll on to, past the training "
+        "length; an update is about a clip of it, of the training length, at a place that is drawn "
+        "for every update; needs student.window; null: the clip is the whole video",
+    )
+    train_window: Count | None = Field(
+        default=None,
+        description="stream_frames: last latent frames of the clip that carry weight in the "
+        "update; null: all of the clip",
+    )
     advantage: Literal["score", "random"] = Field(
         default="score", description="from the scores, or random numbers (a control)"
     )
@@ -298,6 +309,15 @@ class AfdConfig(TimesConfig):
             raise ValueError(
                 "afd.context: got noisy; needed: another with afd.group_from_chunk, where the "
                 "chunks of the update attend to clean earlier ones"
+            )
+        if self.train_window is not None and self.stream_frames is None:
+            raise ValueError(
+                f"afd.train_window: got {self.train_window} without afd.stream_frames; needed: both"
+            )
+        if self.stream_frames is not None and self.context == "noisy":
+            raise ValueError(
+                "afd.context: got noisy; needed: another with afd.stream_frames, where a clip "
+                "attends to what the stream held before it"
             )
         if self.combine == "advantages" and self.baseline in ("teacher", "ema"):
             raise ValueError(

@@ -180,6 +180,34 @@ def check_chunks(config: TimesConfig, chunks: int) -> None:
         require(least < chunks, "group_from_chunk", shared, needed)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in the streams of an update's rollouts the update is; chunks.
+
+    Attributes:
+        clip: where the clip begins that is scored; 0: with the stream, which is the whole video.
+        fork: from where on the videos of a prompt differ; None: from the beginning.
+        first: the first chunk of the clip that the update is about.
+    """
+
+    clip: int = 0
+    fork: int | None = None
+    first: int = 0
+
+
+def draw_place(config: AfdConfig, chunks: int, chunk: int, generator: Generator) -> Place:
+    """Draw the place of an update on clips of `chunks` chunks of `chunk` frames."""
+    shared = draw_fork(config.group_from_chunk, chunks, generator)
+    clip, first = 0, shared
+    if config.stream_frames is not None:
+        begins = config.stream_frames // chunk - chunks + 1
+        clip = int(torch.randint(begins, (), generator=generator))
+    if config.train_window is not None:
+        first = max(shared, chunks - config.train_window // chunk)
+    fork = None if config.group_from_chunk is None else clip + shared
+    return Place(clip, fork or None, first)
+
+
 def draw_fork(shared: int | str | None, chunks: int, generator: Generator) -> int:
     """The chunk from which the videos of a prompt differ in this update: `afd.group_from_chunk`."""
     if shared == "random":

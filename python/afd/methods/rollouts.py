@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch
+from afd.methods.copies import Place
 from afd.methods.generation import Generated, Streaming, generate, generate_groups
 from afd.models.codec import Codec
 from afd.models.student import Student
@@ -24,6 +26,7 @@ from afd.video.config import VideoConfig
 
 # Parts of a rollout that are encoded concurrently.
 ENCODERS = 4
+WHOLE = Place()
 
 
 @dataclass
@@ -36,7 +39,9 @@ class Rollouts:
         contexts: the clean context of each video separately, as it was during generation, in the
             parts of `KVCache.parts`.
         last_inputs_BFCHW: input of the last denoising step of each chunk; None unless kept.
-        from_chunk: the first chunk in which the videos of a prompt differ.
+        place: where the update is.
+        start_frame: first frame of the clips in their streams; 0: whole videos.
+        pasts: what the stream of each clip held before it, on the host; empty for whole videos.
     """
 
     x0_BFCHW: Tensor
@@ -45,7 +50,9 @@ class Rollouts:
     inputs: list[Tensor]
     contexts: list[list[list[LayerKV]]]
     last_inputs_BFCHW: Tensor | None = None
-    from_chunk: int = 0
+    place: Place = WHOLE
+    start_frame: int = 0
+    pasts: list[list[LayerKV]] = field(default_factory=list)
 
     @property
     def input_BFCHW(self) -> Tensor | None:
@@ -57,6 +64,20 @@ class Rollouts:
         held = [_whole(self.contexts[video]) for video in video_N.tolist()]
         return [
             (_joined([k for k, _ in layer]), _joined([v for _, v in layer]))
+            for layer in zip(*held, strict=True)
+        ]
+
+    def past(self, video_N: Tensor) -> list[LayerKV] | None:
+        """What the streams of some of the clips held before them, on the student's device."""
+        if not self.pasts:
+            return None
+        device = self.x0_BFCHW.device
+        held = [self.pasts[video] for video in video_N.tolist()]
+        return [
+            (
+                _joined([k for k, _ in layer]).to(device),
+                _joined([v for _, v in layer]).to(device),
+            )
             for layer in zip(*held, strict=True)
         ]
 
@@ -109,12 +130,30 @@ class InputPipeline:
         """The first scorer's input, with gradients."""
         return self.finish(self.decode(x0_BFCHW))[0]
 
-    def decode(self, x0_BFCHW: Tensor) -> Spaces:
-        """The part on the accelerator: decode to pixels if a scorer takes pixels."""
+    def decode(self, x0_BFCHW: Tensor, lead_BFCHW: Tensor | None = None) -> Spaces:
+        """The part on the accelerator: decode to pixels if a scorer takes pixels.
+
+        `lead_BFCHW`: the chunk before clips of streams. The autoencoder treats the first latent
+        frame of a video unlike the others, so a clip is cut from the decoded frames, and encoded
+        again for scorers of latents, as the teacher's clips are.
+        """
+        if lead_BFCHW is not None:
+            return self._cut(x0_BFCHW, lead_BFCHW)
         return {
             space: x0_BFCHW if space == "latents" else self.codec.decode(x0_BFCHW)
             for space in self.spaces
         }
+
+    def _cut(self, x0_BFCHW: Tensor, lead_BFCHW: Tensor) -> Spaces:
+        whole_BFCHW = torch.cat([lead_BFCHW, x0_BFCHW], 1)
+        decoded_BFCHW = self.codec.decode(whole_BFCHW)
+        # One video frame for the first latent frame, as many for each of the others.
+        each = (decoded_BFCHW.shape[1] - 1) // (whole_BFCHW.shape[1] - 1)
+        clip_BFCHW = decoded_BFCHW[:, -(1 + each * (x0_BFCHW.shape[1] - 1)) :]
+        found = {"pixels": clip_BFCHW} if "pixels" in self.spaces else {}
+        if "latents" in self.spaces:
+            found["latents"] = self.codec.encode(clip_BFCHW).float()
+        return found
 
     def finish(self, decoded: Spaces) -> list[Tensor]:
         """The remaining steps; for pixels on the CPU they do not use the accelerator."""
@@ -143,10 +182,10 @@ def roll_out(
     to_input: InputPipeline | None = None,
     keep_context: bool = False,
     keep_last_inputs: bool = False,
-    from_chunk: int = 0,
+    place: Place = WHOLE,
 ) -> Rollouts:
-    """Generate `per_prompt` videos of the training length for each prompt of this process; those
-    of a prompt share the chunks before `from_chunk`.
+    """Generate `per_prompt` videos of the training length for each prompt of this process, or clips
+    of streams, at this place.
 
     Encoding a video for `codec_match` takes about as long as generating it, so threads encode while
     the accelerator continues with the next ones.
@@ -154,13 +193,15 @@ def roll_out(
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
     prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
-    if from_chunk:
-        made = generate_groups(student, batch.prompts, seed_B, streaming, from_chunk)
+    how: dict[str, Any] = {"clip": place.clip}
+    if place.fork is not None:
+        made = generate_groups(student, batch.prompts, seed_B, streaming, place.fork, **how)
     else:
-        kept = keep_last_inputs
-        made = generate(student, prompts, seed_B, streaming, keep_last_inputs=kept)
+        how["keep_last_inputs"] = keep_last_inputs
+        made = generate(student, prompts, seed_B, streaming, **how)
     parts: list[Generated] = []
     contexts: list[list[list[LayerKV]]] = []
+    pasts: list[list[LayerKV]] = []
     seen: list[Future[list[Tensor]]] = []
     with ThreadPoolExecutor(ENCODERS) as pool:
         for one in made:
@@ -168,12 +209,14 @@ def roll_out(
                 if len(seen) >= ENCODERS:
                     # Queued videos take memory: no more may wait than are being encoded.
                     seen[-ENCODERS].result()
-                decoded = {k: x.cpu() for k, x in to_input.decode(one.x0_BFCHW).items()}
+                made_of = one.x0_BFCHW, one.lead_BFCHW()
+                decoded = {k: x.cpu() for k, x in to_input.decode(*made_of).items()}
                 seen.append(pool.submit(to_input.finish, decoded))
             if keep_context:
                 contexts += one.contexts()
+            pasts += one.pasts()
             # Without its cache, which only contexts keep.
-            parts.append(replace(one, cache=None))
+            parts.append(replace(one, cache=None, before=None))
     given = [one.last_inputs_BFCHW for one in parts if one.last_inputs_BFCHW is not None]
     return Rollouts(
         torch.cat([one.x0_BFCHW for one in parts]),
@@ -182,5 +225,7 @@ def roll_out(
         [torch.cat(of) for of in zip(*(part.result() for part in seen), strict=True)],
         contexts,
         torch.cat(given) if given else None,
-        from_chunk,
+        place,
+        place.clip * student.chunk,
+        pasts,
     )

@@ -10,7 +10,6 @@ Letters: D width, T tokens of a frame, K chunks, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +51,9 @@ class Net:
         frames, chunk: latent frames of a video, and latent frames denoised together.
         tokens: T.
         lora: rank of the adapters; None: every weight is trained.
+        window: most frames a chunk attends to; None: all.
+        sink: first frames that stay in the window.
+        start: chunk of a stream at which a clip of it begins.
     """
 
     dim: int
@@ -63,6 +65,9 @@ class Net:
     chunk: int
     tokens: int
     lora: int | None = None
+    window: int | None = None
+    sink: int = 0
+    start: int = 0
 
     @property
     def chunks(self) -> int:
@@ -70,7 +75,13 @@ class Net:
 
     def seen(self, chunk: int) -> float:
         """Number of chunks that a chunk attends to, itself included."""
-        return chunk + 1.0
+        frames = (self.start + chunk + 1) * self.chunk
+        return min(frames, self.window or frames) / self.chunk
+
+    def sinks(self, first: int) -> int:
+        """Chunks of a video from `first` on that attend to the sink apart from the rest."""
+        ends = ((self.start + chunk + 1) * self.chunk for chunk in range(first, self.chunks))
+        return sum(end > (self.window or end) for end in ends) if self.sink else 0
 
     def pairs(self, first: int) -> float:
         """Sum of `seen` over the chunks of a video from `first` on."""
@@ -126,30 +137,23 @@ class Net:
 # --- the student ---
 
 
-def rollout_flop(
-    net: Net, steps: int, first_steps: int | None = None, chunks: range | None = None
-) -> float:
-    """One video, or these chunks of it: each chunk's denoising steps, and a context pass for all
-    but the last chunk of the video."""
-    total = 0.0
-    for chunk in range(net.chunks) if chunks is None else chunks:
+def rollout_flop(net: Net, steps: int, first_steps: int | None = None) -> float:
+    """One video: each chunk's denoising steps, and a context pass for all but the last chunk."""
+    total = rolled_flop(net, steps, first_steps)
+    return total[net.chunks] - net.context(1, net.seen(net.chunks - 1))
+
+
+def rolled_flop(
+    net: Net, steps: int, first_steps: int | None = None, chunks: int | None = None
+) -> list[float]:
+    """The first n chunks of a stream for n = 0 to `chunks` (those of a video), with the context
+    passes of all."""
+    total = [0.0]
+    for chunk in range(net.chunks if chunks is None else chunks):
         denoising = first_steps if chunk == 0 and first_steps is not None else steps
-        total += denoising * net.whole(1, net.seen(chunk))
-        total += net.context(1, net.seen(chunk)) if chunk + 1 < net.chunks else 0.0
+        seen = net.seen(chunk)
+        total.append(total[-1] + denoising * net.whole(1, seen) + net.context(1, seen))
     return total
-
-
-def shared_rollout_flop(
-    net: Net, steps: int, first_steps: int | None, forks: Sequence[int], group: int
-) -> float:
-    """The mean over `forks` of a group of videos that share the chunks before one."""
-    whole = net.chunks
-    each = [
-        rollout_flop(net, steps, first_steps, range(fork))
-        + group * rollout_flop(net, steps, first_steps, range(fork, whole))
-        for fork in forks
-    ]
-    return sum(each) / len(each)
 
 
 def context_flop(net: Net, adapted: bool = True) -> float:
@@ -184,6 +188,10 @@ def noisy_backward(
     prompt = net.attention(chunks * size, net.text_len)
     to_past = FULL_BACKWARD if through_context else QUERY_BACKWARD
     products = linear_backward(net, chunks * size)
+    if not through_context:
+        # The sink's keys are copied beside those of the noisy chunks, which need gradients.
+        copied = part * net.sinks(first) * net.attention(size, net.sink * net.tokens)
+        products += (FULL_BACKWARD - QUERY_BACKWARD) * copied
     return products + FULL_BACKWARD * (own + prompt) + to_past * past
 
 
