@@ -1,10 +1,12 @@
-"""Rollouts of an update: groups that share a prefix.
+"""Rollouts of an update: groups that share a prefix, and clips of long streams.
 
     python benchmarks/streaming.py               # the laptop student
 
-Timed is `roll_out` of one update, providers interleaved. "off" generates every video of a prompt on
-its own; the others share the chunks before the named one. Counted are the passes over a chunk (a
-denoising step or a context pass of one video).
+Timed is `roll_out` of one update, providers interleaved. Groups: "off" generates every video of a
+prompt on its own; the others share the chunks before the named one. Streams: the clip of an update
+at the end of a stream 1, 10 or 50 times as long as a training video, of a student with a window of
+12 frames and a sink of 3. Counted are the passes over a chunk (a denoising step or a context pass
+of one video).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,11 @@ from afd.models.student import Student
 from afd.rollout import STEPS
 from benchmarks import harness, report
 
-PROVIDERS = ("off", "1", "2", "last")
+PROVIDERS = ("off", "1", "2", "last", "1x", "10x", "50x")
 HOW = (
     "ms: median of the rollouts of one update; passes: chunk passes, context passes included; "
-    "share: of the denoising passes without sharing; peak: memory allocated during the rollouts"
+    "share: of the denoising passes of whole videos; us a pass: ms over passes; peak: memory "
+    "allocated during the rollouts"
 )
 
 
@@ -57,6 +60,7 @@ class Row:
     passes: int
     share: float
     speedup: float | None  # against "off"
+    us_per_pass: float
     peak_mib: float
 
 
@@ -78,40 +82,47 @@ def counted_passes() -> Iterator[list[int]]:
         Student._pass = passed  # type: ignore[method-assign]
 
 
+def place_of(provider: str, chunks: int) -> Place:
+    """Where the update is in its rollouts, of videos of `chunks` chunks."""
+    if provider.endswith("x"):
+        return Place(clip=(int(provider[:-1]) - 1) * chunks)
+    shared: Any = None if provider == "off" else provider
+    return Place(fork=draw_fork(shared, chunks, Generator()) or None)
+
+
 def measure(
-    prompts: int, group: int, student: ToyStudent, args: Any
+    case: str, prompts: int, group: int, student: ToyStudent, args: Any
 ) -> tuple[list[Row], dict[str, str]]:
-    """Rows of every provider for groups of this size."""
+    """Rows of every provider for groups of this size; streams of a student with a window."""
+    chunks, windowed = student.frames // student.chunk, student.net.config.window is not None
     batch = Batch(0, list(PROMPTS)[:prompts], torch.empty(prompts, 0))
-    chunks = student.frames // student.chunk
 
     def roll(provider: str, _: int) -> object:
-        shared: Any = {"off": None, "last": "last"}.get(provider, provider)
-        fork = draw_fork(shared, chunks, Generator())
-        generator = Generator().manual_seed(0)
-        return roll_out(
-            student, batch, group, generator, Streaming(STEPS), place=Place(fork=fork or None)
-        )
+        generator, at = Generator().manual_seed(0), place_of(provider, chunks)
+        return roll_out(student, batch, group, generator, Streaming(STEPS), place=at)
 
-    runs = {name: partial(roll, name) for name in args.providers}
+    names = [name for name in args.providers if name.endswith("x") == windowed]
+    runs = {name: partial(roll, name) for name in names}
+    if not runs:
+        return [], {}
     timings = harness.timed(runs, "cpu", 1, args.reps, args.budget)
     rows = []
     for name, run in runs.items():
         with counted_passes() as passes:
             run(0)
-        denoising = sum(count for count in passes if count > 0)
+        denoising, ms = sum(count for count in passes if count > 0), timings[name].median_ms
+        total = sum(map(abs, passes))
         rows.append(
             Row(
-                case=f"toy, {prompts} prompts of {group}",
+                case=case,
                 provider=name,
                 prompts=prompts,
                 group=group,
                 **asdict(timings[name]),
-                passes=sum(map(abs, passes)),
+                passes=total,
                 share=denoising / (len(STEPS) * prompts * group * chunks),
-                speedup=timings["off"].median_ms / timings[name].median_ms
-                if "off" in timings
-                else None,
+                speedup=timings["off"].median_ms / ms if "off" in timings else None,
+                us_per_pass=1e3 * ms / total,
                 peak_mib=harness.peak_mib(run, "cpu"),
             )
         )
@@ -122,10 +133,13 @@ def show(rows: list[Row]) -> None:
     """The table of one case."""
     report.table(
         rows[0].case,
-        ("from chunk",),
-        ("ms", "p20", "p80", "passes", "share", "x off", "peak MiB"),
+        ("from chunk, or length",),
+        ("ms", "p20", "p80", "passes", "share", "us a pass", "x off", "peak MiB"),
         [
-            (r.provider, r.median_ms, r.p20, r.p80, float(r.passes), r.share, r.speedup, r.peak_mib)
+            (
+                *(r.provider, r.median_ms, r.p20, r.p80, float(r.passes), r.share),
+                *(r.us_per_pass, r.speedup, r.peak_mib),
+            )
             for r in rows
         ],
     )
@@ -136,11 +150,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--group", type=int, nargs="+", default=[4, 12])
     args = report.parse(parser, argv)
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    student = ToyStudent(ToyConfig()).requires_grad_(False)
     prompts = 2 if args.quick else 8
+    torch.manual_seed(0)
+    whole = ToyStudent(ToyConfig()).requires_grad_(False)
+    windowed = ToyStudent(ToyConfig(replace(ToyConfig().wan, window=12, sink=3)))
+    windowed.load_state_dict(whole.state_dict())
+    cases = [(f"groups of {group}", group, whole) for group in args.group]
+    cases.append(("streams", 1, windowed.requires_grad_(False)))
     named = (
-        (f"group {group}", partial(measure, prompts, group, student, args)) for group in args.group
+        (case, partial(measure, f"toy, {prompts} prompts, {case}", prompts, group, student, args))
+        for case, group, student in cases
     )
     report.run("streaming", HOW, named, show, args)
 

@@ -21,7 +21,7 @@ from afd.config.base import Natural, Section
 from afd.config.run import load_config, make_config, read_yaml
 from afd.files import write_text
 from afd.lab.grid import SIGNS, Study, choice, machines
-from afd.lab.quickstart import lines
+from afd.lab.quickstart import COLUMNS, lines
 from afd.lab.report.charts import running_mean, window
 from afd.lab.sequence_ablation import SequenceStudy, write_results
 
@@ -43,6 +43,9 @@ class AblationConfig(Section):
         "file"
     )
     rows: dict[str, list[str]] = Field(min_length=1, description="per row its overrides")
+    columns: list[str] = Field(
+        default=[], description="metrics of the evaluation that the table shows beside the usual"
+    )
     seeds: list[Natural] = Field(default=[0], min_length=1, description="seeds of every row")
 
 
@@ -88,7 +91,8 @@ def study(path: Path, config: AblationConfig, overrides: Sequence[str]) -> Study
     where = {"name": config.name, "out": str(Path("runs") / "ablations" / config.name)}
     root = make_config({**start, **where}, common, str(path)).run_dir
     signs = (*SIGNS, *CURVES)
-    return Study(root, config.rows, seeds, chosen, start, common, signs, str(path))
+    columns = (*COLUMNS, *config.columns)
+    return Study(root, config.rows, seeds, chosen, start, common, signs, columns, str(path))
 
 
 def document(config: AblationConfig, table: Study, results: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ class Study:
         chosen: rows to run now; None: all.
         start: base settings of every run, as parsed from YAML.
         common: overrides of every run; a row's own take precedence.
+        columns: final metrics of the table.
         signs: keys of metrics.jsonl; the mean of each over the last eighth of a run is a column.
         origin: source of the settings, named in errors.
     """
@@ -48,6 +49,7 @@ class Study:
     start: dict[str, Any] = field(default_factory=dict)
     common: Sequence[str] = ()
     signs: Sequence[str] = SIGNS
+    columns: Sequence[str] = COLUMNS
     origin: str = "configuration"
 
     def run(self, console: Console) -> bool:
@@ -147,13 +149,19 @@ class Study:
         )
 
     def _header(self) -> list[str]:
-        return ["run", "seeds", "s", *COLUMNS, *(sign.replace("/", " ") for sign in self.signs)]
+        return [
+            "run",
+            "seeds",
+            "s",
+            *self.columns,
+            *(sign.replace("/", " ") for sign in self.signs),
+        ]
 
     def _printed(self, row: dict[str, Any]) -> list[str]:
         """A row's formatted values: mean ± standard deviation over seeds."""
         seconds = [found["seconds"] for found in row["seeds"].values() if "seconds" in found]
         printed = [str(len(row["seeds"])), f"{statistics.fmean(seconds):.0f}" if seconds else ""]
-        return printed + [printed_mean(row, column) for column in (*COLUMNS, *self.signs)]
+        return printed + [printed_mean(row, column) for column in (*self.columns, *self.signs)]
 
 
 def _row(cells: dict[str, Any]) -> dict[str, Any]:
