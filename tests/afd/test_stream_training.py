@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Generator, Tensor
 
-from afd.config.run import make_config
+from afd.config.run import load_config, make_config
 from afd.errors import ConfigError
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Place, draw_place
@@ -21,7 +23,9 @@ from afd.models.student import Student
 from afd.rollout import STEPS, stream, stream_layout
 from afd.sampling.config import SampleConfig
 from afd.trainer.build import build_method
+from afd.trainer.loop import Outcome, train
 from benchmarks import harness
+from tests.afd.test_quickstart import SMALL
 from tests.afd.tiny_methods import (
     WAN_STEPS,
     Brightness,
@@ -207,6 +211,17 @@ def test_sft_trains_with_a_window() -> None:
     before = weights(method, "theta")
     step(method, toy_batch())
     assert any(not torch.equal(x, before[k]) for k, x in weights(method, "theta").items())
+
+
+def test_the_long_streams_file_trains_and_measures_by_position(tmp_path: Path) -> None:
+    few = [*SMALL, "afd.stream_frames=24", "evaluation.clips=2", "evaluation.every=0"]
+    path = Path(__file__).parents[2] / "configs" / "long_streams.yaml"
+    config = load_config(path, [f"out={tmp_path / 'run'}", *few])
+    assert train(config, console=Console(file=io.StringIO())) is Outcome.FINISHED
+    (line,) = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
+    metrics = json.loads(line)["metrics"]
+    assert metrics["phys"] == pytest.approx((metrics["phys@1"] + metrics["phys@2"]) / 2)
+    assert {"rend@2", "colour@2", "fit_res@1"} <= metrics.keys()
 
 
 # --- what the scorers are given ---
