@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -216,33 +216,108 @@ def windowed(
     return Intervals((tuple(rows),))
 
 
-def teacher_forcing(
-    frames: int, chunk: int, tokens: int, chunks: Sequence[Sequence[int]] | None = None
-) -> Intervals:
-    """Teacher forcing with queries and keys [clean | noisy]: 2 F frames, or fewer with `chunks`.
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a stream that are trained on in one pass, and what of the stream they attend.
 
-    Clean chunk i attends clean chunks <= i; noisy chunk i attends clean chunks < i and itself.
+    Keys are numbered over [past | clean | noisy]: the frames held when the clip begins, in the
+    order of the stream, the clip's clean frames, and noisy chunks of it. As a block of queries
+    attends at most two intervals, a copy of the sink precedes every noisy chunk.
+
+    Attributes:
+        frames: F, frames of the clip.
+        chunk: frames per chunk.
+        start: the clip's first frame in the stream.
+        window: most frames a chunk attends, the sink and itself included; None: all.
+        sink: initial frames of the stream that are always attended.
+    """
+
+    frames: int
+    chunk: int
+    start: int = 0
+    window: int | None = None
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        _check(frames=self.frames, chunk=self.chunk)
+        require(self.start >= 0, "start", self.start, "a frame >= 0")
+        require(self.sink >= 0, "sink", self.sink, "an integer >= 0")
+        least = self.sink + self.chunk
+        fits = self.window is None or self.window >= least
+        require(fits, "window", self.window, f"None or >= sink + chunk, {least}")
+
+    @property
+    def past(self) -> int:
+        """Frames held when the clip begins."""
+        return self.start if self.window is None else min(self.start, self.window)
+
+    @property
+    def copied(self) -> int:
+        """Frames of the sink that precede every noisy chunk."""
+        return 0 if self.window is None else min(self.sink, self.past + self.frames)
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """[start, end) of every chunk within the clip."""
+        return [(a, min(b, self.frames)) for a, b in _chunks(self.frames, self.chunk, False)]
+
+    def seen(self, before: int, end: int) -> tuple[bool, tuple[int, int]]:
+        """What a chunk that ends at frame `end` of the clip attends of the frames before `before`:
+        whether the sink apart from the rest, and the interval of the rest (or of all)."""
+        gap = self.start - self.past
+        until = self.start + before - gap
+        if self.window is not None:
+            recent = self.start + end - (self.window - self.sink)
+            if recent > self.sink:
+                return self.sink > 0, (recent - gap, until)
+        return False, (0, until)
+
+
+def clean_half(clip: Clip, tokens: int) -> Intervals:
+    """Clean chunks of a clip, each attending clean frames up to its end: keys [past | clean]."""
+    rows = []
+    for start, end in clip.chunks():
+        apart, rest = clip.seen(end, end)
+        rows.append(_row((start, end), (0, clip.sink if apart else 0), rest, tokens=tokens))
+    return Intervals((tuple(rows),))
+
+
+def teacher_forcing(
+    frames: int,
+    chunk: int,
+    tokens: int,
+    chunks: Sequence[Sequence[int]] | None = None,
+    **within: Any,
+) -> Intervals:
+    """Teacher forcing with queries [clean | noisy] and keys [past | clean | noisy].
+
+    Clean chunk i attends clean chunks <= i; noisy chunk i attends clean chunks < i and itself; both
+    within the window. There are F clean frames, and F noisy ones or fewer with `chunks`.
 
     Args:
         frames: F, clean frames.
         chunk: frames per chunk.
         tokens: tokens per frame.
         chunks: the noisy chunks of each stream, as in `noisy_half`.
+        within: start, window and sink of the `Clip`.
     """
-    (clean,) = causal(frames, chunk, tokens).rows
+    (clean,) = clean_half(Clip(frames, chunk, **within), tokens).rows
     shift = frames * tokens
     return Intervals(
         tuple(
             clean + tuple((row[0] + shift, row[1] + shift, *row[2:]) for row in noisy)
-            for noisy in noisy_half(frames, chunk, tokens, chunks).rows
+            for noisy in noisy_half(frames, chunk, tokens, chunks, **within).rows
         )
     )
 
 
 def noisy_half(
-    frames: int, chunk: int, tokens: int, chunks: Sequence[Sequence[int]] | None = None
+    frames: int,
+    chunk: int,
+    tokens: int,
+    chunks: Sequence[Sequence[int]] | None = None,
+    **within: Any,
 ) -> Intervals:
-    """Only the noisy queries of `teacher_forcing`, over the keys [clean | noisy].
+    """Only the noisy queries of `teacher_forcing`, over the keys [past | clean | noisy].
 
     Args:
         frames: F, clean frames, and noisy frames unless `chunks` is given.
@@ -250,19 +325,24 @@ def noisy_half(
         tokens: tokens per frame.
         chunks: the noisy chunks of each stream, ascending, equally many per stream; the queries and
             noisy keys are theirs only. None: all.
+        within: start, window and sink of the `Clip`.
     """
-    _check(frames=frames, chunk=chunk, tokens=tokens)
-    whole = _chunks(frames, chunk, False)
+    _check(tokens=tokens)
+    clip = Clip(frames, chunk, **within)
+    whole, copied = clip.chunks(), clip.copied
     streams = []
     for drawn in [range(len(whole))] if chunks is None else chunks:
         numbers, rows, at = list(drawn), [], 0
         rising = numbers == sorted(set(numbers)) and set(numbers) <= set(range(len(whole)))
         require(rising, "chunks", numbers, f"rising numbers in [0, {len(whole)})")
+        key = clip.past + clip.frames
         for number in numbers:
-            start, count = whole[number][0], min(chunk, frames - whole[number][0])
-            noisy = (frames + at, frames + at + count)
-            rows.append(_row((at, at + count), (0, start), noisy, tokens=tokens))
-            at += count
+            start, end = whole[number]
+            apart, rest = clip.seen(start, end)
+            first = key if apart else key + copied
+            key += copied + end - start
+            rows.append(_row((at, at + end - start), rest, (first, key), tokens=tokens))
+            at += end - start
         streams.append(tuple(rows))
     return Intervals(tuple(streams))
 
@@ -283,6 +363,25 @@ def cache(valid: int | Sequence[int], queries: int, tokens: int = 1) -> Interval
     for count in counts:
         require(count >= 0, "valid", valid, "slots >= 0")
     return Intervals(tuple((_row((0, queries), (0, count), tokens=tokens),) for count in counts))
+
+
+def forked(past: int, own: int, slots: int, queries: int, copies: int) -> Intervals:
+    """Continuations of one past as one stream: keys [past | slots of every continuation].
+
+    Continuation i attends the past and the first `own` of its own slots.
+
+    Args:
+        past: tokens of the past.
+        own: tokens that a continuation has written, the queries' own included.
+        slots: token slots of a continuation.
+        queries: queries of a continuation.
+        copies: continuations.
+    """
+    _check(past=past, queries=queries, copies=copies)
+    require(queries <= own <= slots, "own", own, f"{queries} to {slots} tokens")
+    starts = [(i * queries, past + i * slots) for i in range(copies)]
+    # Not merged where they are adjacent: the past is in other memory.
+    return Intervals((tuple((q, q + queries, 0, past, k, k + own) for q, k in starts),))
 
 
 def after_context(context: int, queries: int, tokens: int = 1) -> Intervals:

@@ -158,7 +158,7 @@ class Plan(NamedTuple):
 def plan(rows: tuple[Row, ...], border: int, join: bool) -> Plan:
     """The calls for a stream's rows; with `join`, adjacent blocks of equal size share a call."""
     empty = tuple((row[0], row[1]) for row in rows if row[3] == 0)
-    firsts = [_part(row[:2], row[2], row[3], border) for row in rows if row[3]]
+    firsts = _same_keys([_part(row[:2], row[2], row[3], border) for row in rows if row[3]])
     seconds = [_part(row[:2], row[4], row[5], border) for row in rows if row[5]]
     if join:
         firsts, seconds = _join(firsts), _join(seconds)
@@ -184,6 +184,18 @@ def _by_keys(rows: tuple[Row, ...], border: int) -> Iterator[Part]:
             runs.append((q0, q1))
         for queries in runs:
             yield _part(queries, low, high, border)
+
+
+def _same_keys(parts: list[Part]) -> list[Part]:
+    """Consecutive blocks of queries that attend the same keys (a sink, a shared past) as one."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if last and part == last._replace(q0=last.q0 + last.queries, queries=part.queries):
+            joined[-1] = last._replace(queries=last.queries + part.queries)
+        else:
+            joined.append(part)
+    return joined
 
 
 def _join(parts: list[Part]) -> list[Part]:

@@ -21,6 +21,7 @@ from afd_kernels.adaln import op as _adaln
 from afd_kernels.block_attention import intervals as intervals
 from afd_kernels.block_attention import op as _block_attention
 from afd_kernels.block_attention.flops import register_flop_formulas
+from afd_kernels.block_attention.intervals import Clip as Clip
 from afd_kernels.block_attention.intervals import Intervals as Intervals
 from afd_kernels.contracts import require
 from afd_kernels.dispatch import explain, report, use_backend
@@ -29,6 +30,7 @@ from afd_kernels.nft_loss import op as _nft_loss
 from afd_kernels.qk_norm_rope import op as _qk_norm_rope
 
 __all__ = [
+    "Clip",
     "Intervals",
     "NftLoss",
     "Optimality",

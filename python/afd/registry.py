@@ -51,6 +51,7 @@ BUILT_IN: dict[Group, dict[str, str]] = {
     },
     "metrics": {
         "physics": "afd.lab.metrics:PhysicsMetrics",
+        "physics_stream": "afd.lab.stream_metrics:StreamPhysicsMetrics",
         "video": "afd.trainer.evaluate:VideoMetrics",
     },
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Literal, get_args, overload
 
 import torch
@@ -94,6 +94,7 @@ def stream(
     context_noise: float = 0.0,
     remember_last: bool = False,
     cache: KVCache | None = None,
+    from_chunk: int = 0,
     last_inputs: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield finished chunks [B, c, C, H, W] in order.
@@ -122,6 +123,9 @@ def stream(
         remember_last: also run the context pass of the last chunk, to read the cache afterwards.
         cache: holds the context (`student.new_cache` of the same prompts, or one that was reset to
             them) and can be read afterwards. The prompts in the cache are the ones attended to.
+        from_chunk: the first chunk to generate; `cache` then holds the earlier ones, as a fork does
+            (`KVCache.fork`). `first_chunk_steps` are those of chunk 0, and a recache needs chunks
+            from here on for all frames that it encodes.
         last_inputs: a list to which the input of each chunk's last denoising step is appended.
 
     Raises:
@@ -132,13 +136,16 @@ def stream(
         frames = student.frames
     given = 0 if prefix_BFCHW is None else prefix_BFCHW.shape[1]
     layout = stream_layout(student, frames, given)
+    end = len(layout) if isinstance(layout, tuple) else None
     if prefix_BFCHW is not None:
         _check_prefix(student, prefix_BFCHW, len(text_BLE), layout)
+    if from_chunk:
+        _check_continued(from_chunk, layout, cache, given)
     if isinstance(switches, Mapping):
-        end = len(layout) if isinstance(layout, tuple) else None
         for chunk, switch in switches.items():
-            inside = chunk >= 0 and (end is None or chunk < end)
-            require(inside, "switches", chunk, f"a chunk in [0, {'…' if end is None else end})")
+            inside = chunk >= from_chunk and (end is None or chunk < end)
+            needed = f"a chunk in [{from_chunk}, {'…' if end is None else end})"
+            require(inside, "switches", chunk, needed)
             _checked(switch, text_BLE.shape)
     levels = student.levels(denoising_steps)
     plan = _Plan(
@@ -152,6 +159,7 @@ def stream(
         text_shape=text_BLE.shape,
         remember_last=remember_last,
         last_inputs=last_inputs,
+        from_chunk=from_chunk,
     )
     if cache is None:
         cache = student.new_cache(text_BLE, frames)
@@ -207,6 +215,7 @@ class _Plan:
     text_shape: tuple[int, ...]
     remember_last: bool
     last_inputs: list[Tensor] | None
+    from_chunk: int
 
 
 @torch.no_grad()
@@ -218,7 +227,7 @@ def _chunks(
     # The chunks of the cache's newest frames, and their frames, for a recache.
     newest: deque[Tensor] = deque()
     kept = 0
-    for chunk, (start, count) in enumerate(plan.layout):
+    for chunk, (start, count) in islice(enumerate(plan.layout), plan.from_chunk, None):
         found = None if plan.switch is None else plan.switch(chunk)
         if found is not None:
             switch = _checked(found, plan.text_shape)
@@ -266,6 +275,17 @@ def denoise_chunk(
         if step + 1 < len(levels):
             x_t = renoise(x0, noise(chunk, step + 1), levels[step + 1].sigma)
     return x0
+
+
+def _check_continued(
+    chunk: int, layout: Layout | EndlessLayout, cache: KVCache | None, given: int
+) -> None:
+    inside = 0 < chunk < len(layout) if isinstance(layout, tuple) else chunk > 0
+    require(inside, "from_chunk", chunk, "a chunk of the stream")
+    require(given == 0, "prefix", given, "none where a cache is continued")
+    needed = f"one that holds the {layout[chunk][0]} frames before chunk {chunk}"
+    ends = cache is not None and cache.end == layout[chunk][0]
+    require(ends, "cache", None if cache is None else f"one of {cache.end} frames", needed)
 
 
 def _check_prefix(

@@ -35,9 +35,23 @@ def test_every_row_of_every_file_is_another_run_of_its_base(path: Path, tmp_path
         assert cell.run_dir == tmp_path / row / "seed3"
         assert (cell.seed, cell.name) == (3, row)
         usual = load_config(find_config(config.base, path), [f"method={cell.method}"])
-        assert cell.updates == usual.updates
+        longer = any(own.startswith("updates=") for own in config.rows[row])
+        assert (cell.updates == usual.updates) != longer
         made.append(plain(cell.model_copy(update={"name": "", "out": None})))
     assert all(made.count(one) == 1 for one in made)
+
+
+def test_rows_of_shared_prefixes_take_the_chunk_passes_of_whole_videos() -> None:
+    path = FOLDER / "shared_prefix.yaml"
+    config = load_config(path, [], AblationConfig)
+    table, chunks = study(path, config, []), 4
+    for row in config.rows:
+        cell = table.cell(row, 0)
+        group, shared = cell.afd.samples_per_prompt, cell.afd.group_from_chunk
+        forks = {"random": range(chunks), "last": [chunks - 1]}.get(str(shared), [shared or 0])
+        passes = sum(fork + group * (chunks - fork) for fork in forks) / len(forks)
+        assert cell.updates * passes == pytest.approx(160 * group * chunks, rel=0.005)
+        assert cell.afd.cosine_updates == pytest.approx(130 * cell.updates / 160, rel=0.005)
 
 
 def test_the_rates_are_the_reported_multiples_of_the_toys_own() -> None:

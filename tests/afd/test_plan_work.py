@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from afd import ops
 from afd.config.run import RunConfig, make_config
 from afd.methods.base import Batch
+from afd.methods.copies import Place
 from afd.models.codec import Pixels
 from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
@@ -35,6 +36,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("gan", {"context": "own_context"}),
     ("gan", {"context": "recompute", "prior_weight": 0.0}),
     ("dmd", {"score_updates": 1, "score_warmup_updates": 0}),
+    ("afd", {"context": "shared_context", "group_from_chunk": "last"}),
+    ("afd", {"context": "own_context", "keep_context": False, "group_from_chunk": 1}),
 ]
 
 
@@ -67,7 +70,8 @@ def planned(config: RunConfig, layers: int) -> dict[str, float]:
     wan = WanConfig()
     lora = None if config.student.lora is None else config.student.lora.rank
     sizes = wan.dim, wan.ffn_dim, layers, wan.text_len
-    net = Net(*sizes, 0, SIZE[0], wan.chunk, SIZE[1] * SIZE[2] // 4, lora)
+    tokens, window = SIZE[1] * SIZE[2] // 4, config.student.window
+    net = Net(*sizes, 0, SIZE[0], wan.chunk, tokens, lora, window, config.student.sink)
     return {phase.name: phase.flop for phase in Work(config, net, 1).phases(0)}
 
 
@@ -94,6 +98,26 @@ def test_an_update_at_the_released_size_takes_the_planned_operations(
     elif method == "afd":  # the scores, which the plan does not count
         operations(lambda: run.discriminator_step(batch(SIZE)))
     found["student"] = operations(lambda: run.student_step(batch(SIZE)))
+    for phase, flop in found.items():
+        assert plan[phase] == pytest.approx(flop, rel=tolerances.PLANNED_WORK), phase
+
+
+def test_an_update_on_clips_of_streams_takes_the_planned_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mean over all places; the plan does not count the codec of clips."""
+    settings = {"stream_frames": 27, "train_window": 12, "group_from_chunk": 2}
+    shared = {"context": "shared_context", "keep_context": False}
+    config = make("afd", {**shared, **settings}, **WHOLE, window=9, sink=3)
+    plan = planned(config, 2)
+    run = simulated_method(config, WanConfig(num_layers=2, window=9, sink=3), SIZE)
+    found = {"rollout": 0.0, "student": 0.0}
+    for clip in range(3):
+        place = Place(clip, clip + 2, 3)
+        monkeypatch.setattr("afd.methods.afd.draw_place", lambda *_, place=place: place)
+        found["rollout"] += operations(lambda: run.rollout(batch(SIZE))) / 3
+        operations(lambda: run.discriminator_step(batch(SIZE)))
+        found["student"] += operations(lambda: run.student_step(batch(SIZE))) / 3
     for phase, flop in found.items():
         assert plan[phase] == pytest.approx(flop, rel=tolerances.PLANNED_WORK), phase
 

@@ -52,7 +52,8 @@ class EvaluationConfig(Section):
 
     kind: str = Field(
         default="physics",
-        description="physics: the toy task's exact metrics on held-out seeds; video: motion, and "
+        description="physics: the toy task's exact metrics on held-out seeds; physics_stream: by "
+        "position in long streams; video: motion, and "
         "motion quality as the untouched VideoAlign rates it; none: no evaluation; or an installed "
         "package's metrics",
     )
@@ -72,6 +73,9 @@ class EvaluationConfig(Section):
     )
     samples: Natural = Field(
         default=36, description="videos of the final evaluation kept in samples.safetensors"
+    )
+    clips: Count = Field(
+        default=20, description="physics_stream: training lengths of a held-out stream"
     )
     domain: str | None = Field(
         default=None,

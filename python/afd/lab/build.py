@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,8 +44,8 @@ def video_size(config: ToyStudentConfig) -> tuple[int, int, int]:
 
 
 def sizes(config: ToyStudentConfig) -> WanConfig:
-    """Network sizes, from the header of the checkpoint."""
-    return _read(config, ToyStudent.read_config).wan
+    """Network sizes, from the header of the checkpoint, and the configuration's window."""
+    return _windowed(config, _read(config, ToyStudent.read_config).wan)
 
 
 def load_network(config: ToyStudentConfig) -> CausalWan:
@@ -53,7 +54,13 @@ def load_network(config: ToyStudentConfig) -> CausalWan:
 
 
 def _load(config: ToyStudentConfig) -> ToyStudent:
-    return _read(config, ToyStudent.load)
+    student = _read(config, ToyStudent.load)
+    student.net.config = _windowed(config, student.net.config)
+    return student
+
+
+def _windowed(config: ToyStudentConfig, wan: WanConfig) -> WanConfig:
+    return replace(wan, window=config.window, sink=config.sink)
 
 
 def _read(config: ToyStudentConfig, read: Callable[[str], T]) -> T:

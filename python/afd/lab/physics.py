@@ -108,6 +108,9 @@ _GRIDS: dict[str, tuple[_Curve, list[tuple[float, float, int]]]] = {
     "free": (_free_fall, [(2, 14, 25), (-1.5, 1.0, 26), (0.0, 0.8, 33)]),
     "target": (_target_fall, [(2, 14, 49), (-1.5, 1.5, 61)]),
     "sideways": (_sideways, [(2, 14, 49), (-1.2, 1.2, 49)]),
+    # A ball in the middle of a stream may just have bounced, or be about to.
+    "moving free": (_free_fall, [(2, 14, 25), (-3.2, 3.2, 65), (0.0, 0.8, 17)]),
+    "moving target": (_target_fall, [(2, 14, 49), (-3.2, 3.2, 129)]),
 }
 
 
@@ -141,7 +144,7 @@ def fit(
         normal = jacobian @ jacobian.mT + damping[:, None, None] * eye
         change = torch.linalg.solve(normal, jacobian @ residual[..., None]).squeeze(-1)
         trial = best + change
-        if kind == "free":
+        if kind.endswith("free"):
             trial[:, 2].clamp_(min=0.0)
         trial_residual = curve_NF - curve(trial, frames, domain)
         trial_error = trial_residual.square().mean(1)
@@ -153,17 +156,21 @@ def fit(
     return best, error.sqrt()
 
 
-def measure_each(video_NFCHW: Tensor, domain: Domain = GRAVITY) -> Physics:
-    """All measurements that need only a single video; `phys` is nan without a gravity."""
+def measure_each(video_NFCHW: Tensor, domain: Domain = GRAVITY, *, moving: bool = False) -> Physics:
+    """All measurements that need only a single video; `phys` is nan without a gravity.
+
+    `moving`: the videos are clips of longer ones, in which the ball may be fast at the beginning.
+    """
     if video_NFCHW.ndim != 5 or video_NFCHW.shape[2:] != (3, SIZE, SIZE):
         raise ValueError(f"video: {tuple(video_NFCHW.shape)} came, [N, F, 3, 16, 16] is needed")
     video = video_NFCHW.detach().float()
     track, colour = track_ball(video)
     frames = track.shape[1]
-    free, free_rmse = fit("free", track[..., 1], domain=domain)
+    when = "moving " if moving else ""
+    free, free_rmse = fit(f"{when}free", track[..., 1], domain=domain)
     phys = torch.full_like(free_rmse, torch.nan)
     if domain.gravity is not None:
-        _, phys = fit("target", track[..., 1], domain=domain)
+        _, phys = fit(f"{when}target", track[..., 1], domain=domain)
     sideways, sideways_rmse = fit("sideways", track[..., 0], domain=domain)
     across, down = _sideways(sideways, frames, domain), _free_fall(free, frames, domain)
     best_NF2 = torch.stack([across, down], -1)

@@ -23,7 +23,6 @@ from afd.errors import ConfigError
 from afd.files import read_json_lines, write_text
 from afd.lab import physics
 from afd.lab.report.page import write_report
-from afd.lab.student import ToyStudent
 from afd.trainer.evaluate import finite, make_evaluator, write_samples
 from afd.trainer.logging import log_to
 from afd.trainer.loop import Outcome, train
@@ -85,9 +84,8 @@ def base(config: RunConfig, console: Console) -> None:
             with console.status("teacher videos and base student are measured"):
                 prompts = [request.prompt for request in requests]
                 of_teacher = finite(physics.measure(videos.fetch(requests), prompts))
-                result = evaluate(
-                    ToyStudent.load(str(config.student.checkpoint)), config.evaluation.videos
-                )
+                student, _ = config.student.build(config.video)
+                result = evaluate(student, config.evaluation.videos)
             lines = [_line(config, "teacher", len(requests), of_teacher)]
             lines.append(_line(config, "base", result.count, result.metrics))
             write_samples(out, result, config.evaluation.samples)

@@ -20,7 +20,7 @@ from afd import ops
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch, Shown
 from afd.methods.config import AfdConfig
-from afd.methods.copies import Copies, check_chunks, draw_copies
+from afd.methods.copies import Copies, check_chunks, draw_copies, draw_place
 from afd.methods.optimizer import ramped_decay
 from afd.methods.rewards import (
     Scores,
@@ -100,6 +100,7 @@ class Afd(StudentMethod):
     def rollout(self, batch: Batch) -> None:
         """Generate `samples_per_prompt` videos for every prompt with the old policy."""
         config = self.config
+        place = draw_place(config, self.chunks, self.policies.student.chunk, self.generator)
         with self.policies.using(self.old) as student:
             self._rollouts = roll_out(
                 student,
@@ -109,6 +110,7 @@ class Afd(StudentMethod):
                 self.streaming,
                 to_input=self.to_input,
                 keep_context=config.context == "shared_context" and config.keep_context,
+                place=place,
             )
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
@@ -145,7 +147,11 @@ class Afd(StudentMethod):
         r_B, prior = r_B[own], prior[own] if isinstance(prior, Tensor) else prior
         first = rollouts.x0_BFCHW[0].cpu()
         self.shown = Shown(rollouts.prompts[0], first, scores.shown(0), float(r_B[0]))
-        metrics |= rollout_metrics(rollouts.x0_BFCHW, group, self.ranks)
+        place, config = rollouts.place, self.config
+        own_BFCHW = rollouts.x0_BFCHW[:, place.first * self.policies.student.chunk :]
+        metrics |= rollout_metrics(own_BFCHW, group, self.ranks)
+        if config.group_from_chunk is not None or config.stream_frames is not None:
+            metrics |= {"student/from_chunk": float(place.clip + place.first)}
         if self.watch is not None:
             given = scores.total_B, rollouts.x0_BFCHW, rollouts.prompts
             metrics |= self.watch(batch.update, *given, group)
@@ -224,6 +230,7 @@ class Afd(StudentMethod):
             self.generator,
             own=batch.own(config.samples_per_prompt),
             first_times=self.first_times,
+            from_chunk=rollouts.place.first,
         )
         sums = torch.zeros(len(MEASURED), dtype=torch.float64)
         self._v_square = torch.zeros((), device=rollouts.x0_BFCHW.device)
@@ -308,6 +315,8 @@ class Afd(StudentMethod):
             context = shared
             if config.context == "own_context":
                 context = self._clean_context(student, rollouts, copies)
+            elif config.context == "recompute":
+                context = rollouts.past(copies.video_N)
             v_NFCHW = student.velocity(
                 copies.drawn(x_t_NFCHW, student.chunk),
                 copies.drawn_t.to(x0_NFCHW.device),
@@ -316,6 +325,7 @@ class Afd(StudentMethod):
                 x0_BFCHW=x0_NFCHW if config.context == "recompute" else None,
                 context_noise=noise,
                 chunks_BN=copies.chunks_NM,
+                start_frame=rollouts.start_frame,
             )
             return copies.whole(v_NFCHW, x0_NFCHW.shape[1], student.chunk)
 
@@ -336,6 +346,8 @@ class Afd(StudentMethod):
             rollouts.x0_BFCHW[video_V],
             rollouts.text_BLE[video_V],
             context_noise=self.streaming.context_noise,
+            past=rollouts.past(video_V),
+            start_frame=rollouts.start_frame,
         )
         if torch.equal(video_V, copies.video_N):
             return context

@@ -35,6 +35,16 @@ def _references(value: Any) -> Any:
     return value
 
 
+def _shared_chunks(value: Any) -> Any:
+    """Refuse what is no shared prefix in one sentence."""
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not (value is None or number or value in ("random", "last")):
+        needed = "a number of chunks from 1, random, last, or null"
+        raise PydanticCustomError("shared_chunks", "needed: {needed}", {"needed": needed})
+    return value
+
+
+SharedChunks = Annotated[int | Literal["random", "last"] | None, BeforeValidator(_shared_chunks)]
 References = Annotated[Reference | dict[Reference, Positive], BeforeValidator(_references)]
 _REFERENCE = (
     "what v_ref is of: the released weights, or the previous result, that student.init gave; or "
@@ -173,6 +183,23 @@ class AfdConfig(TimesConfig):
     )
     draws: Count = Field(default=2, description="(t, noise) draws per rollout and update")
     samples_per_prompt: Count = Field(default=4, description="rollouts per prompt (G)")
+    group_from_chunk: SharedChunks = Field(
+        default=None,
+        description="the rollouts of a prompt share all chunks before this one, generated once, "
+        "and the update is about the rest; random: another one in every update, 0 included; last: "
+        "only the last chunk differs; null: whole videos",
+    )
+    stream_frames: Count | None = Field(
+        default=None,
+        description="latent frames of a stream that the rollouts roll on to, past the training "
+        "length; an update is about a clip of it, of the training length, at a place that is drawn "
+        "for every update; needs student.window; null: the clip is the whole video",
+    )
+    train_window: Count | None = Field(
+        default=None,
+        description="stream_frames: last latent frames of the clip that carry weight in the "
+        "update; null: all of the clip",
+    )
     advantage: Literal["score", "random"] = Field(
         default="score", description="from the scores, or random numbers (a control)"
     )
@@ -272,6 +299,25 @@ class AfdConfig(TimesConfig):
             raise ValueError(
                 f"afd.diversity_weight: got {self.diversity_weight}; needed: 0, or two or more "
                 "afd.samples_per_prompt and afd.prior_share=1, whose ranks compare rewards alone"
+            )
+        if self.group_from_chunk is not None and self.baseline != "group":
+            raise ValueError(
+                f"afd.baseline: got {self.baseline}; needed: group with afd.group_from_chunk, "
+                "which compares videos of one beginning"
+            )
+        if self.group_from_chunk is not None and self.context == "noisy":
+            raise ValueError(
+                "afd.context: got noisy; needed: another with afd.group_from_chunk, where the "
+                "chunks of the update attend to clean earlier ones"
+            )
+        if self.train_window is not None and self.stream_frames is None:
+            raise ValueError(
+                f"afd.train_window: got {self.train_window} without afd.stream_frames; needed: both"
+            )
+        if self.stream_frames is not None and self.context == "noisy":
+            raise ValueError(
+                "afd.context: got noisy; needed: another with afd.stream_frames, where a clip "
+                "attends to what the stream held before it"
             )
         if self.combine == "advantages" and self.baseline in ("teacher", "ema"):
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from afd import ops
 from afd.methods.base import draw_times
-from afd.methods.config import TimesConfig, Timesteps
+from afd.methods.config import AfdConfig, TimesConfig, Timesteps
 from afd_kernels.contracts import require
 
 
@@ -125,6 +125,7 @@ def draw_copies(
     own: slice = slice(None),
     first_times: Sequence[float] | None = None,
     context_noise: float | None = None,
+    from_chunk: int = 0,
 ) -> Copies:
     """Draw `config.draws` copies of every video, grouped by draw.
 
@@ -135,6 +136,7 @@ def draw_copies(
         own: slice of this process's videos.
         first_times: noise levels of the first chunk, if different.
         context_noise: largest noise level of the clean context; None: it stays clean.
+        from_chunk: the first chunk that the update is about.
     """
     rows, each = config.draws * videos, config.timestep_per == "chunk"
     law: Timesteps = "student" if config.timesteps == "list" else config.timesteps
@@ -157,8 +159,10 @@ def draw_copies(
     count = config.chunks_per_update
     if count is not None:
         check_chunks(config, chunks)
-        order_NK = torch.rand(rows, chunks, generator=generator).argsort(1)
-        chunks_NM = order_NK[:, :count].sort(1).values
+        order_NK = torch.rand(rows, chunks - from_chunk, generator=generator).argsort(1)
+        chunks_NM = from_chunk + order_NK[:, :count].sort(1).values
+    elif from_chunk:
+        chunks_NM = torch.arange(from_chunk, chunks).expand(rows, -1)
     number_B = torch.arange(videos)
     video_N = (number_B - number_B[own][:1]).repeat(config.draws)
     every = Copies(video_N, t_NK, seed_N, rows, chunks_NM, level_N, context_seed_N)
@@ -166,6 +170,48 @@ def draw_copies(
 
 
 def check_chunks(config: TimesConfig, chunks: int) -> None:
-    """Raise ValueError if more chunks would be drawn than a video has."""
+    """Raise ValueError if more chunks would be drawn, or shared, than a video has."""
     count = config.chunks_per_update or 1
     require(count <= chunks, "chunks_per_update", count, f"at most the {chunks} of a video")
+    shared = config.group_from_chunk if isinstance(config, AfdConfig) else None
+    if shared is not None:
+        least = shared if isinstance(shared, int) else 1
+        needed = f"null, or less than the {chunks} chunks of a video, of which one has its own"
+        require(least < chunks, "group_from_chunk", shared, needed)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the streams of an update's rollouts the update is; chunks.
+
+    Attributes:
+        clip: where the clip begins that is scored; 0: with the stream, which is the whole video.
+        fork: from where on the videos of a prompt differ; None: from the beginning.
+        first: the first chunk of the clip that the update is about.
+    """
+
+    clip: int = 0
+    fork: int | None = None
+    first: int = 0
+
+
+def draw_place(config: AfdConfig, chunks: int, chunk: int, generator: Generator) -> Place:
+    """Draw the place of an update on clips of `chunks` chunks of `chunk` frames."""
+    shared = draw_fork(config.group_from_chunk, chunks, generator)
+    clip, first = 0, shared
+    if config.stream_frames is not None:
+        begins = config.stream_frames // chunk - chunks + 1
+        clip = int(torch.randint(begins, (), generator=generator))
+    if config.train_window is not None:
+        first = max(shared, chunks - config.train_window // chunk)
+    fork = None if config.group_from_chunk is None else clip + shared
+    return Place(clip, fork or None, first)
+
+
+def draw_fork(shared: int | str | None, chunks: int, generator: Generator) -> int:
+    """The chunk from which the videos of a prompt differ in this update: `afd.group_from_chunk`."""
+    if shared == "random":
+        return int(torch.randint(chunks, (), generator=generator))
+    if shared == "last":
+        return chunks - 1
+    return int(shared or 0)

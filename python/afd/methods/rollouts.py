@@ -8,32 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch
+from afd.methods.copies import Place
+from afd.methods.generation import Generated, Streaming, generate, generate_groups
 from afd.models.codec import Codec
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
 from afd.rewards.base import Reward
-from afd.rollout import stream, stream_layout
 from afd.video.config import VideoConfig
 
 # Parts of a rollout that are encoded concurrently.
 ENCODERS = 4
-
-
-@dataclass(frozen=True)
-class Streaming:
-    """Generation settings of the student (see `afd.rollout.stream`), `batch` videos at a time."""
-
-    denoising_steps: Sequence[float]
-    first_chunk_steps: Sequence[float] | None = None
-    context_noise: float = 0.0
-    batch: int | None = None
+WHOLE = Place()
 
 
 @dataclass
@@ -43,16 +36,23 @@ class Rollouts:
     Attributes:
         x0_BFCHW: in the student's space, float32 on its device.
         inputs: inputs of the scorers, on the CPU (`InputPipeline.place`); empty without one.
-        contexts: the clean context of each video separately, as it was during generation.
+        contexts: the clean context of each video separately, as it was during generation, in the
+            parts of `KVCache.parts`.
         last_inputs_BFCHW: input of the last denoising step of each chunk; None unless kept.
+        place: where the update is.
+        start_frame: first frame of the clips in their streams; 0: whole videos.
+        pasts: what the stream of each clip held before it, on the host; empty for whole videos.
     """
 
     x0_BFCHW: Tensor
     prompts: list[str]
     text_BLE: Tensor
     inputs: list[Tensor]
-    contexts: list[list[LayerKV]]
+    contexts: list[list[list[LayerKV]]]
     last_inputs_BFCHW: Tensor | None = None
+    place: Place = WHOLE
+    start_frame: int = 0
+    pasts: list[list[LayerKV]] = field(default_factory=list)
 
     @property
     def input_BFCHW(self) -> Tensor | None:
@@ -61,15 +61,37 @@ class Rollouts:
 
     def context(self, video_N: Tensor) -> list[LayerKV]:
         """Batch of the kept contexts of some of the videos."""
-        held = [self.contexts[video] for video in video_N.tolist()]
-        layers = list(zip(*held, strict=True))
+        held = [_whole(self.contexts[video]) for video in video_N.tolist()]
         return [
-            (_joined([k for k, _ in layer]), _joined([v for _, v in layer])) for layer in layers
+            (_joined([k for k, _ in layer]), _joined([v for _, v in layer]))
+            for layer in zip(*held, strict=True)
+        ]
+
+    def past(self, video_N: Tensor) -> list[LayerKV] | None:
+        """What the streams of some of the clips held before them, on the student's device."""
+        if not self.pasts:
+            return None
+        device = self.x0_BFCHW.device
+        held = [self.pasts[video] for video in video_N.tolist()]
+        return [
+            (
+                _joined([k for k, _ in layer]).to(device),
+                _joined([v for _, v in layer]).to(device),
+            )
+            for layer in zip(*held, strict=True)
         ]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _whole(parts: list[list[LayerKV]]) -> list[LayerKV]:
+    """A video's context, of all its frames."""
+    return [
+        (_joined([k for k, _ in layer], 1), _joined([v for _, v in layer], 1))
+        for layer in zip(*parts, strict=True)
+    ]
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 # The student's videos by input space, "latents" and "pixels", as far as a scorer takes them.
@@ -108,12 +130,30 @@ class InputPipeline:
         """The first scorer's input, with gradients."""
         return self.finish(self.decode(x0_BFCHW))[0]
 
-    def decode(self, x0_BFCHW: Tensor) -> Spaces:
-        """The part on the accelerator: decode to pixels if a scorer takes pixels."""
+    def decode(self, x0_BFCHW: Tensor, lead_BFCHW: Tensor | None = None) -> Spaces:
+        """The part on the accelerator: decode to pixels if a scorer takes pixels.
+
+        `lead_BFCHW`: the chunk before clips of streams. The autoencoder treats the first latent
+        frame of a video unlike the others, so a clip is cut from the decoded frames, and encoded
+        again for scorers of latents, as the teacher's clips are.
+        """
+        if lead_BFCHW is not None:
+            return self._cut(x0_BFCHW, lead_BFCHW)
         return {
             space: x0_BFCHW if space == "latents" else self.codec.decode(x0_BFCHW)
             for space in self.spaces
         }
+
+    def _cut(self, x0_BFCHW: Tensor, lead_BFCHW: Tensor) -> Spaces:
+        whole_BFCHW = torch.cat([lead_BFCHW, x0_BFCHW], 1)
+        decoded_BFCHW = self.codec.decode(whole_BFCHW)
+        # One video frame for the first latent frame, as many for each of the others.
+        each = (decoded_BFCHW.shape[1] - 1) // (whole_BFCHW.shape[1] - 1)
+        clip_BFCHW = decoded_BFCHW[:, -(1 + each * (x0_BFCHW.shape[1] - 1)) :]
+        found = {"pixels": clip_BFCHW} if "pixels" in self.spaces else {}
+        if "latents" in self.spaces:
+            found["latents"] = self.codec.encode(clip_BFCHW).float()
+        return found
 
     def finish(self, decoded: Spaces) -> list[Tensor]:
         """The remaining steps; for pixels on the CPU they do not use the accelerator."""
@@ -142,58 +182,50 @@ def roll_out(
     to_input: InputPipeline | None = None,
     keep_context: bool = False,
     keep_last_inputs: bool = False,
+    place: Place = WHOLE,
 ) -> Rollouts:
-    """Generate `per_prompt` videos of the training length for each prompt of this process.
+    """Generate `per_prompt` videos of the training length for each prompt of this process, or clips
+    of streams, at this place.
 
     Encoding a video for `codec_match` takes about as long as generating it, so threads encode while
     the accelerator continues with the next ones.
     """
-    prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
-    layout = stream_layout(student, student.frames)
-    draws = max(len(streaming.denoising_steps), len(streaming.first_chunk_steps or ()))
-    width = streaming.batch or len(prompts)
-    videos, texts, contexts = [], [], []
-    given: list[Tensor] = []
+    prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
+    how: dict[str, Any] = {"clip": place.clip}
+    if place.fork is not None:
+        made = generate_groups(student, batch.prompts, seed_B, streaming, place.fork, **how)
+    else:
+        how["keep_last_inputs"] = keep_last_inputs
+        made = generate(student, prompts, seed_B, streaming, **how)
+    parts: list[Generated] = []
+    contexts: list[list[list[LayerKV]]] = []
+    pasts: list[list[LayerKV]] = []
     seen: list[Future[list[Tensor]]] = []
     with ThreadPoolExecutor(ENCODERS) as pool:
-        for part in (slice(at, at + width) for at in range(0, len(prompts), width)):
-            text_BLE = student.encode(prompts[part])
-            cache = student.new_cache(text_BLE, student.frames)
-            inputs: list[Tensor] | None = [] if keep_last_inputs else None
-            chunks = stream(
-                student,
-                text_BLE,
-                student.noise_source(seed_B[part], layout, draws),
-                denoising_steps=streaming.denoising_steps,
-                first_chunk_steps=streaming.first_chunk_steps,
-                context_noise=streaming.context_noise,
-                cache=cache,
-                last_inputs=inputs,
-            )
-            x0_BFCHW = torch.cat(list(chunks), 1).float()
-            if inputs is not None:
-                given.append(torch.cat(inputs, 1).float())
-            videos.append(x0_BFCHW)
-            texts.append(text_BLE)
+        for one in made:
             if to_input is not None:
                 if len(seen) >= ENCODERS:
                     # Queued videos take memory: no more may wait than are being encoded.
                     seen[-ENCODERS].result()
-                decoded = {k: x.cpu() for k, x in to_input.decode(x0_BFCHW).items()}
+                made_of = one.x0_BFCHW, one.lead_BFCHW()
+                decoded = {k: x.cpu() for k, x in to_input.decode(*made_of).items()}
                 seen.append(pool.submit(to_input.finish, decoded))
             if keep_context:
-                # The last chunk's slots hold a denoising step, not its context; nothing reads them.
-                contexts += [
-                    [(k[i : i + 1], v[i : i + 1]) for k, v in cache.self_kv]
-                    for i in range(len(x0_BFCHW))
-                ]
+                contexts += one.contexts()
+            pasts += one.pasts()
+            # Without its cache, which only contexts keep.
+            parts.append(replace(one, cache=None, before=None))
+    given = [one.last_inputs_BFCHW for one in parts if one.last_inputs_BFCHW is not None]
     return Rollouts(
-        torch.cat(videos),
+        torch.cat([one.x0_BFCHW for one in parts]),
         prompts,
-        torch.cat(texts),
-        [torch.cat(parts) for parts in zip(*(part.result() for part in seen), strict=True)],
+        torch.cat([one.text_BLE for one in parts]),
+        [torch.cat(of) for of in zip(*(part.result() for part in seen), strict=True)],
         contexts,
         torch.cat(given) if given else None,
+        place,
+        place.clip * student.chunk,
+        pasts,
     )

@@ -13,8 +13,9 @@ from afd.distributed import ALONE, Ranks
 from afd.methods.base import Batch, Shown
 from afd.methods.config import ReplayConfig, StudentOptimizerConfig, TimesConfig
 from afd.methods.copies import Copies, draw_copies
+from afd.methods.generation import Streaming
 from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import InputPipeline, Rollouts, Streaming, roll_out
+from afd.methods.rollouts import InputPipeline, Rollouts, roll_out
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
 from afd.rewards.base import Reward

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from typing_extensions import Self
 
 from afd.cache import Store
-from afd.config.base import Count, Section
+from afd.config.base import Count, Natural, Section
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
 from afd.files import replacing
@@ -78,6 +78,15 @@ class StudentConfig(Section):
     rollout_batch: Count | None = Field(
         default=None, description="videos per rollout batch; null: all"
     )
+    window: Count | None = Field(
+        default=None,
+        description="training runs: latent frames a chunk attends to, including the sink and "
+        "itself, in the rollout, the update and the evaluation; null: all",
+    )
+    sink: Natural = Field(
+        default=0,
+        description="training runs: first latent frames that always stay in the window",
+    )
 
     @field_validator("checkpoint")
     @classmethod
@@ -92,6 +101,8 @@ class StudentConfig(Section):
 
     @model_validator(mode="after")
     def _start(self) -> Self:
+        if self.window is None and self.sink:
+            raise ValueError(f"student.sink: got {self.sink}; needed: 0, as there is no window")
         if self.init is None and self.init_weights is not None:
             raise ValueError(
                 f"student.init_weights: got {self.init_weights} without student.init; needed: both"
@@ -174,6 +185,14 @@ class StudentConfig(Section):
         with replacing(path) as partial:
             save_file(weights, partial, metadata={"afd": note})
         return path
+
+    def check_window(self) -> None:
+        """Raise ValueError if a chunk and the sink do not fit the window."""
+        least = self.sink + self.chunk_frames
+        if self.window is not None and self.window < least:
+            raise ValueError(
+                f"student.window: got {self.window}; needed: at least sink + chunk = {least}"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:

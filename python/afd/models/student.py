@@ -130,6 +130,7 @@ class Student(nn.Module, ABC):
         x0_BFCHW: Tensor | None = None,
         context_noise: float = 0.0,
         chunks_BN: Tensor | None = None,
+        start_frame: int = 0,
     ) -> Tensor:
         """The network's output for all frames in one pass, in x_t's shape and the compute dtype.
 
@@ -143,6 +144,8 @@ class Student(nn.Module, ABC):
             context_noise: timestep of the clean frames x0_BFCHW, 0-1000.
             chunks_BN: indices of the chunks of each video in x_t and t, ascending, int64 on the
                 CPU; the context covers the whole video. None: all chunks.
+            start_frame: first frame of a clip of a stream; with x0_BFCHW, `context` is what the
+                stream held there.
         """
         t_BF = frame_times(x_t_BFCHW, t_BK)
         clean_t_BF = None
@@ -157,6 +160,7 @@ class Student(nn.Module, ABC):
             x0_BFCHW=x0_BFCHW,
             clean_t_BF=clean_t_BF,
             chunks_BN=chunks_BN,
+            start_frame=start_frame,
         )
 
     def predict_x0(
@@ -172,14 +176,15 @@ class Student(nn.Module, ABC):
         return self.x0_from_output(out, x_t_BFCHW, frame_times(x_t_BFCHW, t_BK))
 
     def clean_context(
-        self, x0_BFCHW: Tensor, text_BLE: Tensor, *, context_noise: float = 0.0
+        self, x0_BFCHW: Tensor, text_BLE: Tensor, *, context_noise: float = 0.0, **clip: Any
     ) -> list[LayerKV]:
         """Keys and values of clean frames for every layer, to which later chunks attend.
 
-        `context_noise`: timestep of the pass, on the 0-1000 scale.
+        `context_noise`: timestep of the pass, on the 0-1000 scale. `clip`: `past` and `start_frame`
+        of a clip of a stream (`CausalWan.clean_context`).
         """
         t_11 = x0_BFCHW.new_full((1, 1), context_noise, dtype=torch.float32)
-        return self.net.clean_context(x0_BFCHW.to(self.dtype), text_BLE, t_11)
+        return self.net.clean_context(x0_BFCHW.to(self.dtype), text_BLE, t_11, **clip)
 
     @property
     def chunk(self) -> int:

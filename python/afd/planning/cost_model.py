@@ -51,6 +51,9 @@ class Net:
         frames, chunk: latent frames of a video, and latent frames denoised together.
         tokens: T.
         lora: rank of the adapters; None: every weight is trained.
+        window: most frames a chunk attends to; None: all.
+        sink: first frames that stay in the window.
+        start: chunk of a stream at which a clip of it begins.
     """
 
     dim: int
@@ -62,10 +65,27 @@ class Net:
     chunk: int
     tokens: int
     lora: int | None = None
+    window: int | None = None
+    sink: int = 0
+    start: int = 0
 
     @property
     def chunks(self) -> int:
         return self.frames // self.chunk
+
+    def seen(self, chunk: int) -> float:
+        """Number of chunks that a chunk attends to, itself included."""
+        frames = (self.start + chunk + 1) * self.chunk
+        return min(frames, self.window or frames) / self.chunk
+
+    def sinks(self, first: int) -> int:
+        """Chunks of a video from `first` on that attend to the sink apart from the rest."""
+        ends = ((self.start + chunk + 1) * self.chunk for chunk in range(first, self.chunks))
+        return sum(end > (self.window or end) for end in ends) if self.sink else 0
+
+    def pairs(self, first: int) -> float:
+        """Sum of `seen` over the chunks of a video from `first` on."""
+        return sum(map(self.seen, range(first, self.chunks)))
 
     @property
     def lora_parameters(self) -> int:
@@ -119,23 +139,33 @@ class Net:
 
 def rollout_flop(net: Net, steps: int, first_steps: int | None = None) -> float:
     """One video: each chunk's denoising steps, and a context pass for all but the last chunk."""
-    total = 0.0
-    for chunk in range(1, net.chunks + 1):
-        denoising = first_steps if chunk == 1 and first_steps is not None else steps
-        total += denoising * net.whole(1, chunk)
-        total += net.context(1, chunk) if chunk < net.chunks else 0.0
+    total = rolled_flop(net, steps, first_steps)
+    return total[net.chunks] - net.context(1, net.seen(net.chunks - 1))
+
+
+def rolled_flop(
+    net: Net, steps: int, first_steps: int | None = None, chunks: int | None = None
+) -> list[float]:
+    """The first n chunks of a stream for n = 0 to `chunks` (those of a video), with the context
+    passes of all."""
+    total = [0.0]
+    for chunk in range(net.chunks if chunks is None else chunks):
+        denoising = first_steps if chunk == 0 and first_steps is not None else steps
+        seen = net.seen(chunk)
+        total.append(total[-1] + denoising * net.whole(1, seen) + net.context(1, seen))
     return total
 
 
 def context_flop(net: Net, adapted: bool = True) -> float:
     """The clean pass that produces a video's context. It includes the last chunk, which the
     roofline does not count, since nothing attends to it: 5 % of an update."""
-    return net.context(net.chunks, net.chunks * (net.chunks + 1) / 2, adapted)
+    return net.context(net.chunks, net.pairs(0), adapted)
 
 
-def noisy_flop(net: Net, part: float = 1.0, adapted: bool = True) -> float:
-    """A forward of the noisy half; `part`: the fraction of the chunks that is sampled."""
-    return part * net.whole(net.chunks, net.chunks * (net.chunks + 1) / 2, adapted)
+def noisy_flop(net: Net, part: float = 1.0, adapted: bool = True, first: int = 0) -> float:
+    """A forward of the noisy half; `part`: the fraction of the chunks from `first` on that is
+    sampled."""
+    return part * net.whole(net.chunks - first, net.pairs(first), adapted)
 
 
 def linear_backward(net: Net, tokens: float) -> float:
@@ -148,24 +178,37 @@ def _backward(net: Net, plain: float, adapted: float) -> float:
     return 2 * plain if net.lora is None else plain + 2 * (adapted - plain)
 
 
-def noisy_backward(net: Net, part: float = 1.0, *, through_context: bool = False) -> float:
+def noisy_backward(
+    net: Net, part: float = 1.0, *, through_context: bool = False, first: int = 0
+) -> float:
     """Backward of `noisy_flop`; unless `through_context`, context keys need no gradient."""
-    size = net.chunk * net.tokens
-    own = part * net.chunks * net.attention(size, size)
-    past = part * net.chunks * (net.chunks - 1) / 2 * net.attention(size, size)
-    prompt = part * net.attention(net.chunks * size, net.text_len)
+    size, chunks = net.chunk * net.tokens, part * (net.chunks - first)
+    own = chunks * net.attention(size, size)
+    past = (part * net.pairs(first) - chunks) * net.attention(size, size)
+    prompt = net.attention(chunks * size, net.text_len)
     to_past = FULL_BACKWARD if through_context else QUERY_BACKWARD
-    products = linear_backward(net, part * net.chunks * size)
+    products = linear_backward(net, chunks * size)
+    if not through_context:
+        # The sink's keys are copied beside those of the noisy chunks, which need gradients.
+        copied = part * net.sinks(first) * net.attention(size, net.sink * net.tokens)
+        products += (FULL_BACKWARD - QUERY_BACKWARD) * copied
     return products + FULL_BACKWARD * (own + prompt) + to_past * past
 
 
 def trained_flop(
-    net: Net, part: float = 1.0, *, through_context: bool = False, checkpointed: bool = True
+    net: Net,
+    part: float = 1.0,
+    *,
+    through_context: bool = False,
+    checkpointed: bool = True,
+    first: int = 0,
 ) -> float:
     """`noisy_flop` with its backward, in which checkpointed blocks are recomputed."""
-    forward, tokens = noisy_flop(net, part), part * net.frames * net.tokens
+    forward = noisy_flop(net, part, first=first)
+    tokens = part * (net.chunks - first) * net.chunk * net.tokens
     again = net.recomputed(forward, tokens) if checkpointed else 0.0
-    return forward + again + noisy_backward(net, part, through_context=through_context)
+    backward = noisy_backward(net, part, through_context=through_context, first=first)
+    return forward + again + backward
 
 
 def trained_context_flop(net: Net, *, checkpointed: bool = True) -> float:
@@ -186,6 +229,7 @@ def nft_flop(
     kept: bool = False,
     prior: int = 1,
     checkpointed: bool = True,
+    first: int = 0,
 ) -> float:
     """The AFD update of one video: old policy, references and student on `draws` noised copies.
 
@@ -197,12 +241,13 @@ def nft_flop(
         kept: the rollout's caches serve as the old policy's context.
         prior: number of references that are evaluated.
         checkpointed: whether blocks are recomputed in the backward.
+        first: the first chunk that the update is about.
     """
     others = [True] + [False] * prior  # old has adapters, the references none of this rank
-    noisy = sum(noisy_flop(net, part, adapted) for adapted in others)
+    noisy = sum(noisy_flop(net, part, adapted, first) for adapted in others)
     contexts = sum(context_flop(net, adapted) for adapted in others)
     through = context in ("recompute", "noisy")
-    ours = trained_flop(net, part, through_context=through, checkpointed=checkpointed)
+    ours = trained_flop(net, part, through_context=through, checkpointed=checkpointed, first=first)
     total = draws * (noisy + ours)
     if context == "noisy":
         return total
@@ -260,10 +305,18 @@ def sft_flop(net: Net, *, draws: int, part: float = 1.0, checkpointed: bool = Tr
 # --- memory of the student ---
 
 
-def kv_bytes(net: Net, videos: int, itemsize: int) -> int:
-    """Keys and values of whole videos and their prompts, counted as in `kv_cache.cache_bytes`."""
-    slots = net.frames * net.tokens + net.text_len
+def kv_bytes(net: Net, videos: int, itemsize: int, frames: int | None = None) -> int:
+    """Keys and values of whole videos, or of these frames of them, and of their prompts, counted as
+    in `kv_cache.cache_bytes`."""
+    slots = (net.frames if frames is None else frames) * net.tokens + net.text_len
     return 2 * net.layers * videos * slots * net.dim * itemsize
+
+
+def shared_kv_bytes(net: Net, groups: int, videos: int, itemsize: int, fork: int) -> int:
+    """Caches of videos of these groups that share the chunks before `fork` and the prompt."""
+    past = fork * net.chunk
+    own = videos * (net.frames - past) * net.tokens
+    return kv_bytes(net, groups, itemsize, past) + 2 * net.layers * own * net.dim * itemsize
 
 
 def activation_bytes(net: Net, videos: int, itemsize: int, *, checkpointed: bool) -> int:

@@ -127,6 +127,8 @@ def student_net(config: RunConfig) -> Net:
         chunk=wan.chunk,
         tokens=grid[0] * grid[1],
         lora=rank,
+        window=wan.window,
+        sink=wan.sink,
     )
 
 

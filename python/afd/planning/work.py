@@ -26,6 +26,7 @@ from afd.models.config import DTYPES
 from afd.models.policies import PRETRAINED, REFERENCE
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
+from afd.planning.places import Places
 from afd.planning.rewards import frozen, networks, shared_passes
 from afd.trainer.build import frozen_versions, student_waits
 from afd.trainer.origin import parent_ranks
@@ -81,6 +82,7 @@ class Work:
         self.group = getattr(self.method, "samples_per_prompt", 1)
         self.rolls = config.method != "sft"
         self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
+        self.places = Places(config, net)
         # Prompts of the process that has the most.
         self.prompts = -(-config.prompts_per_update // processes)
         self.videos = self.prompts * self.group
@@ -230,11 +232,21 @@ class Work:
             return
         net, batch = self.net, min(self.config.student.rollout_batch or self.videos, self.videos)
         note = f"{batch} video(s) streamed together"
-        yield Part("cache", cost.kv_bytes(net, batch, self.item), "rollout", note)
+        groups, least = -(-batch // self.group), self.places.least_shared
+        cache = cost.kv_bytes(net, batch, self.item, self.places.held)
+        if least and net.window is None:
+            cache = cost.shared_kv_bytes(net, groups, batch, self.item, least)
+        if self.places.stream is not None:
+            streams = self.videos if self.places.shared is None else self.prompts
+            before = gib(cost.kv_bytes(net, streams, self.item, self.places.held))
+            note += f"; on the host at most {before} of keys before the clips"
+        yield Part("cache", cache, "rollout", note)
         numbers = 16 * net.frames * self.pixels // 64 if self.wan else net.frames * 3 * self.pixels
         yield Part("rollouts", self.videos * numbers * cost.FLOAT, "kept", "latents, fp32")
         if self._keeps_context():
             kept = cost.kv_bytes(net, self.videos, self.item)
+            if least:
+                kept = cost.shared_kv_bytes(net, self.prompts, self.videos, self.item, least)
             note = f"{self.videos} rollouts' caches (afd.keep_context)"
             yield Part("kept contexts", kept, "kept", note)
 
@@ -255,8 +267,10 @@ class Work:
         held, other = both if checkpointed else reversed(both)
         note = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
         yield Part("activations", held, "student", note + str(not checkpointed).lower())
-        if context not in ("recompute", "noisy") and not self._keeps_context():
-            one = cost.kv_bytes(net, self.micro, self.item)
+        kept = self._keeps_context() and self.places.shared is None
+        if context not in ("recompute", "noisy") and not kept:
+            past = 0 if self.places.stream is None else self.places.held
+            one = cost.kv_bytes(net, self.micro, self.item, net.frames + past)
             yield Part("context", one, "student", "keys and values of a pass's clean videos")
 
     def checkpoint_bytes(self) -> int:
@@ -277,16 +291,18 @@ class Work:
         assert config.student.kind == "wan"
         videos = config.taught * self.group
         steps, first = config.student.denoising_steps, config.student.first_chunk_steps
-        rollout = cost.rollout_flop(net, len(steps), None if first is None else len(first))
+        sizes = len(steps), None if first is None else len(first)
+        rollout = cost.rollout_flop(net, *sizes)
+        rolled = self.places.rollout_flop(config.taught, self.group, *sizes)
         decode = cost.decode_flop(net.frames, self.pixels, tiny=self.tiny_decodes)
         if self.encodes:
             encode = cost.encode_flop(net.frames, self.pixels, tiny=self.tiny_encodes)
             yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
         if self.rolls:
-            passes = f"{len(steps)} steps and a context pass a chunk"
-            yield Phase(
-                "rollout", videos * rollout, 0.0, config.updates, f"{videos} videos, {passes}"
-            )
+            note = f"{videos} videos, {len(steps)} steps and a context pass a chunk"
+            if len(self.places.all) > 1 or self.places.shared is not None:
+                note += f"; in the mean {rolled / (videos * rollout):.3g} times {videos} videos"
+            yield Phase("rollout", rolled, 0.0, config.updates, note)
         if self.decodes:
             note = f"{videos} videos"
             count = videos + config.prompts_per_update * self.redecodes
@@ -366,14 +382,17 @@ class Work:
         part = min(1.0, chunks / net.chunks) if chunks else 1.0
         if config.method == "afd":
             afd = config.afd
-            flop = cost.nft_flop(
-                net,
-                afd.context,
-                draws=afd.draws,
-                part=part,
-                kept=self._keeps_context(),
-                prior=len(self._priors()),
-                checkpointed=checkpointed,
+            flop = self.places.mean(
+                lambda clip, first: cost.nft_flop(
+                    clip,
+                    afd.context,
+                    draws=afd.draws,
+                    part=min(1.0, chunks / (net.chunks - first)) if chunks else 1.0,
+                    kept=self._keeps_context(),
+                    prior=len(self._priors()),
+                    checkpointed=checkpointed,
+                    first=first,
+                )
             )
             prior = f", prior to {' and '.join(self._priors())}" if self._priors() else ""
             return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s){prior}; {blocks}"

@@ -15,7 +15,15 @@ from afd.models.config import StudentConfig
 # Settings that do not affect a video; they may differ when `afd sample` resumes in a folder.
 FREE = ("prompts", "out", "samples", "batch", "device", "compile", "cuda_graphs", "threads")
 # The same for the student's section.
-FREE_STUDENT = ("lora", "checkpoint_blocks", "rollout_batch", "init", "init_weights")
+FREE_STUDENT = (
+    "lora",
+    "checkpoint_blocks",
+    "rollout_batch",
+    "init",
+    "init_weights",
+    "window",
+    "sink",
+)
 
 
 class StreamConfig(Section):
@@ -64,6 +72,11 @@ class StreamConfig(Section):
             raise ValueError(
                 f"student.init: got {self.student.init}, for training runs alone; needed: "
                 "student.checkpoint, such as afd export kind=student writes"
+            )
+        if self.student.window is not None:
+            raise ValueError(
+                f"student.window: got {self.student.window}, for training runs alone; needed: "
+                "window and sink beside student"
             )
         time, space = self.student.scale
         if (self.frames - 1) % time:

@@ -226,6 +226,43 @@ def check_size(config: RunConfig) -> None:
             f"video.frames, video.height, video.width: got {', '.join(map(str, given))}; needed: "
             f"{', '.join(map(str, size))}, those of the {config.student.kind} student"
         )
+    if config.student.window is not None:
+        config.student.check_window()
+    if config.method == "afd":
+        _check_stream(config)
+
+
+def _check_stream(config: RunConfig) -> None:
+    """Raise ValueError unless the frames of AFD's streams, clips and windows fit."""
+    afd, window = config.afd, config.student.window
+    frames = config.student.latent_frames(config.video.frames)
+    chunk = config.student.chunk_frames
+    if afd.stream_frames is None:
+        longest = frames
+    else:
+        longest = afd.stream_frames
+        if window is None:
+            raise ValueError(
+                f"student.window: got null; needed: the frames that are kept, as "
+                f"afd.stream_frames={longest} rolls on without growing"
+            )
+        if longest < frames or longest % chunk:
+            raise ValueError(
+                f"afd.stream_frames: got {longest}; needed: a multiple of the chunk {chunk}, at "
+                f"least the {frames} frames of a clip"
+            )
+    trained = afd.train_window
+    if trained is not None and (trained > frames or trained % chunk):
+        raise ValueError(
+            f"afd.train_window: got {trained}; needed: a multiple of the chunk {chunk}, at most "
+            f"the {frames} frames of a clip"
+        )
+    kept = afd.context == "shared_context" and afd.keep_context
+    if kept and window is not None and longest > window:
+        raise ValueError(
+            f"afd.keep_context: got true; needed: false, as a cache of student.window={window} "
+            f"does not hold the {longest} frames of a rollout"
+        )
 
 
 def build_discriminator(

@@ -105,10 +105,15 @@ class Attention(nn.Module):
         return self.split(k_BLD), self.split(self.v(text_BLD))
 
     def cross(self, x_BLD: Tensor, text_kv: LayerKV) -> Tensor:
-        """Cross-attention to the prompt, including its padding, with the output projection."""
+        """Cross-attention to the prompt, including its padding, with the output projection.
+
+        With fewer prompts than rows of x, each serves as many rows, one after another.
+        """
         q_BLhd = self.split(rms_norm(self.q(x_BLD), self.norm_q.weight))
+        q_BLhd = q_BLhd.view(len(text_kv[0]), -1, *q_BLhd.shape[2:])
         q, k, v = (x.transpose(1, 2) for x in (q_BLhd, *text_kv))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.o(attended.reshape(x_BLD.shape))
 
 
 class Block(nn.Module):

@@ -126,7 +126,12 @@ class WanStudentConfig(StudentConfig):
     @property
     def network(self) -> dict[str, Any]:
         """The fields of WanConfig that checkpoints do not store."""
-        return {"chunk": self.chunk, "text_len": self.text_len}
+        return {
+            "chunk": self.chunk,
+            "text_len": self.text_len,
+            "window": self.window,
+            "sink": self.sink,
+        }
 
     def check_video(self, video: VideoConfig) -> None:
         time, space = self.scale

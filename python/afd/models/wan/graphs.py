@@ -37,14 +37,15 @@ class _Recorded:
 class FixedPasses:
     """`CausalWan.forward_cached` with every input in fixed memory; a replay reruns the pass.
 
-    The logic of `GraphedPasses` without CUDA graphs, so it runs on any device. A different cache
-    discards all recorded passes; resetting a cache keeps them. Weights are read in place: after an
-    in-place update only `KVCache.reset` is needed.
+    The logic of `GraphedPasses` without CUDA graphs, so it runs on any device. A different cache,
+    or one that has moved to other memory, discards all recorded passes; resetting a cache keeps
+    them. Weights are read in place: after an in-place update only `KVCache.reset` is needed.
     """
 
     def __init__(self, net: CausalWan) -> None:
         self._net = net
         self._cache: KVCache | None = None
+        self._memory = 0
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
 
     @property
@@ -57,10 +58,10 @@ class FixedPasses:
         self, x_BFCHW: Tensor, t_11: Tensor, cache: KVCache, start: int, context: bool
     ) -> Tensor | None:
         """Like `forward_cached`; the result is a new tensor."""
-        if cache is not self._cache:
-            self._recorded.clear()
-            self._cache = cache
         cache.seek(start, x_BFCHW.shape[1])
+        if cache is not self._cache or cache.memory != self._memory:
+            self._recorded.clear()
+            self._cache, self._memory = cache, cache.memory
         times = self._net.streaming_times(t_11, cache)
         adapters = self._net.adapters
         version = None if adapters is None else adapters.active

@@ -5,11 +5,15 @@ Shape letters: B batch, S token slots, L tokens, T tokens per frame, h heads, d 
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import torch
 from torch import Tensor
 
 from afd.models.wan.rope import rope_table
 from afd.models.wan.types import LayerKV, TimeTable
+from afd.ops import Intervals, intervals
 from afd_kernels.contracts import require
 
 # Number of step values with cached modulation; released lists have four, the context pass one.
@@ -34,13 +38,19 @@ class KVCache:
     A chunk's denoising steps and its context pass write the same slots; later chunks attend to the
     last write. Slots are host integers and the position is also a device tensor: a stream never
     synchronises, and a captured graph replays at any position. When a switch of the prompt replaces
-    the sink, slots are counted from its first frame, `base`.
+    the sink, slots are counted from its first frame, `base`. A fork continues the streams of
+    another cache: the frames held there are its first slots, which it reads and does not hold.
 
     Attributes:
-        self_kv: per layer keys and values, each [B, S, h, d].
-        cross_kv: per layer keys and values of the prompt, each [B, text_len, h, d].
+        self_kv: per layer keys and values, each [B, S, h, d]; of a fork, the slots behind those it
+            shares.
+        cross_kv: per layer keys and values of the prompt, each [B, text_len, h, d]; of a fork,
+            those of the streams that it continues, until its prompt changes.
         tokens_per_frame: T.
-        frames: S / T, capacity in frames.
+        frames: capacity in frames, those that a fork shares included.
+        shared_frames: the first slots, in frames, that a fork reads from the cache it came from.
+        copies: continuations of each stream of that cache.
+        memory: a number that changes when keys and values move to other memory.
         limit: most frames the stream may have; None if the ring overwrites old frames and the
             stream may continue.
         sink: initial frames that are always kept.
@@ -79,26 +89,106 @@ class KVCache:
         else:
             require(0 <= sink < window, "sink", sink, f"0 <= sink < window, {window}")
         require(frames is None or frames >= 1, "frames", frames, "at least one frame")
-        like = cross_kv[0][0]
-        batch, _, heads, head_dim = like.shape
+        self._window, self._sink = window, sink
+        self._plan(frames)
+        self.rows, self.cols = rows, cols
+        self.tokens_per_frame = rows * cols
+        self.cross_kv = cross_kv
+        self.shared_kv: list[LayerKV] = []
+        self.shared_frames, self.copies, self.memory = 0, 1, 0
+        self._text_is_shared = False
+        self._allocate(len(cross_kv[0][0]))
+        self.start = self.end = self.base = 0
+
+    def _plan(self, frames: int | None) -> None:
+        """Set capacity, limit and sink for streams of `frames` frames."""
+        window = self._window
         # A window that the stream does not fill keeps everything, as without a window.
         keeps_all = window is None or (frames is not None and frames <= window)
         kept = frames if keeps_all else window
         assert kept is not None
         self.frames, self.limit = kept, kept if keeps_all else None
-        self.sink = 0 if keeps_all else sink
-        self.rows, self.cols = rows, cols
-        self.tokens_per_frame = rows * cols
-        shape = (batch, kept * rows * cols, heads, head_dim)
+        self.sink = 0 if keeps_all else self._sink
+
+    def _allocate(self, batch: int) -> None:
+        """Make the slots that are not shared, and everything that belongs to a position."""
+        like = self.cross_kv[0][0]
+        slots = (self.frames - self.shared_frames) * self.tokens_per_frame
+        shape = (batch, slots, *like.shape[2:])
         self.self_kv: list[LayerKV] = [
-            (like.new_zeros(shape), like.new_zeros(shape)) for _ in cross_kv
+            (like.new_zeros(shape), like.new_zeros(shape)) for _ in self.cross_kv
         ]
-        self.cross_kv = cross_kv
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
-        self.start = self.end = self.base = 0
         self._ropes: dict[int, Tensor] = {}
         self._roped: tuple[int, int, int] | None = None
         self._times: dict[int, tuple[Tensor, int, TimeTable]] = {}
+        self._forks: list[weakref.ref[KVCache]] = []
+
+    # --- forks ---
+
+    def fork(self, copies: int = 1, frames: int | None = None) -> KVCache:
+        """A cache in which each stream has `copies` continuations, as many rows one after another.
+
+        The frames held, and the prompt, are read in place by all of them; only later frames take
+        memory. Before either cache overwrites a shared slot (its ring turns, a recache, a new
+        video), the fork copies what it shares.
+
+        Args:
+            copies: continuations of each stream.
+            frames: frames of the continued streams, the past included; None: unlimited, for a
+                window.
+
+        Raises:
+            ValueError: if the cache is empty, or the frames do not fit.
+        """
+        require(copies >= 1, "copies", copies, "at least one continuation")
+        require(self.end > 0, "fork", "an empty cache", "at least one finished chunk")
+        fits = self._window is not None if frames is None else frames >= self.end
+        require(fits, "frames", frames, f"at least {self.end}, those of the past")
+        self._unshare()
+        fork = copy.copy(self)
+        fork._plan(frames)
+        fork.shared_frames, fork.copies = self.valid_frames, copies
+        fork.shared_kv = [(k[:, : self.valid], v[:, : self.valid]) for k, v in self.self_kv]
+        fork._text_is_shared = True
+        fork._allocate(len(self.self_kv[0][0]) * copies)
+        self._forks = [weakref.ref(cache) for cache in (*self._live_forks(), fork)]
+        return fork
+
+    def _unshare(self) -> None:
+        """Copy the shared past into the cache's own memory."""
+        if not self.shared_frames:
+            return
+        for layer, (past, own) in enumerate(zip(self.shared_kv, self.self_kv, strict=True)):
+            self.self_kv[layer] = (
+                torch.cat([past[0].repeat_interleave(self.copies, 0), own[0]], 1),
+                torch.cat([past[1].repeat_interleave(self.copies, 0), own[1]], 1),
+            )
+        self._unshare_text()
+        self.shared_kv, self.shared_frames, self.copies = [], 0, 1
+        self._roped = None
+        self.memory += 1
+
+    def _unshare_text(self) -> None:
+        if self._text_is_shared:
+            self.cross_kv = [
+                (k.repeat_interleave(self.copies, 0), v.repeat_interleave(self.copies, 0))
+                for k, v in self.cross_kv
+            ]
+            self._text_is_shared = False
+            self.memory += 1
+
+    def _before_writing(self, frames: range) -> None:
+        """Let forks, and the cache if it is one, copy shared slots that these frames overwrite."""
+        forks = self._live_forks()
+        if self.shared_frames or forks:
+            lowest = min(map(self.slot, frames))
+            for cache in (self, *forks):
+                if lowest < cache.shared_frames:
+                    cache._unshare()
+
+    def _live_forks(self) -> list[KVCache]:
+        return [fork for ref in self._forks if (fork := ref()) is not None]
 
     # --- slots ---
 
@@ -129,8 +219,9 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all keys and values; `cache_bytes` predicts it."""
-        tensors = [x for kv in (*self.self_kv, *self.cross_kv) for x in kv]
+        """Bytes of all keys and values that it holds; `cache_bytes` predicts it."""
+        text = [] if self._text_is_shared else self.cross_kv
+        tensors = [x for kv in (*self.self_kv, *text) for x in kv]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     # --- streaming ---
@@ -193,15 +284,21 @@ class KVCache:
         """The sink that the current pass writes with.
 
         A pass longer than the ring begins at slot 0 and fits the window: frame i goes to slot i,
-        as without a sink.
+        as without a sink. So does a fork's, until its ring turns.
         """
-        return self.sink if self.end - self.start <= self.ring else 0
+        whole = self.end - self.start > self.ring or self.shared_frames > 0
+        return 0 if whole else self.sink
 
     def _move(self, start: int, end: int, base: int) -> None:
         self.start, self.end, self.base = start, end, base
         frames = end - start
+        self._before_writing(range(start, end))
+        if end - base > self.frames:
+            # The ring has turned, perhaps behind a longer sink than what is shared.
+            self._unshare()
         if self._roped != (start, frames, base):
-            self.position.fill_(start - base)
+            # Of its own slots, which a pass writes to.
+            self.position.fill_(start - base - self.shared_frames)
             table = self._rope_table(frames)
             kept = self._ropes.setdefault(frames, table)
             if kept is not table:
@@ -216,15 +313,53 @@ class KVCache:
         return self._ropes[frames]
 
     def _rope_table(self, frames: int) -> Tensor:
-        frame_F = self.position + torch.arange(
-            self.base, self.base + frames, device=self.position.device
-        )
+        first = self.base + self.shared_frames
+        frame_F = self.position + torch.arange(first, first + frames, device=self.position.device)
         return rope_table(self.self_kv[0][0].shape[-1], frame_F, self.rows, self.cols)
 
     def view(self, layer: int) -> LayerKV:
-        """Views of the keys and values of all slots in use, each [B, valid, h, d]."""
+        """Views of the keys and values of all slots in use, each [B, valid, h, d].
+
+        Of a fork, the slots of its own: all continuations of a stream in one row after another.
+        """
         k_BShd, v_BShd = self.self_kv[layer]
-        return k_BShd[:, : self.valid], v_BShd[:, : self.valid]
+        if not self.shared_frames:
+            return k_BShd[:, : self.valid], v_BShd[:, : self.valid]
+        streams = len(k_BShd) // self.copies
+        shape = (streams, self.copies * k_BShd.shape[1], *k_BShd.shape[2:])
+        return k_BShd.view(shape), v_BShd.view(shape)
+
+    def past(self, layer: int) -> LayerKV | tuple[None, None]:
+        """Keys and values that a fork shares, which precede those of `view`; else None."""
+        return self.shared_kv[layer] if self.shared_frames else (None, None)
+
+    def intervals(self, queries: int) -> Intervals:
+        """The keys of [past | view] that the current pass of `queries` tokens attends to.
+
+        The queries of a fork are those of all continuations of a stream, one after another.
+        """
+        if not self.shared_frames:
+            return intervals.cache(self.valid, queries)
+        past = self.shared_frames * self.tokens_per_frame
+        slots = self.self_kv[0][0].shape[1]
+        return intervals.forked(past, self.valid - past, slots, queries, self.copies)
+
+    def snapshot(self) -> list[LayerKV]:
+        """Copies of the keys and values of the frames held, in the order of `held`, for a clip that
+        begins at `end` (`CausalWan.clean_context`)."""
+        self._unshare()
+        slots = torch.tensor([self.slot(frame) for frame in self.held()])
+        token_S = slots[:, None] * self.tokens_per_frame + torch.arange(self.tokens_per_frame)
+        token_S = token_S.flatten().to(self.position.device)
+        return [(k.index_select(1, token_S), v.index_select(1, token_S)) for k, v in self.self_kv]
+
+    def parts(self, row: int) -> list[list[LayerKV]]:
+        """Keys and values of one stream, views [1, tokens, h, d] per layer: all slots in order, in
+        as many parts as it has memory for them."""
+        own = [(k[row : row + 1], v[row : row + 1]) for k, v in self.self_kv]
+        of = row // self.copies
+        past = [(k[of : of + 1], v[of : of + 1]) for k, v in self.shared_kv]
+        return [past, own] if past else [own]
 
     def before(self, start: int) -> list[LayerKV]:
         """Per layer keys and values of frames [0, start), for a pass with gradients.
@@ -242,6 +377,7 @@ class KVCache:
             f"a stream of at most {self.frames} frames: the ring has turned, the context is "
             f"overwritten before its gradient is taken",
         )
+        self._unshare()
         slots = start * self.tokens_per_frame
         # .data has a separate version counter; a view would share the cache's.
         return [(k.data[:, :slots], v.data[:, :slots]) for k, v in self.self_kv]
@@ -251,6 +387,7 @@ class KVCache:
 
         Also drops cached values that depend on the weights: call it when they have changed.
         """
+        self._before_writing(range(self.base, self.base + 1))
         self.start = self.end = self.base = 0
         self._roped = None
         self._times.clear()
@@ -262,6 +399,8 @@ class KVCache:
 
         In place, so that a captured graph reads them.
         """
+        for cache in (self, *self._live_forks()):
+            cache._unshare_text()
         for old, new in zip(self.cross_kv, cross_kv, strict=True):
             for kept, value in zip(old, new, strict=True):
                 if kept is not value:

@@ -8,7 +8,7 @@ Source: Wan2.1 as used by Self-Forcing and Causal-Forcing (arXiv 2506.08009).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -20,34 +20,11 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from afd import ops
 from afd.models.wan.block import EPS, Block, Head
 from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.passes import ClipKeys, Pass
 from afd.models.wan.rope import rope_table
 from afd.models.wan.types import AdapterSet, LayerKV, Modulation, TimeTable, WanConfig
-from afd.ops import Intervals, intervals
+from afd.ops import Clip, intervals
 from afd_kernels.contracts import require
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """Inputs and options of self-attention in one pass.
-
-    Attributes:
-        rope: rotary table of the pass's tokens.
-        intervals: the keys each query attends to.
-        context: per layer, keys and values that precede those of the pass; or
-        cache: to which the pass appends its keys and values, and from which it reads all.
-        keep: return the pass's keys and values; otherwise each layer's are freed.
-        keys_only: compute only keys and values in the last layer.
-        last: (tokens, frames, intervals): the last layer skips this many leading tokens and
-            frames, and uses these intervals.
-    """
-
-    rope: Tensor
-    intervals: Intervals
-    context: list[LayerKV] | None = None
-    cache: KVCache | None = None
-    keep: bool = False
-    keys_only: bool = False
-    last: tuple[int, int, Intervals] | None = None
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
@@ -183,7 +160,7 @@ class CausalWan(nn.Module):
     def _layer(
         self,
         i: int,
-        how: _Pass,
+        how: Pass,
         x_BLD: Tensor,
         branch_BLD: Tensor | None,
         gate_BFD: Tensor | None,
@@ -199,6 +176,8 @@ class CausalWan(nn.Module):
             q, k = ops.qk_norm_rope(q, k, *norms, how.rope, eps=EPS)
             if how.context is not None:
                 k_context, v_context = how.context[i]
+            if how.keys is not None:
+                k, v = how.keys.placed(i, (k, v), how.context)
         else:
             q = ops.qk_norm_rope_append_(
                 q,
@@ -213,6 +192,7 @@ class CausalWan(nn.Module):
                 eps=EPS,
             )
             k, v = how.cache.view(i)
+            k_context, v_context = how.cache.past(i)
         if last and how.keys_only:
             return x_BLD, None, mods[5], (k, v)
         seen = how.intervals
@@ -220,12 +200,16 @@ class CausalWan(nn.Module):
             tokens, frames, seen = how.last
             x_BLD, q = x_BLD[:, tokens:], q[:, tokens:]
             mods = tuple(part[:, frames:] for part in mods)
-        attended, _ = ops.block_attention(q, k, v, seen, k_context=k_context, v_context=v_context)
-        x_BLD, branch_BLD = self._after(block, x_BLD, attended, mods, text_kv)
+        # Continuations of one past are one stream of the attention.
+        queries = q.reshape(len(k), -1, *q.shape[2:])
+        attended, _ = ops.block_attention(
+            queries, k, v, seen, k_context=k_context, v_context=v_context
+        )
+        x_BLD, branch_BLD = self._after(block, x_BLD, attended.view(q.shape), mods, text_kv)
         return x_BLD, branch_BLD, mods[5], (k, v)
 
     def _run(
-        self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: _Pass
+        self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: Pass
     ) -> tuple[Tensor | None, list[LayerKV]]:
         """Run all layers and the head; returns patches [B, L, P] (None if keys_only), kept k, v."""
         branch_BLD: Tensor | None = None
@@ -263,6 +247,7 @@ class CausalWan(nn.Module):
         x0_BFCHW: Tensor | None = None,
         clean_t_BF: Tensor | None = None,
         chunks_BN: Tensor | None = None,
+        start_frame: int = 0,
     ) -> Tensor:
         """Block-causal prediction for all frames in one pass, [B, F, out, H, W].
 
@@ -279,33 +264,43 @@ class CausalWan(nn.Module):
             chunks_BN: under teacher forcing, indices of the chunks of each video in `x_BFCHW` and
                 `t_BF`, ascending, int64 [B, N] on the CPU; the clean frames are whole videos.
                 None: all chunks.
+            start_frame: under teacher forcing, the first clean frame, of a clip of a stream. With
+                x0_BFCHW, `context` then is what the stream held there (`KVCache.snapshot`).
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
         frames, tokens, chunk = x_BFCHW.shape[1], rows * cols, self.config.chunk
         if x0_BFCHW is None and context is None:
             require(chunks_BN is None, "chunks", chunks_BN, "None where nothing clean is given")
-            how = _Pass(self._rope(rows, cols, range(frames)), self.config.sight(frames, tokens))
+            require(start_frame == 0, "start_frame", start_frame, "0 where nothing clean is given")
+            how = Pass(self._rope(rows, cols, range(frames)), self.config.sight(frames, tokens))
         else:
-            self._check_teacher_forcing()
-            if x0_BFCHW is not None:
+            first, drawn = self.config.independent_first_frame, None
+            require(not first, "config", self.config, "no independent first frame (context)")
+            if x0_BFCHW is not None and start_frame == 0:
                 require(context is None, "context", "a list", "None where x0_BFCHW is given")
-            drawn = None
             if chunks_BN is not None:
                 n = chunks_BN.shape[1] * chunk
                 require(n == frames, "chunks", chunks_BN, f"[B, N] with {frames} frames in x")
                 drawn = chunks_BN.tolist()
-                frames = _frames(x0_BFCHW, context, tokens)
-            noisy = intervals.noisy_half(frames, chunk, tokens, drawn)
-            rope = self._rope(rows, cols, range(frames), chunks_BN)
-            how = _Pass(rope, noisy, context)
+                frames = self._clean_frames(x0_BFCHW, context, tokens, start_frame)
+            clip = self.config.clip(frames, start_frame)
+            self._check_past(context if x0_BFCHW is not None else None, clip, tokens, x0_BFCHW)
+            within = {"start": start_frame, "window": clip.window, "sink": clip.sink}
+            noisy = intervals.noisy_half(frames, chunk, tokens, drawn, **within)
+            frame = range(start_frame, start_frame + frames)
+            rope = self._rope(rows, cols, frame, chunks_BN)
+            keys = ClipKeys(sink=clip.copied * tokens, chunk=chunk * tokens)
+            how = Pass(rope, noisy, context, keys=keys)
             if x0_BFCHW is not None:
                 shape = (len(x_BFCHW), frames, *x_BFCHW.shape[2:])
                 alike = x0_BFCHW.shape == shape
                 require(alike, "x0_BFCHW", x0_BFCHW, f"the shape of x, {list(shape)}")
-                clean_rope = self._rope(rows, cols, range(frames)).expand(len(rope), -1, -1, -1)
-                how = _Pass(
+                clean_rope = self._rope(rows, cols, frame).expand(len(rope), -1, -1, -1)
+                clean = (clip.past + frames) * tokens
+                how = Pass(
                     torch.cat([clean_rope, rope], 1),
-                    intervals.teacher_forcing(frames, chunk, tokens, drawn),
+                    intervals.teacher_forcing(frames, chunk, tokens, drawn, **within),
+                    keys=replace(keys, past=context, clean=clean),
                     last=(frames * tokens, frames, noisy),
                 )
                 x_BLD = torch.cat([self._patchify(x0_BFCHW)[0], x_BLD], 1)
@@ -315,24 +310,56 @@ class CausalWan(nn.Module):
         return self._unpatchify(y_BLP, rows, cols)
 
     def clean_context(
-        self, x_BFCHW: Tensor, text: Tensor | list[LayerKV], t_BF: Tensor | None = None
+        self,
+        x_BFCHW: Tensor,
+        text: Tensor | list[LayerKV],
+        t_BF: Tensor | None = None,
+        *,
+        past: list[LayerKV] | None = None,
+        start_frame: int = 0,
     ) -> list[LayerKV]:
         """Keys and values of clean frames, for the teacher-forced forward.
 
         Clean frames never attend to noisy ones, so this half of teacher forcing can be a separate
         pass; the last layer computes only keys and values. `t_BF`: the context's time, default 0.
+        Of a clip of a stream that begins at `start_frame`, `past` is what the stream held there
+        (`KVCache.snapshot`); it comes first in the result.
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
-        frames = x_BFCHW.shape[1]
-        how = _Pass(
-            self._rope(rows, cols, range(frames)),
-            self.config.sight(frames, rows * cols),
+        frames, tokens = x_BFCHW.shape[1], rows * cols
+        sight = self.config.sight(frames, tokens)
+        if start_frame:
+            clip = self.config.clip(frames, start_frame)
+            self._check_past(past, clip, tokens, x_BFCHW)
+            sight = intervals.clean_half(clip, tokens)
+        how = Pass(
+            self._rope(rows, cols, range(start_frame, start_frame + frames)),
+            sight,
             keep=True,
             keys_only=True,
+            keys=ClipKeys(past),
         )
         if t_BF is None:
             t_BF = x_BFCHW.new_zeros(1, 1, dtype=torch.float32)
         return self._run(x_BLD, self.time_table(t_BF), self._text(text), how)[1]
+
+    def _check_past(
+        self, past: list[LayerKV] | None, clip: Clip, tokens: int, x_BFCHW: Tensor | None
+    ) -> None:
+        if x_BFCHW is None:
+            return
+        held = 0 if past is None else past[0][0].shape[1]
+        needed = f"keys of the {clip.past} frames held at frame {clip.start}"
+        require(held == clip.past * tokens, "past", past and past[0][0], needed)
+
+    def _clean_frames(
+        self, clean: Tensor | None, context: list[LayerKV] | None, tokens: int, start: int
+    ) -> int:
+        """Number of clean frames given."""
+        if clean is not None:
+            return clean.shape[1]
+        assert context is not None
+        return context[0][0].shape[1] // tokens - self.config.clip(self.config.chunk, start).past
 
     def forward_over(
         self,
@@ -351,7 +378,7 @@ class CausalWan(nn.Module):
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
         past = 0 if context is None else context[0][0].shape[1]
-        how = _Pass(
+        how = Pass(
             self._rope(rows, cols, range(start_frame, start_frame + x_BFCHW.shape[1])),
             intervals.after_context(past, x_BLD.shape[1]),
             context if past else None,
@@ -360,10 +387,6 @@ class CausalWan(nn.Module):
         y_BLP, own = self._run(x_BLD, self.time_table(t_BF), self._text(text), how)
         assert y_BLP is not None
         return self._unpatchify(y_BLP, rows, cols), own
-
-    def _check_teacher_forcing(self) -> None:
-        ok = self.config.window is None and not self.config.independent_first_frame
-        require(ok, "config", self.config, "no window and no independent first frame (context)")
 
     # --- streaming ---
 
@@ -446,9 +469,9 @@ class CausalWan(nn.Module):
         # Autograd's host overhead per op exceeds the run time of some ops.
         with torch.inference_mode():
             x_BLD, rows, cols = self._patchify(x_BFCHW)
-            how = _Pass(
+            how = Pass(
                 cache.rope(x_BFCHW.shape[1]),
-                intervals.cache(cache.valid, x_BLD.shape[1]),
+                cache.intervals(x_BLD.shape[1]),
                 cache=cache,
                 keys_only=context_only,
             )
@@ -462,14 +485,6 @@ class CausalWan(nn.Module):
 
 def _copies(kv: LayerKV) -> LayerKV:
     return kv[0].clone(), kv[1].clone()
-
-
-def _frames(clean: Tensor | None, context: list[LayerKV] | None, tokens: int) -> int:
-    """Number of clean frames given."""
-    if clean is not None:
-        return clean.shape[1]
-    assert context is not None
-    return context[0][0].shape[1] // tokens
 
 
 def _times(t_BF: Tensor | None, x_BFCHW: Tensor) -> Tensor:

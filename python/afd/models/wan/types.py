@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from afd.ops import Intervals, intervals
+from afd.ops import Clip, Intervals, intervals
 
 # Keys (normed, rotated) and values of one layer, each [B, tokens, h, d].
 LayerKV = tuple[Tensor, Tensor]
@@ -70,6 +70,10 @@ class WanConfig:
             sink=self.sink,
             independent_first_frame=first,
         )
+
+    def clip(self, frames: int, start: int = 0) -> Clip:
+        """`frames` frames of a stream from `start` on, as one training pass sees them."""
+        return Clip(frames, self.chunk, start, self.window, self.sink if self.window else 0)
 
 
 # Shift, scale, gate of attention, then of the feed-forward, each [B, F, D].

@@ -1,0 +1,73 @@
+"""Where AFD's updates are in their rollouts (`afd.methods.copies.Place`), and what these cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import fmean
+
+from afd.config.run import RunConfig
+from afd.methods.copies import Place
+from afd.planning import cost_model as cost
+from afd.planning.cost_model import Net
+
+
+class Places:
+    """All places that an update of a run may have, equally likely."""
+
+    def __init__(self, config: RunConfig, net: Net) -> None:
+        self.net, self.afd = net, config.afd
+        afd = config.method == "afd"
+        self.shared = config.afd.group_from_chunk if afd else None
+        self.stream = config.afd.stream_frames if afd else None
+        self.all = list(self._each())
+
+    def _each(self) -> Iterator[Place]:
+        chunks, afd = self.net.chunks, self.afd
+        forks = [int(self.shared or 0)] if isinstance(self.shared, int | None) else [chunks - 1]
+        if self.shared == "random":
+            forks = [*range(chunks)]
+        begins = 1 if self.stream is None else self.stream // self.net.chunk - chunks + 1
+        trained = chunks
+        if self.stream is not None and afd.train_window is not None:
+            trained = afd.train_window // self.net.chunk
+        for clip in range(begins):
+            for fork in forks:
+                at = None if self.shared is None else clip + fork
+                yield Place(clip, at or None, max(fork, chunks - trained))
+
+    @property
+    def least_shared(self) -> int:
+        """Chunks of a whole video that the videos of a prompt share in every update."""
+        return min(place.fork or 0 for place in self.all) if self.stream is None else 0
+
+    @property
+    def held(self) -> int:
+        """Frames that the cache of a rollout holds."""
+        frames = self.net.frames if self.stream is None else self.stream
+        return min(frames, self.net.window or frames)
+
+    def rollout_flop(self, prompts: int, group: int, steps: int, first: int | None) -> float:
+        """The mean rollouts of an update."""
+        chunks = self.net.chunks
+        until = max(place.clip for place in self.all) + chunks
+        total = cost.rolled_flop(self.net, steps, first, until)
+
+        def of(place: Place) -> float:
+            end, fork = place.clip + chunks, place.fork or 0
+            own = total[end] - total[fork] - self.net.context(1, self.net.seen(end - 1))
+            return prompts * (total[fork] + group * own)
+
+        return fmean(map(of, self.all))
+
+    def mean(self, flop: Callable[[Net, int], float]) -> float:
+        """The mean of what an update takes on a clip, given its net and first chunk."""
+        known: dict[tuple[float, int], float] = {}
+        found = []
+        for place in self.all:
+            net = replace(self.net, start=place.clip)
+            key = (net.seen(0), place.first)
+            if key not in known:
+                known[key] = flop(net, place.first)
+            found.append(known[key])
+        return fmean(found)
