@@ -61,6 +61,7 @@ FLOORS = (
     "afd.teachers.paid",
     "afd.adapt",
     "afd.lab",
+    "afd.live",
     "afd.testing",
     "afd.cli",
     "afd.__main__",

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error.exit_code, str(error))
     with ExitStack() as stack:
-        if options.lasts:
+        if options.lasts or getattr(options, "live", False):
             stack.enter_context(lasting_streams())
             stack.enter_context(ended_by_signals())
         return _run_command(options)
@@ -202,6 +202,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.set_defaults(run=_sample, lasts=True)
 
+    live = commands.add_parser(
+        "live", help="watch, steer and compare students' streams in the browser"
+    )
+    live.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG.yaml",
+        help="configuration as of afd sample; without one the shipped laptop student streams",
+    ).complete = FILES  # type: ignore[attr-defined]
+    _takes_server(live)
+    live.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="k=v",
+        help="overrides such as checkpoint=FILE compare=[FILE] window=12 out=DIR",
+    )
+    live.set_defaults(run=_live, lasts=True)
+
     export = commands.add_parser(
         "export", help="write a run's weights as a LoRA or model that other programs load"
     )
@@ -217,6 +235,10 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
     _takes_run(report)
+    report.add_argument(
+        "--live", action="store_true", help="serve the report instead, renewed while a run trains"
+    )
+    _takes_server(report)
     report.set_defaults(run=_report)
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
@@ -272,6 +294,17 @@ def _takes_config(parser: argparse.ArgumentParser) -> None:
 def _takes_run(parser: argparse.ArgumentParser) -> None:
     action = parser.add_argument("folder", type=Path, metavar="RUN_DIR")
     action.complete = FOLDERS  # type: ignore[attr-defined]
+
+
+def _takes_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; beyond loopback with a token",
+    )
+    parser.add_argument("--port", type=int, default=8742, help="0: a free one")
+    parser.add_argument("--public", metavar="URL", help="URL of the proxy in front, if any")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
 def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
@@ -384,6 +417,25 @@ def _sample(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _live(options: argparse.Namespace) -> int:
+    from afd.live.run import live
+
+    words = list(options.overrides)
+    config = options.config
+    # The configuration may be left out before overrides.
+    if config is not None and "=" in config and not Path(config).is_file():
+        words, config = [config, *words], None
+    live(
+        None if config is None else Path(config),
+        words,
+        host=options.host,
+        port=options.port,
+        public=options.public,
+        show=options.open,
+    )
+    return DONE
+
+
 def _export(options: argparse.Namespace) -> int:
     from afd.config.run import make_config
     from afd.export import ExportConfig, export
@@ -405,6 +457,12 @@ def _report(options: argparse.Namespace) -> int:
 
     if not options.folder.is_dir():
         return _fail(MISTAKE, f"report: {options.folder} is not a directory")
+    if options.live:
+        from afd.live.watch import watch
+
+        where = {"host": options.host, "port": options.port, "public": options.public}
+        watch(options.folder, show=options.open, **where)
+        return DONE
     print(write_report(options.folder))
     return DONE
 
