@@ -42,6 +42,11 @@ class LiveConfig(SampleConfig):
     quality: Annotated[int, Field(ge=1, le=100)] = Field(
         default=90, description="quality of these pictures, 1 to 100"
     )
+    keep_text_encoder: bool = Field(
+        default=False,
+        description="keep the text encoder in memory, so that a prompt that is typed is embedded "
+        "without loading it again",
+    )
     full: Literal["wait", "drop"] = Field(
         default="wait",
         description="what happens to a chunk when the encoder is busy with two others: the "

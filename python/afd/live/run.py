@@ -57,6 +57,9 @@ def make_app(config: LiveConfig, rules: Guard) -> Starlette:
         students = load_students(config.students(), config.labels(), prompts)
     except ValueError as error:  # a file does not match the configuration
         raise ConfigError(str(error)) from error
+    if config.keep_text_encoder:
+        for one in students:
+            one.pipeline.student.keep_text_encoder()
     viewers = Viewers()
     # A page holds no larger number exactly.
     if first.seed >= 2**53:

@@ -62,6 +62,7 @@ class Chunk:
     """A finished chunk of every student.
 
     Attributes:
+        start: its first video frame.
         frames_FHWC: uint8, by student.
         latents: [1, c, C, H, W] on the device, by student.
         cache: bytes of the caches as allocated, and as the formula has them.
@@ -84,6 +85,7 @@ class Take:
         switches: those made so far.
         prompt: the present prompt.
         chunk: index of the next chunk.
+        frames, shown: latent frames and video frames made so far.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Take:
         self.first_prompt = self.prompt = prompt
         self.seed, self.picture = seed, picture
         self.switches: list[PromptSwitch] = []
-        self.chunk = self.frames = 0
+        self.chunk = self.frames = self.shown = 0
         self._streams = [_Stream(student, prompt, seed, picture) for student in students]
         self._given: list[Switch | None] = [None] * len(students)
 
@@ -127,7 +129,7 @@ class Take:
         caches = [one.cache_bytes() for one in self._streams]
         made = Chunk(
             self.chunk,
-            self.frames,
+            self.shown,
             self.prompt,
             switched[0] is not None,
             frames,
@@ -137,6 +139,7 @@ class Take:
         )
         self.chunk += 1
         self.frames += latents[0].shape[1]
+        self.shown += len(frames[0])
         return made
 
     def close(self) -> None:
