@@ -420,14 +420,8 @@ def _sample(options: argparse.Namespace) -> int:
 def _live(options: argparse.Namespace) -> int:
     from afd.live.run import live
 
-    words = list(options.overrides)
-    config = options.config
-    # The configuration may be left out before overrides.
-    if config is not None and "=" in config and not Path(config).is_file():
-        words, config = [config, *words], None
     live(
-        None if config is None else Path(config),
-        words,
+        [*filter(None, [options.config]), *options.overrides],
         host=options.host,
         port=options.port,
         public=options.public,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import pytest
 from afd.benchmarks.config import BenchmarkConfig
 from afd.cli import _parser, main
 from afd.config.run import RunConfig, load_config, make_config
+from afd.errors import ConfigError
 from afd.export import ExportConfig
+from afd.live.config import read_config
 from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +25,7 @@ PAGES = (
     "QUICKSTART.md",
     "TRAINING.md",
     "SAMPLING.md",
+    "LIVE.md",
     "EVALUATION.md",
     "TEACHERS.md",
     "ABLATIONS.md",
@@ -44,6 +49,15 @@ def commands(page: str, heading: str = "") -> list[list[str]]:
     return [shlex.split(match[1], comments=True) for match in found if match]
 
 
+@contextmanager
+def suppress_absent() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        if "is neither a file nor" not in str(error):
+            raise
+
+
 @pytest.mark.parametrize(
     "words",
     [words for page in PAGES for words in commands(page)],
@@ -53,7 +67,14 @@ def test_a_command_and_its_keys_exist(words: list[str]) -> None:
     options = _parser().parse_args(words)
     path = getattr(options, "config", None)
     kind = KINDS.get(options.command)
-    if options.command == "export":
+    if options.command == "live":
+        words = [*filter(None, [path]), *options.overrides]
+        if path is not None and path.endswith(".yaml"):
+            words[0] = str(ROOT / path)
+        # A checkpoint that is to be compared is only there after a run.
+        with suppress_absent():
+            read_config(words)
+    elif options.command == "export":
         make_config({}, options.overrides, "page", ExportConfig)
     elif path is not None and path.suffix == ".yaml" and kind is not None:
         load_config(ROOT / path, options.overrides, kind)

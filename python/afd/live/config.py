@@ -94,15 +94,17 @@ class LiveConfig(SampleConfig):
         return names
 
 
-def read_config(path: Path | None, overrides: Sequence[str]) -> LiveConfig:
-    """The configuration of a file, or of the shipped student if there is none.
+def read_config(words: Sequence[str]) -> LiveConfig:
+    """The configuration of `afd live [CONFIG] [k=v …]`; without a file the shipped student's.
 
     `checkpoint=` is short for `student.checkpoint=`. Raises ConfigError.
     """
-    words = [f"student.{word}" if word.startswith("checkpoint=") else word for word in overrides]
+    path = words[0] if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+    rest = words if path is None else words[1:]
+    rest = [f"student.{word}" if word.startswith("checkpoint=") else word for word in rest]
     try:
         if path is None:
-            return make_config(LAPTOP, words, "afd live", LiveConfig)
-        return load_config(path, words, LiveConfig)
+            return make_config(LAPTOP, rest, "afd live", LiveConfig)
+        return load_config(path, rest, LiveConfig)
     except FileNotFoundError as error:  # a checkpoint whose sizes a check needs
         raise ConfigError(f"student: {error}") from error

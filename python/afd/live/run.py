@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from starlette.applications import Starlette
 
@@ -21,8 +20,7 @@ from afd.video import read_video, to_uint8
 
 
 def live(
-    path: Path | None,
-    overrides: Sequence[str],
+    words: Sequence[str],
     *,
     host: str = "127.0.0.1",
     port: int = PORT,
@@ -32,6 +30,7 @@ def live(
     """Serve the students of a configuration, by default the shipped one, until a signal ends it.
 
     Args:
+        words: those of `afd live`: a configuration file or none, then overrides.
         host: address to listen on; any but loopback needs the printed token in the URL.
         public: URL of a proxy through which the page is reached, too.
         show: open the page in the browser.
@@ -39,7 +38,7 @@ def live(
     Raises:
         ConfigError: the configuration, a file it names, the address or the port.
     """
-    config = read_config(path, overrides)
+    config = read_config(words)
     rules = guard(host, public)
     # The address is checked before weights are loaded.
     with listen(host, port) as listening:
