@@ -336,6 +336,24 @@ def shared_stream(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield watching
 
 
+def test_a_flood_of_commands_does_not_hold_the_stream_up(tmp_path: Path) -> None:
+    with client(configuration(tmp_path, fps=100)) as opened, viewer(opened) as watching:
+        watching.until(lambda: bool(watching.chunks))
+        done = threading.Event()
+
+        def flood() -> None:
+            while not done.is_set():
+                watching.send("switch", prompt="A blue ball", mode="plain")
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            watching.until(lambda: len(watching.chunks) > 10, 20_000)
+        finally:
+            done.set()
+            thread.join()
+
+
 def test_a_student_that_fails_pauses_the_stream_and_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,24 +138,20 @@ class Engine:
         if self._config.threads:
             torch.set_num_threads(self._config.threads)
         while True:
+            rest = self._rest()
+            # A chunk that is due waits for the commands already there, not for those that follow.
+            waiting = self._commands.qsize() if rest == 0.0 else 1
             try:
-                command = self._commands.get(timeout=self._rest())
+                for _ in range(waiting):
+                    command = self._commands.get(timeout=rest)
+                    if isinstance(command, _Stop):
+                        self._end_recording()
+                        return
+                    self._obey(command)
             except queue.Empty:
+                pass
+            if self._rest() == 0.0:
                 self._advance()
-                continue
-            if isinstance(command, _Stop):
-                self._end_recording()
-                return
-            if command is None:
-                if not self._watched:
-                    self._end_recording()
-                self._changed()
-                continue
-            try:
-                self._follow(command)
-            except (AfdError, ValueError, OSError) as error:
-                self._publish(protocol.Problem(text=str(error)[:500]))
-            self._changed()
 
     def _rest(self) -> float | None:
         """Seconds until the next chunk is due; None: there is none."""
@@ -163,20 +159,37 @@ class Engine:
             return None
         return 0.0 if self._steps else max(0.0, self._due - time.monotonic())
 
+    def _obey(self, command: protocol.Command | Picture | None) -> None:
+        """Follow a command; what it asks for in vain is a sentence to the viewers."""
+        try:
+            if command is not None:
+                self._follow(command)
+            if not self._watched:
+                self._end_recording()
+            self._changed()
+        except (AfdError, ValueError, OSError) as error:
+            self._publish(protocol.Problem(text=str(error)[:500]))
+            self._changed()
+        except Exception as error:
+            self._fail(error)
+
     def _advance(self) -> None:
-        """Make the next chunk; whatever goes wrong is a sentence to the viewers."""
         try:
             self._make()
         except Exception as error:
-            if not isinstance(error, AfdError | ValueError):
-                _log.exception("the stream has failed")
-            # Without its caches, which the next take allocates again.
-            self._end_recording()
-            self._take, self._playing, self._steps = None, False, 0
-            for student in self._students:
-                student.pipeline.kept = None
-            self._publish(protocol.Problem(text=f"the stream has failed: {error}"[:500]))
-            self._changed()
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the take and pause; `play` begins another one."""
+        if not isinstance(error, AfdError | ValueError):
+            _log.exception("the stream has failed")
+        self._end_recording()
+        self._take, self._playing, self._steps = None, False, 0
+        # The next take allocates its caches again.
+        for student in self._students:
+            student.pipeline.kept = None
+        self._publish(protocol.Problem(text=f"the stream has failed: {error}"[:500]))
+        self._changed()
 
     def _make(self) -> None:
         take = self._take or self._begin()

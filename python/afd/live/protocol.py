@@ -177,10 +177,11 @@ class State(_Message):
 
 
 class Hello(_Message):
-    """The first message: what does not change while the server runs."""
+    """The first message: what does not change while the server runs; `run` differs after that."""
 
     type: Literal["hello"] = "hello"
     version: Literal[1] = 1
+    run: str
     fps: float
     height: int
     width: int

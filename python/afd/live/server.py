@@ -44,6 +44,7 @@ class Live:
         self._config, self._engine, self._viewers, self._guard = config, engine, viewers, guard
         student = config.students()[0]
         self._hello = protocol.Hello(
+            run=secrets.token_hex(8),
             fps=config.fps,
             height=config.height,
             width=config.width,

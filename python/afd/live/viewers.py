@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 
 from afd.live import protocol
 
@@ -47,7 +48,9 @@ class Viewer:
             if self._woken:
                 return
             self._woken = True
-        self._loop.call_soon_threadsafe(self._ready.set)
+        # The viewer may have left in this moment, with its loop.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._ready.set)
 
     def seen(self, take: int, chunk: int) -> None:
         """The viewer has this chunk, and so all that were sent before it."""
