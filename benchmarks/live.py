@@ -112,12 +112,14 @@ def serving(fps: float, out: Path) -> Iterator[str]:
 
 def cpu_seconds() -> dict[str, float]:
     """CPU seconds of this process's threads so far, by name."""
-    tick, found = os.sysconf("SC_CLK_TCK"), {}
-    for thread in threading.enumerate():
-        stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()
-        found[thread.name] = (int(fields[11]) + int(fields[12])) / tick
-    return found
+    threads = threading.enumerate()
+    return {one.name: used(f"/proc/self/task/{one.native_id}/stat") for one in threads}
+
+
+def used(stat: str) -> float:
+    """CPU seconds in a file of /proc."""
+    fields = Path(stat).read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def watch(url: str, count: int, seconds: float, answers: Connection) -> None:
@@ -156,6 +158,7 @@ def start() -> Iterator[Row]:
         viewer.chunk()
         yield Row("start", "page is served", listening, "s")
         yield Row("start", "first frame", time.monotonic() - begun, "s")
+        yield Row("start", "CPU until then", used(f"/proc/{process.pid}/stat"), "s")
         viewer.close()
     finally:
         process.terminate()
@@ -200,12 +203,12 @@ def shares(url: str, viewers: int, seconds: float) -> Iterator[Row]:
     took = time.monotonic() - begun
     after = cpu_seconds()
     process.join()
-    used = {name: after[name] - before.get(name, 0.0) for name in after}
+    spent = {name: after[name] - before.get(name, 0.0) for name in after}
     case = f"{viewers} viewer{'s' * (viewers > 1)}"
     yield Row(case, "fps, least of the viewers", min(rates), "1/s")
-    server = used["afd-live-encoder"] + used["sockets"]
+    server = spent["afd-live-encoder"] + spent["sockets"]
     yield Row(case, "server CPU", 100 * server / took, "%")
-    yield Row(case, "generator CPU", 100 * used["afd-live-device"] / took, "%")
+    yield Row(case, "generator CPU", 100 * spent["afd-live-device"] / took, "%")
 
 
 def frame(height: int, width: int) -> np.ndarray:
