@@ -18,12 +18,15 @@ FAST := tests/test_architecture.py tests/contract/test_plans.py tests/contract/t
         $(patsubst %,tests/afd/test_%.py,afd_method answers causal_wan checkpoint cli config \
         discriminators files folder kv_cache ledger optimizer policies rollout schedules)
 
-.PHONY: quickstart quickstart-full test test-fast soak lowest check format bench offline gpu-check gpu-rehearsal \
-        gpu-wheels wheels extras release-notes base motion-backbone screenshot readme lock setup \
-        clean
+.PHONY: live quickstart quickstart-full test test-fast soak lowest check format bench offline gpu-check \
+        gpu-rehearsal gpu-wheels wheels extras release-notes base motion-backbone screenshot readme lock \
+        setup clean
 
 quickstart: setup ## base, SFT and AFD on a laptop; ends with the path of report.html
 	$(BIN)/afd quickstart $(ARGS)
+
+live: setup ## the laptop student's stream in the browser; ARGS goes to afd live
+	$(BIN)/afd live --open $(ARGS)
 
 quickstart-full: setup ## the whole table: every teacher, run and control, three seeds
 	$(BIN)/afd ablation ablations/quickstart_full $(ARGS)
@@ -72,6 +75,7 @@ bench: setup ## the benchmarks of this device; tables, JSON and plots in benchma
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.videos
 	$(BIN)/python -m benchmarks.clips
+	$(BIN)/python -m benchmarks.live
 	$(BIN)/python -m benchmarks.train_step
 
 gpu-check: ## build, test and measure on a GPU box with what it has; needs no network
@@ -96,8 +100,9 @@ base: setup ## make the shipped base student again
 motion-backbone: setup ## make the shipped motion backbone again
 	$(BIN)/python -m afd.lab.pretrain motion-backbone
 
-screenshot: setup ## docs/quickstart.png from the last quickstart; needs chromium
+screenshot: setup ## docs/quickstart.png and docs/live.png from the last quickstart; needs chromium
 	$(BIN)/python docs/screenshot.py runs/quickstart docs/quickstart.png
+	$(BIN)/python docs/live_screenshot.py runs/quickstart/afd docs/live.png
 
 readme: setup ## fill README's tables from the last quickstart and benchmarks
 	$(BIN)/python -m docs.fill_readme

@@ -112,6 +112,12 @@ def rollout_table(rows: Rows) -> str:
     return _table(columns, lines)
 
 
+def live_table(rows: Rows) -> str:
+    """Every measured quantity of the live server."""
+    lines = [[r["case"], r["quantity"], f"{r['value']:.3g} {r['unit']}"] for r in rows]
+    return _table(["case", "quantity", "measured"], lines)
+
+
 def train_step_table(rows: Rows) -> str:
     """The student's update in each context mode, and the phases before it."""
     found = {(row["case"], row["phase"], row["provider"]): row for row in rows}
@@ -171,7 +177,10 @@ TABLES = {
     "attention": attention_table,
     "rollout": rollout_table,
     "train_step": train_step_table,
+    "live": live_table,
 }
+# The page of a table, if not docs/PERFORMANCE.md.
+PAGE_OF = {"live": "docs/LIVE.md"}
 
 
 # What the summary states of each benchmark: its subject, and columns with what they compare to.
@@ -245,9 +254,13 @@ def main() -> None:
         "README.md": {"facts": _table(["measured", "result", "command; device, date"], facts)},
         "docs/QUICKSTART.md": {"quickstart": quickstart_table(run)},
         "docs/PERFORMANCE.md": {
-            name: "\n\n".join(map(benchmark_table, results(name))) for name in TABLES
+            name: "\n\n".join(map(benchmark_table, results(name)))
+            for name in TABLES
+            if name not in PAGE_OF
         },
     }
+    for name, page in PAGE_OF.items():
+        pages[page] = {name: "\n\n".join(map(benchmark_table, results(name)))}
     for page, tables in pages.items():
         text = (ROOT / page).read_text()
         for name, content in tables.items():

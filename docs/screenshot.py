@@ -39,6 +39,7 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 LIMIT_BYTES = 300_000
+READY = "document.body?.dataset.ready === 'yes'"
 
 
 def find_chromium() -> str | None:
@@ -94,11 +95,17 @@ class Browser:
             self.complaints.append(str(data["args"]))
         elif method == "Network.requestWillBeSent":
             url = data["request"]["url"]
-            if not url.startswith(("data:", "about:")) and data["type"] != "Document":
+            if not url.startswith(("data:", "about:", "blob:")) and data["type"] != "Document":
                 self.complaints.append(f"requests {url}")
 
     def open(self, page: Path, width: int, height: int, dark: bool = False) -> None:
         """Show a file and wait until its script says that it is ready."""
+        self.show(page.resolve().as_uri(), width, height, dark)
+
+    def show(
+        self, url: str, width: int, height: int, dark: bool = False, ready: str = READY
+    ) -> None:
+        """`open` for a URL, until a JavaScript condition holds."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.send(
@@ -108,8 +115,8 @@ class Browser:
             deviceScaleFactor=1,
             mobile=width < 600,
         )
-        self.send("Page.navigate", url=page.resolve().as_uri())
-        self.wait("document.body?.dataset.ready === 'yes'")
+        self.send("Page.navigate", url=url)
+        self.wait(ready)
 
     def wait(self, condition: str, limit_s: float = 120.0) -> None:
         """Until a JavaScript condition holds; RuntimeError with the complaints if it never does."""

@@ -64,7 +64,9 @@ FLOORS = (
     "afd.adapt",
     "afd.lab",
     "afd.audit.command",
+    "afd.live",
     "afd.testing",
+    "afd.verbs",
     "afd.cli",
     "afd.__main__",
 )

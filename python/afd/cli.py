@@ -4,32 +4,26 @@ Exit codes: 0 done (now or before), 1 the run failed, 2 a mistake in the command
 or a file it names, 3 the disk failed (full, read-only, gone), 130 stopped by Ctrl-C, SIGTERM or
 SIGHUP. docs/TRAINING.md has the table.
 
-This module imports only the core dependencies. Each verb's function imports what it needs; a
-missing package is reported in one sentence that names the extra providing it.
+This module parses; verbs.py runs. Both import only the core dependencies, and each verb's function
+what it needs; a missing package is reported in one sentence that names the extra providing it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import afd
-from afd import extras
-from afd.errors import DONE, FAILED, MISTAKE, STOPPED, STORAGE, AfdError, ConfigError
+from afd import extras, verbs
+from afd.errors import FAILED, MISTAKE, STOPPED, STORAGE, AfdError, ConfigError
 from afd.files import DISK, what_failed
 from afd.terminal import drop, ended_by_signals, lasting_streams, occupy
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from afd.config.run import RunConfig
 
 # The shells that `--print-completion` supports, and how they complete paths.
 SHELLS = ("bash", "zsh")
@@ -54,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _options(words)
     except ConfigError as error:
-        return _fail(error.exit_code, str(error))
+        return verbs.fail(error.exit_code, str(error))
     with ExitStack() as stack:
-        if options.lasts:
+        if options.lasts or getattr(options, "live", False):
             stack.enter_context(lasting_streams())
             stack.enter_context(ended_by_signals())
         return _run_command(options)
@@ -70,12 +64,12 @@ def _run_command(options: argparse.Namespace) -> int:
             sys.stdout.flush()
         return code
     except AfdError as error:
-        return _fail(error.exit_code, str(error))
+        return verbs.fail(error.exit_code, str(error))
     except ModuleNotFoundError as error:
         absent = extras.absent_module(f"afd {options.command}", error)
         if absent is None:
             raise
-        return _fail(absent.exit_code, str(absent))
+        return verbs.fail(absent.exit_code, str(absent))
     except BrokenPipeError:
         # The reader of a command that only prints has closed the pipe.
         drop(1)
@@ -83,11 +77,11 @@ def _run_command(options: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno in DISK:
             remedy = f"{DISK[error.errno]}, and run the same command again"
-            return _fail(STORAGE, f"{what_failed(error)}; {remedy}")
+            return verbs.fail(STORAGE, f"{what_failed(error)}; {remedy}")
         # An error with a file name concerns the user's input; any other is a failure of the run.
-        return _fail(FAILED if error.filename is None else MISTAKE, what_failed(error))
+        return verbs.fail(FAILED if error.filename is None else MISTAKE, what_failed(error))
     except KeyboardInterrupt:
-        return _fail(STOPPED, "interrupted; unfinished work was not saved")
+        return verbs.fail(STOPPED, "interrupted; unfinished work was not saved")
 
 
 def _options(words: list[str]) -> argparse.Namespace:
@@ -100,19 +94,6 @@ def _options(words: list[str]) -> argparse.Namespace:
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
-
-
-def _fail(code: int, sentence: str) -> int:
-    """Print an error; returns the exit code."""
-    try:
-        from rich.console import Console
-        from rich.markup import escape
-    except ModuleNotFoundError:  # core installation only
-        print(f"afd: error: {sentence}", file=sys.stderr)
-        return code
-    text = f"[red]afd: error:[/red] {escape(sentence)}"
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,14 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(train)
     _takes_plan(train, "memory, hours and cost")
     _takes_overrides(train)
-    train.set_defaults(run=_train, lasts=True)
+    train.set_defaults(run=verbs.train, lasts=True)
 
     resume = commands.add_parser(
         "resume", help="continue a stopped run, bitwise as if it had not stopped"
     )
     _takes_run(resume)
     _takes_overrides(resume)
-    resume.set_defaults(run=_resume, lasts=True)
+    resume.set_defaults(run=verbs.resume, lasts=True)
 
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint again")
     _takes_run(evaluate)
@@ -154,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="k=v",
         help="overrides of evaluation and of keys that change no update, such as evaluation.seed=7",
     )
-    evaluate.set_defaults(run=_evaluate, lasts=True)
+    evaluate.set_defaults(run=verbs.evaluate, lasts=True)
 
     benchmark = commands.add_parser(
         "benchmark", help="generate and rate videos for VBench, VideoPhy-2 and VideoAlign"
@@ -163,26 +144,26 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument(
         "overrides", nargs="*", metavar="k=v", help="overrides such as run=RUN_DIR limit=20"
     )
-    benchmark.set_defaults(run=_benchmark, lasts=True)
+    benchmark.set_defaults(run=verbs.benchmark, lasts=True)
 
     quickstart = commands.add_parser(
         "quickstart", help="teacher, base, SFT and AFD on a laptop, with a report"
     )
     _takes_overrides(quickstart)
-    quickstart.set_defaults(run=_quickstart, lasts=True)
+    quickstart.set_defaults(run=verbs.quickstart, lasts=True)
 
     ablation = commands.add_parser(
         "ablation", help="run an ablation: its runs, a table, the r curves"
     )
     _takes_config(ablation)
     _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
-    ablation.set_defaults(run=_ablation, lasts=True)
+    ablation.set_defaults(run=verbs.ablation, lasts=True)
 
     adapt = commands.add_parser("adapt", help="train on one domain after another")
     _takes_config(adapt)
     _takes_plan(adapt, "memory, hours and cost per domain")
     _takes_overrides(adapt, "those of all domains' runs; name= and out= are the sequence's")
-    adapt.set_defaults(run=_adapt, lasts=True)
+    adapt.set_defaults(run=verbs.adapt, lasts=True)
 
     sample = commands.add_parser(
         "sample", help="stream videos of prompts from a student's checkpoint into mp4 files"
@@ -198,7 +179,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="k=v",
         help="overrides such as student.checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3",
     )
-    sample.set_defaults(run=_sample, lasts=True)
+    sample.set_defaults(run=verbs.sample, lasts=True)
+
+    live = commands.add_parser(
+        "live", help="watch, steer and compare students' streams in the browser"
+    )
+    live.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG.yaml",
+        help="configuration as of afd sample; without one the shipped laptop student streams",
+    ).complete = FILES  # type: ignore[attr-defined]
+    _takes_server(live)
+    live.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="k=v",
+        help="overrides such as checkpoint=FILE compare=[FILE] window=12 out=DIR",
+    )
+    live.set_defaults(run=verbs.live, lasts=True)
 
     export = commands.add_parser(
         "export", help="write a run's weights as a LoRA or model that other programs load"
@@ -211,10 +210,10 @@ def _parser() -> argparse.ArgumentParser:
         help="out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, weights=ema|old|theta, "
         "against=released|start, rank=, dtype=",
     )
-    export.set_defaults(run=_export)
+    export.set_defaults(run=verbs.export)
 
     configs = commands.add_parser("configs", help="list the shipped configurations, or copy one")
-    configs.set_defaults(run=_configs)
+    configs.set_defaults(run=verbs.configs)
     actions = configs.add_subparsers(dest="action", metavar="ACTION")
     copy = actions.add_parser("copy", help="copy a shipped configuration, to be edited")
     copy.add_argument("name", metavar="NAME")
@@ -223,24 +222,28 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html of a run or a quickstart")
     _takes_run(report)
-    report.set_defaults(run=_report)
+    report.add_argument(
+        "--live", action="store_true", help="serve the report instead, renewed while a run trains"
+    )
+    _takes_server(report)
+    report.set_defaults(run=verbs.report)
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=verbs.doctor)
 
     teacher = commands.add_parser("teacher", help="fill a teacher's folder, or show its state")
-    teacher.set_defaults(run=_teacher)
-    verbs = teacher.add_subparsers(dest="verb", metavar="VERB")
-    verbs.add_parser("simulate", help="write simulated videos: --style S --count N --out DIR")
-    fetch = verbs.add_parser("fetch", help="buy all videos of a paid teacher in advance")
+    teacher.set_defaults(run=verbs.teacher)
+    of_teacher = teacher.add_subparsers(dest="verb", metavar="VERB")
+    of_teacher.add_parser("simulate", help="write simulated videos: --style S --count N --out DIR")
+    fetch = of_teacher.add_parser("fetch", help="buy all videos of a paid teacher in advance")
     fetch.set_defaults(lasts=True)
-    status = verbs.add_parser("status", help="contents and cost of a paid teacher's folder")
+    status = of_teacher.add_parser("status", help="contents and cost of a paid teacher's folder")
     status.add_argument("--json", action="store_true", help="print JSON")
     for verb in (fetch, status):
         _takes_config(verb)
         _takes_overrides(verb)
-    audit = verbs.add_parser("audit", help="which clips not to trust: a page with pictures")
+    audit = of_teacher.add_parser("audit", help="which clips not to trust: a page with pictures")
     source = audit.add_argument("config", type=Path, metavar="FOLDER|CONFIG.yaml")
     source.complete = FILES  # type: ignore[attr-defined]
     _takes_overrides(audit, "also out= run= student= videos=")
@@ -267,13 +270,6 @@ class _PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def _console() -> Console:
-    """A console that prints paths and prompts verbatim: [x] and :x: are not markup."""
-    from rich.console import Console
-
-    return Console(markup=False, emoji=False)
-
-
 def _takes_config(parser: argparse.ArgumentParser) -> None:
     text = "a YAML file, or a name that `afd configs` lists"
     action = parser.add_argument("config", type=Path, metavar="CONFIG", help=text)
@@ -292,6 +288,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _takes_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; beyond loopback with a token",
+    )
+    parser.add_argument("--port", type=int, default=8742, help="0: a free one")
+    parser.add_argument("--public", metavar="URL", help="URL of the proxy in front, if any")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
 def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help=f"print estimates of {estimates}; train nothing"
@@ -307,184 +314,6 @@ def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
 def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
     text = "overrides such as afd.nft_beta=0.5 teacher.style=mark"
     parser.add_argument("overrides", nargs="*", metavar="k=v", help=f"{text}; {more}".rstrip("; "))
-
-
-def _train(options: argparse.Namespace) -> int:
-    from afd.config.keys import refuse_idle
-    from afd.config.run import UPDATES, load_config
-
-    processes = _processes(options)
-    config = load_config(options.config, options.overrides)
-    refuse_idle(options.overrides, config.method, UPDATES)
-    if options.dry_run:
-        from afd.planning.plan import dry_run
-
-        dry_run(config, processes, _console())
-        return DONE
-    return _run(config)
-
-
-def _processes(options: argparse.Namespace) -> int:
-    """The processes of a dry run. Raises ConfigError for a number without a dry run."""
-    if options.processes is not None and not options.dry_run:
-        raise ConfigError(
-            f"--processes: got {options.processes} without --dry-run; needed: torchrun "
-            f"--nproc-per-node {options.processes} -m afd {options.command} … to train on as many"
-        )
-    return 1 if options.processes is None else int(options.processes)
-
-
-def _resume(options: argparse.Namespace) -> int:
-    from afd.trainer.run_folder import load_run
-
-    return _run(load_run(options.folder, options.overrides))
-
-
-def _run(config: RunConfig) -> int:
-    from afd.trainer.loop import Outcome, train
-
-    outcome = train(config)
-    if outcome is Outcome.ALREADY_FINISHED:
-        print(f"{config.run_dir} is finished; choose another out= for a new run, or more updates=")
-    return STOPPED if outcome is Outcome.STOPPED else DONE
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from afd.trainer.again import evaluate_run
-
-    if options.folder.is_file():
-        problem = f"eval: got {options.folder}, a file; needed: a RUN_DIR"
-        return _fail(
-            MISTAKE, f"{problem}; afd benchmark CONFIG.yaml generates a benchmark's videos"
-        )
-    result = evaluate_run(options.folder, options.videos, options.overrides)
-    print(json.dumps({"videos": result.count, "metrics": result.metrics}, indent=1))
-    return DONE
-
-
-def _benchmark(options: argparse.Namespace) -> int:
-    from afd.benchmarks.config import BenchmarkConfig
-    from afd.benchmarks.run import evaluate
-    from afd.config.run import load_config
-
-    if options.config.is_dir():
-        problem = f"benchmark: got {options.config}, a directory; needed: CONFIG.yaml"
-        return _fail(MISTAKE, f"{problem}; afd eval RUN_DIR evaluates a run's checkpoint")
-    evaluate(load_config(options.config, options.overrides, BenchmarkConfig), _console())
-    return DONE
-
-
-def _quickstart(options: argparse.Namespace) -> int:
-    from afd.lab.quickstart import quickstart
-
-    return DONE if quickstart(options.overrides, _console()) else STOPPED
-
-
-def _ablation(options: argparse.Namespace) -> int:
-    from afd.lab.ablation import ablation
-
-    return DONE if ablation(options.config, options.overrides, _console()) else STOPPED
-
-
-def _adapt(options: argparse.Namespace) -> int:
-    from afd.adapt.run import adapt, dry_run
-
-    processes = _processes(options)
-    if options.dry_run:
-        dry_run(options.config, options.overrides, processes, _console())
-        return DONE
-    from afd.lab.report.page import write_report
-
-    console = _console()
-
-    def finish(root: Path) -> None:
-        console.print(f"open {write_report(root)}", soft_wrap=True)
-
-    return DONE if adapt(options.config, options.overrides, console, finish) else STOPPED
-
-
-def _sample(options: argparse.Namespace) -> int:
-    from afd.config.run import load_config
-    from afd.sampling.config import SampleConfig
-    from afd.sampling.sample import dry_run, sample
-
-    config = load_config(options.config, options.overrides, SampleConfig)
-    if options.dry_run:
-        dry_run(config, _console())
-    else:
-        sample(config, _console())
-    return DONE
-
-
-def _export(options: argparse.Namespace) -> int:
-    from afd.config.run import make_config
-    from afd.export import ExportConfig, export
-
-    config = make_config({}, options.overrides, "command", ExportConfig)
-    out = export(options.folder, config)
-    note = json.loads((out / "afd.json").read_text(encoding="utf-8"))
-    if note.get("svd_error") is not None:
-        print(
-            f"rank {note['rank_before']} cut to {note['rank']}: relative error of the change "
-            f"{note['svd_error']:.2e}"
-        )
-    print(out)
-    return DONE
-
-
-def _configs(options: argparse.Namespace) -> int:
-    from afd.config.shipped import copy_config, listing
-
-    if options.action == "copy":
-        print(copy_config(options.name, options.to))
-        return DONE
-    print(listing())
-    return DONE
-
-
-def _report(options: argparse.Namespace) -> int:
-    from afd.lab.report.page import write_report
-
-    if not options.folder.is_dir():
-        return _fail(MISTAKE, f"report: {options.folder} is not a directory")
-    print(write_report(options.folder))
-    return DONE
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from afd import doctor
-
-    facts = doctor.inspect()
-    if options.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        doctor.show(facts, _console())
-    return DONE
-
-
-def _teacher(options: argparse.Namespace) -> int:
-    if options.verb is None:
-        needed = "simulate, fetch, status or audit"
-        return _fail(MISTAKE, f"teacher: needs a subcommand: afd teacher {needed} --help")
-    if options.verb == "audit":
-        from afd.audit.command import command as audit
-
-        audit(options.config, options.overrides, _console())
-        return DONE
-    from afd.config.run import load_config
-    from afd.teachers.paid import command
-
-    config = load_config(options.config, options.overrides)
-    teachers = command.buyers(config)
-    if options.verb == "status":
-        return command.status(teachers, _console(), as_json=options.json)
-    codes = []
-    for one in teachers:
-        whole = command.fetch(one, _console())
-        codes.append(STOPPED if whole is None else DONE if whole else FAILED)
-        if whole is None:
-            break
-    return max(codes)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from afd.adapt import run as adapt_run
 from afd.adapt.matrix import balance
 from afd.adapt.run import adapt
 from afd.adapt.sequence import load_chain
-from afd.cli import DONE, MISTAKE, main
+from afd.cli import main
 from afd.config.run import load_config, plain
 from afd.config.yaml import yaml_text
 from afd.distributed import ALONE
-from afd.errors import AfdError, ConfigError
+from afd.errors import DONE, MISTAKE, AfdError, ConfigError
 from afd.lab.ablation import AblationConfig, ablation, sequence_study
 from afd.trainer import shards
 from tests.afd.test_origin import SMALL

@@ -16,8 +16,8 @@ from afd.audit.audit import SCORED, Audit, audit, read_trust
 from afd.audit.clip import Clip, of_tensor, read
 from afd.audit.probe import auc, balance, separability, statistics
 from afd.audit.scored import prompt_mismatch, worse_than_student
-from afd.cli import MISTAKE, main
-from afd.errors import ConfigError
+from afd.cli import main
+from afd.errors import MISTAKE, ConfigError
 from afd.lab.detection import detection
 from afd.lab.physics import measure_each
 from afd.lab.simulator import ATTRIBUTES, Attributes, attribute_table, sample_videos

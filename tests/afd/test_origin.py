@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from afd.cli import DONE, MISTAKE, main
+from afd.cli import main
 from afd.config.run import RunConfig, make_config
-from afd.errors import ConfigError
+from afd.errors import DONE, MISTAKE, ConfigError
 from afd.export import ExportConfig, export
 from afd.lab.student import ToyStudent
 from afd.models.low_rank import LowRank, cut, folded, joined

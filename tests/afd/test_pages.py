@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,13 @@ from afd.audit.command import AuditOptions, split
 from afd.benchmarks.config import BenchmarkConfig
 from afd.cli import _parser, main
 from afd.config.run import RunConfig, load_config, make_config
+from afd.errors import ConfigError
 from afd.export import ExportConfig
 from afd.hub import CONFIGS
 from afd.lab.physics import DEFINITIONS
 from afd.lab.quickstart import COLUMNS
 from afd.lab.shipped import checkpoint_path
+from afd.live.config import read_config
 from afd.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +32,7 @@ PAGES = (
     "QUICKSTART.md",
     "TRAINING.md",
     "SAMPLING.md",
+    "LIVE.md",
     "EVALUATION.md",
     "TEACHERS.md",
     "ABLATIONS.md",
@@ -51,6 +56,15 @@ def commands(page: str, heading: str = "") -> list[list[str]]:
     return [shlex.split(match[1], comments=True) for match in found if match]
 
 
+@contextmanager
+def suppress_absent() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        if "is neither a file nor" not in str(error):
+            raise
+
+
 @pytest.mark.parametrize(
     "words",
     [words for page in PAGES for words in commands(page)],
@@ -64,7 +78,11 @@ def test_a_command_and_its_keys_exist(words: list[str]) -> None:
     if getattr(options, "verb", None) == "audit":
         own, overrides = split(overrides)
         make_config({}, own, "page", AuditOptions)
-    if options.command == "export":
+    if options.command == "live":
+        # A checkpoint that is to be compared is only there after a run.
+        with suppress_absent():
+            read_config([*filter(None, [path]), *overrides])
+    elif options.command == "export":
         make_config({}, overrides, "page", ExportConfig)
     elif path is not None and kind is not None and path.name != "clips":
         load_config(path, overrides, kind)

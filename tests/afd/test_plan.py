@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from afd import cli
 from afd.config.run import RunConfig, load_config, make_config
-from afd.errors import ConfigError
+from afd.errors import DONE, MISTAKE, ConfigError
 from afd.methods.config import AfdConfig
 from afd.methods.optimizer import StudentOptimizer
 from afd.models.config import LoraConfig
@@ -425,7 +425,7 @@ def test_the_dry_run_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = str(CONFIGS / "sft_self_forcing_480x832.yaml")
-    assert cli.main(["train", config, "--dry-run", "--processes", "2", "updates=10"]) == cli.DONE
+    assert cli.main(["train", config, "--dry-run", "--processes", "2", "updates=10"]) == DONE
     assert "10 updates" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    assert cli.main(["train", config, "--dry-run", "--processes", "0"]) == cli.MISTAKE
+    assert cli.main(["train", config, "--dry-run", "--processes", "0"]) == MISTAKE

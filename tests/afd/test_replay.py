@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from afd.cli import DONE, main
+from afd.cli import main
 from afd.config.run import RunConfig, make_config
-from afd.errors import ConfigError
+from afd.errors import DONE, ConfigError
 from afd.methods.base import Batch
 from afd.methods.config import ReplayConfig
 from afd.models.config import LoraConfig

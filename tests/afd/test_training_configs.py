@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from afd.cli import DONE, STOPPED, main
+from afd.cli import main
 from afd.config.run import RunConfig, load_config
+from afd.errors import DONE, STOPPED
 from afd.models.wan.checkpoints import load_checkpoint
 from afd.trainer.loop import Trainer
 from tests.afd.released_models import overrides, write_models

@@ -77,6 +77,10 @@ class Student(nn.Module, ABC):
 
     # --- methods a student may override ---
 
+    def keep_text_encoder(self) -> None:
+        """Keep what embeds new prompts in memory from its next use on, for streams that are steered
+        by typed prompts; by default there is nothing to keep."""
+
     def levels(self, steps: Sequence[float]) -> list[Level]:
         """Convert a list of denoising steps in the student's units; raises on an invalid list."""
         check_steps(steps)

@@ -48,7 +48,7 @@ class Pipeline:
         """Embeddings [B, L, E] on the student's device."""
         return self.student.encode(list(prompts)).to(self.student.dtype)
 
-    def cache(self, text_BLE: Tensor, frames: int) -> KVCache:
+    def cache(self, text_BLE: Tensor, frames: int | None) -> KVCache:
         """The KV cache, reused from batch to batch and reallocated when the batch size changes."""
         if self.kept is not None and len(self.kept.self_kv[0][0]) == len(text_BLE):
             self.kept.reset(self.student.net.text_kv(text_BLE))

@@ -128,10 +128,10 @@ class VideoWriter:
     def __init__(
         self, path: Path | str, *, fps: float, crf: int = 18, comment: str | None = None
     ) -> None:
-        """`comment` is stored in the file's metadata; `read_comment` reads it."""
+        """`comment` is stored in the file's metadata on `close`; `read_comment` reads it."""
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
-        self._rate, self._crf, self._comment = frame_rate(fps), crf, comment
+        self._rate, self._crf, self.comment = frame_rate(fps), crf, comment
         # Each frame is its own fragment, written to disk as soon as it is encoded.
         options = {
             "movflags": "frag_every_frame+empty_moov+default_base_moof",
@@ -178,8 +178,8 @@ class VideoWriter:
             av.open(str(self.partial), format="mp4") as source,
             av.open(str(whole), "w", format="mp4", options={"movflags": "faststart"}) as target,
         ):
-            if self._comment is not None:
-                target.metadata["comment"] = self._comment
+            if self.comment is not None:
+                target.metadata["comment"] = self.comment
             copied: Any = target.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):
                 if packet.dts is not None:

@@ -24,12 +24,21 @@ CURVES = {"toy.html": ("phys", "g_mae", "rend", "traj_fd"), "video.html": ("moti
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html (atomically) and return its path.
+    """Write `run_dir`/report.html (atomically) and return its path; raises as `render_report`."""
+    run_dir = Path(run_dir)
+    html = render_report(run_dir)
+    path = run_dir / "report.html"
+    # File names may contain bytes that do not decode.
+    write_bytes(path, html.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def render_report(run_dir: Path) -> str:
+    """The report of a quickstart folder or a single run folder as HTML; nothing is written.
 
     Raises FileNotFoundError if `run_dir` is not a directory, ConfigError if it holds no run. The
     report lists parts that are missing, unfinished or unreadable.
     """
-    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"run_dir {run_dir}: not a directory; needed: a run's folder")
     environment = Environment(
@@ -43,19 +52,14 @@ def write_report(run_dir: Path) -> Path:
     environment.filters["phase_color"] = phase_times.phase_color
     if sequence_page.is_sequence(run_dir):
         page = sequence_page.sequence_page(run_dir)
-        html = environment.get_template("sequence.html").render(page)
-    elif not holds_run(run_dir):
+        return environment.get_template("sequence.html").render(page)
+    if not holds_run(run_dir):
         raise ConfigError(
             f"report: got {run_dir}, which holds no run; needed: the folder of a run, of afd "
             "quickstart or of afd adapt"
         )
-    else:
-        template = "video.html" if video_page.is_video_run(run_dir) else "toy.html"
-        html = environment.get_template(template).render(_page(run_dir, template))
-    path = run_dir / "report.html"
-    # File names may contain bytes that do not decode.
-    write_bytes(path, html.encode("utf-8", "backslashreplace"))
-    return path
+    template = "video.html" if video_page.is_video_run(run_dir) else "toy.html"
+    return environment.get_template(template).render(_page(run_dir, template))
 
 
 def _page(run_dir: Path, template: str) -> dict[str, Any]:

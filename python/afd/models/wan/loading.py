@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from afd.video.config import VideoConfig
 
 _log = logging.getLogger("afd")
+# Embeddings held where the encoder is, too.
+KEPT = 256
 
 
 class Texts:
@@ -53,6 +55,8 @@ class Texts:
         self._files, self._device, self._store = files, device, store
         self._known: dict[str, Tensor] = {}  # [rows up to the prompt's end, E], on the CPU
         self._facts: Facts | None = None
+        self._keeps = False
+        self._encoder: TextEncoder | None = None
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, L, E] on the CPU, zero past each prompt's end.
@@ -64,7 +68,13 @@ class Texts:
         text_BLE = rows[0].new_zeros(len(rows), self._files.text_len, rows[0].shape[1])
         for text_LE, row in zip(text_BLE, rows, strict=True):
             text_LE[: len(row)] = row
+        while self._keeps and len(self._known) > KEPT:
+            del self._known[next(iter(self._known))]
         return text_BLE
+
+    def keep(self) -> None:
+        """Keep the text encoder in memory from its next use on, and only the newest embeddings."""
+        self._keeps = True
 
     def embed(self, prompts: Sequence[str]) -> None:
         """Embed these prompts: from the cache if possible, else with the text encoder."""
@@ -85,13 +95,14 @@ class Texts:
 
     def _make(self, prompts: Sequence[str]) -> None:
         files = self._files
-        encoder = TextEncoder.load(
+        encoder = self._encoder or TextEncoder.load(
             files.text_encoder or files.pretrained,
             tokenizer=files.tokenizer,
             dtype=DTYPES[files.dtype],
             device=self._device,
             text_len=files.text_len,
         )
+        self._encoder = encoder if self._keeps else None
         for prompt in prompts:  # one at a time: bitwise independent of the rest of the batch
             text_LE = encoder.encode([prompt])[0].cpu()
             self._known[prompt] = text_LE[: _used(text_LE)].clone()

@@ -67,6 +67,12 @@ class WanStudent(Student):
         assert self._encoder is not None
         return self._encoder(prompts).to(self.device, self.dtype)
 
+    def keep_text_encoder(self) -> None:
+        """Keep the text encoder in memory, if it otherwise is loaded for new prompts."""
+        keep = getattr(self._encoder, "keep", None)
+        if keep is not None:
+            keep()
+
     def levels(self, steps: Sequence[float]) -> list[Level]:
         """Convert steps, integers before the warp that descend from 1000 and stay above 0."""
         check_steps(steps, first=1000)

@@ -1,0 +1,1 @@
+"""`afd live`: watch, steer and compare streams in the browser (docs/LIVE.md)."""
