@@ -27,7 +27,7 @@ def written(tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     from afd.config.run import to_yaml
 
     monkeypatch.setattr(afd.trainer.loop, "build_method", lambda *_: TinyMethod())
-    monkeypatch.setattr(afd.trainer.loop, "check_size", lambda config: None)  # not the toy student's
+    monkeypatch.setattr(afd.trainer.loop, "check_size", lambda config: None)
     out = tmp_path / "run"
     path = tmp_path / "tiny.yaml"
     path.write_text(to_yaml(tiny_config(out, clips)), encoding="utf-8")
