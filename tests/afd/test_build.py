@@ -237,7 +237,7 @@ def test_the_toys_size_and_checkpoint_are_the_toys() -> None:
         ("ftfy", r"a wan student: needs ftfy, .*; pip install 'afd-video\[wan\]'"),
         (
             "peft",
-            r"(student.lora|discriminator.kind=videoalign): needs peft, .* 'afd\[wan\]'",
+            r"(student.lora|discriminator.kind=videoalign): needs peft, .* 'afd-video\[wan\]'",
         ),
         (
             "transformers",

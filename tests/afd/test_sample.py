@@ -70,7 +70,8 @@ def make(models: Path, folder: Path, **more: Any) -> SampleConfig:
         "device": "cpu",
         **SIZE,
     }
-    own = student | {key: more.pop(key) for key in [*more] if key in WanStudentConfig.model_fields}
+    keys = WanStudentConfig.model_fields.keys() - SampleConfig.model_fields.keys()
+    own = student | {key: more.pop(key) for key in [*more] if key in keys}
     return make_config({**data, **more, "student": own}, (), "test", SampleConfig)
 
 

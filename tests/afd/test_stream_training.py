@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from afd.config.run import load_config, make_config
 from afd.errors import ConfigError
+from afd.hub import CONFIGS
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Place, draw_place
 from afd.methods.generation import Streaming
@@ -215,8 +216,7 @@ def test_sft_trains_with_a_window() -> None:
 
 def test_the_long_streams_file_trains_and_measures_by_position(tmp_path: Path) -> None:
     few = [*SMALL, "afd.stream_frames=24", "evaluation.clips=2", "evaluation.every=0"]
-    path = Path(__file__).parents[2] / "configs" / "long_streams.yaml"
-    config = load_config(path, [f"out={tmp_path / 'run'}", *few])
+    config = load_config(CONFIGS / "long_streams.yaml", [f"out={tmp_path / 'run'}", *few])
     assert train(config, console=Console(file=io.StringIO())) is Outcome.FINISHED
     (line,) = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
     metrics = json.loads(line)["metrics"]

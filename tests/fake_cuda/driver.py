@@ -221,10 +221,10 @@ def _changes(machine: FakeCuda) -> Iterator[Any]:
             return backward(*args, **kwargs)
 
     yield patch.object(torch.autograd, "_engine_run_backward", with_machine)
-    for found in pkgutil.walk_packages(afd_kernels.__path__, "afd_kernels."):
-        if "triton" not in found.name:
-            continue
-        module = importlib.import_module(found.name)
+    # All are imported before any is changed: one that imports another's kernel keeps what it finds.
+    found = pkgutil.walk_packages(afd_kernels.__path__, "afd_kernels.")
+    modules = [importlib.import_module(one.name) for one in found if "triton" in one.name]
+    for module in modules:
         kernels = {k: v for k, v in vars(module).items() if k.endswith("_kernel")}
         if kernels:
             fakes = {k: _launcher(machine, k, v) for k, v in kernels.items()}

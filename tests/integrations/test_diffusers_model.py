@@ -351,5 +351,5 @@ def test_the_package_does_not_import_diffusers() -> None:
     )
     assert done.stdout.strip() == (
         "afd.integrations.diffusers: needs diffusers, which is not installed; "
-        "pip install 'afd[wan]'"
+        "pip install 'afd-video[wan]'"
     )
