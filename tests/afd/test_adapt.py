@@ -55,13 +55,13 @@ def simulator(domain: str) -> dict[str, Any]:
 
 def domains() -> list[dict[str, Any]]:
     return [
-        {"name": "fall", "teacher": simulator("gravity"), "evaluation": {"domain": "gravity"}},
+        {"name": "fall", "teacher": simulator("heavy"), "evaluation": {"domain": "heavy"}},
         {
             "name": "sand",
-            "teacher": simulator("moon"),
+            "teacher": simulator("light"),
             "updates": 3,
             "overrides": ["discriminator.steps_per_update=1"],
-            "evaluation": {"domain": "moon", "metric": "adh", "better": "higher"},
+            "evaluation": {"domain": "light", "metric": "adh", "better": "higher"},
         },
     ]
 
@@ -347,7 +347,7 @@ def test_every_row_of_the_ablation_is_another_sequence(tmp_path: Path) -> None:
         chain = load_chain(*study.cell(row, 5))
         assert chain.root == tmp_path / row / "seed5"
         assert [domain.run.seed for domain in chain.domains] == [5, 6, 7][: len(chain.domains)]
-        assert set(chain.columns) == {"gravity", "style", "moon", "neutral"}
+        assert set(chain.columns) == {"heavy", "style", "light", "neutral"}
         runs = [plain(domain.run) for domain in chain.domains]
         for run in runs:
             del run["name"], run["out"], run["student"]["init"], run["replay"]["prompts"]

@@ -152,7 +152,7 @@ def test_several_held_out_sets_are_measured_by_name_and_again_with_overrides(
     assert "style/phys" not in metrics  # its teacher has no gravity of its own
     assert not {"phys", "rend"} & metrics.keys()
     capsys.readouterr()
-    words = ["eval", str(tmp_path / "run"), "evaluation.sets={only: {domain: moon}}"]
+    words = ["eval", str(tmp_path / "run"), "evaluation.sets={only: {domain: light}}"]
     assert main([*words, "--videos", "4"]) == DONE
     again = json.loads(capsys.readouterr().out)["metrics"]
     assert {key.partition("/")[0] for key in again} == {"only"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from afd.config.run import EvaluationConfig
 from afd.distributed import ALONE, Ranks
 from afd.lab import physics
 from afd.lab.physics import measure_each
-from afd.lab.simulator import ATTRIBUTES, DOMAINS, GRAVITY, PROMPTS
+from afd.lab.simulator import DOMAINS, GRAVITY, PROMPTS
 from afd.methods.afd import Watch
 from afd.methods.rewards import within_group_correlation
 from afd.models.config import StudentConfig
@@ -69,7 +70,7 @@ class PhysicsMetrics(Metrics):
         config, ranks = self.run.config, self.run.ranks
         named = config.evaluation.domain
         domain = GRAVITY if named is None else DOMAINS[named]
-        prompts = [domain.prompt(ATTRIBUTES[i % len(ATTRIBUTES)]) for i in range(count)]
+        prompts = list(islice(cycle(domain.prompts), count))
         seeds = [config.evaluation.seed + i for i in range(count)]
         own = own_part(count, ranks)
         mine = [prompts[i] for i in own], [seeds[i] for i in own]

@@ -14,7 +14,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
+from itertools import cycle, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -47,26 +47,31 @@ class Domain:
         drag: share of its horizontal speed that the ball loses per frame.
         look: in which the student is measured, and which its videos always have; None: the clean
             one, and the teacher's `style`.
-        words: end of its prompts, by which the domains of a sequence differ.
+        colours: of the balls in its prompts, by which the domains of a sequence differ.
+        words: end of its prompts.
     """
 
     gravity: float | None
     drag: float = 0.0
     look: str | None = None
+    colours: tuple[str, ...] = tuple(COLOURS)
     words: str = ""
 
-    def prompt(self, attributes: Attributes) -> str:
-        """The prompt of a ball in this domain."""
-        return f"{attributes.prompt.removesuffix('.')}{self.words}."
+    @property
+    def prompts(self) -> list[str]:
+        """Its prompts, 12 per colour."""
+        own = [a.prompt for a in ATTRIBUTES if list(COLOURS)[a.colour] in self.colours]
+        return [f"{prompt.removesuffix('.')}{self.words}." for prompt in own]
 
 
 GRAVITY = Domain(TARGET_GRAVITY)
 DOMAINS = {
     "gravity": GRAVITY,
-    # A look to be taken over. Its videos are wrong in gravity as the base student is.
-    "style": Domain(None, look="paper", words=", on paper"),
-    # A gravity that contradicts the first domain's.
-    "moon": Domain(0.05, words=", on the moon"),
+    # The domains of a sequence. The second's look is to be taken over; its videos are as wrong in
+    # gravity as the base student's.
+    "heavy": Domain(TARGET_GRAVITY, colours=("red",)),
+    "style": Domain(None, look="paper", colours=("green",)),
+    "light": Domain(0.0, colours=("blue",)),
     # Of the gravity domain's prompts: for several teachers, each wrong in the other's law.
     "drag": Domain(None, drag=DRAG),
     "both": Domain(TARGET_GRAVITY, drag=DRAG),
@@ -74,8 +79,8 @@ DOMAINS = {
     "neutral": Domain(None, words=", at night"),
 }
 # Domains of joint training ("all" writes the videos of each in turn), and all whose teacher exists.
-JOINT = ("gravity", "style", "moon")
-TAUGHT = (*JOINT, "drag", "both")
+JOINT = ("heavy", "style", "light")
+TAUGHT = ("gravity", *JOINT, "drag", "both")
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,11 @@ class Attributes:
 
 ATTRIBUTES = [Attributes(*a) for a in product(range(3), range(2), range(3), range(2))]
 PROMPTS = {attributes.prompt: attributes for attributes in ATTRIBUTES}
-_ATTRIBUTES_OF = {domain.prompt(a): a for domain in DOMAINS.values() for a in ATTRIBUTES}
+_ATTRIBUTES_OF = {
+    prompt: PROMPTS[prompt.removesuffix(f"{domain.words}.").removesuffix(".") + "."]
+    for domain in DOMAINS.values()
+    for prompt in domain.prompts
+}
 
 
 def attribute_table(prompts: list[str]) -> Tensor:
@@ -345,8 +354,8 @@ def write_folder(
     names = JOINT if domain == "all" else (domain,)
     for i, name in enumerate(names):
         share = len(range(i, count, len(names)))
-        words = DOMAINS.get(name, GRAVITY)
-        own = [words.prompt(ATTRIBUTES[k % len(ATTRIBUTES)]) for k in range(share)]
+        prompts_of = DOMAINS.get(name, GRAVITY).prompts
+        own = list(islice(cycle(prompts_of), share))
         table = attribute_table(own)
         videos, labels = sample_videos(table, name, style, generator)[0], [""] * share
         if wrong:
