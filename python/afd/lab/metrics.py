@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import cycle, islice
 from typing import ClassVar
 
 import torch
@@ -70,7 +69,7 @@ class PhysicsMetrics(Metrics):
         config, ranks = self.run.config, self.run.ranks
         named = config.evaluation.domain
         domain = GRAVITY if named is None else DOMAINS[named]
-        prompts = list(islice(cycle(domain.prompts), count))
+        prompts = domain.in_turn(count)
         seeds = [config.evaluation.seed + i for i in range(count)]
         own = own_part(count, ranks)
         mine = [prompts[i] for i in own], [seeds[i] for i in own]

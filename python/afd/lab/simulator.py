@@ -63,6 +63,10 @@ class Domain:
         own = [a.prompt for a in ATTRIBUTES if list(COLOURS)[a.colour] in self.colours]
         return [f"{prompt.removesuffix('.')}{self.words}." for prompt in own]
 
+    def in_turn(self, count: int) -> list[str]:
+        """This many of its prompts, one after another and from the first one again."""
+        return list(islice(cycle(self.prompts), count))
+
 
 GRAVITY = Domain(TARGET_GRAVITY)
 DOMAINS = {
@@ -354,8 +358,7 @@ def write_folder(
     names = JOINT if domain == "all" else (domain,)
     for i, name in enumerate(names):
         share = len(range(i, count, len(names)))
-        prompts_of = DOMAINS.get(name, GRAVITY).prompts
-        own = list(islice(cycle(prompts_of), share))
+        own = DOMAINS.get(name, GRAVITY).in_turn(share)
         table = attribute_table(own)
         videos, labels = sample_videos(table, name, style, generator)[0], [""] * share
         if wrong:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afd.lab import physics
 from afd.lab.metrics import PhysicsMetrics
-from afd.lab.simulator import ATTRIBUTES, DOMAINS, GRAVITY, Domain, attribute_table
+from afd.lab.simulator import DOMAINS, GRAVITY, Domain, attribute_table
 from afd.models.student import Student
 from afd.rollout import stream, stream_layout
 from afd.trainer.evaluate import Evaluation, finite, own_part
@@ -50,7 +50,7 @@ class StreamPhysicsMetrics(PhysicsMetrics):
         config, ranks = self.run.config, self.run.ranks
         named = config.evaluation.domain
         domain = GRAVITY if named is None else DOMAINS[named]
-        prompts = [domain.prompt(ATTRIBUTES[i % len(ATTRIBUTES)]) for i in range(count)]
+        prompts = domain.in_turn(count)
         seeds = [config.evaluation.seed + i for i in range(count)]
         own = own_part(count, ranks)
         first = torch.empty(0)
