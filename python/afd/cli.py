@@ -129,11 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint again")
     _takes_run(evaluate)
     evaluate.add_argument("--videos", type=_count, default=None, help="number of held-out videos")
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="k=v",
-        help="overrides of evaluation and of keys that change no update, such as evaluation.seed=7",
+    _takes_overrides(
+        evaluate,
+        "overrides of evaluation and of keys that change no update, such as evaluation.seed=7",
     )
     evaluate.set_defaults(run=verbs.evaluate, lasts=True)
 
@@ -141,9 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "benchmark", help="generate and rate videos for VBench, VideoPhy-2 and VideoAlign"
     )
     _takes_config(benchmark)
-    benchmark.add_argument(
-        "overrides", nargs="*", metavar="k=v", help="overrides such as run=RUN_DIR limit=20"
-    )
+    _takes_overrides(benchmark, "overrides such as run=RUN_DIR limit=20")
     benchmark.set_defaults(run=verbs.benchmark, lasts=True)
 
     quickstart = commands.add_parser(
@@ -156,13 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         "ablation", help="run an ablation: its runs, a table, the r curves"
     )
     _takes_config(ablation)
-    _takes_overrides(ablation, "also seeds=[0,1,2] and rows=[...] choose a part")
+    _takes_overrides(ablation, more="also seeds=[0,1,2] and rows=[...] choose a part")
     ablation.set_defaults(run=verbs.ablation, lasts=True)
 
     adapt = commands.add_parser("adapt", help="train on one domain after another")
     _takes_config(adapt)
     _takes_plan(adapt, "memory, hours and cost per domain")
-    _takes_overrides(adapt, "those of all domains' runs; name= and out= are the sequence's")
+    _takes_overrides(adapt, more="those of all domains' runs; name= and out= are the sequence's")
     adapt.set_defaults(run=verbs.adapt, lasts=True)
 
     sample = commands.add_parser(
@@ -173,11 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--dry-run", action="store_true", help="print the plan and its memory; load nothing"
     )
-    sample.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="k=v",
-        help="overrides such as student.checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3",
+    _takes_overrides(
+        sample, "overrides such as student.checkpoint=FILE prompts=FILE.txt out=DIR window=9 sink=3"
     )
     sample.set_defaults(run=verbs.sample, lasts=True)
 
@@ -191,12 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         help="configuration as of afd sample; without one the shipped laptop student streams",
     ).complete = FILES  # type: ignore[attr-defined]
     _takes_server(live)
-    live.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="k=v",
-        help="overrides such as checkpoint=FILE compare=[FILE] window=12 out=DIR",
-    )
+    _takes_overrides(live, "overrides such as checkpoint=FILE compare=[FILE] window=12 out=DIR")
     live.set_defaults(run=verbs.live, lasts=True)
 
     export = commands.add_parser(
@@ -246,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     audit = of_teacher.add_parser("audit", help="which clips not to trust: a page with pictures")
     source = audit.add_argument("config", type=Path, metavar="FOLDER|CONFIG.yaml")
     source.complete = FILES  # type: ignore[attr-defined]
-    _takes_overrides(audit, "also out= run= student= videos=")
+    _takes_overrides(audit, more="also out= run= student= videos=")
     return parser
 
 
@@ -311,9 +299,13 @@ def _takes_plan(parser: argparse.ArgumentParser, estimates: str) -> None:
     )
 
 
-def _takes_overrides(parser: argparse.ArgumentParser, more: str = "") -> None:
-    text = "overrides such as afd.nft_beta=0.5 teacher.style=mark"
-    parser.add_argument("overrides", nargs="*", metavar="k=v", help=f"{text}; {more}".rstrip("; "))
+def _takes_overrides(
+    parser: argparse.ArgumentParser,
+    text: str = "overrides such as afd.nft_beta=0.5 teacher.style=mark",
+    more: str = "",
+) -> None:
+    help_text = f"{text}; {more}" if more else text
+    parser.add_argument("overrides", nargs="*", metavar="k=v", help=help_text)
 
 
 if __name__ == "__main__":

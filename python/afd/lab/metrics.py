@@ -11,7 +11,7 @@ from afd.config.run import EvaluationConfig
 from afd.distributed import ALONE, Ranks
 from afd.lab import physics
 from afd.lab.physics import measure_each
-from afd.lab.simulator import DOMAINS, GRAVITY, PROMPTS
+from afd.lab.simulator import DOMAINS, GRAVITY, PROMPTS, Domain
 from afd.methods.afd import Watch
 from afd.methods.rewards import within_group_correlation
 from afd.models.config import StudentConfig
@@ -65,12 +65,16 @@ class PhysicsMetrics(Metrics):
 
         return watch
 
+    def held_out(self, count: int) -> tuple[Domain, list[str], list[int]]:
+        """The measured domain, its prompts and the seeds."""
+        section = self.run.config.evaluation
+        domain = GRAVITY if section.domain is None else DOMAINS[section.domain]
+        return domain, domain.in_turn(count), [section.seed + i for i in range(count)]
+
     def __call__(self, policy: Student, count: int) -> Evaluation:
         config, ranks = self.run.config, self.run.ranks
         named = config.evaluation.domain
-        domain = GRAVITY if named is None else DOMAINS[named]
-        prompts = domain.in_turn(count)
-        seeds = [config.evaluation.seed + i for i in range(count)]
+        domain, prompts, seeds = self.held_out(count)
         own = own_part(count, ranks)
         mine = [prompts[i] for i in own], [seeds[i] for i in own]
         made_BFCHW = rollout(policy, *mine, denoising_steps=config.student.denoising_steps)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afd.lab import physics
 from afd.lab.metrics import PhysicsMetrics
-from afd.lab.simulator import DOMAINS, GRAVITY, Domain, attribute_table
+from afd.lab.simulator import GRAVITY, Domain, attribute_table
 from afd.models.student import Student
 from afd.rollout import stream, stream_layout
 from afd.trainer.evaluate import Evaluation, finite, own_part
@@ -47,11 +47,8 @@ class StreamPhysicsMetrics(PhysicsMetrics):
     """
 
     def __call__(self, policy: Student, count: int) -> Evaluation:
-        config, ranks = self.run.config, self.run.ranks
-        named = config.evaluation.domain
-        domain = GRAVITY if named is None else DOMAINS[named]
-        prompts = domain.in_turn(count)
-        seeds = [config.evaluation.seed + i for i in range(count)]
+        ranks = self.run.ranks
+        domain, prompts, seeds = self.held_out(count)
         own = own_part(count, ranks)
         first = torch.empty(0)
         rows: list[dict[str, float]] = []

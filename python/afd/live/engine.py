@@ -217,11 +217,11 @@ class Engine:
             self._publish(protocol.Problem(text=str(error)[:500]))
             return
         self._prompt = made.prompt
-        told = protocol.Switched(
+        switched = protocol.Switched(
             take=self._number, chunk=made.chunk, prompt=made.prompt, mode=made.mode
         )
-        self.switched.append(told)
-        self._publish(told)
+        self.switched.append(switched)
+        self._publish(switched)
 
     def _begin(self) -> Take:
         """A new take, from the present prompt, seed and start."""

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from afd.hub import local_copy
 from afd.integrations.diffusers.cache import RollingKVCache
-from afd.models.wan.checkpoints import CAUSAL, LAYOUTS, load_checkpoint, save_diffusers
+from afd.models.wan.checkpoints import (
+    CAUSAL,
+    LAYOUTS,
+    diffusers_sizes,
+    load_checkpoint,
+    save_diffusers,
+)
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import WanConfig
 from afd_kernels.contracts import require
@@ -253,17 +259,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):  # type: ignore[misc
 def _settings(config: WanConfig) -> dict[str, Any]:
     """The model's configuration for a network's."""
     causal = {name: value for name, value in asdict(config).items() if name in CAUSAL}
-    return causal | {
-        "patch_size": (1, *config.patch),
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_dim,
-        "in_channels": config.in_dim,
-        "out_channels": config.out_dim,
-        "text_dim": config.text_dim,
-        "freq_dim": config.freq_dim,
-        "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers,
-    }
+    return causal | diffusers_sizes(config)
 
 
 def _written(path: Path) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from afd.audit.audit import Audit
 from afd.audit.clip import Clip
 from afd.files import write_bytes, write_json
 from afd.lab.report.clips import png
+from afd.lab.report.templates import render
 
 # Clips with a picture on the page, frames in a picture, and its least height in pixels.
 SHOWN, STRIP, HEIGHT = 48, 6, 64
@@ -24,14 +24,7 @@ def write_audit(found: Audit, out: Path, name: str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     plain = found.plain()
     write_json(out / "audit.json", plain)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("audit.html").render(_page(found, plain, name))
+    html = render("audit.html", _page(found, plain, name))
     path = out / "audit.html"
     write_bytes(path, html.encode("utf-8", "backslashreplace"))
     return path
@@ -61,7 +54,7 @@ def _page(found: Audit, plain: dict[str, Any], name: str) -> dict[str, Any]:
         "lead": lead,
         "basis": "Checks that need no network, and those of a discriminator where a run was given. "
         "A finding is a reason to look, not a verdict.",
-        "name": name,
+        "name": f"audit of {name}",
         "date": datetime.datetime.now(),
         "sentences": plain["sentences"],
         "worst": [

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from afd.config.run import flatten
 from afd.errors import ConfigError
 from afd.files import write_bytes
@@ -18,6 +16,7 @@ from afd.lab.report import charts, headline, metrics, phase_times, sequence_page
 from afd.lab.report.clips import clip_table
 from afd.lab.report.run_files import LABELS, Part, holds_run, read_parts, runs
 from afd.lab.report.teachers import COLUMNS, teacher_rows
+from afd.lab.report.templates import render
 
 # Metrics with their own chart; all other metrics are under "all other values".
 CURVES = {"toy.html": ("phys", "g_mae", "rend", "traj_fd"), "video.html": ("motion",)}
@@ -41,25 +40,15 @@ def render_report(run_dir: Path) -> str:
     """
     if not run_dir.is_dir():
         raise FileNotFoundError(f"run_dir {run_dir}: not a directory; needed: a run's folder")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": metrics.number, "duration": phase_times.duration}
-    environment.filters["phase_color"] = phase_times.phase_color
     if sequence_page.is_sequence(run_dir):
-        page = sequence_page.sequence_page(run_dir)
-        return environment.get_template("sequence.html").render(page)
+        return render("sequence.html", sequence_page.sequence_page(run_dir))
     if not holds_run(run_dir):
         raise ConfigError(
             f"report: got {run_dir}, which holds no run; needed: the folder of a run, of afd "
             "quickstart or of afd adapt"
         )
     template = "video.html" if video_page.is_video_run(run_dir) else "toy.html"
-    return environment.get_template(template).render(_page(run_dir, template))
+    return render(template, _page(run_dir, template))
 
 
 def _page(run_dir: Path, template: str) -> dict[str, Any]:

@@ -383,6 +383,21 @@ def save_self_forcing(
             raise
 
 
+def diffusers_sizes(config: WanConfig) -> dict[str, Any]:
+    """The network's sizes under diffusers' names."""
+    return {
+        "patch_size": (1, *config.patch),
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_dim,
+        "out_channels": config.out_dim,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+    }
+
+
 def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None = None) -> None:
     """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` loads.
 
@@ -395,15 +410,7 @@ def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None =
     require(not filled, "folder", str(folder), "a new or empty folder")
     written = {
         "_class_name": "WanTransformer3DModel",
-        "patch_size": [1, *config.patch],
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_dim,
-        "in_channels": config.in_dim,
-        "out_channels": config.out_dim,
-        "text_dim": config.text_dim,
-        "freq_dim": config.freq_dim,
-        "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers,
+        **diffusers_sizes(config),
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": EPS,
