@@ -118,6 +118,17 @@ def live_table(rows: Rows) -> str:
     return _table(["case", "quantity", "measured"], lines)
 
 
+def streaming_table(rows: Rows) -> str:
+    """The rollouts of an update: groups that share a prefix, clips of long streams."""
+    columns = ["rollouts", "from chunk, or length", "ms", "passes", "µs per pass", "× off"]
+    lines = []
+    for r in rows:
+        speedup = "" if r["speedup"] is None else f"{r['speedup']:.2f}"
+        numbers = [f"{r['median_ms']:.0f}", str(r["passes"]), f"{r['us_per_pass']:.0f}", speedup]
+        lines.append([r["case"], r["provider"], *numbers, f"{r['peak_mib']:.2f}"])
+    return _table([*columns, "peak MiB"], lines)
+
+
 def train_step_table(rows: Rows) -> str:
     """The student's update in each context mode, and the phases before it."""
     found = {(row["case"], row["phase"], row["provider"]): row for row in rows}
@@ -178,9 +189,10 @@ TABLES = {
     "rollout": rollout_table,
     "train_step": train_step_table,
     "live": live_table,
+    "streaming": streaming_table,
 }
 # The page of a table, if not docs/PERFORMANCE.md.
-PAGE_OF = {"live": "docs/LIVE.md"}
+PAGE_OF = {"live": "docs/LIVE.md", "streaming": "docs/TRAINING.md"}
 
 
 # What the summary states of each benchmark: its subject, and columns with what they compare to.

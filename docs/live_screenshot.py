@@ -43,6 +43,8 @@ def main() -> None:
             assert found is not None
             with browser(program) as page:
                 page.show(found[0], WIDTH, HEIGHT, options.dark)
+                time.sleep(5.0)
+                print(page.value("$('numbers').innerText"))
                 page.value("send({type: 'pause'})")
                 page.wait("!state.playing")
                 first, second = PROMPTS

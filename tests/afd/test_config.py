@@ -203,6 +203,16 @@ def test_differences_leave_out_what_a_resumed_run_may_change() -> None:
     assert differences(one, two) == ["seed: 1 there, 2 now"]
 
 
+def test_a_key_that_an_earlier_version_did_not_write_has_its_default() -> None:
+    old, default, other = (plain(make_config({}, x)) for x in ([], [], ["afd.stream_frames=60"]))
+    for section, key in (("afd", "stream_frames"), ("student", "window"), ("teacher", "robust")):
+        del old[section][key]
+    assert differences(old, default) == []
+    assert differences(old, other) == ["afd.stream_frames: None there, 60 now"]
+    old["gone"] = 1
+    assert "gone: 1 there, '(absent)' now" in differences(old, default)
+
+
 def test_every_value_has_a_description() -> None:
     def check(section: type[BaseModel]) -> None:
         for name, field in section.model_fields.items():

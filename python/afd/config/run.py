@@ -384,8 +384,11 @@ def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def differences(
     old: dict[str, Any], new: dict[str, Any], free_keys: Sequence[str] = FREE_KEYS
 ) -> list[str]:
-    """Differences between two plain configurations outside `free_keys`, one sentence per key."""
-    a, b = dict(flatten(old)), dict(flatten(new))
+    """Differences between two plain configurations outside `free_keys`, one sentence per key.
+
+    A key that `old` lacks, as an earlier version wrote it, has its default.
+    """
+    a, b = dict(flatten(_completed(old))), dict(flatten(new))
     free = tuple(f"{key}." for key in free_keys)
     keys = [k for k in sorted(a.keys() | b.keys()) if not f"{k}.".startswith(free)]
     absent = "(absent)"
@@ -399,6 +402,13 @@ def differences(
     if order != now and sorted(order) == sorted(now):
         found.append(f"rewards: in the order {', '.join(order)} there, {', '.join(now)} now")
     return found
+
+
+def _completed(data: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return plain(make_config(data))
+    except ConfigError:  # has keys of an earlier version that are gone
+        return data
 
 
 def _copy(data: dict[str, Any]) -> dict[str, Any]:
