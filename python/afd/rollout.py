@@ -45,7 +45,7 @@ __all__ = [
 ]
 STEPS = (1.0, 0.9375, 0.833, 0.625)
 # How the context follows a switch of the prompt.
-SwitchMode = Literal["plain", "recache", "new_sink"]
+SwitchMode = Literal["plain", "recache", "recache_causal", "new_sink"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class Switch:
         text_BLE: embeddings of the new prompts.
         mode: "plain": cached frames keep the keys and values of the old prompts. "recache": the
             frames in the window are encoded again under the new prompts; once the stream is longer
-            than the window, the sink keeps its own (LongLive's released setting). "new_sink": so is
-            the sink, which then holds the oldest frames of the window.
+            than the window, the sink keeps its own (LongLive's released setting).
+            "recache_causal": the same, but each chunk attends only to itself and earlier frames, as
+            when it was generated. "new_sink": as "recache", but so is the sink, which then holds
+            the oldest frames of the window.
     """
 
     text_BLE: Tensor
@@ -233,8 +235,14 @@ def _chunks(
             switch = _checked(found, plan.text_shape)
             student.switch_text(cache, switch.text_BLE)
             if _recaches(switch) and newest:
-                replace = switch.mode == "new_sink"
-                student.recache(torch.cat(list(newest), 1), plan.context, cache, new_sink=replace)
+                causal = switch.mode == "recache_causal"
+                student.recache(
+                    torch.cat(list(newest), 1),
+                    plan.context,
+                    cache,
+                    new_sink=switch.mode == "new_sink",
+                    chunks=[x0.shape[1] for x0 in newest] if causal else (),
+                )
         if prefix is not None and start < given:
             x0, level = prefix[:, start : start + count], plan.clean
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from afd.models.wan.checkpoints import save_self_forcing
 from afd.models.wan.lora import merge_lora, read_lora
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import WanConfig
-from afd.rollout import Switch, counted_noise, stream, stream_layout
+from afd.rollout import Switch, SwitchMode, counted_noise, stream, stream_layout
 from afd.sampling import sample as sampling
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import PromptSwitch, read_jobs
@@ -40,7 +40,7 @@ def prompts(path: Path, *lines: dict[str, Any]) -> str:
 def test_a_video_with_a_recache_is_that_of_the_stream(models: Path, tmp_path: Path) -> None:
     lines = [
         {"prompt": "a red ball", "name": mode, "seed": 5, "switches": [[3, "the table", mode]]}
-        for mode in ("plain", "recache", "new_sink")
+        for mode in get_args(SwitchMode)
     ]
     lines += [{"prompt": "a table", "name": "other", "seed": 6}]
     given = prompts(tmp_path / "lines.jsonl", *lines)
@@ -50,14 +50,14 @@ def test_a_video_with_a_recache_is_that_of_the_stream(models: Path, tmp_path: Pa
     first, second = pipeline.text(["a red ball"]), pipeline.text(["the table"])
     noise = counted_noise([5], stream_layout(pipeline.student, 12), 2, pipeline.student.frame_shape)
     made = {}
-    for mode in ("plain", "recache", "new_sink"):
+    for mode in get_args(SwitchMode):
         chunks = stream(
             pipeline.student,
             first,
             noise,
             frames=12,
             denoising_steps=[1000, 500],
-            switches={3: Switch(second, mode)},  # type: ignore[arg-type]
+            switches={3: Switch(second, mode)},
         )
         made[mode] = pipeline.codec.stream()(torch.cat(list(chunks), 1))[0]
         assert (videos[mode] - made[mode]).mean(1).abs().mean() < 0.05, mode
@@ -102,7 +102,7 @@ def test_the_mode_is_recorded_and_a_plain_one_as_before(models: Path, tmp_path: 
     ("switches", "told"),
     [
         ([[1, "x", "rechache"]], r"got \[1, 'x', 'rechache'\]; needed: \[chunk, prompt\] or .*"),
-        ([[1, "x", None]], "mode one of plain, recache, new_sink"),
+        ([[1, "x", None]], "mode one of plain, recache, recache_causal, new_sink"),
         ([["x", 1]], r"got \['x', 1\]; needed: \[chunk, prompt\]"),
         ([[1]], r"got \[1\]; needed"),
         ([[1, "x", "recache", 2]], "needed: "),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from afd.models.wan.student import WanStudent
 from afd.rollout import (
     EndlessLayout,
     Switch,
+    SwitchMode,
     chunk_layout,
     counted_noise,
     denoise_chunk,
@@ -27,7 +28,7 @@ from tests.tolerances import NETWORK_REORDERED as SAME
 __all__ = ["student", "text"]
 
 
-@pytest.mark.parametrize("mode", ["plain", "recache", "new_sink"])
+@pytest.mark.parametrize("mode", get_args(SwitchMode))
 def test_a_callable_gives_the_stream_that_switches_give(text: Tensor, mode: Any) -> None:
     """Also where the prompt is decided between two chunks, before the last one is remembered."""
     student = make_student(window=5, sink=1)
@@ -74,6 +75,45 @@ def test_a_recache_without_a_window_encodes_everything_again(
     noise, levels = noise_of(student, [1, 2]), student.levels(TWO)
     last = denoise_chunk(student, fresh, noise, levels, 2, 4)
     assert torch.equal(made[:, 4:], last)
+
+
+def test_a_block_causal_recache_without_a_window_is_the_stream_under_the_new_prompt(
+    student: WanStudent, text: Tensor
+) -> None:
+    other, cache = text.flip(0), student.new_cache(text, 6)
+    switches = {2: Switch(other, "recache_causal")}
+    made = video(student, text, [1, 2], switches=switches, cache=cache)
+    fresh = student.new_cache(other, 6)
+    for start in (0, 2):
+        frames = made[:, start : start + 2]
+        student.net.forward_cached(frames, torch.zeros(1, 1), fresh, start, context_only=True)
+    noise, levels = noise_of(student, [1, 2]), student.levels(TWO)
+    last = denoise_chunk(student, fresh, noise, levels, 2, 4)
+    torch.testing.assert_close(made[:, 4:], last, **SAME)
+
+
+@pytest.mark.parametrize(("window", "sink", "chunk"), [(5, 1, 2), (6, 0, 2), (7, 3, 2), (8, 2, 3)])
+@pytest.mark.parametrize("new_sink", [False, True])
+def test_a_block_causal_recache_attends_to_the_sink_and_what_came_before(
+    window: int, sink: int, chunk: int, new_sink: bool
+) -> None:
+    student = make_student(window=window, sink=sink)
+    for chunks in range(1, 9):
+        cache = student.new_cache(torch.zeros(1, 5, 12), None)
+        for start in range(0, chunk * chunks, chunk):
+            cache.seek(start, chunk)
+        frames = cache.recache(new_sink=new_sink, chunks=[chunk] * chunks)
+        mask = cache.intervals(len(frames) * cache.tokens_per_frame).mask(cache.valid)[0]
+        slots = {cache.slot(f): f for f in cache.held()}
+        step = cache.tokens_per_frame
+        for i, frame in enumerate(frames):
+            attended = {slots[s // step] for s in mask[i * step].nonzero().flatten().tolist()}
+            end = frame // chunk * chunk + chunk
+            kept = {f for f in cache.held() if f < frames[0]}
+            assert attended == kept | set(range(frames[0], end))
+            assert (mask[i * step : (i + 1) * step] == mask[i * step]).all()
+    with pytest.raises(ValueError, match=r"chunks: got \[1\]; needed: chunks of the newest"):
+        cache.recache(chunks=[1])
 
 
 def test_an_endless_stream_begins_like_a_video_and_keeps_its_memory(text: Tensor) -> None:
@@ -132,7 +172,7 @@ def test_mistakes_of_endless_streams_and_switches_are_named(
     with pytest.raises(ValueError, match="frames: got None; needed: a number, as there is no win"):
         stream(student, text, noise, frames=None, **options)
     wrong: Any = Switch(text, "again")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="mode: got 'again'; needed: one of plain, recache, new_"):
+    with pytest.raises(ValueError, match="mode: got 'again'; needed: one of plain, recache, rec"):
         stream(student, text, noise, switches={1: wrong}, **options)
     chunks = stream(student, text, noise, switches=lambda chunk: text[:1], **options)
     with pytest.raises(ValueError, match=r"switches: got float32 \[1, 5, 12\]"):

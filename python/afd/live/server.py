@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import anyio
 from starlette.applications import Starlette
@@ -24,6 +25,7 @@ from afd.live.engine import Engine, Picture
 from afd.live.recording import png_of
 from afd.live.security import ALWAYS, Guard, headers
 from afd.live.viewers import MAX_VIEWERS, Viewer, Viewers
+from afd.rollout import SwitchMode
 from afd.video import Limits, read_clip, to_uint8
 
 PAGE = Path(__file__).with_name("page.html")
@@ -51,7 +53,7 @@ class Live:
             picture=f"image/{config.picture}",
             history=config.history,
             prompts=prompts[:32],
-            modes=["plain", "recache", "new_sink"],
+            modes=list(get_args(SwitchMode)),
             window=student.window or 0,
             sink=student.sink,
         )

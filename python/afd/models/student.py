@@ -235,14 +235,20 @@ class Student(nn.Module, ABC):
         self._pass(x0_BFCHW, level, cache, start_frame, context=True)
 
     def recache(
-        self, x0_BFCHW: Tensor, level: Level, cache: KVCache, *, new_sink: bool = False
+        self,
+        x0_BFCHW: Tensor,
+        level: Level,
+        cache: KVCache,
+        *,
+        new_sink: bool = False,
+        chunks: Sequence[int] = (),
     ) -> None:
         """Encode cached frames again under the cache's present prompt (`CausalWan.recache`).
 
         `x0_BFCHW`: the newest finished frames, a window of them or the whole video so far.
         """
         # Never replayed as a graph: it is rare, and longer than a chunk.
-        self.net.recache(x0_BFCHW, level.t_11, cache, new_sink=new_sink)
+        self.net.recache(x0_BFCHW, level.t_11, cache, new_sink=new_sink, chunks=chunks)
 
     def _pass(
         self, x_BFCHW: Tensor, level: Level, cache: KVCache, start: int, context: bool

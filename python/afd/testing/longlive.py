@@ -6,7 +6,7 @@ draws of rollout_window_sink. Shape letters: B batch, F frames, T tokens per fra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ class ReleasedCache(KVCache):
             sunk = slice(start * T, min(start + frames, self.sink) * T)
             self._kept = sunk, [(k[:, sunk].clone(), v[:, sunk].clone()) for k, v in self.self_kv]
 
-    def recache(self, *, new_sink: bool = False) -> range:
+    def recache(self, *, new_sink: bool = False, chunks: Sequence[int] = ()) -> range:
         self._kept = None
-        return super().recache(new_sink=new_sink)
+        return super().recache(new_sink=new_sink, chunks=chunks)
 
     def view(self, layer: int) -> LayerKV:
         if self._kept is not None:
@@ -162,8 +162,8 @@ class _Watched:
                 self.switched_flow = out
             return out
 
-        def recached(x: Tensor, t: Tensor, cache: KVCache, *, new_sink: bool) -> None:
-            self.recache_flow = recache(x, t, cache, new_sink=new_sink, context_only=False)
+        def recached(x: Tensor, t: Tensor, cache: KVCache, **how: Any) -> None:
+            self.recache_flow = recache(x, t, cache, **how, context_only=False)
             self._record(cache.start, cache.end - cache.start, t, recaching=True)
             self.after_recache = by_frame(cache, "after_recache")
 

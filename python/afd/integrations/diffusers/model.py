@@ -6,6 +6,7 @@ Letters: B videos, C channels, F latent frames, H x W latent size, L text tokens
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):  # type: ignore[misc
         kv_cache: RollingKVCache,
         *,
         new_sink: bool = False,
+        chunks: Sequence[int] = (),
         timestep: float = 0.0,
     ) -> None:
         """Encode the cached frames again under another prompt (LongLive's KV recache).
@@ -249,11 +251,13 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):  # type: ignore[misc
         Args:
             hidden_states: the newest finished frames, [B, C, F, H, W], or the whole video so far.
             new_sink: replace the sink, too, by the oldest frames of the window.
+            chunks: frames of the chunks in `hidden_states`, for block-causal attention; empty:
+                full.
         """
         x_BFCHW = hidden_states.transpose(1, 2).contiguous()
         t_11 = torch.full((1, 1), timestep, dtype=torch.float32, device=x_BFCHW.device)
         ring = kv_cache.switch_text(self.net, encoder_hidden_states)
-        self.net.recache(x_BFCHW, t_11, ring, new_sink=new_sink)
+        self.net.recache(x_BFCHW, t_11, ring, new_sink=new_sink, chunks=chunks)
 
 
 def _settings(config: WanConfig) -> dict[str, Any]:

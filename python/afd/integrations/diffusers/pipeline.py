@@ -85,8 +85,8 @@ class CausalWanPipeline(WanPipeline):
                 take `variance_noise`, as `SelfForcingScheduler`'s does.
             context_noise: time of the pass that caches a finished chunk, on the 0-1000 scale.
             prompt_switch: what becomes of the cached frames when a chunk begins with other
-                prompt_embeds than the last one had: "plain", "recache" or "new_sink", as in
-                `afd.rollout.Switch`.
+                prompt_embeds than the last one had: "plain", "recache", "recache_causal" or
+                "new_sink", as in `afd.rollout.Switch`.
             kv_cache: holds the context and can be read afterwards; None: a new one.
             output_type: "np", "pt" or "pil", or "latent" for latents [B, C, F, H, W].
             callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after every
@@ -130,6 +130,7 @@ class CausalWanPipeline(WanPipeline):
             source = counted_noise(seeds, layout, per_chunk, shape, device=device, dtype=text.dtype)
         noise = _Noise(self.scheduler, generator, source)
         chunks: list[Tensor] = []
+        block_causal = prompt_switch == "recache_causal"
         used = text
         for self.current_chunk, (start, count) in enumerate(layout):
             self.scheduler.set_timesteps(device=device, **steps)
@@ -142,6 +143,7 @@ class CausalWanPipeline(WanPipeline):
                     text,
                     cache,
                     new_sink=prompt_switch == "new_sink",
+                    chunks=[x.shape[2] for x in chunks] if block_causal else (),
                     timestep=context_noise,
                 )
             used = text

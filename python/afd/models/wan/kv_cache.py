@@ -6,7 +6,9 @@ Shape letters: B batch, S token slots, L tokens, T tokens per frame, h heads, d 
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -121,6 +123,8 @@ class KVCache:
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
         self._ropes: dict[int, Tensor] = {}
         self._roped: tuple[int, int, int] | None = None
+        # Where the chunks of a block-causal pass end, in its frames.
+        self._ends: tuple[int, ...] = ()
         self._times: dict[int, tuple[Tensor, int, TimeTable]] = {}
         self._forks: list[weakref.ref[KVCache]] = []
 
@@ -261,7 +265,7 @@ class KVCache:
         )
         self._move(start, end, 0 if start == 0 else self.base)
 
-    def recache(self, *, new_sink: bool = False) -> range:
+    def recache(self, *, new_sink: bool = False, chunks: Sequence[int] = ()) -> range:
         """Begin the pass that encodes cached frames again after a switch; returns those frames.
 
         The pass takes their clean latents, at their absolute positions, and overwrites their slots.
@@ -269,14 +273,23 @@ class KVCache:
         sink, which is kept and attended to; with `new_sink` they are the newest `frames` frames, of
         which the first `sink` ones become the sink.
 
+        Args:
+            new_sink: replace the sink as well.
+            chunks: frames of the newest chunks, oldest first: each attends to itself, to earlier
+                ones and to the kept sink. Empty: every frame attends to all.
+
         Raises:
-            ValueError: if the cache is empty.
+            ValueError: if the cache is empty, or `chunks` have fewer frames than the pass.
         """
         end = self.end
         require(end > 0, "recache", "an empty cache", "at least one finished chunk")
         whole = new_sink or end <= self.frames
         first = max(0, end - self.frames) if whole else end - self.ring
+        extra = sum(chunks) - (end - first)
+        needed = f"chunks of the newest {end - first} frames"
+        require(not chunks or extra >= 0, "chunks", list(chunks), needed)
         self._move(first, end, first if whole else self.base)
+        self._ends = tuple(e - extra for e in itertools.accumulate(chunks) if e > extra)
         return range(first, end)
 
     @property
@@ -290,7 +303,7 @@ class KVCache:
         return 0 if whole else self.sink
 
     def _move(self, start: int, end: int, base: int) -> None:
-        self.start, self.end, self.base = start, end, base
+        self.start, self.end, self.base, self._ends = start, end, base, ()
         frames = end - start
         self._before_writing(range(start, end))
         if end - base > self.frames:
@@ -338,11 +351,30 @@ class KVCache:
 
         The queries of a fork are those of all continuations of a stream, one after another.
         """
+        if self._ends:
+            return self._block_causal()
         if not self.shared_frames:
             return intervals.cache(self.valid, queries)
         past = self.shared_frames * self.tokens_per_frame
         slots = self.self_kv[0][0].shape[1]
         return intervals.forked(past, self.valid - past, slots, queries, self.copies)
+
+    def _block_causal(self) -> Intervals:
+        """The keys of a block-causal recache: the kept sink and the pass up to a chunk's end."""
+        first, kept = self.slot(self.start), self.sink if self.start > self.base else 0
+        rows, begin = [], 0
+        for end in self._ends:
+            last = self.slot(self.start + end - 1) + 1
+            # Where the ring turns, the slots after the turn follow those of the sink.
+            low, high = (0, kept), (first, last)
+            if last <= first:
+                low, high = (0, last), (first, self.frames)
+            elif not kept:
+                low, high = high, low
+            q0, q1, a0, a1, b0, b1 = (self.tokens_per_frame * x for x in (begin, end, *low, *high))
+            rows.append((q0, q1, a0, a1, b0, b1))
+            begin = end
+        return Intervals((tuple(rows),))
 
     def snapshot(self) -> list[LayerKV]:
         """Copies of the keys and values of the frames held, in the order of `held`, for a clip that

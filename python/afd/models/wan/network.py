@@ -7,7 +7,7 @@ Source: Wan2.1 as used by Self-Forcing and Causal-Forcing (arXiv 2506.08009).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -430,24 +430,26 @@ class CausalWan(nn.Module):
         cache: KVCache,
         *,
         new_sink: bool = False,
+        chunks: Sequence[int] = (),
         context_only: bool = True,
     ) -> Tensor | None:
         """Encode cached frames again under the cache's present prompt (LongLive's KV recache).
 
         One pass over the frames that `KVCache.recache` returns, at their absolute positions, with
-        full attention among them and to the kept sink. Source: LongLive (arXiv 2509.22622) and its
-        released code.
+        full or block-causal attention among them and to the kept sink. Source: LongLive
+        (arXiv 2509.22622) and its released code.
 
         Args:
             x_BFCHW: the newest clean frames; the last ones are taken, as many as the pass needs.
             t_BF: the context's time, [1, 1].
             new_sink: replace the sink too, by the oldest frames of the window.
+            chunks: frames of the chunks in `x_BFCHW`, for block-causal attention; empty: full.
             context_only: only update the cache; otherwise also return the prediction.
 
         Raises:
             ValueError: if `x_BFCHW` holds too few frames or the cache is empty.
         """
-        frames = cache.recache(new_sink=new_sink)
+        frames = cache.recache(new_sink=new_sink, chunks=chunks)
         first = x_BFCHW.shape[1] - len(frames)
         require(first >= 0, "x", x_BFCHW, f"the newest {len(frames)} frames")
         times = self.streaming_times(t_BF, cache)
