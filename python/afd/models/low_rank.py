@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afd.hub import weights_digest
 from afd_kernels.contracts import require
 
 
@@ -87,6 +88,18 @@ def joined(changes: Sequence[LowRank]) -> LowRank:
         a_RI[layer] = torch.cat([change.a_RI[layer].float() for change in held])
         b_OR[layer] = torch.cat([c.b_OR[layer].float() * c.scale for c in held], 1)
     return LowRank(a_RI, b_OR)
+
+
+def stacked_digest(base: str, changes: Sequence[LowRank]) -> str:
+    """SHA-256 of weights, given by theirs, with changes beside them; `base` without any."""
+    if not changes:
+        return base
+    factors = {
+        f"{n}.{name}": tensor
+        for n, change in enumerate(changes)
+        for name, tensor in change.adapters(torch.float32).items()
+    }
+    return weights_digest(factors, base, *(change.scale for change in changes))
 
 
 def negated(change: LowRank) -> LowRank:
