@@ -98,6 +98,12 @@ def export(folder: Path, config: ExportConfig) -> Path:
     origin = None if run.student.init is None else start_of(run.student, run.run_dir)
     provenance = _provenance(run, path, state["update"], kind, name)
     provenance["parents"] = [] if origin is None else origin.parents
+    if origin is not None and run.student.parents == "stacked":
+        refuse_other_weights(
+            "student.checkpoint", start, origin.digest(run.student.dtype, stacked=True)
+        )
+        # Outside a run, an adapter belongs on the weights with its parents folded in.
+        start = origin.digest(run.student.dtype, stacked=False)
     provenance["base"] = _base(run, start, origin, config.against)
     change = error = None
     if kind in ADAPTER_KINDS:

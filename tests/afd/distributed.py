@@ -23,8 +23,10 @@ from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.methods.sft import VERSIONS, Sft
 from afd.models.config import LoraConfig
+from afd.models.low_rank import LowRank
 from afd.models.policies import make_policies
 from afd.models.sharding import shard_over
+from afd.models.student import Student
 from afd.rewards.base import Term
 from afd.trainer import shards
 from afd.trainer.build import build_method
@@ -54,11 +56,12 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
 
 
 def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
-    """AFD with LoRA ("afd", "afd replay"), the others with all weights ("afd full", "afd rewards",
-    "sft", "gan", "dmd"); " bf16" behind the name: computed in bf16, at a small rate."""
+    """AFD with LoRA ("afd", "afd replay", "afd stacked" on two parents), the others with all
+    weights ("afd full", "afd rewards", "sft", "gan", "dmd"); " bf16" behind the name: computed in
+    bf16, at a small rate."""
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.world > 1 else None
-    adapted = ("afd", "afd bf16", "afd replay")
+    adapted = ("afd", "afd bf16", "afd replay", "afd stacked")
     lora = LoraConfig(rank=4, alpha=4.0) if name in adapted else None
     how: dict[str, Any] = {"denoising_steps": WAN_STEPS, "ranks": ranks}
     if name == "afd replay":
@@ -92,8 +95,22 @@ def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
     if name == "afd rewards":
         config = config.model_copy(update={"combine": "advantages", "prior_share": 0.5})
         how["rewards"] = [Term("bright", 0.5, Brightness("latents"))]
-    policies = make_policies(student, config.versions, lora=lora, shard=shard)
+    more: dict[str, Any] = {}
+    if name == "afd stacked":
+        more["parents"] = [parent(student, 3, 0.5), parent(student, 2, 1.0)]
+        both = {"pretrained": 1.0, "previous": 1.0}
+        config = config.model_copy(update={"prior_reference": both})
+    versions = (*config.versions, *(["pretrained"] if more else []))
+    policies = make_policies(student, versions, lora=lora, shard=shard, **more)
     return Afd(policies, discriminator, config, **how)
+
+
+def parent(student: Student, rank: int, scale: float) -> LowRank:
+    """What an earlier run has learned in the first layer."""
+    draw, layer = torch.Generator().manual_seed(rank), "blocks.0.self_attn.q"
+    width = student.net.config.dim
+    a_RI = 0.2 * torch.randn(rank, width, generator=draw)
+    return LowRank({layer: a_RI}, {layer: torch.randn(width, rank, generator=draw)}, scale)
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,10 @@ def test_a_changed_list_is_refused_from_the_first_domain_that_differs(
             "afd.prior_reference is {'previous': 0}; needed: pretrained, previous, or positive",
         ),
         (
+            {"domains": [domains()[0], domains()[1] | {"evaluation": {"metric": "fysics"}}]},
+            "sand: evaluation.metric: got fysics; needed: one that is measured there: ",
+        ),
+        (
             {"domains": [domains()[0] | {"prompts": "{folder}/odd.txt"}]},
             "'no such ball' is a prompt of no teacher here",
         ),

@@ -358,3 +358,6 @@ def test_mistakes_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[s
     empty.mkdir()
     assert main(["teacher", "audit", str(empty)]) == MISTAKE
     assert "holds no clip" in capsys.readouterr().err
+    for odd in (empty, folder.parent / "none"):
+        assert main(["teacher", "audit", str(folder), f"student={odd}"]) == MISTAKE
+        assert f"student: {odd} holds no clip; needed" in " ".join(capsys.readouterr().err.split())

@@ -28,6 +28,7 @@ METHODS = (
     ("afd full", "fsdp"),
     ("afd rewards", "ddp"),
     ("afd replay", "ddp"),
+    ("afd stacked", "fsdp"),
     ("gan", "ddp"),
     ("dmd", "fsdp"),
 )

@@ -19,6 +19,7 @@ from afd.config.run import RunConfig, make_config
 from afd.errors import DONE, MISTAKE, ConfigError
 from afd.export import ExportConfig, export
 from afd.lab.student import ToyStudent
+from afd.models.config import DTYPES
 from afd.models.low_rank import LowRank, cut, folded, joined
 from afd.models.policies import make_policies
 from afd.models.wan.student import WanStudent
@@ -37,6 +38,7 @@ from tests.afd.test_export import (
     policy_weights,
     save_run,
 )
+from tests.afd.test_resume import numbers
 from tests.afd.tiny_methods import toy_student
 from tests.afd.tiny_wan import HEIGHT, WIDTH
 from tests.tolerances import NETWORK_FORWARD
@@ -55,6 +57,7 @@ SMALL: dict[str, Any] = {
     "logging": {"tensorboard": False},
 }
 LORA = "student.lora={rank: 4, alpha: 6}"
+STACKED = "student.parents=stacked"
 
 
 def config_of(out: Path, teacher: Path, *overrides: str) -> RunConfig:
@@ -96,6 +99,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     found = Runs(tmp_path_factory.mktemp("runs"))
     found.made("a", LORA)
     found.made("b", LORA, "seed=1", f"student.init={found.folder / 'a'}")
+    found.made("c", LORA, STACKED, "seed=1", f"student.init={found.folder / 'a'}")
+    found.made("d", LORA, STACKED, "seed=2", f"student.init={found.folder / 'c'}")
     found.made("full", "student.lora=null")
     return found
 
@@ -114,6 +119,8 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         ("a", "update 2 of a run, weights ema, a LoRA of rank 4"),
         ("a/checkpoints/update_000002", "update 2 of a run, weights ema, a LoRA of rank 4"),
         ("b", "update 2 of a run, weights ema, a LoRA of rank 4"),
+        ("c", "update 2 of a run, weights ema, a LoRA of rank 4"),
+        ("d", "update 2 of a run, weights ema, a LoRA of rank 4"),
         ("full", "update 2 of a run, weights ema, every weight"),
     ],
 )
@@ -128,7 +135,7 @@ def test_a_run_and_its_checkpoint_give_the_weights_that_it_ended_with(
 
 
 @pytest.mark.parametrize("kind", ["peft", "diffusers_lora", "student", "self_forcing"])
-@pytest.mark.parametrize("which", ["a", "b"])
+@pytest.mark.parametrize("which", ["a", "b", "d"])
 def test_every_export_gives_the_weights_of_its_run(
     runs: Runs, tmp_path: Path, kind: str, which: str
 ) -> None:
@@ -139,19 +146,25 @@ def test_every_export_gives_the_weights_of_its_run(
         assert distance(start, runs.learned(runs.folder / which)) < 1e-6
 
 
+@pytest.mark.parametrize("later", ["b", "c"])
 def test_an_adapter_of_a_later_run_is_refused_on_the_released_weights(
-    runs: Runs, tmp_path: Path
+    runs: Runs, tmp_path: Path, later: str
 ) -> None:
-    own = export(runs.folder / "b", ExportConfig(out=tmp_path / "own", against="start"))
+    own = export(runs.folder / later, ExportConfig(out=tmp_path / "own", against="start"))
     with pytest.raises(ConfigError, match=r"belongs on other weights than these \(SHA-256"):
         runs.start(f"student.init={own}")
     note = json.loads((own / "afd.json").read_text())
     assert [parent["run"] for parent in note["parents"]] == ["a"]
-    whole = export(runs.folder / "b", ExportConfig(out=tmp_path / "whole"))
+    whole = export(runs.folder / later, ExportConfig(out=tmp_path / "whole"))
     base = json.loads((whole / "afd.json").read_text())["base"]
     first = export(runs.folder / "a", ExportConfig(out=tmp_path / "first"))
     assert base == json.loads((first / "afd.json").read_text())["base"]
     assert base["sha256"] != note["base"]["sha256"]
+    # It belongs on its parent's weights.
+    parent = export(runs.folder / "a", ExportConfig(out=tmp_path / "parent", kind="student"))
+    file = parent / "student.safetensors"
+    again = runs.start(f"student.checkpoint={file}", f"student.init={own}")
+    assert distance(again, runs.learned(runs.folder / later)) < 1e-6
 
 
 def test_the_sum_of_two_adapters_can_be_cut_to_a_rank_with_its_error(
@@ -261,21 +274,34 @@ def test_a_run_that_starts_from_itself_is_refused(runs: Runs, tmp_path: Path) ->
         train(own)
 
 
-def test_a_parent_that_has_changed_since_is_refused(runs: Runs) -> None:
-    parent = runs.made("parent", LORA)
-    runs.made("child", LORA, f"student.init={parent}")
+@pytest.mark.parametrize("parents", ["folded", "stacked"])
+def test_a_parent_that_has_changed_since_is_refused(runs: Runs, parents: str) -> None:
+    parent = runs.made(f"parent-{parents}", LORA)
+    settings = [LORA, f"student.parents={parents}"]
+    child = runs.made(f"child-{parents}", *settings, f"student.init={parent}")
+    later = runs.config(f"later-{parents}", *settings, f"student.init={child}")
     assert train(load_run(parent, ["updates=3"])) is Outcome.FINISHED
-    with pytest.raises(ConfigError, match="other weights than those that the run started from"):
-        train(load_run(runs.folder / "child", ["updates=3"]))
+    words = "other weights than those that the run started from"
+    with pytest.raises(ConfigError, match=words):
+        train(load_run(child, ["updates=3"]))
+    with pytest.raises(ConfigError, match="belongs on other weights than these"):
+        train(later)
+    kind = ExportConfig(out=runs.folder / f"out-{parents}", kind="student")
+    with pytest.raises(ConfigError, match=words):
+        export(child, kind)
 
 
-@pytest.mark.parametrize("lora", [LORA, "student.lora=null"], ids=["lora", "full"])
-@pytest.mark.parametrize("parent", ["b", "full"])
+@pytest.mark.parametrize(
+    ("parent", "lora"),
+    [(p, lora) for p in ("b", "d", "full") for lora in (LORA, "student.lora=null")]
+    + [(p, STACKED) for p in ("b", "d")],
+)
 def test_the_references_are_the_released_weights_and_the_start(
     runs: Runs, lora: str, parent: str
 ) -> None:
     config = runs.config(
         "x",
+        *([LORA] if lora == STACKED else []),
         lora,
         "method=afd",
         f"student.init={runs.folder / parent}",
@@ -306,6 +332,67 @@ def test_the_references_are_the_released_weights_and_the_start(
     mean = method.reference(lambda v: torch.tensor(1.0 if v == "ref" else 4.0))  # type: ignore[attr-defined]
     assert float(mean) == pytest.approx((1 * 4 + 2 * 1) / 3)
     assert method.prior_weight == pytest.approx(3 * config.afd.prior_weight)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stacked_parents_leave_every_earlier_result_to_the_bit(tmp_path: Path, dtype: str) -> None:
+    """The released student and what the last run ended with; in bf16, folding rounds the latter."""
+    first, kind = Run(tmp_path, dtype=dtype), DTYPES[dtype]
+    section = first.config.student.model_copy(update={"parents": "stacked"})
+    released = forward(base(first).to(kind), kind)
+    parent, policies = first.folder, first.policies
+    for number in (1, 2):
+        with policies.using("old") as student:
+            ended = forward(student.net, kind)
+        section = section.model_copy(update={"init": str(parent)})
+        start = start_of(section)
+        assert len(start.stack(section.init)) == number
+        net = WanStudent(base(first).to(kind), height=HEIGHT, width=WIDTH, frames=FRAMES)
+        policies = make_policies(
+            net,
+            ("theta", "old", "ref", "pretrained"),
+            lora=section.lora,
+            seed=number,
+            parents=start.stack(section.init),
+        )
+        for version, expected in (("pretrained", released), ("ref", ended), ("theta", ended)):
+            with policies.using(version) as student:
+                assert torch.equal(forward(student.net, kind), expected), (number, version)
+        assert not torch.equal(forward(start.network.to(kind), kind), ended)
+        draw = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for master in policies.weights("old").masters:
+                master.add_(torch.randn(master.shape, generator=draw), alpha=0.1)
+        policies.weights("old").publish()
+        parent = tmp_path / f"run{number}"
+        named = {"name": parent.name, "out": parent, "student": section}
+        save_run(first.config.model_copy(update=named), {"policies": policies.state_dict()})
+
+
+def test_a_stopped_run_on_stacked_parents_continues_bit_by_bit(runs: Runs) -> None:
+    both = "afd.prior_reference={pretrained: 1, previous: 1}"
+    rest = [LORA, STACKED, "method=afd", both, f"student.init={runs.folder / 'c'}"]
+    rest += ["checkpoint.every=1", "afd.prior_weight=1"]
+    whole = runs.made("whole", *rest, "updates=3")
+    parts = runs.made("parts", *rest, "updates=1")
+    assert train(load_run(parts, ["updates=3"])) is Outcome.FINISHED
+    assert numbers(parts) == numbers(whole)
+    assert numbers(parts)[-1]["student/prior"] > 0
+    assert equal(runs.learned(parts, "old"), runs.learned(whole, "old"))
+
+
+def test_parents_that_cannot_be_stacked_are_one_sentence(runs: Runs, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.safetensors"
+    factors = {"A": torch.ones(2, 32), "B": torch.ones(32, 2)}
+    save_file({f"time_embedding.2.lora_{k}.weight": x for k, x in factors.items()}, odd)
+    for init, words in (
+        (runs.folder / "full", r"has whole weights; needed: folded, or these weights, exported"),
+        (odd, r"changes time_embedding\.2, which has no adapters here; needed: folded"),
+    ):
+        with pytest.raises(ConfigError, match=rf"student\.parents: got stacked; .* {words}"):
+            build_method(runs.config("x", LORA, STACKED, f"student.init={init}"), prompts=["a"])
+    with pytest.raises(ConfigError, match=r"student\.parents: got stacked without student\.lora"):
+        runs.config("x", "student.lora=null", STACKED)
 
 
 def test_a_chain_of_adapters_is_one_lora_in_diffusers(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 
 from afd.cli import main
 from afd.config.run import RunConfig, make_config
-from afd.errors import DONE, ConfigError
+from afd.errors import DONE, ConfigError, TeacherError
+from afd.lab.simulator import write_folder
+from afd.methods.afd import Afd
 from afd.methods.base import Batch
 from afd.methods.config import ReplayConfig
 from afd.models.config import LoraConfig
@@ -92,6 +96,21 @@ def test_a_replayed_update_is_the_same_in_micro_batches_and_over_ranks() -> None
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
 
 
+def test_prompts_with_a_cached_video_count_once_among_all() -> None:
+    """Two of the teacher's and one of two replayed ones: AFD on three of four, the prior on two."""
+    prompts = ["up", "up!", "a"]
+    method, alone = (with_replay("afd", wan_student()) for _ in range(2))
+    mixed, three = (wan_batch(count=3) for _ in range(2))
+    mixed.prompts = three.prompts = prompts
+    mixed.cached = 1
+    step(method, replayed(mixed, ["a", "bb"]))
+    step(alone, three)
+    assert (mixed.share, mixed.replay_share) == (0.75, 0.5)
+    ours, theirs = (torch.cat([g.flatten() for g in gradients(m)]) for m in (method, alone))
+    # At the start the prior to it has no gradient.
+    assert float((ours - 0.75 * theirs).norm() / theirs.norm()) < 1e-3
+
+
 def config(out: Path, prompts: Path, *overrides: str) -> RunConfig:
     replay = {"fraction": 0.5, "prompts": str(prompts), "weight": 2.0}
     data = {**SMALL, "out": str(out), "replay": replay, "checkpoint": {"every": 1}, "updates": 4}
@@ -110,6 +129,90 @@ def test_a_stopped_run_with_replay_continues_bit_by_bit(tmp_path: Path, method: 
     prompts.write_text("other\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"replay\.prompts|other prompts"):
         train(load_run(tmp_path / "parts", ["updates=5"]))
+
+
+class Spied:
+    """The batches of a run, beside what its method makes of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[Batch] = []
+        rollout = Afd.rollout
+
+        def noted(method: Afd, batch: Batch) -> None:
+            self.seen.append(batch)
+            rollout(method, batch)
+
+        monkeypatch.setattr(Afd, "rollout", noted)
+
+
+def test_earlier_teachers_videos_are_learned_from_and_nothing_is_bought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of three prompts have one; the run keeps to the files that were there when it began."""
+    caplog.set_level(logging.INFO, "afd")
+    spied, earlier = Spied(monkeypatch), tmp_path / "earlier"
+    write_folder(earlier, "nuis", 3, 5, domain="heavy")
+    lines = (earlier / "prompts.jsonl").read_text().splitlines()
+    held = [json.loads(line)["prompt"] for line in lines]
+    (earlier / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines[:2]))
+    ledger = earlier / "ledger.sqlite3"
+    ledger.write_bytes(b"opened by nobody")
+    prompts = tmp_path / "earlier.txt"
+    prompts.write_text("".join(f"{prompt}\n" for prompt in held), encoding="utf-8")
+    places = json.dumps([str(earlier), str(tmp_path / "gone")])
+    more = ["replay.teacher=cached", f"replay.videos={places}", "prompts_per_update=4"]
+    train(config(tmp_path / "straight", prompts, "method=afd", *more))
+    whole, spied.seen = spied.seen, []
+    words = "replay: 2 of 3 prompts have a video of an earlier teacher (2 videos)"
+    assert words in caplog.text
+    assert f"replay.videos: {tmp_path / 'gone'} has no manifest" in caplog.text
+    for batch in whole:
+        assert batch.replay is not None
+        assert batch.prompts[2:] == [p for p in batch.replay.prompts if p in held[:2]]
+        assert batch.cached == len(batch.prompts) - 2
+        assert len(batch.teacher_BFCHW) == len(batch.prompts)
+    # Both of the replayed prompts of an update have one, or one of them.
+    assert {batch.cached for batch in whole} == {1, 2}
+    train(config(tmp_path / "parts", prompts, "method=afd", *more, "updates=2"))
+    (earlier / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    train(load_run(tmp_path / "parts", ["updates=4"]))
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "straight")
+    for ours, theirs in zip(spied.seen, whole, strict=True):
+        assert ours.prompts == theirs.prompts
+        assert torch.equal(ours.teacher_BFCHW, theirs.teacher_BFCHW)
+    assert ledger.read_bytes() == b"opened by nobody"
+    names = {"prompts.jsonl", "ledger.sqlite3"}
+    assert {p.name for p in earlier.iterdir() if p.suffix != ".mp4"} == names
+    # A video that was replaced is noticed.
+    first = earlier / json.loads(lines[0])["file"]
+    shutil.copy(earlier / json.loads(lines[2])["file"], first)
+    with pytest.raises(TeacherError, match="is not the one that this run was trained on"):
+        train(load_run(tmp_path / "parts", ["updates=6"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["replay.teacher=cached"], "replay.teacher: got cached without replay.videos"),
+        (
+            ["replay.teacher=cached", "replay.videos=[x]", "method=gan"],
+            "got cached with method=gan",
+        ),
+        (
+            ["replay.teacher=cached", "replay.videos=[x]", "teacher.robust.trim=0.1"],
+            "got cached with teacher.robust",
+        ),
+        (["replay.teacher=bought"], "replay.teacher is 'bought'"),
+    ],
+)
+def test_videos_that_cannot_be_learned_from_are_one_sentence(
+    overrides: list[str], words: str
+) -> None:
+    start = {"prompts_per_update": 2, "replay": {"fraction": 0.5, "prompts": "x"}}
+    with pytest.raises(ConfigError) as raised:
+        make_config(start, overrides)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

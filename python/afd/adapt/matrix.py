@@ -14,6 +14,7 @@ from typing import Any
 from afd.adapt.sequence import Chain, Domain
 from afd.config.run import RunConfig
 from afd.distributed import Ranks
+from afd.errors import ConfigError
 from afd.files import parse_json, read_json_lines, write_json
 from afd.trainer import checkpoint
 from afd.trainer.again import evaluate_with
@@ -29,18 +30,16 @@ def measure(chain: Chain, domain: Domain | None, ranks: Ranks) -> None:
     repeated.
     """
     run = chain.domains[0].run if domain is None else domain.run
-    path = _row_file(chain, domain)
-    held = ranks.same(_read(path) if ranks.main else None)
-    state = "" if domain is None else _state(run)
-    of = {
-        name: _identity(chain.measured(run, {name: column}), name, state)
-        for name, column in chain.columns.items()
-    }
-    missing = {
-        name: column
-        for name, column in chain.columns.items()
-        if held.get(name, {}).get("of") != of[name]
-    }
+    path, held, of = _row_file(chain, domain), Row(), dict[str, str]()
+    if ranks.main:
+        held = _read(path)
+        state = "" if domain is None else _state(run)
+        of = {
+            name: _identity(chain.measured(run, {name: column}), name, state)
+            for name, column in chain.columns.items()
+        }
+    names = ranks.same([name for name in of if held.get(name, {}).get("of") != of[name]])
+    missing = {name: chain.columns[name] for name in names}
     if not missing:
         return
     result = evaluate_with(chain.measured(run, missing), start=domain is None)
@@ -53,6 +52,19 @@ def measure(chain: Chain, domain: Domain | None, ranks: Ranks) -> None:
         held[name] = {"of": of[name], "videos": count, "metrics": found}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {name: held[name] for name in chain.columns})
+
+
+def refuse_unknown_metrics(chain: Chain) -> None:
+    """Raise ConfigError for a column of a metric that the base student's row, which is measured
+    before anything is learned, does not have."""
+    row = _read(_row_file(chain, None))
+    for name, column in chain.columns.items():
+        has = row.get(name, {}).get("metrics", {})
+        if column.metric is not None and column.metric not in has:
+            raise ConfigError(
+                f"{name}: evaluation.metric: got {column.metric}; needed: one that is measured "
+                f"there: {', '.join(has) or 'none is'}"
+            )
 
 
 def _row_file(chain: Chain, domain: Domain | None) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from afd.adapt.matrix import measure, write_matrix
+from afd.adapt.matrix import measure, refuse_unknown_metrics, write_matrix
 from afd.adapt.sequence import (
     FILE,
     Chain,
@@ -58,6 +58,8 @@ def adapt(
         ranks.barrier()
         console.rule("base student")
         measure(chain, None, ranks)
+        if ranks.main:
+            refuse_unknown_metrics(chain)
         for domain in chain.domains:
             console.rule(f"{domain.number}: {domain.name}")
             if ranks.main:

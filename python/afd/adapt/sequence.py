@@ -19,6 +19,7 @@ from afd.data.prompts import prompts_of
 from afd.errors import ConfigError
 from afd.files import read_text, write_text
 from afd.registry import find
+from afd.teachers.mix_config import MixConfig
 from afd.teachers.paid.config import PaidConfig
 from afd.teachers.paid.teacher import read_prompts
 from afd.trainer.run_folder import DONE, finished, refuse_another_run
@@ -106,9 +107,8 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
     shared = make_config(first, [*config.overrides, *common, "replay.fraction=0"], str(base))
     domains: list[Domain] = []
     for number, domain in enumerate(config.domains, 1):
-        before = domains[-1] if domains else None
         try:
-            run = _run(config, start, domain, root, before, common, str(base))
+            run = _run(config, start, domain, root, domains, common, str(base))
         except ConfigError as error:
             raise ConfigError(f"domain {number} ({domain.name}): {error}") from None
         domains.append(Domain(number, domain, run))
@@ -124,17 +124,17 @@ def _run(
     start: dict[str, Any],
     domain: DomainConfig,
     root: Path,
-    before: Domain | None,
+    earlier: Sequence[Domain],
     common: Sequence[str],
     origin: str,
 ) -> RunConfig:
-    number = 1 if before is None else before.number + 1
+    before, number = earlier[-1] if earlier else None, len(earlier) + 1
     data = {**start, "teacher": domain.teacher, "name": f"{config.name}-{domain.name}"}
     if domain.updates is not None:
         data["updates"] = domain.updates
     settings = [*config.overrides, *common, *domain.overrides]
     keys = {override.partition("=")[0] for override in settings}
-    chosen = keys & {"student.init", "discriminator.init", "replay.prompts"}
+    chosen = keys & {"student.init", "discriminator.init", "replay.prompts", "replay.videos"}
     if before is not None and chosen:
         raise ConfigError(
             f"overrides: got {', '.join(sorted(chosen))}; needed: none after the first domain, "
@@ -150,6 +150,8 @@ def _run(
     else:
         settings.append(f"student.init={json.dumps(str(before.folder))}")
         settings.append(f"replay.prompts={json.dumps(str(replay_file(root, number)))}")
+        places = dict.fromkeys(str(path) for one in earlier for path in videos_of(one.run))
+        settings.append(f"replay.videos={json.dumps(list(places))}")
         if config.discriminator == "carried":
             settings.append(f"discriminator.init={json.dumps(str(before.folder))}")
     run = make_config(data, settings, origin)
@@ -161,7 +163,18 @@ def _run(
     replay = run.replay
     if not replay.fraction:
         replay = replay.model_copy(update={"prompts": None})
+    if not replay.fraction or replay.teacher == "none":
+        replay = replay.model_copy(update={"videos": []})
     return run.model_copy(update={"seed": seed, "replay": replay})
+
+
+def videos_of(run: RunConfig) -> list[Path]:
+    """Where the finished videos of a run's teacher are: folders, or manifests in them."""
+    teacher = run.teacher
+    sources = [(teacher, run.teacher_dir)]
+    if isinstance(teacher, MixConfig):
+        sources = [(o.source, teacher.folder_of(o, run.teacher_dir)) for o in teacher.teachers]
+    return [getattr(one, "manifest", None) or folder for one, folder in sources if one.gives_videos]
 
 
 def replay_file(root: Path, number: int) -> Path:

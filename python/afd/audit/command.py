@@ -113,7 +113,13 @@ def _checked(
             return _by_run(clips, needed, options, run, ranks)
     student: list[Clip] = []
     if options.student is not None:
-        paths = [p for _, _, p in _in_folder(options.student)]
+        there = _in_folder(options.student) if options.student.is_dir() else []
+        paths = [path for _, _, path in there]
+        if not paths:
+            raise ConfigError(
+                f"student: {options.student} holds no clip; needed: a folder of the student's "
+                "videos"
+            )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             student = list(pool.map(lambda path: read(path, ""), paths))
         student = [clip for clip in student if clip.problem is None]

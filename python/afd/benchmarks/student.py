@@ -107,7 +107,7 @@ def with_rater(config: BenchmarkConfig) -> BenchmarkConfig:
 
 
 # The exported weights are whole.
-NO_START = {"init": None, "init_weights": None}
+NO_START = {"init": None, "init_weights": None, "parents": "folded"}
 
 
 def _of_run(config: BenchmarkConfig, folder: Path, settings: dict[str, Any]) -> Subject:

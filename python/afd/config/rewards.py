@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from afd.discriminators.base import DiscriminatorConfig
-from afd.methods.config import AfdConfig
+from afd.methods.config import AfdConfig, ReplayConfig
 from afd.models.config import StudentConfig
 from afd.rewards.base import ONLINE, OnlineConfig, RewardConfig, online
 from afd.teachers.config import TeacherConfig
@@ -74,6 +74,33 @@ def check_advantages(teacher: TeacherConfig, afd: AfdConfig) -> None:
         raise ValueError(
             f"afd.baseline: got {afd.baseline} with teacher.mode=ensemble; needed: group or batch, "
             "as every teacher's head has a baseline of its own"
+        )
+
+
+def check_cached(
+    replay: ReplayConfig,
+    method: str,
+    discriminator: DiscriminatorConfig | None,
+    teacher: TeacherConfig,
+) -> None:
+    """Raise ValueError for a run that cannot train on earlier teachers' videos."""
+    if not replay.fraction or replay.teacher == "none":
+        return
+    if not replay.videos:
+        raise ValueError(
+            "replay.teacher: got cached without replay.videos; needed: the folders of the videos"
+        )
+    wrong = None
+    if method != "afd" or discriminator is None:
+        wrong = f"method={method}{'' if discriminator else ' and no discriminator'}"
+    elif isinstance(teacher, MixConfig) and teacher.mode == "ensemble":
+        wrong = "teacher.mode=ensemble, whose heads are of teachers that give every prompt"
+    elif teacher.robust.on:
+        wrong = "teacher.robust, which keeps account of the teacher's own videos"
+    if wrong is not None:
+        raise ValueError(
+            f"replay.teacher: got cached with {wrong}; needed: none, or method=afd with a "
+            "discriminator and a single or routed teacher without teacher.robust"
         )
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.keys import NAMED, known_keys, parts_of, shown, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
-from afd.config.rewards import check_advantages, check_rewards, check_teacher
+from afd.config.rewards import check_advantages, check_cached, check_rewards, check_teacher
 from afd.config.shipped import find_config
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
@@ -223,6 +223,7 @@ class RunConfig(Section):
         method = getattr(self, self.method)
         weight = getattr(method, "prior_weight", 0.0)
         self.replay.check(self.method, self.prompts_per_update, weight)
+        check_cached(self.replay, self.method, self.discriminator, self.teacher)
         return self
 
     @property

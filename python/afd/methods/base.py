@@ -35,6 +35,7 @@ class Batch:
         clips: the number of each video among all of the teacher's.
         robust: what the run does about videos that are wrong, if anything.
         replay: prompts of earlier domains in the same update, without the teacher's videos.
+        cached: number of those, of all processes, that are among `prompts`, too.
     """
 
     update: int
@@ -46,12 +47,22 @@ class Batch:
     clips: Sequence[int] = ()
     robust: Robust | None = None
     replay: Batch | None = None
+    cached: int = 0
 
     @property
     def share(self) -> float:
         """The weight of these prompts beside the replayed ones: their share of all."""
+        return self.count / self._all
+
+    @property
+    def replay_share(self) -> float:
+        """The weight of the replayed prompts: their share of all."""
+        return 1 - (self.count - self.cached) / self._all
+
+    @property
+    def _all(self) -> int:
         replayed = 0 if self.replay is None else self.replay.count
-        return self.count / (self.count + replayed)
+        return self.count + replayed - self.cached
 
     @property
     def count(self) -> int:

@@ -57,8 +57,9 @@ FIELDS = ("real", "fake")
 
 
 class ReplayConfig(Section):
-    """Prompts of earlier domains in every update, without a teacher: on the student's own rollouts
-    for them, the loss is the prior to what the run started from."""
+    """Prompts of earlier domains in every update: on the student's own rollouts for them, the loss
+    is the prior to what the run started from; and AFD where an earlier teacher's video exists, if
+    that is asked for."""
 
     fraction: Share = Field(
         default=0.0, description="share of the prompts of an update that are replayed"
@@ -67,6 +68,14 @@ class ReplayConfig(Section):
     weight: Positive | None = Field(
         default=None,
         description="weight of |v_theta - v_ref|² on them; null: the method's prior_weight",
+    )
+    teacher: Literal["none", "cached"] = Field(
+        default="none",
+        description="cached: those with a finished video in `videos` are trained by AFD, too; "
+        "nothing is bought",
+    )
+    videos: list[Path] = Field(
+        default=[], description="cached: folders of earlier teachers, or manifests in them"
     )
 
     def count(self, prompts: int) -> int:

@@ -96,7 +96,7 @@ class LastStepMethod(StudentMethod):
         group = self.config.samples_per_prompt
         rollouts = self.replayed(replay, "theta", group, keep_last_inputs=True)
         assert rollouts.last_inputs_BFCHW is not None
-        weight = self.replay_weight * (1 - batch.share) / (replay.count * group)
+        weight = self.replay_weight * batch.replay_share / (replay.count * group)
         prior = torch.zeros(())
         for part in self._parts(rollouts):
             noisy = rollouts.last_inputs_BFCHW[part]

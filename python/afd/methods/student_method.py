@@ -157,7 +157,7 @@ class StudentMethod:
         for piece in copies.pieces(config.micro_batch):
             v_theta, v_ref = self.replay_velocities(rollouts, piece)
             loss = (v_theta - v_ref).float().square().mean() * (self.chunks / drawn)
-            self.optimizer.add(loss * (self.replay_weight * piece.share * (1 - batch.share)))
+            self.optimizer.add(loss * (self.replay_weight * piece.share * batch.replay_share))
             prior += loss.detach().cpu() * piece.share
         self.ranks.sum_([prior])
         return {"student/replay_prior": float(prior)}

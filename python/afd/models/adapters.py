@@ -1,6 +1,7 @@
 """LoRA adapters for several versions of one network, through PEFT.
 
-The base weights are frozen and shared; a version is the base plus its adapter.
+The base weights are frozen and shared; a version is the base plus its adapters: one of its own, and
+frozen ones that several versions may share.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ def adapter_name(version: str) -> str:
 
 
 class Adapters:
-    """The adapters of a network's versions; at most one is active at a time.
+    """The adapters of a network's versions; those of one version are active at a time.
 
     All start as a zero update: B = 0, and the same A for all, drawn from `seed`.
 
     Args:
+        versions: those with an adapter of their own.
         frozen: adapters that are never trained, by name, as changes of layers that match TARGETS.
+        shared: the frozen adapters of a version, of those without one of their own too, in the
+            order in which they are added.
 
     Raises:
         ConfigError: if peft is not installed.
@@ -49,6 +53,7 @@ class Adapters:
         config: LoraConfig,
         seed: int,
         frozen: Mapping[str, LowRank] | None = None,
+        shared: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         need("student.lora", "peft")
         from peft import LoraConfig as PeftConfig
@@ -56,7 +61,7 @@ class Adapters:
         from peft.tuners.lora import LoraLayer
 
         self.net, self.versions = net, versions
-        frozen = frozen or {}
+        frozen, self._shared = frozen or {}, shared or {}
         wanted = {adapter_name(version): (config.rank, config.alpha) for version in versions}
         wanted |= {name: (change.rank, change.rank) for name, change in frozen.items()}
         for name, (rank, alpha) in wanted.items():
@@ -70,7 +75,7 @@ class Adapters:
                 # size.
                 inject_adapter_in_model(settings, net, name, low_cpu_mem_usage=True)
         # All layers share this list, so switching does not iterate over them.
-        self._on: list[str] = [adapter_name(versions[0])]
+        self._on: list[str] = self._of(versions[0])
         generator = torch.Generator().manual_seed(seed)
         for layer, module in net.named_modules():
             if isinstance(module, LoraLayer):
@@ -82,15 +87,20 @@ class Adapters:
         net.adapters = self
 
     @property
-    def active(self) -> str | None:
-        """PEFT's name of the active adapter; None if all are disabled."""
-        return self._on[0] if self._on else None
+    def active(self) -> tuple[str, ...]:
+        """PEFT's names of the active adapters; empty if all are disabled."""
+        return tuple(self._on)
 
     @contextmanager
-    def using(self, version: str | None) -> Iterator[None]:
-        """Activate one version's adapter, or disable all (None); restores the previous one."""
-        with self._turned_on([] if version is None else [adapter_name(version)]):
+    def using(self, version: str) -> Iterator[None]:
+        """Activate one version's adapters, none for a version that has none; restores the previous
+        ones."""
+        with self._turned_on(self._of(version)):
             yield
+
+    def _of(self, version: str) -> list[str]:
+        own = [adapter_name(version)] if version in self.versions else []
+        return [*self._shared.get(version, ()), *own]
 
     def recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for checkpointed blocks: recomputation uses the adapter that is active now."""
@@ -130,13 +140,12 @@ def _fill(layer: Any, names: Sequence[str], generator: torch.Generator) -> None:
 def _fill_frozen(layer: Any, name: str, change: LowRank, which: str) -> None:
     """Materialise a frozen adapter; a layer that its change lacks, or a smaller rank, is zero."""
     like = layer.get_base_layer().weight
-    for parts, factors, scale in (
-        (layer.lora_A, change.a_RI, 1.0),
-        (layer.lora_B, change.b_OR, change.scale),
-    ):
+    # Not in a factor: its run's network multiplied the product, too.
+    layer.scaling[name] = change.scale
+    for parts, factors in ((layer.lora_A, change.a_RI), (layer.lora_B, change.b_OR)):
         linear = parts[name]
         weight = torch.zeros(linear.weight.shape, dtype=like.dtype, device=like.device)
         if which in factors:
             rows, columns = factors[which].shape
-            weight[:rows, :columns] = factors[which] * scale
+            weight[:rows, :columns] = factors[which]
         linear.weight = nn.Parameter(weight)

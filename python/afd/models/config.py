@@ -57,6 +57,11 @@ class StudentConfig(Section):
         description="init of a run: which version; null: ema if the run has it, else old, else "
         "theta",
     )
+    parents: Literal["folded", "stacked"] = Field(
+        default="folded",
+        description="adapters of init: folded: into the frozen weights, rounded to dtype; stacked: "
+        "kept as frozen adapters beside the released weights, which stay as they are",
+    )
     dtype: Dtype = Field(
         default="float32",
         description="dtype of the computation; trained weights are kept in float32",
@@ -106,6 +111,11 @@ class StudentConfig(Section):
         if self.init is None and self.init_weights is not None:
             raise ValueError(
                 f"student.init_weights: got {self.init_weights} without student.init; needed: both"
+            )
+        if self.parents == "stacked" and self.lora is None:
+            raise ValueError(
+                "student.parents: got stacked without student.lora; needed: folded, as a run that "
+                "trains every weight has no adapters"
             )
         return self
 

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afd.hub import weights_digest
 from afd_kernels.contracts import require
+
+# Rows that are summed in a CPU's cache, by one thread.
+_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,17 @@ class LowRank:
         return max((a_RI.shape[0] for a_RI in self.a_RI.values()), default=0)
 
     def delta(self, layer: str) -> Tensor:
-        """The change of one layer's weight, [O, I]."""
-        return (self.b_OR[layer] @ self.a_RI[layer]) * self.scale
+        """The change of one layer's weight, [O, I] float32, to the same bits on every machine.
+
+        Libraries sum matrix products in an order that depends on the processor, and the digest of
+        folded weights must not: here every product and sum is rounded on its own, in rank order.
+        """
+        b_OR, a_RI = self.b_OR[layer].float(), self.a_RI[layer].float()
+        delta = b_OR.new_zeros(len(b_OR), a_RI.shape[1])
+        for rows_TI, b_TR in zip(delta.split(_TILE), b_OR.split(_TILE), strict=True):
+            for b_T, a_I in zip(b_TR.unbind(1), a_RI, strict=True):
+                rows_TI += b_T[:, None] * a_I
+        return delta * self.scale
 
     def adapters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The factors under the names of adapters; the scale is not in them."""
@@ -87,6 +100,18 @@ def joined(changes: Sequence[LowRank]) -> LowRank:
         a_RI[layer] = torch.cat([change.a_RI[layer].float() for change in held])
         b_OR[layer] = torch.cat([c.b_OR[layer].float() * c.scale for c in held], 1)
     return LowRank(a_RI, b_OR)
+
+
+def stacked_digest(base: str, changes: Sequence[LowRank]) -> str:
+    """SHA-256 of weights, given by theirs, with changes beside them; `base` without any."""
+    if not changes:
+        return base
+    factors = {
+        f"{n}.{name}": tensor
+        for n, change in enumerate(changes)
+        for name, tensor in change.adapters(torch.float32).items()
+    }
+    return weights_digest(factors, base, *(change.scale for change in changes))
 
 
 def negated(change: LowRank) -> LowRank:

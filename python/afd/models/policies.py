@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afd.hub import refuse_other_weights, weights_digest
 from afd.models.adapters import TARGETS, Adapters
-from afd.models.low_rank import LowRank, folded
+from afd.models.low_rank import LowRank, folded, stacked_digest
 from afd.models.student import Student
 from afd.models.wan.network import CausalWan
 from afd.models.weights import Weights
@@ -41,17 +41,23 @@ class Policies(ABC):
         student: the student outside `using`, with version names[0] active.
         names: the versions that have their own weights, excluding the frozen "ref", the start, and
             "pretrained", the released weights.
-        start: digest of the start weights if a state depends on them; else None.
+        start: digest of the start weights, `parents` included, if a state depends on them; else
+            None.
     """
 
     def __init__(
-        self, student: Student, names: tuple[str, ...], trained: tuple[str, ...], frozen: bool
+        self,
+        student: Student,
+        names: tuple[str, ...],
+        trained: tuple[str, ...],
+        frozen: bool,
+        parents: Sequence[LowRank] = (),
     ) -> None:
         own = tuple(name for name in names if name not in (REFERENCE, PRETRAINED))
         require(len(own) > 0 and len(set(own)) == len(own), "names", names, "different versions")
         require(set(trained) <= set(own), "trained", trained, f"some of {own}")
         self.student, self.names, self.trained = student, own, trained
-        self.start = start_digest(student.net) if frozen else None
+        self.start = stacked_digest(start_digest(student.net), parents) if frozen else None
         self._weights: dict[str, Weights] = {}
         # Whether the student starts from other weights than the released ones.
         self._continued = PRETRAINED in names
@@ -129,10 +135,12 @@ class FullPolicies(Policies):
 
 
 class LoraPolicies(Policies):
-    """One network with an adapter per version; "ref" is the network with adapters disabled.
+    """One network with an adapter per version.
 
-    "pretrained" is an adapter that takes back what the start has learned, or a copy of the network
-    if that is no low-rank change of the adapted layers.
+    With `parents`, whose adapters are kept beside the frozen weights, every version has them, "ref"
+    has them alone, and "pretrained" has none. Otherwise "ref" has no adapter, and "pretrained" one
+    that takes back what the start has learned, or it is a copy of the network if that is no
+    low-rank change of the adapted layers.
     """
 
     def __init__(
@@ -144,19 +152,21 @@ class LoraPolicies(Policies):
         lora: LoraConfig,
         seed: int,
         released: Released | None = None,
+        parents: Sequence[LowRank] = (),
     ) -> None:
-        super().__init__(student, names, trained, frozen=True)
-        frozen: dict[str, LowRank] = {}
+        super().__init__(student, names, trained, True, parents)
+        frozen = {f"parent{n}": change for n, change in enumerate(parents, 1)}
+        shared = {name: list(frozen) for name in (*self.names, REFERENCE)}
         self._copy: Student | None = None
-        if PRETRAINED in names:
+        if PRETRAINED in names and not parents:
             if isinstance(released, LowRank) and all(map(ADAPTED.fullmatch, released.a_RI)):
-                frozen[PRETRAINED] = released
+                frozen[PRETRAINED], shared[PRETRAINED] = released, [PRETRAINED]
             else:
                 self._copy = _copy(student)
                 _load(self._copy, released)
                 self._copy.net.requires_grad_(False)
                 shard(self._copy.net)
-        self.adapters = Adapters(student.net, self.names, lora, seed, frozen)
+        self.adapters = Adapters(student.net, self.names, lora, seed, frozen, shared)
         for name in trained:
             for parameter in self.adapters.parameters(name).values():
                 parameter.requires_grad_(True)
@@ -172,7 +182,7 @@ class LoraPolicies(Policies):
         if name == PRETRAINED and self._copy is not None:
             yield self._copy
             return
-        with self.adapters.using(None if name == REFERENCE else name):
+        with self.adapters.using(name):
             yield self.student
 
 
@@ -185,6 +195,7 @@ def make_policies(
     seed: int = 0,
     shard: Callable[[CausalWan], object] | None = None,
     released: Released | None = None,
+    parents: Sequence[LowRank] = (),
 ) -> Policies:
     """Create versions of a student, all initially equal to it.
 
@@ -197,12 +208,16 @@ def make_policies(
         seed: seeds the adapters' A.
         shard: called with every network, adapters in place, before its masters are created.
         released: for "pretrained": what leads from the student back to the released weights.
+        parents: with `lora` and a student of the released weights: adapters of earlier runs, kept
+            beside them, which belong to every version but "pretrained".
     """
     shard = shard or (lambda net: None)
-    require((released is not None) == (PRETRAINED in names), "released", names, "with pretrained")
+    needed = PRETRAINED in names and not parents
+    require((released is not None) == needed, "released", names, "with pretrained, without parents")
+    require(lora is not None or not parents, "parents", len(parents), "none without lora")
     if lora is None:
         return FullPolicies(student, names, trained, shard, released)
-    return LoraPolicies(student, names, trained, shard, lora, seed, released)
+    return LoraPolicies(student, names, trained, shard, lora, seed, released, parents)
 
 
 def _load(student: Student, released: Released | None) -> None:

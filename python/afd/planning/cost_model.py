@@ -51,6 +51,7 @@ class Net:
         frames, chunk: latent frames of a video, and latent frames denoised together.
         tokens: T.
         lora: rank of the adapters; None: every weight is trained.
+        parents: summed rank of the adapters of earlier runs, which most passes have, too.
         window: most frames a chunk attends to; None: all.
         sink: first frames that stay in the window.
         start: chunk of a stream at which a clip of it begins.
@@ -65,6 +66,7 @@ class Net:
     chunk: int
     tokens: int
     lora: int | None = None
+    parents: int = 0
     window: int | None = None
     sink: int = 0
     start: int = 0
@@ -102,14 +104,14 @@ class Net:
 
     def linear(self, tokens: float, adapted: bool = True) -> float:
         """Token-wise matrix products; `adapted`: with LoRA."""
-        D, rank = self.dim, (self.lora or 0) if adapted else 0
+        D, rank = self.dim, self.parents + ((self.lora or 0) if adapted else 0)
         # Keys and values of the cross-attention come from the prompt.
         weights = 6 * D * D + 2 * D * self.ffn + rank * (6 * 2 * D + 2 * (D + self.ffn))
         return 2.0 * self.layers * weights * tokens
 
     def keys(self, tokens: float, adapted: bool = True) -> float:
         """Keys and values of one layer's self-attention."""
-        D, rank = self.dim, (self.lora or 0) if adapted else 0
+        D, rank = self.dim, self.parents + ((self.lora or 0) if adapted else 0)
         return 2.0 * (2 * D * D + rank * 2 * 2 * D) * tokens
 
     def attention(self, queries: float, keys: float) -> float:

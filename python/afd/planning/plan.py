@@ -26,6 +26,7 @@ from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
 from afd.teachers.forecast import Forecast
 from afd.trainer.build import check_size, not_training
+from afd.trainer.origin import parent_ranks
 from afd.trainer.run_folder import refuse_another_run, refuse_idle_processes, with_commits
 
 # When a part of the memory is in use; "always" counts towards each of these.
@@ -127,6 +128,7 @@ def student_net(config: RunConfig) -> Net:
         chunk=wan.chunk,
         tokens=grid[0] * grid[1],
         lora=rank,
+        parents=sum(parent_ranks(student) or []) if student.parents == "stacked" else 0,
         window=wan.window,
         sink=wan.sink,
     )

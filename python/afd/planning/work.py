@@ -83,6 +83,9 @@ class Work:
         self.rolls = config.method != "sft"
         self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
         self.places = Places(config, net)
+        # With cached videos of earlier teachers at most: the files are not known yet.
+        cached = config.replay.teacher == "cached"
+        self.taught = config.prompts_per_update if cached else config.taught
         # Prompts of the process that has the most.
         self.prompts = -(-config.prompts_per_update // processes)
         self.videos = self.prompts * self.group
@@ -147,23 +150,29 @@ class Work:
         yield Part("gradients", cost.FLOAT * numbers, "always", "fp32")
 
     def _references(self, whole: int) -> Iterator[Part]:
-        """The frozen versions that the prior and the replay need. `whole`: bytes of a network."""
+        """The parents' adapters, and the frozen versions that the prior and the replay need.
+        `whole`: bytes of a network."""
         names = frozen_versions(self.config)
         student = self.config.student
+        stacked = student.parents == "stacked"
         if student.lora is None:
             for name in names:
                 what = "the start" if name == REFERENCE else "the released weights"
                 yield Part("reference", whole, "always", f"frozen copy of {what}")
             return
-        if PRETRAINED not in names:
+        if PRETRAINED not in names and not stacked:
             return  # the start is the network with its adapters off
         ranks = parent_ranks(student)
         if ranks is None:
             yield Part("reference", whole, "always", "frozen copy of the released weights")
             return
-        one = self.net.lora_parameters * self.item // student.lora.rank
-        note = f"takes back parents of rank {sum(ranks)}, for the released weights"
-        yield Part("reference", sum(ranks) * one, "always", note)
+        held = sum(ranks) * (self.net.lora_parameters * self.item // student.lora.rank)
+        if not stacked:
+            note = f"takes back parents of rank {sum(ranks)}, for the released weights"
+            yield Part("reference", held, "always", note)
+        elif ranks:
+            note = f"{len(ranks)} kept beside the released weights, of rank {sum(ranks)}"
+            yield Part("parents' adapters", held, "always", note)
 
     def _codec(self) -> Iterator[Part]:
         if not self.wan:
@@ -289,11 +298,11 @@ class Work:
         """The phases of one update. `distinct`: number of distinct teacher videos."""
         config, net = self.config, self.net
         assert config.student.kind == "wan"
-        videos = config.taught * self.group
+        videos = self.taught * self.group
         steps, first = config.student.denoising_steps, config.student.first_chunk_steps
         sizes = len(steps), None if first is None else len(first)
         rollout = cost.rollout_flop(net, *sizes)
-        rolled = self.places.rollout_flop(config.taught, self.group, *sizes)
+        rolled = self.places.rollout_flop(self.taught, self.group, *sizes)
         decode = cost.decode_flop(net.frames, self.pixels, tiny=self.tiny_decodes)
         if self.encodes:
             encode = cost.encode_flop(net.frames, self.pixels, tiny=self.tiny_encodes)
@@ -339,7 +348,7 @@ class Work:
         if config.method == "dmd":
             fits, checkpointed = config.dmd.score_updates, config.student.checkpoint_blocks
             flop = cost.sft_flop(self.net, draws=1, checkpointed=checkpointed)
-            teachers = config.taught
+            teachers = self.taught
             note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
             return fits * (teachers + videos) * flop, note
         if isinstance(discriminator, VideoAlignConfig):
@@ -354,7 +363,7 @@ class Work:
             if config.method == "gan":
                 scored = 0  # scored in the student's update
             elif config.afd.baseline == "teacher":
-                scored += config.taught
+                scored += self.taught
             # The mean over the run: updates of the discriminator alone may have more.
             steps = sum(map(discriminator.steps_in, range(config.updates))) / config.updates
             total = 2 * videos * one * steps + scored * self._score_flop()

@@ -21,6 +21,7 @@ FREE_STUDENT = (
     "rollout_batch",
     "init",
     "init_weights",
+    "parents",
     "window",
     "sink",
 )

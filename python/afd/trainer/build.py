@@ -20,7 +20,7 @@ from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
 from afd.methods.sft import Sft
 from afd.models.codec import Codec
-from afd.models.low_rank import joined, negated
+from afd.models.low_rank import LowRank, joined, negated
 from afd.models.policies import PRETRAINED, REFERENCE, Released, make_policies
 from afd.models.sharding import shard_over
 from afd.models.student import Student
@@ -41,7 +41,8 @@ def build_method(config: RunConfig, ranks: Ranks = ALONE, prompts: Sequence[str]
     packages.
     """
     start = None if config.student.init is None else start_of(config.student, config.run_dir)
-    student, codec = build_student(config, ranks, prompts, start)
+    stacked = bool(parents_of(config, start))
+    student, codec = build_student(config, ranks, prompts, start, stacked=stacked)
     discriminator = None
     if config.method in ("afd", "gan") and config.discriminator is not None:
         discriminator = build_discriminator(config, student, ranks, prompts)
@@ -79,7 +80,10 @@ def assemble(
     `start` if the student starts from its checkpoint alone."""
     section = config.student
     method: StudentOptimizerConfig = getattr(config, config.method)
-    names = frozen_versions(config)
+    names, parents = frozen_versions(config), parents_of(config, start)
+    released = None
+    if PRETRAINED in names and start is not None and not parents:
+        released = _released(config, start)
     policies = make_policies(
         student,
         (*(name for name in method.versions if name != REFERENCE), *names),
@@ -87,7 +91,8 @@ def assemble(
         lora=section.lora,
         seed=config.seed,
         shard=_sharding(config, student, ranks),
-        released=None if PRETRAINED not in names or start is None else _released(config, start),
+        released=released,
+        parents=parents,
     )
     shared: dict[str, Any] = {
         "denoising_steps": section.denoising_steps,
@@ -127,6 +132,14 @@ def frozen_versions(config: RunConfig) -> list[str]:
     return found
 
 
+def parents_of(config: RunConfig, start: Start | None) -> list[LowRank]:
+    """The parents' adapters that a run keeps beside the released weights; none if it folds them.
+    Raises ConfigError if they cannot be kept."""
+    if start is None or config.student.parents != "stacked":
+        return []
+    return start.stack(config.student.init)
+
+
 def _released(config: RunConfig, start: Start) -> Released:
     """What leads from the start of a run back to the released weights."""
     if start.changes is not None and config.student.lora is not None:
@@ -155,10 +168,13 @@ def build_student(
     ranks: Ranks = ALONE,
     prompts: Sequence[str] = (),
     start: Start | None = None,
+    *,
+    stacked: bool = False,
 ) -> tuple[Student, Codec]:
     """Build the student, able to encode `prompts`, and its codec to pixels.
 
-    `start`: that of `student.init`, if it is loaded already.
+    `start`: that of `student.init`, if it is loaded already. `stacked`: keep the released weights,
+    beside which its changes become adapters.
     """
     section = config.student
     with _config_errors("student"):
@@ -170,7 +186,7 @@ def build_student(
             store=Store.of(config.cache),
             ranks=ranks,
         )
-    if section.init is not None:
+    if section.init is not None and not stacked:
         start = start or start_of(section, config.run_dir)
         student.net.load_state_dict(start.network.state_dict())
     student.net.checkpoint_blocks = section.checkpoint_blocks

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from afd import machine
 from afd.audit.start import warn_of_clips
@@ -47,9 +48,9 @@ from afd.trainer.parts import (
     open_teacher,
     open_videos,
     prompts_asked,
-    replayed_prompts,
     restore,
 )
+from afd.trainer.replay import Replay
 from afd.trainer.run_folder import (
     DONE,
     RunFolder,
@@ -178,8 +179,8 @@ class Trainer:
         )
         self.videos = open_videos(config, method, teacher, ranks)
         self.evaluate = build_evaluator(config, method, teacher, self.videos, ranks)
-        replayed = replayed_prompts(config)
-        self.replay = Sampler([Request(p) for p in replayed], config.seed) if replayed else None
+        self.replay = Replay(config, method, ranks) if config.replay.fraction else None
+        replayed = [] if self.replay is None else self.replay.prompts
         self.inputs = inputs_of(method, every_prompt(config, teacher.requests), replayed)
         self.update = 0
         self.elapsed_s = 0.0
@@ -260,14 +261,16 @@ class Trainer:
     @contextmanager
     def _saved_without_videos(self) -> Iterator[None]:
         """Save the state of the latest update if the teacher fails to provide the next videos."""
-        cursor = self.sampler.state_dict()
+        samplers = [self.sampler, *([] if self.replay is None else [self.replay.sampler])]
+        cursors = [sampler.state_dict() for sampler in samplers]
         try:
             yield
         except (TeacherError, VideoError):
             # With several processes the other ones are waiting for this failed one, so saving,
             # which is collective, would hang.
             if self.update > 0 and self.ranks.world == 1:
-                self.sampler.load_state_dict(cursor)
+                for sampler, cursor in zip(samplers, cursors, strict=True):
+                    sampler.load_state_dict(cursor)
                 self._save()
                 _log.info("saved after update %d; continue: afd resume %s", self.update, self.out)
             raise
@@ -276,12 +279,14 @@ class Trainer:
         """This process's share of the update's prompts, with the teacher's videos."""
         count = self.config.taught
         ahead = (self.config.updates - self.update - 1) * count
-        own = self.ranks.share(count)
+        replayed, cached = ([], []) if self.replay is None else self.replay.draw(self.update)
+        total = count + len(cached)
+        own = self.ranks.share(total)
         if self._needs_teacher:
             requests = self.videos.draw(self.sampler, count, ahead)
             each = len(requests) // count  # teachers that are asked for a prompt
-            mine = requests[own.start * each : own.stop * each]
-            videos = self.videos.fetch(mine)
+            mine = [*requests, *cached][own.start * each : own.stop * each]
+            videos = self._fetch(mine, len(requests) - own.start * each)
         else:
             requests = self.sampler.draw(count)
             each, mine = 1, requests[own]
@@ -295,18 +300,28 @@ class Trainer:
             prompts,
             videos,
             first=own.start,
-            total=count,
+            total=total,
+            cached=len(cached),
             teachers=[request.teacher for request in mine],
             clips=[self.numbers.get(request, 0) for request in mine],
             robust=None if self.robust is None else self.robust.robust,
         )
-        if self.replay is not None:
-            count = self.config.replayed
-            own = self.ranks.share(count)
-            prompts = [request.prompt for request in self.replay.draw(count)[own]]
+        if replayed:
+            own = self.ranks.share(len(replayed))
+            prompts = replayed[own]
             nothing = torch.empty(len(prompts), 0)
-            batch.replay = Batch(self.update, prompts, nothing, first=own.start, total=count)
+            total = len(replayed)
+            batch.replay = Batch(self.update, prompts, nothing, first=own.start, total=total)
         return batch
+
+    def _fetch(self, requests: Sequence[Request], own: int) -> Tensor:
+        """The videos of requests, of which the first `own` are to the run's teacher and the others
+        to earlier ones."""
+        own = max(0, min(own, len(requests)))
+        parts = [self.videos.fetch(requests[:own])] if own else []
+        if self.replay is not None and own < len(requests):
+            parts.append(self.replay.fetch(requests[own:]))
+        return torch.cat(parts)
 
     def _record(self, metrics: dict[str, float], phase_s: dict[str, float]) -> None:
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
@@ -406,6 +421,8 @@ class Trainer:
         """Restore the newest complete checkpoint, if any; returns the state of the records."""
         path = checkpoint.latest(self.checkpoints, self.ranks)
         if path is None:
+            if self.replay is not None:
+                self.replay.begin()
             return None
         state = restore(path, self.method, self.config, self.ranks)
         if state["teacher"] is not None:
@@ -415,9 +432,10 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         accept = self.config.checkpoint.accept_changed_inputs
         refuse_other_inputs(state["inputs"], self.inputs, accept=accept)
-        key = "replay.prompts"
-        if self.replay is not None and state["inputs"].get(key) == self.inputs[key]:
-            self.replay.load_state_dict(state["replay"])
+        if self.replay is not None:
+            key = "replay.prompts"
+            same = state["inputs"].get(key) == self.inputs[key]
+            self.replay.load_state_dict(state["replay"], same=same)
         self.videos.load_state_dict(state["videos"])
         checkpoint.set_random_state(state["random"], self.ranks.rank)
         self.update, self.elapsed_s, self.newest = state["update"], state["elapsed_s"], path
@@ -431,6 +449,8 @@ class Trainer:
 
     def close(self) -> None:
         self.videos.close()
+        if self.replay is not None:
+            self.replay.close()
         if self.records is not None:
             self.records.close()
 

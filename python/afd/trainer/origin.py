@@ -2,14 +2,15 @@
 
 A run's weights are the released ones, changed by the adapters of its parents one after another, or
 replaced by a parent that trained every weight. An adapter belongs on the weights that it was
-trained on: their SHA-256 is recorded with it, and compared before it is folded in.
+trained on, or on the released ones with its parents' adapters: their SHA-256 is recorded with it,
+and compared before it is folded in.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from afd.errors import AfdError, ConfigError
 from afd.files import parse_json
 from afd.hub import ADAPTERS, holds_adapters, named_errors
 from afd.models.config import DTYPES, LoraConfig, StudentConfig
-from afd.models.low_rank import LowRank, folded
-from afd.models.policies import start_digest
+from afd.models.low_rank import LowRank, folded, stacked_digest
+from afd.models.policies import ADAPTED, start_digest
 from afd.models.wan.checkpoints import LAYOUTS, from_diffusers, read_weights
 from afd.models.wan.network import CausalWan
 from afd.trainer import checkpoint
@@ -51,11 +52,40 @@ class Start:
         changes: what was folded into the released weights, oldest first; None if a parent replaced
             them.
         parents: origin of each change, oldest first, as JSON values.
+        load: loads the released weights again.
     """
 
     network: CausalWan
+    load: Callable[[], CausalWan]
     changes: list[LowRank] | None = field(default_factory=list)
     parents: list[dict[str, Any]] = field(default_factory=list)
+    _released: dict[str, str] = field(default_factory=dict)
+
+    def digest(self, dtype: str, *, stacked: bool) -> str:
+        """SHA-256 of these weights rounded to a dtype; `stacked`: of the released ones, rounded,
+        and of the changes."""
+        if not stacked or not self.changes:
+            return start_digest(self.network, DTYPES[dtype])
+        if dtype not in self._released:
+            self._released[dtype] = start_digest(self.load(), DTYPES[dtype])
+        return stacked_digest(self._released[dtype], self.changes)
+
+    def stack(self, init: str | None) -> list[LowRank]:
+        """The changes as adapters beside the released weights. Raises ConfigError if they cannot
+        be."""
+        if self.changes is None:
+            raise ConfigError(
+                f"student.parents: got stacked; {init} has whole weights; needed: folded, or these "
+                "weights, exported, as student.checkpoint"
+            )
+        layers = [layer for change in self.changes for layer in change.a_RI]
+        odd = [layer for layer in layers if not ADAPTED.fullmatch(layer)]
+        if odd:
+            raise ConfigError(
+                f"student.parents: got stacked; {init} changes {odd[0]}, which has no adapters "
+                "here; needed: folded"
+            )
+        return self.changes
 
     def fold(self, change: LowRank, parent: dict[str, Any]) -> None:
         """Add an adapter to the weights."""
@@ -99,7 +129,7 @@ def _start(
 ) -> Start:
     if init is None:
         section.require_weights()
-        return Start(section.load_network())
+        return Start(section.load_network(), section.load_network)
     path = Path(init)
     folders = {path.resolve(), path.resolve().parent.parent}
     if folders & {other.resolve() for other in seen}:
@@ -118,7 +148,7 @@ def _start(
         change, note = read_adapter(file)
         base = (note or {}).get("base")
         if isinstance(base, dict):
-            refuse_other_base(f"student.init: {init}", start.network, base)
+            refuse_other_base(f"student.init: {init}", start, base)
         else:
             _log.warning("student.init %s: does not record which weights it belongs on", init)
         start.fold(change, _origin(path, note))
@@ -171,7 +201,8 @@ def _of_run(
     lora = LoraConfig.model_validate(student["lora"])
     start = _start(section, student["init"], student["init_weights"], (*seen, path))
     base = {"dtype": student["dtype"], "sha256": plain["start"]}
-    refuse_other_base(f"student.init: {path}", start.network, base)
+    stacked = student.get("parents") == "stacked"
+    refuse_other_base(f"student.init: {path}", start, base, stacked=stacked)
     start.fold(LowRank.of(weights, lora.alpha / lora.rank), parent)
     _log.info("student.init %s: %s, a LoRA of rank %d", path, found, lora.rank)
     return start
@@ -224,9 +255,11 @@ def parent_ranks(section: StudentConfig) -> list[int] | None:
     return ranks
 
 
-def refuse_other_base(what: str, network: CausalWan, base: Mapping[str, Any]) -> None:
-    """Raise ConfigError if an adapter's weights (dtype and SHA-256) are not the network's."""
-    now = start_digest(network, DTYPES[str(base["dtype"])])
+def refuse_other_base(
+    what: str, start: Start, base: Mapping[str, Any], *, stacked: bool = False
+) -> None:
+    """Raise ConfigError if an adapter's weights (dtype and SHA-256) are not those of `start`."""
+    now = start.digest(str(base["dtype"]), stacked=stacked)
     if now != base["sha256"]:
         raise ConfigError(
             f"{what} belongs on other weights than these (SHA-256 {base['sha256']} there, {now} "

@@ -98,11 +98,11 @@ class TimeTable:
 
 
 class AdapterSet(Protocol):
-    """Low-rank adapters on a network's weights, one of several versions active at a time."""
+    """Low-rank adapters on a network's weights, those of one version active at a time."""
 
     @property
-    def active(self) -> str | None:
-        """Name of the active version; None if all are disabled."""
+    def active(self) -> tuple[str, ...]:
+        """Names of the active adapters; empty if all are disabled."""
         ...
 
     def recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
