@@ -1,0 +1,71 @@
+"""The pages of the public Python names, which mkdocstrings fills from the docstrings."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from docs.builder.repository import ROOT
+
+# Page and its modules; the names are those of `__all__`, or all that have no underscore.
+MODULES = {
+    "afd": ("afd",),
+    "ops": ("afd.ops",),
+    "optimality": ("afd.optimality",),
+    "schedules": ("afd.schedules",),
+    "rollout": ("afd.rollout",),
+    "cache": ("afd.cache",),
+    "integrations": ("afd.integrations.nft", "afd.integrations.diffusers"),
+}
+# What a package of one's own builds on is what the example package imports.
+EXTENDING = ROOT / "docs" / "EXTENDING.md"
+
+
+def pages() -> dict[str, str]:
+    """Markdown by the page's name on the site."""
+    made = {}
+    for name, modules in MODULES.items():
+        parts = [_directive(module, public_names(module)) for module in modules]
+        made[f"reference/api/{name}.md"] = _page(modules[0] if len(modules) == 1 else name, parts)
+    parts = [_directive(module, names) for module, names in extension_points().items()]
+    made["reference/api/extending.md"] = _page("extension points", parts)
+    return made
+
+
+def public_names(module: str) -> list[str]:
+    """`__all__` of a module, or its definitions without an underscore; nothing is imported."""
+    tree = ast.parse(_file(module).read_text(encoding="utf-8"))
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["__all__"]:
+            return [str(name) for name in ast.literal_eval(node.value)]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            found.append(node.name)
+    return found
+
+
+def extension_points() -> dict[str, list[str]]:
+    """The names that docs/EXTENDING.md imports, by module."""
+    found: dict[str, list[str]] = {}
+    for block in re.findall(r"```python\n(.*?)```", EXTENDING.read_text(encoding="utf-8"), re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("afd"):
+                own = found.setdefault(str(node.module), [])
+                own += [alias.name for alias in node.names if alias.name not in own]
+    return dict(sorted(found.items()))
+
+
+def _file(module: str) -> Path:
+    base = ROOT / "python" / module.replace(".", "/")
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return "\n\n".join([f"# {title}", *parts]) + "\n"
+
+
+def _directive(module: str, names: list[str]) -> str:
+    shown = "".join(f"\n        - {name}" for name in names)
+    return f"::: {module}\n    options:\n      members:{shown}"
