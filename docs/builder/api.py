@@ -12,15 +12,22 @@ from docs.builder.repository import ROOT
 # Page and its modules; the names are those of `__all__`, or all that have no underscore.
 MODULES = {
     "afd": ("afd",),
-    "ops": ("afd.ops",),
+    "ops": ("afd.ops", "afd_kernels.block_attention.intervals"),
     "optimality": ("afd.optimality",),
     "schedules": ("afd.schedules",),
     "rollout": ("afd.rollout",),
     "cache": ("afd.cache",),
     "integrations": ("afd.integrations.nft", "afd.integrations.diffusers"),
 }
-# What a package of one's own builds on is what the example package imports.
+# Modules among those names, which have an entry of their own.
+OWN = ("afd.ops", "afd.rollout", "afd.ops.intervals")
+# What a package of one's own builds on is what the example package imports, and what it names.
 EXTENDING = ROOT / "docs" / "EXTENDING.md"
+NAMED = {
+    "afd.errors": ["Unanswered"],
+    "afd.teachers.base": ["Teacher"],
+    "afd.trainer.evaluate": ["Metrics"],
+}
 
 
 def pages() -> dict[str, str]:
@@ -28,7 +35,7 @@ def pages() -> dict[str, str]:
     made = {}
     for name, modules in MODULES.items():
         parts = [_directive(module, public_names(module)) for module in modules]
-        made[f"reference/api/{name}.md"] = _page(modules[0] if len(modules) == 1 else name, parts)
+        made[f"reference/api/{name}.md"] = _page(name, parts)
     parts = [_directive(module, names) for module, names in extension_points().items()]
     made["reference/api/extending.md"] = _page("extension points", parts)
     return made
@@ -40,15 +47,16 @@ def public_names(module: str) -> list[str]:
     found = []
     for node in tree.body:
         if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["__all__"]:
-            return [str(name) for name in ast.literal_eval(node.value)]
+            names = ast.literal_eval(node.value)
+            return [str(name) for name in names if f"{module}.{name}" not in OWN]
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             found.append(node.name)
     return found
 
 
 def extension_points() -> dict[str, list[str]]:
-    """The names that docs/EXTENDING.md imports, by module."""
-    found: dict[str, list[str]] = {}
+    """The names that docs/EXTENDING.md is about, by module."""
+    found = {module: list(names) for module, names in NAMED.items()}
     for block in re.findall(r"```python\n(.*?)```", EXTENDING.read_text(encoding="utf-8"), re.S):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("afd"):
@@ -58,7 +66,8 @@ def extension_points() -> dict[str, list[str]]:
 
 
 def _file(module: str) -> Path:
-    base = ROOT / "python" / module.replace(".", "/")
+    home = ROOT if module.startswith("afd_kernels") else ROOT / "python"
+    base = home / module.replace(".", "/")
     return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
 
 

@@ -12,7 +12,8 @@ from afd.lab import simulator
 def page() -> str:
     """Markdown: every command with its usage and arguments."""
     text = (cli.__doc__ or "").split("\n\n")
-    parts = ["# Commands", "Generated from the parsers of `python/afd/cli.py`.", text[1]]
+    codes = text[1].partition(" docs/")[0]
+    parts = ["# Commands", "Generated from the parsers of `python/afd/cli.py`.", codes]
     return "\n\n".join([*parts, *_command(cli._parser(), 1)]) + "\n"
 
 

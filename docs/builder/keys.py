@@ -36,6 +36,8 @@ ROOTS: dict[str, type[BaseModel]] = {
     "afd export": ExportConfig,
     "afd teacher audit": AuditOptions,
 }
+# Sections that have a table already, each with what its keys begin with.
+Seen = set[tuple[str, type[BaseModel]]]
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
@@ -47,15 +49,13 @@ def page() -> str:
         "and a command takes `section.key=value`. A name in angle brackets is the user's own; "
         "a section that depends on its `kind` has a table per kind.",
     ]
-    seen: set[tuple[str, type[BaseModel]]] = set()
+    seen: Seen = set()
     for title, root in ROOTS.items():
-        parts += [f"## {title}", *_section(root, "", title, seen)]
+        parts += [f"## {title}", *_section(root, "", seen)]
     return "\n\n".join(parts) + "\n"
 
 
-def _section(
-    section: type[BaseModel], prefix: str, title: str, seen: set[tuple[str, type[BaseModel]]]
-) -> Iterator[str]:
+def _section(section: type[BaseModel], prefix: str, seen: Seen) -> Iterator[str]:
     if (prefix, section) in seen:
         return
     seen.add((prefix, section))
@@ -74,14 +74,14 @@ def _section(
         for one, names in kinds.items():
             if (below, one) not in seen:
                 chosen = f" (kind {', '.join(names)})" if names else ""
-                # The command in the heading keeps anchors apart.
-                yield f"### `{below[:-1]}`{chosen} of {title}"
-                yield from _section(one, below, title, seen)
+                yield f"### `{below[:-1]}`{chosen}"
+                yield from _section(one, below, seen)
 
 
 def _kinds(section: type[BaseModel]) -> list[str]:
     field = section.model_fields.get("kind")
-    return [str(k) for k in get_args(field.annotation)] if field is not None else []
+    chosen = field is not None and get_origin(field.annotation) is Literal
+    return [str(kind) for kind in get_args(field.annotation)] if field and chosen else []
 
 
 def _is_mapping(field: FieldInfo) -> bool:
@@ -107,7 +107,8 @@ def _type(annotation: Any) -> str:
     if origin in (list, tuple):
         return "list of " + ", ".join(dict.fromkeys(_type(p) for p in parts if p is not Ellipsis))
     if origin is dict:
-        return f"section of {_type(parts[1])} by name"
+        inner = _type(parts[1])
+        return "sections by name" if inner == "section" else f"{inner} by name"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     names = {str: "text", Path: "path", bool: "true or false", NoneType: "null", Any: "any"}
@@ -135,7 +136,7 @@ def _limits(each: Any) -> Iterator[str]:
             if value is not None and value != 2**63:
                 yield f"{sign} {value:g}" if isinstance(value, float) else f"{sign} {value}"
         if getattr(each, "pattern", None):
-            yield f"matching {each.pattern}"
+            yield f"matching `{each.pattern}`"
         for name, words in (("min_length", "at least"), ("max_length", "at most")):
             if getattr(each, name, None):
                 yield f"{words} {getattr(each, name)} long"
@@ -154,5 +155,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _cell(text: str) -> str:
-    text = " ".join(text.split())
-    return re.sub(r"([|*_\\\[\]])", r"\\\1", text).replace("<", "&lt;")
+    """A text that a Markdown table shows as it is; code keeps its characters."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    parts[::2] = [re.sub(r"([*_\\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts).replace("|", "\\|")
