@@ -27,6 +27,7 @@ NAMED = {
     "afd.errors": ["Unanswered"],
     "afd.teachers.base": ["Teacher"],
     "afd.trainer.evaluate": ["Metrics"],
+    "afd_kernels.registry": ["define"],
 }
 
 
@@ -60,8 +61,9 @@ def extension_points() -> dict[str, list[str]]:
     for block in re.findall(r"```python\n(.*?)```", EXTENDING.read_text(encoding="utf-8"), re.S):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("afd"):
-                own = found.setdefault(str(node.module), [])
-                own += [alias.name for alias in node.names if alias.name not in own]
+                names = [a.name for a in node.names if f"{node.module}.{a.name}" not in found]
+                own = found.setdefault(str(node.module), []) if names else []
+                own += [name for name in names if name not in own]
     return dict(sorted(found.items()))
 
 
