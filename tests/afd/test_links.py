@@ -52,7 +52,9 @@ def test_pages_of_the_site_have_names_of_their_own() -> None:
     own = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
     made = [uri(path) for path in (*own, *linked_pages())]
     assert len(set(made)) == len(made)
-    assert {"index.md", "CONTRIBUTING.md", "source/examples/live_client.py.md"} <= set(made)
+    assert {"index.md", "CONTRIBUTING.md", "source/examples/adapt_watch_export.ipynb.md"} <= set(
+        made
+    )
 
 
 @functools.cache
