@@ -89,6 +89,15 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(child)
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- (?:.+: )?(\S+\.md)$", text, re.M)
+    own = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    generated = ["reference/cli.md", "reference/configuration.md", *api.pages()]
+    assert sorted({*own, *generated} - set(listed)) == []
+    assert len(listed) == len(set(listed))
+
+
 def test_links_lead_where_the_site_has_their_targets() -> None:
     text = (
         "[a](../LICENSE) [b](OPS.md#backends) ![c](live.png) `[d](../x)` [e](https://x.org/a.md)\n"
