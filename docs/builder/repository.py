@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 HOME = "README.md"
 # Code, which is left as it is, or the target of a link or picture.
 _PARTS = re.compile(r"^```.*?^```$|`[^`\n]+`|(?<=\]\()[^)\s]+(?=\))", re.M | re.S)
+# A paragraph's last line before a list, which GitHub ends there and Python-Markdown does not.
+_LIST = re.compile(r"^```.*?^```$|^(?![-#>|\s]|\d+\. )[^\n]+\n(?=(?:-|1\.) )", re.M | re.S)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "sh", ".json": "json", ".toml": "toml"}
 
 
@@ -38,7 +40,7 @@ def targets(page: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def rewritten(page: str, text: str) -> str:
-    """A page's Markdown with the links that are right on the site."""
+    """A page's Markdown with the links that are right on the site, and lists where GitHub has them."""
 
     def one(match: re.Match[str]) -> str:
         link = match[0]
@@ -48,6 +50,7 @@ def rewritten(page: str, text: str) -> str:
         found = posixpath.relpath(uri(path), posixpath.dirname(uri(page)) or ".")
         return f"{found}#{anchor}" if anchor else found
 
+    text = _LIST.sub(lambda m: m[0] if m[0].startswith("```") else f"{m[0]}\n", text)
     return _PARTS.sub(one, text)
 
 

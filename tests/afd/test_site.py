@@ -107,5 +107,8 @@ def test_links_lead_where_the_site_has_their_targets() -> None:
         "[a](source/LICENSE.md) [b](OPS.md#backends) ![c](live.png) `[d](../x)` "
         "[e](https://x.org/a.md)\n```\n[f](../y)\n```\n[g](#h) [i](index.md) [`j`](start/adapt.md)"
     )
+    text = "Said:\n- a\n  b\n- c\n\n```\nx\n- y\n```\nIn order\n1. z\n"
+    spaced = text.replace("Said:\n", "Said:\n\n").replace("order\n", "order\n\n")
+    assert rewritten("docs/HOWTO.md", text) == spaced
     moved = rewritten("examples/integrations/README.md", "[a](../../docs/OPS.md) [b](unirl.md)")
     assert moved == "[a](../../OPS.md) [b](unirl.md)"
