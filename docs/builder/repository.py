@@ -40,7 +40,7 @@ def targets(page: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def rewritten(page: str, text: str) -> str:
-    """A page's Markdown with the links that are right on the site, and lists where GitHub has them."""
+    """A page's Markdown with the links that are right on the site and the lists of GitHub."""
 
     def one(match: re.Match[str]) -> str:
         link = match[0]
