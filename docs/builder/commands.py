@@ -46,7 +46,7 @@ def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     names = [f"{name} {value}" if action.nargs != 0 else name for name in action.option_strings]
     default = "" if action.default in (None, False, [], argparse.SUPPRESS) else action.default
     meaning = _cell((action.help or "").replace("%(default)s", str(action.default)))
-    shown = " ".join(f"`{_cell(name)}`" for name in names or [str(value)])
+    shown = " ".join(f"`{name}`" for name in names or [str(value)])
     return f"| {shown} | {meaning} | {f'`{default}`' if default != '' else ''} |"
 
 

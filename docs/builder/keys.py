@@ -155,7 +155,9 @@ def _default(field: FieldInfo) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text that a Markdown table shows as it is; code keeps its characters."""
+    """A text that a table of the site shows as it is; code keeps its characters."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
-    parts[::2] = [re.sub(r"([*_\\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
-    return "".join(parts).replace("|", "\\|")
+    parts[::2] = [
+        re.sub(r"([|*_\\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]
+    ]
+    return "".join(parts)
