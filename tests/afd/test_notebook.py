@@ -32,6 +32,7 @@ def test_it_is_committed_without_outputs_and_every_step_has_its_text() -> None:
             assert before.cell_type == "markdown"
 
 
+@pytest.mark.slow
 def test_it_runs_and_shows_videos_curves_and_the_exported_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

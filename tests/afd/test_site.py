@@ -32,6 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @needs_mkdocs
 def test_the_site_asks_nothing_of_a_network(site: Path) -> None:
     pages = list(site.rglob("*.html"))
@@ -46,6 +47,7 @@ def test_the_site_asks_nothing_of_a_network(site: Path) -> None:
         assert not re.search(r"url\([\"']?https?:|@import", path.read_text(encoding="utf-8")), path
 
 
+@pytest.mark.slow
 @needs_mkdocs
 def test_every_public_name_has_its_entry(site: Path) -> None:
     entries: set[str] = set()
