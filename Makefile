@@ -18,7 +18,7 @@ FAST := tests/test_architecture.py tests/contract/test_plans.py tests/contract/t
         $(patsubst %,tests/afd/test_%.py,afd_method answers causal_wan checkpoint cli config \
         discriminators files folder kv_cache ledger optimizer policies rollout schedules)
 
-.PHONY: live quickstart quickstart-full test test-fast soak lowest check format bench offline gpu-check \
+.PHONY: docs live quickstart quickstart-full test test-fast soak lowest check format bench offline gpu-check \
         gpu-rehearsal gpu-wheels wheels extras release-notes base motion-backbone screenshot readme lock \
         setup clean
 
@@ -103,6 +103,9 @@ motion-backbone: setup ## make the shipped motion backbone again
 screenshot: setup ## docs/quickstart.png and docs/live.png from the last quickstart; needs chromium
 	$(BIN)/python docs/screenshot.py runs/quickstart docs/quickstart.png
 	$(BIN)/python docs/live_screenshot.py runs/quickstart/afd docs/live.png
+
+docs: setup ## the documentation site in site/; open site/index.html
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 readme: setup ## fill README's tables from the last quickstart and benchmarks
 	$(BIN)/python -m docs.fill_readme

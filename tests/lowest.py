@@ -51,6 +51,10 @@ TESTS = {
     "peft": ("test_policies", "test_export", "test_videoalign"),
     "ftfy": ("test_text",),
     "huggingface_hub": ("test_sources", "test_text"),
+    "mkdocs-material": ("test_site",),
+    "mkdocstrings-python": ("test_site",),
+    "nbclient": ("test_notebook",),
+    "ipykernel": ("test_notebook",),
     "accelerate": ("test_diffusers_equality", "test_export"),
     # These run all other packages.
     "pytest": (),

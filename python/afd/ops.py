@@ -380,7 +380,12 @@ def qk_norm_rope_append_(
     sink_frames + (f - sink_frames) mod (capacity - sink_frames). All other slots are untouched.
 
     Args:
-        q, k, weight_q, weight_k, rope, eps: as in qk_norm_rope; L = frames · tokens_per_frame.
+        q: [B, L, h, d] as in qk_norm_rope, with L = frames · tokens_per_frame.
+        k: like q.
+        weight_q: as in qk_norm_rope.
+        weight_k: likewise.
+        rope: likewise.
+        eps: likewise.
         v: [B, L, h, d], copied unchanged.
         k_cache: [B, S, h, d], contiguous, q's dtype; written.
         v_cache: likewise.

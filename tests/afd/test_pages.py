@@ -37,6 +37,9 @@ PAGES = (
     "TEACHERS.md",
     "ABLATIONS.md",
     "CONTINUAL.md",
+    "HOWTO.md",
+    "start/adapt.md",
+    "start/trainers.md",
 )
 KINDS = {
     "train": RunConfig,

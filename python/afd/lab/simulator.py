@@ -377,15 +377,23 @@ def write_folder(
             (partial / "faults.json").write_text(json.dumps(named), encoding="utf-8")
 
 
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The options of `afd teacher simulate`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Write a folder of finished teacher videos."
+    )
+    parser.add_argument("--style", choices=LOOKS, default="nuis", help="look of the videos")
+    domains = ("target", "source", *TAUGHT, "all")
+    parser.add_argument("--domain", choices=domains, default="target", help="physics and prompts")
+    parser.add_argument("--wrong", type=float, default=0.0, help="share of the videos with a fault")
+    parser.add_argument("--count", type=int, default=200, help="number of videos")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the videos")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a folder of finished teacher videos.")
-    parser.add_argument("--style", choices=LOOKS, default="nuis")
-    parser.add_argument("--domain", choices=("target", "source", *TAUGHT, "all"), default="target")
-    parser.add_argument("--wrong", type=float, default=0.0)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(arguments)
+    options = parser("afd teacher simulate").parse_args(arguments)
     how = options.domain, options.wrong
     write_folder(options.out, options.style, options.count, options.seed, *how)
 

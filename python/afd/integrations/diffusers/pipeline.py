@@ -76,8 +76,10 @@ class CausalWanPipeline(WanPipeline):
 
         Args:
             prompt: or `prompt_embeds` [B, text_len, E].
-            height, width, num_frames: in pixels; latents have 1 + (num_frames - 1) / 4 frames,
-                whole chunks of the transformer.
+            height: of the video, in pixels.
+            width: likewise.
+            num_frames: of the video; its 1 + (num_frames - 1) / 4 latent frames are whole chunks
+                of the transformer.
             num_inference_steps: passed to the scheduler with `timesteps`, if given.
             generator: of the noise; a list has one per video.
             seeds: instead of `generator` one per video, whose noise is then that of `afd.rollout`:
