@@ -30,6 +30,8 @@ from afd.trainer.run_folder import refuse_another_run, refuse_idle_processes, wi
 
 # When a part of the memory is in use; "always" counts towards each of these.
 MOMENTS = ("rollout", "discriminator", "student")
+# Phases that are not part of every update.
+BESIDE = ("encode the teacher", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,20 @@ class Plan:
             for moment in MOMENTS
         }
 
+    def fits(self, machine: str) -> str:
+        """How the peak of a process fits one of MACHINES: fits, barely fits or exceeds."""
+        held, there = max(self.peaks().values()), MACHINES[machine].memory
+        return "fits" if held < 0.9 * there else "barely fits" if held < there else "exceeds"
+
     @property
     def gpu_seconds(self) -> float:
         """GPU-seconds of the whole run, over all processes."""
         return sum(phase.seconds * phase.times for phase in self.phases)
+
+    @property
+    def update_seconds(self) -> float:
+        """GPU-seconds of one update in which the student learns, over all processes."""
+        return sum(phase.seconds for phase in self.phases if phase.name not in BESIDE)
 
 
 def make_plan(config: RunConfig, processes: int = 1) -> Plan:
@@ -193,9 +205,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
 
 
 def _fits(plan: Plan, name: str) -> str:
-    held, there = max(plan.peaks().values()), MACHINES[name].memory
-    word = "fits" if held < 0.9 * there else "barely fits" if held < there else "exceeds"
-    return f"{word} an {name} ({there / GIB:.0f} GiB)"
+    return f"{plan.fits(name)} an {name} ({MACHINES[name].memory / GIB:.0f} GiB)"
 
 
 def _show_time(plan: Plan, console: Console) -> None:
@@ -224,4 +234,6 @@ def _show_time(plan: Plan, console: Console) -> None:
         f"in total {total:.1f} GPU-hours, {total / plan.processes:.1f} hours on "
         f"{plan.processes} GPU(s)"
     )
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    line = f"an update in which the student learns: {plan.update_seconds:.1f} GPU-seconds"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
