@@ -281,6 +281,7 @@ FREE_KEYS = (
     "cache",
     "device",
     "parallel",
+    "student.rollout_overlap",
 )
 
 
