@@ -103,12 +103,13 @@ def roll_out(
     keep_context: bool = False,
     keep_last_inputs: bool = False,
     place: Place = WHOLE,
+    rate: bool = True,
 ) -> Rollouts:
     """Generate `per_prompt` videos of the training length for each prompt of this process, or clips
     of streams, at this place.
 
     With `Streaming.overlap` the videos of a batch are decoded and rated while the next are
-    generated.
+    generated. `rate`: whether the frozen rewards are scored here.
     """
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
@@ -127,7 +128,7 @@ def roll_out(
     with ExitStack() as stack:
         preparation = None
         if to_input is not None:
-            preparation = Preparation(to_input, student.device, beside=beside)
+            preparation = Preparation(to_input, student.device, beside=beside, rate=rate)
             stack.enter_context(preparation)
         at = 0
         for one in made:

@@ -56,6 +56,14 @@ class Plan:
             for moment in MOMENTS
         }
 
+    def overlapped(self) -> tuple[float, float] | None:
+        """GPU-seconds of an update's rollout with decode, and of the rest, which run at the same
+        time with `afd.async=1`; None without."""
+        if self.config.method != "afd" or not self.config.afd.delay or not self.phases:
+            return None
+        ahead = sum(x.seconds for x in self.phases if x.name in ("rollout", "decode"))
+        return ahead, self.update_seconds - ahead
+
     def fits(self, machine: str) -> str:
         """How the peak of a process fits one of MACHINES: fits, barely fits or exceeds."""
         held, there = max(self.peaks().values()), MACHINES[machine].memory
@@ -237,3 +245,12 @@ def _show_time(plan: Plan, console: Console) -> None:
     console.print(line, highlight=False, soft_wrap=True, markup=False)
     line = f"an update in which the student learns: {plan.update_seconds:.1f} GPU-seconds"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
+    both = plan.overlapped()
+    if both is not None:
+        least, most = (f"{x / plan.processes:.1f}" for x in (max(both), sum(both)))
+        line = (
+            f"afd.async=1: rollout and decode ({both[0]:.1f}) beside training ({both[1]:.1f}): an "
+            f"update takes {least} s on {plan.processes} GPU(s) if neither slows the other, and "
+            f"{most} s, as without, if both need the same units"
+        )
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
