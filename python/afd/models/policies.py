@@ -134,8 +134,8 @@ class LoraPolicies(Policies):
     """One network with an adapter per version; "ref" is the network with adapters disabled.
 
     "pretrained" is an adapter that takes back what the start has learned, or a copy of the network
-    if that is no low-rank change of the adapted layers. "behind" is a network of its own, as another
-    thread uses it, that shares the frozen weights.
+    if that is no low-rank change of the adapted layers. "behind" is a network of its own, which
+    another thread uses; it shares the frozen weights.
     """
 
     def __init__(
