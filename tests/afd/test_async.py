@@ -176,6 +176,27 @@ def test_an_error_of_the_thread_stops_the_next_update() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("afd rollout")]
 
 
+def test_closing_stops_the_thread_between_two_videos() -> None:
+    """A run that is stopped, or interrupted twice, does not wait for the rollouts to be whole."""
+    method = delayed(toy_student(), samples_per_prompt=40, how={"rollout_batch": 1})
+    begun, parts = threading.Event(), 0
+    assert method.ahead is not None
+    check = method.ahead.check
+
+    def counted() -> None:
+        nonlocal parts
+        parts += 1
+        begun.set()
+        check()
+
+    method.ahead.check = counted  # type: ignore[method-assign]
+    method.roll_ahead(toy_batch(0))
+    assert begun.wait(60)
+    method.close()
+    assert 1 <= parts < 80
+    assert not [t for t in threading.enumerate() if t.name.startswith("afd rollout")]
+
+
 def run(folder: Path, out: str, updates: int = UPDATES) -> dict[str, Any]:
     data = small_run(folder / out, folder)
     data["afd"] |= {"async": 1}

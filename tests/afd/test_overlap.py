@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from afd.config.run import differences
 from afd.methods.generation import Streaming
 from afd.methods.inputs import ENCODERS, InputPipeline
 from afd.methods.rollouts import Rollouts, roll_out
@@ -123,6 +124,11 @@ def test_on_a_gpu_only_the_threads_wait_for_the_decoder() -> None:
     for mine, theirs in zip(*found, strict=True):
         assert mine.device.type == "cpu"
         assert torch.equal(mine, theirs)
+
+
+def test_a_resumed_run_may_change_it() -> None:
+    one, other = ({"student": {"rollout_overlap": value}} for value in (True, False))
+    assert differences(one, other) == []
 
 
 def test_a_single_batch_needs_no_thread() -> None:

@@ -115,7 +115,7 @@ class Afd(StudentMethod):
         self.ahead.begin(batch)
 
     def close(self) -> None:
-        """Wait for rollouts that have begun."""
+        """Stop rollouts that have begun; the method is not used any more."""
         if self.ahead is not None:
             self.ahead.close()
 
@@ -132,6 +132,7 @@ class Afd(StudentMethod):
             place=draw_place(config, self.chunks, student.chunk, generator),
             # A reward may share its network with the discriminator, which learns meanwhile.
             rate=self.ahead is None,
+            check=None if self.ahead is None else self.ahead.check,
         )
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:

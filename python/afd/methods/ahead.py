@@ -6,9 +6,10 @@ They come from the policy as it was before this update, kept as a version of its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
+from threading import Event
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Ahead:
         self._policies, self._source, self._roll = policies, source, roll
         self._generator = generator
         self._coming: Future[tuple[Rollouts, Any]] | None = None
+        self._closing = Event()
         self._pool = ThreadPoolExecutor(1, "afd rollout")
         device = policies.student.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -80,8 +82,14 @@ class Ahead:
             coming.exception()
         self.seed = seed
 
+    def check(self) -> None:
+        """Called between the parts of a rollout: raises CancelledError after `close`."""
+        if self._closing.is_set():
+            raise CancelledError
+
     def close(self) -> None:
-        """Wait for the thread."""
+        """Stop the thread after its present part; the run ends here."""
+        self._closing.set()
         self._pool.shutdown(cancel_futures=True)
 
     def _keep_policy(self) -> None:

@@ -6,6 +6,7 @@ tokens, E text channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -104,12 +105,14 @@ def roll_out(
     keep_last_inputs: bool = False,
     place: Place = WHOLE,
     rate: bool = True,
+    check: Callable[[], None] | None = None,
 ) -> Rollouts:
     """Generate `per_prompt` videos of the training length for each prompt of this process, or clips
     of streams, at this place.
 
     With `Streaming.overlap` the videos of a batch are decoded and rated while the next are
-    generated. `rate`: whether the frozen rewards are scored here.
+    generated. `rate`: whether the frozen rewards are scored here; `check`: called after
+    every part, and may raise.
     """
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
@@ -132,6 +135,8 @@ def roll_out(
             stack.enter_context(preparation)
         at = 0
         for one in made:
+            if check is not None:
+                check()
             count = len(one.x0_BFCHW)
             if preparation is not None:
                 preparation.put(one.x0_BFCHW, one.lead_BFCHW(), prompts[at : at + count])
