@@ -15,7 +15,7 @@ from afd.methods.afd import Afd
 from afd.methods.base import draw_times
 from afd.methods.config import AfdConfig
 from afd.methods.copies import draw_copies
-from afd.methods.rollouts import InputPipeline
+from afd.methods.inputs import InputPipeline
 from afd.models.codec import Pixels
 from afd.video import through_codec
 from afd.video.config import VideoConfig

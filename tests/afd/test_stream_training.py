@@ -19,7 +19,8 @@ from afd.hub import CONFIGS
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Place, draw_place
 from afd.methods.generation import Streaming
-from afd.methods.rollouts import InputPipeline, Rollouts, roll_out
+from afd.methods.inputs import InputPipeline
+from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.student import Student
 from afd.rollout import STEPS, stream, stream_layout
 from afd.sampling.config import SampleConfig

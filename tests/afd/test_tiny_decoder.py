@@ -15,7 +15,7 @@ from afd.cache import Store
 from afd.config.run import load_config, make_config
 from afd.data.videos import Videos
 from afd.errors import ConfigError
-from afd.methods.rollouts import InputPipeline
+from afd.methods.inputs import InputPipeline
 from afd.models.wan.tiny_vae import TinyDecoded, TinyVAE, _Network
 from afd.models.wan.vae import VideoVAE
 from afd.planning import cost_model as cost

@@ -16,7 +16,7 @@ from afd.discriminators.videoalign.discriminator import build as build_discrimin
 from afd.discriminators.videoalign.model import VideoAlign
 from afd.distributed import ALONE
 from afd.errors import ConfigError
-from afd.methods.rollouts import InputPipeline
+from afd.methods.inputs import InputPipeline
 from afd.models.codec import Pixels
 from afd.planning.plan import make_plan
 from afd.rewards.config import VideoAlignRewardConfig

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -54,13 +55,15 @@ class _Generator(torch._C.Generator):
         return kind.__new__(kind)
 
 
-class _Stream:
+class _Stream(torch.Stream):
     """The one stream: nothing is asynchronous here."""
 
-    cuda_stream, device = 0, GPU
+    cuda_stream, device, device_index = 0, GPU, 0  # type: ignore[assignment]
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device_index = 0
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return torch.Stream.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
@@ -87,6 +90,17 @@ class _Event:
         assert self.timed
         assert later.timed
         return 1.0
+
+
+def _run_in(machine: FakeCuda) -> Callable[[threading.Thread], None]:
+    """`Thread.run` with the machine switched on: torch's modes are a thread's own."""
+    run = threading.Thread.run
+
+    def within(thread: threading.Thread) -> None:
+        with machine:
+            run(thread)
+
+    return within
 
 
 def _nothing() -> Callable[..., None]:
@@ -190,6 +204,7 @@ def _changes(machine: FakeCuda) -> Iterator[Any]:
         stream=lambda *_: contextlib.nullcontext(),
         synchronize=lambda device=None: machines[-1].synchronize(),
     )
+    yield patch.object(threading.Thread, "run", _run_in(machine))
     save = torch.save
     yield patch.object(
         torch, "save", lambda x, *a, **k: save(tree_map_only(OnGpu, inner_of, x), *a, **k)

@@ -167,7 +167,9 @@ class FakeCuda(TorchFunctionMode):
         assert not self.waits - before, self.waits - before
 
     def wait(self, what: str) -> None:
-        """Count a wait at the nearest line of ours."""
+        """Count a wait at the nearest line of ours; another thread than the test's may wait."""
+        if threading.get_ident() != self._thread:
+            return
         frame: Any = sys._getframe(1)
         while frame is not None and not frame.f_code.co_filename.startswith(OURS):
             frame = frame.f_back
@@ -178,9 +180,8 @@ class FakeCuda(TorchFunctionMode):
         self.waits[what, line] += 1
 
     def synchronize(self) -> None:
-        """Of the device, a stream or an event; another thread than the test's may wait."""
-        if threading.get_ident() == self._thread:
-            self.wait("synchronize")
+        """Of the device, a stream or an event."""
+        self.wait("synchronize")
 
     # --- what is asked of torch by name ---
 

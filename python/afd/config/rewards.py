@@ -162,3 +162,17 @@ def check_rewards(
             f"afd.baseline: got teacher with rewards ({', '.join(rewards)}); needed: group, batch "
             "or ema, as only the discriminator scores the teacher's videos"
         )
+
+
+def check_delay(afd: AfdConfig, parallel: str, teacher: TeacherConfig) -> None:
+    """Raise ValueError if rollouts cannot be made an update ahead (`afd.async`)."""
+    if afd.delay and parallel == "fsdp":
+        raise ValueError(
+            "afd.async: got 1 with parallel=fsdp; needed: 0, or parallel=ddp, as sharded weights "
+            "are gathered by all threads of all processes at once"
+        )
+    if afd.delay and teacher.robust.on:
+        raise ValueError(
+            "afd.async: got 1 with teacher.robust; needed: 0, as what an update finds out about "
+            "the videos changes the next draw"
+        )

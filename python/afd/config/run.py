@@ -16,7 +16,13 @@ from rich.console import Console
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.keys import NAMED, known_keys, parts_of, shown, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
-from afd.config.rewards import check_advantages, check_cached, check_rewards, check_teacher
+from afd.config.rewards import (
+    check_advantages,
+    check_cached,
+    check_delay,
+    check_rewards,
+    check_teacher,
+)
 from afd.config.shipped import find_config
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
@@ -219,6 +225,7 @@ class RunConfig(Section):
         check_teacher(self.method, self.discriminator, self.teacher, self.evaluation.kind)
         if self.method == "afd":
             check_advantages(self.teacher, self.afd)
+            check_delay(self.afd, self.parallel, self.teacher)
         self.student.check_video(self.video)
         method = getattr(self, self.method)
         weight = getattr(method, "prior_weight", 0.0)
@@ -282,6 +289,7 @@ FREE_KEYS = (
     "cache",
     "device",
     "parallel",
+    "student.rollout_overlap",
 )
 
 

@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from afd import ops
 from afd.discriminators.base import Discriminator
+from afd.methods.ahead import Ahead
 from afd.methods.base import Batch, Shown
 from afd.methods.config import AfdConfig
 from afd.methods.copies import Copies, check_chunks, draw_copies, draw_place
@@ -91,6 +92,9 @@ class Afd(StudentMethod):
         check_chunks(config, self.chunks)
         # With old="current" the student is its own anchor: v_old is v_theta without gradient.
         self.old = "old" if config.old == "ema" else "theta"
+        self.ahead: Ahead | None = None
+        if config.delay:
+            self.ahead = Ahead(policies, self.old, self.generator, self._roll)
         self.score_average: float | None = None
         # Sum over an update's copies of the mean v_theta².
         self._v_square = torch.zeros(())
@@ -99,19 +103,37 @@ class Afd(StudentMethod):
 
     def rollout(self, batch: Batch) -> None:
         """Generate `samples_per_prompt` videos for every prompt with the old policy."""
-        config = self.config
-        place = draw_place(config, self.chunks, self.policies.student.chunk, self.generator)
+        if self.ahead is not None:
+            self._rollouts = self.ahead.take(batch)
+            return
         with self.policies.using(self.old) as student:
-            self._rollouts = roll_out(
-                student,
-                batch,
-                config.samples_per_prompt,
-                self.generator,
-                self.streaming,
-                to_input=self.to_input,
-                keep_context=config.context == "shared_context" and config.keep_context,
-                place=place,
-            )
+            self._rollouts = self._roll(batch, student, self.generator)
+
+    def roll_ahead(self, batch: Batch | None) -> None:
+        """With `afd.async=1`: begin the rollouts of the next update (`Ahead.begin`)."""
+        assert self.ahead is not None
+        self.ahead.begin(batch)
+
+    def close(self) -> None:
+        """Stop rollouts that have begun; the method is not used any more."""
+        if self.ahead is not None:
+            self.ahead.close()
+
+    def _roll(self, batch: Batch, student: Student, generator: Generator) -> Rollouts:
+        config = self.config
+        return roll_out(
+            student,
+            batch,
+            config.samples_per_prompt,
+            generator,
+            self.streaming,
+            to_input=self.to_input,
+            keep_context=config.context == "shared_context" and config.keep_context,
+            place=draw_place(config, self.chunks, student.chunk, generator),
+            # A reward may share its network with the discriminator, which learns meanwhile.
+            rate=self.ahead is None,
+            check=None if self.ahead is None else self.ahead.check,
+        )
 
     def discriminator_step(self, batch: Batch) -> dict[str, float]:
         rollouts, metrics = self._current(), dict[str, float]()
@@ -364,8 +386,11 @@ class Afd(StudentMethod):
         return self.policies.using(self.old if self.config.ema_decay is None else "ema")
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"score_average": self.score_average}
+        state = super().state_dict() | {"score_average": self.score_average}
+        return state if self.ahead is None else state | {"ahead": self.ahead.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.score_average = state["score_average"]
+        if self.ahead is not None:
+            self.ahead.load(state["ahead"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from afd.config.base import Count, Natural, Positive, Section, Share
@@ -179,7 +179,28 @@ class TimesConfig(StudentOptimizerConfig):
         return self
 
 
-class AfdConfig(TimesConfig):
+if TYPE_CHECKING:
+    _Delayed = TimesConfig
+else:
+    # Python's keyword cannot be the name of a field in a class statement.
+    _Delayed = create_model(
+        "_Delayed",
+        __base__=TimesConfig,
+        **{
+            "async": (
+                Annotated[int, Field(ge=0, le=1)],
+                Field(
+                    default=0,
+                    description="updates between rollout and training: 1: an update trains on "
+                    "rollouts of the policy as it was before the update before, which are made "
+                    "while that one trains",
+                ),
+            )
+        },
+    )
+
+
+class AfdConfig(_Delayed):
     """On-policy adversarial flow distillation: advantage, NFT loss, old policy, optimizer."""
 
     learning_rate: float = Field(default=3e-4, ge=0, description="AdamW learning rate")
@@ -288,10 +309,16 @@ class AfdConfig(TimesConfig):
     )
 
     @property
+    def delay(self) -> int:
+        """The value of the key async."""
+        return int(getattr(self, "async"))
+
+    @property
     def versions(self) -> tuple[str, ...]:
         wanted = {
             "theta": True,
             "old": self.old == "ema",
+            "behind": self.delay > 0,
             "ema": self.ema_decay is not None,
             "ref": self.prior_weight > 0,
         }

@@ -22,12 +22,17 @@ from afd.rollout import NoiseSource, stream, stream_layout
 
 @dataclass(frozen=True)
 class Streaming:
-    """Generation settings of the student (see `afd.rollout.stream`), `batch` videos at a time."""
+    """Generation settings of the student (see `afd.rollout.stream`), `batch` videos at a time.
+
+    Attributes:
+        overlap: whether those of a batch are decoded and rated while the next are generated.
+    """
 
     denoising_steps: Sequence[float]
     first_chunk_steps: Sequence[float] | None = None
     context_noise: float = 0.0
     batch: int | None = None
+    overlap: bool = True
 
     def roll(
         self, student: Student, text_BLE: Tensor, noise: NoiseSource, cache: KVCache, **how: object

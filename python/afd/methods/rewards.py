@@ -17,7 +17,8 @@ from afd import ops
 from afd.discriminators.base import Discriminator
 from afd.errors import TrainingError
 from afd.methods.config import AfdConfig
-from afd.methods.rollouts import InputPipeline, Rollouts
+from afd.methods.inputs import InputPipeline
+from afd.methods.rollouts import Rollouts
 from afd.rewards.base import ONLINE, Reward, Term
 
 
@@ -75,11 +76,14 @@ def score(
     to_input: InputPipeline,
     rollouts: Rollouts,
 ) -> Scores:
-    """Score this process's videos by every reward."""
+    """Score this process's videos by every reward; frozen ones may have rated them already."""
     found = []
     for term in terms:
         scorer: Discriminator | Reward | None = discriminator
         seen = rollouts.input_BFCHW
+        if term.reward is not None and rollouts.ratings:
+            found.append(rollouts.ratings[to_input.rewards.index(term.reward)])
+            continue
         if term.reward is not None:
             scorer, seen = term.reward, rollouts.inputs[to_input.place(term.reward)]
         assert scorer is not None

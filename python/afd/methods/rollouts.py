@@ -6,26 +6,21 @@ tokens, E text channels.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from afd.discriminators.base import Discriminator
 from afd.methods.base import Batch
 from afd.methods.copies import Place
 from afd.methods.generation import Generated, Streaming, generate, generate_groups
-from afd.models.codec import Codec
+from afd.methods.inputs import InputPipeline, Preparation, Prepared
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
-from afd.rewards.base import Reward
-from afd.video.config import VideoConfig
 
-# Parts of a rollout that are encoded concurrently.
-ENCODERS = 4
 WHOLE = Place()
 
 
@@ -42,6 +37,8 @@ class Rollouts:
         place: where the update is.
         start_frame: first frame of the clips in their streams; 0: whole videos.
         pasts: what the stream of each clip held before it, on the host; empty for whole videos.
+        ratings: scores of the frozen rewards, float32 [B] on the CPU, in the order of
+            `InputPipeline.rewards`; empty if they have not been scored.
     """
 
     x0_BFCHW: Tensor
@@ -53,6 +50,7 @@ class Rollouts:
     place: Place = WHOLE
     start_frame: int = 0
     pasts: list[list[LayerKV]] = field(default_factory=list)
+    ratings: list[Tensor] = field(default_factory=list)
 
     @property
     def input_BFCHW(self) -> Tensor | None:
@@ -94,83 +92,6 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
-# The student's videos by input space, "latents" and "pixels", as far as a scorer takes them.
-Spaces = dict[str, Tensor]
-
-
-class InputPipeline:
-    """Turns the student's videos into inputs of the discriminator and of frozen rewards.
-
-    They match the teacher's: with `codec_match` pixels are passed through the video codec of its
-    files, which is straight-through for gradients.
-    """
-
-    def __init__(
-        self,
-        discriminator: Discriminator | None,
-        codec: Codec,
-        video: VideoConfig | None,
-        rewards: Sequence[Reward] = (),
-    ) -> None:
-        self.codec, self.video = codec, video
-        scorers: list[Discriminator | Reward] = [*rewards]
-        if discriminator is not None:
-            scorers.insert(0, discriminator)
-        # Scorers with one preparation share one input.
-        self._scorers: dict[Hashable, Discriminator | Reward] = {}
-        for scorer in scorers:
-            self._scorers.setdefault(_preparation(scorer), scorer)
-        self.spaces = {scorer.input_space for scorer in scorers}
-
-    def place(self, scorer: Discriminator | Reward) -> int:
-        """Index of a scorer's input in the result of `finish`."""
-        return list(self._scorers).index(_preparation(scorer))
-
-    def __call__(self, x0_BFCHW: Tensor) -> Tensor:
-        """The first scorer's input, with gradients."""
-        return self.finish(self.decode(x0_BFCHW))[0]
-
-    def decode(self, x0_BFCHW: Tensor, lead_BFCHW: Tensor | None = None) -> Spaces:
-        """The part on the accelerator: decode to pixels if a scorer takes pixels.
-
-        `lead_BFCHW`: the chunk before clips of streams. The autoencoder treats the first latent
-        frame of a video unlike the others, so a clip is cut from the decoded frames, and encoded
-        again for scorers of latents, as the teacher's clips are.
-        """
-        if lead_BFCHW is not None:
-            return self._cut(x0_BFCHW, lead_BFCHW)
-        return {
-            space: x0_BFCHW if space == "latents" else self.codec.decode(x0_BFCHW)
-            for space in self.spaces
-        }
-
-    def _cut(self, x0_BFCHW: Tensor, lead_BFCHW: Tensor) -> Spaces:
-        whole_BFCHW = torch.cat([lead_BFCHW, x0_BFCHW], 1)
-        decoded_BFCHW = self.codec.decode(whole_BFCHW)
-        # One video frame for the first latent frame, as many for each of the others.
-        each = (decoded_BFCHW.shape[1] - 1) // (whole_BFCHW.shape[1] - 1)
-        clip_BFCHW = decoded_BFCHW[:, -(1 + each * (x0_BFCHW.shape[1] - 1)) :]
-        found = {"pixels": clip_BFCHW} if "pixels" in self.spaces else {}
-        if "latents" in self.spaces:
-            found["latents"] = self.codec.encode(clip_BFCHW).float()
-        return found
-
-    def finish(self, decoded: Spaces) -> list[Tensor]:
-        """The remaining steps; for pixels on the CPU they do not use the accelerator."""
-        video = self.video
-        if "pixels" in decoded and video is not None and video.codec_match:
-            from afd.video import through_codec  # needs PyAV, which other rollouts do not
-
-            matched = through_codec(decoded["pixels"], fps=video.fps, crf=video.crf)
-            decoded = {**decoded, "pixels": matched}
-        return [scorer.prepare(decoded[scorer.input_space]) for scorer in self._scorers.values()]
-
-
-def _preparation(scorer: Discriminator | Reward) -> Hashable:
-    """What makes a scorer's input: equal for scorers that share it."""
-    return (scorer.input_space, getattr(scorer, "prepared_by", scorer))
-
-
 @torch.no_grad()
 def roll_out(
     student: Student,
@@ -183,12 +104,15 @@ def roll_out(
     keep_context: bool = False,
     keep_last_inputs: bool = False,
     place: Place = WHOLE,
+    rate: bool = True,
+    check: Callable[[], None] | None = None,
 ) -> Rollouts:
     """Generate `per_prompt` videos of the training length for each prompt of this process, or clips
     of streams, at this place.
 
-    Encoding a video for `codec_match` takes about as long as generating it, so threads encode while
-    the accelerator continues with the next ones.
+    With `Streaming.overlap` the videos of a batch are decoded and rated while the next are
+    generated. `rate`: whether the frozen rewards are scored here; `check`: called after
+    every part, and may raise.
     """
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
@@ -202,30 +126,38 @@ def roll_out(
     parts: list[Generated] = []
     contexts: list[list[list[LayerKV]]] = []
     pasts: list[list[LayerKV]] = []
-    seen: list[Future[list[Tensor]]] = []
-    with ThreadPoolExecutor(ENCODERS) as pool:
+    prepared = Prepared([], [])
+    beside = streaming.overlap and (streaming.batch or len(prompts)) < len(prompts)
+    with ExitStack() as stack:
+        preparation = None
+        if to_input is not None:
+            preparation = Preparation(to_input, student.device, beside=beside, rate=rate)
+            stack.enter_context(preparation)
+        at = 0
         for one in made:
-            if to_input is not None:
-                if len(seen) >= ENCODERS:
-                    # Queued videos take memory: no more may wait than are being encoded.
-                    seen[-ENCODERS].result()
-                made_of = one.x0_BFCHW, one.lead_BFCHW()
-                decoded = {k: x.cpu() for k, x in to_input.decode(*made_of).items()}
-                seen.append(pool.submit(to_input.finish, decoded))
+            if check is not None:
+                check()
+            count = len(one.x0_BFCHW)
+            if preparation is not None:
+                preparation.put(one.x0_BFCHW, one.lead_BFCHW(), prompts[at : at + count])
+            at += count
             if keep_context:
                 contexts += one.contexts()
             pasts += one.pasts()
             # Without its cache, which only contexts keep.
             parts.append(replace(one, cache=None, before=None))
+        if preparation is not None:
+            prepared = preparation.results()
     given = [one.last_inputs_BFCHW for one in parts if one.last_inputs_BFCHW is not None]
     return Rollouts(
         torch.cat([one.x0_BFCHW for one in parts]),
         prompts,
         torch.cat([one.text_BLE for one in parts]),
-        [torch.cat(of) for of in zip(*(part.result() for part in seen), strict=True)],
+        prepared.inputs,
         contexts,
         torch.cat(given) if given else None,
         place,
         place.clip * student.chunk,
         pasts,
+        prepared.ratings,
     )

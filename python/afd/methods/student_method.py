@@ -14,8 +14,9 @@ from afd.methods.base import Batch, Shown
 from afd.methods.config import ReplayConfig, StudentOptimizerConfig, TimesConfig
 from afd.methods.copies import Copies, draw_copies
 from afd.methods.generation import Streaming
+from afd.methods.inputs import InputPipeline
 from afd.methods.optimizer import StudentOptimizer
-from afd.methods.rollouts import InputPipeline, Rollouts, roll_out
+from afd.methods.rollouts import Rollouts, roll_out
 from afd.models.codec import Codec, Pixels
 from afd.models.policies import Policies
 from afd.rewards.base import Reward
@@ -47,6 +48,7 @@ class StudentMethod:
         video: with its `codec_match` the student's videos are passed through h264 if the
             discriminator takes pixels.
         rollout_batch: videos streamed and decoded together; None: all.
+        rollout_overlap: whether those are decoded and rated while the next are streamed.
         seed: seeds every random draw of the method.
         replay: settings of replayed prompts.
     """
@@ -65,6 +67,7 @@ class StudentMethod:
         first_chunk_steps: Sequence[float] | None = None,
         context_noise: float = 0.0,
         rollout_batch: int | None = None,
+        rollout_overlap: bool = True,
         seed: int = 0,
         replay: ReplayConfig | None = None,
     ) -> None:
@@ -77,7 +80,8 @@ class StudentMethod:
         self.to_input = None
         if discriminator is not None or rewards:
             self.to_input = InputPipeline(discriminator, self.codec, video, rewards)
-        self.streaming = Streaming(denoising_steps, first_chunk_steps, context_noise, rollout_batch)
+        rolled = rollout_batch, rollout_overlap
+        self.streaming = Streaming(denoising_steps, first_chunk_steps, context_noise, *rolled)
         student = policies.student
         self.chunks = student.frames // student.chunk
         self.times = student.times(denoising_steps)

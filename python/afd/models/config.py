@@ -83,6 +83,11 @@ class StudentConfig(Section):
     rollout_batch: Count | None = Field(
         default=None, description="videos per rollout batch; null: all"
     )
+    rollout_overlap: bool = Field(
+        default=True,
+        description="decode and rate the videos of a rollout batch while the next are generated; "
+        "the numbers are the same",
+    )
     window: Count | None = Field(
         default=None,
         description="training runs: latent frames a chunk attends to, including the sink and "

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 REFERENCE = "ref"
 PRETRAINED = "pretrained"
+# The version that rolls out in a thread, while others are trained.
+BEHIND = "behind"
 ADAPTED = re.compile(TARGETS)
 # What leads from a run's start back to the released weights: a low-rank change, or these weights.
 Released = LowRank | Mapping[str, Tensor]
@@ -140,7 +142,8 @@ class LoraPolicies(Policies):
     With `parents`, whose adapters are kept beside the frozen weights, every version has them, "ref"
     has them alone, and "pretrained" has none. Otherwise "ref" has no adapter, and "pretrained" one
     that takes back what the start has learned, or it is a copy of the network if that is no
-    low-rank change of the adapted layers.
+    low-rank change of the adapted layers. "behind" is a network of its own, which another thread
+    uses; it shares the frozen weights.
     """
 
     def __init__(
@@ -166,13 +169,22 @@ class LoraPolicies(Policies):
                 _load(self._copy, released)
                 self._copy.net.requires_grad_(False)
                 shard(self._copy.net)
-        self.adapters = Adapters(student.net, self.names, lora, seed, frozen, shared)
+        self._behind: Student | None = None
+        beside: dict[str, Adapters] = {}
+        if BEHIND in self.names:
+            self._behind = _copy(student, share=True)
+            kept = {name: change for name, change in frozen.items() if name != PRETRAINED}
+            one = (self._behind.net, (BEHIND,), lora, seed)
+            beside[BEHIND] = Adapters(*one, kept, {BEHIND: list(kept)})
+            shard(self._behind.net)
+        switched = tuple(name for name in self.names if name not in beside)
+        self.adapters = Adapters(student.net, switched, lora, seed, frozen, shared)
         for name in trained:
             for parameter in self.adapters.parameters(name).values():
                 parameter.requires_grad_(True)
         shard(student.net)
         for name in self.names:
-            parameters = self.adapters.parameters(name)
+            parameters = beside.get(name, self.adapters).parameters(name)
             self._weights[name] = Weights(parameters, trained=name in trained)
 
     @contextmanager
@@ -181,6 +193,10 @@ class LoraPolicies(Policies):
         require(name in (*self.names, *others), "name", name, f"one of {self.names} or {others}")
         if name == PRETRAINED and self._copy is not None:
             yield self._copy
+            return
+        if name == BEHIND:
+            assert self._behind is not None
+            yield self._behind
             return
         with self.adapters.using(name):
             yield self.student
@@ -229,12 +245,16 @@ def _load(student: Student, released: Released | None) -> None:
     student.net.load_state_dict(state)
 
 
-def _copy(student: Student) -> Student:
-    """A student with a deep copy of the network; read-only parts (the text encoder) are shared."""
+def _copy(student: Student, *, share: bool = False) -> Student:
+    """A student with a deep copy of the network; read-only parts (the text encoder) are shared.
+
+    `share`: so are the network's weights.
+    """
     other = copy.copy(student)
     # The shallow copy still shares the student's module table and recorded passes.
     other._modules = dict(student._modules)
-    other.net = copy.deepcopy(student.net)
+    memo = {id(x): x for x in student.net.parameters()} if share else {}
+    other.net = copy.deepcopy(student.net, memo)
     if student.net.fused:
         other.net.fuse_projections()
     other.use_graphs(student._graphs is not None)

@@ -31,6 +31,8 @@ from afd.trainer.run_folder import refuse_another_run, refuse_idle_processes, wi
 
 # When a part of the memory is in use; "always" counts towards each of these.
 MOMENTS = ("rollout", "discriminator", "student")
+# Phases that are not part of every update.
+BESIDE = ("encode the teacher", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,28 @@ class Plan:
             for moment in MOMENTS
         }
 
+    def overlapped(self) -> tuple[float, float] | None:
+        """GPU-seconds of an update's rollout with decode, and of the rest, which run at the same
+        time with `afd.async=1`; None without."""
+        if self.config.method != "afd" or not self.config.afd.delay or not self.phases:
+            return None
+        ahead = sum(x.seconds for x in self.phases if x.name in ("rollout", "decode"))
+        return ahead, self.update_seconds - ahead
+
+    def fits(self, machine: str) -> str:
+        """How the peak of a process fits one of MACHINES: fits, barely fits or exceeds."""
+        held, there = max(self.peaks().values()), MACHINES[machine].memory
+        return "fits" if held < 0.9 * there else "barely fits" if held < there else "exceeds"
+
     @property
     def gpu_seconds(self) -> float:
         """GPU-seconds of the whole run, over all processes."""
         return sum(phase.seconds * phase.times for phase in self.phases)
+
+    @property
+    def update_seconds(self) -> float:
+        """GPU-seconds of one update in which the student learns, over all processes."""
+        return sum(phase.seconds for phase in self.phases if phase.name not in BESIDE)
 
 
 def make_plan(config: RunConfig, processes: int = 1) -> Plan:
@@ -195,9 +215,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
 
 
 def _fits(plan: Plan, name: str) -> str:
-    held, there = max(plan.peaks().values()), MACHINES[name].memory
-    word = "fits" if held < 0.9 * there else "barely fits" if held < there else "exceeds"
-    return f"{word} an {name} ({there / GIB:.0f} GiB)"
+    return f"{plan.fits(name)} an {name} ({MACHINES[name].memory / GIB:.0f} GiB)"
 
 
 def _show_time(plan: Plan, console: Console) -> None:
@@ -227,3 +245,14 @@ def _show_time(plan: Plan, console: Console) -> None:
         f"{plan.processes} GPU(s)"
     )
     console.print(line, highlight=False, soft_wrap=True, markup=False)
+    line = f"an update in which the student learns: {plan.update_seconds:.1f} GPU-seconds"
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    both = plan.overlapped()
+    if both is not None:
+        least, most = (f"{x / plan.processes:.1f}" for x in (max(both), sum(both)))
+        line = (
+            f"afd.async=1: rollout and decode ({both[0]:.1f}) beside training ({both[1]:.1f}): an "
+            f"update takes {least} s on {plan.processes} GPU(s) if neither slows the other, and "
+            f"{most} s, as without, if both need the same units"
+        )
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

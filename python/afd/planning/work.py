@@ -81,6 +81,7 @@ class Work:
         self.method: StudentOptimizerConfig = getattr(config, config.method)
         self.group = getattr(self.method, "samples_per_prompt", 1)
         self.rolls = config.method != "sft"
+        self.delay = config.afd.delay if config.method == "afd" else 0
         self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
         self.places = Places(config, net)
         # With cached videos of earlier teachers at most: the files are not known yet.
@@ -107,6 +108,15 @@ class Work:
     # --- memory ---
 
     def memory(self) -> Iterator[Part]:
+        """All parts; where rollouts are made ahead, theirs count towards every moment."""
+        for part in self._memory():
+            if self.delay and part.when in ("rollout", "kept"):
+                copies = 1 if part.when == "rollout" else 2
+                note = part.note + ("; of two updates" if copies == 2 else "")
+                part = Part(part.name, copies * part.bytes, "always", note)
+            yield part
+
+    def _memory(self) -> Iterator[Part]:
         yield from self._weights()
         yield from self._codec()
         yield from self._discriminator()
@@ -119,6 +129,7 @@ class Work:
         method, config = self.config.method, self.config
         if method == "afd":
             names = ["theta", "old"] if config.afd.old == "ema" else ["theta"]
+            names += ["behind"] * self.delay
             return names + (["ema"] if config.afd.ema_decay is not None else []), ["theta"]
         if method == "dmd":
             return ["theta", "ema", "real", "fake"], ["theta", "real", "fake"]

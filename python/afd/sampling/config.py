@@ -19,6 +19,7 @@ FREE_STUDENT = (
     "lora",
     "checkpoint_blocks",
     "rollout_batch",
+    "rollout_overlap",
     "init",
     "init_weights",
     "parents",

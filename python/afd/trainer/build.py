@@ -102,6 +102,7 @@ def assemble(
         "video": config.video,
         "ranks": ranks,
         "rollout_batch": section.rollout_batch,
+        "rollout_overlap": section.rollout_overlap,
         "seed": config.seed,
     }
     if config.method != "dmd":

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -158,6 +158,22 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         yield home
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What has been drawn for an update.
+
+    Attributes:
+        asked: its first request.
+        teachers: number of requests to each of several teachers.
+        cursor: where the draws were before it.
+    """
+
+    batch: Batch
+    asked: Request
+    teachers: Counter[str]
+    cursor: dict[str, Any]
+
+
 class Trainer:
     """Runs the updates of one run and holds its state between them."""
 
@@ -183,6 +199,9 @@ class Trainer:
         replayed = [] if self.replay is None else self.replay.prompts
         self.inputs = inputs_of(method, every_prompt(config, teacher.requests), replayed)
         self.update = 0
+        # Drawn, and not yet the past: a checkpoint holds the cursor before it.
+        self.coming: Drawn | None = None
+        self.delayed = getattr(method, "ahead", None) is not None
         self.elapsed_s = 0.0
         self.checkpoints = self.out / "checkpoints"
         if self.robust is not None and checkpoint.latest(self.checkpoints, ranks) is None:
@@ -236,11 +255,17 @@ class Trainer:
     def _update(self, timers: Timers) -> dict[str, float]:
         """One update: draw requests, roll out, train the discriminator, train the student."""
         method = self.method
+        following: Drawn | None = None
         with timers("teacher"), self._saved_without_videos():
-            batch = self._next_batch()
+            this = self.coming = self.coming or self._next(self.update)
+            if self.delayed and self.update + 1 < self.config.updates:
+                following = self._next(self.update + 1)
+        self.drawn, batch = this, this.batch
         if method.needs_rollout:
             with timers("rollout"):
                 method.rollout(batch)
+                if self.delayed:
+                    cast("Any", method).roll_ahead(None if following is None else following.batch)
         metrics: dict[str, float] = {}
         if method.needs_discriminator:
             with timers("discriminator"):
@@ -248,7 +273,8 @@ class Trainer:
         with timers("student"):
             metrics |= method.student_step(batch)
         self.update += 1
-        metrics |= {f"teacher/{name}/videos": float(n) for name, n in sorted(self.drawn.items())}
+        self.coming = following
+        metrics |= {f"teacher/{name}/videos": float(n) for name, n in sorted(this.teachers.items())}
         if self.robust is not None and self.ranks.main:
             self.robust.write(self.update)
         return metrics
@@ -275,11 +301,12 @@ class Trainer:
                 _log.info("saved after update %d; continue: afd resume %s", self.update, self.out)
             raise
 
-    def _next_batch(self) -> Batch:
-        """This process's share of the update's prompts, with the teacher's videos."""
+    def _next(self, update: int) -> Drawn:
+        """This process's share of an update's prompts, with the teacher's videos."""
+        cursor = self._cursor()
         count = self.config.taught
-        ahead = (self.config.updates - self.update - 1) * count
-        replayed, cached = ([], []) if self.replay is None else self.replay.draw(self.update)
+        ahead = (self.config.updates - update - 1) * count
+        replayed, cached = ([], []) if self.replay is None else self.replay.draw(update)
         total = count + len(cached)
         own = self.ranks.share(total)
         if self._needs_teacher:
@@ -291,12 +318,9 @@ class Trainer:
             requests = self.sampler.draw(count)
             each, mine = 1, requests[own]
             videos = torch.empty(len(mine), 0)
-        self.asked = requests[0]
         prompts = [request.prompt for request in mine[::each]]
-        self.input_1FCHW = videos[:1]
-        self.drawn = Counter(request.teacher for request in requests if request.teacher)
         batch = Batch(
-            self.update,
+            update,
             prompts,
             videos,
             first=own.start,
@@ -311,8 +335,14 @@ class Trainer:
             prompts = replayed[own]
             nothing = torch.empty(len(prompts), 0)
             total = len(replayed)
-            batch.replay = Batch(self.update, prompts, nothing, first=own.start, total=total)
-        return batch
+            batch.replay = Batch(update, prompts, nothing, first=own.start, total=total)
+        teachers = Counter(request.teacher for request in requests if request.teacher)
+        return Drawn(batch, requests[0], teachers, cursor)
+
+    def _cursor(self) -> dict[str, Any]:
+        """Where the draws of requests and of replayed prompts are."""
+        replay = {} if self.replay is None else self.replay.sampler.state_dict()
+        return {"sampler": self.sampler.state_dict(), "replay": replay}
 
     def _fetch(self, requests: Sequence[Request], own: int) -> Tensor:
         """The videos of requests, of which the first `own` are to the run's teacher and the others
@@ -356,7 +386,7 @@ class Trainer:
         """Write the teacher's and the student's video of the update's first prompt, for viewing."""
         shown = self.method.shown
         if shown is None:  # a method without rollouts
-            prompt, seed = self.asked.prompt, self.config.evaluation.seed
+            prompt, seed = self.drawn.asked.prompt, self.config.evaluation.seed
             with self.method.evaluation_policy() as policy:
                 (x0_1FCHW,) = rolled(policy, self.config, [prompt], [seed], [0])
             shown = Shown(prompt, x0_1FCHW[0])
@@ -366,9 +396,11 @@ class Trainer:
         score = getattr(getattr(self.method, "discriminator", None), "differentiable_score", None)
         with torch.no_grad():
             if score is not None and shown.score is not None:
-                shown = replace(shown, teacher_score=float(score(self.input_1FCHW, [shown.prompt])))
+                first_1FCHW = self.drawn.batch.teacher_BFCHW[:1]
+                shown = replace(shown, teacher_score=float(score(first_1FCHW, [shown.prompt])))
             (student,) = self.method.codec.decode(shown.x0_FCHW[None].to(self.ranks.device))
-        left = to_uint8(self.videos.clip(self.asked)).numpy() if self._needs_teacher else None
+        asked = self.drawn.asked
+        left = to_uint8(self.videos.clip(asked)).numpy() if self._needs_teacher else None
         right = to_uint8(student).numpy()
         fps = self.config.video.rate
         folder = self.out / "videos"
@@ -398,6 +430,8 @@ class Trainer:
             self.home.make_again()
         if self.records is not None:
             self.records.sync()
+        cursor = self._cursor() if self.coming is None else self.coming.cursor
+        replay = None if self.replay is None else self.replay.state_dict() | cursor["replay"]
         state = {
             "update": self.update,
             "method": self.method.name,
@@ -406,8 +440,8 @@ class Trainer:
             "elapsed_s": self.elapsed_s,
             "method_state": self.method.state_dict(),
             "random": self.ranks.each(checkpoint.random_state()),
-            "sampler": self.sampler.state_dict(),
-            "replay": None if self.replay is None else self.replay.state_dict(),
+            "sampler": cursor["sampler"],
+            "replay": replay,
             "teacher": _state_of(self.teacher),
             "videos": self.videos.state_dict(),
             "robust": None if self.robust is None else self.robust.robust.state_dict(),
@@ -448,6 +482,9 @@ class Trainer:
         return dict(state["records"])
 
     def close(self) -> None:
+        close = getattr(self.method, "close", None)
+        if close is not None:
+            close()
         self.videos.close()
         if self.replay is not None:
             self.replay.close()
