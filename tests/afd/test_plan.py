@@ -24,6 +24,7 @@ from afd.models.wan.student import WanStudent
 from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
 from afd.planning import cost_model as cost
+from afd.planning.autoencoders import WAN21
 from afd.planning.cost_model import Net
 from afd.planning.plan import Plan, make_plan, show, student_net
 from afd.teachers.forecast import Forecast
@@ -95,14 +96,14 @@ def test_the_autoencoders_work_is_that_of_its_layers() -> None:
 
     with torch.device("meta"):
         model = AutoencoderKLWan()
-    assert sum(p.numel() for p in model.parameters()) == cost.VAE_PARAMETERS
+    assert sum(p.numel() for p in model.parameters()) == WAN21.parameters
     vae = VideoVAE(model)
     with FlopCounterMode(display=False) as decoded, torch.no_grad():
         vae.stream()(torch.zeros(1, 2, 16, 60, 104, device="meta"))
     with FlopCounterMode(display=False) as encoded, torch.no_grad():
         vae.encode(torch.zeros(1, 5, 3, 480, 832, device="meta"))
     near = tolerances.EXACT_COUNT
-    counted = cost.decode_flop(2, 480 * 832), cost.encode_flop(2, 480 * 832)
+    counted = WAN21.decode_flop(2, 480 * 832), WAN21.encode_flop(2, 480 * 832)
     assert decoded.get_total_flops() == pytest.approx(counted[0], rel=near)
     assert encoded.get_total_flops() == pytest.approx(counted[1], rel=near)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -41,9 +41,6 @@ class StudentConfig(Section):
 
     A subclass implements `build` and `load_network` (docs/EXTENDING.md).
     """
-
-    # Video frames per latent frame after the first; pixels per latent row and column.
-    scale: ClassVar[tuple[int, int]] = (1, 1)
 
     kind: str = Field(description="name of the student in the registry")
     checkpoint: str | None = Field(default=None, description="file or folder of the start weights")
@@ -165,6 +162,11 @@ class StudentConfig(Section):
         yield from self.missing_weights()
         if self.init is not None:
             yield from missing_path("student.init", self.init, "what the run starts from")
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """Video frames per latent frame after the first; pixels per latent row and column."""
+        return 1, 1
 
     def latent_frames(self, frames: int) -> int:
         """Number of latent frames of a video with `frames` frames."""

@@ -357,8 +357,8 @@ class Memory:
 def memory(config: SampleConfig) -> Memory:
     """Memory of the network, its cache, and the latents and noise of a chunk.
 
-    The sizes of a Wan network come from the checkpoint if it exists, else they are the released
-    1.3 B ones.
+    The sizes of a Wan network come from the checkpoint if it exists, else they are those of
+    `student.size`.
     """
     wan = replace(config.student.sizes(), **config.memory)
     with torch.device("meta"):
@@ -379,7 +379,9 @@ def memory(config: SampleConfig) -> Memory:
 def _sized_by(config: SampleConfig) -> str:
     missing = list(config.student.missing_weights())
     if missing:
-        return f"the released sizes ({missing[0]})"
+        size = getattr(config.student, "size", None)
+        sizes = "the released sizes" if size is None else f"the sizes of {size}"
+        return f"{sizes} ({missing[0]})"
     return f"as in {config.student.checkpoint}"
 
 
