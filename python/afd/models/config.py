@@ -20,8 +20,8 @@ from afd.hub import fingerprint, missing_path, trained
 
 if TYPE_CHECKING:
     from afd.models.codec import Codec
+    from afd.models.network import CausalNetwork
     from afd.models.student import Student
-    from afd.models.wan.network import CausalWan
     from afd.models.wan.types import WanConfig
     from afd.video.config import VideoConfig
 
@@ -128,13 +128,17 @@ class StudentConfig(Section):
         """
         raise NotImplementedError
 
-    def load_network(self) -> CausalWan:
+    def load_network(self) -> CausalNetwork:
         """Load only the network, with the start weights in float32; no text encoder or codec."""
         raise NotImplementedError
 
     def sizes(self) -> WanConfig:
         """The network's sizes; known sizes are returned even if the checkpoint is absent."""
         return self.load_network().config
+
+    def parameters(self) -> int:
+        """Number of the network's parameters, without adapters."""
+        return sum(p.numel() for p in self.load_network().parameters())
 
     def check_video(self, video: VideoConfig) -> None:
         """Raise ValueError if the student cannot generate videos of this size or length."""
@@ -176,7 +180,7 @@ class StudentConfig(Section):
         """Rows and columns of a latent frame."""
         return height // self.scale[1], width // self.scale[1]
 
-    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+    def save(self, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str) -> Path:
         """Save a network in a folder in the form `checkpoint` accepts; returns its path.
 
         By default a single safetensors file with the network's parameter names and `note` in its

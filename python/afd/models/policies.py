@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from afd.hub import refuse_other_weights, weights_digest
-from afd.models.adapters import TARGETS, Adapters
+from afd.models.adapters import Adapters
 from afd.models.low_rank import LowRank, folded
+from afd.models.network import CausalNetwork
 from afd.models.student import Student
-from afd.models.wan.network import CausalWan
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 REFERENCE = "ref"
 PRETRAINED = "pretrained"
-ADAPTED = re.compile(TARGETS)
 # What leads from a run's start back to the released weights: a low-rank change, or these weights.
 Released = LowRank | Mapping[str, Tensor]
 
@@ -92,7 +91,7 @@ class Policies(ABC):
             self._weights[name].load_state_dict(state[name])
 
 
-def start_digest(net: CausalWan, dtype: torch.dtype | None = None) -> str:
+def start_digest(net: CausalNetwork, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of the base weights, optionally rounded to `dtype`, that adapters and prior use."""
     return weights_digest({name: x.to(dtype or x.dtype) for name, x in net.state_dict().items()})
 
@@ -105,7 +104,7 @@ class FullPolicies(Policies):
         student: Student,
         names: tuple[str, ...],
         trained: tuple[str, ...],
-        shard: Callable[[CausalWan], object],
+        shard: Callable[[CausalNetwork], object],
         released: Released | None = None,
     ) -> None:
         super().__init__(student, names, trained, bool({REFERENCE, PRETRAINED} & {*names}))
@@ -140,7 +139,7 @@ class LoraPolicies(Policies):
         student: Student,
         names: tuple[str, ...],
         trained: tuple[str, ...],
-        shard: Callable[[CausalWan], object],
+        shard: Callable[[CausalNetwork], object],
         lora: LoraConfig,
         seed: int,
         released: Released | None = None,
@@ -149,7 +148,9 @@ class LoraPolicies(Policies):
         frozen: dict[str, LowRank] = {}
         self._copy: Student | None = None
         if PRETRAINED in names:
-            if isinstance(released, LowRank) and all(map(ADAPTED.fullmatch, released.a_RI)):
+            if isinstance(released, LowRank) and all(
+                re.fullmatch(student.net.adapted, layer) for layer in released.a_RI
+            ):
                 frozen[PRETRAINED] = released
             else:
                 self._copy = _copy(student)
@@ -183,7 +184,7 @@ def make_policies(
     trained: tuple[str, ...] = ("theta",),
     lora: LoraConfig | None = None,
     seed: int = 0,
-    shard: Callable[[CausalWan], object] | None = None,
+    shard: Callable[[CausalNetwork], object] | None = None,
     released: Released | None = None,
 ) -> Policies:
     """Create versions of a student, all initially equal to it.

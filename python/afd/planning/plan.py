@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +19,6 @@ from afd.errors import ConfigError
 from afd.hub import missing_path
 from afd.methods.config import TimesConfig
 from afd.methods.copies import check_chunks
-from afd.models.wan.network import CausalWan
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
@@ -148,8 +146,7 @@ def student_net(config: RunConfig) -> Net:
     wan, video = student.sizes(), config.video
     frames = student.latent_frames(video.frames)
     grid = wan.grid(*student.latent_size(video.height, video.width))
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in CausalWan(wan).parameters())
+    parameters = student.parameters()
     return Net(
         dim=wan.dim,
         ffn=wan.ffn_dim,

@@ -26,7 +26,6 @@ from afd.files import only_one
 from afd.models.codec import Codec
 from afd.models.student import Student
 from afd.models.wan.kv_cache import KVCache, cache_bytes
-from afd.models.wan.network import CausalWan
 from afd.rollout import Layout, Switch, chunk_layout, counted_noise, stream, stream_layout
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import Job, read_jobs
@@ -361,8 +360,7 @@ def memory(config: SampleConfig) -> Memory:
     `student.size`.
     """
     wan = replace(config.student.sizes(), **config.memory)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in CausalWan(wan).parameters())
+    parameters = config.student.parameters()
     height, width = config.student.latent_size(config.height, config.width)
     rows, cols = wan.grid(height, width)
     frames = config.latent_frames

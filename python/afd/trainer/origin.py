@@ -24,9 +24,9 @@ from afd.files import parse_json
 from afd.hub import ADAPTERS, holds_adapters, named_errors
 from afd.models.config import DTYPES, LoraConfig, StudentConfig
 from afd.models.low_rank import LowRank, folded
+from afd.models.network import CausalNetwork
 from afd.models.policies import start_digest
 from afd.models.wan.checkpoints import LAYOUTS, from_diffusers, read_weights
-from afd.models.wan.network import CausalWan
 from afd.trainer import checkpoint
 
 # Order of preference if no version of a run's weights is named; the first is the evaluated one.
@@ -53,7 +53,7 @@ class Start:
         parents: origin of each change, oldest first, as JSON values.
     """
 
-    network: CausalWan
+    network: CausalNetwork
     changes: list[LowRank] | None = field(default_factory=list)
     parents: list[dict[str, Any]] = field(default_factory=list)
 
@@ -224,7 +224,7 @@ def parent_ranks(section: StudentConfig) -> list[int] | None:
     return ranks
 
 
-def refuse_other_base(what: str, network: CausalWan, base: Mapping[str, Any]) -> None:
+def refuse_other_base(what: str, network: CausalNetwork, base: Mapping[str, Any]) -> None:
     """Raise ConfigError if an adapter's weights (dtype and SHA-256) are not the network's."""
     now = start_digest(network, DTYPES[str(base["dtype"])])
     if now != base["sha256"]:

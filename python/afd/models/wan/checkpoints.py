@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afd.files import replacing
+from afd.models.network import CausalNetwork
 from afd.models.wan.block import EPS
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import WanConfig
@@ -439,7 +440,7 @@ def diffusers_sizes(config: WanConfig) -> dict[str, Any]:
     }
 
 
-def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None = None) -> None:
+def save_diffusers(folder: str | Path, network: CausalNetwork, *, note: str | None = None) -> None:
     """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` loads.
 
     It corresponds to `transformer/` of a pipeline. The folder must be new or empty. Settings that
@@ -447,6 +448,7 @@ def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None =
     ignores; `note` is stored in the weights' header under "afd".
     """
     folder, config = Path(folder), network.config
+    require(isinstance(network, CausalWan), "network", type(network).__name__, "a Wan network")
     filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     require(not filled, "folder", str(folder), "a new or empty folder")
     written = {

@@ -19,6 +19,7 @@ from afd.schedules import ShiftedFlow, check_steps
 
 if TYPE_CHECKING:
     from afd.models.codec import Codec
+    from afd.models.network import CausalNetwork
     from afd.models.student import Student
     from afd.models.wan.network import CausalWan
     from afd.models.wan.types import WanConfig
@@ -144,7 +145,11 @@ class WanStudentConfig(StudentConfig):
         found: WanConfig = load("afd.models.wan.loading:sizes")(self)
         return found
 
-    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+    def parameters(self) -> int:
+        found: int = load("afd.models.wan.loading:parameters")(self)
+        return found
+
+    def save(self, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str) -> Path:
         path: Path = load("afd.models.wan.loading:save_network")(self, network, folder, dtype, note)
         return path
 

@@ -22,6 +22,7 @@ from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
 from afd.extras import need
 from afd.models.config import DTYPES
+from afd.models.network import CausalNetwork
 from afd.models.wan.checkpoints import infer_config, load_checkpoint, read_weights, save_diffusers
 from afd.models.wan.config import TINY, WanStudentConfig
 from afd.models.wan.lora import merge_lora
@@ -158,6 +159,7 @@ def build(
     """
     need("a wan student", "diffusers", "transformers", "ftfy")
     path = _checkpoint(config)
+    sizes(config)  # by the shapes alone, before the text encoder or 57 GB of a 14B are read
     texts = Texts(config, device, store)
     if ranks.main:
         texts.embed(prompts)
@@ -235,6 +237,12 @@ def sizes(config: WanStudentConfig) -> WanConfig:
     return replace(found, **config.network)
 
 
+def parameters(config: WanStudentConfig) -> int:
+    """Number of parameters of a network of these sizes; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in CausalWan(sizes(config)).parameters())
+
+
 def _described(found: WanConfig) -> str:
     """A network's size in words, with its name if it is a published one."""
     plain = replace(found, text_len=WanConfig.text_len)
@@ -247,15 +255,15 @@ def _described(found: WanConfig) -> str:
 
 def load_network(config: WanStudentConfig) -> CausalWan:
     """Load the network with the start weights, in float32."""
-    return _load(config, _checkpoint(config), torch.float32, "cpu")
+    path = _checkpoint(config)
+    sizes(config)
+    return _load(config, path, torch.float32, "cpu")
 
 
 def _load(
     config: WanStudentConfig, path: Path, dtype: torch.dtype, device: torch.device | str
 ) -> CausalWan:
     """The network of a checkpoint, with the adapter file merged, if there is one."""
-    # By the shapes alone, before any weight is read: a 14B in float32 is 57 GB.
-    sizes(config)
     adapter, alpha = config.adapter, config.adapter_alpha
     merge = None if adapter is None else partial(merge_lora, path=adapter, alpha=alpha)
     return load_checkpoint(
@@ -270,7 +278,7 @@ def _load(
 
 
 def save_network(
-    config: WanStudentConfig, network: CausalWan, folder: Path, dtype: torch.dtype, note: str
+    config: WanStudentConfig, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str
 ) -> Path:
     """Save a network as folder/transformer, which diffusers and `student.checkpoint` can load."""
     path = folder / "transformer"
