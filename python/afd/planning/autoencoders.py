@@ -88,4 +88,4 @@ TINY = Autoencoder(
     84,
     1460,
 )
-RELEASED: dict[Latents, Autoencoder] = {LATENTS["wan2.1"]: WAN21, LATENTS["wan2.2"]: WAN22}
+AUTOENCODERS: dict[Latents, Autoencoder] = {LATENTS["wan2.1"]: WAN21, LATENTS["wan2.2"]: WAN22}
