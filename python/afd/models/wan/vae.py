@@ -127,9 +127,9 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: VideoVAE) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
-        self._vae = vae
+        self._vae, self._unpatchify = vae, unpatchify
         modules = vae.model.decoder.modules()
         count = sum(isinstance(module, WanCausalConv3d) for module in modules)
         self._cache: list[Any] = [None] * count
@@ -155,14 +155,12 @@ class StreamingDecoder:
 
     def _frame(self, frame_BC1HW: Tensor, first: bool, *cache: Any) -> tuple[Any, ...]:
         """Decode one latent frame; returns its video frames and the new state."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
         model, after = self._vae.model, list(cache)
         frame_BC1HW = model.post_quant_conv(frame_BC1HW)
         video_BCFHW = model.decoder(frame_BC1HW, feat_cache=after, feat_idx=[0], first_chunk=first)
         patch = model.config.patch_size
         if patch is not None:  # Wan2.2's last layer makes patches of pixels
-            video_BCFHW = unpatchify(video_BCFHW, patch_size=patch)
+            video_BCFHW = self._unpatchify(video_BCFHW, patch_size=patch)
         return video_BCFHW, *after
 
     @property
