@@ -20,12 +20,15 @@ from afd.cli import main
 from afd.config.run import RunConfig, load_config, make_config
 from afd.errors import DONE, MISTAKE
 from afd.hub import CONFIGS
+from afd.models.adapters import Adapters
+from afd.models.config import LoraConfig
 from afd.models.wan.checkpoints import load_checkpoint, to_diffusers
 from afd.models.wan.config import WanStudentConfig
 from afd.models.wan.loading import build, load_network
 from afd.models.wan.network import CausalWan
 from afd.models.wan.sizes import SIZES
 from afd.models.wan.types import WanConfig
+from afd.planning.cost_model import Net, kv_bytes
 from afd.planning.plan import make_plan, setups, where_it_fits
 from afd.sampling.config import SampleConfig
 from tests.afd import sparse
@@ -295,6 +298,8 @@ def test_float32_shards_load_in_bfloat16_without_a_copy_in_float32(tmp_path: Pat
     krea(narrow("wan2.1-14b"), tmp_path)
     code = """
 import re, sys, torch
+from afd.models.adapters import Adapters
+from afd.models.config import LoraConfig
 from afd.models.wan.checkpoints import load_checkpoint
 def kib(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 load_checkpoint(sys.argv[2], head_dim=8, dtype=torch.bfloat16)
@@ -315,6 +320,18 @@ print(kib("RssAnon") - before)
 
 def planned(name: str, *words: str) -> RunConfig:
     return load_config(CONFIGS / f"{name}.yaml", list(words))
+
+
+@pytest.mark.parametrize("size", list(NARROW))
+def test_the_plans_formulas_are_the_bytes_of_a_narrow_network(size: str) -> None:
+    net = narrow(size)
+    wan = net.config
+    sizes = (wan.dim, wan.ffn_dim, wan.num_layers, wan.text_len)
+    planned_net = Net(*sizes, 0, 6, wan.chunk, 6, lora=4, channels=wan.in_dim)
+    cache = net.new_cache(torch.zeros(1, LENGTH, 24), 6, 4, 6)
+    assert kv_bytes(planned_net, 1, 4) == cache.bytes
+    adapters = Adapters(net, ("theta",), LoraConfig(rank=4, alpha=4), 0).parameters("theta")
+    assert planned_net.lora_parameters == sum(x.numel() for x in adapters.values())
 
 
 def test_a_14b_fits_one_h200_and_says_so() -> None:
