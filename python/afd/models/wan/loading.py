@@ -227,12 +227,11 @@ def sizes(config: WanStudentConfig) -> WanConfig:
                 f"student.checkpoint: {config.checkpoint} holds {_described(found)}; needed: "
                 f"{_described(wanted)}, as student.size={config.size}"
             )
-    elif found.in_dim != config.latents_of.channels:
-        fitting = [name for name, latents in LATENTS.items() if latents.channels == found.in_dim]
+    others = [name for name, one in LATENTS.items() if one.channels == found.in_dim]
+    if others and found.in_dim != config.latents_of.channels:
         raise ValueError(
             f"student.checkpoint: {config.checkpoint} holds a network of {found.in_dim} latent "
-            f"channels; needed: {config.latents_of.channels}, or student.latents="
-            f"{' or '.join(fitting) or 'that of its autoencoder'}"
+            f"channels; needed: {config.latents_of.channels}, or student.latents={others[0]}"
         )
     return replace(found, **config.network)
 
