@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -26,16 +27,15 @@ from afd.errors import ConfigError
 from afd.extras import need
 from afd.files import replacing
 from afd.hub import refuse_other_weights
-from afd.models.adapters import TARGETS
 from afd.models.config import DTYPES
 from afd.models.low_rank import LowRank, cut, folded, joined
+from afd.models.network import CausalNetwork
 from afd.models.policies import start_digest
 from afd.models.wan.checkpoints import (
     save_diffusers,
     save_self_forcing,
     to_diffusers,
 )
-from afd.models.wan.network import CausalWan
 from afd.trainer import checkpoint
 from afd.trainer.origin import PREFERRED, Start, start_of
 from afd.trainer.run_folder import load_run
@@ -185,7 +185,15 @@ class _Learned:
         need("kind=peft", "peft")
         from peft import LoraConfig as PeftConfig
 
-        settings = PeftConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, inference_mode=True)
+        layers = sorted({name.partition(".lora_")[0] for name in adapters})
+        usual = CausalNetwork.adapted
+        named = all(re.fullmatch(usual, layer) for layer in layers)
+        settings = PeftConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=usual if named else layers,
+            inference_mode=True,
+        )
         settings.save_pretrained(str(folder))
         state = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
         header = {"format": "pt", "afd": self.note}
@@ -235,11 +243,11 @@ class _Learned:
         rank, alpha = (lora.rank, lora.alpha) if plain else (change.rank, change.rank)
         return rank, alpha, change.adapters(self.dtype)
 
-    def _start(self) -> CausalWan:
+    def _start(self) -> CausalNetwork:
         """The network that the run started from, in float32."""
         return (self.origin or start_of(self.run.student, self.run.run_dir)).network
 
-    def _whole(self, network: CausalWan, version: str) -> dict[str, Tensor]:
+    def _whole(self, network: CausalNetwork, version: str) -> dict[str, Tensor]:
         student, weights = self.run.student, self.versions[version]
         state = weights
         if student.lora is not None:

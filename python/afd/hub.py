@@ -124,7 +124,7 @@ def holds_adapters(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open  # not in the core installation
 
     try:
-        with safe_open(path, "pt") as opened:
+        with safe_open(path, "np") as opened:  # "pt" maps the whole file as memory
             return any(".lora_A." in name for name in opened.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False

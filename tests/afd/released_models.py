@@ -1,6 +1,6 @@
 """Everything a full-size configuration names, tiny: the same files in the same layouts.
 
-checkpoints/ with .pt files as Self-Forcing and Causal-Forcing publish them and VideoReward/, a
+checkpoints/ with files as Self-Forcing, Causal-Forcing and Krea publish them and VideoReward/, a
 diffusers folder with text_encoder/, tokenizer/ and vae/, and a teacher's clips, which like real
 ones have another size and rate than the trainer asks for.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from afd.models.wan.checkpoints import save_self_forcing
@@ -48,6 +49,8 @@ def write_models(folder: Path) -> Path:
     save_self_forcing(path, generator=student, generator_ema=average)
     for name in ("chunkwise", "framewise"):
         shutil.copy(path, checkpoints / name / "causal_forcing.pt")
+    krea = {f"model.{name}": x for name, x in student.state_dict().items()}
+    save_file(krea, checkpoints / "krea-realtime-video-14b.safetensors")
     diffusers_folder(folder / "wan")
     vae_model().save_pretrained(folder / "wan" / "vae")
     videoalign = write_released(folder / "videoalign")
@@ -90,6 +93,7 @@ def overrides(models: Path, method: str, rewards: Sequence[str] = ()) -> list[st
         f"video.width={WIDTH}",
         f"student.pretrained={models / 'wan'}",
         f"student.text_len={LENGTH}",
+        "student.size=null",
         "student.head_dim=16",
         "student.dtype=float32",
         "student.vae_dtype=float32",

@@ -17,15 +17,15 @@ from tests.tolerances import NETWORK_FORWARD, NETWORK_GRADIENT
 FRAMES, HEIGHT, WIDTH, TEXT = 5, 6, 8, 12
 
 
-def theirs(heads: int = 3, head_dim: int = 24) -> Any:
+def theirs(heads: int = 3, head_dim: int = 24, channels: int = 4) -> Any:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(heads)
     model = WanTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=20,
         freq_dim=32,
         ffn_dim=100,
@@ -37,9 +37,9 @@ def theirs(heads: int = 3, head_dim: int = 24) -> Any:
     return model.eval()
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
+def inputs(channels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(7)
-    x_BFCHW = torch.randn(2, FRAMES, 4, HEIGHT, WIDTH, generator=draw)
+    x_BFCHW = torch.randn(2, FRAMES, channels, HEIGHT, WIDTH, generator=draw)
     text_BLE = torch.randn(2, TEXT, 20, generator=draw)
     text_BLE[0, 7:] = 0
     return x_BFCHW, torch.tensor([[937.5], [250.25]]), text_BLE
@@ -54,15 +54,15 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(3, 24), (2, 40), (1, 128)])
+@pytest.mark.parametrize(("heads", "head_dim", "channels"), [(3, 24, 4), (2, 40, 16), (1, 128, 48)])
 def test_the_bidirectional_case_is_diffusers_network(
-    tmp_path: Path, heads: int, head_dim: int
+    tmp_path: Path, heads: int, head_dim: int, channels: int
 ) -> None:
-    model = theirs(heads, head_dim)
+    model = theirs(heads, head_dim, channels)
     model.save_pretrained(tmp_path / "transformer")
     net = load_checkpoint(tmp_path, text_len=TEXT, chunk=FRAMES)
-    assert net.config.head_dim == head_dim
-    x_BFCHW, t_B1, text_BLE = inputs()
+    assert (net.config.head_dim, net.config.in_dim) == (head_dim, channels)
+    x_BFCHW, t_B1, text_BLE = inputs(channels)
     mine = x_BFCHW.clone().requires_grad_()
     other = x_BFCHW.clone().requires_grad_()
     out, expected = net(mine, t_B1, text_BLE), forward(model, other, t_B1, text_BLE)
@@ -73,6 +73,20 @@ def test_the_bidirectional_case_is_diffusers_network(
     assert mine.grad is not None
     assert other.grad is not None
     assert error(mine.grad, other.grad) <= NETWORK_GRADIENT
+
+
+def test_a_clean_first_frame_is_a_time_per_token_of_diffusers_network(tmp_path: Path) -> None:
+    """How Wan2.2-TI2V-5B starts from an image: t = 0 for the first frame's tokens."""
+    model = theirs(channels=48)
+    model.save_pretrained(tmp_path)
+    net = load_checkpoint(tmp_path, text_len=TEXT, chunk=FRAMES)
+    x_BFCHW, t_B1, text_BLE = inputs(48)
+    t_BF = t_B1.repeat(1, FRAMES)
+    t_BF[:, 0] = 0
+    t_BL = t_BF.repeat_interleave(HEIGHT * WIDTH // 4, 1)
+    with torch.no_grad():
+        out = model(x_BFCHW.transpose(1, 2), t_BL, text_BLE, return_dict=False)[0]
+        assert error(net(x_BFCHW, t_BF, text_BLE), out.transpose(1, 2)) <= NETWORK_FORWARD
 
 
 def test_a_chunk_is_causal_where_diffusers_is_not(tmp_path: Path) -> None:

@@ -102,6 +102,25 @@ def test_every_block_is_a_file_of_the_package() -> None:
             assert len(lines) - imports <= 50, f"{name} is no longer short"
 
 
+def test_a_student_of_another_architecture_trains_and_exports_and_is_planned(site: Path) -> None:
+    """Its own network, whole or with adapters on its own layers, from one folder of the package."""
+    lora = "student={kind: parallel, denoising_steps: [1.0, 0.5], lora: {rank: 2, alpha: 2}}"
+    whole = "student={kind: parallel, denoising_steps: [1.0, 0.5]}"
+    start = "student.checkpoint=one_trained/network.safetensors"
+    done = afd(
+        site,
+        ["train", "squares.yaml", "out=one", lora],
+        ["export", "one", "out=one_trained", "kind=student"],
+        ["train", "squares.yaml", "out=two", whole, start],
+        ["train", "squares.yaml", "out=three", whole, "--dry-run"],
+    )
+    assert done == [(0, "")] * 4
+    for run in ("one", "two"):
+        lines = (site.parent / run / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 2
+        assert all(json.loads(line)["student/grad_norm"] > 0 for line in lines)
+
+
 def test_the_commands_of_the_page_train_measure_and_export(site: Path) -> None:
     commands = [words.split() for words in re.findall(r"^afd (.+?)(?:  +#.*)?$", PAGE, re.M)]
     assert [words[0] for words in commands] == ["train", "eval", "export"]

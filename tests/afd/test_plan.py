@@ -20,10 +20,13 @@ from afd.methods.optimizer import StudentOptimizer
 from afd.models.config import LoraConfig
 from afd.models.policies import Policies, make_policies
 from afd.models.wan.network import CausalWan
+from afd.models.wan.sizes import LATENTS
 from afd.models.wan.student import WanStudent
 from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
+from afd.models.wan.vae_files import WAN22
 from afd.planning import cost_model as cost
+from afd.planning.autoencoders import AUTOENCODERS
 from afd.planning.cost_model import Net
 from afd.planning.plan import Plan, make_plan, show, student_net
 from afd.teachers.forecast import Forecast
@@ -90,19 +93,23 @@ def test_fewer_chunks_more_draws_and_no_prior_change_the_work_as_they_should() -
     assert cost.nft_flop(RELEASED, "shared_context", kept=True, prior=False) < whole
 
 
-def test_the_autoencoders_work_is_that_of_its_layers() -> None:
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+def test_the_autoencoders_work_is_that_of_its_layers(name: str) -> None:
     from diffusers import AutoencoderKLWan
 
+    wan22 = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, **WAN22}
     with torch.device("meta"):
-        model = AutoencoderKLWan()
-    assert sum(p.numel() for p in model.parameters()) == cost.VAE_PARAMETERS
+        model = AutoencoderKLWan(**(wan22 if name == "wan2.2" else {}))
+    sizes = AUTOENCODERS[LATENTS[name]]
+    assert sum(p.numel() for p in model.parameters()) == sizes.parameters
     vae = VideoVAE(model)
+    channels, _, space = vae.latents
     with FlopCounterMode(display=False) as decoded, torch.no_grad():
-        vae.stream()(torch.zeros(1, 2, 16, 60, 104, device="meta"))
+        vae.stream()(torch.zeros(1, 2, channels, 480 // space, 832 // space, device="meta"))
     with FlopCounterMode(display=False) as encoded, torch.no_grad():
         vae.encode(torch.zeros(1, 5, 3, 480, 832, device="meta"))
     near = tolerances.EXACT_COUNT
-    counted = cost.decode_flop(2, 480 * 832), cost.encode_flop(2, 480 * 832)
+    counted = sizes.decode_flop(2, 480 * 832), sizes.encode_flop(2, 480 * 832)
     assert decoded.get_total_flops() == pytest.approx(counted[0], rel=near)
     assert encoded.get_total_flops() == pytest.approx(counted[1], rel=near)
 

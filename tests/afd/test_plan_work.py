@@ -18,7 +18,7 @@ from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
 from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
-from afd.planning import cost_model as cost
+from afd.planning.autoencoders import WAN21
 from afd.planning.cost_model import Net
 from afd.planning.work import Work
 from afd.trainer.build import assemble, build_discriminator
@@ -171,7 +171,7 @@ def test_a_decode_with_gradients_takes_three_decodes() -> None:
     )
     work = Work(config, Net(1536, 8960, 30, 512, 0, 21, 3, 1560), 1)
     student = next(phase for phase in work.phases(0) if phase.name == "student")
-    share = cost.decode_flop(2, 480 * 832) / cost.decode_flop(21, 480 * 832)
+    share = WAN21.decode_flop(2, 480 * 832) / WAN21.decode_flop(21, 480 * 832)
     assert student.convolutions * share == pytest.approx(flop, rel=tolerances.PLANNED_WORK)
 
 

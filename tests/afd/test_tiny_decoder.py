@@ -18,7 +18,7 @@ from afd.errors import ConfigError
 from afd.methods.inputs import InputPipeline
 from afd.models.wan.tiny_vae import TinyDecoded, TinyVAE, _Network
 from afd.models.wan.vae import VideoVAE
-from afd.planning import cost_model as cost
+from afd.planning.autoencoders import TINY
 from afd.planning.plan import make_plan
 from afd.sampling import sample as sampling
 from afd.sampling.sample import sample
@@ -143,14 +143,14 @@ def test_a_method_trains_on_what_the_tiny_decoder_shows(
 def test_the_planned_work_is_that_of_the_released_layers() -> None:
     with torch.device("meta"):
         vae = TinyVAE(_Network({name: torch.Size(shape) for name, shape in RELEASED.items()}))
-    assert sum(p.numel() for p in vae.network.parameters()) == cost.TINY_PARAMETERS
+    assert sum(p.numel() for p in vae.network.parameters()) == TINY.parameters
     with FlopCounterMode(display=False) as decoded, torch.no_grad():
         vae.stream()(torch.zeros(1, 2, 16, 60, 104, device="meta"))
     with FlopCounterMode(display=False) as encoded:
         vae.encode(torch.zeros(1, 5, 3, 480, 832, device="meta"))
     size, near = (2, 480 * 832), tolerances.EXACT_COUNT
-    assert decoded.get_total_flops() == pytest.approx(cost.decode_flop(*size, tiny=True), rel=near)
-    assert encoded.get_total_flops() == pytest.approx(cost.encode_flop(*size, tiny=True), rel=near)
+    assert decoded.get_total_flops() == pytest.approx(TINY.decode_flop(*size), rel=near)
+    assert encoded.get_total_flops() == pytest.approx(TINY.encode_flop(*size), rel=near)
 
 
 def test_a_plan_counts_the_tiny_decoder() -> None:
@@ -167,5 +167,5 @@ def test_a_plan_counts_the_tiny_decoder() -> None:
     sizes = [{p.name: p.bytes for p in plan.memory} for plan in (plain, shown, whole)]
     assert sizes[1]["decode"] < 0.2 * sizes[0]["decode"]
     more = sizes[1]["autoencoder"] - sizes[0]["autoencoder"]
-    assert more == sizes[2]["autoencoder"] == 2 * cost.TINY_PARAMETERS
+    assert more == sizes[2]["autoencoder"] == 2 * TINY.parameters
     assert any("student.tiny_vae: /none.pth is not there" in line for line in whole.missing)

@@ -17,6 +17,7 @@ from afd.lab.config import ToyStudentConfig
 from afd.lab.shipped import checkpoint_path
 from afd.lab.student import ToyStudent
 from afd.models.codec import Pixels
+from afd.models.network import CausalNetwork
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import WanConfig
 from afd.video.config import VideoConfig
@@ -74,7 +75,7 @@ def _read(config: ToyStudentConfig, read: Callable[[str], T]) -> T:
 
 
 def save_network(
-    config: ToyStudentConfig, network: CausalWan, folder: Path, dtype: torch.dtype, note: str
+    config: ToyStudentConfig, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str
 ) -> Path:
     """Write a network as folder/student.safetensors."""
     student = _load(config)

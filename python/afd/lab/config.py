@@ -22,6 +22,7 @@ from afd.teachers.forecast import Forecast
 
 if TYPE_CHECKING:
     from afd.models.codec import Codec
+    from afd.models.network import CausalNetwork
     from afd.models.student import Student
     from afd.models.wan.network import CausalWan
     from afd.models.wan.types import WanConfig
@@ -60,7 +61,7 @@ class ToyStudentConfig(StudentConfig):
         found: WanConfig = load("afd.lab.build:sizes")(self)
         return found
 
-    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+    def save(self, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str) -> Path:
         path: Path = load("afd.lab.build:save_network")(self, network, folder, dtype, note)
         return path
 

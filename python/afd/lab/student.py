@@ -75,6 +75,8 @@ def encode_prompts(prompts: list[str], length: int, channels: int) -> Tensor:
 class ToyStudent(Student):
     """A causal video student that predicts the clean video and exposes velocities."""
 
+    net: CausalWan
+
     def __init__(self, config: ToyConfig | None = None) -> None:
         config = config or ToyConfig()
         super().__init__(CausalWan(config.wan))

@@ -16,14 +16,11 @@ from torch import nn
 
 from afd.extras import need
 from afd.models.low_rank import LowRank
-from afd.models.wan.network import CausalWan
+from afd.models.network import CausalNetwork
 
 if TYPE_CHECKING:
     # Benchmarks build students without pydantic installed.
     from afd.models.config import LoraConfig
-
-# Every linear layer of the blocks.
-TARGETS = r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|ffn\.[02])"
 
 
 def adapter_name(version: str) -> str:
@@ -38,7 +35,7 @@ class Adapters:
 
     Args:
         versions: those with an adapter of their own.
-        frozen: adapters that are never trained, by name, as changes of layers that match TARGETS.
+        frozen: adapters that are never trained, by name, as changes of layers in `net.adapted`.
         shared: the frozen adapters of a version, of those without one of their own too, in the
             order in which they are added.
 
@@ -48,7 +45,7 @@ class Adapters:
 
     def __init__(
         self,
-        net: CausalWan,
+        net: CausalNetwork,
         versions: tuple[str, ...],
         config: LoraConfig,
         seed: int,
@@ -66,7 +63,7 @@ class Adapters:
         wanted |= {name: (change.rank, change.rank) for name, change in frozen.items()}
         for name, (rank, alpha) in wanted.items():
             settings = PeftConfig(
-                r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=TARGETS
+                r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=net.adapted
             )
             with warnings.catch_warnings():
                 # PEFT warns about every adapter but the first.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -20,8 +20,8 @@ from afd.hub import fingerprint, missing_path, trained
 
 if TYPE_CHECKING:
     from afd.models.codec import Codec
+    from afd.models.network import CausalNetwork
     from afd.models.student import Student
-    from afd.models.wan.network import CausalWan
     from afd.models.wan.types import WanConfig
     from afd.video.config import VideoConfig
 
@@ -41,9 +41,6 @@ class StudentConfig(Section):
 
     A subclass implements `build` and `load_network` (docs/EXTENDING.md).
     """
-
-    # Video frames per latent frame after the first; pixels per latent row and column.
-    scale: ClassVar[tuple[int, int]] = (1, 1)
 
     kind: str = Field(description="name of the student in the registry")
     checkpoint: str | None = Field(default=None, description="file or folder of the start weights")
@@ -146,13 +143,17 @@ class StudentConfig(Section):
         """
         raise NotImplementedError
 
-    def load_network(self) -> CausalWan:
+    def load_network(self) -> CausalNetwork:
         """Load only the network, with the start weights in float32; no text encoder or codec."""
         raise NotImplementedError
 
     def sizes(self) -> WanConfig:
         """The network's sizes; known sizes are returned even if the checkpoint is absent."""
         return self.load_network().config
+
+    def parameters(self) -> int:
+        """Number of the network's parameters, without adapters."""
+        return sum(p.numel() for p in self.load_network().parameters())
 
     def check_video(self, video: VideoConfig) -> None:
         """Raise ValueError if the student cannot generate videos of this size or length."""
@@ -181,6 +182,11 @@ class StudentConfig(Section):
         if self.init is not None:
             yield from missing_path("student.init", self.init, "what the run starts from")
 
+    @property
+    def scale(self) -> tuple[int, int]:
+        """Video frames per latent frame after the first; pixels per latent row and column."""
+        return 1, 1
+
     def latent_frames(self, frames: int) -> int:
         """Number of latent frames of a video with `frames` frames."""
         return 1 + (frames - 1) // self.scale[0]
@@ -189,7 +195,7 @@ class StudentConfig(Section):
         """Rows and columns of a latent frame."""
         return height // self.scale[1], width // self.scale[1]
 
-    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+    def save(self, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str) -> Path:
         """Save a network in a folder in the form `checkpoint` accepts; returns its path.
 
         By default a single safetensors file with the network's parameter names and `note` in its

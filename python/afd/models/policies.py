@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from afd.hub import refuse_other_weights, weights_digest
-from afd.models.adapters import TARGETS, Adapters
+from afd.models.adapters import Adapters
 from afd.models.low_rank import LowRank, folded, stacked_digest
+from afd.models.network import CausalNetwork
 from afd.models.student import Student
-from afd.models.wan.network import CausalWan
 from afd.models.weights import Weights
 from afd_kernels.contracts import require
 
@@ -31,7 +31,6 @@ REFERENCE = "ref"
 PRETRAINED = "pretrained"
 # The version that rolls out in a thread, while others are trained.
 BEHIND = "behind"
-ADAPTED = re.compile(TARGETS)
 # What leads from a run's start back to the released weights: a low-rank change, or these weights.
 Released = LowRank | Mapping[str, Tensor]
 
@@ -100,7 +99,7 @@ class Policies(ABC):
             self._weights[name].load_state_dict(state[name])
 
 
-def start_digest(net: CausalWan, dtype: torch.dtype | None = None) -> str:
+def start_digest(net: CausalNetwork, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of the base weights, optionally rounded to `dtype`, that adapters and prior use."""
     return weights_digest({name: x.to(dtype or x.dtype) for name, x in net.state_dict().items()})
 
@@ -113,7 +112,7 @@ class FullPolicies(Policies):
         student: Student,
         names: tuple[str, ...],
         trained: tuple[str, ...],
-        shard: Callable[[CausalWan], object],
+        shard: Callable[[CausalNetwork], object],
         released: Released | None = None,
     ) -> None:
         super().__init__(student, names, trained, bool({REFERENCE, PRETRAINED} & {*names}))
@@ -151,7 +150,7 @@ class LoraPolicies(Policies):
         student: Student,
         names: tuple[str, ...],
         trained: tuple[str, ...],
-        shard: Callable[[CausalWan], object],
+        shard: Callable[[CausalNetwork], object],
         lora: LoraConfig,
         seed: int,
         released: Released | None = None,
@@ -162,7 +161,9 @@ class LoraPolicies(Policies):
         shared = {name: list(frozen) for name in (*self.names, REFERENCE)}
         self._copy: Student | None = None
         if PRETRAINED in names and not parents:
-            if isinstance(released, LowRank) and all(map(ADAPTED.fullmatch, released.a_RI)):
+            if isinstance(released, LowRank) and all(
+                re.fullmatch(student.net.adapted, layer) for layer in released.a_RI
+            ):
                 frozen[PRETRAINED], shared[PRETRAINED] = released, [PRETRAINED]
             else:
                 self._copy = _copy(student)
@@ -209,7 +210,7 @@ def make_policies(
     trained: tuple[str, ...] = ("theta",),
     lora: LoraConfig | None = None,
     seed: int = 0,
-    shard: Callable[[CausalWan], object] | None = None,
+    shard: Callable[[CausalNetwork], object] | None = None,
     released: Released | None = None,
     parents: Sequence[LowRank] = (),
 ) -> Policies:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from afd.models.network import CausalNetwork
 from afd.models.noise import EndlessLayout, Layout, NoiseSource, seeded_noise
 from afd.models.wan.graphs import GraphedPasses
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import LayerKV
 from afd.schedules import check_steps, x0_from_flow
+from afd_kernels.contracts import require
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ def frame_times(x_BFCHW: Tensor, t_BK: Tensor) -> Tensor:
 
 
 class Student(nn.Module, ABC):
-    """A causal video student: a `CausalWan` with its parametrisation, steps and text encoding.
+    """A causal video student: a `CausalNetwork` with its parametrisation, steps and text encoding.
 
     Unless a subclass overrides it, the network's output is the rectified-flow velocity, a
     denoising step is its noise level in (0, 1], and noise comes from one CPU generator per video.
     """
 
-    def __init__(self, net: CausalWan) -> None:
+    def __init__(self, net: CausalNetwork) -> None:
         super().__init__()
         self.net = net
         self._graphs: GraphedPasses | None = None
@@ -202,11 +204,11 @@ class Student(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.net.patch_embedding.weight.device
+        return self.net.first_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.net.compute_dtype or self.net.patch_embedding.weight.dtype
+        return self.net.compute_dtype or self.net.first_weight.dtype
 
     def new_cache(self, text_BLE: Tensor, frames: int | None) -> KVCache:
         """An empty cache for streams of up to `frames` frames with these prompts.
@@ -222,7 +224,12 @@ class Student(nn.Module, ABC):
     def use_graphs(self, enabled: bool = True) -> None:
         """Replay streaming passes as CUDA graphs; weights may be updated in place between
         streams."""
-        self._graphs = GraphedPasses(self.net) if enabled else None
+        if not enabled:
+            self._graphs = None
+            return
+        require(isinstance(self.net, CausalWan), "cuda_graphs", enabled, "false, or a Wan network")
+        assert isinstance(self.net, CausalWan)
+        self._graphs = GraphedPasses(self.net)
 
     def denoise(self, x_t_BFCHW: Tensor, level: Level, cache: KVCache, start_frame: int) -> Tensor:
         """Predict the clean chunk from the noisy one that starts at frame `start_frame`."""

@@ -32,8 +32,11 @@ class Machine:
 
 
 MACHINES = {
+    "B200": Machine("B200", 2250e12, 180e9),
     "H200": Machine("H200", 989e12, 141e9),
     "H100": Machine("H100", 989e12, 80e9),
+    "L40S": Machine("L40S", 362e12, 48e9),
+    "RTX 4090": Machine("RTX 4090", 165e12, 24e9),
 }
 # Fraction of the data sheet's rate that whole phases reach. Published full passes of this network
 # on an H200 reach 208 (FlashAttention 2, eager) to 398 TFLOP/s (FlashAttention 3, compiled).
@@ -55,6 +58,7 @@ class Net:
         window: most frames a chunk attends to; None: all.
         sink: first frames that stay in the window.
         start: chunk of a stream at which a clip of it begins.
+        channels: channels of a latent.
     """
 
     dim: int
@@ -70,6 +74,7 @@ class Net:
     window: int | None = None
     sink: int = 0
     start: int = 0
+    channels: int = 16
 
     @property
     def chunks(self) -> int:
@@ -337,62 +342,10 @@ def activation_bytes(net: Net, videos: int, itemsize: int, *, checkpointed: bool
     return net.layers * 2 * net.dim * itemsize * tokens + 2 * block + prompts
 
 
-# --- the released autoencoder and text encoder ---
+# --- the released text encoder ---
 
-VAE_PARAMETERS = 126_892_531
 # UMT5-XXL's encoder.
 TEXT_PARAMETERS = 5_680_910_336
-# Operations per spatial pixel of a latent frame (4 video frames), the first frame separately;
-# peak bytes per pixel of a decode of 3 latent frames and of an encode of a clip. Counted on the
-# released sizes with torch.utils.flop_counter and a live-storage counter, on the meta device.
-DECODE_FLOP = (4_352_196_526_080 / (480 * 832), 13_550_000_455_680 / (480 * 832))
-ENCODE_FLOP = (2_718_293_360_640 / (480 * 832), 8_051_570_442_240 / (480 * 832))
-DECODE_BYTES, ENCODE_BYTES = 7.1, 4.0
-# Numbers per pixel that a decode with gradients saves for every latent frame (the convolutions'
-# state before it), and for the one frame that is recomputed in its backward.
-STATE_NUMBERS, FRAME_NUMBERS = 1.76 * 2**29 / (480 * 832), 15.6 * 2**29 / (480 * 832)
-# The tiny autoencoder (TAEHV), counted likewise: all its latent frames cost the same.
-TINY_PARAMETERS = 11_315_539
-TINY_DECODE_FLOP, TINY_ENCODE_FLOP = 544_151_961_600 / (480 * 832), 241_852_416_000 / (480 * 832)
-# Numbers per pixel: state and activations of a latent frame of three, one encoded, and with
-# gradients the state and what autograd keeps of one.
-TINY_DECODE_NUMBERS, TINY_ENCODE_NUMBERS = 900, 530
-TINY_STATE_NUMBERS, TINY_FRAME_NUMBERS = 84, 1460
-
-
-def decode_flop(latent_frames: int, pixels: int, *, tiny: bool = False) -> float:
-    """Decode one video of `pixels` pixels per frame from latents."""
-    if tiny:
-        return pixels * latent_frames * TINY_DECODE_FLOP
-    return pixels * (DECODE_FLOP[0] + (latent_frames - 1) * DECODE_FLOP[1])
-
-
-def encode_flop(latent_frames: int, pixels: int, *, tiny: bool = False) -> float:
-    """Encode one video to latents."""
-    if tiny:
-        return pixels * latent_frames * TINY_ENCODE_FLOP
-    return pixels * (ENCODE_FLOP[0] + (latent_frames - 1) * ENCODE_FLOP[1])
-
-
-def decode_bytes(videos: int, pixels: int, itemsize: int, *, tiny: bool = False) -> int:
-    """Convolution state of a streamed decode and the current chunk, excluding weights."""
-    numbers = TINY_DECODE_NUMBERS if tiny else 1000 * DECODE_BYTES
-    return int(numbers * videos * pixels * itemsize)
-
-
-def decode_gradient_bytes(
-    latent_frames: int, videos: int, pixels: int, itemsize: int, *, tiny: bool = False
-) -> int:
-    """A decode with gradients, one latent frame at a time, excluding weights."""
-    state, frame = STATE_NUMBERS, FRAME_NUMBERS
-    if tiny:
-        state, frame = TINY_STATE_NUMBERS, TINY_FRAME_NUMBERS
-    return int((latent_frames * state + frame) * videos * pixels * itemsize)
-
-
-def encode_bytes(pixels: int, itemsize: int, *, tiny: bool = False) -> int:
-    """An encode of one video, excluding weights."""
-    return int((TINY_ENCODE_NUMBERS if tiny else 1000 * ENCODE_BYTES) * pixels * itemsize)
 
 
 # --- VideoAlign (Qwen2-VL-2B) ---

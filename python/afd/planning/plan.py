@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +19,6 @@ from afd.errors import ConfigError
 from afd.hub import missing_path
 from afd.methods.config import TimesConfig
 from afd.methods.copies import check_chunks
-from afd.models.wan.network import CausalWan
 from afd.planning import cost_model as cost
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
@@ -29,6 +27,8 @@ from afd.trainer.build import check_size, not_training
 from afd.trainer.origin import parent_ranks
 from afd.trainer.run_folder import refuse_another_run, refuse_idle_processes, with_commits
 
+# Part of a GPU's memory that a plan may use; the rest is for the allocator and the libraries.
+MARGIN = 0.9
 # When a part of the memory is in use; "always" counts towards each of these.
 MOMENTS = ("rollout", "discriminator", "student")
 # Phases that are not part of every update.
@@ -50,12 +50,7 @@ class Plan:
 
     def peaks(self) -> dict[str, int]:
         """Peak bytes of one process at each moment."""
-        fixed = sum(part.bytes for part in self.memory if part.when == "always")
-        kept = sum(part.bytes for part in self.memory if part.when == "kept")
-        return {
-            moment: fixed + kept + sum(part.bytes for part in self.memory if part.when == moment)
-            for moment in MOMENTS
-        }
+        return peaks(self.memory)
 
     def overlapped(self) -> tuple[float, float] | None:
         """GPU-seconds of an update's rollout with decode, and of the rest, which run at the same
@@ -68,7 +63,7 @@ class Plan:
     def fits(self, machine: str) -> str:
         """How the peak of a process fits one of MACHINES: fits, barely fits or exceeds."""
         held, there = max(self.peaks().values()), MACHINES[machine].memory
-        return "fits" if held < 0.9 * there else "barely fits" if held < there else "exceeds"
+        return "fits" if held < MARGIN * there else "barely fits" if held < there else "exceeds"
 
     @property
     def gpu_seconds(self) -> float:
@@ -79,6 +74,42 @@ class Plan:
     def update_seconds(self) -> float:
         """GPU-seconds of one update in which the student learns, over all processes."""
         return sum(phase.seconds for phase in self.phases if phase.name not in BESIDE)
+
+
+def peaks(memory: list[Part]) -> dict[str, int]:
+    """Peak bytes of one process at each moment."""
+    held = {when: 0 for when in ("always", "kept", "start", *MOMENTS)}
+    for part in memory:
+        held[part.when] += part.bytes
+    return {moment: held["always"] + held["kept"] + held[moment] for moment in MOMENTS}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Processes with one GPU each, and the peak bytes of one, at a moment."""
+
+    parallel: str
+    processes: int
+    peak: int
+    moment: str
+
+
+def setups(plan: Plan) -> list[Setup]:
+    """One process, then 2, 4, 8 and so on as `prompts_per_update` allows, without and with FSDP."""
+    config, found = plan.config, []
+    processes = 1
+    while processes <= config.prompts_per_update:
+        for parallel in ("ddp", "fsdp") if processes > 1 else ("ddp",):
+            one = config.model_copy(update={"parallel": parallel})
+            try:
+                refuse_idle_processes(one, processes)
+            except ConfigError:
+                continue
+            held = peaks(list(Work(one, plan.net, processes).memory()))
+            moment = max(held, key=lambda moment: held[moment])
+            found.append(Setup(parallel, processes, held[moment], moment))
+        processes *= 2
+    return found
 
 
 def make_plan(config: RunConfig, processes: int = 1) -> Plan:
@@ -136,8 +167,7 @@ def student_net(config: RunConfig) -> Net:
     wan, video = student.sizes(), config.video
     frames = student.latent_frames(video.frames)
     grid = wan.grid(*student.latent_size(video.height, video.width))
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in CausalWan(wan).parameters())
+    parameters = student.parameters()
     return Net(
         dim=wan.dim,
         ffn=wan.ffn_dim,
@@ -151,6 +181,7 @@ def student_net(config: RunConfig) -> Net:
         parents=sum(parent_ranks(student) or []) if student.parents == "stacked" else 0,
         window=wan.window,
         sink=wan.sink,
+        channels=wan.in_dim,
     )
 
 
@@ -179,6 +210,8 @@ def show(plan: Plan, console: Console) -> None:
     _show_memory(plan, console)
     if plan.phases:
         _show_time(plan, console)
+        for line in where_it_fits(plan):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in plan.teacher.lines(plan.gpu_seconds / plan.processes):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     keep = config.checkpoint.keep + 1
@@ -192,7 +225,9 @@ def show(plan: Plan, console: Console) -> None:
 def _source(config: RunConfig) -> str:
     path = getattr(config.student, "checkpoint", None)
     there = path is not None and Path(path).exists()
-    return f" ({path})" if there else " (the released sizes; the checkpoint is not there)"
+    size = getattr(config.student, "size", None)
+    sizes = "the released sizes" if size is None else f"the sizes of {size}"
+    return f" ({path})" if there else f" ({sizes}; the checkpoint is not there)"
 
 
 def _show_memory(plan: Plan, console: Console) -> None:
@@ -215,7 +250,34 @@ def _show_memory(plan: Plan, console: Console) -> None:
 
 
 def _fits(plan: Plan, name: str) -> str:
-    return f"{plan.fits(name)} an {name} ({MACHINES[name].memory / GIB:.0f} GiB)"
+    return f"{plan.fits(name)} {_named(name)}"
+
+
+def _named(name: str) -> str:
+    article = "an" if name[0] in "HLR" else "a"
+    return f"{article} {name} ({MACHINES[name].memory / GIB:.0f} GiB)"
+
+
+def where_it_fits(plan: Plan) -> Iterator[str]:
+    """For each kind of GPU one sentence: the fewest processes that fit it, and the GPU-hours."""
+    all_of_them = setups(plan)
+    for name, machine in MACHINES.items():
+        fitting = [one for one in all_of_them if one.peak < MARGIN * machine.memory]
+        if not fitting:
+            least = min(all_of_them, key=lambda one: one.peak)
+            yield (
+                f"on {_named(name)}: does not fit; the least is {gib(least.peak)} a process, in "
+                f"{least.moment}, with {_processes(least)}"
+            )
+            continue
+        hours = plan.gpu_seconds / 3600 * MACHINES["H200"].flop / machine.flop
+        yield f"on {_named(name)}: fits with {_processes(fitting[0])}; {hours:,.0f} GPU-hours"
+
+
+def _processes(setup: Setup) -> str:
+    if setup.processes == 1:
+        return "1 process"
+    return f"{setup.processes} processes and parallel={setup.parallel}"
 
 
 def _show_time(plan: Plan, console: Console) -> None:

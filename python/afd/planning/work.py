@@ -24,7 +24,9 @@ from afd.discriminators.windows import window_starts
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
 from afd.models.policies import PRETRAINED, REFERENCE
+from afd.models.wan.config import WanStudentConfig
 from afd.planning import cost_model as cost
+from afd.planning.autoencoders import AUTOENCODERS, TINY, WAN21
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.places import Places
 from afd.planning.rewards import frozen, networks, shared_passes
@@ -98,6 +100,9 @@ class Work:
         self.decodes = self.reads_pixels or bool(self.rewards)
         self.tiny_encodes = self.wan and getattr(student, "vae", None) == "tiny"
         self.tiny_decodes = self.tiny_encodes or config.video.decoder == "tiny"
+        whole = AUTOENCODERS[student.latents_of] if isinstance(student, WanStudentConfig) else WAN21
+        self.encoder = TINY if self.tiny_encodes else whole
+        self.decoder = TINY if self.tiny_decodes else whole
         # The tiny decoder makes the teacher's pixels, too (`afd.models.codec`).
         self.redecodes = self.reads_pixels and self.tiny_decodes
         # Rewards alone need no teacher's videos.
@@ -192,20 +197,18 @@ class Work:
         yield Part(
             "text encoder", text, "start", "embeds prompts missing from the cache, then freed"
         )
-        numbers = 0 if self.tiny_encodes else cost.VAE_PARAMETERS
-        numbers += cost.TINY_PARAMETERS if self.tiny_decodes else 0
+        numbers = sum(one.parameters for one in {self.encoder, self.decoder})
         yield Part("autoencoder", numbers * self.vae_item, "always", "frozen weights")
-        tiny = self.tiny_decodes
         if self.decodes:
-            decode = cost.decode_bytes(1, self.pixels, self.vae_item, tiny=tiny)
+            decode = self.decoder.decode_bytes(1, self.pixels, self.vae_item)
             yield Part("decode", decode, "rollout", "one video, streamed")
             if self.config.method == "gan":
                 sizes = self.net.frames, self.micro, self.pixels, self.vae_item
-                kept = cost.decode_gradient_bytes(*sizes, tiny=tiny)
+                kept = self.decoder.decode_gradient_bytes(*sizes)
                 note = f"{self.micro} video(s) a pass, latent frames recomputed one by one"
                 yield Part("decode with gradients", kept, "student", note)
         if self.encodes:
-            encode = cost.encode_bytes(self.pixels, self.vae_item, tiny=self.tiny_encodes)
+            encode = self.encoder.encode_bytes(self.pixels, self.vae_item)
             yield Part("encode", encode, "start", "one teacher video")
 
     def _discriminator(self) -> Iterator[Part]:
@@ -245,7 +248,7 @@ class Work:
 
     def _scorer(self, discriminator: LatentConfig) -> LatentScorer:
         with torch.device("meta"):
-            return LatentScorer(16, 4096, discriminator.width)
+            return LatentScorer(self.net.channels, 4096, discriminator.width)
 
     def _rollout(self) -> Iterator[Part]:
         if not self.rolls:
@@ -261,7 +264,7 @@ class Work:
             before = gib(cost.kv_bytes(net, streams, self.item, self.places.held))
             note += f"; on the host at most {before} of keys before the clips"
         yield Part("cache", cache, "rollout", note)
-        numbers = 16 * net.frames * self.pixels // 64 if self.wan else net.frames * 3 * self.pixels
+        numbers = net.channels * net.frames * self.pixels // self.config.student.scale[1] ** 2
         yield Part("rollouts", self.videos * numbers * cost.FLOAT, "kept", "latents, fp32")
         if self._keeps_context():
             kept = cost.kv_bytes(net, self.videos, self.item)
@@ -314,9 +317,9 @@ class Work:
         sizes = len(steps), None if first is None else len(first)
         rollout = cost.rollout_flop(net, *sizes)
         rolled = self.places.rollout_flop(self.taught, self.group, *sizes)
-        decode = cost.decode_flop(net.frames, self.pixels, tiny=self.tiny_decodes)
+        decode = self.decoder.decode_flop(net.frames, self.pixels)
         if self.encodes:
-            encode = cost.encode_flop(net.frames, self.pixels, tiny=self.tiny_encodes)
+            encode = self.encoder.encode_flop(net.frames, self.pixels)
             yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
         if self.rolls:
             note = f"{videos} videos, {len(steps)} steps and a context pass a chunk"

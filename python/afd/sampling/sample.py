@@ -26,7 +26,6 @@ from afd.files import only_one
 from afd.models.codec import Codec
 from afd.models.student import Student
 from afd.models.wan.kv_cache import KVCache, cache_bytes
-from afd.models.wan.network import CausalWan
 from afd.rollout import Layout, Switch, chunk_layout, counted_noise, stream, stream_layout
 from afd.sampling.config import SampleConfig
 from afd.sampling.jobs import Job, read_jobs
@@ -357,12 +356,11 @@ class Memory:
 def memory(config: SampleConfig) -> Memory:
     """Memory of the network, its cache, and the latents and noise of a chunk.
 
-    The sizes of a Wan network come from the checkpoint if it exists, else they are the released
-    1.3 B ones.
+    The sizes of a Wan network come from the checkpoint if it exists, else they are those of
+    `student.size`.
     """
     wan = replace(config.student.sizes(), **config.memory)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in CausalWan(wan).parameters())
+    parameters = config.student.parameters()
     height, width = config.student.latent_size(config.height, config.width)
     rows, cols = wan.grid(height, width)
     frames = config.latent_frames
@@ -379,7 +377,9 @@ def memory(config: SampleConfig) -> Memory:
 def _sized_by(config: SampleConfig) -> str:
     missing = list(config.student.missing_weights())
     if missing:
-        return f"the released sizes ({missing[0]})"
+        size = getattr(config.student, "size", None)
+        sizes = "the released sizes" if size is None else f"the sizes of {size}"
+        return f"{sizes} ({missing[0]})"
     return f"as in {config.student.checkpoint}"
 
 

@@ -24,7 +24,6 @@ from afd.models.low_rank import LowRank, joined, negated
 from afd.models.policies import PRETRAINED, REFERENCE, Released, make_policies
 from afd.models.sharding import shard_over
 from afd.models.student import Student
-from afd.models.wan.network import CausalWan
 from afd.registry import find
 from afd.rewards.base import OnlineConfig, Term, online
 from afd.teachers.mix_config import MixConfig
@@ -156,9 +155,7 @@ def _watch(config: RunConfig, ranks: Ranks) -> Watch | None:
     return watch
 
 
-def _sharding(
-    config: RunConfig, student: Student, ranks: Ranks
-) -> Callable[[CausalWan], object] | None:
+def _sharding(config: RunConfig, student: Student, ranks: Ranks) -> Callable[[Any], object] | None:
     if config.parallel != "fsdp" or ranks.world == 1:
         return None
     return shard_over(ranks, student.dtype)

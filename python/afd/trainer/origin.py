@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,9 @@ from afd.files import parse_json
 from afd.hub import ADAPTERS, holds_adapters, named_errors
 from afd.models.config import DTYPES, LoraConfig, StudentConfig
 from afd.models.low_rank import LowRank, folded, stacked_digest
-from afd.models.policies import ADAPTED, start_digest
+from afd.models.network import CausalNetwork
+from afd.models.policies import start_digest
 from afd.models.wan.checkpoints import LAYOUTS, from_diffusers, read_weights
-from afd.models.wan.network import CausalWan
 from afd.trainer import checkpoint
 
 # Order of preference if no version of a run's weights is named; the first is the evaluated one.
@@ -55,8 +56,8 @@ class Start:
         load: loads the released weights again.
     """
 
-    network: CausalWan
-    load: Callable[[], CausalWan]
+    network: CausalNetwork
+    load: Callable[[], CausalNetwork]
     changes: list[LowRank] | None = field(default_factory=list)
     parents: list[dict[str, Any]] = field(default_factory=list)
     _released: dict[str, str] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class Start:
                 "weights, exported, as student.checkpoint"
             )
         layers = [layer for change in self.changes for layer in change.a_RI]
-        odd = [layer for layer in layers if not ADAPTED.fullmatch(layer)]
+        odd = [layer for layer in layers if not re.fullmatch(self.network.adapted, layer)]
         if odd:
             raise ConfigError(
                 f"student.parents: got stacked; {init} changes {odd[0]}, which has no adapters "

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import mmap
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,11 +21,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afd.files import replacing
+from afd.models.network import CausalNetwork
 from afd.models.wan.block import EPS
 from afd.models.wan.network import CausalWan
 from afd.models.wan.types import WanConfig
@@ -39,6 +42,21 @@ PARTS: dict[bool | None, tuple[str, ...]] = {
     None: ("generator_ema", "generator", "model"),
     True: ("generator_ema",),
     False: ("generator", "model"),
+}
+# dtypes by their names in safetensors files.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 # Prefixes added to names by FSDP, activation checkpointing and torch.compile.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -339,10 +357,34 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file that stay on disk: read-only views of its mapping.
+
+    The library's own mapping is a writable private one, which a machine with less memory than the
+    file refuses, even if only the header is wanted.
+    """
     try:
-        return load_file(path)
+        with safe_open(path, "np") as opened:
+            slices = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
+            named = [(name, found.get_shape(), found.get_dtype()) for name, found in slices]
     except SafetensorError as error:
         raise ValueError(f"checkpoint {path}: it cannot be read ({error})") from error
+    odd = sorted({dtype for _, _, dtype in named} - set(_DTYPES))
+    require(not odd, f"checkpoint {path}", odd, "tensors of PyTorch's plain dtypes")
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # The library has checked that the tensors follow each other without gaps.
+    offset, held = 8 + int.from_bytes(mapped[:8], "little"), {}
+    for name, shape, kind in named:
+        dtype, count = _DTYPES[kind], math.prod(shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            held[name] = (
+                torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape)
+                if count
+                else torch.empty(shape, dtype=dtype)
+            )
+        offset += count * dtype.itemsize
+    return held
 
 
 def _few(names: list[str]) -> str:
@@ -398,7 +440,7 @@ def diffusers_sizes(config: WanConfig) -> dict[str, Any]:
     }
 
 
-def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None = None) -> None:
+def save_diffusers(folder: str | Path, network: CausalNetwork, *, note: str | None = None) -> None:
     """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` loads.
 
     It corresponds to `transformer/` of a pipeline. The folder must be new or empty. Settings that
@@ -406,6 +448,7 @@ def save_diffusers(folder: str | Path, network: CausalWan, *, note: str | None =
     ignores; `note` is stored in the weights' header under "afd".
     """
     folder, config = Path(folder), network.config
+    require(isinstance(network, CausalWan), "network", type(network).__name__, "a Wan network")
     filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     require(not filled, "folder", str(folder), "a new or empty folder")
     written = {

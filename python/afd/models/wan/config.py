@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -13,11 +13,13 @@ from typing_extensions import Self
 from afd.config.base import Count, Positive
 from afd.hub import fingerprint, missing_path, missing_source, pinned
 from afd.models.config import Dtype, LoraConfig, StudentConfig
+from afd.models.wan.sizes import DEFAULT_SIZE, LATENTS, SIZES, Latents, LatentsName, SizeName
 from afd.registry import load
 from afd.schedules import ShiftedFlow, check_steps
 
 if TYPE_CHECKING:
     from afd.models.codec import Codec
+    from afd.models.network import CausalNetwork
     from afd.models.student import Student
     from afd.models.wan.network import CausalWan
     from afd.models.wan.types import WanConfig
@@ -33,9 +35,19 @@ PARTS = {"text_encoder": ("text_encoder", "tokenizer"), "vae": ("vae",)}
 class WanStudentConfig(StudentConfig):
     """A released causal student, its text encoder and its autoencoder."""
 
-    scale: ClassVar[tuple[int, int]] = (4, 8)
-
-    kind: Literal["wan"] = Field(description="a Self-Forcing, Causal-Forcing or LongLive student")
+    kind: Literal["wan"] = Field(
+        description="a causal student on a Wan network, as Self-Forcing, LongLive or Krea Realtime"
+    )
+    size: SizeName | None = Field(
+        default=None,
+        description="the network that the checkpoint must hold; null: any, and wan2.1-1.3b where "
+        "there is none",
+    )
+    latents: LatentsName | None = Field(
+        default=None,
+        description="latents of the network: wan2.1 (16 channels, 8 pixels a row), wan2.2 (48, "
+        "16); null: those of `size`, else wan2.1",
+    )
     checkpoint: str | None = Field(
         default=None, description=".pt file, diffusers folder or .safetensors of the start weights"
     )
@@ -104,7 +116,21 @@ class WanStudentConfig(StudentConfig):
                 ShiftedFlow(self.shift).warp(steps)
         if self.vae == TINY and self.tiny_vae is None:
             raise ValueError("tiny_vae: got null; needed: TAEHV's file, as vae=tiny")
+        if self.size is not None and self.latents not in (None, SIZES[self.size].latents):
+            raise ValueError(
+                f"latents: got {self.latents}; needed: {SIZES[self.size].latents}, those of "
+                f"size={self.size}, or null"
+            )
         return self
+
+    @property
+    def latents_of(self) -> Latents:
+        """The latents that the network works in."""
+        return LATENTS[self.latents or SIZES[self.size or DEFAULT_SIZE].latents]
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        return self.latents_of.scale
 
     def build(self, *given: Any, **options: Any) -> tuple[Student, Codec]:
         found: tuple[Student, Codec] = load("afd.models.wan.loading:build")(self, *given, **options)
@@ -115,11 +141,15 @@ class WanStudentConfig(StudentConfig):
         return network
 
     def sizes(self) -> WanConfig:
-        """Network sizes from the checkpoint if it exists, else those of the released students."""
+        """Network sizes from the checkpoint if it exists, else those of `size`."""
         found: WanConfig = load("afd.models.wan.loading:sizes")(self)
         return found
 
-    def save(self, network: CausalWan, folder: Path, dtype: torch.dtype, note: str) -> Path:
+    def parameters(self) -> int:
+        found: int = load("afd.models.wan.loading:parameters")(self)
+        return found
+
+    def save(self, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str) -> Path:
         path: Path = load("afd.models.wan.loading:save_network")(self, network, folder, dtype, note)
         return path
 

@@ -22,10 +22,12 @@ from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
 from afd.extras import need
 from afd.models.config import DTYPES
+from afd.models.network import CausalNetwork
 from afd.models.wan.checkpoints import infer_config, load_checkpoint, read_weights, save_diffusers
 from afd.models.wan.config import TINY, WanStudentConfig
 from afd.models.wan.lora import merge_lora
 from afd.models.wan.network import CausalWan
+from afd.models.wan.sizes import DEFAULT_SIZE, LATENTS, SIZES, Latents
 from afd.models.wan.student import WanStudent
 from afd.models.wan.text import TextEncoder
 from afd.models.wan.tiny_vae import LAYOUTS as TINY_LAYOUTS
@@ -157,6 +159,7 @@ def build(
     """
     need("a wan student", "diffusers", "transformers", "ftfy")
     path = _checkpoint(config)
+    sizes(config)  # by the shapes alone, before the text encoder or 57 GB of a 14B are read
     texts = Texts(config, device, store)
     if ranks.main:
         texts.embed(prompts)
@@ -189,22 +192,71 @@ def _codec(config: WanStudentConfig, video: VideoConfig, device: torch.device | 
             )
         if config.vae == TINY:
             return tiny
-    vae = VideoVAE.load(config.vae or config.pretrained, dtype=dtype, device=device)
+    source = config.vae or config.pretrained
+    vae = VideoVAE.load(source, dtype=dtype, device=device)
+    if vae.latents != config.latents_of:
+        raise ConfigError(
+            f"student.vae: {source} has latents of {_shape(vae.latents)}; needed: "
+            f"{_shape(config.latents_of)}, those of the student"
+        )
     return vae if tiny is None else TinyDecoded(vae, tiny)
 
 
+def _shape(latents: Latents) -> str:
+    return f"{latents.channels} channels, {latents.time} frames and {latents.space} pixels"
+
+
 def sizes(config: WanStudentConfig) -> WanConfig:
-    """Network sizes from the checkpoint if it exists, else those of the released students."""
+    """Network sizes from the checkpoint if it exists, else those of `student.size`.
+
+    Raises ValueError if the checkpoint's are not those of `student.size`, or its latents not those
+    of the student.
+    """
     if config.checkpoint is None or not Path(config.checkpoint).exists():
-        return WanConfig(**config.network)
+        wanted = WanConfig(**SIZES[config.size or DEFAULT_SIZE].network)
+        channels = config.latents_of.channels
+        return replace(wanted, in_dim=channels, out_dim=channels, **config.network)
     weights, written = read_weights(config.checkpoint, ema=config.ema)
     found = infer_config(weights, written, head_dim=config.head_dim)
+    if config.size is not None:
+        wanted = replace(
+            WanConfig(**SIZES[config.size].network), text_len=found.text_len, chunk=found.chunk
+        )
+        if found != wanted:
+            raise ValueError(
+                f"student.checkpoint: {config.checkpoint} holds {_described(found)}; needed: "
+                f"{_described(wanted)}, as student.size={config.size}"
+            )
+    others = [name for name, one in LATENTS.items() if one.channels == found.in_dim]
+    if others and found.in_dim != config.latents_of.channels:
+        raise ValueError(
+            f"student.checkpoint: {config.checkpoint} holds a network of {found.in_dim} latent "
+            f"channels; needed: {config.latents_of.channels}, or student.latents={others[0]}"
+        )
     return replace(found, **config.network)
+
+
+def parameters(config: WanStudentConfig) -> int:
+    """Number of parameters of a network of these sizes; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in CausalWan(sizes(config)).parameters())
+
+
+def _described(found: WanConfig) -> str:
+    """A network's size in words, with its name if it is a published one."""
+    plain = replace(found, text_len=WanConfig.text_len)
+    names = [name for name, size in SIZES.items() if WanConfig(**size.network) == plain]
+    return (
+        f"{names[0] if names else 'a network'} ({found.num_layers} layers of width {found.dim}, "
+        f"{found.num_heads} heads, feed-forward {found.ffn_dim}, {found.in_dim} latent channels)"
+    )
 
 
 def load_network(config: WanStudentConfig) -> CausalWan:
     """Load the network with the start weights, in float32."""
-    return _load(config, _checkpoint(config), torch.float32, "cpu")
+    path = _checkpoint(config)
+    sizes(config)
+    return _load(config, path, torch.float32, "cpu")
 
 
 def _load(
@@ -225,7 +277,7 @@ def _load(
 
 
 def save_network(
-    config: WanStudentConfig, network: CausalWan, folder: Path, dtype: torch.dtype, note: str
+    config: WanStudentConfig, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str
 ) -> Path:
     """Save a network as folder/transformer, which diffusers and `student.checkpoint` can load."""
     path = folder / "transformer"

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from afd import ops
+from afd.models.network import CausalNetwork
 from afd.models.wan.block import EPS, Block, Head
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.passes import ClipKeys, Pass
 from afd.models.wan.rope import rope_table
-from afd.models.wan.types import AdapterSet, LayerKV, Modulation, TimeTable, WanConfig
+from afd.models.wan.types import LayerKV, Modulation, TimeTable, WanConfig
 from afd.ops import Clip, intervals
 from afd_kernels.contracts import require
 
@@ -35,14 +36,8 @@ def sinusoid(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
-class CausalWan(nn.Module):
-    """Causal Wan2.1. Videos are [B, F, C, H, W]; times are [B, F] or [B, 1] on the 0-1000 scale.
-
-    Attributes:
-        checkpoint_blocks: activation checkpointing: training passes keep only the activations
-            between blocks and recompute the rest in the backward.
-        adapters: low-rank adapters on the weights, if any.
-    """
+class CausalWan(CausalNetwork):
+    """Causal Wan2.1. Videos are [B, F, C, H, W]; times are [B, F] or [B, 1] on the 0-1000 scale."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -51,10 +46,6 @@ class CausalWan(nn.Module):
                 f"config: dim {config.dim} needs num_heads ({config.num_heads}) heads of even width"
             )
         self.config = config
-        self.checkpoint_blocks = False
-        self.adapters: AdapterSet | None = None
-        # Compute dtype of passes if the weights are stored in another one (sharding).
-        self.compute_dtype: torch.dtype | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, kernel_size=(1, *config.patch), stride=(1, *config.patch)
@@ -97,6 +88,10 @@ class CausalWan(nn.Module):
     def fused(self) -> bool:
         """Whether `fuse_projections` has been called since the network was last copied or moved."""
         return all(block.self_attn.fused for block in self._layers())
+
+    @property
+    def first_weight(self) -> Tensor:
+        return self.patch_embedding.weight
 
     # --- pieces ---
 

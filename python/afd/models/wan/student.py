@@ -32,6 +32,8 @@ class WanStudent(Student):
         encoder: used by `encode`; None if embeddings come from elsewhere.
     """
 
+    net: CausalWan
+
     def __init__(
         self,
         net: CausalWan,

@@ -1,8 +1,9 @@
-"""The video autoencoder of Wan2.1 (AutoencoderKLWan through diffusers), with streaming decode.
+"""The video autoencoders of Wan2.1 and Wan2.2 (diffusers' AutoencoderKLWan), with streaming decode.
 
-Shape letters: B videos, F frames (of video or latent), C channels, H x W size. Videos are in
-[-1, 1]; latents are normalised by the mean and deviation in the autoencoder's configuration. The
-first latent frame is one video frame, every later one is four.
+Shape letters: B videos, F frames (of video or latent), C channels, H x W size, S pixels per latent
+row and column (8, or 16 in Wan2.2). Videos are in [-1, 1]; latents are normalised by the mean and
+deviation in the autoencoder's configuration. The first latent frame is one video frame, every later
+one is four.
 """
 
 from __future__ import annotations
@@ -16,31 +17,30 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from afd.hub import local_copy, named_errors, weights_digest
-from afd.models.wan.checkpoints import fill, read_pickle
+from afd.hub import local_copy, weights_digest
+from afd.models.wan.sizes import Latents
+from afd.models.wan.vae_files import load_diffusers, load_original
 from afd_kernels.contracts import require
 
 LAYOUTS = (
     "a diffusers Wan folder or hub name (vae/), a folder with its config.json and weights, or the "
-    "original Wan folder (Wan2.1_VAE.pth)"
+    "original Wan folder (Wan2.1_VAE.pth or Wan2.2_VAE.pth)"
 )
-_ORIGINAL = "Wan2.1_VAE.pth"
+_ORIGINAL = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 
 
 class VideoVAE:
     """Encodes video into normalised latents and decodes them. Frozen; inputs get gradients."""
 
     def __init__(self, model: Any) -> None:
-        """`model`: a Wan2.1 AutoencoderKLWan."""
+        """`model`: an AutoencoderKLWan of Wan2.1 or Wan2.2."""
         config = model.config
-        require(
-            config.patch_size is None and not config.is_residual,
-            "vae",
-            f"patch_size {config.patch_size}, is_residual {config.is_residual} (Wan2.2)",
-            "the autoencoder of Wan2.1",
-        )
+        given = [len(config.latents_mean), len(config.latents_std)]
+        right = given == [config.z_dim, config.z_dim]
+        require(right, "vae: latents_mean, latents_std", given, f"{config.z_dim} numbers each")
         self.model = model.eval().requires_grad_(False)
-        self.scale = int(config.scale_factor_temporal), int(config.scale_factor_spatial)
+        time, space = int(config.scale_factor_temporal), int(config.scale_factor_spatial)
+        self.latents = Latents(int(config.z_dim), time, space)
         # Moved to the device once, so that a stream does not wait for a copy at every chunk.
         statistics = [config.latents_mean, config.latents_std]
         self._mean_std = torch.tensor(statistics, device=model.device).view(2, -1, 1, 1)
@@ -58,12 +58,18 @@ class VideoVAE:
         Raises FileNotFoundError for an unknown layout, ValueError if weights are missing.
         """
         path = local_copy(source, ("vae",), LAYOUTS)
-        path = next((p for p in (path / "vae", path / _ORIGINAL) if p.exists()), path)
+        held = (path / name for name in ("vae", *_ORIGINAL))
+        path = next((p for p in held if p.exists()), path)
         if path.is_file():
-            return cls(_load_original(path, dtype, device))
+            return cls(load_original(path, dtype, device, LAYOUTS))
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"vae: {path} contains no autoencoder; needed: {LAYOUTS}")
-        return cls(_load_diffusers(path, dtype, device))
+        return cls(load_diffusers(path, dtype, device))
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """Video frames per latent frame after the first; pixels per latent row and column."""
+        return self.latents.scale
 
     @cached_property
     def identity(self) -> str:
@@ -72,7 +78,7 @@ class VideoVAE:
 
     @torch.no_grad()
     def encode(self, video_BFCHW: Tensor) -> Tensor:
-        """Normalised posterior mean [B, 1 + (F-1)/4, 16, H/8, W/8], in the autoencoder's dtype."""
+        """Normalised posterior mean [B, 1 + (F-1)/4, C, H/S, W/S], in the autoencoder's dtype."""
         time, space = self.scale
         require(
             video_BFCHW.ndim == 5
@@ -88,11 +94,11 @@ class VideoVAE:
         return ((latent_BFCHW.float() - mean) / std).to(self.model.dtype)
 
     def decode(self, latent_BFCHW: Tensor) -> Tensor:
-        """Video [B, 1 + 4(F-1), 3, 8H, 8W] in [-1, 1], in the autoencoder's dtype.
+        """Video [B, 1 + 4(F-1), 3, SH, SW] in [-1, 1], in the autoencoder's dtype.
 
         Differentiable with respect to latents that require a gradient. The backward then recomputes
-        each latent frame from the state before it; at 480x832 a state takes 1.8 GiB in bfloat16 and
-        one frame's activations 15.6 GiB.
+        each latent frame from the state before it; at 480x832 a state of Wan2.1's takes 1.8 GiB in
+        bfloat16 and one frame's activations 15.6 GiB.
         """
         return self.stream()(latent_BFCHW)
 
@@ -121,9 +127,9 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: VideoVAE) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
-        self._vae = vae
+        self._vae, self._unpatchify = vae, unpatchify
         modules = vae.model.decoder.modules()
         count = sum(isinstance(module, WanCausalConv3d) for module in modules)
         self._cache: list[Any] = [None] * count
@@ -151,8 +157,11 @@ class StreamingDecoder:
         """Decode one latent frame; returns its video frames and the new state."""
         model, after = self._vae.model, list(cache)
         frame_BC1HW = model.post_quant_conv(frame_BC1HW)
-        video = model.decoder(frame_BC1HW, feat_cache=after, feat_idx=[0], first_chunk=first)
-        return video, *after
+        video_BCFHW = model.decoder(frame_BC1HW, feat_cache=after, feat_idx=[0], first_chunk=first)
+        patch = model.config.patch_size
+        if patch is not None:  # Wan2.2's last layer makes patches of pixels
+            video_BCFHW = self._unpatchify(video_BCFHW, patch_size=patch)
+        return video_BCFHW, *after
 
     @property
     def cache_bytes(self) -> int:
@@ -164,32 +173,3 @@ class StreamingDecoder:
 def _again(function: Callable[..., Any], *args: Any) -> Any:
     """Activation checkpointing: keeps only inputs and outputs and recomputes in the backward."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _load_diffusers(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
-    from diffusers import AutoencoderKLWan
-
-    with named_errors("vae", folder):
-        model, info = AutoencoderKLWan.from_pretrained(
-            folder, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    # diffusers initialises missing weights at random and only warns.
-    lacking = [*info["missing_keys"], *info["mismatched_keys"]]
-    require(not lacking, f"vae {folder}", lacking[:4], "all weights of the autoencoder")
-    return model.to(device)
-
-
-def _load_original(file: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
-    from diffusers import AutoencoderKLWan
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-    weights = convert_wan_vae_to_diffusers(dict(read_pickle(file)))
-    lacking = [n for n in ("encoder.conv_in.weight", "post_quant_conv.weight") if n not in weights]
-    require(not lacking, f"vae {file}", f"no {lacking}", LAYOUTS)
-    base, latent = (
-        weights[n].shape[0] for n in ("encoder.conv_in.weight", "post_quant_conv.weight")
-    )
-    with torch.device("meta"):
-        model: Any = AutoencoderKLWan(base_dim=base, z_dim=latent)
-    fill(model, weights, file, dtype=dtype, device=device)
-    return model
