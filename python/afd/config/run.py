@@ -16,6 +16,7 @@ from rich.console import Console
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.keys import NAMED, known_keys, parts_of, shown, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
+from afd.config.parallel import ONE_WORD, ParallelConfig
 from afd.config.rewards import check_advantages, check_rewards, check_teacher
 from afd.config.shipped import find_config
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
@@ -159,10 +160,7 @@ class RunConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         default="auto", description="auto: cuda if available, one GPU per process"
     )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        default="ddp",
-        description="under torchrun: whole weights in every process, or sharded weights",
-    )
+    parallel: ParallelConfig = ParallelConfig()
     cache: Folder | None = Field(
         default=None,
         description="folder of text embeddings and teacher latents; null is ~/.cache/afd",
@@ -415,6 +413,11 @@ def _apply(data: dict[str, Any], override: str, kind: type[Section]) -> str:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"{_named(override)}: needs the form key=value or section.key=value")
+    for section, word in ONE_WORD.items():
+        if isinstance(data.get(section), str):
+            data[section] = {word: data[section]}
+        if parts == [section] and not text.startswith("{"):
+            parts = [section, word]
     value = _value(text, override, types_of(kind, parts))
     where = data
     for i, part in enumerate(parts[:-1]):

@@ -91,7 +91,8 @@ def train(
     non-finite loss or metric, StorageError if the run folder is no longer writable or has gone.
     """
     out = config.run_dir
-    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
+    patience_s = 2 * config.teacher.patience_s
+    with join(config.device, patience_s=patience_s, parts=config.parallel.sequence) as ranks:
         config = with_commits(config, ranks)
         if ranks.main:
             refuse_another_run(out, config)
@@ -150,8 +151,9 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.updates, config.seed)
         if (sentence := not_training(config)) is not None:
             _log.warning("%s", sentence)
-        if ranks.world > 1:
-            _log.info("%d processes, %s", ranks.world, config.parallel)
+        if ranks.processes > 1:
+            shared = f", {ranks.parts} for each video" if ranks.parts > 1 else ""
+            _log.info("%d processes, %s%s", ranks.processes, config.parallel.weights, shared)
         for op, state in facts["ops_by_device"][ranks.device.type].items():
             _log.info("op %s runs on backend %s", op, state["chosen"])
         yield home
@@ -266,7 +268,7 @@ class Trainer:
         except (TeacherError, VideoError):
             # With several processes the other ones are waiting for this failed one, so saving,
             # which is collective, would hang.
-            if self.update > 0 and self.ranks.world == 1:
+            if self.update > 0 and self.ranks.processes == 1:
                 self.sampler.load_state_dict(cursor)
                 self._save()
                 _log.info("saved after update %d; continue: afd resume %s", self.update, self.out)
@@ -387,7 +389,7 @@ class Trainer:
             "update": self.update,
             "method": self.method.name,
             "config": plain(self.config),
-            "written_by": checkpoint.written_by() | {"processes": self.ranks.world},
+            "written_by": checkpoint.written_by() | {"processes": self.ranks.processes},
             "elapsed_s": self.elapsed_s,
             "method_state": self.method.state_dict(),
             "random": self.ranks.each(checkpoint.random_state()),
@@ -419,14 +421,14 @@ class Trainer:
         if self.replay is not None and state["inputs"].get(key) == self.inputs[key]:
             self.replay.load_state_dict(state["replay"])
         self.videos.load_state_dict(state["videos"])
-        checkpoint.set_random_state(state["random"], self.ranks.rank)
+        checkpoint.set_random_state(state["random"], self.ranks.process)
         self.update, self.elapsed_s, self.newest = state["update"], state["elapsed_s"], path
         _log.info("continuing after update %d from %s", self.update, path)
         for line in differences(state["config"], plain(self.config), ("name", "out")):
             _log.info("changed: %s", line)
         before = state["written_by"]["processes"]
-        if before != self.ranks.world:
-            _log.info("processes: %d now, %d before", self.ranks.world, before)
+        if before != self.ranks.processes:
+            _log.info("processes: %d now, %d before", self.ranks.processes, before)
         return dict(state["records"])
 
     def close(self) -> None:
