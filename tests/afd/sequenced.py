@@ -45,6 +45,12 @@ def _passes(ranks: Ranks) -> Iterator[tuple[str, np.ndarray]]:
         with torch.no_grad():
             for kind, out in _streamed(net):
                 yield f"{name} {kind}", out.numpy()
+        half = net.bfloat16()
+        with torch.no_grad():
+            out = half(
+                video(net, FRAMES).bfloat16(), torch.full((2, 1), 500.0), text(net).bfloat16()
+            )
+        yield f"{name} bf16", out.float().numpy()
     net = _net(ranks, SIZES)
     noise, generator = video(net, FRAMES), torch.Generator().manual_seed(5)
     draws = (torch.randn(noise[:, :3].shape, generator=generator) for _ in range(20))

@@ -13,8 +13,8 @@ from afd.distributed import Ranks
 from afd.models.wan.network import CausalWan
 from afd.models.wan.sequence import SequenceGroup
 
-# Forward methods of a network besides `forward`. They must not call each other: the end of the
-# inner one would free the gathered weights that the outer one computes with.
+# Forward methods of a network besides `forward`. One may call another only as its last computation
+# (new_cache calls text_kv): the end of the inner one frees the gathered weights of the outer one.
 PASSES = ("clean_context", "forward_over", "forward_cached", "recache", "new_cache", "text_kv")
 
 

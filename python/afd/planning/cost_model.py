@@ -54,6 +54,7 @@ class Net:
         window: most frames a chunk attends to; None: all.
         sink: first frames that stay in the window.
         start: chunk of a stream at which a clip of it begins.
+        block: parameters of one block.
     """
 
     dim: int
@@ -68,6 +69,7 @@ class Net:
     window: int | None = None
     sink: int = 0
     start: int = 0
+    block: int = 0
 
     @property
     def chunks(self) -> int:
@@ -92,6 +94,11 @@ class Net:
         """Parameters of A and B on q, k, v, o of both attentions and on the feed-forward."""
         rank = self.lora or 0
         return self.layers * rank * (8 * 2 * self.dim + 2 * (self.dim + self.ffn))
+
+    @property
+    def outside_blocks(self) -> int:
+        """Parameters of embeddings and head."""
+        return self.parameters - self.layers * self.block
 
     @property
     def trained(self) -> int:

@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from afd.config.run import RunConfig
+from afd.distributed import refuse_parts
 from afd.errors import ConfigError
 from afd.hub import missing_path
 from afd.methods.config import TimesConfig
 from afd.methods.copies import check_chunks
 from afd.models.wan.network import CausalWan
 from afd.planning import cost_model as cost
+from afd.planning.communication import Traffic, traffic
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
 from afd.teachers.forecast import Forecast
@@ -44,6 +46,7 @@ class Plan:
     teacher: Forecast
     checkpoint_bytes: int
     missing: list[str]
+    traffic: list[Traffic]
 
     def peaks(self) -> dict[str, int]:
         """Peak bytes of one process at each moment."""
@@ -66,9 +69,15 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
     Raises ConfigError if the run would, as far as can be determined without its large files.
     """
     prompts = config.prompts_per_update
-    if not 1 <= processes <= prompts:
-        raise ConfigError(f"processes is {processes}; needed: 1 to prompts_per_update, {prompts}")
-    refuse_idle_processes(config, processes)
+    parts = config.parallel.sequence
+    refuse_parts(parts, processes)
+    most = prompts * parts
+    if not 1 <= processes <= most:
+        times = f", times parallel.sequence, {parts}" if parts > 1 else ""
+        raise ConfigError(
+            f"processes is {processes}; needed: 1 to prompts_per_update, {prompts}{times}"
+        )
+    refuse_idle_processes(config, processes // parts)
     method = getattr(config, config.method)
     try:
         check_size(config)
@@ -89,6 +98,7 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
         teacher=teacher,
         checkpoint_bytes=work.checkpoint_bytes(),
         missing=list(_missing(config)),
+        traffic=traffic(work),
     )
 
 
@@ -116,7 +126,10 @@ def student_net(config: RunConfig) -> Net:
     frames = student.latent_frames(video.frames)
     grid = wan.grid(*student.latent_size(video.height, video.width))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in CausalWan(wan).parameters())
+        network = CausalWan(wan)
+    parameters, block = (
+        sum(p.numel() for p in part.parameters()) for part in (network, network.blocks[0])
+    )
     return Net(
         dim=wan.dim,
         ffn=wan.ffn_dim,
@@ -129,6 +142,7 @@ def student_net(config: RunConfig) -> Net:
         lora=rank,
         window=wan.window,
         sink=wan.sink,
+        block=block,
     )
 
 
@@ -157,6 +171,8 @@ def show(plan: Plan, console: Console) -> None:
     _show_memory(plan, console)
     if plan.phases:
         _show_time(plan, console)
+    if plan.traffic:
+        _show_traffic(plan, console)
     for line in plan.teacher.lines(plan.gpu_seconds / plan.processes):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     keep = config.checkpoint.keep + 1
@@ -189,6 +205,20 @@ def _show_memory(plan: Plan, console: Console) -> None:
     line = f"at most {gib(peaks[highest])}, in {highest} ({others})"
     if plan.phases:
         line += "; " + ", ".join(_fits(plan, name) for name in MACHINES)
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _show_traffic(plan: Plan, console: Console) -> None:
+    title = "sent by each process in an update of the student (estimate)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("collective")
+    table.add_column("size", justify="right")
+    table.add_column("what")
+    for one in plan.traffic:
+        table.add_row(one.name, gib(round(one.bytes)), one.note)
+    console.print(table)
+    total = sum(one.bytes for one in plan.traffic)
+    line = f"in total {gib(round(total))} by each of {plan.processes} processes"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

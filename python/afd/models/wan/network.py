@@ -140,13 +140,17 @@ class CausalWan(nn.Module):
 
     def text_kv(self, text_BLE: Tensor) -> list[LayerKV]:
         """The prompt's keys and values for every layer; padding rows are attended to as well."""
+        embedded = self._embedded(text_BLE)
+        return [block(block.cross_attn.text_kv, embedded) for block in self._layers()]
+
+    def _embedded(self, text_BLE: Tensor) -> Tensor:
         if text_BLE.shape[1:] != (self.config.text_len, self.config.text_dim):
             raise ValueError(
                 f"text: got {list(text_BLE.shape)}; needed: "
                 f"[B, {self.config.text_len}, {self.config.text_dim}]"
             )
-        embedded = self.text_embedding(text_BLE)
-        return [block(block.cross_attn.text_kv, embedded) for block in self._layers()]
+        embedded: Tensor = self.text_embedding(text_BLE)
+        return embedded
 
     def _rope(self, rows: int, cols: int, frames: range, chunks_BN: Tensor | None = None) -> Tensor:
         """Rotary table of these frames, or of the selected chunks in them, [1 or B, L, d/2, 2]."""
@@ -192,11 +196,7 @@ class CausalWan(nn.Module):
         return x_BLD, branch_BLD, mods[5], own
 
     def _run(
-        self,
-        x_BLD: Tensor,
-        times: TimeTable,
-        text_kv: list[LayerKV] | Tensor,
-        how: Pass,
+        self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV] | Tensor, how: Pass
     ) -> tuple[Tensor | None, list[LayerKV]]:
         """Run all layers and the head; returns patches [B, L, P] (None if keys_only), kept k, v."""
         branch_BLD: Tensor | None = None
@@ -225,7 +225,7 @@ class CausalWan(nn.Module):
         """The prompt's keys and values per layer; its embedding, if blocks are to make them."""
         if not isinstance(text, Tensor):
             return text
-        return self.text_embedding(text) if self.sharded else self.text_kv(text)
+        return self._embedded(text) if self.sharded else self.text_kv(text)
 
     # --- training passes ---
 
@@ -403,8 +403,7 @@ class CausalWan(nn.Module):
         window, sink = self.config.window, self.config.sink
         grid = self.config.grid(height, width)
         own = self.text_kv(text) if isinstance(text, Tensor) else [_copies(kv) for kv in text]
-        parts = 1 if self.sequence is None else self.sequence.parts
-        heads = self.config.num_heads // parts
+        heads = self.config.num_heads // (1 if self.sequence is None else self.sequence.parts)
         return KVCache(own, frames, *grid, window=window, sink=sink, heads=heads)
 
     def forward_cached(

@@ -81,10 +81,10 @@ class SequenceGroup:
     def gather(self, x_Bl: Tensor, tokens: int) -> Tensor:
         """`join` without derivatives."""
         x_Bl = x_Bl.contiguous()
-        whole_Nl = x_Bl.new_empty(self.parts * len(x_Bl), *x_Bl.shape[1:])
-        dist.all_gather_into_tensor(whole_Nl, x_Bl, group=self.group)
-        x_NBFt = whole_Nl.unflatten(0, (self.parts, -1)).unflatten(2, (-1, self.own(tokens)))
-        return x_NBFt.movedim(0, 2).flatten(2, 3)[:, :, :tokens].flatten(1, 2)
+        parts = [torch.empty_like(x_Bl) for _ in range(self.parts)]
+        dist.all_gather(parts, x_Bl, group=self.group)
+        x_BFT = torch.cat([part.unflatten(1, (-1, self.own(tokens))) for part in parts], 2)
+        return x_BFT[:, :, :tokens].flatten(1, 2)
 
 
 class _Split(torch.autograd.Function):
