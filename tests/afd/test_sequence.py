@@ -48,7 +48,6 @@ def test_every_pass_of_a_group_is_that_of_one_process(one: dict[str, Any], world
 SHARED = (
     ("afd", "fsdp", 2, 2),
     ("gan", "ddp", 4, 1),
-    ("dmd", "fsdp", 2, 2),
     ("sft", "ddp", 2, 2),
     ("sft", "fsdp", 1, 4),
 )
