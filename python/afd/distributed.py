@@ -34,47 +34,83 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank among the `world` processes of a run; a single one without torchrun."""
+    """This process's place in a run; a single one without torchrun.
+
+    Attributes:
+        rank, world: its share of an update's videos, and the number of shares.
+        part, parts: its place among the processes that have the same share and compute each of its
+            videos together (`parallel.sequence`). Outside the student they do the same work.
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = CPU
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def process(self) -> int:
+        """Index of this process among all of the run."""
+        return self.rank * self.parts + self.part
+
+    @property
+    def processes(self) -> int:
+        """Number of processes of the run."""
+        return self.world * self.parts
+
+    def in_parts(self, parts: int) -> Ranks:
+        """The same process, with `parts` processes for each share. Raises ConfigError if the
+        processes do not divide into them."""
+        refuse_parts(parts, self.processes)
+        rank, part = divmod(self.process, parts)
+        return Ranks(rank, self.processes // parts, self.device, part, parts)
 
     @property
     def main(self) -> bool:
         """Whether this process writes the files."""
-        return self.rank == 0
+        return self.process == 0
 
     def share(self, count: int) -> slice:
-        """This process's contiguous part of `count` items; part sizes differ by at most one."""
+        """This process's contiguous share of `count` items; share sizes differ by at most one."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Concatenate all processes' parts in order along dim 0; bitwise equal on every process.
+        """Concatenate all shares in order along dim 0; bitwise equal on every process.
 
-        Parts may differ only in length. Detached, on x's device; x itself for a single process.
+        Shares may differ only in length. Detached, on x's device; x itself for a single process.
         """
-        if self.world == 1:
+        if self.processes == 1:
             return x
+        # Processes with one share have the same; the first one's is taken.
+        shares = self._gathered(x)[:: self.parts]
+        rows = sum(len(one) for one in shares) // (x.element_size() * prod(x.shape[1:]))
+        return torch.cat(shares).view(x.dtype).view(rows, *x.shape[1:])
+
+    def _gathered(self, x: Tensor) -> list[Tensor]:
+        """The bytes of every process's tensor."""
         # As bytes, because the backends support few dtypes.
         mine = x.detach().contiguous().view(-1).view(torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(self.world)]
+        sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(self.processes)]
         collective(dist.all_gather, sizes, torch.tensor([mine.numel()], device=x.device))
         lengths = [int(size) for size in sizes]
         padded = mine.new_zeros(max(lengths))
         padded[: mine.numel()] = mine
         parts = [torch.empty_like(padded) for _ in lengths]
         collective(dist.all_gather, parts, padded)
-        whole = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-        rows = sum(lengths) // (x.element_size() * prod(x.shape[1:]))
-        return whole.view(x.dtype).view(rows, *x.shape[1:])
+        return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
-    def sum_(self, tensors: list[Tensor]) -> None:
-        """Sum each tensor over the processes, in place; bitwise equal on every process."""
-        if self.world == 1:
+    def sum_(self, tensors: list[Tensor], *, over_parts: bool = False) -> None:
+        """Sum each tensor over the shares, in place; bitwise equal on every process.
+
+        `over_parts`: each process of a share has a part of its sum (as of the student's gradients)
+        rather than the whole.
+        """
+        if self.processes == 1:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([x.reshape(-1) for x in bucket])
+            if self.part > 0 and not over_parts:
+                flat.zero_()
             collective(dist.all_reduce, flat)
             parts = flat.split([x.numel() for x in bucket])
             for x, part in zip(bucket, parts, strict=True):
@@ -82,7 +118,7 @@ class Ranks:
 
     def same(self, value: Any) -> Any:
         """Broadcast the main process's value, which must be JSON (a tuple arrives as a list)."""
-        if self.world == 1:
+        if self.processes == 1:
             return value
         data = bytearray(json.dumps(value).encode()) if self.main else bytearray()
         size = torch.tensor([len(data)])
@@ -95,10 +131,10 @@ class Ranks:
 
     def each(self, value: Any) -> list[Any]:
         """All-gather the values of all processes in order; each must be JSON."""
-        if self.world == 1:
+        if self.processes == 1:
             return [value]
-        data = torch.tensor(list(json.dumps(value).encode() + b"\n"), dtype=torch.uint8)
-        return [json.loads(line) for line in bytes(self.gather(data).tolist()).splitlines()]
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(one.tolist())) for one in self._gathered(data)]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true on any process."""
@@ -110,6 +146,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def refuse_parts(parts: int, processes: int) -> None:
+    """Raise ConfigError unless the processes divide into groups of `parts` for a video each."""
+    if processes % parts:
+        raise ConfigError(
+            f"parallel.sequence is {parts}, and there are {processes} process(es); needed: a "
+            "multiple of it"
+        )
 
 
 def collective(call: Callable[..., Any], *args: Any) -> None:
@@ -137,23 +182,23 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def join(device: str = "auto", *, patience_s: float = 0.0) -> Iterator[Ranks]:
+def join(device: str = "auto", *, patience_s: float = 0.0, parts: int = 1) -> Iterator[Ranks]:
     """Join the process group started by torchrun for the block; a single process without it.
 
     `device`: auto, cpu, cuda or cuda:N. `patience_s`: seconds beyond PATIENCE that a process may
-    keep the rest waiting.
+    keep the rest waiting. `parts`: processes for each share of the videos (`Ranks`).
 
     An error that ends the block propagates on the process that raised it; all other processes,
     which fail as a consequence, exit silently with code 1. Raises ConfigError if the device is not
-    available.
+    available, or the processes do not divide into parts.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, world)
     if world == 1:
-        yield Ranks(device=chosen)
+        yield Ranks(device=chosen).in_parts(parts)
         return
     if dist.is_initialized():  # joined by an outer block
-        yield Ranks(dist.get_rank(), world, chosen)
+        yield Ranks(dist.get_rank(), world, chosen).in_parts(parts)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -163,7 +208,7 @@ def join(device: str = "auto", *, patience_s: float = 0.0) -> Iterator[Ranks]:
     patience = PATIENCE + timedelta(seconds=patience_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     try:
-        ranks = Ranks(rank, world, chosen)
+        ranks = Ranks(rank, world, chosen).in_parts(parts)
         yield ranks
         # No process leaves while another still works: that would tear down its group.
         ranks.barrier()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
@@ -25,7 +26,7 @@ from afd.methods.sft import VERSIONS, Sft
 from afd.models.config import LoraConfig
 from afd.models.low_rank import LowRank
 from afd.models.policies import make_policies
-from afd.models.sharding import shard_over
+from afd.models.sharding import sequence_over, shard_over
 from afd.models.student import Student
 from afd.rewards.base import Term
 from afd.trainer import shards
@@ -40,6 +41,7 @@ from tests.afd.tiny_methods import (
     wan_student,
     words,
 )
+from tests.tolerances import DISTRIBUTED
 
 
 def sharing(batch: Batch, ranks: Ranks) -> Batch:
@@ -55,18 +57,25 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
     )
 
 
-def wan_method(name: str, ranks: Ranks, parallel: str) -> Any:
+def wan_method(
+    name: str, ranks: Ranks, parallel: str, *, checkpoint_blocks: bool = False, **sizes: Any
+) -> Any:
     """AFD with LoRA ("afd", "afd replay", "afd stacked" on two parents), the others with all
     weights ("afd full", "afd rewards", "sft", "gan", "dmd"); " bf16" behind the name: computed in
-    bf16, at a small rate."""
+    bf16, at a small rate.
+
+    `sizes`: of the network.
+    """
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
-    shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.world > 1 else None
+    shard = shard_over(ranks, dtype) if parallel == "fsdp" and ranks.processes > 1 else None
     adapted = ("afd", "afd bf16", "afd replay", "afd stacked")
     lora = LoraConfig(rank=4, alpha=4.0) if name in adapted else None
     how: dict[str, Any] = {"denoising_steps": WAN_STEPS, "ranks": ranks}
     if name == "afd replay":
         how["replay"] = ReplayConfig(fraction=0.5, prompts=Path("x"), weight=2.0)
-    student, rate = wan_student(dtype), 1e-5 if dtype == torch.bfloat16 else 1e-3
+    student, rate = wan_student(dtype, **sizes), 1e-5 if dtype == torch.bfloat16 else 1e-3
+    student.net.checkpoint_blocks = checkpoint_blocks
+    student.net.sequence = sequence_over(ranks)
     if name.startswith("sft"):
         config = SftConfig(draws=2, learning_rate=rate)
         return Sft(make_policies(student, VERSIONS, lora=lora, shard=shard), config, **how)
@@ -115,13 +124,17 @@ def parent(student: Student, rank: int, scale: float) -> LowRank:
 
 @dataclass(frozen=True)
 class Leg:
-    """Some updates of a method; `given`, `left`: folders of the states before and after them."""
+    """Some updates of a method; `given`, `left`: folders of the states before and after them;
+    `parts`: processes for each video; `videos`: of the teacher in an update."""
 
     method: str
     parallel: str
     updates: int
     given: Path | None = None
     left: Path | None = None
+    parts: int = 1
+    videos: int = 2
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,17 +149,17 @@ class Walked:
 def walk(legs: list[Leg]) -> list[Walked]:
     """Metrics of each update of a tiny Wan, and theta after them, for each leg."""
     with join("cpu") as ranks:
-        return [_walk(leg, ranks) for leg in legs]
+        return [_walk(leg, ranks.in_parts(leg.parts)) for leg in legs]
 
 
 def _walk(leg: Leg, ranks: Ranks) -> Walked:
-    method, first, said = wan_method(leg.method, ranks, leg.parallel), 0, []
+    method, first, said = wan_method(leg.method, ranks, leg.parallel, **leg.sizes), 0, []
     if leg.given is not None:
         given = shards.read(leg.given, ranks, into={"method": method.state_dict()})
         method.load_state_dict(given["method"])
         first = given["updates"]
     for step in range(first, first + leg.updates):
-        whole = wan_batch(step)
+        whole = wan_batch(step, leg.videos)
         if leg.method == "afd replay":
             whole.replay = Batch(step, ["a", "bb", "ccc"], torch.empty(3, 0))
         batch = sharing(whole, ranks)
@@ -165,6 +178,18 @@ def _walk(leg: Leg, ranks: Ranks) -> Walked:
         for name, x in zip(theta.names, theta.masters, strict=True)
     }
     return Walked(said, weights, bytes(state["generator"].tolist()))
+
+
+def assert_alike(ours: Walked, theirs: Walked) -> None:
+    for mine, other in zip(ours.said, theirs.said, strict=True):
+        assert mine.keys() == other.keys()
+        for key in mine:
+            # A correlation is of the size of 1, however small it is.
+            near = {"rtol": 0, "atol": DISTRIBUTED["rtol"]} if "agreement" in key else DISTRIBUTED
+            np.testing.assert_allclose(mine[key], other[key], **near, err_msg=key)
+    # Weights have moved by 1e-3 an update, whatever their own size.
+    for key, weight in ours.weights.items():
+        np.testing.assert_allclose(weight, theirs.weights[key], rtol=0, atol=2e-5, err_msg=key)
 
 
 def stopped_run(data: dict[str, Any], rank: int, after: int) -> str:

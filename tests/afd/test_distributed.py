@@ -16,7 +16,7 @@ import yaml
 from afd.config.run import make_config
 from afd.trainer import checkpoint
 from afd.trainer.loop import Outcome, load_run, train
-from tests.afd.distributed import Leg, Walked, stopped_run, walk
+from tests.afd.distributed import Leg, Walked, assert_alike, stopped_run, walk
 from tests.afd.tiny import make_clips
 from tests.afd.together import together
 from tests.tolerances import DISTRIBUTED
@@ -63,18 +63,6 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Walked]]:
         "1 then 2": two[2 * n :],
         "2 then 1": back,
     }
-
-
-def assert_alike(ours: Walked, theirs: Walked) -> None:
-    for mine, other in zip(ours.said, theirs.said, strict=True):
-        assert mine.keys() == other.keys()
-        for key in mine:
-            # A correlation is of the size of 1, however small it is.
-            near = {"rtol": 0, "atol": DISTRIBUTED["rtol"]} if "agreement" in key else DISTRIBUTED
-            np.testing.assert_allclose(mine[key], other[key], **near, err_msg=key)
-    # Weights have moved by 1e-3 an update, whatever their own size.
-    for key, weight in ours.weights.items():
-        np.testing.assert_allclose(weight, theirs.weights[key], rtol=0, atol=2e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("number", range(len(METHODS)), ids=[" ".join(m) for m in METHODS])
@@ -220,6 +208,18 @@ def test_torchrun_makes_the_run_of_one_process(tmp_path: Path, clips: Path, alon
     # One process logs, and each line once.
     said = (out / "train.log").read_text()
     assert said.count("2 processes, ddp") == said.count("finished: 2 updates") == 1
+
+
+def test_a_run_of_two_processes_for_each_video_goes_on_in_one(
+    tmp_path: Path, clips: Path, alone: Path
+) -> None:
+    out, path = tmp_path / "run", tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(toy_run(out, clips)))
+    ended = torchrun("train", str(path), "updates=2", "parallel.sequence=2")
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes, ddp, 2 for each video" in (out / "train.log").read_text()
+    assert train(load_run(out, ["updates=4", "parallel.sequence=1"])) is Outcome.FINISHED
+    assert_same_lines(out, alone, "metrics.jsonl")
 
 
 def test_a_mistake_under_torchrun_is_one_sentence(tmp_path: Path, clips: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from afd import cli
+from afd.config.parallel import ParallelConfig
 from afd.config.run import RunConfig, load_config, make_config
 from afd.errors import DONE, MISTAKE, ConfigError
 from afd.methods.config import AfdConfig
@@ -283,7 +284,7 @@ def test_two_gpus_halve_the_hours_and_shards_the_weights() -> None:
     one, two = make_plan(config), make_plan(config, 2)
     assert one.gpu_seconds == two.gpu_seconds
     assert f"{one.gpu_seconds / 7200:.1f} hours on 2 GPU(s)" in printed(two)
-    shards = make_plan(config.model_copy(update={"parallel": "fsdp"}), 2)
+    shards = make_plan(config.model_copy(update={"parallel": ParallelConfig(weights="fsdp")}), 2)
     bytes_of = [{p.name: p.bytes for p in plan.memory}["optimizer"] for plan in (two, shards)]
     assert bytes_of[0] == 2 * bytes_of[1]
     with pytest.raises(ConfigError, match="processes is 9; needed: 1 to prompts_per_update, 8"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from afd.config.parallel import ParallelConfig
 from afd.discriminators.base import DiscriminatorConfig
 from afd.methods.config import AfdConfig, ReplayConfig
 from afd.models.config import StudentConfig
@@ -164,12 +165,19 @@ def check_rewards(
         )
 
 
-def check_delay(afd: AfdConfig, parallel: str, teacher: TeacherConfig) -> None:
+def check_afd(afd: AfdConfig, teacher: TeacherConfig, parallel: ParallelConfig) -> None:
+    """Raise ValueError if AFD cannot learn from this teacher, or in these processes, as set."""
+    check_advantages(teacher, afd)
+    check_delay(afd, parallel, teacher)
+
+
+def check_delay(afd: AfdConfig, parallel: ParallelConfig, teacher: TeacherConfig) -> None:
     """Raise ValueError if rollouts cannot be made an update ahead (`afd.async`)."""
-    if afd.delay and parallel == "fsdp":
+    if afd.delay and (parallel.weights == "fsdp" or parallel.sequence > 1):
         raise ValueError(
-            "afd.async: got 1 with parallel=fsdp; needed: 0, or parallel=ddp, as sharded weights "
-            "are gathered by all threads of all processes at once"
+            f"afd.async: got 1 with parallel.weights={parallel.weights} and parallel.sequence="
+            f"{parallel.sequence}; needed: 0, or ddp and 1, as the passes of sharded weights and "
+            "shared videos would wait for each other in two threads"
         )
     if afd.delay and teacher.robust.on:
         raise ValueError(

@@ -16,13 +16,8 @@ from rich.console import Console
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
 from afd.config.keys import NAMED, known_keys, parts_of, shown, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
-from afd.config.rewards import (
-    check_advantages,
-    check_cached,
-    check_delay,
-    check_rewards,
-    check_teacher,
-)
+from afd.config.parallel import ONE_WORD, ParallelConfig
+from afd.config.rewards import check_afd, check_cached, check_rewards, check_teacher
 from afd.config.shipped import find_config
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
@@ -165,10 +160,7 @@ class RunConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         default="auto", description="auto: cuda if available, one GPU per process"
     )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        default="ddp",
-        description="under torchrun: whole weights in every process, or sharded weights",
-    )
+    parallel: ParallelConfig = ParallelConfig()
     cache: Folder | None = Field(
         default=None,
         description="folder of text embeddings and teacher latents; null is ~/.cache/afd",
@@ -224,11 +216,9 @@ class RunConfig(Section):
         check_rewards(self.method, self.discriminator, self.rewards, self.afd, self.student)
         check_teacher(self.method, self.discriminator, self.teacher, self.evaluation.kind)
         if self.method == "afd":
-            check_advantages(self.teacher, self.afd)
-            check_delay(self.afd, self.parallel, self.teacher)
+            check_afd(self.afd, self.teacher, self.parallel)
         self.student.check_video(self.video)
-        method = getattr(self, self.method)
-        weight = getattr(method, "prior_weight", 0.0)
+        weight = getattr(getattr(self, self.method), "prior_weight", 0.0)
         self.replay.check(self.method, self.prompts_per_update, weight)
         check_cached(self.replay, self.method, self.discriminator, self.teacher)
         return self
@@ -434,6 +424,11 @@ def _apply(data: dict[str, Any], override: str, kind: type[Section]) -> str:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"{_named(override)}: needs the form key=value or section.key=value")
+    for section, word in ONE_WORD.items():
+        if isinstance(data.get(section), str):
+            data[section] = {word: data[section]}
+        if parts == [section] and not text.startswith("{"):
+            parts = [section, word]
     value = _value(text, override, types_of(kind, parts))
     where = data
     for i, part in enumerate(parts[:-1]):

@@ -95,7 +95,8 @@ class StudentOptimizer:
                 master.grad = torch.zeros_like(master)
         gradients = [master.grad for master in self.weights.masters]
         # FSDP has already summed the gradients that it shards.
-        self.ranks.sum_([g for g in gradients if g is not None and not isinstance(g, DTensor)])
+        whole = [g for g in gradients if g is not None and not isinstance(g, DTensor)]
+        self.ranks.sum_(whole, over_parts=True)
         self.ranks.sum_([total])
         rate = self.adam.param_groups[0]["lr"] = self.rate()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.config.grad_clip)

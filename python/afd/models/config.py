@@ -151,9 +151,13 @@ class StudentConfig(Section):
         """The network's sizes; known sizes are returned even if the checkpoint is absent."""
         return self.load_network().config
 
+    def skeleton(self) -> CausalNetwork:
+        """The network for the names and shapes of its weights, which may be on the meta device."""
+        return self.load_network()
+
     def parameters(self) -> int:
         """Number of the network's parameters, without adapters."""
-        return sum(p.numel() for p in self.load_network().parameters())
+        return sum(p.numel() for p in self.skeleton().parameters())
 
     def check_video(self, video: VideoConfig) -> None:
         """Raise ValueError if the student cannot generate videos of this size or length."""

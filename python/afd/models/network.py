@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from afd.models.wan.kv_cache import KVCache
+from afd.models.wan.sequence import SequenceGroup
 from afd.models.wan.types import AdapterSet, LayerKV, WanConfig
 from afd_kernels.contracts import require
 
@@ -31,6 +32,7 @@ class CausalNetwork(nn.Module, ABC):
         checkpoint_blocks: recompute activations in the backward.
         adapters: low-rank adapters on the weights, if any.
         compute_dtype: dtype of passes if the weights are stored in another one (sharding).
+        sequence: processes that compute each pass together (`parallel.sequence`).
     """
 
     adapted: ClassVar[str] = r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|ffn\.[02])"
@@ -38,6 +40,7 @@ class CausalNetwork(nn.Module, ABC):
     checkpoint_blocks: bool = False
     adapters: AdapterSet | None = None
     compute_dtype: torch.dtype | None = None
+    sequence: SequenceGroup | None = None
 
     # --- passes ---
 
@@ -123,6 +126,17 @@ class CausalNetwork(nn.Module, ABC):
     @property
     def fused(self) -> bool:
         """Whether `fuse_projections` is in effect."""
+        return False
+
+    @property
+    def groups(self) -> list[nn.Module]:
+        """Modules, in the order in which a pass calls them, that are sharded each on their own;
+        empty if a pass needs all weights at once."""
+        return []
+
+    @property
+    def shares_sequences(self) -> bool:
+        """Whether its passes are divided over the processes of `sequence`."""
         return False
 
     @property

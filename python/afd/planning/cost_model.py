@@ -59,6 +59,7 @@ class Net:
         sink: first frames that stay in the window.
         start: chunk of a stream at which a clip of it begins.
         channels: channels of a latent.
+        block: parameters of one block.
     """
 
     dim: int
@@ -75,6 +76,7 @@ class Net:
     sink: int = 0
     start: int = 0
     channels: int = 16
+    block: int = 0
 
     @property
     def chunks(self) -> int:
@@ -99,6 +101,11 @@ class Net:
         """Parameters of A and B on q, k, v, o of both attentions and on the feed-forward."""
         rank = self.lora or 0
         return self.layers * rank * (8 * 2 * self.dim + 2 * (self.dim + self.ffn))
+
+    @property
+    def outside_blocks(self) -> int:
+        """Parameters of embeddings and head."""
+        return self.parameters - self.layers * self.block
 
     @property
     def trained(self) -> int:

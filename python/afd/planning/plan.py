@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from afd.config.run import RunConfig
+from afd.distributed import refuse_parts
 from afd.errors import ConfigError
 from afd.hub import missing_path
 from afd.methods.config import TimesConfig
 from afd.methods.copies import check_chunks
 from afd.planning import cost_model as cost
+from afd.planning.communication import Traffic, traffic
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
 from afd.teachers.forecast import Forecast
@@ -47,6 +49,7 @@ class Plan:
     teacher: Forecast
     checkpoint_bytes: int
     missing: list[str]
+    traffic: list[Traffic]
 
     def peaks(self) -> dict[str, int]:
         """Peak bytes of one process at each moment."""
@@ -97,18 +100,20 @@ class Setup:
 def setups(plan: Plan) -> list[Setup]:
     """One process, then 2, 4, 8 and so on as `prompts_per_update` allows, without and with FSDP."""
     config, found = plan.config, []
-    processes = 1
-    while processes <= config.prompts_per_update:
-        for parallel in ("ddp", "fsdp") if processes > 1 else ("ddp",):
+    parts, groups = config.parallel.sequence, 1
+    while groups <= config.prompts_per_update:
+        processes = groups * parts
+        for weights in ("ddp", "fsdp") if processes > 1 else ("ddp",):
+            parallel = config.parallel.model_copy(update={"weights": weights})
             one = config.model_copy(update={"parallel": parallel})
             try:
-                refuse_idle_processes(one, processes)
+                refuse_idle_processes(one, groups)
             except ConfigError:
                 continue
             held = peaks(list(Work(one, plan.net, processes).memory()))
             moment = max(held, key=lambda moment: held[moment])
-            found.append(Setup(parallel, processes, held[moment], moment))
-        processes *= 2
+            found.append(Setup(weights, processes, held[moment], moment))
+        groups *= 2
     return found
 
 
@@ -118,9 +123,15 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
     Raises ConfigError if the run would, as far as can be determined without its large files.
     """
     prompts = config.prompts_per_update
-    if not 1 <= processes <= prompts:
-        raise ConfigError(f"processes is {processes}; needed: 1 to prompts_per_update, {prompts}")
-    refuse_idle_processes(config, processes)
+    parts = config.parallel.sequence
+    refuse_parts(parts, processes)
+    most = prompts * parts
+    if not 1 <= processes <= most:
+        times = f", times parallel.sequence, {parts}" if parts > 1 else ""
+        raise ConfigError(
+            f"processes is {processes}; needed: 1 to prompts_per_update, {prompts}{times}"
+        )
+    refuse_idle_processes(config, processes // parts)
     method = getattr(config, config.method)
     try:
         check_size(config)
@@ -141,6 +152,7 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
         teacher=teacher,
         checkpoint_bytes=work.checkpoint_bytes(),
         missing=list(_missing(config)),
+        traffic=traffic(work),
     )
 
 
@@ -167,7 +179,10 @@ def student_net(config: RunConfig) -> Net:
     wan, video = student.sizes(), config.video
     frames = student.latent_frames(video.frames)
     grid = wan.grid(*student.latent_size(video.height, video.width))
-    parameters = student.parameters()
+    network = student.skeleton()
+    parameters, *groups = (
+        sum(p.numel() for p in module.parameters()) for module in (network, *network.groups)
+    )
     return Net(
         dim=wan.dim,
         ffn=wan.ffn_dim,
@@ -182,6 +197,7 @@ def student_net(config: RunConfig) -> Net:
         window=wan.window,
         sink=wan.sink,
         channels=wan.in_dim,
+        block=max(groups, default=0),
     )
 
 
@@ -212,6 +228,8 @@ def show(plan: Plan, console: Console) -> None:
         _show_time(plan, console)
         for line in where_it_fits(plan):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if plan.traffic:
+        _show_traffic(plan, console)
     for line in plan.teacher.lines(plan.gpu_seconds / plan.processes):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     keep = config.checkpoint.keep + 1
@@ -246,6 +264,20 @@ def _show_memory(plan: Plan, console: Console) -> None:
     line = f"at most {gib(peaks[highest])}, in {highest} ({others})"
     if plan.phases:
         line += "; " + ", ".join(_fits(plan, name) for name in MACHINES)
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _show_traffic(plan: Plan, console: Console) -> None:
+    title = "sent by each process in an update of the student (estimate)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("collective")
+    table.add_column("size", justify="right")
+    table.add_column("what")
+    for one in plan.traffic:
+        table.add_row(one.name, gib(round(one.bytes)), one.note)
+    console.print(table)
+    total = sum(one.bytes for one in plan.traffic)
+    line = f"in total {gib(round(total))} by each of {plan.processes} processes"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -7,7 +7,7 @@ discriminator and a number of processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -76,6 +76,10 @@ class Work:
 
     def __init__(self, config: RunConfig, net: Net, processes: int) -> None:
         self.config, self.net, self.processes = config, net, processes
+        # Processes that compute each video together, and what one of them holds of it.
+        self.parts = config.parallel.sequence
+        self.own = replace(net, tokens=-(-net.tokens // self.parts))
+        self.sharded = config.parallel.weights == "fsdp" and processes > 1
         student = config.student
         self.wan = student.kind == "wan"
         self.item = DTYPES[student.dtype].itemsize if student.kind == "wan" else cost.FLOAT
@@ -90,7 +94,7 @@ class Work:
         cached = config.replay.teacher == "cached"
         self.taught = config.prompts_per_update if cached else config.taught
         # Prompts of the process that has the most.
-        self.prompts = -(-config.prompts_per_update // processes)
+        self.prompts = -(-config.prompts_per_update // (processes // self.parts))
         self.videos = self.prompts * self.group
         draws = getattr(self.method, "draws", 1)
         self.micro = min(self.method.micro_batch or self.videos * draws, self.videos * draws)
@@ -143,13 +147,12 @@ class Work:
     def _weights(self) -> Iterator[Part]:
         net, lora = self.net, self.net.lora is not None
         names, trained = self.versions()
-        sharded = self.config.parallel == "fsdp" and self.processes > 1
-        parts = self.processes if sharded else 1
+        parts = self.processes if self.sharded else 1
         # FSDP shards are the fp32 masters; without FSDP, the network holds copies in its own dtype.
-        held = cost.FLOAT if sharded else self.item
+        held = cost.FLOAT if self.sharded else self.item
         master = 0 if held == cost.FLOAT else cost.FLOAT
         if lora:
-            yield Part("network", net.parameters * held // parts, "always", "frozen weights")
+            yield Part("network", net.parameters * self.item // parts, "always", "frozen weights")
             one = net.lora_parameters * (held + master) // parts
             size = f"{net.lora_parameters:,} numbers each"
             yield Part("adapters", len(names) * one, "always", f"{', '.join(names)}: {size}")
@@ -157,10 +160,14 @@ class Work:
             one = net.parameters * (held + master) // parts
             size = f"{net.parameters:,} numbers each"
             yield Part("network", len(names) * one, "always", f"{', '.join(names)}: {size}")
-        yield from self._references(net.parameters * held // parts)
-        if sharded:
-            note = "all shards, gathered for a pass"
-            yield Part("gathered", net.parameters * self.item, "always", note)
+        yield from self._references(net.parameters * (self.item if lora else held) // parts)
+        if self.sharded:
+            rest, block = (
+                net.outside_blocks,
+                net.block + len(names) * net.lora_parameters // net.layers,
+            )
+            note = f"2 of {net.layers} blocks, and what is outside them, for a pass"
+            yield Part("gathered", (rest + 2 * block) * self.item, "always", note)
         numbers = len(trained) * net.trained // parts
         yield Part("optimizer", 2 * cost.FLOAT * numbers, "always", "Adam's two moments, fp32")
         yield Part("gradients", cost.FLOAT * numbers, "always", "fp32")
@@ -235,7 +242,7 @@ class Work:
             yield Part("discriminator", 4 * cost.FLOAT * numbers, "always", "weights and Adam")
         elif self.config.method == "dmd":
             checkpointed = self.config.student.checkpoint_blocks
-            sizes = self.net, self.micro, self.item
+            sizes = self.own, self.micro, self.item
             kept = 2 * cost.activation_bytes(*sizes, checkpointed=checkpointed)
             note = f"real or fake, {self.micro} video(s) a pass, and through their context"
             yield Part("fields' activations", kept, "discriminator", note)
@@ -253,33 +260,34 @@ class Work:
     def _rollout(self) -> Iterator[Part]:
         if not self.rolls:
             return
-        net, batch = self.net, min(self.config.student.rollout_batch or self.videos, self.videos)
+        net, own = self.net, self.own
+        batch = min(self.config.student.rollout_batch or self.videos, self.videos)
         note = f"{batch} video(s) streamed together"
         groups, least = -(-batch // self.group), self.places.least_shared
-        cache = cost.kv_bytes(net, batch, self.item, self.places.held)
+        cache = cost.kv_bytes(own, batch, self.item, self.places.held)
         if least and net.window is None:
-            cache = cost.shared_kv_bytes(net, groups, batch, self.item, least)
+            cache = cost.shared_kv_bytes(own, groups, batch, self.item, least)
         if self.places.stream is not None:
             streams = self.videos if self.places.shared is None else self.prompts
-            before = gib(cost.kv_bytes(net, streams, self.item, self.places.held))
+            before = gib(cost.kv_bytes(own, streams, self.item, self.places.held))
             note += f"; on the host at most {before} of keys before the clips"
         yield Part("cache", cache, "rollout", note)
         numbers = net.channels * net.frames * self.pixels // self.config.student.scale[1] ** 2
         yield Part("rollouts", self.videos * numbers * cost.FLOAT, "kept", "latents, fp32")
-        if self._keeps_context():
-            kept = cost.kv_bytes(net, self.videos, self.item)
+        if self.keeps_context():
+            kept = cost.kv_bytes(own, self.videos, self.item)
             if least:
-                kept = cost.shared_kv_bytes(net, self.prompts, self.videos, self.item, least)
+                kept = cost.shared_kv_bytes(own, self.prompts, self.videos, self.item, least)
             note = f"{self.videos} rollouts' caches (afd.keep_context)"
             yield Part("kept contexts", kept, "kept", note)
 
-    def _keeps_context(self) -> bool:
+    def keeps_context(self) -> bool:
         afd = self.config.afd
         kept = afd.context == "shared_context" and afd.keep_context
         return self.config.method == "afd" and kept
 
     def _update(self) -> Iterator[Part]:
-        net, checkpointed = self.net, self.config.student.checkpoint_blocks
+        net, checkpointed = self.own, self.config.student.checkpoint_blocks
         context = getattr(self.method, "context", "recompute")
         # With gradients through the context, the context is half of the pass.
         halves = 2 if context == "recompute" else 1
@@ -290,7 +298,7 @@ class Work:
         held, other = both if checkpointed else reversed(both)
         note = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
         yield Part("activations", held, "student", note + str(not checkpointed).lower())
-        kept = self._keeps_context() and self.places.shared is None
+        kept = self.keeps_context() and self.places.shared is None
         if context not in ("recompute", "noisy") and not kept:
             past = 0 if self.places.stream is None else self.places.held
             one = cost.kv_bytes(net, self.micro, self.item, net.frames + past)
@@ -317,10 +325,13 @@ class Work:
         sizes = len(steps), None if first is None else len(first)
         rollout = cost.rollout_flop(net, *sizes)
         rolled = self.places.rollout_flop(self.taught, self.group, *sizes)
-        decode = self.decoder.decode_flop(net.frames, self.pixels)
+        # Only the student's passes are shared by the processes that have a video together.
+        again = self.parts
+        decode = again * self.decoder.decode_flop(net.frames, self.pixels)
         if self.encodes:
             encode = self.encoder.encode_flop(net.frames, self.pixels)
-            yield Phase("encode the teacher", 0.0, encode, distinct, "each video once")
+            note = "each video once" if again == 1 else f"each video by {again} processes"
+            yield Phase("encode the teacher", 0.0, again * encode, distinct, note)
         if self.rolls:
             note = f"{videos} videos, {len(steps)} steps and a context pass a chunk"
             if len(self.places.all) > 1 or self.places.shared is not None:
@@ -337,7 +348,7 @@ class Work:
             yield Phase("discriminator", flop, 0.0, config.updates, note)
         if self.rewards:
             each = shared_passes(self.rewards)
-            flop = len(each) * videos * self._rate_flop()
+            flop = again * len(each) * videos * self._rate_flop()
             note = "; ".join(", ".join(names) for names in each)
             note = f"{len(each)} pass(es) on {videos} videos: {note}" if each else "not counted"
             yield Phase("rewards", flop, 0.0, config.updates, note)
@@ -355,7 +366,7 @@ class Work:
             rate = self._score_flop() + self._rate_flop() if self.reads_pixels else 0.0
             rate += len(shared_passes(self.rewards)) * self._rate_flop()
             note = f"{measured} held-out videos in all, and their decode"
-            yield Phase("evaluation", rollout + rate, decode, measured, note)
+            yield Phase("evaluation", rollout + again * rate, decode, measured, note)
 
     def _critic_work(self, videos: int) -> tuple[float, str]:
         discriminator, config = self.discriminator, self.config
@@ -382,7 +393,7 @@ class Work:
             steps = sum(map(discriminator.steps_in, range(config.updates))) / config.updates
             total = 2 * videos * one * steps + scored * self._score_flop()
             note = f"{steps:.3g} step(s) on {videos} pairs"
-            return total, note + (f", and {scored} scores" if scored else "")
+            return self.parts * total, note + (f", and {scored} scores" if scored else "")
         return 0.0, "small; not counted"
 
     def _rate_flop(self) -> float:
@@ -411,13 +422,13 @@ class Work:
                     afd.context,
                     draws=afd.draws,
                     part=min(1.0, chunks / (net.chunks - first)) if chunks else 1.0,
-                    kept=self._keeps_context(),
-                    prior=len(self._priors()),
+                    kept=self.keeps_context(),
+                    prior=len(self.priors()),
                     checkpointed=checkpointed,
                     first=first,
                 )
             )
-            prior = f", prior to {' and '.join(self._priors())}" if self._priors() else ""
+            prior = f", prior to {' and '.join(self.priors())}" if self.priors() else ""
             return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s){prior}; {blocks}"
         if config.method == "sft":
             sft = config.sft
@@ -427,7 +438,7 @@ class Work:
         flop = cost.last_step_flop(
             net,
             recompute=last.context == "recompute",
-            prior=len(self._priors()),
+            prior=len(self.priors()),
             checkpointed=checkpointed,
         )
         if config.method == "dmd":
@@ -436,10 +447,10 @@ class Work:
         if not self.reads_pixels:
             return videos * flop, 0.0, f"through the last step; {blocks}"
         # Forward, recomputation and input gradients, of the discriminator and the decode.
-        flop += 3 * self._score_flop()
+        flop += 3 * self.parts * self._score_flop()
         return videos * flop, videos * 3 * decode, f"through the last step and the decode; {blocks}"
 
-    def _priors(self) -> list[str]:
+    def priors(self) -> list[str]:
         """The references of the prior that cost a pass each."""
         names: list[str] = [*self.method.references]
         return names if self.config.student.init is not None else names[:1]
@@ -458,7 +469,7 @@ class Work:
             config.afd.context if config.method == "afd" else "recompute",
             draws=method.draws,
             part=min(1.0, chunks / net.chunks) if chunks else 1.0,
-            kept=self._keeps_context(),
+            kept=self.keeps_context(),
             checkpointed=config.student.checkpoint_blocks,
         )
 

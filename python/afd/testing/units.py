@@ -9,8 +9,7 @@ from torch import Tensor
 
 from afd import ops
 from afd.models.wan.block import EPS, rms_norm
-from afd.models.wan.network import sinusoid
-from afd.models.wan.rope import axis_table, pairs_per_axis, rope_table
+from afd.models.wan.rope import axis_table, pairs_per_axis, rope_table, sinusoid
 from afd.schedules import ShiftedFlow, euler_step, flow_from_x0, renoise, x0_from_flow
 from afd.testing.measure import BF16_ROUNDINGS, Report, relative_error
 

@@ -22,7 +22,7 @@ from afd.methods.sft import Sft
 from afd.models.codec import Codec
 from afd.models.low_rank import LowRank, joined, negated
 from afd.models.policies import PRETRAINED, REFERENCE, Released, make_policies
-from afd.models.sharding import shard_over
+from afd.models.sharding import sequence_over, shard_over
 from afd.models.student import Student
 from afd.registry import find
 from afd.rewards.base import OnlineConfig, Term, online
@@ -156,7 +156,7 @@ def _watch(config: RunConfig, ranks: Ranks) -> Watch | None:
 
 
 def _sharding(config: RunConfig, student: Student, ranks: Ranks) -> Callable[[Any], object] | None:
-    if config.parallel != "fsdp" or ranks.world == 1:
+    if config.parallel.weights != "fsdp" or ranks.processes == 1:
         return None
     return shard_over(ranks, student.dtype)
 
@@ -188,6 +188,12 @@ def build_student(
         start = start or start_of(section, config.run_dir)
         student.net.load_state_dict(start.network.state_dict())
     student.net.checkpoint_blocks = section.checkpoint_blocks
+    if config.parallel.sequence > 1 and not student.net.shares_sequences:
+        raise ConfigError(
+            f"parallel.sequence: got {config.parallel.sequence}; needed: 1, as "
+            f"{type(student.net).__name__} computes each video in one process"
+        )
+    student.net.sequence = sequence_over(ranks)
     return student.to(ranks.device), codec
 
 
@@ -232,13 +238,19 @@ def not_training(config: RunConfig) -> str | None:
 
 
 def check_size(config: RunConfig) -> None:
-    """Raise ConfigError if the student was made for videos of another size."""
+    """Raise ConfigError if the student was made for videos of another size, or its heads do not
+    divide over the processes of a video."""
     video, size = config.video, config.student.video_size()
     given = (video.frames, video.height, video.width)
     if size is not None and given != size:
         raise ConfigError(
             f"video.frames, video.height, video.width: got {', '.join(map(str, given))}; needed: "
             f"{', '.join(map(str, size))}, those of the {config.student.kind} student"
+        )
+    heads, parts = config.student.sizes().num_heads, config.parallel.sequence
+    if heads % parts:
+        raise ConfigError(
+            f"parallel.sequence: got {parts}; needed: a divisor of the student's {heads} heads"
         )
     if config.student.window is not None:
         config.student.check_window()

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +44,7 @@ from afd.trainer.logging import Timers, log_to, progress_bar
 from afd.trainer.metrics import Records
 from afd.trainer.mitigation import Mitigation, draw_weights
 from afd.trainer.parts import (
+    Drawn,
     build_evaluator,
     open_teacher,
     open_videos,
@@ -92,7 +93,8 @@ def train(
     non-finite loss or metric, StorageError if the run folder is no longer writable or has gone.
     """
     out = config.run_dir
-    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
+    patience_s = 2 * config.teacher.patience_s
+    with join(config.device, patience_s=patience_s, parts=config.parallel.sequence) as ranks:
         config = with_commits(config, ranks)
         if ranks.main:
             refuse_another_run(out, config)
@@ -151,27 +153,12 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
         _log.info("%s: %s, %d updates, seed %d", out, config.method, config.updates, config.seed)
         if (sentence := not_training(config)) is not None:
             _log.warning("%s", sentence)
-        if ranks.world > 1:
-            _log.info("%d processes, %s", ranks.world, config.parallel)
+        if ranks.processes > 1:
+            shared = f", {ranks.parts} for each video" if ranks.parts > 1 else ""
+            _log.info("%d processes, %s%s", ranks.processes, config.parallel.weights, shared)
         for op, state in facts["ops_by_device"][ranks.device.type].items():
             _log.info("op %s runs on backend %s", op, state["chosen"])
         yield home
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What has been drawn for an update.
-
-    Attributes:
-        asked: its first request.
-        teachers: number of requests to each of several teachers.
-        cursor: where the draws were before it.
-    """
-
-    batch: Batch
-    asked: Request
-    teachers: Counter[str]
-    cursor: dict[str, Any]
 
 
 class Trainer:
@@ -294,7 +281,7 @@ class Trainer:
         except (TeacherError, VideoError):
             # With several processes the other ones are waiting for this failed one, so saving,
             # which is collective, would hang.
-            if self.update > 0 and self.ranks.world == 1:
+            if self.update > 0 and self.ranks.processes == 1:
                 for sampler, cursor in zip(samplers, cursors, strict=True):
                     sampler.load_state_dict(cursor)
                 self._save()
@@ -436,7 +423,7 @@ class Trainer:
             "update": self.update,
             "method": self.method.name,
             "config": plain(self.config),
-            "written_by": checkpoint.written_by() | {"processes": self.ranks.world},
+            "written_by": checkpoint.written_by() | {"processes": self.ranks.processes},
             "elapsed_s": self.elapsed_s,
             "method_state": self.method.state_dict(),
             "random": self.ranks.each(checkpoint.random_state()),
@@ -471,14 +458,14 @@ class Trainer:
             same = state["inputs"].get(key) == self.inputs[key]
             self.replay.load_state_dict(state["replay"], same=same)
         self.videos.load_state_dict(state["videos"])
-        checkpoint.set_random_state(state["random"], self.ranks.rank)
+        checkpoint.set_random_state(state["random"], self.ranks.process)
         self.update, self.elapsed_s, self.newest = state["update"], state["elapsed_s"], path
         _log.info("continuing after update %d from %s", self.update, path)
         for line in differences(state["config"], plain(self.config), ("name", "out")):
             _log.info("changed: %s", line)
         before = state["written_by"]["processes"]
-        if before != self.ranks.world:
-            _log.info("processes: %d now, %d before", self.ranks.world, before)
+        if before != self.ranks.processes:
+            _log.info("processes: %d now, %d before", self.ranks.processes, before)
         return dict(state["records"])
 
     def close(self) -> None:

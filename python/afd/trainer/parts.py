@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from afd.config.run import FREE_KEYS, RunConfig, plain
 from afd.data.prompts import prompts_of
 from afd.data.videos import Videos
 from afd.distributed import Ranks
-from afd.methods.base import Method
+from afd.methods.base import Batch, Method
 from afd.models.codec import redecodes
-from afd.teachers.base import Teacher
+from afd.teachers.base import Request, Teacher
 from afd.trainer import checkpoint
 from afd.trainer.evaluate import (
     Evaluator,
@@ -104,3 +106,19 @@ def restore(
     state = checkpoint.load(path, method=method.name, **how)
     method.load_state_dict(state["method_state"])
     return state
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What has been drawn for an update.
+
+    Attributes:
+        asked: its first request.
+        teachers: number of requests to each of several teachers.
+        cursor: where the draws were before it.
+    """
+
+    batch: Batch
+    asked: Request
+    teachers: Counter[str]
+    cursor: dict[str, Any]

@@ -86,7 +86,7 @@ class Replay:
         if self._teacher is None:
             return prompts, []
         held = [self._teacher.of[prompt] for prompt in prompts if prompt in self._teacher.of]
-        if self._config.parallel == "fsdp":
+        if self._config.parallel.weights == "fsdp":
             # Every pass of a sharded network involves all processes.
             del held[len(held) // self._ranks.world * self._ranks.world :]
         return prompts, [videos[update % len(videos)] for videos in held]

@@ -199,18 +199,20 @@ def _done(out: Path) -> int | None:
 
 
 def refuse_idle_processes(config: RunConfig, world: int) -> None:
-    """Raise ConfigError if `world` processes cannot share the prompts of an update."""
+    """Raise ConfigError if `world` processes, or groups of them (`parallel.sequence`), cannot share
+    the prompts of an update."""
     counts = {"prompts_per_update is": config.taught}
     if config.replayed:
         counts = {"replay.fraction: prompts with a teacher are": config.taught}
         counts["replay.fraction: replayed prompts are"] = config.replayed
+    whom = "processes" if config.parallel.sequence == 1 else "groups of processes"
     for what, prompts in counts.items():
         if prompts < world:
-            raise ConfigError(f"{what} {prompts}; {world} processes need one each")
+            raise ConfigError(f"{what} {prompts}; {world} {whom} need one each")
         # Every forward and backward pass of a sharded network involves all processes.
-        if config.parallel == "fsdp" and prompts % world:
+        if config.parallel.weights == "fsdp" and prompts % world:
             raise ConfigError(
-                f"{what} {prompts}; parallel=fsdp needs a multiple of {world} (processes)"
+                f"{what} {prompts}; parallel=fsdp needs a multiple of {world} ({whom})"
             )
 
 

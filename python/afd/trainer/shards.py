@@ -167,13 +167,13 @@ def _planned(
     """Run DCP's `save` or `load`, re-raising the original error of any process."""
 
     def plan() -> None:
-        call(tensors, no_dist=ranks.world == 1, **named)
+        call(tensors, no_dist=ranks.processes == 1, **named)
 
     with naming(folder), warnings.catch_warnings():
         # With a single process DCP warns on every call.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
-            plan() if ranks.world == 1 else collective(plan)
+            plan() if ranks.processes == 1 else collective(plan)
         except CheckpointException as error:  # aggregates all processes; not an Exception
             first, _ = next(iter(error.failures.values()))
             raise first from error

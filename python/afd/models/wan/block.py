@@ -7,6 +7,7 @@ Shape letters: B batch, F frames, L tokens, D model width, h heads, d head chann
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,6 +133,10 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
         )
+
+    def forward(self, run: Callable[..., Any], *args: Any) -> Any:
+        """run(*args) as this module's forward, around which sharding gathers its weights."""
+        return run(*args)
 
     def before(
         self, x_BLD: Tensor, branch_BLD: Tensor | None, gate_BFD: Tensor | None, mods: Modulation

@@ -145,9 +145,9 @@ class WanStudentConfig(StudentConfig):
         found: WanConfig = load("afd.models.wan.loading:sizes")(self)
         return found
 
-    def parameters(self) -> int:
-        found: int = load("afd.models.wan.loading:parameters")(self)
-        return found
+    def skeleton(self) -> CausalNetwork:
+        network: CausalNetwork = load("afd.models.wan.loading:skeleton")(self)
+        return network
 
     def save(self, network: CausalNetwork, folder: Path, dtype: torch.dtype, note: str) -> Path:
         path: Path = load("afd.models.wan.loading:save_network")(self, network, folder, dtype, note)

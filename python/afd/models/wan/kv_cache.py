@@ -70,6 +70,7 @@ class KVCache:
         *,
         window: int | None = None,
         sink: int = 0,
+        heads: int | None = None,
     ) -> None:
         """An empty cache in the dtype and on the device of the text keys.
 
@@ -80,6 +81,8 @@ class KVCache:
             rows, cols: tokens of a frame.
             window: frames kept, including sink and current chunk; None keeps all of `frames`.
             sink: initial frames that always stay in the window.
+            heads: heads of self-attention that it holds, of a sequence group those of this process;
+                None: as many as the prompt's.
 
         Raises:
             ValueError: naming the argument, the value given and what is needed.
@@ -96,6 +99,7 @@ class KVCache:
         self.rows, self.cols = rows, cols
         self.tokens_per_frame = rows * cols
         self.cross_kv = cross_kv
+        self._heads = cross_kv[0][0].shape[2] if heads is None else heads
         self.shared_kv: list[LayerKV] = []
         self.shared_frames, self.copies, self.memory = 0, 1, 0
         self._text_is_shared = False
@@ -116,7 +120,7 @@ class KVCache:
         """Make the slots that are not shared, and everything that belongs to a position."""
         like = self.cross_kv[0][0]
         slots = (self.frames - self.shared_frames) * self.tokens_per_frame
-        shape = (batch, slots, *like.shape[2:])
+        shape = (batch, slots, self._heads, like.shape[3])
         self.self_kv: list[LayerKV] = [
             (like.new_zeros(shape), like.new_zeros(shape)) for _ in self.cross_kv
         ]
@@ -301,6 +305,16 @@ class KVCache:
         """
         whole = self.end - self.start > self.ring or self.shared_frames > 0
         return 0 if whole else self.sink
+
+    def append(self, layer: int, k_BLhd: Tensor, v_BLhd: Tensor) -> None:
+        """Write a layer's keys, normed and rotated, and values to the slots of the current pass."""
+        T, sink = self.tokens_per_frame, self.append_sink
+        first = self.start - self.base - self.shared_frames
+        for kept, new in zip(self.self_kv[layer], (k_BLhd, v_BLhd), strict=True):
+            ring = kept.shape[1] // T - sink
+            for frame, written in enumerate(new.split(T, 1), first):
+                slot = frame if frame < sink else sink + (frame - sink) % ring
+                kept[:, slot * T : (slot + 1) * T] = written
 
     def _move(self, start: int, end: int, base: int) -> None:
         self.start, self.end, self.base, self._ends = start, end, base, ()

@@ -236,10 +236,10 @@ def sizes(config: WanStudentConfig) -> WanConfig:
     return replace(found, **config.network)
 
 
-def parameters(config: WanStudentConfig) -> int:
-    """Number of parameters of a network of these sizes; nothing is allocated."""
+def skeleton(config: WanStudentConfig) -> CausalWan:
+    """A network of these sizes on the meta device; nothing is allocated."""
     with torch.device("meta"):
-        return sum(p.numel() for p in CausalWan(sizes(config)).parameters())
+        return CausalWan(sizes(config))
 
 
 def _described(found: WanConfig) -> str:

@@ -9,31 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from afd import ops
 from afd.models.network import CausalNetwork
-from afd.models.wan.block import EPS, Block, Head
+from afd.models.wan.block import Block, Head
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.passes import ClipKeys, Pass
-from afd.models.wan.rope import rope_table
+from afd.models.wan.patches import from_patches, to_patches
+from afd.models.wan.rope import rope_table, sinusoid
 from afd.models.wan.types import LayerKV, Modulation, TimeTable, WanConfig
 from afd.ops import Clip, intervals
 from afd_kernels.contracts import require
-
-
-def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """Sinusoidal embedding of t: (cos, sin) at geometric frequencies, float64 [..., channels]."""
-    half = channels // 2
-    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
-    angle = t.double().unsqueeze(-1) * 10000.0**-exponent
-    return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 class CausalWan(CausalNetwork):
@@ -90,56 +82,75 @@ class CausalWan(CausalNetwork):
         return all(block.self_attn.fused for block in self._layers())
 
     @property
+    def groups(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    @property
+    def shares_sequences(self) -> bool:
+        return True
+
+    @property
     def first_weight(self) -> Tensor:
         return self.patch_embedding.weight
 
     # --- pieces ---
 
+    @property
+    def sharded(self) -> bool:
+        """Whether a block's weights are whole only while its forward runs (`models.sharding`)."""
+        return self.compute_dtype is not None
+
     def _layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
     def _patchify(self, x_BFCHW: Tensor) -> tuple[Tensor, int, int]:
-        """Embed patches as tokens [B, L, D] in (frame, row, column) order; also rows, columns."""
+        """Embed patches as tokens [B, L, D] in (frame, row, column) order; also rows, columns.
+
+        Of a sequence group, this process's tokens of every frame.
+        """
         C, H, W = x_BFCHW.shape[2:]
         if self.config.in_dim != C:
             raise ValueError(f"x: got {C} channels; needed: {self.config.in_dim}")
         rows, cols = self.config.grid(H, W)
-        ph, pw = self.config.patch
-        patches_BLP = rearrange(
-            x_BFCHW, "B F C (rows ph) (cols pw) -> B (F rows cols) (C ph pw)", ph=ph, pw=pw
-        )
+        patches_BLP = self._split(to_patches(x_BFCHW, self.config.patch), rows * cols)
         weight = self.patch_embedding.weight.flatten(1)
         return F.linear(patches_BLP, weight, self.patch_embedding.bias), rows, cols
 
     def _unpatchify(self, y_BLP: Tensor, rows: int, cols: int) -> Tensor:
-        ph, pw = self.config.patch
-        return rearrange(
-            y_BLP,
-            "B (F rows cols) (ph pw C) -> B F C (rows ph) (cols pw)",
-            rows=rows,
-            cols=cols,
-            ph=ph,
-            pw=pw,
-        )
+        if self.sequence is not None:
+            y_BLP = self.sequence.join(y_BLP, rows * cols)
+        return from_patches(y_BLP, rows, cols, self.config.patch)
+
+    def _split(self, x_BL: Tensor, tokens: int) -> Tensor:
+        """This process's part of the `tokens` tokens of every frame."""
+        return x_BL if self.sequence is None else self.sequence.split(x_BL, tokens)
 
     def time_table(self, t_BF: Tensor) -> TimeTable:
-        """Time embedding and every block's modulation at times [B, F]; both sizes may be 1."""
+        """Time embedding and every block's modulation at times [B, F]; both sizes may be 1.
+
+        Blocks of a sharded network compute their own modulation from `time_BF6D`.
+        """
         require(t_BF.ndim == 2, "t", t_BF, "[B, F] or [B, 1]")
         embed_BFD = self.time_embedding(
             sinusoid(t_BF, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
         )
         time_BF6D = self.time_projection(embed_BFD).unflatten(-1, (6, -1))
-        return TimeTable(embed_BFD, [block.modulation + time_BF6D for block in self._layers()])
+        blocks = [] if self.sharded else self._layers()
+        return TimeTable(embed_BFD, [block.modulation + time_BF6D for block in blocks], time_BF6D)
 
     def text_kv(self, text_BLE: Tensor) -> list[LayerKV]:
         """The prompt's keys and values for every layer; padding rows are attended to as well."""
+        embedded = self._embedded(text_BLE)
+        return [block(block.cross_attn.text_kv, embedded) for block in self._layers()]
+
+    def _embedded(self, text_BLE: Tensor) -> Tensor:
         if text_BLE.shape[1:] != (self.config.text_len, self.config.text_dim):
             raise ValueError(
                 f"text: got {list(text_BLE.shape)}; needed: "
                 f"[B, {self.config.text_len}, {self.config.text_dim}]"
             )
-        embedded = self.text_embedding(text_BLE)
-        return [block.cross_attn.text_kv(embedded) for block in self._layers()]
+        embedded: Tensor = self.text_embedding(text_BLE)
+        return embedded
 
     def _rope(self, rows: int, cols: int, frames: range, chunks_BN: Tensor | None = None) -> Tensor:
         """Rotary table of these frames, or of the selected chunks in them, [1 or B, L, d/2, 2]."""
@@ -148,7 +159,7 @@ class CausalWan(CausalNetwork):
         if chunks_BN is not None:
             frame_BF = frame_BF.unflatten(1, (-1, self.config.chunk))[0, chunks_BN].flatten(1)
         table = rope_table(self.config.head_dim, frame_BF.flatten(), rows, cols)
-        return table.view(len(frame_BF), -1, *table.shape[2:])
+        return self._split(table.view(len(frame_BF), -1, *table.shape[2:]), rows * cols)
 
     # --- one pass through the layers ---
 
@@ -159,76 +170,62 @@ class CausalWan(CausalNetwork):
         x_BLD: Tensor,
         branch_BLD: Tensor | None,
         gate_BFD: Tensor | None,
-        mods: Modulation,
-        text_kv: LayerKV,
+        mods: Modulation | Tensor,
+        text_kv: LayerKV | Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor, LayerKV]:
-        """Run block i; returns the deferred residual (x, branch, gate), and its keys and values."""
+        """Run block i; returns the deferred residual (x, branch, gate), and its keys and values.
+
+        `mods`, `text_kv`: of this block, or what a sharded one makes them of.
+        """
         block, last = self._layers()[i], i + 1 == len(self.blocks)
+        if isinstance(mods, Tensor):
+            mods = (block.modulation + mods).unbind(2)
+        if isinstance(text_kv, Tensor):
+            text_kv = block.cross_attn.text_kv(text_kv)
         x_BLD, q, k, v = self._before(block, x_BLD, branch_BLD, gate_BFD, mods)
-        norms = block.self_attn.norm_q.weight, block.self_attn.norm_k.weight
-        k_context = v_context = None
-        if how.cache is None:
-            q, k = ops.qk_norm_rope(q, k, *norms, how.rope, eps=EPS)
-            if how.context is not None:
-                k_context, v_context = how.context[i]
-            if how.keys is not None:
-                k, v = how.keys.placed(i, (k, v), how.context)
-        else:
-            q = ops.qk_norm_rope_append_(
-                q,
-                k,
-                v,
-                *norms,
-                how.rope,
-                *how.cache.self_kv[i],
-                how.cache.position,
-                tokens_per_frame=how.cache.tokens_per_frame,
-                sink_frames=how.cache.append_sink,
-                eps=EPS,
-            )
-            k, v = how.cache.view(i)
-            k_context, v_context = how.cache.past(i)
+        q, own, context = how.placed(i, block.self_attn, q, k, v)
         if last and how.keys_only:
-            return x_BLD, None, mods[5], (k, v)
+            return x_BLD, None, mods[5], own
         seen = how.intervals
         if last and how.last is not None:
-            tokens, frames, seen = how.last
-            x_BLD, q = x_BLD[:, tokens:], q[:, tokens:]
+            frames, seen = how.last
+            x_BLD, q = x_BLD[:, frames * how.own_tokens :], q[:, frames * how.tokens :]
             mods = tuple(part[:, frames:] for part in mods)
-        # Continuations of one past are one stream of the attention.
-        queries = q.reshape(len(k), -1, *q.shape[2:])
-        attended, _ = ops.block_attention(
-            queries, k, v, seen, k_context=k_context, v_context=v_context
-        )
-        x_BLD, branch_BLD = self._after(block, x_BLD, attended.view(q.shape), mods, text_kv)
-        return x_BLD, branch_BLD, mods[5], (k, v)
+        attended = how.attended(q, own, context, seen)
+        x_BLD, branch_BLD = self._after(block, x_BLD, attended, mods, text_kv)
+        return x_BLD, branch_BLD, mods[5], own
 
     def _run(
-        self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV], how: Pass
+        self, x_BLD: Tensor, times: TimeTable, text_kv: list[LayerKV] | Tensor, how: Pass
     ) -> tuple[Tensor | None, list[LayerKV]]:
         """Run all layers and the head; returns patches [B, L, P] (None if keys_only), kept k, v."""
         branch_BLD: Tensor | None = None
         gate_BFD: Tensor | None = None
         own: list[LayerKV] = []
         again = noop_context_fn if self.adapters is None else self.adapters.recompute
-        for i in range(len(self.blocks)):
-            args = (i, how, x_BLD, branch_BLD, gate_BFD, times.layers[i], text_kv[i])
-            if self.checkpoint_blocks and torch.is_grad_enabled() and how.cache is None:
-                out = checkpoint(self._layer, *args, use_reentrant=False, context_fn=again)
-            else:
-                out = self._layer(*args)
-            x_BLD, branch_BLD, gate_BFD, kv = out
+        run: Callable[..., Any] = self._layer
+        if self.checkpoint_blocks and torch.is_grad_enabled() and how.cache is None:
+            run = partial(checkpoint, self._layer, use_reentrant=False, context_fn=again)
+        for i, block in enumerate(self.blocks):
+            mods = times.layers[i] if times.layers else times.time_BF6D
+            text = text_kv if isinstance(text_kv, Tensor) else text_kv[i]
+            x_BLD, branch_BLD, gate_BFD, kv = block(
+                run, i, how, x_BLD, branch_BLD, gate_BFD, mods, text
+            )
             if how.keep:
                 own.append(kv)
         if how.keys_only:
             return None, own
         embed_BFD = times.embed_BFD
         if how.last is not None and embed_BFD.shape[1] > 1:
-            embed_BFD = embed_BFD[:, how.last[1] :]
+            embed_BFD = embed_BFD[:, how.last[0] :]
         return self.head(x_BLD, branch_BLD, gate_BFD, embed_BFD), own
 
-    def _text(self, text: Tensor | list[LayerKV]) -> list[LayerKV]:
-        return self.text_kv(text) if isinstance(text, Tensor) else text
+    def _text(self, text: Tensor | list[LayerKV]) -> list[LayerKV] | Tensor:
+        """The prompt's keys and values per layer; its embedding, if blocks are to make them."""
+        if not isinstance(text, Tensor):
+            return text
+        return self._embedded(text) if self.sharded else self.text_kv(text)
 
     # --- training passes ---
 
@@ -267,7 +264,8 @@ class CausalWan(CausalNetwork):
         if x0_BFCHW is None and context is None:
             require(chunks_BN is None, "chunks", chunks_BN, "None where nothing clean is given")
             require(start_frame == 0, "start_frame", start_frame, "0 where nothing clean is given")
-            how = Pass(self._rope(rows, cols, range(frames)), self.config.sight(frames, tokens))
+            rope, sight = self._rope(rows, cols, range(frames)), self.config.sight(frames, tokens)
+            how = Pass(rope, sight, tokens, self.sequence)
         else:
             first, drawn = self.config.independent_first_frame, None
             require(not first, "config", self.config, "no independent first frame (context)")
@@ -285,7 +283,7 @@ class CausalWan(CausalNetwork):
             frame = range(start_frame, start_frame + frames)
             rope = self._rope(rows, cols, frame, chunks_BN)
             keys = ClipKeys(sink=clip.copied * tokens, chunk=chunk * tokens)
-            how = Pass(rope, noisy, context, keys=keys)
+            how = Pass(rope, noisy, tokens, self.sequence, context, keys=keys)
             if x0_BFCHW is not None:
                 shape = (len(x_BFCHW), frames, *x_BFCHW.shape[2:])
                 alike = x0_BFCHW.shape == shape
@@ -295,8 +293,10 @@ class CausalWan(CausalNetwork):
                 how = Pass(
                     torch.cat([clean_rope, rope], 1),
                     intervals.teacher_forcing(frames, chunk, tokens, drawn, **within),
+                    tokens,
+                    self.sequence,
                     keys=replace(keys, past=context, clean=clean),
-                    last=(frames * tokens, frames, noisy),
+                    last=(frames, noisy),
                 )
                 x_BLD = torch.cat([self._patchify(x0_BFCHW)[0], x_BLD], 1)
                 t_BF = torch.cat([_times(clean_t_BF, x0_BFCHW), _times(t_BF, x_BFCHW)], 1)
@@ -330,6 +330,8 @@ class CausalWan(CausalNetwork):
         how = Pass(
             self._rope(rows, cols, range(start_frame, start_frame + frames)),
             sight,
+            tokens,
+            self.sequence,
             keep=True,
             keys_only=True,
             keys=ClipKeys(past),
@@ -373,9 +375,12 @@ class CausalWan(CausalNetwork):
         """
         x_BLD, rows, cols = self._patchify(x_BFCHW)
         past = 0 if context is None else context[0][0].shape[1]
+        frames, tokens = x_BFCHW.shape[1], rows * cols
         how = Pass(
-            self._rope(rows, cols, range(start_frame, start_frame + x_BFCHW.shape[1])),
-            intervals.after_context(past, x_BLD.shape[1]),
+            self._rope(rows, cols, range(start_frame, start_frame + frames)),
+            intervals.after_context(past, frames * tokens),
+            tokens,
+            self.sequence,
             context if past else None,
             keep=True,
         )
@@ -398,7 +403,8 @@ class CausalWan(CausalNetwork):
         window, sink = self.config.window, self.config.sink
         grid = self.config.grid(height, width)
         own = self.text_kv(text) if isinstance(text, Tensor) else [_copies(kv) for kv in text]
-        return KVCache(own, frames, *grid, window=window, sink=sink)
+        heads = self.config.num_heads // (1 if self.sequence is None else self.sequence.parts)
+        return KVCache(own, frames, *grid, window=window, sink=sink, heads=heads)
 
     def forward_cached(
         self,
@@ -463,12 +469,16 @@ class CausalWan(CausalNetwork):
         self, x_BFCHW: Tensor, times: TimeTable, cache: KVCache, context_only: bool = False
     ) -> Tensor | None:
         """`forward_cached` at the cache's current chunk; depends on no host value."""
-        # Autograd's host overhead per op exceeds the run time of some ops.
-        with torch.inference_mode():
+        # Autograd's host overhead per op exceeds the run time of some ops. Gathered weights must
+        # not become inference tensors, as training passes use the same ones.
+        with torch.no_grad() if self.sharded else torch.inference_mode():
             x_BLD, rows, cols = self._patchify(x_BFCHW)
+            frames, tokens = x_BFCHW.shape[1], rows * cols
             how = Pass(
-                cache.rope(x_BFCHW.shape[1]),
-                cache.intervals(x_BLD.shape[1]),
+                self._split(cache.rope(frames), tokens),
+                cache.intervals(frames * tokens),
+                tokens,
+                self.sequence,
                 cache=cache,
                 keys_only=context_only,
             )

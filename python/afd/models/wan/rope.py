@@ -1,4 +1,4 @@
-"""Rotary position tables of video tokens: time, row and column.
+"""Rotary position tables of video tokens (time, row, column), and embeddings of noise levels.
 
 Shape letters: F frames, T tokens per frame, d head channels. A table holds (cos, sin) of every
 token and channel pair, float32 [1, F·T, d/2, 2], the form that `afd.ops.qk_norm_rope` takes.
@@ -43,3 +43,11 @@ def rope_table(head_dim: int, frame_F: Tensor, rows: int, cols: int) -> Tensor:
         axis_table(places[:cols], col)[None, None].expand(*grid, col, 2),
     ]
     return torch.cat(axes, dim=-2).reshape(1, frames * rows * cols, head_dim // 2, 2)
+
+
+def sinusoid(t: Tensor, channels: int) -> Tensor:
+    """Sinusoidal embedding of t: (cos, sin) at geometric frequencies, float64 [..., channels]."""
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
+    angle = t.double().unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat([angle.cos(), angle.sin()], -1)

@@ -86,11 +86,13 @@ class TimeTable:
 
     Attributes:
         embed_BFD: time embedding, which modulates the head; B and F may be 1.
-        mods: per layer [B, F, 6, D]; `layers` are its slices.
+        mods: per layer [B, F, 6, D]; `layers` are its slices. Empty if the blocks make their own of
+        time_BF6D: the projected embedding, [B, F, 6, D].
     """
 
     embed_BFD: Tensor
     mods: list[Tensor]
+    time_BF6D: Tensor | None = None
     layers: list[Modulation] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,71 @@
+"""The dry run's communication is what the processes send."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from afd.config.run import make_config
+from afd.planning.communication import traffic
+from afd.planning.plan import student_net
+from afd.planning.work import Work
+from tests.afd.together import together
+from tests.afd.traffic import sent
+
+LORA = {"lora": {"rank": 4, "alpha": 4.0}}
+CASES: dict[str, dict[str, Any]] = {
+    "replicated": {"parallel": {}, "afd": {"context": "recompute"}},
+    "sharded": {"parallel": {"weights": "fsdp"}, "afd": {"context": "own_context"}},
+    "sharded adapters": {
+        "parallel": {"weights": "fsdp"},
+        "student": LORA | {"checkpoint_blocks": True, "rollout_batch": 1},
+        "afd": {"context": "shared_context", "micro_batch": 1, "keep_context": False},
+    },
+    "one video": {"parallel": {"sequence": 2}, "afd": {"context": "recompute", "micro_batch": 3}},
+    "one video, sharded": {
+        "parallel": {"weights": "fsdp", "sequence": 2},
+        "student": {"checkpoint_blocks": True},
+        "afd": {"context": "recompute", "chunks_per_update": 2},
+    },
+    "one video, group": {
+        "parallel": {"sequence": 2},
+        "student": LORA | {"rollout_batch": 3},
+        "afd": {"context": "own_context", "group_from_chunk": 2},
+    },
+}
+
+
+def run_of(case: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompts_per_update": 2,
+        "discriminator": {"warmup_updates": 0, "loss": "gan", "steps_per_update": 1},
+        "evaluation": {"kind": "none"},
+        **case,
+        "afd": {"samples_per_prompt": 3, "draws": 2} | case["afd"],
+    }
+
+
+@pytest.fixture(scope="module")
+def both() -> dict[str, tuple[dict[str, int], dict[str, float]]]:
+    """What was sent, and what was planned, of each case."""
+    runs = [run_of(case) for case in CASES.values()]
+    works = [Work(config, student_net(config), 2) for config in map(make_config, runs)]
+    moved, _ = together(2, sent, runs, [work.net.trained for work in works])
+    planned = []
+    for work in works:
+        total: Counter[str] = Counter()
+        for one in traffic(work):
+            name = "all-gather" if one.name == "velocities" else one.name
+            total[name] += one.bytes  # type: ignore[assignment]
+        planned.append(dict(total))
+    return dict(zip(CASES, zip(moved, planned, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_counts_what_is_sent(
+    both: dict[str, tuple[dict[str, int], dict[str, float]]], name: str
+) -> None:
+    moved, planned = both[name]
+    assert planned == pytest.approx(moved, rel=1e-9)
