@@ -8,13 +8,17 @@ import sys
 import zipfile
 from email.parser import Parser
 from email.policy import default
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from docs.release_notes import notes
 from tests.fresh import ROOT, build, needed, try_extra
+from tests.lowest import tomllib
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,49 @@ def test_the_metadata_names_licence_version_and_needs(wheel: Path) -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {facts['Version']}\n" in citation
     assert f"## {facts['Version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("extra", ["train", "lab", "live", "wan"])
+def test_an_extra_imports_the_packages_of_no_other(extra: str) -> None:
+    """Commands of an extra import without the packages that only other extras bring."""
+    commands = {
+        "train": "afd.trainer.loop, afd.adapt.run, afd.sampling.sample, afd.export",
+        "lab": "afd.lab.quickstart, afd.lab.ablation, afd.audit.command",
+        "live": "afd.live.run, afd.live.watch",
+        "wan": "afd.models.wan.loading, afd.discriminators.videoalign.discriminator",
+    }
+    brought = {name: brings(name) for name in ("train", "lab", "live", "wan", "teachers")}
+    absent = set.union(*brought.values()) - brought[extra] - brings(None)
+    blocked = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {sorted(absent)}:
+            raise ModuleNotFoundError("no " + name, name=name)
+sys.meta_path.insert(0, Absent())
+import {commands[extra]}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert absent
+
+
+def brings(extra: str | None) -> set[str]:
+    """Names of the modules of an extra's packages, without what those need in turn."""
+    text = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = text["dependencies"] if extra is None else text["optional-dependencies"][extra]
+    found: set[str] = set()
+    for line in lines:
+        wanted = Requirement(line)
+        if wanted.name == "afd-video":
+            found |= set().union(*map(brings, wanted.extras))
+            continue
+        same = canonicalize_name(wanted.name)
+        tops = packages_distributions().items()
+        found |= {top for top, owners in tops if same in map(canonicalize_name, owners)}
+    return found
 
 
 def test_the_release_notes_are_the_section_of_the_version() -> None:

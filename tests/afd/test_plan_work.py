@@ -71,7 +71,8 @@ def planned(config: RunConfig, layers: int) -> dict[str, float]:
     lora = None if config.student.lora is None else config.student.lora.rank
     sizes = wan.dim, wan.ffn_dim, layers, wan.text_len
     tokens, window = SIZE[1] * SIZE[2] // 4, config.student.window
-    net = Net(*sizes, 0, SIZE[0], wan.chunk, tokens, lora, window, config.student.sink)
+    seen = {"window": window, "sink": config.student.sink}
+    net = Net(*sizes, 0, SIZE[0], wan.chunk, tokens, lora, **seen)
     return {phase.name: phase.flop for phase in Work(config, net, 1).phases(0)}
 
 

@@ -21,7 +21,7 @@ from afd.files import read_text, write_text
 from afd.registry import find
 from afd.teachers.mix_config import MixConfig
 from afd.teachers.paid.config import PaidConfig
-from afd.teachers.paid.teacher import read_prompts
+from afd.teachers.paid.prompts import read_prompts
 from afd.trainer.run_folder import DONE, finished, refuse_another_run
 
 # The resolved sequence, by which its folder is recognised.

@@ -207,7 +207,8 @@ class Preparation:
 
     def _decoded(self, x0_BFCHW: Tensor, lead_BFCHW: Tensor | None) -> Spaces:
         decoded = self._pipeline.decode(x0_BFCHW, lead_BFCHW)
-        return {space: x.cpu() for space, x in decoded.items()}
+        # Tensors of a plan, on the meta device, have no values to move.
+        return {space: x if x.is_meta else x.cpu() for space, x in decoded.items()}
 
     def _rated(self, inputs: list[Tensor], prompts: list[str]) -> list[Tensor]:
         pipeline = self._pipeline

@@ -24,6 +24,7 @@ from afd.models.low_rank import LowRank, joined, negated
 from afd.models.policies import PRETRAINED, REFERENCE, Released, make_policies
 from afd.models.sharding import sequence_over, shard_over
 from afd.models.student import Student
+from afd.models.wan.types import WanConfig
 from afd.registry import find
 from afd.rewards.base import OnlineConfig, Term, online
 from afd.teachers.mix_config import MixConfig
@@ -208,8 +209,13 @@ def check_files(config: RunConfig) -> None:
     else:
         for sentence in missing_path("student.init", section.init, "what the run starts from"):
             raise ConfigError(sentence)
+    _sizes(config)
+
+
+def _sizes(config: RunConfig) -> WanConfig:
+    """The network's sizes. Raises ConfigError for files of another network."""
     try:
-        section.sizes()
+        return config.student.sizes()
     except (ValueError, FileNotFoundError) as error:
         text = str(error)
         raise ConfigError(text if text.startswith("student.") else f"student: {text}") from error
@@ -247,7 +253,7 @@ def check_size(config: RunConfig) -> None:
             f"video.frames, video.height, video.width: got {', '.join(map(str, given))}; needed: "
             f"{', '.join(map(str, size))}, those of the {config.student.kind} student"
         )
-    heads, parts = config.student.sizes().num_heads, config.parallel.sequence
+    heads, parts = _sizes(config).num_heads, config.parallel.sequence
     if heads % parts:
         raise ConfigError(
             f"parallel.sequence: got {parts}; needed: a divisor of the student's {heads} heads"

@@ -10,7 +10,8 @@ from afd.errors import TeacherError
 from afd.teachers.forecast import SECONDS_PER_VIDEO, Forecast
 from afd.teachers.paid.config import PaidConfig
 from afd.teachers.paid.ledger import NAME, Ledger
-from afd.teachers.paid.teacher import PROVIDERS, price_of, read_prompts
+from afd.teachers.paid.prompts import read_prompts
+from afd.teachers.paid.teacher import PROVIDERS, price_of
 
 
 def forecast(config: PaidConfig, folder: Path, drawn: int) -> Forecast:

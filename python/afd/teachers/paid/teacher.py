@@ -23,7 +23,6 @@ from typing import Any
 from rich.console import Console
 
 from afd.errors import TeacherError, Unanswered
-from afd.files import Rows, csv_rows, json_rows, read_text
 from afd.teachers.base import Request
 from afd.teachers.paid.ark import Ark
 from afd.teachers.paid.config import PaidConfig
@@ -32,6 +31,7 @@ from afd.teachers.paid.fal import Fal
 from afd.teachers.paid.http import Http, Secret
 from afd.teachers.paid.ledger import NAME, Ledger, Row, refuse_unknown_videos
 from afd.teachers.paid.openai import OpenAI
+from afd.teachers.paid.prompts import read_prompts
 from afd.teachers.paid.purchase import Engine
 from afd.teachers.paid.service import Order, Provider, canonical
 from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
@@ -309,40 +309,6 @@ def open_teacher(
     )
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read the distinct prompts of a .txt (one per line), .jsonl or .csv (field `prompt`) file."""
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise TeacherError(f"teacher.api.prompts {path}: {error}") from None
-    rows: Rows
-    if path.suffix == ".txt":
-        rows = ((n, {"prompt": line}) for n, line in enumerate(text.split("\n"), 1))
-    elif path.suffix == ".csv":
-        rows = csv_rows(text, ("prompt",))
-    elif path.suffix == ".jsonl":
-        rows = json_rows(text)
-    else:
-        raise TeacherError(f"teacher.api.prompts {path}: needs the ending .txt, .jsonl or .csv")
-    there = [prompt for number, row in rows if (prompt := _prompt(path, number, row))]
-    once = list(dict.fromkeys(there))
-    if not once:
-        raise TeacherError(f"teacher.api.prompts {path}: contains no prompt")
-    if len(once) < len(there):
-        _log.warning("%s: %d prompts are repeated and count once", path, len(there) - len(once))
-    return once
-
-
-def _prompt(path: Path, number: int, row: dict[str, Any] | str) -> str:
-    if isinstance(row, str):
-        raise TeacherError(f"teacher.api.prompts {path}: line {number}: {row}")
-    prompt = row.get("prompt")
-    # A row of a .csv may end before its column.
-    if path.suffix == ".jsonl" and not isinstance(prompt, str):
-        raise TeacherError(f'teacher.api.prompts {path}: line {number} needs {{"prompt": "..."}}')
-    return (prompt or "").strip()
-
-
 def _seed(seed: int, request: Request) -> int:
     """A 31-bit seed, accepted by every provider, that differs between prompts and draws and so also
     identifies a task."""
@@ -379,4 +345,4 @@ def price_of(config: PaidConfig, provider: Provider, parameters: dict[str, Any])
     return per_unit * units
 
 
-__all__ = ["NAME", "PROVIDERS", "ApiTeacher", "Progress", "price_of", "read_prompts"]
+__all__ = ["NAME", "PROVIDERS", "ApiTeacher", "Progress", "price_of"]
