@@ -249,7 +249,8 @@ def test_a_run_that_is_lengthened_is_the_longer_run(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["parallel=fsdp"], "afd.async: got 1 with parallel=fsdp"),
+        (["parallel=fsdp"], "afd.async: got 1 with parallel.weights=fsdp"),
+        (["parallel.sequence=2"], "and parallel.sequence=2; needed: 0, or ddp and 1"),
         (["teacher.robust.trim=0.1"], "afd.async: got 1 with teacher.robust"),
         (["afd.async=2"], "afd.async"),
         (["afd.async=true"], "needed: a number"),
