@@ -31,11 +31,8 @@ from afd.models.config import DTYPES
 from afd.models.low_rank import LowRank, cut, folded, joined
 from afd.models.network import CausalNetwork
 from afd.models.policies import start_digest
-from afd.models.wan.checkpoints import (
-    save_diffusers,
-    save_self_forcing,
-    to_diffusers,
-)
+from afd.models.wan.checkpoints import save_diffusers, save_self_forcing, to_diffusers
+from afd.models.wan.network import CausalWan
 from afd.trainer import checkpoint
 from afd.trainer.origin import PREFERRED, Start, start_of
 from afd.trainer.run_folder import load_run
@@ -91,7 +88,7 @@ def export(folder: Path, config: ExportConfig) -> Path:
     state = checkpoint.load(path, method=run.method, config=plain(run), only=only)
     versions = dict(state["method_state"]["policies"])
     start = versions.pop("start")
-    kind = config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")
+    kind = _kind(config, run)
     name = _choose(config, versions)
     if config.rank is not None and kind not in ADAPTER_KINDS:
         raise ConfigError(f"rank: got {config.rank} with kind={kind}; needed: an adapter's kind")
@@ -256,6 +253,18 @@ class _Learned:
             scale = student.lora.alpha / student.lora.rank
             state = folded(network.state_dict(), LowRank.of(weights, scale))
         return {name: tensor.to(self.dtype) for name, tensor in state.items()}
+
+
+def _kind(config: ExportConfig, run: RunConfig) -> str:
+    """The format to write. Raises ConfigError for one that the student's network does not have."""
+    if isinstance(run.student.skeleton(), CausalWan):
+        return config.kind or ("self_forcing" if run.student.lora is None else "diffusers_lora")
+    if config.kind in (None, "student", "peft"):
+        return config.kind or "student"
+    raise ConfigError(
+        f"kind: got {config.kind}; needed: student or peft, as the {run.student.kind} student is "
+        "not a Wan network"
+    )
 
 
 def _choose(config: ExportConfig, versions: Mapping[str, object]) -> str:

@@ -165,7 +165,7 @@ def test_earlier_teachers_videos_are_learned_from_and_nothing_is_bought(
     whole, spied.seen = spied.seen, []
     words = "replay: 2 of 3 prompts have a video of an earlier teacher (2 videos)"
     assert words in caplog.text
-    assert f"replay.videos: {tmp_path / 'gone'} has no manifest" in caplog.text
+    assert f"replay.videos: {tmp_path / 'gone'} is not there" in caplog.text
     for batch in whole:
         assert batch.replay is not None
         assert batch.prompts[2:] == [p for p in batch.replay.prompts if p in held[:2]]

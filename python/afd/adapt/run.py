@@ -23,12 +23,12 @@ from afd.adapt.sequence import (
     replayable,
     write_replay,
 )
-from afd.distributed import join
+from afd.distributed import join, refuse_parts
 from afd.files import write_json
 from afd.planning.plan import make_plan, show
 from afd.planning.work import gib
 from afd.trainer.loop import Outcome, train
-from afd.trainer.run_folder import refuse_another_run, with_commits
+from afd.trainer.run_folder import refuse_another_run, refuse_idle_processes, with_commits
 
 # What a sequence itself will make before the run that asks for it.
 MADE = ("student.init", "replay.prompts")
@@ -48,6 +48,9 @@ def adapt(
     first = chain.domains[0].run
     with join(first.device, patience_s=2 * first.teacher.patience_s) as ranks:
         console = console if ranks.main else Console(quiet=True)
+        for domain in chain.domains:
+            refuse_parts(domain.run.parallel.sequence, ranks.processes)
+            refuse_idle_processes(domain.run, ranks.processes // domain.run.parallel.sequence)
         if ranks.main:
             refuse_changed(chain)
             chain.root.mkdir(parents=True, exist_ok=True)

@@ -27,4 +27,8 @@ class ParallelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _of_one_word(cls, given: Any) -> Any:
-        return {ONE_WORD["parallel"]: given} if isinstance(given, str) else given
+        if isinstance(given, str):
+            return {ONE_WORD["parallel"]: given}
+        if not isinstance(given, dict | cls):
+            raise ValueError("needed: ddp, fsdp, or the keys weights and sequence")
+        return given

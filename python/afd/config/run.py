@@ -7,6 +7,7 @@ closest known names; that for an invalid value names the field, the value and wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, overload
 
@@ -387,27 +388,26 @@ def differences(
 
     A key that `old` lacks, as an earlier version wrote it, has its default.
     """
-    a, b = dict(flatten(_completed(old))), dict(flatten(new))
+    b = dict(flatten(new))
+    a = {k: v for k, v in flatten(_completed(old)) if k in b} | dict(flatten(old))
     free = tuple(f"{key}." for key in free_keys)
-    keys = [k for k in sorted(a.keys() | b.keys()) if not f"{k}.".startswith(free)]
-    absent = "(absent)"
+    keys, absent = sorted(a.keys() | b.keys()), "(absent)"
     found = [
         f"{k}: {a.get(k, absent)!r} there, {b.get(k, absent)!r} now"
         for k in keys
-        if a.get(k, absent) != b.get(k, absent)
+        if a.get(k, absent) != b.get(k, absent) and not f"{k}.".startswith(free)
     ]
     # The first reward is another one in another order.
     order, now = list(old.get("rewards") or {}), list(new.get("rewards") or {})
-    if order != now and sorted(order) == sorted(now):
-        found.append(f"rewards: in the order {', '.join(order)} there, {', '.join(now)} now")
-    return found
+    if order == now or sorted(order) != sorted(now):
+        return found
+    return [*found, f"rewards: in the order {', '.join(order)} there, {', '.join(now)} now"]
 
 
 def _completed(data: dict[str, Any]) -> dict[str, Any]:
-    try:
+    with suppress(ConfigError):  # keys of an earlier version that are gone
         return plain(make_config(data))
-    except ConfigError:  # has keys of an earlier version that are gone
-        return data
+    return data
 
 
 def _copy(data: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def shard_over(ranks: Ranks, compute_dtype: torch.dtype) -> Callable[[CausalNetw
             one.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([one])
         for name in PASSES:
-            register_fsdp_forward_method(net, name)
+            if hasattr(net, name):
+                register_fsdp_forward_method(net, name)
 
     return shard
 

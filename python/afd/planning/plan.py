@@ -25,7 +25,7 @@ from afd.planning.communication import Traffic, traffic
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.work import GIB, Part, Phase, Work, gib
 from afd.teachers.forecast import Forecast
-from afd.trainer.build import check_size, not_training
+from afd.trainer.build import check_size, not_training, refuse_shared_videos
 from afd.trainer.origin import parent_ranks
 from afd.trainer.run_folder import refuse_another_run, refuse_idle_processes, with_commits
 
@@ -103,7 +103,8 @@ def setups(plan: Plan) -> list[Setup]:
     parts, groups = config.parallel.sequence, 1
     while groups <= config.prompts_per_update:
         processes = groups * parts
-        for weights in ("ddp", "fsdp") if processes > 1 else ("ddp",):
+        alone = processes == 1 or (config.method == "afd" and config.afd.delay)
+        for weights in ("ddp",) if alone else ("ddp", "fsdp"):
             parallel = config.parallel.model_copy(update={"weights": weights})
             one = config.model_copy(update={"parallel": parallel})
             try:
@@ -138,6 +139,7 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
         net = student_net(config)
         if isinstance(method, TimesConfig):
             check_chunks(method, net.chunks)
+        refuse_shared_videos(config, config.student.skeleton())
     except ValueError as error:  # the checkpoint does not fit the configuration
         raise ConfigError(str(error)) from error
     work = Work(config, net, processes)

@@ -21,6 +21,7 @@ from afd.methods.gan import Gan
 from afd.methods.sft import Sft
 from afd.models.codec import Codec
 from afd.models.low_rank import LowRank, joined, negated
+from afd.models.network import CausalNetwork
 from afd.models.policies import PRETRAINED, REFERENCE, Released, make_policies
 from afd.models.sharding import sequence_over, shard_over
 from afd.models.student import Student
@@ -189,13 +190,18 @@ def build_student(
         start = start or start_of(section, config.run_dir)
         student.net.load_state_dict(start.network.state_dict())
     student.net.checkpoint_blocks = section.checkpoint_blocks
-    if config.parallel.sequence > 1 and not student.net.shares_sequences:
-        raise ConfigError(
-            f"parallel.sequence: got {config.parallel.sequence}; needed: 1, as "
-            f"{type(student.net).__name__} computes each video in one process"
-        )
+    refuse_shared_videos(config, student.net)
     student.net.sequence = sequence_over(ranks)
     return student.to(ranks.device), codec
+
+
+def refuse_shared_videos(config: RunConfig, network: CausalNetwork) -> None:
+    """Raise ConfigError if processes are to share a video (`parallel.sequence`) and cannot."""
+    if config.parallel.sequence > 1 and not network.shares_sequences:
+        raise ConfigError(
+            f"parallel.sequence: got {config.parallel.sequence}; needed: 1, as "
+            f"{type(network).__name__} computes each video in one process"
+        )
 
 
 def check_files(config: RunConfig) -> None:
@@ -244,8 +250,8 @@ def not_training(config: RunConfig) -> str | None:
 
 
 def check_size(config: RunConfig) -> None:
-    """Raise ConfigError if the student was made for videos of another size, or its heads do not
-    divide over the processes of a video."""
+    """Raise ConfigError if the student was made for videos of another size, its heads do not divide
+    over the processes of a video, or its window or AFD's streams do not fit."""
     video, size = config.video, config.student.video_size()
     given = (video.frames, video.height, video.width)
     if size is not None and given != size:
@@ -258,10 +264,13 @@ def check_size(config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.sequence: got {parts}; needed: a divisor of the student's {heads} heads"
         )
-    if config.student.window is not None:
-        config.student.check_window()
-    if config.method == "afd":
-        _check_stream(config)
+    try:
+        if config.student.window is not None:
+            config.student.check_window()
+        if config.method == "afd":
+            _check_stream(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_stream(config: RunConfig) -> None:

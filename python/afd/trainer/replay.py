@@ -124,7 +124,9 @@ def find_videos(config: RunConfig, prompts: Sequence[str]) -> Listed:
     for place in config.replay.videos:
         there = place.is_file() or any((place / name).is_file() for name in MANIFESTS)
         if not there:
-            _log.warning("replay.videos: %s has no manifest of videos; none is used", place)
+            _log.warning(
+                "replay.videos: %s is not there, or has no manifest of videos; none is used", place
+            )
             continue
         folder, manifest = (place.parent, place) if place.is_file() else (place, None)
         try:

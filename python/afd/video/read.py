@@ -137,7 +137,9 @@ def frame_size(path: Path | str) -> tuple[int, int]:
 def read_comment(path: Path | str) -> str | None:
     """Read the comment in a video file's metadata, or None."""
     with opened(Path(path)) as source:
-        return cast("str | None", source.container.metadata.get("comment"))
+        comment = cast("str | None", source.container.metadata.get("comment"))
+    # Bytes that are not UTF-8 come as surrogates from PyAV 19 on, which no file takes.
+    return comment and comment.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _check_arguments(frames: int, height: int, width: int, fps: float | None) -> None:

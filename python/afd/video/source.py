@@ -23,6 +23,9 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,"
     "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"  # single pictures: a stream may start so
 )
+# PyAV before 19 refuses a file whose metadata are not UTF-8 unless told otherwise.
+_BEFORE_19 = int(av.__version__.partition(".")[0]) < 19
+METADATA_ERRORS: dict[str, Any] = {"metadata_errors": "replace"} if _BEFORE_19 else {}
 # Range of frame rates that may be requested: below it a clip is a slide show; above it, beyond the
 # resolution of container clocks.
 RATES = (1e-3, 1e4)
@@ -65,7 +68,7 @@ class Source:
         options = {"format_whitelist": CONTAINERS, "max_pixels": self._most_pixels}
         try:
             still = self._still()
-            self.container = av.open(file, options=options, metadata_errors="replace")
+            self.container = av.open(file, options=options, **METADATA_ERRORS)
             self.stream = self._choose()
             self._prepare()
             if still is not None and self.container.format.name.endswith("_pipe"):

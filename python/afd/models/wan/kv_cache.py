@@ -78,7 +78,8 @@ class KVCache:
             cross_kv: the prompt's keys and values (`CausalWan.text_kv`); kept, not copied, and
                 overwritten when the prompt changes.
             frames: frames of the stream. With a window, the stream may be longer; None: unlimited.
-            rows, cols: tokens of a frame.
+            rows: rows of a frame's tokens.
+            cols: columns of a frame's tokens.
             window: frames kept, including sink and current chunk; None keeps all of `frames`.
             sink: initial frames that always stay in the window.
             heads: heads of self-attention that it holds, of a sequence group those of this process;

@@ -8,6 +8,7 @@ one is four.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ LAYOUTS = (
     "original Wan folder (Wan2.1_VAE.pth or Wan2.2_VAE.pth)"
 )
 _ORIGINAL = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+_ENCODING = threading.Lock()
 
 
 class VideoVAE:
@@ -89,7 +91,10 @@ class VideoVAE:
             f"[B, 1 + a multiple of {time}, C, multiples of {space}]",
         )
         video_BCFHW = video_BFCHW.to(self.model.device, self.model.dtype).transpose(1, 2)
-        latent_BFCHW = self.model.encode(video_BCFHW).latent_dist.mode().transpose(1, 2)
+        # The network keeps the state of an encode on itself, and rollouts ahead cut their clips in
+        # a thread while the teacher's videos are encoded.
+        with _ENCODING:
+            latent_BFCHW = self.model.encode(video_BCFHW).latent_dist.mode().transpose(1, 2)
         mean, std = self._statistics(latent_BFCHW)
         return ((latent_BFCHW.float() - mean) / std).to(self.model.dtype)
 
