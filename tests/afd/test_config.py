@@ -23,6 +23,7 @@ from afd.config.run import (
 from afd.discriminators.config import LatentConfig
 from afd.errors import ConfigError
 from afd.sampling.config import SampleConfig
+from afd.trainer.build import check_size
 
 CONFIGS = Path(__file__).parents[2] / "python" / "afd" / "configs"
 
@@ -211,6 +212,31 @@ def test_a_key_that_an_earlier_version_did_not_write_has_its_default() -> None:
     assert differences(old, other) == ["afd.stream_frames: None there, 60 now"]
     old["gone"] = 1
     assert "gone: 1 there, '(absent)' now" in differences(old, default)
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("afd.stream_frames=64", "student.window: got null; needed: the frames that are kept"),
+        ("student.window=2", "student.window: got 2"),
+    ],
+)
+def test_windows_and_streams_that_do_not_fit_are_one_sentence(override: str, needed: str) -> None:
+    with pytest.raises(ConfigError, match=needed):
+        check_size(make_config({}, [override]))
+
+
+@pytest.mark.parametrize("value", [3, None, []])
+def test_what_is_no_way_to_share_a_run_is_named(value: object) -> None:
+    needed = "needed: ddp, fsdp, or the keys weights and sequence"
+    with pytest.raises(ConfigError, match=rf"parallel .*{needed}"):
+        make_config({"parallel": value})
+
+
+@pytest.mark.parametrize("override", ["student.vae=tiny", "video.decoder=tiny"])
+def test_the_tiny_autoencoder_is_for_wan21(override: str) -> None:
+    with pytest.raises(ConfigError, match="got tiny; needed: null"):
+        load_config("wan22_5b_704x1280", [override, "student.tiny_vae=taehv.pth"])
 
 
 def test_every_value_has_a_description() -> None:

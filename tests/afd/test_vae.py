@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def whole_decode(vae: Any, latent_BFCHW: Tensor) -> Tensor:
     )
     z_BFCHW = (latent_BFCHW.float() * std + mean).to(vae.dtype)
     return vae.decode(z_BFCHW.transpose(1, 2)).sample.transpose(1, 2)
+
+
+def test_two_threads_encode_as_one_does() -> None:
+    """The network keeps the state of an encode on itself."""
+    vae = VideoVAE(model())
+    videos = [torch.randn(1, frames, 3, 16, 16) for frames in (5, 9)]
+    alone = [vae.encode(video) for video in videos]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(vae.encode, videos * 8))
+    assert all(torch.equal(one, alone[i % 2]) for i, one in enumerate(found))
 
 
 def test_the_statistics_are_those_of_the_released_latents() -> None:

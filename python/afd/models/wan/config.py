@@ -116,6 +116,8 @@ class WanStudentConfig(StudentConfig):
                 ShiftedFlow(self.shift).warp(steps)
         if self.vae == TINY and self.tiny_vae is None:
             raise ValueError("tiny_vae: got null; needed: TAEHV's file, as vae=tiny")
+        if self.vae == TINY and self.latents_of != LATENTS["wan2.1"]:
+            raise ValueError("vae: got tiny; needed: null, as TAEHV is for latents of wan2.1")
         if self.size is not None and self.latents not in (None, SIZES[self.size].latents):
             raise ValueError(
                 f"latents: got {self.latents}; needed: {SIZES[self.size].latents}, those of "
@@ -168,6 +170,8 @@ class WanStudentConfig(StudentConfig):
         height, width, frames = video.height, video.width, video.frames
         if video.decoder == TINY and self.tiny_vae is None:
             raise ValueError("video.decoder: got tiny; needed with it: student.tiny_vae")
+        if video.decoder == TINY and self.latents_of != LATENTS["wan2.1"]:
+            raise ValueError("video.decoder: got tiny; needed: null with latents of wan2.2")
         # A token spans two latent pixels per side.
         if height % (2 * space) or width % (2 * space):
             raise ValueError(
