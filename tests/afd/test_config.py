@@ -229,7 +229,7 @@ def test_windows_and_streams_that_do_not_fit_are_one_sentence(override: str, nee
 @pytest.mark.parametrize("value", [3, None, []])
 def test_what_is_no_way_to_share_a_run_is_named(value: object) -> None:
     needed = "needed: ddp, fsdp, or the keys weights and sequence"
-    with pytest.raises(ConfigError, match=rf"parallel .*{needed}"):
+    with pytest.raises(ConfigError, match=rf"parallel: got .*{needed}"):
         make_config({"parallel": value})
 
 

@@ -30,5 +30,6 @@ class ParallelConfig(Section):
         if isinstance(given, str):
             return {ONE_WORD["parallel"]: given}
         if not isinstance(given, dict | cls):
-            raise ValueError("needed: ddp, fsdp, or the keys weights and sequence")
+            needed = "ddp, fsdp, or the keys weights and sequence"
+            raise ValueError(f"parallel: got {given!r}; needed: {needed}")
         return given
