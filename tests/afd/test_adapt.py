@@ -35,6 +35,7 @@ from tests.afd.tiny_methods import toy_student
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "python" / "afd" / "configs" / "continual"
 FILES = sorted(FOLDER.glob("*.yaml"))
+DOMAINS = ("1_fall", "2_sand")
 
 
 SHARED: dict[str, Path] = {}
@@ -171,17 +172,8 @@ run.adapt(Path(sys.argv[1]), sys.argv[3:], Console(file=io.StringIO()))
 """
 
 
-@pytest.mark.parametrize("moment", ["between", "within"])
-def test_a_sequence_killed_anywhere_ends_with_the_same_bits(
-    straight: Path, tmp_path: Path, moment: str
-) -> None:
-    path = written(tmp_path)
-    words = [sys.executable, "-c", KILLED, str(path), moment, "checkpoint.every=1"]
-    killed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert adapt(path, [], quiet())
-    ours, theirs = tmp_path / "out", straight.parent / "out"
-    for name in ("1_fall", "2_sand"):
+def assert_same_sequence(ours: Path, theirs: Path) -> None:
+    for name in DOMAINS:
         assert numbers(ours / name) == numbers(theirs / name)
         a, b = (
             shards.read(sorted((root / name / "checkpoints").iterdir())[-1], ALONE)
@@ -191,6 +183,18 @@ def test_a_sequence_killed_anywhere_ends_with_the_same_bits(
             assert_same(a[key], b[key], f"{name}.{key}")
     matrices = [json.loads((root / "matrix.json").read_text()) for root in (ours, theirs)]
     assert matrices[0]["metrics"] == matrices[1]["metrics"]
+
+
+@pytest.mark.parametrize("moment", ["between", "within"])
+def test_a_sequence_killed_anywhere_ends_with_the_same_bits(
+    straight: Path, tmp_path: Path, moment: str
+) -> None:
+    path = written(tmp_path)
+    words = [sys.executable, "-c", KILLED, str(path), moment, "checkpoint.every=1"]
+    killed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert adapt(path, [], quiet())
+    assert_same_sequence(tmp_path / "out", straight.parent / "out")
 
 
 def test_a_changed_list_is_refused_from_the_first_domain_that_differs(

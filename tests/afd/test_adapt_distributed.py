@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,15 @@ import pytest
 import torch
 
 from afd.adapt.run import adapt
-from afd.distributed import ALONE
-from afd.trainer import shards
 from tests.afd import test_adapt
 from tests.afd.adapting import sequence
-from tests.afd.test_adapt import quiet, written
+from tests.afd.test_adapt import DOMAINS, assert_same_sequence, quiet, written
 from tests.afd.test_distributed import torchrun
-from tests.afd.test_resume import assert_same, numbers
+from tests.afd.test_resume import numbers
 from tests.afd.tiny_methods import toy_student
 from tests.afd.together import together
 from tests.tolerances import DISTRIBUTED
 
-DOMAINS = ("1_fall", "2_sand")
 OVERRIDES = [
     "prompts_per_update=4",
     "replay.fraction=0.5",
@@ -47,19 +43,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = torchrun("adapt", str(path))
     assert ended.returncode == 0, ended.stderr
     return path.parent / "out"
-
-
-def assert_same_sequence(ours: Path, theirs: Path) -> None:
-    for name in DOMAINS:
-        assert numbers(ours / name) == numbers(theirs / name)
-        a, b = (
-            shards.read(sorted((root / name / "checkpoints").iterdir())[-1], ALONE)
-            for root in (ours, theirs)
-        )
-        for key in ("method_state", "random", "sampler", "replay", "update"):
-            assert_same(a[key], b[key], f"{name}.{key}")
-    matrices = [json.loads((root / "matrix.json").read_text()) for root in (ours, theirs)]
-    assert matrices[0]["metrics"] == matrices[1]["metrics"]
 
 
 def test_torchrun_goes_through_the_domains_of_one_process(straight: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 
 from afd.config.run import load_config, make_config
-from afd.distributed import ALONE
 from afd.errors import ConfigError
 from afd.methods.afd import Afd
 from afd.methods.base import Batch
@@ -22,9 +21,9 @@ from afd.methods.rollouts import Rollouts
 from afd.models.config import LoraConfig
 from afd.models.student import Student
 from afd.planning.plan import make_plan, show
-from afd.trainer import checkpoint, shards
 from afd.trainer.loop import Outcome, train
 from tests.afd import test_kill
+from tests.afd.commands import assert_same_run
 from tests.afd.test_kill import small_run
 from tests.afd.test_resume import assert_same, numbers
 from tests.afd.tiny import make_clips
@@ -214,15 +213,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
-    assert numbers(one) == numbers(other)
+    assert_same_run(one, other)
     assert len(numbers(one)) == UPDATES
-    states = []
-    for out in (one, other):
-        newest = checkpoint.latest(out / "checkpoints")
-        assert newest is not None
-        states.append(shards.read(newest, ALONE))
-    for key in ("update", "method_state", "random", "sampler"):
-        assert_same(states[0][key], states[1][key], key)
 
 
 @pytest.mark.timeout(300)

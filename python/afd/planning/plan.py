@@ -139,7 +139,8 @@ def make_plan(config: RunConfig, processes: int = 1) -> Plan:
         net = student_net(config)
         if isinstance(method, TimesConfig):
             check_chunks(method, net.chunks)
-        refuse_shared_videos(config, config.student.skeleton())
+        if parts > 1:
+            refuse_shared_videos(config, config.student.skeleton())
     except ValueError as error:  # the checkpoint does not fit the configuration
         raise ConfigError(str(error)) from error
     work = Work(config, net, processes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -38,11 +37,10 @@ def evaluate_with(
     starts from instead."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    # Any number of processes can evaluate: videos are shared where they were in training, too.
-    parts, processes = config.parallel.sequence, int(os.environ.get("WORLD_SIZE", "1"))
-    patience_s = 2 * config.teacher.patience_s
-    alone = processes % parts != 0
-    with join(config.device, patience_s=patience_s, parts=1 if alone else parts) as ranks:
+    with join(config.device, patience_s=2 * config.teacher.patience_s) as ranks:
+        # Any number of processes can evaluate: they share videos if they divide as in training.
+        if ranks.processes % config.parallel.sequence == 0:
+            ranks = ranks.in_parts(config.parallel.sequence)
         return _evaluate(with_commits(config, ranks), videos, ranks, start)
 
 

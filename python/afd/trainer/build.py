@@ -259,8 +259,8 @@ def check_size(config: RunConfig) -> None:
             f"video.frames, video.height, video.width: got {', '.join(map(str, given))}; needed: "
             f"{', '.join(map(str, size))}, those of the {config.student.kind} student"
         )
-    heads, parts = _sizes(config).num_heads, config.parallel.sequence
-    if heads % parts:
+    parts = config.parallel.sequence
+    if parts > 1 and (heads := _sizes(config).num_heads) % parts:
         raise ConfigError(
             f"parallel.sequence: got {parts}; needed: a divisor of the student's {heads} heads"
         )

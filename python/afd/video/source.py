@@ -23,7 +23,7 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,"
     "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"  # single pictures: a stream may start so
 )
-# PyAV before 19 refuses a file whose metadata are not UTF-8 unless told otherwise.
+# PyAV before 19 refuses a file whose metadata are not UTF-8 by default.
 _BEFORE_19 = int(av.__version__.partition(".")[0]) < 19
 METADATA_ERRORS: dict[str, Any] = {"metadata_errors": "replace"} if _BEFORE_19 else {}
 # Range of frame rates that may be requested: below it a clip is a slide show; above it, beyond the

@@ -73,7 +73,7 @@ def load_diffusers(folder: Path, dtype: torch.dtype, device: torch.device | str)
 
 
 def load_original(file: Path, dtype: torch.dtype, device: torch.device | str, layouts: str) -> Any:
-    """The autoencoder of Wan2.1_VAE.pth or Wan2.2_VAE.pth, told apart by their names.
+    """The autoencoder of Wan2.1_VAE.pth or Wan2.2_VAE.pth, recognised by their names.
 
     Raises ValueError for another file; `layouts` is for the message.
     """
