@@ -81,7 +81,7 @@ def _read(path: Path, prompt: str, name: str, limits: Limits) -> Clip:
 def _thumbnail(frame: Any, size: tuple[int, int]) -> np.ndarray:
     """A frame, not turned, as float32 [H, W, 3] in [0, 1]."""
     height, width = _smaller(*size)
-    small = frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
+    small = frame.reformat(width, height, "rgb24", interpolation="AREA", threads=1).to_ndarray()
     return np.asarray(small, np.float32) / 255
 
 

@@ -67,7 +67,7 @@ def picture(source: Source, shown: Shown, hdr: Hdr) -> Picture:
     if name is None:
         # Transfer and primaries must not be converted, which some versions of PyAV do by default.
         frame.color_trc = frame.color_primaries = 2
-        pixels_HWC = frame.to_ndarray(format="rgb24")
+        pixels_HWC = frame.to_ndarray(format="rgb24", threads=1)
     else:
         pixels_HWC = _tone_mapped(frame)
     aspect = 1 / source.aspect if orientation.transpose else source.aspect
