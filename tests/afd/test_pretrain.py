@@ -17,10 +17,10 @@ from afd.lab.simulator import PROMPTS, TARGET_GRAVITY, attribute_table, sample_v
 from afd.lab.student import ToyStudent
 from afd.rollout import rollout
 
-LIMITS = {"base": 2_200_000, "motion": 200_000}
+LIMITS = {"base": 2_200_000, "endless": 2_200_000, "motion": 200_000}
 
 
-@pytest.mark.parametrize("name", ["base", "motion"])
+@pytest.mark.parametrize("name", LIMITS)
 def test_a_shipped_file_is_small_and_has_the_recorded_hash(name: str) -> None:
     path = checkpoint_path(name)
     about = json.loads(path.with_suffix(".json").read_text())
@@ -29,11 +29,11 @@ def test_a_shipped_file_is_small_and_has_the_recorded_hash(name: str) -> None:
     assert path.stat().st_size < LIMITS[name]
 
 
-@pytest.mark.parametrize("what", ["base", "motion-backbone"])
+@pytest.mark.parametrize("what", ["base", "endless-base", "motion-backbone"])
 def test_the_commands_write_a_checkpoint_and_its_record(what: str, tmp_path: Path) -> None:
     out = tmp_path / "made.safetensors"
     main([what, "--steps", "2", "--batch", "4", "--out", str(out)])
-    (ToyStudent if what == "base" else MotionBackbone).load(str(out))
+    (MotionBackbone if what == "motion-backbone" else ToyStudent).load(str(out))
     about = json.loads(out.with_suffix(".json").read_text())
     assert about["settings"]["steps"] == 2
 

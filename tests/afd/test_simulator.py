@@ -12,17 +12,21 @@ import torch
 from torch import Generator
 
 from afd.lab.config import SimulatorConfig
+from afd.lab.physics import measure
 from afd.lab.simulator import (
     ATTRIBUTES,
+    DOMAINS,
     FAULTS,
     LOOKS,
     PROMPTS,
+    TARGET_GRAVITY,
     attribute_table,
     drift,
     fall,
     main,
     sample_videos,
     source_gravity,
+    trajectories,
 )
 
 
@@ -68,6 +72,28 @@ def test_every_look_shows_the_same_motion(look: str) -> None:
     assert videos.abs().max() <= 1
     assert torch.equal(tracks, same)
     assert torch.equal(videos, clean) == (look == "clean")
+
+
+def test_endless_videos_are_clips_of_motion_that_never_ends() -> None:
+    table = attribute_table(list(PROMPTS) * 5)
+    gravity, generator = torch.full((180,), TARGET_GRAVITY), Generator().manual_seed(0)
+    whole = trajectories(table, gravity, generator, bounce=1.0, frames=240)
+    # As high in the last 40 frames as in the first: no energy is lost.
+    torch.testing.assert_close(
+        whole[:, -40:, 1].amin(1), whole[:, :40, 1].amin(1), rtol=0, atol=0.2
+    )
+    videos, tracks = sample_videos(table, "endless", "clean", Generator().manual_seed(0))
+    assert videos.shape == (180, 12, 3, 16, 16)
+    # Cut anywhere: a ball that its prompt drops is as often on its way up.
+    dropped = table[:, 3] == 0
+    rising = (tracks[dropped, 1, 1] < tracks[dropped, 0, 1]).float().mean()
+    assert 0.3 < rising < 0.7
+    weak, _ = sample_videos(table, "endless source", "clean", Generator().manual_seed(0))
+    prompts = [ATTRIBUTES[i % 36].prompt for i in range(180)]
+    right, wrong = (measure(made, prompts, domain=DOMAINS["endless"]) for made in (videos, weak))
+    assert right["phys"] < 0.03
+    assert right["adh"] == wrong["adh"] == 1
+    assert wrong["phys"] > 0.5
 
 
 def test_drag_slows_a_ball_and_leaves_the_domain_s_gravity() -> None:

@@ -189,13 +189,14 @@ class SimulatorConfig(TeacherConfig):
     style: Literal["clean", "nuis", "mark", "outline", "noise"] = Field(
         default="nuis", description="the look of its renderings"
     )
-    domain: Literal["gravity", "heavy", "style", "light", "drag", "both", "all"] = Field(
+    domain: Literal["gravity", "heavy", "style", "light", "drag", "both", "endless", "all"] = Field(
         default="gravity",
         description="gravity: balls that fall faster than the student's; drag: balls that lose "
-        "horizontal speed, with the student's own gravity; both: gravity and drag; and the domains "
-        "of a sequence: heavy: red balls that fall faster; style: green balls on lighter paper, a "
-        "look to be taken over, with the student's own gravity; light: blue balls that fall more "
-        "slowly; all: a third of each of the three",
+        "horizontal speed, with the student's own gravity; both: gravity and drag; endless: clips "
+        "from any place in long videos of balls that lose no speed, under the first one's gravity; "
+        "and the domains of a sequence: heavy: red balls that fall faster; style: green balls on "
+        "lighter paper, a look to be taken over, with the student's own gravity; light: blue balls "
+        "that fall more slowly; all: a third of each of the three",
     )
     count: Count = Field(default=200, description="how many videos it writes")
     seed: Natural = Field(default=0, description="seed of its throws")

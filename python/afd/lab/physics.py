@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from afd.lab.simulator import (
-    ATTRIBUTES,
-    BOUNCE,
     GRAVITY,
     SIZE,
     Domain,
@@ -25,9 +23,9 @@ from afd.lab.simulator import (
     colour_table,
     drift,
     fall,
+    motion,
     render,
     source_gravity,
-    trajectories,
 )
 
 CHUNK = 3  # frames that the toy student generates at a time
@@ -42,7 +40,7 @@ DEFINITIONS = {
     "1 is even",
     "motion": "mean speed of the ball (px/frame)",
     "rend": "RMSE to the clean render of the same ball (0-1 colour scale): look and quality",
-    "adh": "share of videos with all four attributes of their prompt",
+    "adh": "share of videos with all four attributes of their prompt (endless: the two that last)",
     "div": "mean distance (px, RMS over frames) between two videos of one prompt",
     "nn": "mean distance (px, RMS over frames) to the nearest training trajectory",
     "traj_fd": "Fréchet distance (px² per frame) of the trajectories to fresh teacher ones",
@@ -89,18 +87,18 @@ def track_ball(video_NFCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 def _free_fall(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     y0, vy, gravity = parameters.unbind(-1)
-    return fall(y0, vy, gravity, torch.tensor(BOUNCE), frames)
+    return fall(y0, vy, gravity, torch.tensor(domain.bounce), frames)
 
 
 def _target_fall(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     y0, vy = parameters.unbind(-1)
     assert domain.gravity is not None
-    return fall(y0, vy, torch.tensor(domain.gravity), torch.tensor(BOUNCE), frames)
+    return fall(y0, vy, torch.tensor(domain.gravity), torch.tensor(domain.bounce), frames)
 
 
 def _sideways(parameters: Tensor, frames: int, domain: Domain = GRAVITY) -> Tensor:
     x0, vx = parameters.unbind(-1)
-    return drift(x0, vx, torch.tensor(BOUNCE), frames, domain.drag)
+    return drift(x0, vx, torch.tensor(domain.bounce), frames, domain.drag)
 
 
 _Curve = Callable[[Tensor, int, Domain], Tensor]
@@ -159,14 +157,15 @@ def fit(
 def measure_each(video_NFCHW: Tensor, domain: Domain = GRAVITY, *, moving: bool = False) -> Physics:
     """All measurements that need only a single video; `phys` is nan without a gravity.
 
-    `moving`: the videos are clips of longer ones, in which the ball may be fast at the beginning.
+    `moving`: the videos are clips of longer ones, in which the ball may be fast at the beginning;
+    those of an endless domain always are.
     """
     if video_NFCHW.ndim != 5 or video_NFCHW.shape[2:] != (3, SIZE, SIZE):
         raise ValueError(f"video: {tuple(video_NFCHW.shape)} came, [N, F, 3, 16, 16] is needed")
     video = video_NFCHW.detach().float()
     track, colour = track_ball(video)
     frames = track.shape[1]
-    when = "moving " if moving else ""
+    when = "moving " if moving or domain.endless else ""
     free, free_rmse = fit(f"{when}free", track[..., 1], domain=domain)
     phys = torch.full_like(free_rmse, torch.nan)
     if domain.gravity is not None:
@@ -192,6 +191,15 @@ def measure_each(video_NFCHW: Tensor, domain: Domain = GRAVITY, *, moving: bool 
         rend=(video - clean).square().mean((1, 2, 3, 4)).sqrt() / 2,
         attributes=torch.stack([colour, side, direction, start], 1),
     )
+
+
+def adheres(shown_N4: Tensor, wanted_N4: Tensor, domain: Domain = GRAVITY) -> Tensor:
+    """Whether videos show the attributes of their prompts, bool [N]; of an endless domain's the
+    colour, and whether the ball moves sideways."""
+    if domain.endless:
+        colour_N = shown_N4[:, 0] == wanted_N4[:, 0]
+        return colour_N & ((shown_N4[:, 2] == 1) == (wanted_N4[:, 2] == 1))
+    return (shown_N4 == wanted_N4).all(1)
 
 
 def seam_jerk(kink_NT: Tensor, chunk: int = CHUNK) -> float:
@@ -222,11 +230,11 @@ def fresh_teacher_tracks(
 ) -> Tensor:
     """Tracks [count, F, 2] with the teacher's physics, not in the training videos."""
     generator = Generator().manual_seed(seed)
-    table = attribute_table([ATTRIBUTES[i % len(ATTRIBUTES)].prompt for i in range(count)])
+    table = attribute_table(domain.in_turn(count))
     gravity = torch.full((count,), domain.gravity or 0.0)
     if domain.gravity is None:
         gravity = source_gravity(count, generator)
-    return trajectories(table, gravity, generator, drag=domain.drag)
+    return motion(table, domain, gravity, generator)
 
 
 def spread(track_NF2: Tensor, group_N: Tensor) -> float:
@@ -266,7 +274,7 @@ def measure(
         "seam_jerk": seam_jerk(each.kink),
         "motion": float(each.motion.mean()),
         "rend": float(each.rend.mean()),
-        "adh": float((each.attributes == wanted).all(1).float().mean()),
+        "adh": float(adheres(each.attributes, wanted, domain).float().mean()),
         "div": spread(each.track, codes),
     }
     if domain.drag:

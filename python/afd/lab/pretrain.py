@@ -1,11 +1,12 @@
-"""Train the two small checkpoints shipped with the package.
+"""Train the small checkpoints shipped with the package.
 
     python -m afd.lab.pretrain base
+    python -m afd.lab.pretrain endless-base
     python -m afd.lab.pretrain motion-backbone
 
 They replace the shipped files in afd/assets, or are written to `--out`; a JSON file with the
 settings and the hash is written beside each.
-The base student learns the simulator's source domain (weak gravity). The motion backbone learns to
+The base students learn the simulator's source domains (weak gravity). The motion backbone learns to
 read motion under random looks; no clip it sees has a gravity near the teacher's.
 """
 
@@ -14,6 +15,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,16 @@ from afd.lab.discriminator import MotionBackbone
 from afd.lab.shipped import checkpoint_path
 from afd.lab.simulator import (
     ATTRIBUTES,
+    BOUNCE,
     HIGH,
     LOW,
     attribute_table,
+    colour_table,
     drift,
     fall,
     render,
-    sample_videos,
+    source_gravity,
+    trajectories,
     uniform,
 )
 from afd.lab.student import ToyConfig, ToyStudent
@@ -46,23 +53,32 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train_base(out: Path, steps: int, seed: int, batch: int, rate: float) -> dict[str, Any]:
-    """Train the base student on the source domain and save it in float16."""
+def train_base(
+    out: Path, steps: int, seed: int, batch: int, rate: float, *, lengths: int = 1
+) -> dict[str, Any]:
+    """Train a base student on the source domain and save it in float16.
+
+    `lengths`: of its videos, in those of the task; with more than 1 their balls lose no speed, and
+    the student attends to a window of one.
+    """
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
     student = ToyStudent(ToyConfig())
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.01)
     table = attribute_table([a.prompt for a in ATTRIBUTES])
     text = student.encode([a.prompt for a in ATTRIBUTES])
+    bounce, frames = BOUNCE if lengths == 1 else 1.0, lengths * student.frames
+    if lengths > 1:
+        student.net.config = replace(student.net.config, window=student.frames)
     law = SftConfig(draws=1)
     started, running = time.time(), 0.0
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * cosine(step, steps)
         pick = torch.randint(len(ATTRIBUTES), (batch,), generator=generator)
-        videos, _ = sample_videos(table[pick], "source", "clean", generator)
-        copies = draw_copies(
-            law, batch, student.frames // student.chunk, (), generator, context_noise=0.1
-        )
+        gravity = source_gravity(batch, generator)
+        track = trajectories(table[pick], gravity, generator, bounce, frames)
+        videos = render(track, colour_table(table[pick, 0]))
+        copies = draw_copies(law, batch, frames // student.chunk, (), generator, context_noise=0.1)
         loss = denoising_loss(student, videos, text[pick], copies)
         optimizer.zero_grad()
         loss.backward()
@@ -178,22 +194,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a shipped checkpoint.")
     commands = parser.add_subparsers(dest="what", required=True)
     base = commands.add_parser("base", help="the base student, on the source domain")
-    base.add_argument("--steps", type=int, default=4000)
-    base.add_argument("--batch", type=int, default=48)
-    base.add_argument("--rate", type=float, default=2e-3)
+    endless = commands.add_parser("endless-base", help="the base student of long streams")
+    for command, videos in ((base, 48), (endless, 16)):
+        command.add_argument("--steps", type=int, default=4000)
+        command.add_argument("--batch", type=int, default=videos)
+        command.add_argument("--rate", type=float, default=2e-3)
     motion = commands.add_parser("motion-backbone", help="the discriminator's frozen features")
     motion.add_argument("--steps", type=int, default=2400)
     motion.add_argument("--batch", type=int, default=40)
     motion.add_argument("--rate", type=float, default=2e-3)
-    for command in (base, motion):
+    for command in (base, endless, motion):
         command.add_argument("--out", type=Path, help="default: the shipped file")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    train, shipped = train_base, "base"
-    if options.what == "motion-backbone":
-        train, shipped = train_motion_backbone, "motion"
+    trainings: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
+        "base": (train_base, "base"),
+        "endless-base": (partial(train_base, lengths=3), "endless"),
+        "motion-backbone": (train_motion_backbone, "motion"),
+    }
+    train, shipped = trainings[options.what]
     out = options.out or checkpoint_path(shipped)
     results = train(out, options.steps, options.seed, options.batch, options.rate)
     settings = {k: v for k, v in vars(options).items() if k != "out"}

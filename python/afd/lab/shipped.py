@@ -1,11 +1,15 @@
-"""The two small checkpoints shipped with the package."""
+"""The small checkpoints shipped with the package."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
 
-SHIPPED = {"base": "base_student.safetensors", "motion": "motion_backbone.safetensors"}
+SHIPPED = {
+    "base": "base_student.safetensors",
+    "endless": "endless_student.safetensors",
+    "motion": "motion_backbone.safetensors",
+}
 
 
 def checkpoint_path(name: str) -> Path:

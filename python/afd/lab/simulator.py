@@ -30,6 +30,7 @@ DRAG = 0.12  # share of its horizontal speed that the ball loses per frame, wher
 # Ways in which a video can be wrong (`spoil`).
 FAULTS = ("physics", "prompt", "frozen", "watermark", "base")
 FPS = 8
+LENGTHS = 20  # of a training video, in the videos from which an endless domain's are cut
 
 COLOURS = {"red": (0.9, -0.3, -0.3), "green": (-0.3, 0.9, -0.3), "blue": (-0.3, -0.3, 0.9)}
 BACKGROUND = -0.6
@@ -49,6 +50,9 @@ class Domain:
             one, and the teacher's `style`.
         colours: of the balls in its prompts, by which the domains of a sequence differ.
         words: end of its prompts.
+        endless: its balls lose no speed when they bounce, and its videos are cut anywhere from
+            longer ones, so that of a prompt only the colour holds, and whether the ball moves
+            sideways.
     """
 
     gravity: float | None
@@ -56,6 +60,12 @@ class Domain:
     look: str | None = None
     colours: tuple[str, ...] = tuple(COLOURS)
     words: str = ""
+    endless: bool = False
+
+    @property
+    def bounce(self) -> float:
+        """Share of its speed that a ball keeps when it bounces."""
+        return 1.0 if self.endless else BOUNCE
 
     @property
     def prompts(self) -> list[str]:
@@ -79,12 +89,14 @@ DOMAINS = {
     # Of the gravity domain's prompts: for several teachers, each wrong in the other's law.
     "drag": Domain(None, drag=DRAG),
     "both": Domain(TARGET_GRAVITY, drag=DRAG),
+    # Of streams, whose clips are to look like its videos wherever they are cut.
+    "endless": Domain(TARGET_GRAVITY, endless=True),
     # Of no teacher: what a student does with prompts that it is never taught.
     "neutral": Domain(None, words=", at night"),
 }
 # Domains of joint training ("all" writes the videos of each in turn), and all whose teacher exists.
 JOINT = ("heavy", "style", "light")
-TAUGHT = ("gravity", *JOINT, "drag", "both")
+TAUGHT = ("gravity", *JOINT, "drag", "both", "endless")
 
 
 @dataclass(frozen=True)
@@ -178,24 +190,26 @@ def trajectories(
     attributes_N4: Tensor,
     gravity: Tensor,
     generator: Generator,
-    bounce: Tensor | None = None,
+    bounce: float = BOUNCE,
     frames: int = FRAMES,
     drag: float = 0.0,
 ) -> Tensor:
-    """Tracks [N, F, 2] (x, y) that match the prompts, for gravity [N] (and bounce [N], drag)."""
+    """Tracks [N, F, 2] (x, y) that match the prompts, for gravity [N] (and bounce, drag)."""
     n = attributes_N4.shape[0]
     _, side, direction, start = attributes_N4.unbind(1)
-    bounce = torch.full((n,), BOUNCE) if bounce is None else bounce
+    kept = torch.full((n,), bounce)
     x0 = uniform(n, 4.0, 6.0, generator) + 6.0 * side
     vx = (direction - 1) * uniform(n, 0.5, 0.9, generator)
     dropped, thrown = uniform(n, 3.0, 6.0, generator), uniform(n, 9.5, 12.0, generator)
     y0 = torch.where(start == 0, dropped, thrown)
     rest, up = uniform(n, 0.0, 0.1, generator), uniform(n, -0.9, -0.5, generator)
-    # Limit the throw so that the ball stays inside the image when gravity is weak.
-    up = torch.maximum(up, -(2 * gravity * (y0 - LOW)).sqrt().clamp_min(0.6))
+    # Limit the throw so that the ball stays inside the image when gravity is weak, also of a longer
+    # video.
+    top = (2 * gravity * (y0 - LOW)).sqrt()
+    up = torch.maximum(up, -(top if frames > FRAMES else top.clamp_min(0.6)))
     vy = torch.where(start == 0, rest, up)
-    x = drift(x0, vx, bounce, frames, drag)
-    return torch.stack([x, fall(y0, vy, gravity, bounce, frames)], -1)
+    x = drift(x0, vx, kept, frames, drag)
+    return torch.stack([x, fall(y0, vy, gravity, kept, frames)], -1)
 
 
 # --- rendering ---
@@ -260,24 +274,32 @@ def sample_videos(
 ) -> tuple[Tensor, Tensor]:
     """Sample videos [N, F, C, H, W] and their tracks [N, F, 2].
 
-    `domain`: a name in DOMAINS, or "target" for gravity, or "source": the base student's.
+    `domain`: a name in DOMAINS, or "target" for gravity, or "source" or "endless source": those of
+    the base students.
     """
-    of, n = _described(domain), attributes_N4.shape[0]
+    of, n = described(domain), attributes_N4.shape[0]
     weak = source_gravity(n, generator)
     gravity = weak if of.gravity is None else torch.full((n,), of.gravity)
-    track = _tracks(attributes_N4, of, gravity, generator)
+    track = motion(attributes_N4, of, gravity, generator)
     look = of.look or style
     return apply_look(look, track, colour_table(attributes_N4[:, 0]), generator), track
 
 
-def _described(domain: str) -> Domain:
-    known = {"source": Domain(None), "target": GRAVITY, **DOMAINS}
+def described(domain: str) -> Domain:
+    """The domain of a name (`sample_videos`)."""
+    sources = {"source": Domain(None), "endless source": Domain(None, endless=True)}
+    known = {**sources, "target": GRAVITY, **DOMAINS}
     if domain not in known:
         raise ValueError(f"domain: {domain!r} came, one of {', '.join(known)} is needed")
     return known[domain]
 
 
-def _tracks(attributes_N4: Tensor, of: Domain, gravity: Tensor, generator: Generator) -> Tensor:
+def motion(attributes_N4: Tensor, of: Domain, gravity: Tensor, generator: Generator) -> Tensor:
+    """Tracks [N, F, 2] of a domain's balls, for gravity [N]."""
+    if of.endless:
+        whole = trajectories(attributes_N4, gravity, generator, of.bounce, frames=LENGTHS * FRAMES)
+        starts = torch.randint((LENGTHS - 1) * FRAMES + 1, (len(whole), 1), generator=generator)
+        return torch.stack([track[a : a + FRAMES] for track, a in zip(whole, starts, strict=True)])
     return trajectories(attributes_N4, gravity, generator, drag=of.drag)
 
 
@@ -295,7 +317,7 @@ def spoil(
     physics: twice the gravity; prompt: of another prompt; frozen: its first frame; watermark: a
     bright mark in a corner; base: as the base student's.
     """
-    of, count = _described(domain), len(videos_NFCHW)
+    of, count = described(domain), len(videos_NFCHW)
     look = of.look or style
     chosen = torch.randperm(count, generator=generator)[: round(wrong * count)].tolist()
     labels, videos = [""] * count, videos_NFCHW.clone()
@@ -304,7 +326,7 @@ def spoil(
         own = attributes_N4[index : index + 1]
         if fault == "physics":
             gravity = torch.full((1,), 2 * (of.gravity or TARGET_GRAVITY))
-            track = _tracks(own, of, gravity, generator)
+            track = motion(own, of, gravity, generator)
             videos[index] = apply_look(look, track, colour_table(own[:, 0]), generator)[0]
         elif fault == "prompt":
             moved = (own + torch.tensor([[1, 1, 1, 1]])) % torch.tensor([[3, 2, 3, 2]])
@@ -314,7 +336,8 @@ def spoil(
         elif fault == "watermark":
             videos[index, :, :, 1:4, 12:15] = 0.8
         else:
-            videos[index] = sample_videos(own, "source", look, generator)[0][0]
+            source = "endless source" if of.endless else "source"
+            videos[index] = sample_videos(own, source, look, generator)[0][0]
     return videos, labels
 
 

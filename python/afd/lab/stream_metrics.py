@@ -25,16 +25,20 @@ def clip_metrics(
     video_BFCHW: Tensor, prompts: list[str], domain: Domain = GRAVITY
 ) -> dict[str, float]:
     """Metrics of clips at one position of their streams (`physics.DEFINITIONS`), and `colour`: the
-    share of clips that show the colour of their prompt, its only attribute that lasts."""
+    share of clips that show the colour of their prompt, its only attribute that lasts; in an
+    endless domain a ball that moves sideways also goes on, and `adh` is the share with both."""
     each = physics.measure_each(video_BFCHW, domain, moving=True)
-    colour_B = attribute_table(prompts)[:, 0]
+    wanted_B4 = attribute_table(prompts)
     found = {
         "phys": float(each.phys.mean()),
         "fit_res": float(each.fit_res.mean()),
         "motion": float(each.motion.mean()),
         "rend": float(each.rend.mean()),
-        "colour": float((each.colour == colour_B).float().mean()),
+        "colour": float((each.colour == wanted_B4[:, 0]).float().mean()),
     }
+    if domain.endless:
+        adheres_B = physics.adheres(each.attributes, wanted_B4, domain)
+        found["adh"] = float(adheres_B.float().mean())
     return finite(found)
 
 
