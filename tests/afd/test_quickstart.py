@@ -14,7 +14,7 @@ from afd.config.run import load_config
 from afd.errors import ConfigError
 from afd.hub import CONFIGS
 from afd.lab.ablation import ablation
-from afd.lab.quickstart import final_evaluation, quickstart
+from afd.lab.quickstart import base, final_evaluation, part, quickstart
 from afd.trainer.again import evaluate_run
 from afd.trainer.loop import Outcome, train
 from tests.afd.clips import make_clip_folder
@@ -112,6 +112,16 @@ def test_a_quickstart_of_other_settings_does_not_touch_a_finished_one(
     with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
         quickstart([f"out={root}", *SMALL, "seed=1"], console())
     assert kept(root) == before
+
+
+def test_the_teacher_is_measured_by_the_domain_of_the_evaluation(tmp_path: Path) -> None:
+    few = ["teacher.count=36", "evaluation.videos=36"]
+    for domain, exact in (("endless", True), ("light", False)):
+        own = ["teacher.domain=endless", f"evaluation.domain={domain}", f"out={tmp_path / domain}"]
+        base(part([*few, *own], "base"), console())
+        measured = final_evaluation(tmp_path / domain / "base", "teacher")
+        assert measured is not None
+        assert (measured["metrics"]["phys"] < 0.1) == exact
 
 
 def test_a_finished_run_is_evaluated_again_to_the_same_numbers(finished: tuple[Path, str]) -> None:

@@ -24,6 +24,11 @@ from afd.video import to_uint8
 WATCH_EVERY = 10
 
 
+def measured_domain(section: EvaluationConfig) -> Domain:
+    """The domain by which videos are measured."""
+    return GRAVITY if section.domain is None else DOMAINS[section.domain]
+
+
 class PhysicsMetrics(Metrics):
     """The task's exact metrics (`physics.DEFINITIONS`).
 
@@ -68,7 +73,7 @@ class PhysicsMetrics(Metrics):
     def held_out(self, count: int) -> tuple[Domain, list[str], list[int]]:
         """The measured domain, its prompts and the seeds."""
         section = self.run.config.evaluation
-        domain = GRAVITY if section.domain is None else DOMAINS[section.domain]
+        domain = measured_domain(section)
         return domain, domain.in_turn(count), [section.seed + i for i in range(count)]
 
     def __call__(self, policy: Student, count: int) -> Evaluation:

@@ -22,6 +22,7 @@ from afd.data.videos import Videos
 from afd.errors import ConfigError
 from afd.files import read_json_lines, write_text
 from afd.lab import physics
+from afd.lab.metrics import measured_domain
 from afd.lab.report.page import write_report
 from afd.trainer.evaluate import finite, make_evaluator, write_samples
 from afd.trainer.logging import log_to
@@ -83,7 +84,9 @@ def base(config: RunConfig, console: Console) -> None:
         if evaluate is not None:
             with console.status("teacher videos and base student are measured"):
                 prompts = [request.prompt for request in requests]
-                of_teacher = finite(physics.measure(videos.fetch(requests), prompts))
+                domain = measured_domain(config.evaluation)
+                shown = physics.measure(videos.fetch(requests), prompts, domain=domain)
+                of_teacher = finite(shown)
                 student, _ = config.student.build(config.video)
                 result = evaluate(student, config.evaluation.videos)
             lines = [_line(config, "teacher", len(requests), of_teacher)]
