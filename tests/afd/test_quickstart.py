@@ -54,9 +54,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_quickstart_leaves_every_part_and_a_report(finished: tuple[Path, str]) -> None:
     root, _ = finished
-    for part in ("base", "sft", "afd"):
-        assert (root / part / "DONE").is_file()
-        with safe_open(str(root / part / "samples.safetensors"), "pt") as file:
+    for name in ("base", "sft", "afd"):
+        assert (root / name / "DONE").is_file()
+        with safe_open(str(root / name / "samples.safetensors"), "pt") as file:
             assert file.get_tensor("videos").shape == (36, 12, 16, 16, 3)
             assert len(json.loads(file.metadata()["prompts"])) == 36
             assert json.loads(file.metadata()["seeds"])[:2] == [1_000_000, 1_000_001]
