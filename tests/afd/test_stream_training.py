@@ -111,6 +111,9 @@ def test_clips_are_drawn_over_the_whole_stream_and_windows_end_with_them() -> No
     places = [draw_place(config, CHUNKS, CHUNK, generator) for _ in range(200)]
     assert {place.clip for place in places} == {0, 1, 2, 3, 4}
     assert {(place.fork, place.first) for place in places} == {(None, 2)}
+    begins = AfdConfig(stream_frames=24, stream_start=0.75)
+    first = [draw_place(begins, CHUNKS, CHUNK, generator).clip == 0 for _ in range(400)]
+    assert sum(first) / 400 == pytest.approx(0.75 + 0.25 / 5, abs=0.06)
     both = AfdConfig(stream_frames=24, group_from_chunk="random")
     places = [draw_place(both, CHUNKS, CHUNK, generator) for _ in range(500)]
     assert {p.first for p in places} == {0, 1, 2, 3}
@@ -272,6 +275,7 @@ ON = {"student": {"window": 9, "sink": 3}, "evaluation": {"kind": "none"}}
         (["afd.stream_frames=25"], "afd.stream_frames: got 25; needed: a multiple of the chunk 3"),
         (["afd.stream_frames=9"], "afd.stream_frames: got 9; .*at least the 12 frames of a clip"),
         (["afd.train_window=6"], "afd.train_window: got 6 without afd.stream_frames"),
+        (["afd.stream_start=0.5"], "afd.stream_start: got 0.5 without afd.stream_frames"),
         (
             ["afd.stream_frames=24", "afd.train_window=5"],
             "afd.train_window: got 5; needed: a multiple of the chunk 3, at most the 12",

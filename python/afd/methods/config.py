@@ -225,6 +225,11 @@ class AfdConfig(_Delayed):
         "length; an update is about a clip of it, of the training length, at a place that is drawn "
         "for every update; needs student.window; null: the clip is the whole video",
     )
+    stream_start: Share = Field(
+        default=0.0,
+        description="stream_frames: share of updates that are about the stream's first clip, "
+        "wherever the others' are",
+    )
     train_window: Count | None = Field(
         default=None,
         description="stream_frames: last latent frames of the clip that carry weight in the "
@@ -349,6 +354,10 @@ class AfdConfig(_Delayed):
         if self.train_window is not None and self.stream_frames is None:
             raise ValueError(
                 f"afd.train_window: got {self.train_window} without afd.stream_frames; needed: both"
+            )
+        if self.stream_start and self.stream_frames is None:
+            raise ValueError(
+                f"afd.stream_start: got {self.stream_start} without afd.stream_frames; needed: both"
             )
         if self.stream_frames is not None and self.context == "noisy":
             raise ValueError(

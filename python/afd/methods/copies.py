@@ -202,6 +202,8 @@ def draw_place(config: AfdConfig, chunks: int, chunk: int, generator: Generator)
     if config.stream_frames is not None:
         begins = config.stream_frames // chunk - chunks + 1
         clip = int(torch.randint(begins, (), generator=generator))
+        if config.stream_start and float(torch.rand((), generator=generator)) < config.stream_start:
+            clip = 0
     if config.train_window is not None:
         first = max(shared, chunks - config.train_window // chunk)
     fork = None if config.group_from_chunk is None else clip + shared

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from statistics import fmean
 
 from afd.config.run import RunConfig
 from afd.methods.copies import Place
@@ -13,7 +12,7 @@ from afd.planning.cost_model import Net
 
 
 class Places:
-    """All places that an update of a run may have, equally likely."""
+    """All places that an update of a run may have, and how often it has each."""
 
     def __init__(self, config: RunConfig, net: Net) -> None:
         self.net, self.afd = net, config.afd
@@ -21,6 +20,10 @@ class Places:
         self.shared = config.afd.group_from_chunk if afd else None
         self.stream = config.afd.stream_frames if afd else None
         self.all = list(self._each())
+        # The share of the first clips, beside which all clips are equally likely.
+        start = config.afd.stream_start if afd and self.stream is not None else 0.0
+        first = [place.clip == 0 for place in self.all]
+        self.weights = [(1 - start) / len(first) + start * begins / sum(first) for begins in first]
 
     def _each(self) -> Iterator[Place]:
         chunks, afd = self.net.chunks, self.afd
@@ -58,7 +61,10 @@ class Places:
             own = total[end] - total[fork] - self.net.context(1, self.net.seen(end - 1))
             return prompts * (total[fork] + group * own)
 
-        return fmean(map(of, self.all))
+        return self._mean(map(of, self.all))
+
+    def _mean(self, values: Iterable[float]) -> float:
+        return sum(w * x for w, x in zip(self.weights, values, strict=True))
 
     def mean(self, flop: Callable[[Net, int], float]) -> float:
         """The mean of what an update takes on a clip, given its net and first chunk."""
@@ -70,4 +76,4 @@ class Places:
             if key not in known:
                 known[key] = flop(net, place.first)
             found.append(known[key])
-        return fmean(found)
+        return self._mean(found)
