@@ -45,6 +45,7 @@ FLOORS = (
     "afd.cache",
     "afd.video",
     "afd.models",
+    "afd.context",
     "afd.rollout",
     "afd.discriminators",
     "afd.rewards",

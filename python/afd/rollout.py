@@ -7,7 +7,6 @@ channels. Latents are [B, F, C, H, W].
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -16,6 +15,7 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Generator, Tensor
 
+from afd.context import Context, KeptContext, Recache, RecomputedContext, Switch, SwitchMode
 from afd.models.noise import EndlessLayout, Layout, NoiseSource, counted_noise, seeded_noise
 from afd.models.student import Level, Student
 from afd.models.wan.kv_cache import KVCache
@@ -29,6 +29,7 @@ __all__ = [
     "EndlessLayout",
     "Layout",
     "NoiseSource",
+    "Recache",
     "SelfForced",
     "Switch",
     "SwitchMode",
@@ -44,28 +45,6 @@ __all__ = [
     "stream_layout",
 ]
 STEPS = (1.0, 0.9375, 0.833, 0.625)
-# How the context follows a switch of the prompt.
-SwitchMode = Literal["plain", "recache", "recache_causal", "new_sink"]
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A change of prompt at the start of a chunk.
-
-    Attributes:
-        text_BLE: embeddings of the new prompts.
-        mode: "plain": cached frames keep the keys and values of the old prompts. "recache": the
-            frames in the window are encoded again under the new prompts; once the stream is longer
-            than the window, the sink keeps its own (LongLive's released setting).
-            "recache_causal": the same, but each chunk attends only to itself and earlier frames, as
-            when it was generated. "new_sink": as "recache", but so is the sink, which then holds
-            the oldest frames of the window.
-    """
-
-    text_BLE: Tensor
-    mode: SwitchMode = "plain"
-
-
 # Prompts of later chunks: by chunk index, or asked for before every chunk (None: no change).
 Switches = Mapping[int, Tensor | Switch] | Callable[[int], Tensor | Switch | None]
 
@@ -98,6 +77,8 @@ def stream(
     cache: KVCache | None = None,
     from_chunk: int = 0,
     last_inputs: list[Tensor] | None = None,
+    recache: Recache = "switch",
+    reencode: Callable[[int], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield finished chunks [B, c, C, H, W] in order.
 
@@ -129,6 +110,16 @@ def stream(
             (`KVCache.fork`). `first_chunk_steps` are those of chunk 0, and a recache needs chunks
             from here on for all frames that it encodes.
         last_inputs: a list to which the input of each chunk's last denoising step is appended.
+        recache: "switch": a finished chunk's keys and values are computed once, and again at the
+            switches that say so. "chunk": they are computed anew before every chunk, as the
+            beginning of a video (`afd.context.RecomputedContext`). Until the stream fills the
+            window, both give the same. A "plain" switch then leaves the next chunk's context to the
+            old prompts, any other mode encodes it under the new ones.
+        reencode: with recache="chunk" and no sink, called once the context no longer begins with
+            the stream's first frame: given the latent frame with which it begins, returns what
+            takes its place, [B, 1, C, H, W]. Where a video's first latent frame is an image, that
+            is the frame's last picture, encoded as one (`afd.models.codec.FrameDecoder`). The
+            caller has taken all earlier chunks by then. None: the latent frame itself.
 
     Raises:
         ValueError: naming the argument, the value given and what is needed; before the first chunk,
@@ -149,6 +140,10 @@ def stream(
             needed = f"a chunk in [{from_chunk}, {'…' if end is None else end})"
             require(inside, "switches", chunk, needed)
             _checked(switch, text_BLE.shape)
+    require(recache in get_args(Recache), "recache", recache, "switch or chunk")
+    if recache == "chunk":
+        require(not remember_last, "remember_last", remember_last, "false with recache=chunk")
+        require(from_chunk == 0, "from_chunk", from_chunk, "0 with recache=chunk")
     levels = student.levels(denoising_steps)
     plan = _Plan(
         layout=layout,
@@ -157,11 +152,14 @@ def stream(
         clean=Level.at(0.0, 0.0, student.device),
         context=Level.at(context_noise, 0.0, student.device),
         switch=switches.get if isinstance(switches, Mapping) else switches,
-        recaches=callable(switches) or any(map(_recaches, (switches or {}).values())),
+        recaches=callable(switches)
+        or any(isinstance(s, Switch) and s.recaches for s in (switches or {}).values()),
         text_shape=text_BLE.shape,
         remember_last=remember_last,
         last_inputs=last_inputs,
         from_chunk=from_chunk,
+        recache=recache,
+        reencode=reencode,
     )
     if cache is None:
         cache = student.new_cache(text_BLE, frames)
@@ -186,10 +184,6 @@ def stream_layout(
     if frames is None:
         return EndlessLayout(student.chunk, alone)
     return chunk_layout(frames, student.chunk, first_alone=alone)
-
-
-def _recaches(switch: Tensor | Switch) -> bool:
-    return isinstance(switch, Switch) and switch.mode != "plain"
 
 
 def _checked(switch: Tensor | Switch, shape: tuple[int, ...]) -> Switch:
@@ -218,6 +212,8 @@ class _Plan:
     remember_last: bool
     last_inputs: list[Tensor] | None
     from_chunk: int
+    recache: Recache
+    reencode: Callable[[int], Tensor] | None
 
 
 @torch.no_grad()
@@ -226,38 +222,27 @@ def _chunks(
 ) -> Iterator[Tensor]:
     given = 0 if prefix is None else prefix.shape[1]
     end = len(plan.layout) if isinstance(plan.layout, tuple) else None
-    # The chunks of the cache's newest frames, and their frames, for a recache.
-    newest: deque[Tensor] = deque()
-    kept = 0
+    context = _context(student, cache, plan)
     for chunk, (start, count) in islice(enumerate(plan.layout), plan.from_chunk, None):
         found = None if plan.switch is None else plan.switch(chunk)
-        if found is not None:
-            switch = _checked(found, plan.text_shape)
-            student.switch_text(cache, switch.text_BLE)
-            if _recaches(switch) and newest:
-                causal = switch.mode == "recache_causal"
-                student.recache(
-                    torch.cat(list(newest), 1),
-                    plan.context,
-                    cache,
-                    new_sink=switch.mode == "new_sink",
-                    chunks=[x0.shape[1] for x0 in newest] if causal else (),
-                )
+        switch = None if found is None else _checked(found, plan.text_shape)
+        place = context.prepare(start, count, switch, given=start < given)
         if prefix is not None and start < given:
             x0, level = prefix[:, start : start + count], plan.clean
         else:
             levels = plan.first if start == given else plan.levels
-            x0 = denoise_chunk(student, cache, noise, levels, chunk, start, plan.last_inputs)
+            x0 = denoise_chunk(student, cache, noise, levels, chunk, place, plan.last_inputs)
             require(x0.shape[1] == count, "noise", x0, f"{count} frames for chunk {chunk}")
             level = plan.context
         yield x0
-        if chunk + 1 != end or plan.remember_last:
-            student.remember(x0, level, cache, start)
-        if plan.recaches:
-            newest.append(x0)
-            kept += count
-            while kept - newest[0].shape[1] >= cache.frames:
-                kept -= newest.popleft().shape[1]
+        context.append(x0, level, start, last=chunk + 1 == end and not plan.remember_last)
+
+
+def _context(student: Student, cache: KVCache, plan: _Plan) -> Context:
+    if plan.recache == "switch":
+        return KeptContext(student, cache, plan.context, recaches=plan.recaches)
+    _, first = next(iter(plan.layout))
+    return RecomputedContext(student, cache, plan.context, first=first, reencode=plan.reencode)
 
 
 @torch.no_grad()
@@ -270,7 +255,7 @@ def denoise_chunk(
     start: int,
     last_inputs: list[Tensor] | None = None,
 ) -> Tensor:
-    """Denoise the chunk that starts at frame `start`, [B, c, C, H, W]; its cache entry is noisy.
+    """Denoise the chunk at frame `start` of the cache, [B, c, C, H, W]; its cache entry is noisy.
 
     `Student.remember` replaces it by the clean one. The input of the last step is appended to
     `last_inputs`.

@@ -233,12 +233,6 @@ def test_what_is_no_way_to_share_a_run_is_named(value: object) -> None:
         make_config({"parallel": value})
 
 
-@pytest.mark.parametrize("override", ["student.vae=tiny", "video.decoder=tiny"])
-def test_the_tiny_autoencoder_is_for_wan21(override: str) -> None:
-    with pytest.raises(ConfigError, match="got tiny; needed: null"):
-        load_config("wan22_5b_704x1280", [override, "student.tiny_vae=taehv.pth"])
-
-
 def test_every_value_has_a_description() -> None:
     def check(section: type[BaseModel]) -> None:
         for name, field in section.model_fields.items():

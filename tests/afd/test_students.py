@@ -27,13 +27,19 @@ from afd.models.wan.config import WanStudentConfig
 from afd.models.wan.loading import build, load_network
 from afd.models.wan.network import CausalWan
 from afd.models.wan.sizes import SIZES
+from afd.models.wan.tiny_vae import TinyDecoded, TinyVAE
 from afd.models.wan.types import WanConfig
 from afd.planning.cost_model import Net, kv_bytes
 from afd.planning.plan import make_plan, setups, where_it_fits
 from afd.sampling.config import SampleConfig
+from afd.testing.tiny_vae import drawn_weights
+from afd.video import read_video, write_video
+from afd.video.recorder import Recorder
 from tests.afd import sparse
 from tests.afd.released_models import write_clips
 from tests.afd.test_text import LENGTH, diffusers_folder
+from tests.afd.test_tiny_vae import WAN22 as TINY22
+from tests.afd.test_tiny_vae import keys
 from tests.afd.test_vae import model as vae21
 from tests.afd.test_vae import model22 as vae22
 from tests.tolerances import NETWORK_FORWARD
@@ -249,6 +255,53 @@ def test_a_student_encodes_and_decodes_with_its_own_autoencoder(folders: Path, s
     wrong = WanStudentConfig(**files(folders, size, other[latents]))
     with pytest.raises(ValueError, match=r"student\.vae: .* channels.*; needed: .* of the student"):
         build(wrong, video)
+
+
+def test_a_wan22_student_streams_through_its_tiny_autoencoder(
+    folders: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the shipped configuration, from a picture: encoded, streamed and decoded by taew2_2."""
+    weights = drawn_weights(keys(**TINY22))
+    save_file(weights, tmp_path / "taew2_2.safetensors")
+    save_file(drawn_weights(keys()), tmp_path / "taew2_1.safetensors")
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    write_video(tmp_path / "picture.mp4", picture, fps=24, crf=1)
+    held = {k: v for k, v in files(folders, "wan2.2-5b", "wan2.2").items() if k != "kind"}
+    words = [f"student.{key}={value}" for key, value in held.items()]
+    words += ["student.size=null", "student.chunk=3", "student.denoising_steps=[1000,500]"]
+    words += ["height=64", "width=96", "frames=25", "window=null", "sink=0", "device=cpu", "crf=1"]
+    words += [f"image={tmp_path / 'picture.mp4'}", "prompts=a ball", f"out={tmp_path / 'out'}"]
+    sampled = ["sample", "sample_wan22_5b_704x1280", *words, "student.vae=tiny"]
+    shown: list[Tensor] = []
+    put = Recorder.put
+
+    def seen(recorder: Recorder, video_BFCHW: Tensor) -> None:
+        shown.append(video_BFCHW)
+        put(recorder, video_BFCHW)
+
+    monkeypatch.setattr(Recorder, "put", seen)
+    assert main([*sampled, f"student.tiny_vae={tmp_path}"]) == DONE
+    assert [video.shape[1] for video in shown] == [1, 12, 12]
+    # The first frame is the picture through the tiny autoencoder.
+    vae = TinyVAE.of(weights)
+    given = read_video(tmp_path / "picture.mp4", frames=1, height=64, width=96)
+    assert torch.equal(shown[0], vae.decode(vae.encode(given[None])))
+    other = [f"student.tiny_vae={tmp_path / 'taew2_1.safetensors'}", f"out={tmp_path / 'other'}"]
+    assert main([*sampled, *other]) == MISTAKE
+    said = capsys.readouterr().err
+    assert "has latents of 16 channels, 4 frames and 8 pixels; needed: 48" in said
+    # In training: Wan2.2's encoder and the tiny decoder.
+    config = WanStudentConfig(
+        **files(folders, "wan2.2-5b", "wan2.2"), tiny_vae=str(tmp_path / "taew2_2.safetensors")
+    )
+    video = {"frames": 9, "height": 64, "width": 96, "decoder": "tiny"}
+    _, codec = build(config, make_config({"video": {"frames": 9}}).video.model_copy(update=video))
+    assert isinstance(codec, TinyDecoded)
+    latent = codec.encode(torch.rand(1, 9, 3, 64, 96) * 2 - 1)
+    assert codec.decode(latent).shape == (1, 9, 3, 64, 96)
 
 
 def test_frames_of_wan22_are_multiples_of_32_pixels() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from afd.models.wan.sizes import LATENTS
 from afd.models.wan.tiny_vae import TinyVAE
 from afd.testing.parity import main
 from afd.testing.tiny_vae import drawn_weights
@@ -149,6 +150,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "patches_of_four_pixels": {"pixels": 12, "latent": 48, "grows": (2, 2, 1), "pools": (1, 2, 2)},
     "a_block_that_changes_the_width": {"bend": 5},
     "wider_growth_than_used": {"grows": (2, 4, 2)},
+    # taew2_2: 48 latent channels, blocks of 2 x 2 pixels, strides as in taew2_1.
+    "wan22": {"pixels": 12, "latent": 48, "memories": 3},
 }
 
 
@@ -161,7 +164,8 @@ def test_other_sizes_agree_with_a_plain_network(name: str) -> None:
     used = (1, 2, 2) if name == "wider_growth_than_used" else sizes.get("grows", (1, 2, 2))
     plain = Plain(weights, pools, used, sizes.get("memories", 2))
     patch = 2 if sizes.get("pixels") == 12 else 1
-    time, space = vae.scale
+    channels, time, space = vae.latents
+    assert channels == sizes.get("latent", 16)
     assert (time, space) == (2 if len(pools) == 2 else 4, patch * 2 ** len(pools))
     latents = latent(3, channels=sizes.get("latent", 16))
     raw = torch.stack([plain.decode(one, patch) for one in latents])
@@ -287,3 +291,75 @@ def test_parity_notices_a_wrong_number(tmp_path: Path) -> None:
     golden["decoded"][0, 0, 0, 0, 0] += 1
     save_file(golden, tmp_path / "small.safetensors")
     assert main([str(tmp_path)]) == 1
+
+
+# --- Wan2.2 ---
+
+WAN22: dict[str, Any] = {"pixels": 12, "latent": 48, "memories": 3}
+
+
+def test_the_layout_for_wan22_has_the_shapes_of_the_released_code() -> None:
+    """The ends of TAEHV's two halves with patch_size=2 and latent_channels=48."""
+    shapes = keys([64] * 4, [256, 128, 64, 64], **WAN22)
+    ends = {
+        "encoder.0.weight": [64, 12, 3, 3],
+        "encoder.17.weight": [48, 64, 3, 3],
+        "decoder.1.weight": [256, 48, 3, 3],
+        "decoder.7.conv.weight": [256, 256, 1, 1],
+        "decoder.13.conv.weight": [256, 128, 1, 1],
+        "decoder.19.conv.weight": [128, 64, 1, 1],
+        "decoder.22.weight": [12, 64, 3, 3],
+    }
+    assert {name: shapes[name] for name in ends} == ends
+
+
+def test_chunks_and_prefixes_of_wan22_are_those_of_the_whole_video() -> None:
+    weights = drawn_weights(keys(**WAN22))
+    vae, plain = TinyVAE.of(weights), Plain(weights, (2, 2, 1), (1, 2, 2), 3)
+    assert vae.latents == (48, 4, 16)
+    video = torch.rand(1, 9, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([video[0], *[video[0, -1:]] * 3])
+    latents, whole = vae.encode(2 * video - 1), plain.encode(padded, 2)
+    assert latents.shape == (1, 3, 48, 2, 3)
+    assert (latents[0] - whole).norm() <= NETWORK_FORWARD * whole.norm()
+    # An encoder sees no later frames: the first five alone have the same first latent.
+    assert torch.equal(vae.encode(2 * video[:, :5] - 1)[:, :1], latents[:, :1])
+    decoded = vae.decode(latents)
+    decoder = vae.stream()
+    assert torch.equal(torch.cat([decoder(x) for x in latents.split(1, 1)], 1), decoded)
+    expected = plain.decode(latents[0], 2)[3:].clamp(0, 1)
+    assert decoded.shape == video.shape
+    assert ((decoded[0] + 1) / 2 - expected).norm() <= NETWORK_FORWARD * expected.norm()
+    # A frame of memory at each of three blocks a stage.
+    assert decoder.cache_bytes == 3 * 4 * (12 * 6 + 8 * 24 + 6 * 96)
+
+
+def test_a_folder_with_both_files_gives_that_of_the_latents(tmp_path: Path) -> None:
+    save_file(drawn_weights(keys()), tmp_path / "taew2_1.safetensors")
+    torch.save(drawn_weights(keys(**WAN22)), tmp_path / "taew2_2.pth")
+    for latents in LATENTS.values():
+        assert TinyVAE.load(tmp_path, latents=latents).latents == latents
+    (tmp_path / "taew2_2.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"taew2_1 or taew2_2"):
+        TinyVAE.load(tmp_path, latents=LATENTS["wan2.2"])
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("change", ["moved", "last moved", "another block", "no last"])
+def test_layers_at_other_places_are_refused(part: str, change: str) -> None:
+    """Layers without weights stand between: another spacing is another network."""
+    weights = dict(drawn_weights(keys(**WAN22)))
+    places = sorted({int(k.split(".")[1]) for k in weights if k.startswith(part)})
+    of = {"moved": places[3], "another block": places[3]}.get(change, places[-1])
+    moved = {k: v for k, v in weights.items() if k.startswith(f"{part}.{of}.")}
+    for name in moved:
+        del weights[name]
+    if change == "another block":
+        # A block that is a plain convolution.
+        weights[f"{part}.{of}.weight"] = torch.zeros(8, 8, 3, 3)
+    elif change != "no last":
+        shift = 40 if change == "last moved" else 30
+        for name, x in moved.items():
+            weights[name.replace(f"{part}.{of}.", f"{part}.{of + shift}.")] = x
+    with pytest.raises(ValueError, match=r"tiny_vae: got .*needed: the places of TAEHV's layers"):
+        TinyVAE.of(weights)

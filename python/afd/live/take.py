@@ -165,6 +165,7 @@ class _Stream:
         )
         text_BLE = pipeline.text([prompt])
         self._cache = pipeline.cache(text_BLE, None)
+        self._decode, reencode = pipeline.decoder(student.config)
         self._switch: Switch | None = None
         self._marks: dict[str, float] = {}
         chunks: Iterator[Tensor] = stream(
@@ -178,9 +179,10 @@ class _Stream:
             switches=self._asked,
             context_noise=config.context_noise,
             cache=self._cache,
+            recache=student.config.recache,
+            reencode=reencode,
         )
         self.chunks = chunks
-        self._decode = pipeline.codec.stream()
 
     def next(self, switch: Switch | None, seconds: Seconds) -> tuple[Tensor, Tensor]:
         """The next chunk's latents, and its frames as uint8 [F, H, W, 3]."""

@@ -78,8 +78,8 @@ WAN22 = Autoencoder(
     1790,
     16_500,
 )
-# TAEHV for Wan2.1: all its latent frames cost the same.
-TINY = Autoencoder(
+# TAEHV: all its latent frames cost the same.
+TINY21 = Autoencoder(
     11_315_539,
     (544_151_961_600 / _PIXELS, 544_151_961_600 / _PIXELS),
     (241_852_416_000 / _PIXELS, 241_852_416_000 / _PIXELS),
@@ -88,4 +88,15 @@ TINY = Autoencoder(
     84,
     1460,
 )
+# For Wan2.2 its layers see half the rows and columns: blocks of 2 x 2 pixels are channels.
+TINY22 = Autoencoder(
+    11_418_108,
+    (140_408_586_240 / _PIXELS, 140_408_586_240 / _PIXELS),
+    (64_661_176_320 / _PIXELS, 64_661_176_320 / _PIXELS),
+    220,
+    210,
+    58,
+    480,
+)
 AUTOENCODERS: dict[Latents, Autoencoder] = {LATENTS["wan2.1"]: WAN21, LATENTS["wan2.2"]: WAN22}
+TINY: dict[Latents, Autoencoder] = {LATENTS["wan2.1"]: TINY21, LATENTS["wan2.2"]: TINY22}

@@ -25,8 +25,9 @@ from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
 from afd.models.policies import PRETRAINED, REFERENCE
 from afd.models.wan.config import WanStudentConfig
+from afd.models.wan.sizes import LATENTS
 from afd.planning import cost_model as cost
-from afd.planning.autoencoders import AUTOENCODERS, TINY, WAN21
+from afd.planning.autoencoders import AUTOENCODERS, TINY
 from afd.planning.cost_model import MACHINES, Net
 from afd.planning.places import Places
 from afd.planning.rewards import frozen, networks, shared_passes
@@ -104,9 +105,10 @@ class Work:
         self.decodes = self.reads_pixels or bool(self.rewards)
         self.tiny_encodes = self.wan and getattr(student, "vae", None) == "tiny"
         self.tiny_decodes = self.tiny_encodes or config.video.decoder == "tiny"
-        whole = AUTOENCODERS[student.latents_of] if isinstance(student, WanStudentConfig) else WAN21
-        self.encoder = TINY if self.tiny_encodes else whole
-        self.decoder = TINY if self.tiny_decodes else whole
+        wan21 = LATENTS["wan2.1"]
+        latents = student.latents_of if isinstance(student, WanStudentConfig) else wan21
+        self.encoder = (TINY if self.tiny_encodes else AUTOENCODERS)[latents]
+        self.decoder = (TINY if self.tiny_decodes else AUTOENCODERS)[latents]
         # The tiny decoder makes the teacher's pixels, too (`afd.models.codec`).
         self.redecodes = self.reads_pixels and self.tiny_decodes
         # Rewards alone need no teacher's videos.

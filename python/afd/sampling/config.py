@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from afd.config.base import ByKind, Count, Natural, Positive, Section, Threads, of_default_kind
+from afd.context import Recache
 from afd.errors import ConfigError
 from afd.models.config import StudentConfig
 
@@ -61,6 +62,13 @@ class StreamConfig(Section):
         default=0, description="first latent frames that always stay in the window"
     )
 
+    recache: Recache = Field(
+        default="switch",
+        description="when keys and values of the frames in the window are computed again. switch: "
+        "at prompt switches that say so; chunk: before every chunk, from clean latents, of which "
+        "the first is encoded again as an image if there is no sink (Krea Realtime)",
+    )
+
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         default="auto", description="auto: cuda if available"
     )
@@ -89,6 +97,10 @@ class StreamConfig(Section):
             raise ValueError(f"height, width: got {got}; needed: multiples of {2 * space}")
         if self.window is None and self.sink:
             raise ValueError(f"sink: got {self.sink}; needed: 0, as there is no window")
+        if self.window is None and self.recache == "chunk":
+            raise ValueError(
+                "recache: got chunk without a window; needed: switch, as no frame leaves it"
+            )
         if self.window is not None:
             least = self.sink + self.student.chunk_frames
             if self.window < least:
@@ -157,4 +169,7 @@ class SampleConfig(StreamConfig):
         if self.student.checkpoint is not None:
             # Include the fingerprint, since another file may have the same name.
             student["checkpoint"] = f"{self.student.checkpoint} {self.student.fingerprint()}"
+        if self.recache == "switch":
+            # Videos of earlier versions do not have the key.
+            del settings["recache"]
         return settings | {"student": student}

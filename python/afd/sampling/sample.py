@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,15 +23,22 @@ from torch import Tensor
 from afd.config.run import flatten
 from afd.errors import ConfigError, VideoError
 from afd.files import only_one
-from afd.models.codec import Codec
+from afd.models.codec import Codec, FrameDecoder
 from afd.models.student import Student
 from afd.models.wan.kv_cache import KVCache, cache_bytes
 from afd.rollout import Layout, Switch, chunk_layout, counted_noise, stream, stream_layout
-from afd.sampling.config import SampleConfig
+from afd.sampling.config import SampleConfig, StreamConfig
 from afd.sampling.jobs import Job, read_jobs
 from afd.video import read_comment, read_video
 from afd.video.config import VideoConfig
 from afd.video.recorder import Recorder
+
+
+class Decoder(NamedTuple):
+    """Decodes a stream's chunks. `reencode`: see `afd.rollout.stream`."""
+
+    decode: Callable[[Tensor], Tensor]
+    reencode: Callable[[int], Tensor] | None = None
 
 
 @dataclass
@@ -46,6 +53,14 @@ class Pipeline:
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, L, E] on the student's device."""
         return self.student.encode(list(prompts)).to(self.student.dtype)
+
+    def decoder(self, config: StreamConfig) -> Decoder:
+        """A decoder for one batch of streams."""
+        if config.window is None or config.recache == "switch" or config.sink:
+            return Decoder(self.codec.stream())
+        kept = config.window - config.student.chunk_frames
+        frames = FrameDecoder(self.codec, config.student.scale[0], kept)
+        return Decoder(frames, frames.reencode)
 
     def cache(self, text_BLE: Tensor, frames: int | None) -> KVCache:
         """The KV cache, reused from batch to batch and reallocated when the batch size changes."""
@@ -165,6 +180,7 @@ def _record(
         for c in changes
     }
     text_BLE = pipeline.text([job.prompt_at(0) for job in batch])
+    decoder = pipeline.decoder(config)
     chunks = stream(
         student,
         text_BLE,
@@ -176,14 +192,15 @@ def _record(
         switches=switches,
         context_noise=config.student.context_noise,
         cache=pipeline.cache(text_BLE, frames),
+        recache=config.recache,
+        reencode=decoder.reencode,
     )
     assert config.out is not None
     comments = [json.dumps(job.record(config), ensure_ascii=False) for job in batch]
     paths = [config.out / f"{job.name}.mp4" for job in batch]
-    decode = pipeline.codec.stream()
     with torch.no_grad(), Recorder(paths, comments, config.fps, config.crf, advance) as recorder:
         for chunk_BFCHW in chunks:
-            recorder.put(decode(chunk_BFCHW))
+            recorder.put(decoder.decode(chunk_BFCHW))
     return recorder
 
 
@@ -383,6 +400,15 @@ def _sized_by(config: SampleConfig) -> str:
     return f"as in {config.student.checkpoint}"
 
 
+def _recomputed(config: SampleConfig, chunks: Layout, given: int) -> int:
+    """Passes over past frames with recache=chunk: for each chunk after the prefix as many as the
+    frames of its context make chunks."""
+    kept = min(config.window or config.latent_frames, config.latent_frames)
+    held = [min(start, kept - count) for start, count in chunks if start >= given]
+    (_, first), whole = chunks[0], config.student.chunk_frames
+    return sum(1 + -(-max(0, frames - first) // whole) for frames in held if frames)
+
+
 def dry_run(config: SampleConfig, console: Console) -> Memory:
     """Print the plan of `sample` and its memory estimate; nothing is loaded or allocated."""
     jobs = read_jobs(config) if config.prompts else []
@@ -398,13 +424,17 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
         len(config.student.first_chunk_steps or config.student.denoising_steps),
     )
     generated = sum(start >= given for start, _ in chunks)
-    passes = first + (generated - 1) * steps + len(chunks) - 1
+    again = _recomputed(config, chunks, given)
+    context = len(chunks) - 1 if config.recache == "switch" else again
+    passes = first + (generated - 1) * steps + context
+    recaches = len(job.recaches) if config.recache == "switch" else 0
     gib = 2**30
     lines = [
         f"videos      {len(jobs)}, {config.batch} at a time",
         f"video       {config.frames} frames of {config.height}x{config.width}; "
         f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes"
-        + (f" and {len(job.recaches)} of a recache" if job.recaches else ""),
+        + (f", {again} of them over past frames" if config.recache == "chunk" else "")
+        + (f" and {recaches} of a recache" if recaches else ""),
         f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB "
         f"{config.student.dtype}, {_sized_by(config)}",
         f"cache       {held.cache / gib:.3f} GiB: {held.kept_frames} frames and the prompt, "

@@ -94,8 +94,8 @@ class WanStudentConfig(StudentConfig):
     )
     tiny_vae: str | None = Field(
         default=None,
-        description="TAEHV's file for Wan2.1 (taew2_1.safetensors or .pth), for vae=tiny and "
-        "video.decoder=tiny",
+        description="TAEHV's file for the student's latents (taew2_1 or taew2_2, .safetensors or "
+        ".pth), for vae=tiny and video.decoder=tiny",
     )
     text_len: Count = Field(default=512, description="tokens of a prompt, padding included")
     chunk: Count = Field(default=3, description="latent frames denoised together; 1: framewise")
@@ -116,8 +116,6 @@ class WanStudentConfig(StudentConfig):
                 ShiftedFlow(self.shift).warp(steps)
         if self.vae == TINY and self.tiny_vae is None:
             raise ValueError("tiny_vae: got null; needed: TAEHV's file, as vae=tiny")
-        if self.vae == TINY and self.latents_of != LATENTS["wan2.1"]:
-            raise ValueError("vae: got tiny; needed: null, as TAEHV is for latents of wan2.1")
         if self.size is not None and self.latents not in (None, SIZES[self.size].latents):
             raise ValueError(
                 f"latents: got {self.latents}; needed: {SIZES[self.size].latents}, those of "
@@ -170,8 +168,6 @@ class WanStudentConfig(StudentConfig):
         height, width, frames = video.height, video.width, video.frames
         if video.decoder == TINY and self.tiny_vae is None:
             raise ValueError("video.decoder: got tiny; needed with it: student.tiny_vae")
-        if video.decoder == TINY and self.latents_of != LATENTS["wan2.1"]:
-            raise ValueError("video.decoder: got tiny; needed: null with latents of wan2.2")
         # A token spans two latent pixels per side.
         if height % (2 * space) or width % (2 * space):
             raise ValueError(

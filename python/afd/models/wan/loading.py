@@ -31,6 +31,7 @@ from afd.models.wan.sizes import DEFAULT_SIZE, LATENTS, SIZES, Latents
 from afd.models.wan.student import WanStudent
 from afd.models.wan.text import TextEncoder
 from afd.models.wan.tiny_vae import LAYOUTS as TINY_LAYOUTS
+from afd.models.wan.tiny_vae import NAMES as TINY_NAMES
 from afd.models.wan.tiny_vae import TinyDecoded, TinyVAE
 from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
@@ -184,11 +185,12 @@ def _codec(config: WanStudentConfig, video: VideoConfig, device: torch.device | 
     if TINY in (config.vae, video.decoder):
         if config.tiny_vae is None:
             raise ConfigError(f"student.tiny_vae: not given; needed: {TINY_LAYOUTS}")
-        tiny = TinyVAE.load(config.tiny_vae, dtype=dtype, device=device)
-        if tiny.scale != config.scale:
+        wanted = config.latents_of
+        tiny = TinyVAE.load(config.tiny_vae, latents=wanted, dtype=dtype, device=device)
+        if tiny.latents != wanted:
             raise ConfigError(
-                f"student.tiny_vae: {config.tiny_vae} has {tiny.scale[0]} frames and "
-                f"{tiny.scale[1]} pixels a latent; needed: {config.scale[0]} and {config.scale[1]}"
+                f"student.tiny_vae: {config.tiny_vae} has latents of {_shape(tiny.latents)}; "
+                f"needed: {_shape(wanted)}, those of the student, as in {TINY_NAMES[wanted]}"
             )
         if config.vae == TINY:
             return tiny

@@ -26,10 +26,15 @@ from torch.utils.checkpoint import checkpoint
 from afd.hub import weights_digest
 from afd.models.codec import Codec
 from afd.models.wan.checkpoints import fill, read_pickle
+from afd.models.wan.sizes import LATENTS, Latents
 from afd_kernels.contracts import require
 
-NAME = "taew2_1"
-LAYOUTS = f"TAEHV's file for Wan2.1 ({NAME}.safetensors or {NAME}.pth), or a folder with it"
+# TAEHV's files by the latents they are for.
+NAMES = {LATENTS["wan2.1"]: "taew2_1", LATENTS["wan2.2"]: "taew2_2"}
+LAYOUTS = (
+    f"TAEHV's file for Wan ({' or '.join(NAMES.values())}, .safetensors or .pth), or a folder with "
+    "it"
+)
 # Video frames per latent frame of Wan; a file without encoder does not determine it.
 TIME = 4
 # Bound of latents in the decoder.
@@ -70,7 +75,26 @@ def _layers(shapes: Shapes, part: str) -> list[_Layer]:
                 bias, skip = f"{place}.bias" in own, f"{place}.skip.weight" in own
                 layers.append(_Layer(place, kind, shape, bias, skip))
                 break
+    if layers:
+        _check_places(part, layers)
     return layers
+
+
+def _check_places(part: str, layers: list[_Layer]) -> None:
+    """Raise ValueError unless the layers stand where TAEHV has them: in another layout of the same
+    kinds of layers, those without weights would be others, too."""
+    grows = part == "decoder"
+    kinds = "".join(layer.kind[0] for layer in layers)
+    stage = "m*tc" if grows else "tcm*"
+    # The decoder's clamp precedes its first convolution, a ReLU follows that, ...
+    needed, last = [int(grows)], len(layers) - 1
+    for i, layer in enumerate(layers[1:], 1):
+        # ... a doubling of the size precedes growth in time, and a ReLU the convolution to pixels.
+        skipped = i == 1 or (grows and (layer.kind == "time" or i == last))
+        needed.append(needed[-1] + 1 + skipped)
+    right = re.fullmatch(f"c({stage})*c", kinds) and [x.place for x in layers] == needed
+    found = [f"{part}.{layer.place}" for layer in layers]
+    require(bool(right), "tiny_vae", found, f"the places of TAEHV's layers, as in {LAYOUTS}")
 
 
 class _Memory(nn.Module):
@@ -221,7 +245,7 @@ class TinyVAE:
 
     Attributes:
         network: its parameters have the file's names.
-        scale: video frames per latent frame, pixels per latent row and column.
+        latents: what it encodes to, by the file's shapes.
         redecodes: see `afd.models.codec`.
     """
 
@@ -229,23 +253,27 @@ class TinyVAE:
 
     def __init__(self, network: _Network) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.scale = network.decoder.time, network.decoder.space
+        half = network.decoder
+        self.latents = Latents(half.latent_channels, half.time, half.space)
 
     @classmethod
     def load(
         cls,
         source: str | Path,
         *,
+        latents: Latents = LATENTS["wan2.1"],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> TinyVAE:
         """Load from a file or a folder with it, to compute in `dtype`. Pickles run no code.
 
-        Raises FileNotFoundError for an unknown path, ValueError for an unsuitable file.
+        `latents`: those of the student, for which a folder's file is selected. Raises
+        FileNotFoundError for an unknown path, ValueError for an unsuitable file.
         """
         path = Path(source)
         if path.is_dir():
-            named = [path / f"{NAME}{end}" for end in (".safetensors", ".pth")]
+            name = NAMES.get(latents, "")
+            named = [path / f"{name}{end}" for end in (".safetensors", ".pth")]
             path = next((file for file in named if file.is_file()), path)
         if not path.is_file():
             raise FileNotFoundError(f"tiny_vae: {path} is not a file; needed: {LAYOUTS}")
@@ -294,7 +322,7 @@ class TinyVAE:
 
     @torch.no_grad()
     def encode(self, video_BFCHW: Tensor) -> Tensor:
-        """Latents [B, ceil(F / 4), C, H/8, W/8] in the network's dtype.
+        """Latents [B, ceil(F / 4), C, H / s, W / s] in the network's dtype; s is `latents.space`.
 
         The end is padded with the last frame to a multiple of 4. Four frames at a time, so memory
         does not grow with the video.
@@ -317,7 +345,7 @@ class TinyVAE:
         return torch.cat(latents, 1)
 
     def decode(self, latent_BFCHW: Tensor) -> Tensor:
-        """Video [B, 1 + 4(F-1), 3, 8H, 8W] in [-1, 1], in the network's dtype.
+        """Video [B, 1 + 4(F-1), 3, s H, s W] in [-1, 1], in the network's dtype.
 
         Differentiable with respect to latents that require a gradient; the backward recomputes each
         latent frame.
