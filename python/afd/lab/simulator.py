@@ -50,9 +50,9 @@ class Domain:
             one, and the teacher's `style`.
         colours: of the balls in its prompts, by which the domains of a sequence differ.
         words: end of its prompts.
-        endless: its balls lose no speed when they bounce, and its videos are clips of longer ones,
-            half of them from the beginning and half from anywhere; there, of a prompt only the
-            colour holds, and whether the ball moves sideways.
+        endless: its balls lose no speed when they bounce, and its videos are cut anywhere from
+            longer ones, so that of a prompt only the colour holds, and whether the ball moves
+            sideways.
     """
 
     gravity: float | None
@@ -298,9 +298,7 @@ def motion(attributes_N4: Tensor, of: Domain, gravity: Tensor, generator: Genera
     """Tracks [N, F, 2] of a domain's balls, for gravity [N]."""
     if of.endless:
         whole = trajectories(attributes_N4, gravity, generator, of.bounce, frames=LENGTHS * FRAMES)
-        last = (LENGTHS - 1) * FRAMES
-        starts = torch.randint(last + 1, (len(whole), 1), generator=generator)
-        starts *= torch.rand(len(whole), 1, generator=generator) < 0.5
+        starts = torch.randint((LENGTHS - 1) * FRAMES + 1, (len(whole), 1), generator=generator)
         return torch.stack([track[a : a + FRAMES] for track, a in zip(whole, starts, strict=True)])
     return trajectories(attributes_N4, gravity, generator, drag=of.drag)
 
