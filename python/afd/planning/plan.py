@@ -23,7 +23,8 @@ from afd.methods.copies import check_chunks
 from afd.planning import cost_model as cost
 from afd.planning.communication import Traffic, traffic
 from afd.planning.cost_model import MACHINES, Net
-from afd.planning.work import GIB, Part, Phase, Work, gib
+from afd.planning.parts import GIB, Part, Phase, gib
+from afd.planning.work import Work
 from afd.teachers.forecast import Forecast
 from afd.trainer.build import check_size, not_training, refuse_shared_videos
 from afd.trainer.origin import parent_ranks

@@ -7,7 +7,7 @@ discriminator and a number of processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -23,52 +23,17 @@ from afd.discriminators.videoalign.preprocess import (
 from afd.discriminators.windows import window_starts
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
-from afd.models.policies import PRETRAINED, REFERENCE
 from afd.models.wan.config import WanStudentConfig
 from afd.planning import cost_model as cost
 from afd.planning.autoencoders import AUTOENCODERS, TINY, WAN21
-from afd.planning.cost_model import MACHINES, Net
+from afd.planning.cost_model import Net
+from afd.planning.parts import Part, Phase, gib
 from afd.planning.places import Places
 from afd.planning.rewards import frozen, networks, shared_passes
-from afd.trainer.build import frozen_versions, student_waits
-from afd.trainer.origin import parent_ranks
+from afd.planning.weights import weights_of
+from afd.trainer.build import student_waits
 
 SIZES = cost.VideoAlignSizes()
-GIB = 2**30
-
-
-def gib(count: int) -> str:
-    """Format a number of bytes for display."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Memory of one process: bytes, when (see MOMENTS, or "always", "kept", "start"), label."""
-
-    name: str
-    bytes: int
-    when: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Work of all processes in one update: FLOP of matrix products and of convolutions, and the
-    number of times it is done in the run."""
-
-    name: str
-    flop: float
-    convolutions: float
-    times: float
-    note: str
-
-    @property
-    def seconds(self) -> float:
-        """GPU-seconds of one occurrence, at the assumed utilisation of an H100 or H200."""
-        rate = MACHINES["H200"].flop
-        products = self.flop / (rate * cost.UTILISATION)
-        return products + self.convolutions / (rate * cost.CONVOLUTIONS)
 
 
 class Work:
@@ -90,6 +55,7 @@ class Work:
         self.delay = config.afd.delay if config.method == "afd" else 0
         self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
         self.places = Places(config, net)
+        self.weights = weights_of(config, net, self.item, processes if self.sharded else 1)
         # With cached videos of earlier teachers at most: the files are not known yet.
         cached = config.replay.teacher == "cached"
         self.taught = config.prompts_per_update if cached else config.taught
@@ -126,76 +92,12 @@ class Work:
             yield part
 
     def _memory(self) -> Iterator[Part]:
-        yield from self._weights()
+        yield from self.weights.memory()
         yield from self._codec()
         yield from self._discriminator()
         yield from self._rewards()
         yield from self._rollout()
         yield from self._update()
-
-    def versions(self) -> tuple[list[str], list[str]]:
-        """Weight versions other than the reference, and the trained ones among them."""
-        method, config = self.config.method, self.config
-        if method == "afd":
-            names = ["theta", "old"] if config.afd.old == "ema" else ["theta"]
-            names += ["behind"] * self.delay
-            return names + (["ema"] if config.afd.ema_decay is not None else []), ["theta"]
-        if method == "dmd":
-            return ["theta", "ema", "real", "fake"], ["theta", "real", "fake"]
-        return ["theta", "ema"], ["theta"]
-
-    def _weights(self) -> Iterator[Part]:
-        net, lora = self.net, self.net.lora is not None
-        names, trained = self.versions()
-        parts = self.processes if self.sharded else 1
-        # FSDP shards are the fp32 masters; without FSDP, the network holds copies in its own dtype.
-        held = cost.FLOAT if self.sharded else self.item
-        master = 0 if held == cost.FLOAT else cost.FLOAT
-        if lora:
-            yield Part("network", net.parameters * self.item // parts, "always", "frozen weights")
-            one = net.lora_parameters * (held + master) // parts
-            size = f"{net.lora_parameters:,} numbers each"
-            yield Part("adapters", len(names) * one, "always", f"{', '.join(names)}: {size}")
-        else:
-            one = net.parameters * (held + master) // parts
-            size = f"{net.parameters:,} numbers each"
-            yield Part("network", len(names) * one, "always", f"{', '.join(names)}: {size}")
-        yield from self._references(net.parameters * (self.item if lora else held) // parts)
-        if self.sharded:
-            rest, block = (
-                net.outside_blocks,
-                net.block + len(names) * net.lora_parameters // net.layers,
-            )
-            note = f"2 of {net.layers} blocks, and what is outside them, for a pass"
-            yield Part("gathered", (rest + 2 * block) * self.item, "always", note)
-        numbers = len(trained) * net.trained // parts
-        yield Part("optimizer", 2 * cost.FLOAT * numbers, "always", "Adam's two moments, fp32")
-        yield Part("gradients", cost.FLOAT * numbers, "always", "fp32")
-
-    def _references(self, whole: int) -> Iterator[Part]:
-        """The parents' adapters, and the frozen versions that the prior and the replay need.
-        `whole`: bytes of a network."""
-        names = frozen_versions(self.config)
-        student = self.config.student
-        stacked = student.parents == "stacked"
-        if student.lora is None:
-            for name in names:
-                what = "the start" if name == REFERENCE else "the released weights"
-                yield Part("reference", whole, "always", f"frozen copy of {what}")
-            return
-        if PRETRAINED not in names and not stacked:
-            return  # the start is the network with its adapters off
-        ranks = parent_ranks(student)
-        if ranks is None:
-            yield Part("reference", whole, "always", "frozen copy of the released weights")
-            return
-        held = sum(ranks) * (self.net.lora_parameters * self.item // student.lora.rank)
-        if not stacked:
-            note = f"takes back parents of rank {sum(ranks)}, for the released weights"
-            yield Part("reference", held, "always", note)
-        elif ranks:
-            note = f"{len(ranks)} kept beside the released weights, of rank {sum(ranks)}"
-            yield Part("parents' adapters", held, "always", note)
 
     def _codec(self) -> Iterator[Part]:
         if not self.wan:
@@ -306,8 +208,8 @@ class Work:
 
     def checkpoint_bytes(self) -> int:
         """Bytes of one saved state: masters and moments of the student and the discriminator."""
-        names, trained = self.versions()
-        numbers = (len(names) + 2 * len(trained)) * self.net.trained
+        versions = len(self.weights.own) + 2 * len(self.weights.trained)
+        numbers = versions * self.net.trained
         if isinstance(self.discriminator, VideoAlignConfig):
             numbers += 3 * SIZES.lora(self.discriminator.lora_rank)
         elif isinstance(self.discriminator, LatentConfig):
