@@ -14,7 +14,7 @@ from rich.console import Console
 from afd.errors import TeacherError, VideoError
 from afd.teachers.base import Request
 from afd.teachers.config import FolderConfig
-from afd.teachers.manifest import read_manifest
+from afd.teachers.manifest import read_manifest, wrong_manifest
 from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
 from afd.video.config import VideoConfig
 
@@ -25,7 +25,7 @@ _log = logging.getLogger("afd")
 
 class FolderTeacher:
     """A teacher that answers from existing files. All files are checked on construction, and one
-    error lists every problem."""
+    error lists the problems (`afd.listing`)."""
 
     def __init__(
         self,
@@ -65,10 +65,7 @@ class FolderTeacher:
         if not problems and not self._files:
             problems.append("lists no video")
         if problems:
-            listed = "\n".join(f"  {problem}" for problem in problems)
-            raise TeacherError(
-                f"teacher manifest {self.manifest}: {len(problems)} wrong:\n{listed}"
-            )
+            raise wrong_manifest(self.manifest, problems)
         self._requests = list(self._files)
 
     @property

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from afd.config.run import RunConfig
 from afd.errors import TeacherError, Unanswered
+from afd.listing import Some
 from afd.teachers.mix import used_prompts
 from afd.teachers.mix_config import MixConfig
 from afd.teachers.paid.config import PaidConfig
@@ -68,6 +69,7 @@ def fetch(buyer: Buyer, console: Console) -> bool | None:
     requests = [r for r in teacher.requests if used is None or r.prompt in used]
     missing, skipped, there = 0, 0, 0
     failure: TeacherError | None = None
+    unanswered = Some(_log, logging.WARNING, "%s")
     screen = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
     level = _log.level
     _log.addHandler(screen)
@@ -88,7 +90,7 @@ def fetch(buyer: Buyer, console: Console) -> bool | None:
                         rejected = error.rejected
                         skipped, missing = skipped + rejected, missing + (not rejected)
                         if not rejected:
-                            _log.warning("%s", error)
+                            unanswered(str(error))
                     elif isinstance(error, TeacherError):
                         failure = failure or error
                         missing += 1
@@ -108,6 +110,7 @@ def fetch(buyer: Buyer, console: Console) -> bool | None:
         return None
     finally:
         teacher.close()
+        unanswered.end()
         _log.removeHandler(screen)
         _log.setLevel(level)
     books = Ledger.snapshot(teacher.folder)
