@@ -1,4 +1,4 @@
-"""Long lists in messages: the first few things and the number of the others."""
+"""Values, numbers and lists in messages: truncated, counted, cut after the first few things."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from collections.abc import Sequence
 
 # Things that are listed, each on a line of its own.
 FEW = 10
+
+
+def shown(value: object, width: int = 120) -> str:
+    """A value's repr, truncated to `width`; with a large `width` printable text is not quoted."""
+    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
+    return text if len(text) <= width else f"{text[:width]}…"
+
+
+def counted(number: float, thing: str) -> str:
+    """A number of things in words, such as "1 video" and "12 videos"; `thing` is singular."""
+    shown = str(number) if isinstance(number, int) else f"{number:.3g}"
+    return f"{shown} {thing}{'' if number == 1 else 'es' if thing.endswith('ss') else 's'}"
 
 
 def few(things: Sequence[str], most: int = FEW) -> list[str]:

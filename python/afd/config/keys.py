@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from afd.config.base import ByKind
 from afd.errors import ConfigError
+from afd.listing import shown
 
 NAMED = "<name>"
 
@@ -106,12 +107,6 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
         below = f"{prefix}{name}.{NAMED}." if _is_mapping(field) else f"{prefix}{name}."
         for one in sections_of(field):
             yield from _keys(one, below)
-
-
-def shown(value: object, width: int = 120) -> str:
-    """A value's repr, truncated to `width`; with a large `width` printable text is not quoted."""
-    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
-    return text if len(text) <= width else f"{text[:width]}…"
 
 
 def refuse_idle(overrides: Iterable[str], method: str, methods: Iterable[str]) -> None:
