@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from afd.cli import main
 from afd.errors import DONE, MISTAKE
-from afd.listing import FEW, Some, few
+from afd.listing import FEW, Some, counted, few
 from tests.afd.commands import small_run
 
 MANY = 40
@@ -80,3 +81,39 @@ def test_an_audit_of_many_wrong_lines_lists_some(
     told = capsys.readouterr().err
     assert told.count("needs a file and a prompt") == FEW
     assert f"  and {MANY - FEW} more" in told
+
+
+def test_one_thing_is_in_the_singular() -> None:
+    assert [counted(n, "video") for n in (0, 1, 2)] == ["0 videos", "1 video", "2 videos"]
+    assert [counted(n, "pass") for n in (1, 1.5)] == ["1 pass", "1.5 passes"]
+
+
+# One thing in the plural, and the ways around it.
+PLURAL = re.compile(
+    r"(?<![\d.,])(?<!of )\b1 (videos|clips|updates|prompts|threads|cores|processes|chunks|frames|"
+    r"passes|steps|pairs|draws|tokens|GPUs)\b|\((s|es)\)"
+)
+
+
+@pytest.mark.parametrize("method", ["afd", "sft", "gan", "dmd"])
+def test_a_dry_run_of_one_of_everything_is_in_the_singular(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["self_forcing_480x832", f"method={method}", "updates=1", "prompts_per_update=1"]
+    words += ["afd.samples_per_prompt=1"] if method == "afd" else []
+    assert main(["train", f"afd_{words[0]}", *words[1:], "--dry-run"]) == DONE
+    assert PLURAL.search(capsys.readouterr().out) is None
+
+
+def test_the_doctor_counts_a_single_thread_in_the_singular(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(["doctor"]) == DONE
+    finally:
+        torch.set_num_threads(before)
+    told = capsys.readouterr().out
+    assert ", 1 thread," in told
+    assert PLURAL.search(told) is None

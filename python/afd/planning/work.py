@@ -21,6 +21,7 @@ from afd.discriminators.videoalign.preprocess import (
     smart_resize,
 )
 from afd.discriminators.windows import window_starts
+from afd.listing import counted
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
 from afd.models.wan.config import WanStudentConfig
@@ -114,7 +115,7 @@ class Work:
             if self.config.method == "gan":
                 sizes = self.net.frames, self.micro, self.pixels, self.vae_item
                 kept = self.decoder.decode_gradient_bytes(*sizes)
-                note = f"{self.micro} video(s) a pass, latent frames recomputed one by one"
+                note = f"{counted(self.micro, 'video')} a pass, latent frames recomputed one by one"
                 yield Part("decode with gradients", kept, "student", note)
         if self.encodes:
             encode = self.encoder.encode_bytes(self.pixels, self.vae_item)
@@ -135,7 +136,7 @@ class Work:
                 patches, item, checkpointed=discriminator.gradient_checkpointing
             )
             moment = "student" if self.config.method == "gan" else "discriminator"
-            note = f"{pairs} pair(s) at a time"
+            note = f"{counted(pairs, 'pair')} at a time"
             if self.config.method == "gan":  # the student's gradient goes through every window
                 kept *= len(window_starts(self._looked(), self._window(discriminator)))
             yield Part("VideoAlign activations", 2 * pairs * kept, moment, note)
@@ -146,7 +147,7 @@ class Work:
             checkpointed = self.config.student.checkpoint_blocks
             sizes = self.own, self.micro, self.item
             kept = 2 * cost.activation_bytes(*sizes, checkpointed=checkpointed)
-            note = f"real or fake, {self.micro} video(s) a pass, and through their context"
+            note = f"real or fake, {counted(self.micro, 'video')} a pass, and through their context"
             yield Part("fields' activations", kept, "discriminator", note)
 
     def _rewards(self) -> Iterator[Part]:
@@ -164,7 +165,7 @@ class Work:
             return
         net, own = self.net, self.own
         batch = min(self.config.student.rollout_batch or self.videos, self.videos)
-        note = f"{batch} video(s) streamed together"
+        note = f"{counted(batch, 'video')} streamed together"
         groups, least = -(-batch // self.group), self.places.least_shared
         cache = cost.kv_bytes(own, batch, self.item, self.places.held)
         if least and net.window is None:
@@ -198,7 +199,7 @@ class Work:
             for c in (True, False)
         ]
         held, other = both if checkpointed else reversed(both)
-        note = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
+        note = f"{counted(self.micro, 'video')} a pass; {gib(other)} with checkpoint_blocks="
         yield Part("activations", held, "student", note + str(not checkpointed).lower())
         kept = self.keeps_context() and self.places.shared is None
         if context not in ("recompute", "noisy") and not kept:
@@ -235,12 +236,14 @@ class Work:
             note = "each video once" if again == 1 else f"each video by {again} processes"
             yield Phase("encode the teacher", 0.0, again * encode, distinct, note)
         if self.rolls:
-            note = f"{videos} videos, {len(steps)} steps and a context pass a chunk"
+            denoising = counted(len(steps), "step")
+            note = f"{counted(videos, 'video')}, {denoising} and a context pass a chunk"
             if len(self.places.all) > 1 or self.places.shared is not None:
-                note += f"; in the mean {rolled / (videos * rollout):.3g} times {videos} videos"
+                times = rolled / (videos * rollout)
+                note += f"; in the mean {times:.3g} times {counted(videos, 'video')}"
             yield Phase("rollout", rolled, 0.0, config.updates, note)
         if self.decodes:
-            note = f"{videos} videos"
+            note = counted(videos, "video")
             count = videos + config.prompts_per_update * self.redecodes
             if self.redecodes:
                 note += f" and {config.prompts_per_update} of the teacher"
@@ -251,8 +254,9 @@ class Work:
         if self.rewards:
             each = shared_passes(self.rewards)
             flop = again * len(each) * videos * self._rate_flop()
-            note = "; ".join(", ".join(names) for names in each)
-            note = f"{len(each)} pass(es) on {videos} videos: {note}" if each else "not counted"
+            names = "; ".join(", ".join(names) for names in each)
+            passes = f"{counted(len(each), 'pass')} on {counted(videos, 'video')}"
+            note = f"{passes}: {names}" if each else "not counted"
             yield Phase("rewards", flop, 0.0, config.updates, note)
         flop, convolutions, note = self._student_work(videos, decode)
         updates = max(0, config.updates - student_waits(self.config))
@@ -260,14 +264,14 @@ class Work:
         if config.replayed:
             replayed = config.replayed * self.group
             one = rollout + self._replay_flop()
-            note = f"{replayed} videos of earlier prompts: rollout, start and student"
+            note = f"{counted(replayed, 'video')} of earlier prompts: rollout, start and student"
             yield Phase("replay", replayed * one, 0.0, updates, note)
         measured = self._evaluated()
         if measured:
             # The discriminator, and its frozen original model on the whole video.
             rate = self._score_flop() + self._rate_flop() if self.reads_pixels else 0.0
             rate += len(shared_passes(self.rewards)) * self._rate_flop()
-            note = f"{measured} held-out videos in all, and their decode"
+            note = f"{counted(measured, 'held-out video')} in all, and their decode"
             yield Phase("evaluation", rollout + again * rate, decode, measured, note)
 
     def _critic_work(self, videos: int) -> tuple[float, str]:
@@ -276,7 +280,8 @@ class Work:
             fits, checkpointed = config.dmd.score_updates, config.student.checkpoint_blocks
             flop = cost.sft_flop(self.net, draws=1, checkpointed=checkpointed)
             teachers = self.taught
-            note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
+            real = f"{counted(fits, 'update')} of real on {counted(teachers, 'video')}"
+            note = f"{real}, of fake on {videos}"
             return fits * (teachers + videos) * flop, note
         if isinstance(discriminator, VideoAlignConfig):
             patches, pictures = self._patches(self._window(discriminator))
@@ -294,7 +299,7 @@ class Work:
             # The mean over the run: updates of the discriminator alone may have more.
             steps = sum(map(discriminator.steps_in, range(config.updates))) / config.updates
             total = 2 * videos * one * steps + scored * self._score_flop()
-            note = f"{steps:.3g} step(s) on {videos} pairs"
+            note = f"{counted(steps, 'step')} on {counted(videos, 'pair')}"
             return self.parts * total, note + (f", and {scored} scores" if scored else "")
         return 0.0, "small; not counted"
 
@@ -331,11 +336,13 @@ class Work:
                 )
             )
             prior = f", prior to {' and '.join(self.priors())}" if self.priors() else ""
-            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s){prior}; {blocks}"
+            draws = counted(afd.draws, "draw")
+            return videos * flop, 0.0, f"{afd.context}, {draws}{prior}; {blocks}"
         if config.method == "sft":
             sft = config.sft
             flop = cost.sft_flop(net, draws=sft.draws, part=part, checkpointed=checkpointed)
-            return videos * flop, 0.0, f"{sft.draws} draw(s) of {videos} videos; {blocks}"
+            note = f"{counted(sft.draws, 'draw')} of {counted(videos, 'video')}"
+            return videos * flop, 0.0, f"{note}; {blocks}"
         last = config.gan if config.method == "gan" else config.dmd
         flop = cost.last_step_flop(
             net,

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from afd.errors import TeacherError, VideoError
+from afd.listing import counted
 from afd.teachers.base import Request
 from afd.teachers.config import FolderConfig
 from afd.teachers.manifest import read_manifest, wrong_manifest
@@ -107,7 +108,7 @@ def open_folder(folder: Path, manifest: Path | None, video: VideoConfig) -> Fold
         hdr=video.hdr,
         limits=video.limits,
     )
-    _log.info("teacher %s: %d videos", teacher.folder, len(teacher.requests))
+    _log.info("teacher %s: %s", teacher.folder, counted(len(teacher.requests), "video"))
     return teacher
 
 

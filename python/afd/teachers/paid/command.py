@@ -19,7 +19,7 @@ from rich.table import Table
 
 from afd.config.run import RunConfig
 from afd.errors import TeacherError, Unanswered
-from afd.listing import Some
+from afd.listing import Some, counted
 from afd.teachers.mix import used_prompts
 from afd.teachers.mix_config import MixConfig
 from afd.teachers.paid.config import PaidConfig
@@ -103,8 +103,8 @@ def fetch(buyer: Buyer, console: Console) -> bool | None:
     except KeyboardInterrupt:
         spent = teacher.progress().spent_usd
         console.print(
-            f"stopped with {there} videos; those in progress continue at the provider, and the "
-            f"next fetch collects them; {spent:.2f} USD spent or reserved",
+            f"stopped with {counted(there, 'video')}; those in progress continue at the provider, "
+            f"and the next fetch collects them; {spent:.2f} USD spent or reserved",
             highlight=False,
         )
         return None
@@ -117,7 +117,7 @@ def fetch(buyer: Buyer, console: Console) -> bool | None:
     spent = books.spent_usd()
     books.close()
     console.print(
-        f"{teacher.folder}: {there} videos, {skipped} rejected, {missing} missing; "
+        f"{teacher.folder}: {counted(there, 'video')}, {skipped} rejected, {missing} missing; "
         f"{spent:.2f} of {section.fetch.budget_usd:.2f} USD spent",
         highlight=False,
         soft_wrap=True,
