@@ -67,7 +67,7 @@ def test_an_audit_of_many_broken_clips_counts_them_and_its_file_names_all(
     assert main(["teacher", "audit", str(tmp_path / "clips")]) == DONE
     told = capsys.readouterr().out
     assert f"unreadable: {MANY} of" in told
-    assert told.count("broken") == 1
+    assert set(re.findall(r"broken\d+", told)) == {"broken0"}
     found = json.loads((tmp_path / "clips" / "audit" / "audit.json").read_text(encoding="utf-8"))
     named = [clip["file"] for clip in found["clips"] if "unreadable" in clip["findings"]]
     assert len(named) == MANY
@@ -99,9 +99,8 @@ PLURAL = re.compile(
 def test_a_dry_run_of_one_of_everything_is_in_the_singular(
     method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["self_forcing_480x832", f"method={method}", "updates=1", "prompts_per_update=1"]
-    words += ["afd.samples_per_prompt=1"] if method == "afd" else []
-    assert main(["train", f"afd_{words[0]}", *words[1:], "--dry-run"]) == DONE
+    words = [f"method={method}", "updates=1", "prompts_per_update=1", "--dry-run"]
+    assert main(["train", "afd_self_forcing_480x832", *words]) == DONE
     assert PLURAL.search(capsys.readouterr().out) is None
 
 
