@@ -109,6 +109,12 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _keys(one, below)
 
 
+def described(key: str, kind: type[BaseModel]) -> str:
+    """What a section's own key needs: its description, else "a value"."""
+    field = kind.model_fields.get(key)
+    return (field.description if field else None) or "a value"
+
+
 def refuse_idle(overrides: Iterable[str], method: str, methods: Iterable[str]) -> None:
     """Raise ConfigError for an override of another method's section: the run never reads it."""
     for override in overrides:

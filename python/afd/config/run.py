@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from rich.console import Console
 
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
-from afd.config.keys import NAMED, known_keys, parts_of, suggest, types_of, with_named
+from afd.config.keys import NAMED, described, known_keys, parts_of, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
 from afd.config.parallel import ONE_WORD, ParallelConfig
 from afd.config.rewards import check_afd, check_cached, check_rewards, check_teacher
@@ -313,8 +313,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{where}: cannot be read ({_reason(error)})") from error
     data = parse_value(text, where)
-    if data is None:
-        data = {}
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: contains {type(data).__name__}, needs keys and values")
     return data
@@ -497,7 +496,5 @@ def _explain(
     if detail["type"] == "value_error":
         return f"{source}: {message}"
     if detail["type"] == "missing":
-        field = kind.model_fields.get(key)
-        needed = (field.description if field else None) or "a value"
-        return f"{source}: {key} is missing; needed: {needed}"
+        return f"{source}: {key} is missing; needed: {described(key, kind)}"
     return f"{source}: {key} is {shown(detail['input'])}; {detail['msg']}"
