@@ -20,8 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 
 from afd.config.run import load_config
 from afd.lab.tables import markdown_table
+from afd.planning.parts import GIB
 from afd.planning.plan import Plan, make_plan
-from afd.planning.work import GIB
 
 BASE = "afd_self_forcing_480x832"
 PHASES = ("rollout", "decode", "discriminator", "student")

@@ -29,6 +29,7 @@ PYTHON = [p for p in SOURCES if p.suffix == ".py"]
 # at any depth of its code; within a floor no file imports in a circle.
 FLOORS = (
     "afd.errors",
+    "afd.listing",
     "afd.extras",
     "afd.files",
     "afd.terminal",

@@ -23,7 +23,7 @@ import afd
 from afd import extras, verbs
 from afd.errors import FAILED, MISTAKE, STOPPED, STORAGE, AfdError, ConfigError
 from afd.files import DISK, what_failed
-from afd.terminal import drop, ended_by_signals, lasting_streams, occupy
+from afd.terminal import CommandParser, drop, ended_by_signals, lasting_streams, occupy
 
 # The shells that `--print-completion` supports, and how they complete paths.
 SHELLS = ("bash", "zsh")
@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == ["teacher", "simulate"]:
+        try:
+            extras.need("afd teacher simulate", "av")
+        except ConfigError as error:
+            return verbs.fail(error.exit_code, str(error))
         # The teacher is a black box here, too: a separate process that parses its own options.
         command = [sys.executable, "-m", "afd.lab.simulator", *words[2:]]
         return subprocess.run(command, check=False).returncode
@@ -97,9 +101,7 @@ def _options(words: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="afd", description="On-policy adversarial flow distillation."
-    )
+    parser = CommandParser(prog="afd", description="On-policy adversarial flow distillation.")
     parser.add_argument("--version", action="version", version=f"afd {afd.__version__}")
     parser.add_argument(
         "--print-completion",
@@ -193,10 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     _takes_run(export)
     export.add_argument(
         "overrides",
-        nargs="+",
+        nargs="*",
+        default=[],
         metavar="k=v",
-        help="out=DIR, kind=peft|diffusers_lora|self_forcing|diffusers, weights=ema|old|theta, "
-        "against=released|start, rank=, dtype=",
+        help="out=DIR (required), kind=peft|diffusers_lora|self_forcing|diffusers, "
+        "weights=ema|old|theta, against=released|start, rank=, dtype=",
     )
     export.set_defaults(run=verbs.export)
 
@@ -305,7 +308,7 @@ def _takes_overrides(
     more: str = "",
 ) -> None:
     help_text = f"{text}; {more}" if more else text
-    parser.add_argument("overrides", nargs="*", metavar="k=v", help=help_text)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="k=v", help=help_text)
 
 
 if __name__ == "__main__":

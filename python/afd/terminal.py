@@ -1,9 +1,12 @@
-"""Terminal handling for long-running commands, which may outlive their terminal."""
+"""What commands have in common: one sentence for a wrong command line, and streams and signals of
+those that may outlive their terminal."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -11,10 +14,38 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+
+from afd.errors import MISTAKE
 
 # Signals that end a command. SIGHUP is sent when its terminal closes; under nohup it is ignored.
 ENDS = (signal.SIGTERM, signal.SIGHUP)
+
+# argparse's sentences, in the form of all other errors.
+_REWORDED = (
+    (r"the following arguments are required: (.+)", r"needs \1"),
+    (
+        r"argument (.+): invalid choice: ('.*') \(choose from (.+)\)",
+        r"\1: got \2; needed: one of \3",
+    ),
+    (r"argument (.+): invalid int value: ('.*')", r"\1: got \2; needed: an integer"),
+    (r"argument (.+): invalid (\w+) value: ('.*')", r"\1: got \3; needed: a \2"),
+    (r"argument (.+)", r"\1"),
+)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of options that reports a mistake in one sentence and exits with MISTAKE."""
+
+    def error(self, message: str) -> NoReturn:
+        for pattern, reworded in _REWORDED:
+            text, found = re.subn(f"(?s)^{pattern}$", reworded, message)
+            if found:
+                message = text
+                break
+        _, _, verb = self.prog.partition(" ")
+        usage = " ".join(self.format_usage().split())
+        self.exit(MISTAKE, f"afd: error: {verb}{': ' if verb else ''}{message}; {usage}\n")
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def export(options: argparse.Namespace) -> int:
     from afd.config.run import make_config
     from afd.export import ExportConfig, export
 
-    config = make_config({}, options.overrides, "command", ExportConfig)
+    config = make_config({}, options.overrides, "export", ExportConfig)
     out = export(options.folder, config)
     note = json.loads((out / "afd.json").read_text(encoding="utf-8"))
     if note.get("svd_error") is not None:
@@ -188,7 +188,9 @@ def report(options: argparse.Namespace) -> int:
     from afd.lab.report.page import write_report
 
     if not options.folder.is_dir():
-        return fail(MISTAKE, f"report: {options.folder} is not a directory")
+        what = "is not a directory" if options.folder.exists() else "does not exist"
+        needed = "the folder of a run, a quickstart or a sequence"
+        return fail(MISTAKE, f"RUN_DIR: {options.folder} {what}; needed: {needed}")
     if options.live:
         from afd.live.watch import watch
 
@@ -206,7 +208,8 @@ def doctor(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(facts, indent=1))
     else:
-        doctor.show(facts, _console())
+        for line in doctor.lines(facts):
+            print(line)
     return DONE
 
 

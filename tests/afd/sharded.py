@@ -9,8 +9,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from afd.distributed import join
-from tests.afd.distributed import sharing, wan_method
-from tests.afd.tiny_methods import wan_batch
+from afd.models.config import LoraConfig
+from afd.models.policies import make_policies
+from afd.models.sharding import shard_over
+from afd.models.weights import local
+from tests.afd.distributed import parent, sharing, wan_method
+from tests.afd.tiny_methods import wan_batch, wan_student
 
 
 def _groups(net: torch.nn.Module) -> list[FSDPParamGroup]:
@@ -20,6 +24,42 @@ def _groups(net: torch.nn.Module) -> list[FSDPParamGroup]:
 
 def _numbers(group: FSDPParamGroup) -> int:
     return sum(param._orig_size.numel() for param in group.fsdp_params)
+
+
+# Frozen weights of a run with adapters, by what its parents are.
+FROZEN = ("none", "stacked", "taken back", "replaced")
+
+
+def held_weights(sharded: bool) -> dict[str, int]:
+    """Bytes of all weights and masters of a bf16 Wan's versions in this process, for each of
+    FROZEN, for versions whose every weight is their own, and, not sharded, with rollouts ahead."""
+    with join("cpu") as ranks:
+        shard = shard_over(ranks, torch.bfloat16) if sharded else None
+        ahead = () if sharded else ("stacked, ahead",)
+        return {name: _held(name, shard) for name in (*FROZEN, "every weight", *ahead)}
+
+
+def _held(name: str, shard: Any) -> int:
+    student = wan_student(torch.bfloat16)
+    lora, more = LoraConfig(rank=4, alpha=4.0), {}
+    versions = ("theta", "ema", "ref")
+    if name.startswith("stacked"):
+        more["parents"] = [parent(student, 3, 0.5), parent(student, 2, 1.0)]
+        versions = (*versions, "pretrained", *(["behind"] if "ahead" in name else []))
+    elif name in ("taken back", "replaced"):
+        weights = dict(student.net.state_dict())
+        more["released"] = parent(student, 5, 1.0) if name == "taken back" else weights
+        versions = (*versions, "pretrained")
+    whole = name == "every weight"
+    policies = make_policies(student, versions, lora=None if whole else lora, shard=shard, **more)
+    found: dict[int, int] = {}
+    held = [master for one in policies.names for master in policies.weights(one).masters]
+    for version in versions:
+        with policies.using(version) as using:
+            held += using.net.parameters()
+    for tensor in map(local, held):
+        found[tensor.data_ptr()] = tensor.nbytes
+    return sum(found.values())
 
 
 def held_by_an_update(name: str, layers: int) -> dict[str, Any]:

@@ -264,4 +264,4 @@ def test_the_dry_run_shows_what_it_saves_and_holds() -> None:
     assert max(plan.peaks().values()) > max(off.peaks().values())
     screen = io.StringIO()
     show(plan, Console(file=screen, width=240))
-    assert f"update takes {max(both):.1f} s on 1 GPU(s) if neither slows" in screen.getvalue()
+    assert f"update takes {max(both):.1f} s on 1 GPU if neither slows" in screen.getvalue()

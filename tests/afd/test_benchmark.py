@@ -408,7 +408,7 @@ def test_samples_of_another_student_of_the_same_name_are_refused(
     note.write_text(note.read_text().replace('"checkpoint_sha256": "', '"checkpoint_sha256": "0'))
     with pytest.raises(ConfigError, match="samples of another student of this name and checkpoint"):
         evaluate(make(prompts, rater, **given), quiet())
-    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"run: .* has no config\.yaml; needed: the folder"):
         evaluate(make(prompts, rater, run=str(prompts), student={"kind": "toy"}), quiet())
 
 

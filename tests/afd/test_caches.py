@@ -180,7 +180,7 @@ def test_prompts_are_embedded_once_and_then_read(
     with caplog.at_level(logging.INFO, logger="afd"):
         first = Texts(wan_files(folder), store=store)(PROMPTS)
     assert torch.equal(first, torch.cat([encoder().encode([p]) for p in PROMPTS]))
-    assert "3 prompts, 0 of them from the cache" in caplog.text
+    assert "3 prompts, 0 from the cache" in caplog.text
     assert "holds 3, 0.0 MiB" in caplog.text
 
     def refused(*args: object, **settings: object) -> TextEncoder:

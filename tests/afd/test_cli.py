@@ -66,21 +66,46 @@ def test_a_stopped_run_exits_130_and_is_resumed(
         (["train", "{path}", "stepz=3"], "unknown key 'stepz'; did you mean"),
         (["train", "{path}", "updates=many"], "updates is 'many'"),
         (["train", "{path}", "teacher.path=/none"], "teacher folder /none: does not exist"),
-        (["resume", "{out}/none"], "config.yaml: cannot be read"),
-        (["report", "/none"], "report: /none is not a directory"),
-        (["eval", "{out}/none"], "config.yaml: cannot be read"),
+        (
+            ["resume", "{out}/none"],
+            "RUN_DIR: {out}/none does not exist; needed: the folder of a run",
+        ),
+        (["report", "/none"], "RUN_DIR: /none does not exist; needed: the folder of a run, a"),
+        (["eval", "{out}/none"], "RUN_DIR: {out}/none does not exist; needed: the folder of a run"),
         (["eval", "{path}", "run=x"], "tiny.yaml, a file; needed: a RUN_DIR; afd benchmark"),
-        (["eval", "{path.parent}", "run=x"], "config.yaml: cannot be read"),
+        (["eval", "{path.parent}", "run=x"], "RUN_DIR: {path.parent} has no config.yaml; needed:"),
         (["benchmark", "{path.parent}"], "a directory; needed: CONFIG.yaml; afd eval RUN_DIR"),
         (["benchmark", "none.yaml"], "none.yaml: cannot be read"),
         (["sample", "--config", "{path}"], "got --config; needed: afd sample CONFIG.yaml"),
         (["sample", "{path}", "--config={path}"], "got --config; needed: afd sample CONFIG.yaml"),
         (["export", "{out}", "out=x", "version=ema"], "unknown key 'version'; it is weights now"),
-        (["eval", "/"], "config.yaml: cannot be read"),
+        (["eval", "/"], "RUN_DIR: / has no config.yaml; needed: the folder of a run"),
         (["sample", "{out}"], "cannot be read"),
         (["teacher"], "needs a subcommand: afd teacher simulate"),
         (["quickstart", "teacher.style=oil"], "teacher.style is 'oil'"),
         (["ablation", "none.yaml"], "none.yaml: cannot be read"),
+        (["adapt", "none.yaml"], "none.yaml: cannot be read"),
+        (["live", "none.yaml"], "none.yaml: cannot be read"),
+        (["teacher", "fetch", "none.yaml"], "none.yaml: cannot be read"),
+        (["teacher", "status", "none.yaml"], "none.yaml: cannot be read"),
+        (["resume", "{path}"], "RUN_DIR: {path} is a file; needed: the folder of a run"),
+        (["export", "{out}/none", "out=x"], "RUN_DIR: {out}/none does not exist; needed: the"),
+        (["export", "{path}", "out=x"], "RUN_DIR: {path} is a file; needed: the folder of a run"),
+        (
+            ["teacher", "audit", "none/"],
+            "FOLDER|CONFIG.yaml: none does not exist; needed: a folder",
+        ),
+        (
+            ["teacher", "audit", "none.yaml"],
+            "FOLDER|CONFIG.yaml: none.yaml does not exist; needed:",
+        ),
+        (
+            ["teacher", "audit", "{path}", "run=none"],
+            "run: none does not exist; needed: the folder",
+        ),
+        (["benchmark", "{benchmark}", "run=none"], "run: none does not exist; needed: the folder"),
+        (["export", "{out}"], "export: out is missing; needed: folder to write, new or empty"),
+        (["export", "{out}", "kind=peft"], "export: out is missing; needed: folder to write"),
     ],
 )
 def test_a_mistake_exits_2_with_one_sentence(
@@ -90,9 +115,12 @@ def test_a_mistake_exits_2_with_one_sentence(
     told: str,
 ) -> None:
     path, out = written
-    assert main([word.format(path=path, out=out) for word in words]) == 2
+    benchmark = "benchmark_self_forcing_480x832"
+    given = {"path": path, "out": out, "benchmark": benchmark}
+    assert main([word.format(**given) for word in words]) == 2
     said = capsys.readouterr().err
-    assert told in said
+    assert told.format(**given) in said
+    assert len(said.splitlines()) == 1
     assert "Traceback" not in said
 
 
@@ -140,6 +168,34 @@ def test_a_command_that_does_not_exist_exits_2(words: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(words)
     assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "needs COMMAND; usage: afd [-h]"),
+        (["trian"], "COMMAND: got 'trian'; needed: one of "),
+        (["train"], "train: needs CONFIG; usage: afd train [-h]"),
+        (["sample"], "sample: needs CONFIG; usage: afd sample"),
+        (["export"], "export: needs RUN_DIR; usage: afd export"),
+        (["resume"], "resume: needs RUN_DIR; usage: afd resume"),
+        (["teacher", "audit"], "teacher audit: needs FOLDER|CONFIG.yaml; usage:"),
+        (["configs", "copy"], "configs copy: needs NAME; usage: afd configs copy"),
+        (["doctor", "--jsn"], "unrecognized arguments: --jsn; usage:"),
+        (["live", "--port", "x"], "live: --port: got 'x'; needed: an integer; usage: afd live"),
+        (["live", "--port"], "live: --port: expected one argument; usage: afd live"),
+        (["eval", "x", "--videos=0"], "eval: --videos: got 0; needed: a whole number of at least"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_sentence(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"afd: error: {told}")
+    assert len(said.splitlines()) == 1
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from afd.config.run import make_config
 from afd.planning.communication import traffic
 from afd.planning.plan import student_net
 from afd.planning.work import Work
+from tests.afd.test_origin import Runs
 from tests.afd.together import together
 from tests.afd.traffic import sent
 
@@ -35,6 +37,38 @@ CASES: dict[str, dict[str, Any]] = {
         "afd": {"context": "own_context", "group_from_chunk": 2},
     },
 }
+# Runs that start from others, sharded, with a pass for each reference of the prior.
+BOTH = {"prior_reference": {"pretrained": 1.0, "previous": 1.0}}
+CONTINUED: dict[str, dict[str, Any]] = {
+    "stacked": {
+        "student": LORA | {"init": "b", "parents": "stacked"},
+        "afd": BOTH | {"context": "own_context"},
+    },
+    "stacked, no prior": {
+        "student": LORA | {"init": "b", "parents": "stacked"},
+        "afd": {"context": "recompute", "prior_weight": 0.0},
+    },
+    "taken back": {"student": LORA | {"init": "b"}, "afd": BOTH | {"context": "recompute"}},
+    "replaced": {"student": LORA | {"init": "full"}, "afd": BOTH | {"context": "own_context"}},
+    "every weight": {
+        "student": {"lora": None, "init": "b"},
+        "afd": BOTH | {"context": "shared_context", "keep_context": False},
+    },
+}
+
+
+def continued(folder: Path) -> dict[str, dict[str, Any]]:
+    """CONTINUED on the runs that it names."""
+    runs = Runs(folder)
+    a = runs.made("a", "student.lora={rank: 3, alpha: 6}")
+    runs.made("b", "student.lora={rank: 2, alpha: 2}", f"student.init={a}")
+    runs.made("full", "student.lora=null")
+    found = {}
+    for name, case in CONTINUED.items():
+        student = {**case["student"], "checkpoint": str(runs.base)}
+        student["init"] = str(folder / student["init"])
+        found[name] = {"parallel": {"weights": "fsdp"}, **case, "student": student}
+    return found
 
 
 def run_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +82,12 @@ def run_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def both() -> dict[str, tuple[dict[str, int], dict[str, float]]]:
+def both(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[dict[str, int], dict[str, float]]]:
     """What was sent, and what was planned, of each case."""
-    runs = [run_of(case) for case in CASES.values()]
+    cases = CASES | continued(tmp_path_factory.mktemp("runs"))
+    runs = [run_of(case) for case in cases.values()]
     works = [Work(config, student_net(config), 2) for config in map(make_config, runs)]
     moved, _ = together(2, sent, runs, [work.net.trained for work in works])
     planned = []
@@ -60,10 +97,10 @@ def both() -> dict[str, tuple[dict[str, int], dict[str, float]]]:
             name = "all-gather" if one.name == "velocities" else one.name
             total[name] += one.bytes  # type: ignore[assignment]
         planned.append(dict(total))
-    return dict(zip(CASES, zip(moved, planned, strict=True), strict=True))
+    return dict(zip(cases, zip(moved, planned, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *CONTINUED])
 def test_a_plan_counts_what_is_sent(
     both: dict[str, tuple[dict[str, int], dict[str, float]]], name: str
 ) -> None:

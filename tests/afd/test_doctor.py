@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from afd import doctor, machine
 from afd_kernels import dispatch
@@ -21,9 +19,7 @@ def facts() -> dict[str, Any]:
 
 
 def shown(facts: dict[str, Any]) -> str:
-    screen = Console(file=io.StringIO(), width=300)
-    doctor.show(facts, screen)
-    return screen.file.getvalue()
+    return "".join(f"{line}\n" for line in doctor.lines(facts))
 
 
 def test_the_facts_are_ready_for_json(facts: dict[str, Any]) -> None:

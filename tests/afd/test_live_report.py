@@ -98,7 +98,7 @@ def test_a_folder_that_goes_away_is_no_error(run: Path, monkeypatch: pytest.Monk
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "none"), "--live"]) == 2
-    assert "is not a directory" in capsys.readouterr().err
+    assert "none does not exist; needed: the folder of a run" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")

@@ -283,7 +283,7 @@ def test_two_gpus_halve_the_hours_and_shards_the_weights() -> None:
     config = load_config(CONFIGS / "afd_self_forcing_480x832.yaml")
     one, two = make_plan(config), make_plan(config, 2)
     assert one.gpu_seconds == two.gpu_seconds
-    assert f"{one.gpu_seconds / 7200:.1f} hours on 2 GPU(s)" in printed(two)
+    assert f"{one.gpu_seconds / 7200:.1f} hours on 2 GPUs" in printed(two)
     shards = make_plan(config.model_copy(update={"parallel": ParallelConfig(weights="fsdp")}), 2)
     bytes_of = [{p.name: p.bytes for p in plan.memory}["optimizer"] for plan in (two, shards)]
     assert bytes_of[0] == 2 * bytes_of[1]

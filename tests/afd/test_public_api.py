@@ -80,17 +80,28 @@ def test_an_op_needs_the_core_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_command_names_the_extra_that_is_missing() -> None:
+def test_the_command_names_the_extra_that_is_missing(tmp_path: Path) -> None:
     lacks = "which is not installed; pip install 'afd-video"
     cases: dict[str, tuple[int, str]] = {
         "--version": (0, re.escape(f"afd {afd.__version__}")),
         "--help": (0, "evaluate a run's newest checkpoint again"),
         "train x.yaml": (2, rf"afd train: needs \w+, {lacks}\[train\]'"),
         "sample x.yaml": (2, rf"afd sample: needs \w+, {lacks}\[train\]'"),
-        "doctor": (2, rf"afd doctor: needs \w+, {lacks}\[train\]'"),
+        "doctor": (0, r"training at 480x832 lacks pydantic, PyYAML, .*: pip install 'afd-video\["),
+        "doctor --json": (0, r'"gpu_gb": null'),
+        "configs": (0, r"afd train\n +\w+"),
+        "configs copy quickstart {}": (0, r"quickstart\.yaml"),
+        "configs copy quikstart": (2, r"closest: \w*quickstart"),
+        "teacher": (2, "teacher: needs a subcommand"),
+        "teacher simulate --out x": (2, rf"simulate: needs av, {lacks}\[train\]'"),
         "--print-completion zsh": (2, rf"needs shtab, {lacks}\[completion\]'"),
     }
-    done = core_only(COMMANDS, json.dumps([words.split() for words in cases]))
+    for verb in ("resume", "eval", "benchmark", "ablation", "adapt", "export", "report"):
+        cases[f"{verb} x"] = (2, rf"afd {verb}: needs \w+, {lacks}\[\w+\]'")
+    for verb in ("quickstart", "live", "teacher fetch x", "teacher status x", "teacher audit x"):
+        cases[verb] = (2, rf"afd {verb.split()[0]}: needs \w+, {lacks}\[\w+\]'")
+    words = [words.format(tmp_path).split() for words in cases]
+    done = core_only(COMMANDS, json.dumps(words))
     assert done.returncode == 0, done.stderr
     for line, (words, (code, sentence)) in zip(
         done.stdout.splitlines(), cases.items(), strict=True

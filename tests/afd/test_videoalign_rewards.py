@@ -159,7 +159,7 @@ def test_the_plan_counts_networks_passes_and_decodes(files: dict[str, str]) -> N
     assert {"decode", "autoencoder"} <= parts.keys()
     assert not {"encode", "discriminator", "VideoAlign training"} & parts.keys()
     phases = {phase.name: phase for phase in plan.phases}
-    assert phases["rewards"].note == "2 pass(es) on 32 videos: mq; vq, ta, all"
+    assert phases["rewards"].note == "2 passes on 32 videos: mq; vq, ta, all"
     assert {"rollout", "decode", "rewards", "student"} == phases.keys()
     one = make_plan(configured(files, vq={"head": "VQ"})).phases
     flop = {phase.name: phase.flop for phase in one}
@@ -169,7 +169,7 @@ def test_the_plan_counts_networks_passes_and_decodes(files: dict[str, str]) -> N
     data["discriminator"] = {"kind": "videoalign", **files}
     beside = make_plan(make_config(data))
     assert "VideoAlign of rewards" not in {part.name for part in beside.memory}
-    assert "1 pass(es) on 32 videos: vq" in [phase.note for phase in beside.phases]
+    assert "1 pass on 32 videos: vq" in [phase.note for phase in beside.phases]
 
 
 def test_held_out_videos_are_rated_by_every_reward_in_as_few_passes(

@@ -25,8 +25,8 @@ from afd.adapt.sequence import (
 )
 from afd.distributed import join, refuse_parts
 from afd.files import write_json
+from afd.planning.parts import gib
 from afd.planning.plan import make_plan, show
-from afd.planning.work import gib
 from afd.trainer.loop import Outcome, train
 from afd.trainer.run_folder import refuse_another_run, refuse_idle_processes, with_commits
 

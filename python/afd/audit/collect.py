@@ -11,9 +11,8 @@ from rich.console import Console
 
 from afd.audit.clip import Clip, read
 from afd.config.run import RunConfig
-from afd.errors import TeacherError
 from afd.teachers.base import Teacher
-from afd.teachers.manifest import MANIFESTS, read_manifest
+from afd.teachers.manifest import MANIFESTS, read_manifest, wrong_manifest
 
 # A clip's name, its prompt and its file.
 Listed = tuple[str, str, Path]
@@ -26,7 +25,7 @@ def listed(folder: Path, manifest: Path | None = None) -> list[Listed] | None:
         return None
     path, entries, problems = read_manifest(folder, manifest)
     if problems:
-        raise TeacherError(f"teacher manifest {path}: {len(problems)} wrong, such as {problems[0]}")
+        raise wrong_manifest(path, problems)
     return [(file, prompt, folder / file) for _, file, prompt in entries]
 
 

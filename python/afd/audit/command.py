@@ -19,11 +19,13 @@ from afd.audit.collect import listed, of_config, read_all
 from afd.audit.scored import Score, prompt_mismatch, worse_than_student
 from afd.config.base import Count, Natural, Section
 from afd.config.run import RunConfig, load_config, make_config
+from afd.config.shipped import find_config
 from afd.discriminators.base import DifferentiableDiscriminator
 from afd.discriminators.pairs import matched_pieces
 from afd.distributed import Ranks, join
 from afd.errors import ConfigError
 from afd.lab.report.audit_page import write_audit
+from afd.listing import shown
 from afd.teachers.base import Request
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method, build_student
@@ -56,13 +58,20 @@ def command(source: Path, overrides: Sequence[str], console: Console) -> Path:
     options = make_config({}, own, "afd teacher audit", AuditOptions)
     config = None
     if not source.is_dir():
+        try:
+            find_config(source)
+        except ConfigError:
+            raise ConfigError(
+                f"FOLDER|CONFIG.yaml: {shown(str(source), 400)} does not exist; needed: a folder "
+                "of clips, a configuration, or a name that afd configs lists"
+            ) from None
         config = load_config(source, others)
     elif others:
         raise ConfigError(
             f"override {others[0]!r}: got a folder; needed: a CONFIG.yaml to override, or one of "
             f"{', '.join(AuditOptions.model_fields)}"
         )
-    run = None if options.run is None else load_run(options.run)
+    run = None if options.run is None else load_run(options.run, key="run")
     with console.status("clips are read"):
         if config is None:
             clips, needed = read_all(_in_folder(source)), None

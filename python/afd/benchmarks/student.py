@@ -89,7 +89,7 @@ def with_rater(config: BenchmarkConfig) -> BenchmarkConfig:
     rater = config.videoalign_mq
     if config.run is None or rater.checkpoint is not None:
         return config
-    run = load_run(config.run)
+    run = load_run(config.run, key="run")
     found = [
         section
         for section in (run.discriminator, *run.rewards.values())
@@ -111,7 +111,7 @@ NO_START = {"init": None, "init_weights": None, "parents": "folded"}
 
 
 def _of_run(config: BenchmarkConfig, folder: Path, settings: dict[str, Any]) -> Subject:
-    run = load_run(folder)
+    run = load_run(folder, key="run")
     path = checkpoint.latest(folder / "checkpoints")
     if path is None:
         raise ConfigError(f"run: {folder} has no checkpoint")

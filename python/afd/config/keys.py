@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from afd.config.base import ByKind
 from afd.errors import ConfigError
+from afd.listing import shown
 
 NAMED = "<name>"
 
@@ -108,10 +109,10 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _keys(one, below)
 
 
-def shown(value: object, width: int = 120) -> str:
-    """A value's repr, truncated to `width`; with a large `width` printable text is not quoted."""
-    text = value if isinstance(value, str) and width > 120 and value.isprintable() else repr(value)
-    return text if len(text) <= width else f"{text[:width]}…"
+def described(key: str, kind: type[BaseModel]) -> str:
+    """What a section's own key needs: its description, else "a value"."""
+    field = kind.model_fields.get(key)
+    return (field.description if field else None) or "a value"
 
 
 def refuse_idle(overrides: Iterable[str], method: str, methods: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from rich.console import Console
 
 from afd.config.base import ByKind, Count, Folder, Natural, Section, Threads, of_default_kind
-from afd.config.keys import NAMED, known_keys, parts_of, shown, suggest, types_of, with_named
+from afd.config.keys import NAMED, described, known_keys, parts_of, suggest, types_of, with_named
 from afd.config.keys import sections_of as sections_of
 from afd.config.parallel import ONE_WORD, ParallelConfig
 from afd.config.rewards import check_afd, check_cached, check_rewards, check_teacher
@@ -23,6 +23,7 @@ from afd.config.shipped import find_config
 from afd.config.yaml import MAX_BYTES, parse_yaml, yaml_text
 from afd.discriminators.base import DiscriminatorConfig
 from afd.errors import ConfigError, YamlError
+from afd.listing import shown
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, ReplayConfig, SftConfig
 from afd.models.config import StudentConfig
 from afd.registry import find
@@ -312,8 +313,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{where}: cannot be read ({_reason(error)})") from error
     data = parse_value(text, where)
-    if data is None:
-        data = {}
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: contains {type(data).__name__}, needs keys and values")
     return data
@@ -496,5 +496,5 @@ def _explain(
     if detail["type"] == "value_error":
         return f"{source}: {message}"
     if detail["type"] == "missing":
-        return f"{source}: {key} is missing; needed: a value"
+        return f"{source}: {key} is missing; needed: {described(key, kind)}"
     return f"{source}: {key} is {shown(detail['input'])}; {detail['msg']}"

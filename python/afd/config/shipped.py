@@ -10,10 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from afd.config.keys import shown
 from afd.errors import ConfigError
 from afd.files import write_text
 from afd.hub import CONFIGS
+from afd.listing import shown
 
 
 class Shipped(NamedTuple):

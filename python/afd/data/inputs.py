@@ -16,6 +16,7 @@ from typing import Any
 
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError, TeacherError
+from afd.listing import Some
 from afd.methods.base import Method
 from afd.teachers.base import Request
 
@@ -50,6 +51,7 @@ class Contents:
         """`accept`: accept replaced videos with a warning, and remember the new content."""
         self._requests, self._accept = list(requests), accept
         self._known: dict[Request, Content] = {}
+        self._replaced = Some(_log, logging.WARNING, "%s; continuing with the new one")
 
     def check(self, request: Request, path: Path, now: Content) -> None:
         """Remember a video, or compare it if known. Raises TeacherError if it was replaced."""
@@ -61,8 +63,12 @@ class Contents:
             )
             if not self._accept:
                 raise TeacherError(f"{changed}; restore it, or continue with {ACCEPT}=true")
-            _log.warning("%s; continuing with the new one", changed)
+            self._replaced(changed)
         self._known[request] = now
+
+    def close(self) -> None:
+        """Log how many replaced videos were not named."""
+        self._replaced.end()
 
     def state_dict(self, ranks: Ranks = ALONE) -> list[Any]:
         """Per request, None or the fields of its Content, merged over all processes. Every process

@@ -21,6 +21,7 @@ from afd.data.sampler import Sampler
 from afd.distributed import ALONE, Ranks
 from afd.errors import TeacherError, Unanswered
 from afd.files import sha256_of
+from afd.listing import Some
 from afd.models.codec import Codec, Pixels, redecodes
 from afd.teachers.base import Request, Teacher
 from afd.video import Clip, from_uint8, read_clip, through_codec, to_uint8
@@ -73,13 +74,15 @@ class Videos:
         self._memory = memory
         self._coming: dict[Request, Future[tuple[Tensor, Content]]] = {}
         self._pool = ThreadPoolExecutor(THREADS, "afd decode")
+        self._skips = Some(_log, logging.WARNING, "skipped: %s")
         self._made, self._found = 0, 0  # latents encoded, and latents read from the store
 
     def draw(self, sampler: Sampler, count: int, ahead: int = 0) -> list[Request]:
         """Draw the sampler's next `count` requests that have an answer, the same on every rank. One
         that asks several teachers becomes as many, one after another.
 
-        Requests without an answer are skipped with a warning; TeacherError if none is left.
+        Requests without an answer are skipped with a warning (`listing.Some`); TeacherError if none
+        is left.
         `ahead`: the most that will still be drawn; a slow teacher starts on them now, and videos of
         the next draw that are ready are decoded meanwhile. Only the main rank queries the teacher.
         """
@@ -117,7 +120,7 @@ class Videos:
                     self._teacher.answer(one)
             except Unanswered as reason:
                 skipped += 1
-                _log.warning("skipped: %s", reason)
+                self._skips(str(reason))
                 if skipped > len(self._teacher.requests):
                     raise TeacherError(f"no request succeeded, the last: {reason}") from None
             else:
@@ -182,6 +185,8 @@ class Videos:
     def close(self) -> None:
         """Stop the decoding threads and log how many latents were encoded or read."""
         self._pool.shutdown(cancel_futures=True)
+        self._skips.end()
+        self._contents.close()
         if self._store is not None and self._made + self._found:
             held = self._store.summary("latents")
             _log.info("latents: %d made, %d from the cache; %s", self._made, self._found, held)

@@ -22,6 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from afd.files import replacing
+from afd.terminal import CommandParser
 
 FRAMES, SIZE, RADIUS = 12, 16, 2.0
 LOW, HIGH = RADIUS, SIZE - RADIUS  # where the ball's centre can be
@@ -402,9 +403,7 @@ def write_folder(
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The options of `afd teacher simulate`."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Write a folder of finished teacher videos."
-    )
+    parser = CommandParser(prog=prog, description="Write a folder of finished teacher videos.")
     parser.add_argument("--style", choices=LOOKS, default="nuis", help="look of the videos")
     domains = ("target", "source", *TAUGHT, "all")
     parser.add_argument("--domain", choices=domains, default="target", help="physics and prompts")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from statistics import fmean
 
@@ -38,12 +38,14 @@ class _Pass:
         frames: frames of each that its blocks compute.
         out: frames whose velocity it returns; 0: only keys and values.
         trained: whether a backward pass follows.
+        adapted: whether the network has adapters; false for a frozen copy beside them.
     """
 
     videos: int
     frames: int
     out: int
     trained: bool = False
+    adapted: bool = True
 
 
 def traffic(work: Work) -> list[Traffic]:
@@ -52,7 +54,7 @@ def traffic(work: Work) -> list[Traffic]:
     if work.sharded:
         found += _sharded(work)
     elif work.processes > 1:
-        numbers = len(work.versions()[1]) * work.net.trained
+        numbers = len(work.weights.trained) * work.net.trained
         each = 2 * _share(work.processes) * cost.FLOAT * numbers
         found.append(Traffic("all-reduce", each, "gradients, fp32, once an update"))
     if work.parts > 1:
@@ -71,18 +73,21 @@ def _sharded(work: Work) -> Iterator[Traffic]:
     # A pass over the prompt begins every rollout batch.
     rolled += fmean(_batches(work, place) for place in work.places.all) if work.rolls else 0
     backward = fmean(sum(n for n, one in of if one.trained) for of in passes[1])
-    whole, trained = _numbers(work)
-    one = _share(work.processes) * whole * work.item
+    bare = fmean(sum(n for n, one in of if not one.adapted) for of in passes[1])
+    network, adapters, trained = _numbers(work)
+    every = rolled + forward + backward
+    numbers = every * network + (every - bare) * adapters
     many = f"{forward:.4g} forward and {backward:.4g} backward passes"
     note = f"weights of each block in turn: {rolled:.4g} passes of the rollout, {many}"
-    yield Traffic("all-gather", (rolled + forward + backward) * one, note)
+    yield Traffic("all-gather", _share(work.processes) * numbers * work.item, note)
     scattered = backward * _share(work.processes) * trained * cost.FLOAT
     yield Traffic("reduce-scatter", scattered, "gradients, fp32, after each backward pass")
 
 
-def _numbers(work: Work) -> tuple[int, int]:
-    """Parameters that a pass gathers, and those whose gradients it scatters, with FSDP's padding
-    of each to a multiple of the processes in its first dimension."""
+def _numbers(work: Work) -> tuple[int, int, int]:
+    """Parameters that a pass gathers of the network and of all adapters in it, and those whose
+    gradients it scatters, with FSDP's padding of each to a multiple of the processes in its first
+    dimension."""
     student, parts = work.config.student, work.processes
 
     def padded(x: Tensor | tuple[int, ...]) -> int:
@@ -93,13 +98,20 @@ def _numbers(work: Work) -> tuple[int, int]:
     held = dict(network.named_parameters())
     whole = sum(map(padded, held.values()))
     if student.lora is None:
-        return whole, whole
-    rank, adapters = student.lora.rank, 0
-    for name, weight in held.items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and re.fullmatch(network.adapted, layer):
-            adapters += padded((rank, weight.shape[1])) + padded((weight.shape[0], rank))
-    return whole + len(work.versions()[0]) * adapters, adapters
+        return whole, 0, whole
+
+    def adapter(rank: int) -> int:
+        layers = (name.rpartition(".weight") for name in held)
+        shapes = [
+            held[layer + kind].shape
+            for layer, kind, rest in layers
+            if kind and not rest and re.fullmatch(network.adapted, layer)
+        ]
+        return sum(padded((rank, columns)) + padded((rows, rank)) for rows, columns in shapes)
+
+    trained = adapter(student.lora.rank)
+    frozen = sum(map(adapter, work.weights.frozen))
+    return whole, len(work.weights.own) * trained + frozen, trained
 
 
 def _exchanged(work: Work) -> Iterator[Traffic]:
@@ -186,6 +198,8 @@ def _learned(work: Work, place: Place) -> Iterator[tuple[float, _Pass]]:
     videos = work.videos if work.rolls else work.prompts
     draws = getattr(method, "draws", 1)
     references = len(work.priors())
+    # Passes through a frozen copy of a network with adapters: it is that of one reference.
+    copied = sum(name in work.priors() for name in work.weights.copies)
     for n in _pieces(videos * draws, method):
         clean = _Pass(min(n, videos), net.frames, 0)
         if config.method == "sft":
@@ -194,10 +208,13 @@ def _learned(work: Work, place: Place) -> Iterator[tuple[float, _Pass]]:
             continue
         others = references + (config.method == "afd")
         halves = net.frames if context == "recompute" else 0
-        yield others, _Pass(n, halves + noisy, noisy)
-        yield 1, _Pass(n, halves + noisy, noisy, trained=True)
+        whole = _Pass(n, halves + noisy, noisy)
+        yield others - copied, whole
+        yield copied, replace(whole, adapted=False)
+        yield 1, replace(whole, trained=True)
         if context == "own_context":
-            yield others + 1, clean
+            yield others + 1 - copied, clean
+            yield copied, replace(clean, adapted=False)
         if context == "shared_context" and not work.keeps_context():
             yield 1, clean
         if config.method == "dmd":

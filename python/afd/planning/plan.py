@@ -18,12 +18,14 @@ from afd.config.run import RunConfig
 from afd.distributed import refuse_parts
 from afd.errors import ConfigError
 from afd.hub import missing_path
+from afd.listing import counted
 from afd.methods.config import TimesConfig
 from afd.methods.copies import check_chunks
 from afd.planning import cost_model as cost
 from afd.planning.communication import Traffic, traffic
 from afd.planning.cost_model import MACHINES, Net
-from afd.planning.work import GIB, Part, Phase, Work, gib
+from afd.planning.parts import GIB, Part, Phase, gib
+from afd.planning.work import Work
 from afd.teachers.forecast import Forecast
 from afd.trainer.build import check_size, not_training, refuse_shared_videos
 from afd.trainer.origin import parent_ranks
@@ -218,10 +220,11 @@ def show(plan: Plan, console: Console) -> None:
     config, net = plan.config, plan.net
     source = "" if config.student.kind == "toy" else _source(config)
     for line in (
-        f"{config.name}: {config.method}, {config.updates} updates of {config.prompts_per_update} "
-        f"prompts, {plan.processes} process(es)",
+        f"{config.name}: {config.method}, {counted(config.updates, 'update')} of "
+        f"{counted(config.prompts_per_update, 'prompt')}, {counted(plan.processes, 'process')}",
         f"student: {net.parameters:,} parameters{source}; "
-        f"{net.frames} latent frames in {net.chunks} chunks, {net.tokens} tokens a frame",
+        f"{counted(net.frames, 'latent frame')} in {counted(net.chunks, 'chunk')}, "
+        f"{counted(net.tokens, 'token')} a frame",
     ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if (sentence := not_training(config)) is not None:
@@ -339,7 +342,7 @@ def _show_time(plan: Plan, console: Console) -> None:
     total = plan.gpu_seconds / 3600
     line = (
         f"in total {total:.1f} GPU-hours, {total / plan.processes:.1f} hours on "
-        f"{plan.processes} GPU(s)"
+        f"{counted(plan.processes, 'GPU')}"
     )
     console.print(line, highlight=False, soft_wrap=True, markup=False)
     line = f"an update in which the student learns: {plan.update_seconds:.1f} GPU-seconds"
@@ -349,7 +352,7 @@ def _show_time(plan: Plan, console: Console) -> None:
         least, most = (f"{x / plan.processes:.1f}" for x in (max(both), sum(both)))
         line = (
             f"afd.async=1: rollout and decode ({both[0]:.1f}) beside training ({both[1]:.1f}): an "
-            f"update takes {least} s on {plan.processes} GPU(s) if neither slows the other, and "
-            f"{most} s, as without, if both need the same units"
+            f"update takes {least} s on {counted(plan.processes, 'GPU')} if neither slows the "
+            f"other, and {most} s, as without, if both need the same units"
         )
         console.print(line, highlight=False, soft_wrap=True, markup=False)

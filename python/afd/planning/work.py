@@ -7,7 +7,7 @@ discriminator and a number of processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -21,55 +21,21 @@ from afd.discriminators.videoalign.preprocess import (
     smart_resize,
 )
 from afd.discriminators.windows import window_starts
+from afd.listing import counted
 from afd.methods.config import StudentOptimizerConfig
 from afd.models.config import DTYPES
-from afd.models.policies import PRETRAINED, REFERENCE
 from afd.models.wan.config import WanStudentConfig
 from afd.models.wan.sizes import LATENTS
 from afd.planning import cost_model as cost
 from afd.planning.autoencoders import AUTOENCODERS, TINY
-from afd.planning.cost_model import MACHINES, Net
+from afd.planning.cost_model import Net
+from afd.planning.parts import Part, Phase, gib
 from afd.planning.places import Places
 from afd.planning.rewards import frozen, networks, shared_passes
-from afd.trainer.build import frozen_versions, student_waits
-from afd.trainer.origin import parent_ranks
+from afd.planning.weights import weights_of
+from afd.trainer.build import student_waits
 
 SIZES = cost.VideoAlignSizes()
-GIB = 2**30
-
-
-def gib(count: int) -> str:
-    """Format a number of bytes for display."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Memory of one process: bytes, when (see MOMENTS, or "always", "kept", "start"), label."""
-
-    name: str
-    bytes: int
-    when: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Work of all processes in one update: FLOP of matrix products and of convolutions, and the
-    number of times it is done in the run."""
-
-    name: str
-    flop: float
-    convolutions: float
-    times: float
-    note: str
-
-    @property
-    def seconds(self) -> float:
-        """GPU-seconds of one occurrence, at the assumed utilisation of an H100 or H200."""
-        rate = MACHINES["H200"].flop
-        products = self.flop / (rate * cost.UTILISATION)
-        return products + self.convolutions / (rate * cost.CONVOLUTIONS)
 
 
 class Work:
@@ -91,6 +57,7 @@ class Work:
         self.delay = config.afd.delay if config.method == "afd" else 0
         self.discriminator = config.discriminator if config.method in ("afd", "gan") else None
         self.places = Places(config, net)
+        self.weights = weights_of(config, net, self.item, processes if self.sharded else 1)
         # With cached videos of earlier teachers at most: the files are not known yet.
         cached = config.replay.teacher == "cached"
         self.taught = config.prompts_per_update if cached else config.taught
@@ -128,76 +95,12 @@ class Work:
             yield part
 
     def _memory(self) -> Iterator[Part]:
-        yield from self._weights()
+        yield from self.weights.memory()
         yield from self._codec()
         yield from self._discriminator()
         yield from self._rewards()
         yield from self._rollout()
         yield from self._update()
-
-    def versions(self) -> tuple[list[str], list[str]]:
-        """Weight versions other than the reference, and the trained ones among them."""
-        method, config = self.config.method, self.config
-        if method == "afd":
-            names = ["theta", "old"] if config.afd.old == "ema" else ["theta"]
-            names += ["behind"] * self.delay
-            return names + (["ema"] if config.afd.ema_decay is not None else []), ["theta"]
-        if method == "dmd":
-            return ["theta", "ema", "real", "fake"], ["theta", "real", "fake"]
-        return ["theta", "ema"], ["theta"]
-
-    def _weights(self) -> Iterator[Part]:
-        net, lora = self.net, self.net.lora is not None
-        names, trained = self.versions()
-        parts = self.processes if self.sharded else 1
-        # FSDP shards are the fp32 masters; without FSDP, the network holds copies in its own dtype.
-        held = cost.FLOAT if self.sharded else self.item
-        master = 0 if held == cost.FLOAT else cost.FLOAT
-        if lora:
-            yield Part("network", net.parameters * self.item // parts, "always", "frozen weights")
-            one = net.lora_parameters * (held + master) // parts
-            size = f"{net.lora_parameters:,} numbers each"
-            yield Part("adapters", len(names) * one, "always", f"{', '.join(names)}: {size}")
-        else:
-            one = net.parameters * (held + master) // parts
-            size = f"{net.parameters:,} numbers each"
-            yield Part("network", len(names) * one, "always", f"{', '.join(names)}: {size}")
-        yield from self._references(net.parameters * (self.item if lora else held) // parts)
-        if self.sharded:
-            rest, block = (
-                net.outside_blocks,
-                net.block + len(names) * net.lora_parameters // net.layers,
-            )
-            note = f"2 of {net.layers} blocks, and what is outside them, for a pass"
-            yield Part("gathered", (rest + 2 * block) * self.item, "always", note)
-        numbers = len(trained) * net.trained // parts
-        yield Part("optimizer", 2 * cost.FLOAT * numbers, "always", "Adam's two moments, fp32")
-        yield Part("gradients", cost.FLOAT * numbers, "always", "fp32")
-
-    def _references(self, whole: int) -> Iterator[Part]:
-        """The parents' adapters, and the frozen versions that the prior and the replay need.
-        `whole`: bytes of a network."""
-        names = frozen_versions(self.config)
-        student = self.config.student
-        stacked = student.parents == "stacked"
-        if student.lora is None:
-            for name in names:
-                what = "the start" if name == REFERENCE else "the released weights"
-                yield Part("reference", whole, "always", f"frozen copy of {what}")
-            return
-        if PRETRAINED not in names and not stacked:
-            return  # the start is the network with its adapters off
-        ranks = parent_ranks(student)
-        if ranks is None:
-            yield Part("reference", whole, "always", "frozen copy of the released weights")
-            return
-        held = sum(ranks) * (self.net.lora_parameters * self.item // student.lora.rank)
-        if not stacked:
-            note = f"takes back parents of rank {sum(ranks)}, for the released weights"
-            yield Part("reference", held, "always", note)
-        elif ranks:
-            note = f"{len(ranks)} kept beside the released weights, of rank {sum(ranks)}"
-            yield Part("parents' adapters", held, "always", note)
 
     def _codec(self) -> Iterator[Part]:
         if not self.wan:
@@ -214,7 +117,7 @@ class Work:
             if self.config.method == "gan":
                 sizes = self.net.frames, self.micro, self.pixels, self.vae_item
                 kept = self.decoder.decode_gradient_bytes(*sizes)
-                note = f"{self.micro} video(s) a pass, latent frames recomputed one by one"
+                note = f"{counted(self.micro, 'video')} a pass, latent frames recomputed one by one"
                 yield Part("decode with gradients", kept, "student", note)
         if self.encodes:
             encode = self.encoder.encode_bytes(self.pixels, self.vae_item)
@@ -235,7 +138,7 @@ class Work:
                 patches, item, checkpointed=discriminator.gradient_checkpointing
             )
             moment = "student" if self.config.method == "gan" else "discriminator"
-            note = f"{pairs} pair(s) at a time"
+            note = f"{counted(pairs, 'pair')} at a time"
             if self.config.method == "gan":  # the student's gradient goes through every window
                 kept *= len(window_starts(self._looked(), self._window(discriminator)))
             yield Part("VideoAlign activations", 2 * pairs * kept, moment, note)
@@ -246,7 +149,7 @@ class Work:
             checkpointed = self.config.student.checkpoint_blocks
             sizes = self.own, self.micro, self.item
             kept = 2 * cost.activation_bytes(*sizes, checkpointed=checkpointed)
-            note = f"real or fake, {self.micro} video(s) a pass, and through their context"
+            note = f"real or fake, {counted(self.micro, 'video')} a pass, and through their context"
             yield Part("fields' activations", kept, "discriminator", note)
 
     def _rewards(self) -> Iterator[Part]:
@@ -264,7 +167,7 @@ class Work:
             return
         net, own = self.net, self.own
         batch = min(self.config.student.rollout_batch or self.videos, self.videos)
-        note = f"{batch} video(s) streamed together"
+        note = f"{counted(batch, 'video')} streamed together"
         groups, least = -(-batch // self.group), self.places.least_shared
         cache = cost.kv_bytes(own, batch, self.item, self.places.held)
         if least and net.window is None:
@@ -298,7 +201,7 @@ class Work:
             for c in (True, False)
         ]
         held, other = both if checkpointed else reversed(both)
-        note = f"{self.micro} video(s) a pass; {gib(other)} with checkpoint_blocks="
+        note = f"{counted(self.micro, 'video')} a pass; {gib(other)} with checkpoint_blocks="
         yield Part("activations", held, "student", note + str(not checkpointed).lower())
         kept = self.keeps_context() and self.places.shared is None
         if context not in ("recompute", "noisy") and not kept:
@@ -308,8 +211,8 @@ class Work:
 
     def checkpoint_bytes(self) -> int:
         """Bytes of one saved state: masters and moments of the student and the discriminator."""
-        names, trained = self.versions()
-        numbers = (len(names) + 2 * len(trained)) * self.net.trained
+        versions = len(self.weights.own) + 2 * len(self.weights.trained)
+        numbers = versions * self.net.trained
         if isinstance(self.discriminator, VideoAlignConfig):
             numbers += 3 * SIZES.lora(self.discriminator.lora_rank)
         elif isinstance(self.discriminator, LatentConfig):
@@ -335,12 +238,14 @@ class Work:
             note = "each video once" if again == 1 else f"each video by {again} processes"
             yield Phase("encode the teacher", 0.0, again * encode, distinct, note)
         if self.rolls:
-            note = f"{videos} videos, {len(steps)} steps and a context pass a chunk"
+            denoising = counted(len(steps), "step")
+            note = f"{counted(videos, 'video')}, {denoising} and a context pass a chunk"
             if len(self.places.all) > 1 or self.places.shared is not None:
-                note += f"; in the mean {rolled / (videos * rollout):.3g} times {videos} videos"
+                times = rolled / (videos * rollout)
+                note += f"; in the mean {times:.3g} times {counted(videos, 'video')}"
             yield Phase("rollout", rolled, 0.0, config.updates, note)
         if self.decodes:
-            note = f"{videos} videos"
+            note = counted(videos, "video")
             count = videos + config.prompts_per_update * self.redecodes
             if self.redecodes:
                 note += f" and {config.prompts_per_update} of the teacher"
@@ -351,8 +256,9 @@ class Work:
         if self.rewards:
             each = shared_passes(self.rewards)
             flop = again * len(each) * videos * self._rate_flop()
-            note = "; ".join(", ".join(names) for names in each)
-            note = f"{len(each)} pass(es) on {videos} videos: {note}" if each else "not counted"
+            names = "; ".join(", ".join(names) for names in each)
+            passes = f"{counted(len(each), 'pass')} on {counted(videos, 'video')}"
+            note = f"{passes}: {names}" if each else "not counted"
             yield Phase("rewards", flop, 0.0, config.updates, note)
         flop, convolutions, note = self._student_work(videos, decode)
         updates = max(0, config.updates - student_waits(self.config))
@@ -360,14 +266,14 @@ class Work:
         if config.replayed:
             replayed = config.replayed * self.group
             one = rollout + self._replay_flop()
-            note = f"{replayed} videos of earlier prompts: rollout, start and student"
+            note = f"{counted(replayed, 'video')} of earlier prompts: rollout, start and student"
             yield Phase("replay", replayed * one, 0.0, updates, note)
         measured = self._evaluated()
         if measured:
             # The discriminator, and its frozen original model on the whole video.
             rate = self._score_flop() + self._rate_flop() if self.reads_pixels else 0.0
             rate += len(shared_passes(self.rewards)) * self._rate_flop()
-            note = f"{measured} held-out videos in all, and their decode"
+            note = f"{counted(measured, 'held-out video')} in all, and their decode"
             yield Phase("evaluation", rollout + again * rate, decode, measured, note)
 
     def _critic_work(self, videos: int) -> tuple[float, str]:
@@ -376,7 +282,8 @@ class Work:
             fits, checkpointed = config.dmd.score_updates, config.student.checkpoint_blocks
             flop = cost.sft_flop(self.net, draws=1, checkpointed=checkpointed)
             teachers = self.taught
-            note = f"{fits} update(s) of real on {teachers} videos, of fake on {videos}"
+            real = f"{counted(fits, 'update')} of real on {counted(teachers, 'video')}"
+            note = f"{real}, of fake on {videos}"
             return fits * (teachers + videos) * flop, note
         if isinstance(discriminator, VideoAlignConfig):
             patches, pictures = self._patches(self._window(discriminator))
@@ -394,7 +301,7 @@ class Work:
             # The mean over the run: updates of the discriminator alone may have more.
             steps = sum(map(discriminator.steps_in, range(config.updates))) / config.updates
             total = 2 * videos * one * steps + scored * self._score_flop()
-            note = f"{steps:.3g} step(s) on {videos} pairs"
+            note = f"{counted(steps, 'step')} on {counted(videos, 'pair')}"
             return self.parts * total, note + (f", and {scored} scores" if scored else "")
         return 0.0, "small; not counted"
 
@@ -431,11 +338,13 @@ class Work:
                 )
             )
             prior = f", prior to {' and '.join(self.priors())}" if self.priors() else ""
-            return videos * flop, 0.0, f"{afd.context}, {afd.draws} draw(s){prior}; {blocks}"
+            draws = counted(afd.draws, "draw")
+            return videos * flop, 0.0, f"{afd.context}, {draws}{prior}; {blocks}"
         if config.method == "sft":
             sft = config.sft
             flop = cost.sft_flop(net, draws=sft.draws, part=part, checkpointed=checkpointed)
-            return videos * flop, 0.0, f"{sft.draws} draw(s) of {videos} videos; {blocks}"
+            note = f"{counted(sft.draws, 'draw')} of {counted(videos, 'video')}"
+            return videos * flop, 0.0, f"{note}; {blocks}"
         last = config.gan if config.method == "gan" else config.dmd
         flop = cost.last_step_flop(
             net,

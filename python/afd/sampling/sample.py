@@ -23,6 +23,7 @@ from torch import Tensor
 from afd.config.run import flatten
 from afd.errors import ConfigError, VideoError
 from afd.files import only_one
+from afd.listing import counted
 from afd.models.codec import Codec, FrameDecoder
 from afd.models.student import Student
 from afd.models.wan.kv_cache import KVCache, cache_bytes
@@ -343,7 +344,7 @@ def _told(config: SampleConfig, batch: list[Job], seconds: list[float]) -> str:
     names = batch[0].name if len(batch) == 1 else f"{batch[0].name} … {batch[-1].name}"
     rate = len(batch) * config.frames / sum(seconds)
     return (
-        f"{names}: {config.frames} frames, first chunk after {seconds[0]:.2f} s, "
+        f"{names}: {counted(config.frames, 'frame')}, first chunk after {seconds[0]:.2f} s, "
         f"then {median(seconds[1:] or seconds):.2f} s a chunk, {rate:.1f} frames a second"
     )
 
@@ -431,14 +432,15 @@ def dry_run(config: SampleConfig, console: Console) -> Memory:
     gib = 2**30
     lines = [
         f"videos      {len(jobs)}, {config.batch} at a time",
-        f"video       {config.frames} frames of {config.height}x{config.width}; "
-        f"{config.latent_frames} latent frames in {len(chunks)} chunks, {passes} passes"
+        f"video       {counted(config.frames, 'frame')} of {config.height}x{config.width}; "
+        f"{counted(config.latent_frames, 'latent frame')} in {counted(len(chunks), 'chunk')}, "
+        f"{counted(passes, 'pass')}"
         + (f", {again} of them over past frames" if config.recache == "chunk" else "")
         + (f" and {recaches} of a recache" if recaches else ""),
         f"weights     {held.parameters:,} parameters, {held.weights / gib:.3f} GiB "
         f"{config.student.dtype}, {_sized_by(config)}",
-        f"cache       {held.cache / gib:.3f} GiB: {held.kept_frames} frames and the prompt, "
-        f"keys and values of every layer",
+        f"cache       {held.cache / gib:.3f} GiB: {counted(held.kept_frames, 'frame')} and the "
+        f"prompt, keys and values of every layer",
         f"latents     {held.latents / 2**20:.3f} MiB: a chunk's input, noise and result",
         f"together    {(held.weights + held.cache + held.latents) / gib:.3f} GiB, and the "
         f"activations of one chunk and the autoencoder; the text encoder is gone by then",

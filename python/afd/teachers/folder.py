@@ -12,9 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from afd.errors import TeacherError, VideoError
+from afd.listing import counted
 from afd.teachers.base import Request
 from afd.teachers.config import FolderConfig
-from afd.teachers.manifest import read_manifest
+from afd.teachers.manifest import read_manifest, wrong_manifest
 from afd.video import DEFAULT_LIMITS, Hdr, Limits, check_video
 from afd.video.config import VideoConfig
 
@@ -25,7 +26,7 @@ _log = logging.getLogger("afd")
 
 class FolderTeacher:
     """A teacher that answers from existing files. All files are checked on construction, and one
-    error lists every problem."""
+    error lists the problems (`afd.listing`)."""
 
     def __init__(
         self,
@@ -65,10 +66,7 @@ class FolderTeacher:
         if not problems and not self._files:
             problems.append("lists no video")
         if problems:
-            listed = "\n".join(f"  {problem}" for problem in problems)
-            raise TeacherError(
-                f"teacher manifest {self.manifest}: {len(problems)} wrong:\n{listed}"
-            )
+            raise wrong_manifest(self.manifest, problems)
         self._requests = list(self._files)
 
     @property
@@ -110,7 +108,7 @@ def open_folder(folder: Path, manifest: Path | None, video: VideoConfig) -> Fold
         hdr=video.hdr,
         limits=video.limits,
     )
-    _log.info("teacher %s: %d videos", teacher.folder, len(teacher.requests))
+    _log.info("teacher %s: %s", teacher.folder, counted(len(teacher.requests), "video"))
     return teacher
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from afd.listing import counted
+
 # Assumed for a service that has not yet made a video for this folder.
 SECONDS_PER_VIDEO = 120.0
 
@@ -56,7 +58,7 @@ class Forecast:
         """Yield readable lines on cost and wall-clock time. `training_s`: seconds of all updates, 0
         if unknown."""
         if self.price_usd is None:
-            number = f"{self.wanted} videos" if self.wanted else "videos not counted"
+            number = f"{counted(self.wanted, 'video')}" if self.wanted else "videos not counted"
             yield f"teacher: {self.kind}, {number}; nothing is bought"
         elif not self.wanted:
             yield (
@@ -130,11 +132,12 @@ class MixForecast(Forecast):
                 yield f"{name}: {line}"
             if price is not None and one.price_usd is None:
                 yield (
-                    f"{name}: {one.distinct} videos are used, worth {one.distinct * price:.2f} USD "
-                    f"at {price:.2f} each"
+                    f"{name}: {counted(one.distinct, 'video')} used, worth "
+                    f"{one.distinct * price:.2f} USD at {price:.2f} each"
                 )
         yield (
-            f"teachers: {len(self.parts)}, {self.to_buy} videos to buy for {self.cost_usd:.2f} USD"
+            f"teachers: {len(self.parts)}, {counted(self.to_buy, 'video')} to buy for "
+            f"{self.cost_usd:.2f} USD"
         )
         if training_s:
             low, high = max(training_s, self.wait_s), training_s + self.wait_s

@@ -9,11 +9,15 @@ Formats, by file ending; video paths are relative to the folder and must stay in
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from afd.errors import TeacherError
 from afd.files import Rows, csv_rows, json_rows, read_text
+from afd.listing import few, listed
 
+_log = logging.getLogger("afd")
 MANIFESTS = ("prompts.jsonl", "prompts.csv", "prompts.txt")
 
 
@@ -46,6 +50,13 @@ def read_manifest(
         else:
             problems.append(f"line {line}: needs a file and a prompt")
     return path, entries, problems
+
+
+def wrong_manifest(manifest: Path, problems: Sequence[str]) -> TeacherError:
+    """The error of a manifest with problems: the first of them, the log's DEBUG lines all."""
+    for problem in problems if len(few(problems)) < len(problems) else ():
+        _log.debug("teacher manifest %s: %s", manifest, problem)
+    return TeacherError(f"teacher manifest {manifest}: {len(problems)} wrong:\n{listed(problems)}")
 
 
 def _find(folder: Path) -> Path:

@@ -30,6 +30,7 @@ from afd.data.sampler import Sampler
 from afd.distributed import ALONE, Ranks, join
 from afd.errors import StorageError, TeacherError, TrainingError, VideoError
 from afd.files import DISK, what_failed, write_json, write_text
+from afd.listing import counted
 from afd.methods.base import Batch, Method, Shown
 from afd.teachers.base import Request, Teacher
 from afd.trainer import checkpoint
@@ -150,7 +151,8 @@ def _home(config: RunConfig, console: Console, ranks: Ranks) -> Iterator[RunFold
     with run_folder(config) as home, log_to(out / "train.log", console):
         facts = machine.inspect()
         write_json(out / "doctor.json", facts)
-        _log.info("%s: %s, %d updates, seed %d", out, config.method, config.updates, config.seed)
+        updates = counted(config.updates, "update")
+        _log.info("%s: %s, %s, seed %d", out, config.method, updates, config.seed)
         if (sentence := not_training(config)) is not None:
             _log.warning("%s", sentence)
         if ranks.processes > 1:
@@ -408,8 +410,9 @@ class Trainer:
         if result is not None:
             write_samples(self.out, result, self.config.evaluation.samples)
         self.records.sync()
-        write_text(self.out / DONE, f"{self.update} updates, {self.elapsed_s:.1f} s\n")
-        _log.info("finished: %d updates in %.1f s", self.update, self.elapsed_s)
+        updates = counted(self.update, "update")
+        write_text(self.out / DONE, f"{updates}, {self.elapsed_s:.1f} s\n")
+        _log.info("finished: %s in %.1f s", updates, self.elapsed_s)
 
     def _save(self) -> None:
         """Save everything the next update depends on, after flushing all metrics to disk."""

@@ -18,6 +18,7 @@ from afd.config.run import RunConfig
 from afd.distributed import Ranks
 from afd.errors import ConfigError
 from afd.files import write_json
+from afd.listing import log_all
 from afd.methods.base import Method
 from afd.methods.robust import Robust
 from afd.teachers.base import Request, Teacher
@@ -55,9 +56,12 @@ class Mitigation:
         if settings.downweight:
             trust = self._given(paths) if settings.audit else audit(clips).trusted
             self.robust.trust_N = torch.tensor(trust, dtype=torch.float64)
-            for request, path, value in zip(requests, paths, trust, strict=True):
-                if value < 0.5:
-                    _log.info("teacher clip %s (%r): trust %.2f", path, request.prompt, value)
+            doubted = [
+                f"{path} ({request.prompt!r}): trust {value:.2f}"
+                for request, path, value in zip(requests, paths, trust, strict=True)
+                if value < 0.5
+            ]
+            log_all(_log, logging.INFO, "teacher clip %s", doubted)
         if settings.balance:
             self.robust.draw_N = torch.tensor(self._balanced(method, clips), dtype=torch.float64)
 

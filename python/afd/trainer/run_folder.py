@@ -24,6 +24,7 @@ from afd.config.run import (
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError, LockedError, StorageError, TrainingError
 from afd.files import locked, refuse_odd, remove, write_text
+from afd.listing import shown
 
 CONFIG, DONE, LOCK = "config.yaml", "DONE", ".lock"
 # What a hub name ends with when it is pinned.
@@ -192,7 +193,7 @@ def lengthen(out: Path, updates: int, ranks: Ranks) -> None:
 def _done(out: Path) -> int | None:
     """Updates of a finished run; None if it is unfinished, or no run of updates."""
     try:
-        count = (out / DONE).read_text(encoding="utf-8").partition(" updates")[0]
+        count = (out / DONE).read_text(encoding="utf-8").partition(" update")[0]
     except (OSError, ValueError):
         return None
     return int(count) if count.isdecimal() else None
@@ -216,9 +217,13 @@ def refuse_idle_processes(config: RunConfig, world: int) -> None:
             )
 
 
-def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(folder: Path, overrides: Sequence[str] = (), *, key: str = "RUN_DIR") -> RunConfig:
     """Load the configuration of the run in a folder; `overrides` may change only
-    config.FREE_KEYS."""
+    config.FREE_KEYS. `key`: the argument or key that names the folder, for errors."""
+    if not (folder / CONFIG).exists():
+        exists = "is a file" if folder.is_file() else f"has no {CONFIG}"
+        what = exists if folder.exists() else "does not exist"
+        raise ConfigError(f"{key}: {shown(str(folder), 400)} {what}; needed: the folder of a run")
     written_config(folder / CONFIG)
     return load_config(folder / CONFIG, [*overrides, f"out={json.dumps(str(folder))}"])
 

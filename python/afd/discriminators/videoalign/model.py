@@ -26,6 +26,7 @@ from afd.discriminators.pairs import matched_pieces
 from afd.discriminators.videoalign.preprocess import MERGE, PATCH, TEMPORAL, Preprocessing
 from afd.discriminators.videoalign.prompt import REWARDS, PromptEncoder, Tokens, read_template
 from afd.hub import local_copy, named_errors
+from afd.listing import counted
 from afd.models.wan.checkpoints import fill, read_pickle
 from afd_kernels.contracts import require
 
@@ -334,9 +335,9 @@ class VideoAlign(nn.Module):
         fill(network, weights, weights_file, dtype=dtype, device=device)
         set_rotary(network, rotary, device)
         _log.info(
-            "videoalign %s: %d head(s), %s, %s rotary tables",
+            "videoalign %s: %s, %s, %s rotary tables",
             weights_file,
-            len(head_OD),
+            counted(len(head_OD), "head"),
             dtype,
             rotary,
         )

@@ -14,6 +14,7 @@ from afd.audit.clip import Clip
 from afd.files import write_bytes, write_json
 from afd.lab.report.clips import png
 from afd.lab.report.templates import render
+from afd.listing import counted
 
 # Clips with a picture on the page, frames in a picture, and its least height in pixels.
 SHOWN, STRIP, HEIGHT = 48, 6, 64
@@ -45,9 +46,10 @@ def _page(found: Audit, plain: dict[str, Any], name: str) -> dict[str, Any]:
         for key, values in found.values.items()
     ]
     seconds = [clip.seconds for clip in found.clips if clip.problem is None]
+    prompts = len({clip.prompt for clip in found.clips})
     lead = (
-        f"{total} clips of {len({clip.prompt for clip in found.clips})} prompts, "
-        f"{sum(seconds):.0f} seconds. Mean trust {np.mean(trusted):.2f}."
+        f"{counted(total, 'clip')} of {counted(prompts, 'prompt')}, "
+        f"{sum(seconds):.0f} s. Mean trust {np.mean(trusted):.2f}."
     )
     return {
         "title": title,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from afd.config.run import read_yaml
 from afd.errors import ConfigError, TeacherError
 from afd.files import parse_json, read_json_lines
+from afd.listing import counted
 from afd.teachers.folder import FolderTeacher
 
 COLUMNS = ("teacher", "base", "afd", "sft")
@@ -197,17 +198,18 @@ def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         return []
     damaged = sum(line.value is None for line in lines)
     if damaged:
-        problems.append(f"{path.name}: {damaged} unreadable line(s) skipped")
+        problems.append(f"{path.name}: {counted(damaged, 'unreadable line')} skipped")
     return [line.value for line in lines if line.value is not None]
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The lines of a run's metrics; those without a count of updates are skipped and noted."""
     lines = read_jsonl(path, problems)
-    counted = [line for line in lines if "update" in line]
-    if len(counted) < len(lines):
-        problems.append(f"{path.name}: {len(lines) - len(counted)} line(s) without update skipped")
-    return counted
+    kept = [line for line in lines if "update" in line]
+    if len(kept) < len(lines):
+        skipped = counted(len(lines) - len(kept), "line")
+        problems.append(f"{path.name}: {skipped} without update skipped")
+    return kept
 
 
 def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afd.files import replacing
+from afd.listing import few
 from afd.models.network import CausalNetwork
 from afd.models.wan.block import EPS
 from afd.models.wan.network import CausalWan
@@ -388,7 +389,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(few(names, 4))
 
 
 # --- writing ---

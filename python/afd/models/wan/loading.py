@@ -21,6 +21,7 @@ from afd.cache import Facts, Store, files_identity
 from afd.distributed import ALONE, Ranks
 from afd.errors import ConfigError
 from afd.extras import need
+from afd.listing import counted
 from afd.models.config import DTYPES
 from afd.models.network import CausalNetwork
 from afd.models.wan.checkpoints import infer_config, load_checkpoint, read_weights, save_diffusers
@@ -94,7 +95,7 @@ class Texts:
         if store is not None:
             kept = len(wanted) - len(missing)
             held = store.summary("text")
-            _log.info("text: %d prompts, %d of them from the cache; %s", len(wanted), kept, held)
+            _log.info("text: %s, %d from the cache; %s", counted(len(wanted), "prompt"), kept, held)
 
     def _make(self, prompts: Sequence[str]) -> None:
         files = self._files

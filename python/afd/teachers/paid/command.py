@@ -19,6 +19,7 @@ from rich.table import Table
 
 from afd.config.run import RunConfig
 from afd.errors import TeacherError, Unanswered
+from afd.listing import Some, counted
 from afd.teachers.mix import used_prompts
 from afd.teachers.mix_config import MixConfig
 from afd.teachers.paid.config import PaidConfig
@@ -68,6 +69,7 @@ def fetch(buyer: Buyer, console: Console) -> bool | None:
     requests = [r for r in teacher.requests if used is None or r.prompt in used]
     missing, skipped, there = 0, 0, 0
     failure: TeacherError | None = None
+    unanswered = Some(_log, logging.WARNING, "%s")
     screen = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
     level = _log.level
     _log.addHandler(screen)
@@ -88,7 +90,7 @@ def fetch(buyer: Buyer, console: Console) -> bool | None:
                         rejected = error.rejected
                         skipped, missing = skipped + rejected, missing + (not rejected)
                         if not rejected:
-                            _log.warning("%s", error)
+                            unanswered(str(error))
                     elif isinstance(error, TeacherError):
                         failure = failure or error
                         missing += 1
@@ -101,20 +103,21 @@ def fetch(buyer: Buyer, console: Console) -> bool | None:
     except KeyboardInterrupt:
         spent = teacher.progress().spent_usd
         console.print(
-            f"stopped with {there} videos; those in progress continue at the provider, and the "
-            f"next fetch collects them; {spent:.2f} USD spent or reserved",
+            f"stopped with {counted(there, 'video')}; those in progress continue at the provider, "
+            f"and the next fetch collects them; {spent:.2f} USD spent or reserved",
             highlight=False,
         )
         return None
     finally:
         teacher.close()
+        unanswered.end()
         _log.removeHandler(screen)
         _log.setLevel(level)
     books = Ledger.snapshot(teacher.folder)
     spent = books.spent_usd()
     books.close()
     console.print(
-        f"{teacher.folder}: {there} videos, {skipped} rejected, {missing} missing; "
+        f"{teacher.folder}: {counted(there, 'video')}, {skipped} rejected, {missing} missing; "
         f"{spent:.2f} of {section.fetch.budget_usd:.2f} USD spent",
         highlight=False,
         soft_wrap=True,
