@@ -119,7 +119,9 @@ def stream(
             as its first chunks. Whole chunks, or a single frame.
         switches: maps a chunk index to the prompt embeddings used from that chunk on, or to a
             `Switch`. A callable is called with the index of each chunk before its first step, after
-            the context pass of the chunk before, and returns the same or None.
+            the context pass of the chunk before, and returns the same or None. With `remember_last`
+            a mapping may also have the chunk after the last: the cache is then left as that chunk
+            would find it.
         context_noise: timestep of the context pass and of a recache, on the 0-1000 scale; their
             latents stay clean.
         remember_last: also run the context pass of the last chunk, to read the cache afterwards.
@@ -143,12 +145,15 @@ def stream(
         _check_prefix(student, prefix_BFCHW, len(text_BLE), layout)
     if from_chunk:
         _check_continued(from_chunk, layout, cache, given)
+    after_last: Switch | None = None
     if isinstance(switches, Mapping):
+        until = None if end is None else end + remember_last
         for chunk, switch in switches.items():
-            inside = chunk >= from_chunk and (end is None or chunk < end)
-            needed = f"a chunk in [{from_chunk}, {'…' if end is None else end})"
+            inside = chunk >= from_chunk and (until is None or chunk < until)
+            needed = f"a chunk in [{from_chunk}, {'…' if until is None else until})"
             require(inside, "switches", chunk, needed)
-            _checked(switch, text_BLE.shape)
+            checked = _checked(switch, text_BLE.shape)
+            after_last = checked if chunk == end else after_last
     levels = student.levels(denoising_steps)
     plan = _Plan(
         layout=layout,
@@ -157,6 +162,7 @@ def stream(
         clean=Level.at(0.0, 0.0, student.device),
         context=Level.at(context_noise, 0.0, student.device),
         switch=switches.get if isinstance(switches, Mapping) else switches,
+        after_last=after_last,
         recaches=callable(switches) or any(map(_recaches, (switches or {}).values())),
         text_shape=text_BLE.shape,
         remember_last=remember_last,
@@ -213,6 +219,7 @@ class _Plan:
     clean: Level
     context: Level
     switch: Callable[[int], Tensor | Switch | None] | None
+    after_last: Switch | None
     recaches: bool
     text_shape: tuple[int, ...]
     remember_last: bool
@@ -232,17 +239,7 @@ def _chunks(
     for chunk, (start, count) in islice(enumerate(plan.layout), plan.from_chunk, None):
         found = None if plan.switch is None else plan.switch(chunk)
         if found is not None:
-            switch = _checked(found, plan.text_shape)
-            student.switch_text(cache, switch.text_BLE)
-            if _recaches(switch) and newest:
-                causal = switch.mode == "recache_causal"
-                student.recache(
-                    torch.cat(list(newest), 1),
-                    plan.context,
-                    cache,
-                    new_sink=switch.mode == "new_sink",
-                    chunks=[x0.shape[1] for x0 in newest] if causal else (),
-                )
+            _follow(student, cache, _checked(found, plan.text_shape), newest, plan.context)
         if prefix is not None and start < given:
             x0, level = prefix[:, start : start + count], plan.clean
         else:
@@ -258,6 +255,24 @@ def _chunks(
             kept += count
             while kept - newest[0].shape[1] >= cache.frames:
                 kept -= newest.popleft().shape[1]
+    if plan.after_last is not None:
+        _follow(student, cache, plan.after_last, newest, plan.context)
+
+
+def _follow(
+    student: Student, cache: KVCache, switch: Switch, newest: Sequence[Tensor], context: Level
+) -> None:
+    """Switch the prompt, and the context with it. `newest`: chunks of the cache's newest frames."""
+    student.switch_text(cache, switch.text_BLE)
+    if _recaches(switch) and newest:
+        causal = switch.mode == "recache_causal"
+        student.recache(
+            torch.cat(list(newest), 1),
+            context,
+            cache,
+            new_sink=switch.mode == "new_sink",
+            chunks=[x0.shape[1] for x0 in newest] if causal else (),
+        )
 
 
 @torch.no_grad()

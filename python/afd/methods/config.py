@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from afd.config.base import Count, Natural, Positive, Section, Share
+from afd.rollout import SwitchMode
 
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
 # The level of a noisy copy may also come from a list in the configuration.
@@ -225,6 +226,13 @@ class AfdConfig(_Delayed):
         "length; an update is about a clip of it, of the training length, at a place that is drawn "
         "for every update; needs student.window; null: the clip is the whole video",
     )
+    stream_switch: SwitchMode | None = Field(
+        default=None,
+        description="stream_frames: every stream begins under another prompt of its update and "
+        "switches to its own at a chunk that is drawn for every update, at the latest where the "
+        "clip begins; how the frames in the window follow the switch, as in afd sample "
+        "(docs/SAMPLING.md); null: one prompt",
+    )
     train_window: Count | None = Field(
         default=None,
         description="stream_frames: last latent frames of the clip that carry weight in the "
@@ -349,6 +357,11 @@ class AfdConfig(_Delayed):
         if self.train_window is not None and self.stream_frames is None:
             raise ValueError(
                 f"afd.train_window: got {self.train_window} without afd.stream_frames; needed: both"
+            )
+        if self.stream_switch is not None and self.stream_frames is None:
+            raise ValueError(
+                f"afd.stream_switch: got {self.stream_switch} without afd.stream_frames; needed: "
+                "both"
             )
         if self.stream_frames is not None and self.context == "noisy":
             raise ValueError(
