@@ -66,8 +66,12 @@ class Context(ABC):
 
         `given`: they are part of the prefix, and nothing is denoised."""
         if switch is not None:
-            self.student.switch_text(self.cache, switch.text_BLE)
+            self.follow(switch)
         return start
+
+    def follow(self, switch: Switch) -> None:
+        """Switch the prompt."""
+        self.student.switch_text(self.cache, switch.text_BLE)
 
     @abstractmethod
     def append(self, x0_BFCHW: Tensor, level: Level, start: int, last: bool) -> None:
@@ -90,9 +94,10 @@ class KeptContext(Context):
         self._newest: deque[Tensor] = deque()
         self._frames = 0
 
-    def prepare(self, start: int, count: int, switch: Switch | None, *, given: bool) -> int:
-        super().prepare(start, count, switch, given=given)
-        if switch is not None and switch.recaches and self._newest:
+    def follow(self, switch: Switch) -> None:
+        """Switch the prompt, and encode the cached frames under it if the switch recaches."""
+        super().follow(switch)
+        if switch.recaches and self._newest:
             causal = switch.mode == "recache_causal"
             self.student.recache(
                 torch.cat(list(self._newest), 1),
@@ -101,7 +106,6 @@ class KeptContext(Context):
                 new_sink=switch.mode == "new_sink",
                 chunks=[x0.shape[1] for x0 in self._newest] if causal else (),
             )
-        return start
 
     def append(self, x0_BFCHW: Tensor, level: Level, start: int, last: bool) -> None:
         if not last:

@@ -100,7 +100,9 @@ def stream(
             as its first chunks. Whole chunks, or a single frame.
         switches: maps a chunk index to the prompt embeddings used from that chunk on, or to a
             `Switch`. A callable is called with the index of each chunk before its first step, after
-            the context pass of the chunk before, and returns the same or None.
+            the context pass of the chunk before, and returns the same or None. With `remember_last`
+            a mapping may also have the chunk after the last: the cache is then left as that chunk
+            would find it.
         context_noise: timestep of the context pass and of a recache, on the 0-1000 scale; their
             latents stay clean.
         remember_last: also run the context pass of the last chunk, to read the cache afterwards.
@@ -134,12 +136,15 @@ def stream(
         _check_prefix(student, prefix_BFCHW, len(text_BLE), layout)
     if from_chunk:
         _check_continued(from_chunk, layout, cache, given)
+    after_last: Switch | None = None
     if isinstance(switches, Mapping):
+        until = None if end is None else end + remember_last
         for chunk, switch in switches.items():
-            inside = chunk >= from_chunk and (end is None or chunk < end)
-            needed = f"a chunk in [{from_chunk}, {'…' if end is None else end})"
+            inside = chunk >= from_chunk and (until is None or chunk < until)
+            needed = f"a chunk in [{from_chunk}, {'…' if until is None else until})"
             require(inside, "switches", chunk, needed)
-            _checked(switch, text_BLE.shape)
+            checked = _checked(switch, text_BLE.shape)
+            after_last = checked if chunk == end else after_last
     require(recache in get_args(Recache), "recache", recache, "switch or chunk")
     if recache == "chunk":
         require(not remember_last, "remember_last", remember_last, "false with recache=chunk")
@@ -152,6 +157,7 @@ def stream(
         clean=Level.at(0.0, 0.0, student.device),
         context=Level.at(context_noise, 0.0, student.device),
         switch=switches.get if isinstance(switches, Mapping) else switches,
+        after_last=after_last,
         recaches=callable(switches)
         or any(isinstance(s, Switch) and s.recaches for s in (switches or {}).values()),
         text_shape=text_BLE.shape,
@@ -207,6 +213,7 @@ class _Plan:
     clean: Level
     context: Level
     switch: Callable[[int], Tensor | Switch | None] | None
+    after_last: Switch | None
     recaches: bool
     text_shape: tuple[int, ...]
     remember_last: bool
@@ -236,6 +243,8 @@ def _chunks(
             level = plan.context
         yield x0
         context.append(x0, level, start, last=chunk + 1 == end and not plan.remember_last)
+    if plan.after_last is not None:
+        context.follow(plan.after_last)
 
 
 def _context(student: Student, cache: KVCache, plan: _Plan) -> Context:

@@ -18,7 +18,7 @@ from afd.discriminators.config import LatentConfig
 from afd.discriminators.latent import LatentDiscriminator
 from afd.distributed import Ranks, join
 from afd.methods.afd import Afd
-from afd.methods.base import Batch
+from afd.methods.base import Batch, earlier_prompts
 from afd.methods.config import AfdConfig, DmdConfig, GanConfig, ReplayConfig, SftConfig
 from afd.methods.dmd import Dmd
 from afd.methods.gan import Gan
@@ -54,6 +54,7 @@ def sharing(batch: Batch, ranks: Ranks) -> Batch:
         first=own.start,
         total=len(batch.prompts),
         replay=None if batch.replay is None else sharing(batch.replay, ranks),
+        earlier=earlier_prompts(batch.prompts)[own],
     )
 
 
@@ -61,8 +62,8 @@ def wan_method(
     name: str, ranks: Ranks, parallel: str, *, checkpoint_blocks: bool = False, **sizes: Any
 ) -> Any:
     """AFD with LoRA ("afd", "afd replay", "afd stacked" on two parents), the others with all
-    weights ("afd full", "afd rewards", "sft", "gan", "dmd"); " bf16" behind the name: computed in
-    bf16, at a small rate.
+    weights ("afd full", "afd rewards", "afd switched" on streams that switch their prompt, "sft",
+    "gan", "dmd"); " bf16" behind the name: computed in bf16, at a small rate.
 
     `sizes`: of the network.
     """
@@ -73,6 +74,8 @@ def wan_method(
     how: dict[str, Any] = {"denoising_steps": WAN_STEPS, "ranks": ranks}
     if name == "afd replay":
         how["replay"] = ReplayConfig(fraction=0.5, prompts=Path("x"), weight=2.0)
+    if name == "afd switched":
+        sizes = {"window": 9, "sink": 3, **sizes}
     student, rate = wan_student(dtype, **sizes), 1e-5 if dtype == torch.bfloat16 else 1e-3
     student.net.checkpoint_blocks = checkpoint_blocks
     student.net.sequence = sequence_over(ranks)
@@ -104,6 +107,9 @@ def wan_method(
     if name == "afd rewards":
         config = config.model_copy(update={"combine": "advantages", "prior_share": 0.5})
         how["rewards"] = [Term("bright", 0.5, Brightness("latents"))]
+    if name == "afd switched":
+        switched = {"stream_frames": 24, "stream_switch": "recache", "group_from_chunk": "random"}
+        config = config.model_copy(update=switched)
     more: dict[str, Any] = {}
     if name == "afd stacked":
         more["parents"] = [parent(student, 3, 0.5), parent(student, 2, 1.0)]

@@ -29,6 +29,7 @@ METHODS = (
     ("afd rewards", "ddp"),
     ("afd replay", "ddp"),
     ("afd stacked", "fsdp"),
+    ("afd switched", "fsdp"),
     ("gan", "ddp"),
     ("dmd", "fsdp"),
 )
@@ -63,6 +64,11 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Walked]]:
         "1 then 2": two[2 * n :],
         "2 then 1": back,
     }
+
+
+def test_streams_switch_in_these_updates(walks: dict[str, list[Walked]]) -> None:
+    walked = walks["1"][METHODS.index(("afd switched", "fsdp"))]
+    assert any(one["student/from_chunk"] >= 4 for one in walked.said), "a clip is past chunk 0"
 
 
 @pytest.mark.parametrize("number", range(len(METHODS)), ids=[" ".join(m) for m in METHODS])

@@ -165,10 +165,19 @@ def check_rewards(
         )
 
 
-def check_afd(afd: AfdConfig, teacher: TeacherConfig, parallel: ParallelConfig) -> None:
-    """Raise ValueError if AFD cannot learn from this teacher, or in these processes, as set."""
+def check_afd(
+    afd: AfdConfig, teacher: TeacherConfig, parallel: ParallelConfig, prompts: int
+) -> None:
+    """Raise ValueError if AFD cannot learn from this teacher, in these processes or from so many
+    prompts an update, as set."""
     check_advantages(teacher, afd)
     check_delay(afd, parallel, teacher)
+    if afd.stream_switch is not None and prompts < 2:
+        raise ValueError(
+            f"afd.stream_switch: got {afd.stream_switch} with updates of one prompt of the "
+            "teacher; needed: prompts_per_update of 2 or more, as a stream begins under another "
+            "prompt of its update"
+        )
 
 
 def check_delay(afd: AfdConfig, parallel: ParallelConfig, teacher: TeacherConfig) -> None:

@@ -218,7 +218,7 @@ class RunConfig(Section):
         check_rewards(self.method, self.discriminator, self.rewards, self.afd, self.student)
         check_teacher(self.method, self.discriminator, self.teacher, self.evaluation.kind)
         if self.method == "afd":
-            check_afd(self.afd, self.teacher, self.parallel)
+            check_afd(self.afd, self.teacher, self.parallel, self.taught)
         self.student.check_video(self.video)
         weight = getattr(getattr(self, self.method), "prior_weight", 0.0)
         self.replay.check(self.method, self.prompts_per_update, weight)

@@ -130,6 +130,7 @@ class Afd(StudentMethod):
             to_input=self.to_input,
             keep_context=config.context == "shared_context" and config.keep_context,
             place=draw_place(config, self.chunks, student.chunk, generator),
+            switch_mode=config.stream_switch or "plain",
             # A reward may share its network with the discriminator, which learns meanwhile.
             rate=self.ahead is None,
             check=None if self.ahead is None else self.ahead.check,

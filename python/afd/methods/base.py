@@ -36,6 +36,8 @@ class Batch:
         robust: what the run does about videos that are wrong, if anything.
         replay: prompts of earlier domains in the same update, without the teacher's videos.
         cached: number of those, of all processes, that are among `prompts`, too.
+        earlier: for each of `prompts`, another one of the update, under which streams that switch
+            their prompt begin (`earlier_prompts`); empty where none does.
     """
 
     update: int
@@ -48,6 +50,7 @@ class Batch:
     robust: Robust | None = None
     replay: Batch | None = None
     cached: int = 0
+    earlier: Sequence[str] = ()
 
     @property
     def share(self) -> float:
@@ -72,6 +75,16 @@ class Batch:
     def own(self, copies: int = 1) -> slice:
         """This process's slice of a list with `copies` entries for each prompt of the update."""
         return slice(self.first * copies, (self.first + len(self.prompts)) * copies)
+
+
+def earlier_prompts(prompts: Sequence[str]) -> list[str]:
+    """For each prompt of an update the nearest one before it that differs, the last ones coming
+    before the first; its own where all are the same."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        before = (prompts[i - back] for back in range(1, len(prompts)))
+        found.append(next((other for other in before if other != prompt), prompt))
+    return found
 
 
 @dataclass(frozen=True)

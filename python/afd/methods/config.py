@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from afd.config.base import Count, Natural, Positive, Section, Share
+from afd.rollout import SwitchMode
 
 Timesteps = Literal["student", "uniform", "shifted", "logit_normal"]
 # The level of a noisy copy may also come from a list in the configuration.
@@ -230,6 +231,13 @@ class AfdConfig(_Delayed):
         description="stream_frames: share of updates that are about the stream's first clip, "
         "wherever the others' are",
     )
+    stream_switch: SwitchMode | None = Field(
+        default=None,
+        description="stream_frames: every stream begins under another prompt of its update and "
+        "switches to its own at a chunk that is drawn for every update, at the latest where the "
+        "clip begins; how the frames in the window follow the switch, as in afd sample "
+        "(docs/SAMPLING.md); null: one prompt",
+    )
     train_window: Count | None = Field(
         default=None,
         description="stream_frames: last latent frames of the clip that carry weight in the "
@@ -358,6 +366,11 @@ class AfdConfig(_Delayed):
         if self.stream_start and self.stream_frames is None:
             raise ValueError(
                 f"afd.stream_start: got {self.stream_start} without afd.stream_frames; needed: both"
+            )
+        if self.stream_switch is not None and self.stream_frames is None:
+            raise ValueError(
+                f"afd.stream_switch: got {self.stream_switch} without afd.stream_frames; needed: "
+                "both"
             )
         if self.stream_frames is not None and self.context == "noisy":
             raise ValueError(

@@ -188,26 +188,31 @@ class Place:
         clip: where the clip begins that is scored; 0: with the stream, which is the whole video.
         fork: from where on the videos of a prompt differ; None: from the beginning.
         first: the first chunk of the clip that the update is about.
+        switch: where the streams switch from an earlier prompt to their own, at most `clip`; None:
+            they have one prompt.
     """
 
     clip: int = 0
     fork: int | None = None
     first: int = 0
+    switch: int | None = None
 
 
 def draw_place(config: AfdConfig, chunks: int, chunk: int, generator: Generator) -> Place:
     """Draw the place of an update on clips of `chunks` chunks of `chunk` frames."""
     shared = draw_fork(config.group_from_chunk, chunks, generator)
-    clip, first = 0, shared
+    clip, first, switch = 0, shared, None
     if config.stream_frames is not None:
         begins = config.stream_frames // chunk - chunks + 1
         clip = int(torch.randint(begins, (), generator=generator))
         if config.stream_start and float(torch.rand((), generator=generator)) < config.stream_start:
             clip = 0
+    if config.stream_switch is not None and clip:
+        switch = 1 + int(torch.randint(clip, (), generator=generator))
     if config.train_window is not None:
         first = max(shared, chunks - config.train_window // chunk)
     fork = None if config.group_from_chunk is None else clip + shared
-    return Place(clip, fork or None, first)
+    return Place(clip, fork or None, first, switch)
 
 
 def draw_fork(shared: int | str | None, chunks: int, generator: Generator) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from afd.models.student import Student
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.types import LayerKV
-from afd.rollout import NoiseSource, stream, stream_layout
+from afd.rollout import NoiseSource, Switch, SwitchMode, stream, stream_layout
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,21 @@ class Streaming:
     def draws(self) -> int:
         """Most draws of noise in a chunk."""
         return max(len(self.denoising_steps), len(self.first_chunk_steps or ()))
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Prompts under which streams begin, until they switch to their own before the clip.
+
+    Attributes:
+        prompts: one for each of the streams.
+        chunk: the first chunk under their own.
+        mode: how their context follows (`Switch`).
+    """
+
+    prompts: Sequence[str]
+    chunk: int
+    mode: SwitchMode
 
 
 @dataclass(frozen=True)
@@ -114,12 +129,20 @@ def _before(
     noise: NoiseSource,
     cache: KVCache,
     clip: int,
+    earlier: Earlier | None,
 ) -> Before:
-    """Roll streams on to chunk `clip`, in constant memory."""
-    frames = clip * student.chunk
-    chunks = streaming.roll(student, text_BLE, noise, cache, frames=frames, remember_last=True)
+    """Roll streams on to chunk `clip`, in constant memory; a switch there is part of it."""
+    how: dict[str, Any] = {"frames": clip * student.chunk, "remember_last": True}
+    if earlier is not None:
+        how["switches"] = {earlier.chunk: Switch(text_BLE, earlier.mode)}
+    chunks = streaming.roll(student, text_BLE, noise, cache, **how)
     (lead,) = deque(chunks, maxlen=1)
     return Before([(k.cpu(), v.cpu()) for k, v in cache.snapshot()], lead.float())
+
+
+def _first_text(student: Student, text_BLE: Tensor, earlier: Earlier | None, part: slice) -> Tensor:
+    """The embeddings under which some of the streams begin; `text_BLE`: their own."""
+    return text_BLE if earlier is None else student.encode(list(earlier.prompts[part]))
 
 
 @torch.no_grad()
@@ -131,21 +154,22 @@ def generate(
     *,
     keep_last_inputs: bool = False,
     clip: int = 0,
+    earlier: Earlier | None = None,
 ) -> Iterator[Generated]:
     """Yield the videos of these prompts and seeds in order, of the training length.
 
     `clip`: the chunk at which a clip of that length begins, of a longer stream of a student with a
-    window; 0: whole videos.
+    window; 0: whole videos. `earlier`: the prompts of these streams before a switch.
     """
     held = None if clip else student.frames
     layout, end = stream_layout(student, held), clip * student.chunk + student.frames
     width = streaming.batch or len(prompts)
     for part in (slice(at, at + width) for at in range(0, len(prompts), width)):
         text_BLE = student.encode(list(prompts[part]))
-        cache = student.new_cache(text_BLE, held)
+        cache = student.new_cache(_first_text(student, text_BLE, earlier, part), held)
         noise = student.noise_source(seed_B[part], layout, streaming.draws)
         given = student, text_BLE, noise, cache
-        before = _before(streaming, *given, clip) if clip else None
+        before = _before(streaming, *given, clip, earlier) if clip else None
         inputs: list[Tensor] | None = [] if keep_last_inputs else None
         how: dict[str, Any] = {"frames": end, "from_chunk": clip, "last_inputs": inputs}
         x0_BFCHW = torch.cat(list(streaming.roll(*given, **how)), 1).float()
@@ -162,6 +186,7 @@ def generate_groups(
     fork: int,
     *,
     clip: int = 0,
+    earlier: Earlier | None = None,
 ) -> Iterator[Generated]:
     """Yield the videos of groups that share all chunks before `fork`, group by group.
 
@@ -172,7 +197,7 @@ def generate_groups(
         prompts: one per group.
         seed_B: of all videos, as many per prompt.
         fork: at least `clip`, counted from the beginning of the stream.
-        clip: as in `generate`.
+        clip, earlier: as in `generate`; one prompt per group.
     """
     held = None if clip else student.frames
     layout, begin = stream_layout(student, held), fork * student.chunk
@@ -184,10 +209,11 @@ def generate_groups(
     count, copies = max(1, width // group), min(width, group)
     for part in (slice(at, at + count) for at in range(0, len(prompts), count)):
         text_PLE = student.encode(list(prompts[part]))
-        root = student.new_cache(text_PLE, None if clip else begin)
+        first_PLE = _first_text(student, text_PLE, earlier, part)
+        root = student.new_cache(first_PLE, None if clip else begin)
         noise = student.noise_source(seed_PG[part, 0], layout, streaming.draws)
         given = student, text_PLE, noise, root
-        before = _before(streaming, *given, clip) if clip else None
+        before = _before(streaming, *given, clip, earlier) if clip else None
         shared: list[Tensor] = []
         how: dict[str, Any]
         if fork > clip:

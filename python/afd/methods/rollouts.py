@@ -16,10 +16,12 @@ from torch import Generator, Tensor
 
 from afd.methods.base import Batch
 from afd.methods.copies import Place
-from afd.methods.generation import Generated, Streaming, generate, generate_groups
+from afd.methods.generation import Earlier, Generated, Streaming, generate, generate_groups
 from afd.methods.inputs import InputPipeline, Preparation, Prepared
 from afd.models.student import Student
 from afd.models.wan.types import LayerKV
+from afd.rollout import SwitchMode
+from afd_kernels.contracts import require
 
 WHOLE = Place()
 
@@ -104,6 +106,7 @@ def roll_out(
     keep_context: bool = False,
     keep_last_inputs: bool = False,
     place: Place = WHOLE,
+    switch_mode: SwitchMode = "plain",
     rate: bool = True,
     check: Callable[[], None] | None = None,
 ) -> Rollouts:
@@ -111,13 +114,21 @@ def roll_out(
     of streams, at this place.
 
     With `Streaming.overlap` the videos of a batch are decoded and rated while the next are
-    generated. `rate`: whether the frozen rewards are scored here; `check`: called after
+    generated. `switch_mode`: of the switch at `place.switch`, up to which a stream has the earlier
+    prompt of `batch`. `rate`: whether the frozen rewards are scored here; `check`: called after
     every part, and may raise.
     """
     seed_B = torch.randint(2**62, (batch.count * per_prompt,), generator=generator)
     seed_B = seed_B[batch.own(per_prompt)]
     prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
     how: dict[str, Any] = {"clip": place.clip}
+    if place.switch is not None:
+        enough, each = len(batch.earlier) == len(batch.prompts), per_prompt
+        require(enough, "batch.earlier", list(batch.earlier), "one for each of the prompts")
+        if place.fork is not None:
+            each = 1
+        earlier = [prompt for prompt in batch.earlier for _ in range(each)]
+        how["earlier"] = Earlier(earlier, place.switch, switch_mode)
     if place.fork is not None:
         made = generate_groups(student, batch.prompts, seed_B, streaming, place.fork, **how)
     else:

@@ -70,8 +70,9 @@ def _sharded(work: Work) -> Iterator[Traffic]:
     """Gathered weights and scattered gradients of FSDP."""
     passes = list(_rollout(work)), list(_update(work))
     rolled, forward = (fmean(sum(each for each, _ in of) for of in one) for one in passes)
-    # A pass over the prompt begins every rollout batch.
-    rolled += fmean(_batches(work, place) for place in work.places.all) if work.rolls else 0
+    # A pass over the prompt begins every rollout batch, and another one follows at a switch.
+    texts = [_batches(work, one) * (1 + work.places.switches(one)) for one in work.places.all]
+    rolled += fmean(texts) if work.rolls else 0
     backward = fmean(sum(n for n, one in of if one.trained) for of in passes[1])
     bare = fmean(sum(n for n, one in of if not one.adapted) for of in passes[1])
     network, adapters, trained = _numbers(work)
@@ -183,6 +184,8 @@ def _rolled(work: Work, place: Place) -> Iterator[tuple[float, _Pass]]:
             yield repeats * contexts, _Pass(streams, net.chunk, 0)
             denoised = passes(chunks) - len(chunks)
             yield repeats * denoised, _Pass(streams, net.chunk, net.chunk)
+        for again, likely in work.places.recaches(place).items():
+            yield likely, _Pass(before or after, again.frames, 0)
 
 
 def _update(work: Work) -> list[list[tuple[float, _Pass]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from afd.config.run import RunConfig
 from afd.methods.copies import Place
@@ -11,14 +12,46 @@ from afd.planning import cost_model as cost
 from afd.planning.cost_model import Net
 
 
+@dataclass(frozen=True)
+class Recache:
+    """A pass that encodes cached frames again where a stream switches its prompt.
+
+    Attributes:
+        frames: frames of the pass.
+        sink: frames before them that it attends to.
+        causal: whether a chunk of it attends to itself and earlier frames only.
+    """
+
+    frames: int
+    sink: int = 0
+    causal: bool = False
+
+    def flop(self, net: Net) -> float:
+        """The pass, for one stream."""
+        pairs = float(self.frames * (self.frames + self.sink))
+        if self.causal:
+            first = self.frames % net.chunk
+            ends = [
+                *([first] if first else []),
+                *range(first + net.chunk, self.frames + 1, net.chunk),
+            ]
+            begins = [0, *ends]
+            pairs = float(
+                sum((b - a) * (b + self.sink) for a, b in zip(begins, ends, strict=False))
+            )
+        return net.context(self.frames / net.chunk, pairs / net.chunk**2)
+
+
 class Places:
-    """All places that an update of a run may have, and how often it has each."""
+    """All places that an update of a run may have, and how often it has each; the place of a switch
+    of the prompt, which is drawn before the clip, is not among what differs."""
 
     def __init__(self, config: RunConfig, net: Net) -> None:
         self.net, self.afd = net, config.afd
         afd = config.method == "afd"
         self.shared = config.afd.group_from_chunk if afd else None
         self.stream = config.afd.stream_frames if afd else None
+        self.switch = config.afd.stream_switch if self.stream is not None else None
         self.all = list(self._each())
         # The share of the first clips, beside which all clips are equally likely.
         start = config.afd.stream_start if afd and self.stream is not None else 0.0
@@ -38,6 +71,23 @@ class Places:
             for fork in forks:
                 at = None if self.shared is None else clip + fork
                 yield Place(clip, at or None, max(fork, chunks - trained))
+
+    def switches(self, place: Place) -> bool:
+        """Whether the streams of an update at this place switch their prompt."""
+        return self.switch is not None and place.clip > 0
+
+    def recaches(self, place: Place) -> dict[Recache, float]:
+        """What a switch before this clip may encode again, with the likelihood of each."""
+        if self.switch in (None, "plain"):
+            return {}
+        chunk, window = self.net.chunk, self.net.window
+        found: Counter[Recache] = Counter()
+        for end in range(chunk, place.clip * chunk + 1, chunk):
+            kept = self.net.sink if window is not None and end > window else 0
+            kept = 0 if self.switch == "new_sink" else kept
+            frames = min(end, window or end) - kept
+            found[Recache(frames, kept, self.switch == "recache_causal")] += 1
+        return {one: count / place.clip for one, count in found.items()}
 
     @property
     def least_shared(self) -> int:
@@ -59,7 +109,8 @@ class Places:
         def of(place: Place) -> float:
             end, fork = place.clip + chunks, place.fork or 0
             own = total[end] - total[fork] - self.net.context(1, self.net.seen(end - 1))
-            return prompts * (total[fork] + group * own)
+            again = sum(share * one.flop(self.net) for one, share in self.recaches(place).items())
+            return prompts * (total[fork] + group * own + (again if fork else group * again))
 
         return self._mean(map(of, self.all))
 

@@ -31,7 +31,7 @@ from afd.distributed import ALONE, Ranks, join
 from afd.errors import StorageError, TeacherError, TrainingError, VideoError
 from afd.files import DISK, what_failed, write_json, write_text
 from afd.listing import counted
-from afd.methods.base import Batch, Method, Shown
+from afd.methods.base import Batch, Method, Shown, earlier_prompts
 from afd.teachers.base import Request, Teacher
 from afd.trainer import checkpoint
 from afd.trainer.build import build_method, check_files, check_size, not_training
@@ -50,6 +50,7 @@ from afd.trainer.parts import (
     open_teacher,
     open_videos,
     prompts_asked,
+    refuse_single_prompt,
     restore,
 )
 from afd.trainer.replay import Replay
@@ -112,6 +113,7 @@ def train(
                 torch.set_num_threads(config.threads)
             checkpoint.seed_everything(config.seed)
             teacher = teacher or open_teacher(config, console, ranks)
+            refuse_single_prompt(config, teacher)
             method = method or build_method(config, ranks, prompts_asked(config, teacher))
             trainer = Trainer(config, method, teacher, ranks, home)
             if ranks.main and trainer.update == 0 and config.teacher.gives_videos:
@@ -301,20 +303,22 @@ class Trainer:
         if self._needs_teacher:
             requests = self.videos.draw(self.sampler, count, ahead)
             each = len(requests) // count  # teachers that are asked for a prompt
-            mine = [*requests, *cached][own.start * each : own.stop * each]
+            asked = [*requests, *cached]
+            mine = asked[own.start * each : own.stop * each]
             videos = self._fetch(mine, len(requests) - own.start * each)
         else:
-            requests = self.sampler.draw(count)
+            asked = requests = self.sampler.draw(count)
             each, mine = 1, requests[own]
             videos = torch.empty(len(mine), 0)
-        prompts = [request.prompt for request in mine[::each]]
+        every = [request.prompt for request in asked[::each]]
         batch = Batch(
             update,
-            prompts,
+            every[own],
             videos,
             first=own.start,
             total=total,
             cached=len(cached),
+            earlier=earlier_prompts(every)[own],
             teachers=[request.teacher for request in mine],
             clips=[self.numbers.get(request, 0) for request in mine],
             robust=None if self.robust is None else self.robust.robust,

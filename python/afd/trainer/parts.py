@@ -17,6 +17,7 @@ from afd.config.run import FREE_KEYS, RunConfig, plain
 from afd.data.prompts import prompts_of
 from afd.data.videos import Videos
 from afd.distributed import Ranks
+from afd.errors import ConfigError
 from afd.methods.base import Batch, Method
 from afd.models.codec import redecodes
 from afd.teachers.base import Request, Teacher
@@ -53,6 +54,16 @@ def open_videos(config: RunConfig, method: Method, teacher: Teacher, ranks: Rank
         ranks=ranks,
         accept=config.checkpoint.accept_changed_inputs,
     )
+
+
+def refuse_single_prompt(config: RunConfig, teacher: Teacher) -> None:
+    """Raise ConfigError if streams are to switch their prompt and the teacher has only one."""
+    wanted = config.method == "afd" and config.afd.stream_switch is not None
+    if wanted and len({request.prompt for request in teacher.requests}) < 2:
+        raise ConfigError(
+            f"afd.stream_switch: got {config.afd.stream_switch} with a teacher of one prompt; "
+            "needed: two or more prompts, as a stream begins under another one than its own"
+        )
 
 
 def _clips(videos: Videos, teacher: Teacher) -> Tensor:
