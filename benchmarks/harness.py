@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ def peak_mib(run: Run, device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / _MIB
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what earlier calls left would be freed, and counted, in this one
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run(0)
     del result
