@@ -37,6 +37,20 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+SWITCHED = {"context": "own_context", "keep_context": False, "stream_switch": "recache"}
+WINDOW = {"window": 9, "sink": 3}
+CASES["switched, sharded"] = {
+    "parallel": {"weights": "fsdp"},
+    "student": WINDOW,
+    "afd": SWITCHED | {"stream_frames": 15, "group_from_chunk": 2},
+}
+CASES["switched, one video"] = {
+    "parallel": {"sequence": 2},
+    "student": WINDOW | {"rollout_batch": 2},
+    "afd": SWITCHED | {"stream_frames": 15},
+}
+
+
 def run_of(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompts_per_update": 2,
@@ -48,7 +62,7 @@ def run_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def both() -> dict[str, tuple[dict[str, int], dict[str, float]]]:
+def both() -> dict[str, tuple[dict[str, float], dict[str, float]]]:
     """What was sent, and what was planned, of each case."""
     runs = [run_of(case) for case in CASES.values()]
     works = [Work(config, student_net(config), 2) for config in map(make_config, runs)]
@@ -65,7 +79,7 @@ def both() -> dict[str, tuple[dict[str, int], dict[str, float]]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_counts_what_is_sent(
-    both: dict[str, tuple[dict[str, int], dict[str, float]]], name: str
+    both: dict[str, tuple[dict[str, float], dict[str, float]]], name: str
 ) -> None:
     moved, planned = both[name]
     assert planned == pytest.approx(moved, rel=1e-9)
