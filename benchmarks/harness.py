@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -37,6 +37,18 @@ CASES: dict[str, dict[str, Any]] = {
         "afd": {"context": "own_context", "group_from_chunk": 2},
     },
 }
+SWITCHED = {"context": "own_context", "keep_context": False, "stream_switch": "recache"}
+WINDOW = {"window": 9, "sink": 3}
+CASES["switched, sharded"] = {
+    "parallel": {"weights": "fsdp"},
+    "student": WINDOW,
+    "afd": SWITCHED | {"stream_frames": 15, "group_from_chunk": 2},
+}
+CASES["switched, one video"] = {
+    "parallel": {"sequence": 2},
+    "student": WINDOW | {"rollout_batch": 2},
+    "afd": SWITCHED | {"stream_frames": 15},
+}
 # Runs that start from others, sharded, with a pass for each reference of the prior.
 BOTH = {"prior_reference": {"pretrained": 1.0, "previous": 1.0}}
 CONTINUED: dict[str, dict[str, Any]] = {
@@ -84,7 +96,7 @@ def run_of(case: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def both(
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, tuple[dict[str, int], dict[str, float]]]:
+) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
     """What was sent, and what was planned, of each case."""
     cases = CASES | continued(tmp_path_factory.mktemp("runs"))
     runs = [run_of(case) for case in cases.values()]
@@ -102,7 +114,7 @@ def both(
 
 @pytest.mark.parametrize("name", [*CASES, *CONTINUED])
 def test_a_plan_counts_what_is_sent(
-    both: dict[str, tuple[dict[str, int], dict[str, float]]], name: str
+    both: dict[str, tuple[dict[str, float], dict[str, float]]], name: str
 ) -> None:
     moved, planned = both[name]
     assert planned == pytest.approx(moved, rel=1e-9)

@@ -13,6 +13,7 @@ from afd import ops
 from afd.config.run import RunConfig, make_config
 from afd.methods.base import Batch
 from afd.methods.copies import Place
+from afd.methods.rollouts import roll_out
 from afd.models.codec import Pixels
 from afd.models.wan.network import CausalWan
 from afd.models.wan.student import WanStudent
@@ -20,7 +21,9 @@ from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
 from afd.planning.autoencoders import WAN21
 from afd.planning.cost_model import Net
+from afd.planning.places import Recache
 from afd.planning.work import Work
+from afd.rollout import SwitchMode
 from afd.trainer.build import assemble, build_discriminator
 from tests import tolerances
 from tests.afd.simulated import META, operations, simulated_method
@@ -41,8 +44,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def make(method: str, settings: dict[str, Any], **student: Any) -> RunConfig:
-    """A run at 480 x 832 of one prompt with an inexpensive discriminator."""
+def make(method: str, settings: dict[str, Any], *, prompts: int = 1, **student: Any) -> RunConfig:
+    """A run at 480 x 832 of one prompt an update with an inexpensive discriminator."""
     section = {"micro_batch": 1, **settings}
     if method == "afd":
         section |= {"samples_per_prompt": 2, "draws": 1}
@@ -51,7 +54,7 @@ def make(method: str, settings: dict[str, Any], **student: Any) -> RunConfig:
     data = {
         "method": method,
         method: section,
-        "prompts_per_update": 1,
+        "prompts_per_update": prompts,
         "video": {"frames": 81, "height": 480, "width": 832, "fps": 16},
         "student": {"kind": "wan", "denoising_steps": [1000], **student},
         "discriminator": {"kind": "latent", "warmup_updates": 0},
@@ -65,14 +68,18 @@ def batch(size: tuple[int, int, int]) -> Batch:
     return Batch(1, ["a"], torch.zeros(1, frames, 16, height, width))
 
 
-def planned(config: RunConfig, layers: int) -> dict[str, float]:
-    """The plan's operations of matrix products by phase."""
+def net_of(config: RunConfig, layers: int) -> Net:
     wan = WanConfig()
     lora = None if config.student.lora is None else config.student.lora.rank
     sizes = wan.dim, wan.ffn_dim, layers, wan.text_len
     tokens, window = SIZE[1] * SIZE[2] // 4, config.student.window
     seen = {"window": window, "sink": config.student.sink}
-    net = Net(*sizes, 0, SIZE[0], wan.chunk, tokens, lora, **seen)
+    return Net(*sizes, 0, SIZE[0], wan.chunk, tokens, lora, **seen)
+
+
+def planned(config: RunConfig, layers: int) -> dict[str, float]:
+    """The plan's operations of matrix products by phase."""
+    net = net_of(config, layers)
     return {phase.name: phase.flop for phase in Work(config, net, 1).phases(0)}
 
 
@@ -121,6 +128,48 @@ def test_an_update_on_clips_of_streams_takes_the_planned_operations(
         found["student"] += often * operations(lambda: run.student_step(batch(SIZE)))
     for phase, flop in found.items():
         assert plan[phase] == pytest.approx(flop, rel=tolerances.PLANNED_WORK), phase
+
+
+@pytest.mark.parametrize(
+    ("mode", "switch"), [("recache", 2), ("recache", 5), ("recache_causal", 5), ("new_sink", 5)]
+)
+def test_a_recache_takes_the_planned_operations(mode: SwitchMode, switch: int) -> None:
+    """While the stream fits the window, and later: what a stream takes beside a plain switch."""
+    settings = {"context": "own_context", "keep_context": False, "stream_frames": 36}
+    config = make("afd", settings, **WHOLE, window=9, sink=3)
+    run = simulated_method(config, WanConfig(num_layers=2, window=9, sink=3), SIZE)
+
+    def taken(mode: SwitchMode) -> int:
+        two = replace(batch(SIZE), earlier=["b"])
+        with run.policies.using("old") as student:
+            given = student, two, 1, torch.Generator(), run.streaming
+            place = Place(switch, switch=switch)
+            return operations(lambda: roll_out(*given, place=place, switch_mode=mode))
+
+    net = net_of(config, 2)
+    kept = 3 if mode != "new_sink" and switch > 3 else 0
+    again = Recache(min(3 * switch, 9) - kept, kept, mode == "recache_causal")
+    found = taken(mode) - taken("plain")
+    # What no plan counts: the patches' embedding, and the queries of a context pass's last layer.
+    left_out = 2.0 * again.frames * net.tokens * net.dim * (net.dim + 4 * net.channels)
+    assert again.flop(net) + left_out == pytest.approx(found, rel=tolerances.EXACT_COUNT)
+
+
+@pytest.mark.parametrize("shared", [None, 2])
+def test_the_plan_counts_a_recache_for_every_stream_that_switches(shared: int | None) -> None:
+    settings = {"keep_context": False, "stream_frames": 36, "group_from_chunk": shared}
+    off, on = (
+        make("afd", {**settings, "stream_switch": mode}, **WHOLE, window=9, sink=3, prompts=2)
+        for mode in (None, "recache")
+    )
+    net = net_of(on, 2)
+    short, full = [Recache(frames) for frames in (3, 6)], [Recache(9), Recache(6, 3)]
+    passes = [*short, *full, full[1]]
+    # Clips begin at chunk 0 to 5 of the stream, and a switch is before each with the same chance.
+    means = [sum(one.flop(net) for one in passes[:clip]) / clip for clip in range(1, 6)]
+    streams = 2 * (1 if shared else 2)
+    more = planned(on, 2)["rollout"] - planned(off, 2)["rollout"]
+    assert more == pytest.approx(streams * sum(means) / 6, rel=1e-9)
 
 
 def test_an_update_of_the_whole_released_network_takes_the_planned_operations() -> None:

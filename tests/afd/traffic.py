@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd.config.run import make_config
+from afd.config.run import RunConfig, make_config
 from afd.distributed import join
+from afd.methods.copies import Place, draw_place
+from afd.planning.plan import student_net
+from afd.planning.work import Work
 from afd.trainer.build import build_method
 from tests.afd.distributed import sharing
 from tests.afd.tiny_methods import toy_batch
@@ -40,19 +45,34 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sent(runs: list[dict[str, Any]], reduced: list[int]) -> list[dict[str, int]]:
-    """Bytes sent in one update of each run."""
+def sent(runs: list[dict[str, Any]], reduced: list[int]) -> list[dict[str, float]]:
+    """Bytes sent in one update of each run, in the mean over the places of its clips."""
     with join("cpu") as ranks:
         return [_sent(*one, ranks) for one in zip(runs, reduced, strict=True)]
 
 
-def _sent(data: dict[str, Any], reduced: int, ranks: Any) -> dict[str, int]:
+def _sent(data: dict[str, Any], reduced: int, ranks: Any) -> dict[str, float]:
     config = make_config(data)
     ranks = ranks.in_parts(config.parallel.sequence)
-    method = build_method(config, ranks)
     batch = sharing(toy_batch(), ranks)
-    with Sent(reduced) as counted:
-        method.rollout(batch)
-        method.discriminator_step(batch)
-        method.student_step(batch)
-    return dict(counted.bytes)
+    total = Counter[str]()
+    places = places_of(config)
+    for place in places:
+        method = build_method(config, ranks)
+        given = draw_place if place is None else lambda *_, place=place: place
+        with patch("afd.methods.afd.draw_place", given), Sent(reduced) as counted:
+            method.rollout(batch)
+            method.discriminator_step(batch)
+            method.student_step(batch)
+        total.update(counted.bytes)
+    return {name: count / len(places) for name, count in total.items()}
+
+
+def places_of(config: RunConfig) -> list[Place | None]:
+    """All places of an update on streams, each with a switch to its prompt; else the drawn one."""
+    if config.afd.stream_switch is None:
+        return [None]
+    found = Work(config, student_net(config), 2).places.all
+    # Streams of one chunk more than a clip: a switch is at chunk 1.
+    assert {place.clip for place in found} == {0, 1}
+    return [replace(place, switch=place.clip or None) for place in found]
