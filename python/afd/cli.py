@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == ["teacher", "simulate"]:
         try:
-            extras.need("afd teacher simulate", "av")
+            if not {"-h", "--help"} & {*words}:
+                extras.need("afd teacher simulate", "av")
         except ConfigError as error:
             return verbs.fail(error.exit_code, str(error))
         # The teacher is a black box here, too: a separate process that parses its own options.

@@ -30,7 +30,7 @@ class VideoError(AfdError, ValueError):
 
 
 class TeacherError(AfdError, ValueError):
-    """A teacher cannot be used; the message lists all reasons together."""
+    """A teacher cannot be used; the message lists the first reasons and counts the others."""
 
     exit_code = MISTAKE
 

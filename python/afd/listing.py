@@ -17,8 +17,8 @@ def shown(value: object, width: int = 120) -> str:
 
 def counted(number: float, thing: str) -> str:
     """A number of things in words, such as "1 video" and "12 videos"; `thing` is singular."""
-    shown = str(number) if isinstance(number, int) else f"{number:.3g}"
-    return f"{shown} {thing}{'' if number == 1 else 'es' if thing.endswith('ss') else 's'}"
+    text = str(number) if isinstance(number, int) else f"{number:.3g}"
+    return f"{text} {thing}{'' if number == 1 else 'es' if thing.endswith('ss') else 's'}"
 
 
 def few(things: Sequence[str], most: int = FEW) -> list[str]:
@@ -37,8 +37,8 @@ def listed(things: Sequence[str]) -> str:
 
 
 def log_all(log: logging.Logger, level: int, text: str, things: Sequence[str]) -> None:
-    """Log `text`, which has one %s, of each thing: FEW of them at `level`, a number of those left,
-    and these at DEBUG, which a run's log file takes and its terminal does not."""
+    """Log `text`, which has one %s, of each thing: FEW of them at `level`, and the number of the
+    others, which go to DEBUG: a run's log file takes it, its terminal does not."""
     some = Some(log, level, text)
     for thing in things:
         some(thing)
@@ -62,5 +62,5 @@ class Some:
     def end(self) -> None:
         """Log how many things were logged at DEBUG only."""
         if len(self._seen) > FEW:
-            self._log.log(self._level, self._text, f"and {len(self._seen) - FEW} more")
-            self._seen.clear()
+            self._log.log(self._level, "%d more like these", len(self._seen) - FEW)
+        self._seen.clear()

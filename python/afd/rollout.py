@@ -100,7 +100,8 @@ def stream(
             as its first chunks. Whole chunks, or a single frame.
         switches: maps a chunk index to the prompt embeddings used from that chunk on, or to a
             `Switch`. A callable is called with the index of each chunk before its first step, after
-            the context pass of the chunk before, and returns the same or None. With `remember_last`
+            the context pass of the chunk before (recache="chunk" has none), and returns the same or
+            None. With `remember_last`
             a mapping may also have the chunk after the last: the cache is then left as that chunk
             would find it.
         context_noise: timestep of the context pass and of a recache, on the 0-1000 scale; their
@@ -114,8 +115,9 @@ def stream(
         last_inputs: a list to which the input of each chunk's last denoising step is appended.
         recache: "switch": a finished chunk's keys and values are computed once, and again at the
             switches that say so. "chunk": they are computed anew before every chunk, as the
-            beginning of a video (`afd.context.RecomputedContext`). Until the stream fills the
-            window, both give the same. A "plain" switch then leaves the next chunk's context to the
+            beginning of a video (`afd.context.RecomputedContext`), those of a prefix at
+            `context_noise`, too. Until the stream fills the window, both give the same without
+            switches. A "plain" switch then leaves the next chunk's context to the
             old prompts, any other mode encodes it under the new ones.
         reencode: with recache="chunk" and no sink, called once the context no longer begins with
             the stream's first frame: given the latent frame with which it begins, returns what

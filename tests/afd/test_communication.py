@@ -42,7 +42,7 @@ WINDOW = {"window": 9, "sink": 3}
 CASES["switched, sharded"] = {
     "parallel": {"weights": "fsdp"},
     "student": WINDOW,
-    "afd": SWITCHED | {"stream_frames": 15, "group_from_chunk": 2},
+    "afd": SWITCHED | {"stream_frames": 15, "stream_start": 0.4, "group_from_chunk": 2},
 }
 CASES["switched, one video"] = {
     "parallel": {"sequence": 2},

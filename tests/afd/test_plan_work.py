@@ -21,7 +21,7 @@ from afd.models.wan.types import WanConfig
 from afd.models.wan.vae import VideoVAE
 from afd.planning.autoencoders import WAN21
 from afd.planning.cost_model import Net
-from afd.planning.places import Recache
+from afd.planning.places import RecachePass
 from afd.planning.work import Work
 from afd.rollout import SwitchMode
 from afd.trainer.build import assemble, build_discriminator
@@ -148,7 +148,7 @@ def test_a_recache_takes_the_planned_operations(mode: SwitchMode, switch: int) -
 
     net = net_of(config, 2)
     kept = 3 if mode != "new_sink" and switch > 3 else 0
-    again = Recache(min(3 * switch, 9) - kept, kept, mode == "recache_causal")
+    again = RecachePass(min(3 * switch, 9) - kept, kept, mode == "recache_causal")
     found = taken(mode) - taken("plain")
     # What no plan counts: the patches' embedding, and the queries of a context pass's last layer.
     left_out = 2.0 * again.frames * net.tokens * net.dim * (net.dim + 4 * net.channels)
@@ -163,7 +163,7 @@ def test_the_plan_counts_a_recache_for_every_stream_that_switches(shared: int | 
         for mode in (None, "recache")
     )
     net = net_of(on, 2)
-    short, full = [Recache(frames) for frames in (3, 6)], [Recache(9), Recache(6, 3)]
+    short, full = [RecachePass(frames) for frames in (3, 6)], [RecachePass(9), RecachePass(6, 3)]
     passes = [*short, *full, full[1]]
     # Clips begin at chunk 0 to 5 of the stream, and a switch is before each with the same chance.
     means = [sum(one.flop(net) for one in passes[:clip]) / clip for clip in range(1, 6)]

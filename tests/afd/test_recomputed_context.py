@@ -360,7 +360,7 @@ def test_sampled_videos_begin_a_context_with_a_picture(
     assert recorded[0]["recache"] == "chunk"
     # Videos of earlier versions are found again.
     assert "recache" not in recorded[1]
-    with pytest.raises(ConfigError, match="recache: got chunk without a window; needed: switch"):
+    with pytest.raises(ConfigError, match="recache: got chunk without a window; needed: a window"):
         make(models, tmp_path, **WINDOW | {"window": None})
 
 

@@ -274,6 +274,10 @@ ON = {"student": {"window": 9, "sink": 3}, "evaluation": {"kind": "none"}}
         ),
         (["afd.stream_frames=25"], "afd.stream_frames: got 25; needed: a multiple of the chunk 3"),
         (["afd.stream_frames=9"], "afd.stream_frames: got 9; .*at least the 12 frames of a clip"),
+        (
+            ["afd.stream_frames=12", "afd.stream_start=0.5"],
+            "afd.stream_frames: got 12, the frames of a clip; needed: more",
+        ),
         (["afd.train_window=6"], "afd.train_window: got 6 without afd.stream_frames"),
         (["afd.stream_start=0.5"], "afd.stream_start: got 0.5 without afd.stream_frames"),
         (

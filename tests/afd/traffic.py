@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -55,24 +55,27 @@ def _sent(data: dict[str, Any], reduced: int, ranks: Any) -> dict[str, float]:
     config = make_config(data)
     ranks = ranks.in_parts(config.parallel.sequence)
     batch = sharing(toy_batch(), ranks)
-    total = Counter[str]()
-    places = places_of(config)
-    for place in places:
+    total: dict[str, float] = defaultdict(float)
+    for place, often in places_of(config):
         method = build_method(config, ranks)
         given = draw_place if place is None else lambda *_, place=place: place
         with patch("afd.methods.afd.draw_place", given), Sent(reduced) as counted:
             method.rollout(batch)
             method.discriminator_step(batch)
             method.student_step(batch)
-        total.update(counted.bytes)
-    return {name: count / len(places) for name, count in total.items()}
+        for name, count in counted.bytes.items():
+            total[name] += often * count
+    return dict(total)
 
 
-def places_of(config: RunConfig) -> list[Place | None]:
-    """All places of an update on streams, each with a switch to its prompt; else the drawn one."""
+def places_of(config: RunConfig) -> list[tuple[Place | None, float]]:
+    """All places of an update on streams and how often it has each, each with a switch to its
+    prompt; else the drawn one."""
     if config.afd.stream_switch is None:
-        return [None]
+        return [(None, 1.0)]
     found = Work(config, student_net(config), 2).places.all
     # Streams of one chunk more than a clip: a switch is at chunk 1.
-    assert {place.clip for place in found} == {0, 1}
-    return [replace(place, switch=place.clip or None) for place in found]
+    assert [place.clip for place in found] == [0, 1]
+    start = config.afd.stream_start + (1 - config.afd.stream_start) / 2
+    switched = [replace(place, switch=place.clip or None) for place in found]
+    return list(zip(switched, (start, 1 - start), strict=True))

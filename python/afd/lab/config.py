@@ -34,7 +34,7 @@ class ToyStudentConfig(StudentConfig):
     kind: Literal["toy"] = Field(default="toy", description="the laptop-size student")
     checkpoint: str = Field(
         default="base",
-        description="safetensors file of the start weights; 'base' is the shipped one",
+        description="safetensors file of the start weights; 'base' and 'endless' are shipped",
     )
     denoising_steps: list[float] = Field(
         default=[1.0, 0.9375, 0.833, 0.625],
@@ -160,6 +160,9 @@ class PhysicsRewardConfig(RewardConfig):
         default="phys",
         description="the error to the teacher's gravity, to any gravity (smoothness), or to the "
         "clean render, negated; or the share of the prompt's attributes that the video shows",
+    )
+    domain: Literal["gravity", "heavy", "light", "both", "endless"] = Field(
+        default="gravity", description="the domain whose laws count, as in teacher.domain"
     )
 
     def check_student(self, student: StudentConfig) -> None:

@@ -66,7 +66,8 @@ class PhysicsMetrics(Metrics):
         ) -> dict[str, float]:
             if update % WATCH_EVERY:
                 return {}
-            return rank_agreement(score_B, video_BFCHW, prompts, group, ranks)
+            domain = measured_domain(config)
+            return rank_agreement(score_B, video_BFCHW, prompts, group, ranks, domain)
 
         return watch
 
@@ -101,6 +102,7 @@ def rank_agreement(
     prompts: list[str],
     group_size: int,
     ranks: Ranks = ALONE,
+    domain: Domain = GRAVITY,
 ) -> dict[str, float]:
     """Correlation of the score with each task metric among the rollouts of a prompt, and the
     rollouts' `seam_jerk`.
@@ -110,7 +112,7 @@ def rank_agreement(
     """
     if group_size < 2 or ranks.any(any(prompt not in PROMPTS for prompt in prompts)):
         return {}
-    each = measure_each(video_BFCHW.cpu())
+    each = measure_each(video_BFCHW.cpu(), domain)
     score_B = ranks.gather(score_B)
     known = {"phys": -each.phys, "fit_res": -each.fit_res, "rend": -each.rend}
     found = {

@@ -40,7 +40,8 @@ DEFINITIONS = {
     "1 is even",
     "motion": "mean speed of the ball (px/frame)",
     "rend": "RMSE to the clean render of the same ball (0-1 colour scale): look and quality",
-    "adh": "share of videos with all four attributes of their prompt (endless: the two that last)",
+    "adh": "share of videos with all four attributes of their prompt (endless: its colour, and "
+    "whether the ball moves sideways)",
     "div": "mean distance (px, RMS over frames) between two videos of one prompt",
     "nn": "mean distance (px, RMS over frames) to the nearest training trajectory",
     "traj_fd": "Fréchet distance (px² per frame) of the trajectories to fresh teacher ones",

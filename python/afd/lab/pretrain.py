@@ -4,7 +4,7 @@
     python -m afd.lab.pretrain endless-base
     python -m afd.lab.pretrain motion-backbone
 
-They replace the shipped files in afd/assets, or are written to `--out`; a JSON file with the
+They replace the shipped files in afd/lab/assets, or are written to `--out`; a JSON file with the
 settings and the hash is written beside each.
 The base students learn the simulator's source domains (weak gravity). The motion backbone learns to
 read motion under random looks; no clip it sees has a gravity near the teacher's.

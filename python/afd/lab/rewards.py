@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from afd.lab.config import PhysicsRewardConfig
-from afd.lab.physics import measure_each
-from afd.lab.simulator import attribute_table
+from afd.lab.physics import adheres, measure_each
+from afd.lab.simulator import DOMAINS, attribute_table
 from afd.models.student import Student
 from afd.rewards.base import Reward
 from afd.video.config import VideoConfig
@@ -26,9 +26,12 @@ class PhysicsReward(Reward):
 
     @torch.no_grad()
     def score(self, input_BFCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        each = measure_each(input_BFCHW)
+        domain = DOMAINS[self.config.domain]
+        each = measure_each(input_BFCHW, domain)
         if self.config.measure == "adh":
             wanted_B4 = attribute_table(list(prompts))
+            if domain.endless:
+                return adheres(each.attributes, wanted_B4, domain).float()
             return (each.attributes == wanted_B4).float().mean(1)
         error_B: Tensor = getattr(each, self.config.measure)
         return -error_B

@@ -278,7 +278,7 @@ def sample_videos(
     `domain`: a name in DOMAINS, or "target" for gravity, or "source" or "endless source": those of
     the base students.
     """
-    of, n = described(domain), attributes_N4.shape[0]
+    of, n = domain_of(domain), attributes_N4.shape[0]
     weak = source_gravity(n, generator)
     gravity = weak if of.gravity is None else torch.full((n,), of.gravity)
     track = motion(attributes_N4, of, gravity, generator)
@@ -286,7 +286,7 @@ def sample_videos(
     return apply_look(look, track, colour_table(attributes_N4[:, 0]), generator), track
 
 
-def described(domain: str) -> Domain:
+def domain_of(domain: str) -> Domain:
     """The domain of a name (`sample_videos`)."""
     sources = {"source": Domain(None), "endless source": Domain(None, endless=True)}
     known = {**sources, "target": GRAVITY, **DOMAINS}
@@ -318,7 +318,7 @@ def spoil(
     physics: twice the gravity; prompt: of another prompt; frozen: its first frame; watermark: a
     bright mark in a corner; base: as the base student's.
     """
-    of, count = described(domain), len(videos_NFCHW)
+    of, count = domain_of(domain), len(videos_NFCHW)
     look = of.look or style
     chosen = torch.randperm(count, generator=generator)[: round(wrong * count)].tolist()
     labels, videos = [""] * count, videos_NFCHW.clone()

@@ -233,8 +233,9 @@ class Times(_Message):
     """Milliseconds of a chunk by part, over all students.
 
     Attributes:
-        context: the context pass of the chunk before.
-        switch: new text keys and, if asked for, the recache.
+        context: the context pass of the chunk before; none with recache=chunk.
+        switch: new text keys and, if asked for, the recache; with recache=chunk the passes over
+            past frames.
         denoise, decode, encode: as their names say.
     """
 

@@ -228,8 +228,8 @@ class AfdConfig(_Delayed):
     )
     stream_start: Share = Field(
         default=0.0,
-        description="stream_frames: share of updates that are about the stream's first clip, "
-        "wherever the others' are",
+        description="stream_frames: probability that an update takes the stream's first clip in "
+        "place of a drawn one",
     )
     stream_switch: SwitchMode | None = Field(
         default=None,
@@ -366,6 +366,11 @@ class AfdConfig(_Delayed):
         if self.stream_start and self.stream_frames is None:
             raise ValueError(
                 f"afd.stream_start: got {self.stream_start} without afd.stream_frames; needed: both"
+            )
+        if self.stream_switch is not None and self.stream_start == 1:
+            raise ValueError(
+                "afd.stream_start: got 1 with afd.stream_switch; needed: less, as a stream's first "
+                "clip has no switch before it"
             )
         if self.stream_switch is not None and self.stream_frames is None:
             raise ValueError(

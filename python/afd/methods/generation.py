@@ -18,6 +18,7 @@ from afd.models.student import Student
 from afd.models.wan.kv_cache import KVCache
 from afd.models.wan.types import LayerKV
 from afd.rollout import NoiseSource, Switch, SwitchMode, stream, stream_layout
+from afd_kernels.contracts import require
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,15 @@ def _before(
     return Before([(k.cpu(), v.cpu()) for k, v in cache.snapshot()], lead.float())
 
 
-def _first_text(student: Student, text_BLE: Tensor, earlier: Earlier | None, part: slice) -> Tensor:
+def _first_text(
+    student: Student, text_BLE: Tensor, earlier: Earlier | None, part: slice, clip: int
+) -> Tensor:
     """The embeddings under which some of the streams begin; `text_BLE`: their own."""
-    return text_BLE if earlier is None else student.encode(list(earlier.prompts[part]))
+    if earlier is None:
+        return text_BLE
+    inside = 0 < earlier.chunk <= clip
+    require(inside, "earlier", earlier.chunk, f"a switch at a chunk from 1 to the clip's, {clip}")
+    return student.encode(list(earlier.prompts[part]))
 
 
 @torch.no_grad()
@@ -166,7 +173,7 @@ def generate(
     width = streaming.batch or len(prompts)
     for part in (slice(at, at + width) for at in range(0, len(prompts), width)):
         text_BLE = student.encode(list(prompts[part]))
-        cache = student.new_cache(_first_text(student, text_BLE, earlier, part), held)
+        cache = student.new_cache(_first_text(student, text_BLE, earlier, part, clip), held)
         noise = student.noise_source(seed_B[part], layout, streaming.draws)
         given = student, text_BLE, noise, cache
         before = _before(streaming, *given, clip, earlier) if clip else None
@@ -209,7 +216,7 @@ def generate_groups(
     count, copies = max(1, width // group), min(width, group)
     for part in (slice(at, at + count) for at in range(0, len(prompts), count)):
         text_PLE = student.encode(list(prompts[part]))
-        first_PLE = _first_text(student, text_PLE, earlier, part)
+        first_PLE = _first_text(student, text_PLE, earlier, part, clip)
         root = student.new_cache(first_PLE, None if clip else begin)
         noise = student.noise_source(seed_PG[part, 0], layout, streaming.draws)
         given = student, text_PLE, noise, root

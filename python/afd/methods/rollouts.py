@@ -123,10 +123,9 @@ def roll_out(
     prompts = [prompt for prompt in batch.prompts for _ in range(per_prompt)]
     how: dict[str, Any] = {"clip": place.clip}
     if place.switch is not None:
-        enough, each = len(batch.earlier) == len(batch.prompts), per_prompt
+        enough = len(batch.earlier) == len(batch.prompts)
         require(enough, "batch.earlier", list(batch.earlier), "one for each of the prompts")
-        if place.fork is not None:
-            each = 1
+        each = per_prompt if place.fork is None else 1
         earlier = [prompt for prompt in batch.earlier for _ in range(each)]
         how["earlier"] = Earlier(earlier, place.switch, switch_mode)
     if place.fork is not None:

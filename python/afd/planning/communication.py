@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from statistics import fmean
 
 from torch import Tensor
 
@@ -69,12 +68,13 @@ def _share(processes: int) -> float:
 def _sharded(work: Work) -> Iterator[Traffic]:
     """Gathered weights and scattered gradients of FSDP."""
     passes = list(_rollout(work)), list(_update(work))
-    rolled, forward = (fmean(sum(each for each, _ in of) for of in one) for one in passes)
+    mean = work.places.mean
+    rolled, forward = (mean(sum(each for each, _ in of) for of in one) for one in passes)
     # A pass over the prompt begins every rollout batch, and another one follows at a switch.
     texts = [_batches(work, one) * (1 + work.places.switches(one)) for one in work.places.all]
-    rolled += fmean(texts) if work.rolls else 0
-    backward = fmean(sum(n for n, one in of if one.trained) for of in passes[1])
-    bare = fmean(sum(n for n, one in of if not one.adapted) for of in passes[1])
+    rolled += mean(texts) if work.rolls else 0
+    backward = mean(sum(n for n, one in of if one.trained) for of in passes[1])
+    bare = mean(sum(n for n, one in of if not one.adapted) for of in passes[1])
     network, adapters, trained = _numbers(work)
     every = rolled + forward + backward
     numbers = every * network + (every - bare) * adapters
@@ -137,7 +137,8 @@ def _exchanged(work: Work) -> Iterator[Traffic]:
 
     def mean(of: Callable[[_Pass], float]) -> float:
         both = (_rollout(work), _update(work))
-        return sum(fmean(sum(n * of(one) for n, one in each) for each in some) for some in both)
+        average = work.places.mean
+        return sum(average(sum(n * of(one) for n, one in each) for each in some) for some in both)
 
     note = f"q, k, v and the result of self-attention in each layer, among {parts} processes"
     yield Traffic("all-to-all", mean(around), note)

@@ -13,7 +13,7 @@ from afd.planning.cost_model import Net
 
 
 @dataclass(frozen=True)
-class Recache:
+class RecachePass:
     """A pass that encodes cached frames again where a stream switches its prompt.
 
     Attributes:
@@ -43,15 +43,15 @@ class Recache:
 
 
 class Places:
-    """All places that an update of a run may have, and how often it has each; the place of a switch
-    of the prompt, which is drawn before the clip, is not among what differs."""
+    """All places that an update of a run may have, and how often it has each. Where the prompt
+    switches before a clip is not told apart: costs are averaged over it."""
 
     def __init__(self, config: RunConfig, net: Net) -> None:
         self.net, self.afd = net, config.afd
         afd = config.method == "afd"
         self.shared = config.afd.group_from_chunk if afd else None
         self.stream = config.afd.stream_frames if afd else None
-        self.switch = config.afd.stream_switch if self.stream is not None else None
+        self.switch_mode = config.afd.stream_switch if self.stream is not None else None
         self.all = list(self._each())
         # The share of the first clips, beside which all clips are equally likely.
         start = config.afd.stream_start if afd and self.stream is not None else 0.0
@@ -74,19 +74,19 @@ class Places:
 
     def switches(self, place: Place) -> bool:
         """Whether the streams of an update at this place switch their prompt."""
-        return self.switch is not None and place.clip > 0
+        return self.switch_mode is not None and place.clip > 0
 
-    def recaches(self, place: Place) -> dict[Recache, float]:
+    def recaches(self, place: Place) -> dict[RecachePass, float]:
         """What a switch before this clip may encode again, with the likelihood of each."""
-        if self.switch in (None, "plain"):
+        if self.switch_mode in (None, "plain"):
             return {}
         chunk, window = self.net.chunk, self.net.window
-        found: Counter[Recache] = Counter()
+        found: Counter[RecachePass] = Counter()
         for end in range(chunk, place.clip * chunk + 1, chunk):
             kept = self.net.sink if window is not None and end > window else 0
-            kept = 0 if self.switch == "new_sink" else kept
+            kept = 0 if self.switch_mode == "new_sink" else kept
             frames = min(end, window or end) - kept
-            found[Recache(frames, kept, self.switch == "recache_causal")] += 1
+            found[RecachePass(frames, kept, self.switch_mode == "recache_causal")] += 1
         return {one: count / place.clip for one, count in found.items()}
 
     @property
@@ -112,12 +112,13 @@ class Places:
             again = sum(share * one.flop(self.net) for one, share in self.recaches(place).items())
             return prompts * (total[fork] + group * own + (again if fork else group * again))
 
-        return self._mean(map(of, self.all))
+        return self.mean(map(of, self.all))
 
-    def _mean(self, values: Iterable[float]) -> float:
+    def mean(self, values: Iterable[float]) -> float:
+        """The mean of what an update takes at each of the places."""
         return sum(w * x for w, x in zip(self.weights, values, strict=True))
 
-    def mean(self, flop: Callable[[Net, int], float]) -> float:
+    def mean_of(self, flop: Callable[[Net, int], float]) -> float:
         """The mean of what an update takes on a clip, given its net and first chunk."""
         known: dict[tuple[float, int], float] = {}
         found = []
@@ -127,4 +128,4 @@ class Places:
             if key not in known:
                 known[key] = flop(net, place.first)
             found.append(known[key])
-        return self._mean(found)
+        return self.mean(found)

@@ -325,7 +325,7 @@ class Work:
         part = min(1.0, chunks / net.chunks) if chunks else 1.0
         if config.method == "afd":
             afd = config.afd
-            flop = self.places.mean(
+            flop = self.places.mean_of(
                 lambda clip, first: cost.nft_flop(
                     clip,
                     afd.context,

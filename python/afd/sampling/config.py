@@ -99,7 +99,8 @@ class StreamConfig(Section):
             raise ValueError(f"sink: got {self.sink}; needed: 0, as there is no window")
         if self.window is None and self.recache == "chunk":
             raise ValueError(
-                "recache: got chunk without a window; needed: switch, as no frame leaves it"
+                "recache: got chunk without a window; needed: a window, whose frames are encoded "
+                "again, or switch"
             )
         if self.window is not None:
             least = self.sink + self.student.chunk_frames

@@ -292,6 +292,11 @@ def _check_stream(config: RunConfig) -> None:
                 f"afd.stream_frames: got {longest}; needed: a multiple of the chunk {chunk}, at "
                 f"least the {frames} frames of a clip"
             )
+        if longest == frames and (afd.stream_start or afd.stream_switch is not None):
+            raise ValueError(
+                f"afd.stream_frames: got {longest}, the frames of a clip; needed: more with "
+                "afd.stream_start or afd.stream_switch, which are about clips in longer streams"
+            )
     trained = afd.train_window
     if trained is not None and (trained > frames or trained % chunk):
         raise ValueError(
