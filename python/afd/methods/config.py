@@ -445,11 +445,11 @@ class LastStepConfig(StudentOptimizerConfig):
 class GanConfig(LastStepConfig):
     """GAN loss softplus(-D) on the student's videos: a baseline.
 
-    Rate and prior are tuned on the toy: at 1e-4, or without a prior, its videos stop following the
-    prompt.
+    Rate and prior are tuned on the toy: at higher rates, or without a prior, its videos stop
+    following the prompt.
     """
 
-    learning_rate: float = Field(default=3e-5, ge=0, description="AdamW learning rate")
+    learning_rate: float = Field(default=1e-5, ge=0, description="AdamW learning rate")
     prior_weight: float = Field(default=10.0, ge=0, description="weight of |v_theta - v_ref|²")
 
 
