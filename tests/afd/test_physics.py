@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Generator, Tensor
 
+from afd.lab.config import PhysicsRewardConfig
 from afd.lab.metrics import rank_agreement, within_group_correlation
 from afd.lab.physics import (
     DEFINITIONS,
@@ -17,6 +20,7 @@ from afd.lab.physics import (
     spread,
     track_ball,
 )
+from afd.lab.rewards import PhysicsReward
 from afd.lab.simulator import (
     BOUNCE,
     DOMAINS,
@@ -159,3 +163,15 @@ def test_a_ball_that_jumps_between_chunks_has_a_seam_jerk() -> None:
     )
     assert smooth < 1.3
     assert kinked > 1.3 * smooth
+
+
+def test_a_measurement_follows_the_laws_of_its_domain() -> None:
+    prompts = list(PROMPTS)
+    table = attribute_table(prompts)
+    video_BFCHW = sample_videos(table, "endless", "clean", Generator().manual_seed(0))[0]
+    found = {}
+    for name, domain in product(("phys", "adh"), ("endless", "gravity")):
+        config = PhysicsRewardConfig(measure=name, domain=domain)
+        found[name, domain] = float(PhysicsReward(config).score(video_BFCHW, prompts).mean())
+    assert found["phys", "endless"] > -0.03 > found["phys", "gravity"]
+    assert found["adh", "endless"] == 1 > found["adh", "gravity"]

@@ -247,7 +247,6 @@ def test_the_trainer_gives_every_prompt_another_one_of_its_update(tmp_path: Path
     ("overrides", "told"),
     [
         (["afd.stream_frames=null"], "afd.stream_switch: got recache without afd.stream_frames"),
-        (["afd.stream_start=1"], "afd.stream_start: got 1 with afd.stream_switch; needed: less"),
         (["prompts_per_update=1"], "afd.stream_switch: got recache with updates of one prompt"),
         (["afd.stream_switch=smooth"], "afd.stream_switch.*smooth"),
         (

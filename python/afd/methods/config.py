@@ -367,11 +367,6 @@ class AfdConfig(_Delayed):
             raise ValueError(
                 f"afd.stream_start: got {self.stream_start} without afd.stream_frames; needed: both"
             )
-        if self.stream_switch is not None and self.stream_start == 1:
-            raise ValueError(
-                "afd.stream_start: got 1 with afd.stream_switch; needed: less, as a stream's first "
-                "clip has no switch before it"
-            )
         if self.stream_switch is not None and self.stream_frames is None:
             raise ValueError(
                 f"afd.stream_switch: got {self.stream_switch} without afd.stream_frames; needed: "
