@@ -16,11 +16,11 @@ from afd.cli import main
 from afd.config.run import load_config
 from afd.live import engine as engines
 from afd.live import take as takes
-from afd.sampling import sample as sampling
 from afd.sampling.config import SampleConfig
 from afd.sampling.sample import sample
 from afd.video import read_comment, read_video
 from tests.afd.live_server import client, configuration, other_student, viewer
+from tests.afd.recorded import recorded
 from tests.afd.test_sample import quiet
 
 RED, BLUE = "A red ball on the left is dropped, going left.", "A blue ball"
@@ -85,7 +85,7 @@ def test_pause_step_and_switch(tmp_path: Path) -> None:
 @pytest.fixture
 def latents(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.Tensor]]:
     """Every chunk's latents, as `afd live` and `afd sample` make them; the toy's are its pixels."""
-    kept: dict[str, list[torch.Tensor]] = {"live": [], "sample": []}
+    kept: dict[str, list[torch.Tensor]] = {"live": [], "sample": recorded(monkeypatch)}
 
     class Take(takes.Take):
         def next(self) -> takes.Chunk:
@@ -93,13 +93,7 @@ def latents(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.Tensor]]:
             kept["live"] += [latent.clone() for latent in chunk.latents]
             return chunk
 
-    class Recorder(sampling.Recorder):
-        def put(self, video_BFCHW: torch.Tensor) -> None:
-            kept["sample"].append(video_BFCHW.clone())
-            super().put(video_BFCHW)
-
     monkeypatch.setattr(engines, "Take", Take)
-    monkeypatch.setattr(sampling, "Recorder", Recorder)
     return kept
 
 

@@ -17,6 +17,7 @@ from afd.sampling import sample as sampling
 from afd.sampling.config import SampleConfig
 from afd.video import to_uint8
 from tests.afd.live_server import client, viewer
+from tests.afd.recorded import recorded
 from tests.afd.test_sample import make, models, quiet
 
 __all__ = ["models"]
@@ -31,7 +32,7 @@ def test_sample_makes_the_recorded_frames_again(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[torch.Tensor] = []
-    again: list[torch.Tensor] = []
+    again = recorded(monkeypatch)
 
     class Take(takes.Take):
         def next(self) -> takes.Chunk:
@@ -39,13 +40,7 @@ def test_sample_makes_the_recorded_frames_again(
             shown.append(chunk.frames_FHWC[0].clone())
             return chunk
 
-    class Recorder(sampling.Recorder):
-        def put(self, video_BFCHW: torch.Tensor) -> None:
-            again.append(to_uint8(video_BFCHW[0]))
-            super().put(video_BFCHW)
-
     monkeypatch.setattr(engines, "Take", Take)
-    monkeypatch.setattr(sampling, "Recorder", Recorder)
     out = tmp_path / "out"
     with client(live(models, out, fps=200)) as opened, viewer(opened) as watching:
         watching.send("record", on=True)
@@ -62,7 +57,7 @@ def test_sample_makes_the_recorded_frames_again(
     sampling.sample(load_config(listed, [f"out={tmp_path / 'again'}"], SampleConfig), quiet())
     assert len(again) >= 5
     for one, other in zip(shown, again, strict=True):
-        assert torch.equal(one, other)
+        assert torch.equal(one, to_uint8(other[0]))
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -29,7 +29,7 @@ from afd.sampling.sample import Pipeline, dry_run, sample
 from afd.schedules import renoise
 from afd.testing.tiny_vae import drawn_weights
 from afd.video import read_comment
-from afd.video.recorder import Recorder
+from tests.afd.recorded import recorded
 from tests.afd.test_rollout import TWO, make_student
 from tests.afd.test_sample import make, models, quiet
 from tests.afd.test_tiny_vae import keys
@@ -336,14 +336,7 @@ def slowly(config: SampleConfig, pipeline: Pipeline) -> Tensor:
 def test_sampled_videos_begin_a_context_with_a_picture(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[Tensor] = []
-    put = Recorder.put
-
-    def seen(recorder: Recorder, video_BFCHW: Tensor) -> None:
-        shown.append(video_BFCHW)
-        put(recorder, video_BFCHW)
-
-    monkeypatch.setattr(Recorder, "put", seen)
+    shown = recorded(monkeypatch)
     config = make(models, tmp_path / "out", **WINDOW)
     (path,) = sample(config, quiet()).written
     found = torch.cat(shown, 1)
@@ -356,10 +349,10 @@ def test_sampled_videos_begin_a_context_with_a_picture(
     (other,) = sample(kept, quiet()).written
     late = (torch.cat(shown, 1) - expected)[:, 21:]
     assert late.abs().max() > 100 * SAME["atol"]
-    recorded = [json.loads(read_comment(one) or "")["settings"] for one in (path, other)]
-    assert recorded[0]["recache"] == "chunk"
+    settings = [json.loads(read_comment(one) or "")["settings"] for one in (path, other)]
+    assert settings[0]["recache"] == "chunk"
     # Videos of earlier versions are found again.
-    assert "recache" not in recorded[1]
+    assert "recache" not in settings[1]
     with pytest.raises(ConfigError, match="recache: got chunk without a window; needed: a window"):
         make(models, tmp_path, **WINDOW | {"window": None})
 

@@ -34,8 +34,8 @@ from afd.planning.plan import make_plan, setups, where_it_fits
 from afd.sampling.config import SampleConfig
 from afd.testing.tiny_vae import drawn_weights
 from afd.video import read_video, write_video
-from afd.video.recorder import Recorder
 from tests.afd import sparse
+from tests.afd.recorded import recorded
 from tests.afd.released_models import write_clips
 from tests.afd.test_text import LENGTH, diffusers_folder
 from tests.afd.test_tiny_vae import WAN22 as TINY22
@@ -275,14 +275,7 @@ def test_a_wan22_student_streams_through_its_tiny_autoencoder(
     words += ["height=64", "width=96", "frames=25", "window=null", "sink=0", "device=cpu", "crf=1"]
     words += [f"image={tmp_path / 'picture.mp4'}", "prompts=a ball", f"out={tmp_path / 'out'}"]
     sampled = ["sample", "sample_wan22_5b_704x1280", *words, "student.vae=tiny"]
-    shown: list[Tensor] = []
-    put = Recorder.put
-
-    def seen(recorder: Recorder, video_BFCHW: Tensor) -> None:
-        shown.append(video_BFCHW)
-        put(recorder, video_BFCHW)
-
-    monkeypatch.setattr(Recorder, "put", seen)
+    shown = recorded(monkeypatch)
     assert main([*sampled, f"student.tiny_vae={tmp_path}"]) == DONE
     assert [video.shape[1] for video in shown] == [1, 12, 12]
     # The first frame is the picture through the tiny autoencoder.
