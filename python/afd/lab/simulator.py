@@ -95,6 +95,13 @@ DOMAINS = {
     # Of no teacher: what a student does with prompts that it is never taught.
     "neutral": Domain(None, words=", at night"),
 }
+# Domains by all names, those of the base students included.
+_NAMED = {
+    "source": Domain(None),
+    "endless source": Domain(None, endless=True),
+    "target": GRAVITY,
+    **DOMAINS,
+}
 # Domains of joint training ("all" writes the videos of each in turn), and all whose teacher exists.
 JOINT = ("heavy", "style", "light")
 TAUGHT = ("gravity", *JOINT, "drag", "both", "endless")
@@ -288,11 +295,9 @@ def sample_videos(
 
 def domain_of(domain: str) -> Domain:
     """The domain of a name (`sample_videos`)."""
-    sources = {"source": Domain(None), "endless source": Domain(None, endless=True)}
-    known = {**sources, "target": GRAVITY, **DOMAINS}
-    if domain not in known:
-        raise ValueError(f"domain: {domain!r} came, one of {', '.join(known)} is needed")
-    return known[domain]
+    if domain not in _NAMED:
+        raise ValueError(f"domain: {domain!r} came, one of {', '.join(_NAMED)} is needed")
+    return _NAMED[domain]
 
 
 def motion(attributes_N4: Tensor, of: Domain, gravity: Tensor, generator: Generator) -> Tensor:

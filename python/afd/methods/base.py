@@ -37,7 +37,7 @@ class Batch:
         replay: prompts of earlier domains in the same update, without the teacher's videos.
         cached: number of those, of all processes, that are among `prompts`, too.
         earlier: for each of `prompts`, another one of the update, under which streams that switch
-            their prompt begin (`earlier_prompts`); empty where none does.
+            their prompt begin (`earlier_prompts`); empty: none can.
     """
 
     update: int

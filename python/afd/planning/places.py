@@ -43,8 +43,8 @@ class RecachePass:
 
 
 class Places:
-    """All places that an update of a run may have, and how often it has each. Where the prompt
-    switches before a clip is not told apart: costs are averaged over it."""
+    """All places that an update of a run may have, and how often it has each. Costs are averaged
+    over the chunks at which the prompt may switch before a clip."""
 
     def __init__(self, config: RunConfig, net: Net) -> None:
         self.net, self.afd = net, config.afd
