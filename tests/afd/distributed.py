@@ -62,8 +62,9 @@ def wan_method(
     name: str, ranks: Ranks, parallel: str, *, checkpoint_blocks: bool = False, **sizes: Any
 ) -> Any:
     """AFD with LoRA ("afd", "afd replay", "afd stacked" on two parents), the others with all
-    weights ("afd full", "afd rewards", "afd switched" on streams that switch their prompt, "sft",
-    "gan", "dmd"); " bf16" behind the name: computed in bf16, at a small rate.
+    weights ("afd full", "afd rewards", "afd chosen" from two of three videos of a prompt, "afd
+    switched" on streams that switch their prompt, "sft", "gan", "dmd"); " bf16" behind the name:
+    computed in bf16, at a small rate.
 
     `sizes`: of the network.
     """
@@ -107,6 +108,8 @@ def wan_method(
     if name == "afd rewards":
         config = config.model_copy(update={"combine": "advantages", "prior_share": 0.5})
         how["rewards"] = [Term("bright", 0.5, Brightness("latents"))]
+    if name == "afd chosen":
+        config = config.model_copy(update={"samples_per_prompt": 3, "best": 1, "worst": 1})
     if name == "afd switched":
         switched = {"stream_frames": 24, "stream_switch": "recache", "group_from_chunk": "random"}
         config = config.model_copy(update=switched)

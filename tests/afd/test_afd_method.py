@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from afd import ops
 from afd.config.run import make_config
 from afd.lab.config import ToyDiscriminatorConfig
 from afd.lab.discriminator import MotionBackbone, ToyDiscriminator
@@ -189,6 +190,7 @@ def test_a_resumed_run_continues_with_the_same_bits(student: ToyStudent) -> None
         {"advantage": "random"},
         {"old": "current"},
         {"diversity_weight": 0.5},
+        {"best": 1, "worst": 2, "chunks_per_update": 2},
         {"timesteps": "uniform", "timestep_per": "video", "weighting": "velocity"},
         {"baseline": "teacher", "normalize": "group", "prior_by_r": True},
         {"context": "noisy", "timesteps": "list", "timestep_list": [1, 0.5], "keep_context": True},
@@ -201,6 +203,53 @@ def test_every_option_makes_a_step(student: ToyStudent, settings: dict[str, Any]
         metrics = step(method, number)
     assert metrics["student/loss"] >= 0
     assert metrics["student/grad_norm"] > 0
+
+
+def test_the_student_learns_from_the_best_and_the_worst(
+    student: ToyStudent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of five videos of a prompt, once per draw; the discriminator learns from all."""
+    method = afd(student, samples_per_prompt=5, best=1, worst=1, draws=3)
+    step(method, 0)
+    calls: list[dict[str, Any]] = []
+
+    def recorded(**given: Any) -> ops.NftLoss:
+        calls.append(given)
+        return nft_loss(**given)
+
+    nft_loss = ops.nft_loss
+    monkeypatch.setattr(ops, "nft_loss", recorded)
+    given = batch(1)
+    method.rollout(given)
+    x0_BFCHW = method._current().x0_BFCHW
+    seen = method._current().input_BFCHW
+    method.discriminator_step(given)
+    scored = copy.deepcopy(method.discriminator)
+    metrics = method.student_step(given)
+    [call] = calls
+    score_PG = scored.score(seen, [p for p in THREE for _ in range(5)]).view(3, 5)
+    ends = torch.stack([score_PG.argmax(1), score_PG.argmin(1)], 1).sort(1).values
+    index_V = (ends + 5 * torch.arange(3)[:, None]).flatten()
+    assert torch.equal(call["x0"], x0_BFCHW[index_V].repeat(3, 1, 1, 1, 1))
+    assert call["r"].view(3, 3, 2).amin(2).max() < 0.5 < call["r"].view(3, 3, 2).amax(2).min()
+    assert metrics["student/r_mean"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_choosing_all_changes_nothing(student: ToyStudent) -> None:
+    one, other = afd(student), afd(student, best=3, worst=1)
+    for number in range(2):
+        step(one, number)
+        step(other, number)
+    kept, found = weights(one, "theta"), weights(other, "theta")
+    assert all(torch.equal(value, found[key]) for key, value in kept.items())
+
+
+@pytest.mark.parametrize("chosen", [{"best": 5}, {"best": 3, "worst": 2}, {"best": 0}])
+def test_more_than_there_are_or_none_is_refused(chosen: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"together from 1 to afd.samples_per_prompt=4"):
+        AfdConfig(**chosen)
+    with pytest.raises(ValueError, match=r"afd.prior_share: got 0.5; needed: 1 with afd.best"):
+        AfdConfig(best=1, worst=1, prior_share=0.5)
 
 
 def test_old_follows_theta_on_its_schedule(student: ToyStudent) -> None:

@@ -27,6 +27,7 @@ METHODS = (
     ("sft", "fsdp"),
     ("afd full", "fsdp"),
     ("afd rewards", "ddp"),
+    ("afd chosen", "fsdp"),
     ("afd replay", "ddp"),
     ("afd stacked", "fsdp"),
     ("afd switched", "fsdp"),

@@ -41,6 +41,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("dmd", {"score_updates": 1, "score_warmup_updates": 0}),
     ("afd", {"context": "shared_context", "group_from_chunk": "last"}),
     ("afd", {"context": "own_context", "keep_context": False, "group_from_chunk": 1}),
+    ("afd", {"context": "shared_context", "worst": 1}),
 ]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -165,9 +166,9 @@ class Afd(StudentMethod):
         if self.config.diversity_weight > 0:
             novelty_B = self.ranks.gather(novelty(rollouts.x0_BFCHW, group))
         whole = Scores(terms, whole_BR.T.contiguous())
-        r_B, prior, metrics = self._weights(batch, whole, novelty_B)
+        result, prior, metrics = self._weights(batch, whole, novelty_B)
         own = batch.own(group)
-        r_B, prior = r_B[own], prior[own] if isinstance(prior, Tensor) else prior
+        r_B, prior = result.r[own], prior[own] if isinstance(prior, Tensor) else prior
         first = rollouts.x0_BFCHW[0].cpu()
         self.shown = Shown(rollouts.prompts[0], first, scores.shown(0), float(r_B[0]))
         place, config = rollouts.place, self.config
@@ -179,7 +180,8 @@ class Afd(StudentMethod):
             given = scores.total_B, rollouts.x0_BFCHW, rollouts.prompts
             metrics |= self.watch(batch.update, *given, group)
         if not self._waits(batch.update):
-            metrics |= self._update(batch, rollouts, r_B, prior)
+            learnt_V = result.selected[own].nonzero().flatten()
+            metrics |= self._update(batch, rollouts, r_B, prior, learnt_V)
         self._rollouts = None
         return metrics
 
@@ -192,9 +194,9 @@ class Afd(StudentMethod):
 
     def _weights(
         self, batch: Batch, scores: Scores, novelty_B: Tensor | None
-    ) -> tuple[Tensor, float | Tensor, dict[str, float]]:
-        """Weights r [B] and of the prior from the scores (and novelty) of all processes, and
-        metrics of all."""
+    ) -> tuple[ops.Optimality, float | Tensor, dict[str, float]]:
+        """Weights r [B], selection and weights of the prior from the scores (and novelty) of all
+        processes, and metrics of all."""
         config, score_B = self.config, scores.total_B
         group = config.samples_per_prompt
         scores.refuse_non_finite(batch.update)
@@ -229,7 +231,7 @@ class Afd(StudentMethod):
             "student/score_std": float(group_std.mean()),
             "student/zero_std_groups": float((group_std < 1e-6).float().mean()),
         }
-        return r_B, prior, metrics
+        return result, prior, metrics
 
     def _teacher_scores(self, batch: Batch) -> Tensor:
         """Weighted scores [B] of the teacher's video of each rollout, of all processes."""
@@ -241,20 +243,27 @@ class Afd(StudentMethod):
         )
 
     def _update(
-        self, batch: Batch, rollouts: Rollouts, r_B: Tensor, prior: float | Tensor
+        self,
+        batch: Batch,
+        rollouts: Rollouts,
+        r_B: Tensor,
+        prior: float | Tensor,
+        learnt_V: Tensor,
     ) -> dict[str, float]:
-        """Update the student on noised copies of the rollouts, then the averages."""
+        """Update the student on noised copies of some rollouts (their indices), then the
+        averages."""
         config = self.config
         copies = draw_copies(
             config,
-            batch.count * config.samples_per_prompt,
+            batch.count * config.learnt_per_prompt,
             self.chunks,
             self.times,
             self.generator,
-            own=batch.own(config.samples_per_prompt),
+            own=batch.own(config.learnt_per_prompt),
             first_times=self.first_times,
             from_chunk=rollouts.place.first,
         )
+        copies = replace(copies, video_N=learnt_V[copies.video_N])
         sums = torch.zeros(len(MEASURED), dtype=torch.float64)
         self._v_square = torch.zeros((), device=rollouts.x0_BFCHW.device)
         for piece in copies.pieces(config.micro_batch):

@@ -214,6 +214,12 @@ class AfdConfig(_Delayed):
     )
     draws: Count = Field(default=2, description="(t, noise) draws per rollout and update")
     samples_per_prompt: Count = Field(default=4, description="rollouts per prompt (G)")
+    best: Natural | None = Field(
+        default=None,
+        description="videos of a prompt, those with the highest advantages, that the student "
+        "learns from; the discriminator learns from all; null: with worst null, all",
+    )
+    worst: Natural | None = Field(default=None, description="likewise, with the lowest ones")
     group_from_chunk: SharedChunks = Field(
         default=None,
         description="the rollouts of a prompt share all chunks before this one, generated once, "
@@ -337,8 +343,24 @@ class AfdConfig(_Delayed):
         }
         return tuple(name for name, needed in wanted.items() if needed)
 
+    @property
+    def learnt_per_prompt(self) -> int:
+        """Videos of each prompt that the student learns from."""
+        if self.best is None and self.worst is None:
+            return self.samples_per_prompt
+        return (self.best or 0) + (self.worst or 0)
+
     @model_validator(mode="after")
     def _groups(self) -> AfdConfig:
+        if not 1 <= self.learnt_per_prompt <= self.samples_per_prompt:
+            raise ValueError(
+                f"afd.best, afd.worst: got {self.best}, {self.worst}; needed: together from 1 to "
+                f"afd.samples_per_prompt={self.samples_per_prompt}, or null"
+            )
+        if self.learnt_per_prompt < self.samples_per_prompt and self.prior_share < 1:
+            raise ValueError(
+                f"afd.prior_share: got {self.prior_share:g}; needed: 1 with afd.best, afd.worst"
+            )
         if self.samples_per_prompt == 1 and {"group", "rank"} & {self.baseline, self.normalize}:
             raise ValueError(
                 "afd.samples_per_prompt: got 1; needed: 2 or more, or afd.baseline and "
@@ -359,19 +381,10 @@ class AfdConfig(_Delayed):
                 "afd.context: got noisy; needed: another with afd.group_from_chunk, where the "
                 "chunks of the update attend to clean earlier ones"
             )
-        if self.train_window is not None and self.stream_frames is None:
-            raise ValueError(
-                f"afd.train_window: got {self.train_window} without afd.stream_frames; needed: both"
-            )
-        if self.stream_start and self.stream_frames is None:
-            raise ValueError(
-                f"afd.stream_start: got {self.stream_start} without afd.stream_frames; needed: both"
-            )
-        if self.stream_switch is not None and self.stream_frames is None:
-            raise ValueError(
-                f"afd.stream_switch: got {self.stream_switch} without afd.stream_frames; needed: "
-                "both"
-            )
+        for key in ("train_window", "stream_start", "stream_switch"):
+            given = getattr(self, key)
+            if given and self.stream_frames is None:
+                raise ValueError(f"afd.{key}: got {given} without afd.stream_frames; needed: both")
         if self.stream_frames is not None and self.context == "noisy":
             raise ValueError(
                 "afd.context: got noisy; needed: another with afd.stream_frames, where a clip "

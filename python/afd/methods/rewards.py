@@ -100,7 +100,7 @@ def score(
 def combine(
     scores: Scores, config: AfdConfig, baseline: float | Tensor | None = None
 ) -> ops.Optimality:
-    """Weights r and disagreement of all videos from their scores (`afd.ops.optimality`).
+    """Weights r, selection and disagreement of all videos from their scores (`afd.ops.optimality`).
 
     `baseline`: value of the baselines "teacher" [B] and "ema"; None: the batch's mean.
     """
@@ -118,6 +118,8 @@ def combine(
         normalize=config.normalize,
         adv_clip=config.adv_clip,
         adv_mode=config.adv_mode,
+        best=config.best,
+        worst=config.worst,
     )
 
 

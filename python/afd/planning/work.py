@@ -64,8 +64,10 @@ class Work:
         # Prompts of the process that has the most.
         self.prompts = -(-config.prompts_per_update // (processes // self.parts))
         self.videos = self.prompts * self.group
-        draws = getattr(self.method, "draws", 1)
-        self.micro = min(self.method.micro_batch or self.videos * draws, self.videos * draws)
+        # Videos of a prompt that the student learns from.
+        self.learnt = getattr(self.method, "learnt_per_prompt", self.group)
+        copies = self.prompts * self.learnt * getattr(self.method, "draws", 1)
+        self.micro = min(self.method.micro_batch or copies, copies)
         self.pixels = config.video.height * config.video.width
         self.reads_pixels = isinstance(self.discriminator, VideoAlignConfig)
         self.rewards = frozen(config.rewards) if config.method == "afd" else {}
@@ -260,7 +262,7 @@ class Work:
             passes = f"{counted(len(each), 'pass')} on {counted(videos, 'video')}"
             note = f"{passes}: {names}" if each else "not counted"
             yield Phase("rewards", flop, 0.0, config.updates, note)
-        flop, convolutions, note = self._student_work(videos, decode)
+        flop, convolutions, note = self._student_work(self.taught * self.learnt, decode)
         updates = max(0, config.updates - student_waits(self.config))
         yield Phase("student", flop, convolutions, updates, note)
         if config.replayed:
@@ -339,6 +341,8 @@ class Work:
             )
             prior = f", prior to {' and '.join(self.priors())}" if self.priors() else ""
             draws = counted(afd.draws, "draw")
+            if self.learnt < self.group:
+                draws += f" of {counted(videos, 'video')}"
             return videos * flop, 0.0, f"{afd.context}, {draws}{prior}; {blocks}"
         if config.method == "sft":
             sft = config.sft
