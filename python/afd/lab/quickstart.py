@@ -30,6 +30,9 @@ from afd.trainer.loop import Outcome, train
 from afd.trainer.run_folder import refuse_another_run
 
 _log = logging.getLogger("afd")
+# Settings of the parts that the user's overrides replace: AFD gets no more time than SFT's 400
+# updates take, about 100 updates.
+OWN: dict[str, dict[str, Any]] = {"afd": {"updates": 100, "afd": {"cosine_updates": 70}}}
 COLUMNS = ("phys", "g_mae", "fit_res", "motion", "rend", "adh", "div", "traj_fd")
 
 
@@ -57,8 +60,9 @@ def quickstart(overrides: Sequence[str], console: Console) -> bool:
 def part(overrides: Sequence[str], name: str) -> RunConfig:
     """The configuration of one part: the method's own settings, shared teacher folder, separate run
     folder."""
-    own = [*overrides, f"method={'sft' if name == 'sft' else 'afd'}"]
-    config = make_config({"name": "quickstart", "device": "cpu"}, own, origin="afd quickstart")
+    given = [*overrides, f"method={'sft' if name == 'sft' else 'afd'}"]
+    data = {"name": "quickstart", "device": "cpu"} | OWN.get(name, {})
+    config = make_config(data, given, origin="afd quickstart")
     root = config.run_dir
     teacher = config.teacher.model_copy(update={"path": config.teacher_dir})
     return config.model_copy(update={"name": name, "out": root / name, "teacher": teacher})
