@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from afd.trainer.collapse import REF_DEVIATION
 from afd.trainer.health import OLD_DEVIATION, USUAL_AFTER, Signs, signs
 
 
@@ -26,6 +27,45 @@ def test_motion_that_falls_below_the_bases_is_told_once(log: pytest.LogCaptureFi
         watch.evaluated(step, {"motion": motion})
     assert [line.split(":")[0] for line in said(log)] == ["update 3", "update 6"]
     assert "motion fell to 6, 60% of the base's 10: inspect the videos" in log.text
+
+
+def test_seams_that_bend_more_than_the_bases_are_told(log: pytest.LogCaptureFixture) -> None:
+    watch = Signs()
+    for step, jerk in enumerate([0.8, 1.1, 1.19, 1.21, 1.3, 1.0]):
+        watch.evaluated(step, {"seam_jerk": jerk})
+    assert [line.split(":")[0] for line in said(log)] == ["update 3"]
+    assert "seam_jerk rose to 1.21, 1.5 times the base's 0.8" in log.text
+
+
+@pytest.mark.parametrize(
+    ("key", "what"), [("student/v_rms", "velocities"), ("student/x0_rms", "videos")]
+)
+@pytest.mark.parametrize(("size", "told"), [(1.3, True), (1.04, False), (0.96, False), (0.7, True)])
+def test_a_size_that_changes_by_more_than_a_tenth_is_told(
+    log: pytest.LogCaptureFixture, key: str, what: str, size: float, told: bool
+) -> None:
+    watch = Signs()
+    for step in range(100):
+        watch.updated(step, {key: 1.0 if step < 50 else size})
+    assert len(said(log)) == told
+    if told:
+        assert f"the RMS of the {what} is" in log.text
+        assert f"({key})" in log.text
+
+
+def test_leaving_the_reference_faster_than_at_constant_speed_is_told(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    """A squared distance grows quadratically at constant speed; one that breaks multiplies."""
+    steady, breaking = Signs(), Signs()
+    for step in range(1000):
+        steady.updated(step, {REF_DEVIATION: 1e-7 * step**2})
+    assert said(log) == []
+    for step in range(300):
+        breaking.updated(step, {REF_DEVIATION: 1e-3 * 1.1 ** max(0, step - 200)})
+    assert len(said(log)) == 1
+    assert 210 < int(said(log)[0].split(":")[0].removeprefix("update ")) < 230
+    assert "times that of 50 updates ago" in log.text
 
 
 def test_a_frozen_rating_that_falls_while_the_margin_shrinks_is_reward_hacking(

@@ -63,6 +63,13 @@ def test_the_quickstart_leaves_every_part_and_a_report(finished: tuple[Path, str
     assert "<html" in (root / "report.html").read_text(encoding="utf-8")
 
 
+def test_afd_has_the_updates_of_sfts_time_unless_the_user_gives_others() -> None:
+    mine = part([], "afd")
+    assert (mine.updates, mine.afd.cosine_updates, part([], "sft").updates) == (100, 70, 400)
+    longer = part(["updates=160", "afd.cosine_updates=130"], "afd")
+    assert (longer.updates, longer.afd.cosine_updates) == (160, 130)
+
+
 def test_only_videos_and_prompts_cross_from_the_teacher(finished: tuple[Path, str]) -> None:
     root, _ = finished
     assert {path.suffix for path in (root / "teacher").iterdir()} == {".mp4", ".jsonl"}

@@ -11,16 +11,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from afd.trainer.collapse import Collapse
 from afd.trainer.fooled import Fooled
 from afd.trainer.several import Several
 
 AGREEMENT, MOTION, FROZEN, MARGIN = "agreement/phys", "motion", "MQ", "discriminator/margin"
 OLD_DEVIATION, DIVERSITY = "student/old_deviation", "student/diversity"
+SEAMS = "seam_jerk"
 # Motion below this fraction of the base student's; a drop of the frozen rating, in its standard
 # deviations, while the margin shrinks by at least this much.
 LOST_MOTION, LOST_RATING, WON_MARGIN = 0.7, 0.1, 0.1
 # Distance between rollouts of a prompt below this fraction of its largest smoothed value.
 LOST_DIVERSITY = 0.5
+# Kinks where chunks meet, over those within chunks, above this multiple of the base student's.
+KINKED = 1.5
 # The deviation from the old policy may drift; at this multiple of its usual size it is diverging.
 # It grows until the rate is warm and the old policy's decay has its largest value.
 RUNAWAY, USUAL_AFTER = 5.0, 100
@@ -39,9 +43,11 @@ class Signs:
         self._deviation = _Deviation()
         self._diversity: float | None = None
         self._best_diversity = 0.0
+        self._collapse = Collapse()
         self._fooled = Fooled()
         self._several = Several()
         self._motion: float | None = None
+        self._seams: float | None = None
         self._best_rating: tuple[float, float | None] | None = None
 
     def updated(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
@@ -51,13 +57,13 @@ class Signs:
             self._margin = 0.9 * before + 0.1 * metrics[MARGIN]
         present = dict(signs({**metrics, **self._smooth_accuracy(metrics)}))
         present |= self._falling(metrics) | self._deviation.updated(metrics)
-        present |= self._narrowing(metrics)
+        present |= self._narrowing(metrics) | self._collapse.look(metrics)
         present |= self._fooled.look(metrics) | self._several.look(metrics)
         self._report("update", update, present, quiet)
 
     def evaluated(self, update: int, metrics: Mapping[str, float], *, quiet: bool = False) -> None:
         """Check one evaluation; the first is that of the base student."""
-        present = self._still(metrics) | self._hacking(metrics)
+        present = self._still(metrics) | self._kinked(metrics) | self._hacking(metrics)
         self._report("evaluation", update, present, quiet)
 
     def replay(self, updates: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
@@ -126,6 +132,21 @@ class Signs:
             "inspect the videos; lower the learning rate, or raise prior_weight"
         )
         return {"motion": sentence}
+
+    def _kinked(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Trajectories bend where chunks meet, which many scores do not see."""
+        if SEAMS not in metrics:
+            return {}
+        now = metrics[SEAMS]
+        if self._seams is None:
+            self._seams = now
+        if now <= KINKED * self._seams:
+            return {}
+        sentence = (
+            f"seam_jerk rose to {now:.3g}, {now / self._seams:.1f} times the base's "
+            f"{self._seams:.3g}: motion bends where chunks meet; raise prior_weight"
+        )
+        return {"seams": sentence}
 
     def _hacking(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Reward hacking: the student's online score rises while the frozen rating falls."""

@@ -1,0 +1,75 @@
+"""Signs that a student collapses: its videos or velocities change size, or it leaves its start.
+
+The measurements behind the numbers are in docs/ABLATIONS.md, weighting.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+REF_DEVIATION = "student/ref_deviation"
+SIZES = {"student/v_rms": "velocities", "student/x0_rms": "videos"}
+# Change of a size relative to the mean of its first values.
+CHANGED, FIRST = 0.1, 10
+# At constant speed the squared distance to the start grows fourfold from update 50 to 100, and more
+# slowly later; a student that breaks multiplies it by tens in as many updates.
+GREW, BACK = 5.0, 50
+
+
+class Collapse:
+    """Looks at every update's metrics; keeps smoothed values."""
+
+    def __init__(self) -> None:
+        self._sizes = {key: _Size() for key in SIZES}
+        # Smoothed distances of the last BACK + 1 updates.
+        self._distances: deque[float] = deque(maxlen=BACK + 1)
+        self._seen = 0
+
+    def look(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """The problems in an update's metrics, by name."""
+        found = {}
+        for key, what in SIZES.items():
+            if key in metrics:
+                found |= self._sizes[key].look(key, what, metrics[key])
+        return found | self._leaving(metrics)
+
+    def _leaving(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        if REF_DEVIATION not in metrics:
+            return {}
+        value, kept = metrics[REF_DEVIATION], self._distances
+        kept.append(0.8 * kept[-1] + 0.2 * value if kept else value)
+        self._seen += 1
+        if self._seen <= 2 * BACK or kept[-1] <= GREW * kept[0]:
+            return {}
+        times = f"{kept[-1] / kept[0]:.0f} times" if kept[0] > 0 else "more than"
+        sentence = (
+            f"the squared distance of the velocities to the reference is {times} that of {BACK} "
+            f"updates ago (ref_deviation {kept[-1]:.3g}): the student may be breaking; go back to "
+            "an earlier checkpoint, and raise afd.prior_weight or afd.nft_beta, or lower the rate"
+        )
+        return {"ref deviation": sentence}
+
+
+class _Size:
+    """A size relative to its first values."""
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._now = 0.0
+
+    def look(self, key: str, what: str, value: float) -> dict[str, str]:
+        if len(self._first) < FIRST:
+            self._first.append(value)
+            self._now = sum(self._first) / len(self._first)
+            return {}
+        self._now = 0.9 * self._now + 0.1 * value
+        usual = sum(self._first) / FIRST
+        if usual == 0 or abs(self._now / usual - 1) <= CHANGED:
+            return {}
+        sentence = (
+            f"the RMS of the {what} is {self._now:.3g}, {self._now / usual:.0%} of what it was "
+            f"({key}): unless the look is meant to change, the student may be collapsing; go back "
+            "to an earlier checkpoint, and raise prior_weight or lower the rate"
+        )
+        return {key: sentence}
