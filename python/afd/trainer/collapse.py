@@ -28,7 +28,7 @@ class Collapse:
 
     def look(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """The problems in an update's metrics, by name."""
-        found = {}
+        found: dict[str, str] = {}
         for key, what in SIZES.items():
             if key in metrics:
                 found |= self._sizes[key].look(key, what, metrics[key])
