@@ -12,9 +12,9 @@ REF_DEVIATION = "student/ref_deviation"
 SIZES = {"student/v_rms": "velocities", "student/x0_rms": "videos"}
 # Change of a size relative to the mean of its first values.
 CHANGED, FIRST = 0.1, 10
-# At constant speed the squared distance to the start grows fourfold from update 50 to 100, and more
-# slowly later; a student that breaks multiplies it by tens in as many updates.
-GREW, BACK = 5.0, 50
+# At constant speed, after a warm-up of twenty updates, the squared distance to the start grows five
+# to six times from update 50 to 100, and more slowly later; one that breaks multiplies it by tens.
+GREW, BACK = 10.0, 50
 
 
 class Collapse:

@@ -140,7 +140,7 @@ class Signs:
         now = metrics[SEAMS]
         if self._seams is None:
             self._seams = now
-        if now <= KINKED * self._seams:
+        if self._seams == 0 or now <= KINKED * self._seams:
             return {}
         sentence = (
             f"seam_jerk rose to {now:.3g}, {now / self._seams:.1f} times the base's "
