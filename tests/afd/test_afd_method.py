@@ -225,14 +225,13 @@ def test_the_student_learns_from_the_best_and_the_worst(
     seen = method._current().input_BFCHW
     method.discriminator_step(given)
     scored = copy.deepcopy(method.discriminator)
-    metrics = method.student_step(given)
+    method.student_step(given)
     [call] = calls
     score_PG = scored.score(seen, [p for p in THREE for _ in range(5)]).view(3, 5)
     ends = torch.stack([score_PG.argmax(1), score_PG.argmin(1)], 1).sort(1).values
     index_V = (ends + 5 * torch.arange(3)[:, None]).flatten()
     assert torch.equal(call["x0"], x0_BFCHW[index_V].repeat(3, 1, 1, 1, 1))
     assert call["r"].view(3, 3, 2).amin(2).max() < 0.5 < call["r"].view(3, 3, 2).amax(2).min()
-    assert metrics["student/r_mean"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_choosing_all_changes_nothing(student: ToyStudent) -> None:

@@ -24,6 +24,7 @@ UPDATES = [
 def test_a_metric_of_training_is_the_mean_since_the_evaluation_before() -> None:
     assert curve("norm", EVALUATIONS, UPDATES) == [None, 1.5, 6.0]
     assert curve("late", EVALUATIONS, UPDATES) == [None, None, 7.0]
+    assert curve("norm", EVALUATIONS[2:], UPDATES) == [3.75]
     assert curve("phys", EVALUATIONS, UPDATES) == [1.0, 0.98, 0.96]
 
 
@@ -39,6 +40,9 @@ def test_a_table_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ]
     with pytest.raises(SystemExit, match="has no metric nowhere"):
         main([str(tmp_path), "phys", "nowhere"])
+    _write(tmp_path / "evaluation.jsonl", [])
+    with pytest.raises(SystemExit, match="has no evaluation"):
+        main([str(tmp_path), "phys"])
     with pytest.raises(SystemExit, match="needs a run folder and metrics"):
         main([str(tmp_path)])
 

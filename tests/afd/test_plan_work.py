@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from afd import ops
-from afd.config.run import RunConfig, make_config
+from afd.config.run import RunConfig, make_config, plain
 from afd.methods.base import Batch
 from afd.methods.copies import Place
 from afd.methods.rollouts import roll_out
@@ -109,6 +110,17 @@ def test_an_update_at_the_released_size_takes_the_planned_operations(
     found["student"] = operations(lambda: run.student_step(batch(SIZE)))
     for phase, flop in found.items():
         assert plan[phase] == pytest.approx(flop, rel=tolerances.PLANNED_WORK), phase
+
+
+def test_a_pass_holds_the_chosen_videos_unless_all_are_replayed(tmp_path: Path) -> None:
+    prompts = tmp_path / "earlier.txt"
+    prompts.write_text("a\n", encoding="utf-8")
+    chosen = {"micro_batch": None, "best": 1}
+    config = make("afd", chosen, prompts=4)
+    assert Work(config, net_of(config, 2), 1).micro == 4
+    replay = {"fraction": 0.5, "prompts": str(prompts)}
+    replayed = make_config(plain(config) | {"replay": replay})
+    assert Work(replayed, net_of(replayed, 2), 1).micro == 8
 
 
 def test_an_update_on_clips_of_streams_takes_the_planned_operations(

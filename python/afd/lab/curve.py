@@ -3,7 +3,8 @@
     python -m afd.lab.curve RUN_DIR METRIC [METRIC ...]
 
 has a column per evaluation. A metric of the evaluation (`phys`) is shown as it was measured there,
-one of training (`student/grad_norm`) as its mean over the updates since the column before.
+one of training (`student/grad_norm`) as its mean over the updates since the column before, or since
+the start.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def curve(
     """
     if any(name in line["metrics"] for line in evaluations):
         return [line["metrics"].get(name) for line in evaluations]
-    found: list[float | None] = [None]
-    for before, after in pairwise(line["update"] for line in evaluations):
+    found: list[float | None] = []
+    for before, after in pairwise([0, *(line["update"] for line in evaluations)]):
         since = [u[name] for u in updates if name in u and before < u["update"] <= after]
         found.append(sum(since) / len(since) if since else None)
     return found
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> None:
     evaluations = lines(Path(folder) / "evaluation.jsonl")
     updates = lines(Path(folder) / "metrics.jsonl")
     values = {name: curve(name, evaluations, updates) for name in names}
+    if not evaluations:
+        raise SystemExit(f"curve: {folder} has no evaluation")
     unknown = [name for name in names if all(value is None for value in values[name])]
     if unknown:
         raise SystemExit(f"curve: {folder} has no metric {', '.join(unknown)}")

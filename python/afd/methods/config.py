@@ -217,7 +217,7 @@ class AfdConfig(_Delayed):
     best: Natural | None = Field(
         default=None,
         description="videos of a prompt, those with the highest advantages, that the student "
-        "learns from; the discriminator learns from all; null: with worst null, all",
+        "learns from; the discriminator learns from all; both null: all; one null: 0",
     )
     worst: Natural | None = Field(default=None, description="likewise, with the lowest ones")
     group_from_chunk: SharedChunks = Field(

@@ -66,7 +66,9 @@ class Work:
         self.videos = self.prompts * self.group
         # Videos of a prompt that the student learns from.
         self.learnt = getattr(self.method, "learnt_per_prompt", self.group)
-        copies = self.prompts * self.learnt * getattr(self.method, "draws", 1)
+        # Of replayed prompts it learns from all.
+        largest = self.group if config.replayed else self.learnt
+        copies = self.prompts * largest * getattr(self.method, "draws", 1)
         self.micro = min(self.method.micro_batch or copies, copies)
         self.pixels = config.video.height * config.video.width
         self.reads_pixels = isinstance(self.discriminator, VideoAlignConfig)

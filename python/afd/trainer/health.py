@@ -23,8 +23,9 @@ SEAMS = "seam_jerk"
 LOST_MOTION, LOST_RATING, WON_MARGIN = 0.7, 0.1, 0.1
 # Distance between rollouts of a prompt below this fraction of its largest smoothed value.
 LOST_DIVERSITY = 0.5
-# Kinks where chunks meet, over those within chunks, above this multiple of the base student's.
-KINKED = 1.5
+# Kinks where chunks meet, over those within chunks: above this multiple of 1, or of the base
+# student's if that is larger.
+KINKED = 1.25
 # The deviation from the old policy may drift; at this multiple of its usual size it is diverging.
 # It grows until the rate is warm and the old policy's decay has its largest value.
 RUNAWAY, USUAL_AFTER = 5.0, 100
@@ -140,11 +141,11 @@ class Signs:
         now = metrics[SEAMS]
         if self._seams is None:
             self._seams = now
-        if self._seams == 0 or now <= KINKED * self._seams:
+        if now <= KINKED * max(1.0, self._seams):
             return {}
         sentence = (
-            f"seam_jerk rose to {now:.3g}, {now / self._seams:.1f} times the base's "
-            f"{self._seams:.3g}: motion bends where chunks meet; raise prior_weight"
+            f"seam_jerk rose from the base's {self._seams:.3g} to {now:.3g}: motion bends where "
+            "chunks meet; raise prior_weight, if the method has one, or lower the rate"
         )
         return {"seams": sentence}
 
