@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> None:
     folder, *names = arguments
     evaluations = lines(Path(folder) / "evaluation.jsonl")
     updates = lines(Path(folder) / "metrics.jsonl")
-    values = {name: curve(name, evaluations, updates) for name in names}
     if not evaluations:
         raise SystemExit(f"curve: {folder} has no evaluation")
+    values = {name: curve(name, evaluations, updates) for name in names}
     unknown = [name for name in names if all(value is None for value in values[name])]
     if unknown:
         raise SystemExit(f"curve: {folder} has no metric {', '.join(unknown)}")

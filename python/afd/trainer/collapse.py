@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
+from afd.trainer.fooled import NEW, Average
+
 REF_DEVIATION = "student/ref_deviation"
 # What the sizes are of, and their largest change relative to the mean of the first values. In runs
 # of the laptop task that do not break it is 0.01; noise dominates velocities, while the videos of a
 # few prompts differ in size.
 SIZES = {"student/v_rms": ("velocities", 0.05), "student/x0_rms": ("videos", 0.1)}
-FIRST = 10
+# As many as an average takes into its mean.
+FIRST = round(1 / NEW)
 # The squared distance to the start relative to that of BACK updates before, from update WAIT on. At
 # constant speed, after a warm-up of up to a hundred updates, it has then grown at most fourfold.
 GREW, BACK, WAIT = 5.0, 50, 150
@@ -57,21 +60,20 @@ class _Size:
     """A size relative to its first values."""
 
     def __init__(self) -> None:
-        self._first: list[float] = []
-        self._now = 0.0
+        self._average = Average()
+        self._usual = 0.0
 
     def look(self, key: str, value: float) -> dict[str, str]:
-        if len(self._first) < FIRST:
-            self._first.append(value)
-            self._now = sum(self._first) / len(self._first)
+        now = self._average.add(value)
+        if self._average.seen <= FIRST:
+            self._usual = now
             return {}
-        self._now = 0.9 * self._now + 0.1 * value
-        usual = sum(self._first) / FIRST
+        usual = self._usual
         what, limit = SIZES[key]
-        if usual == 0 or abs(self._now / usual - 1) <= limit:
+        if usual == 0 or abs(now / usual - 1) <= limit:
             return {}
         sentence = (
-            f"the RMS of the {what} is {self._now:.3g}, {self._now / usual:.0%} of what it was "
+            f"the RMS of the {what} is {now:.3g}, {now / usual:.0%} of what it was "
             f"({key}): unless the look is meant to change, the student may be collapsing; go back "
             "to an earlier checkpoint, and raise prior_weight or lower the rate"
         )

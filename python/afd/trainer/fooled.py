@@ -14,7 +14,7 @@ AGAINST, LOST, WON = -0.1, 0.5, 0.1
 
 
 @dataclass
-class _Average:
+class Average:
     """An exponential average that begins as the mean of its first values."""
 
     value: float = 0.0
@@ -30,7 +30,7 @@ class _Average:
 class Fooled:
     """Compares the discriminator with every frozen reward over the last tens of updates."""
 
-    _averages: dict[str, _Average] = field(default_factory=dict)
+    _averages: dict[str, Average] = field(default_factory=dict)
     # Of each reward: its highest average, and the margin then.
     _best: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -68,4 +68,4 @@ class Fooled:
         return found
 
     def _add(self, key: str, metrics: Mapping[str, float]) -> float:
-        return self._averages.setdefault(key, _Average()).add(metrics[key])
+        return self._averages.setdefault(key, Average()).add(metrics[key])
